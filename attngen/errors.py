@@ -1,9 +1,9 @@
 """Every exception attngen raises, and how a fault in a spec is drawn.
 
-One class per kind of fault. Whatever the user can mend is an `AttngenError` that says where, what value, which
-rule and the nearest valid value; `InternalError` is attngen's own fault and the only one that asks for a report.
-Facts are attributes as well as text, so that a program need not parse a message. Nothing here decides what is a
-fault.
+One class per kind of fault. Whatever the user can mend is an `AttngenError` that says where, what value,
+which rule and the nearest valid value; `InternalError` is attngen's own fault and the only one that asks for
+a report. Facts are attributes as well as text, so that a program need not parse a message. Nothing here
+decides what is a fault.
 """
 
 import unicodedata

@@ -1,0 +1,54 @@
+"""Tree to key range: which keys a row sees, in closed form, and a bound's extremes over the rows of a tile."""
+
+from dataclasses import dataclass
+
+from attngen.expr.tree import FALSE, TRUE, Expr, add, affine_parts, const, scale, sub, substitute
+from attngen.expr.tree import name as index
+
+
+@dataclass(frozen=True)
+class KeyRange:
+    """The keys a mask leaves visible: those at or after every lower bound and before every upper bound.
+
+    Attributes:
+        lower: affine forms without kv_idx, inclusive.
+        upper: affine forms without kv_idx, exclusive.
+    """
+
+    lower: tuple[Expr, ...]
+    upper: tuple[Expr, ...]
+
+
+def key_range(mask: Expr) -> KeyRange | None:
+    """The one range of keys that a mask is, or None where it is anything else.
+
+    It is one where it is a conjunction of comparisons in each of which kv_idx stands with factor 1 or -1. The
+    lengths themselves are not among the bounds: that keys end at seqlen_k is the kernel's business.
+    """
+    if mask is TRUE:
+        return KeyRange((), ())
+    if mask is FALSE:
+        return KeyRange((), (const(0),))
+    lower: list[Expr] = []
+    upper: list[Expr] = []
+    for part in mask.args if mask.op == "and" else (mask,):
+        if part.op not in ("le", "eq"):
+            return None
+        form = part.args[0]
+        factor = affine_parts(form)[0].get("kv_idx", 0)
+        if abs(factor) != 1:
+            return None
+        # factor·kv_idx + rest <= 0, or == 0: kv_idx is bounded by -rest / factor.
+        bound = scale(-factor, sub(form, scale(factor, index("kv_idx"))))
+        if part.op == "eq" or factor < 0:
+            lower.append(bound)
+        if part.op == "eq" or factor > 0:
+            upper.append(add(bound, const(1)))
+    return KeyRange(tuple(lower), tuple(upper))
+
+
+def extremes(form: Expr, name: str, lo: Expr, hi: Expr) -> tuple[Expr, Expr]:
+    """The smallest and the largest value of an affine form while `name` runs over lo..hi, both included."""
+    at_lo, at_hi = substitute(form, name, lo), substitute(form, name, hi)
+    rises = affine_parts(form)[0].get(name, 0) >= 0
+    return (at_lo, at_hi) if rises else (at_hi, at_lo)
