@@ -1,4 +1,4 @@
-"""Tree to key range: which keys a row sees, in closed form, and a bound's extremes over the rows of a tile."""
+"""Tree to key range: which keys a row sees, in closed form, and the extremes of a bound over a tile."""
 
 from dataclasses import dataclass
 

@@ -43,7 +43,7 @@ def _for_operand(*tokens: str) -> tuple[str, ...]:
 
 _MISTAKES = (
     Mistake("one-expression", "an operator is missing before this", _after_operand("h", "1", "true", "not")),
-    Mistake("one-expression", "the expression is complete before this", _after_operand("@", "1.5", "//")),
+    Mistake("one-expression", "the expression is complete before this", _after_operand("@")),
     Mistake(
         "operand",
         "a name, a number or ( must come here",
@@ -55,7 +55,7 @@ _MISTAKES = (
         ("(", "not", "b and", "b or", "b <", "b +", "-", "2 *"),
     ),
     Mistake("brackets", "an open ( must be closed here", ("(b", "(1", "(true", "((b)"), (")",)),
-    Mistake("brackets", "no ( is open here", _after_operand(")")),
+    Mistake("brackets", "no ( is open here", ("b )", "1 )", "true )", "(b) )", "b < b )", "not b )")),
     Mistake("comparison-sign", "`=` alone compares nothing", _after_operand("="), ("==",)),
     Mistake("comparison-sign", "the equals sign comes second", _after_operand("=<"), ("<=",)),
     Mistake("comparison-sign", "the equals sign comes second", _after_operand("=>"), (">=",)),
@@ -91,6 +91,6 @@ def name_mistake(error: UnexpectedToken, parse: Callable[[str], Tree[Token]]) ->
 
 
 def _at_position(error: UnexpectedToken) -> UnexpectedToken:
-    """The error with the parser's position for its state: lark would compare how deep its stack is as well."""
+    """The error with the parser's position as its state: lark would also compare how deep its stack is."""
     error.state = error.state.position
     return error

@@ -156,10 +156,10 @@ def _place(diagnostic: Diagnostic) -> tuple[int, int]:
     return (location.line, location.column) if location else (0, 0)
 
 
-class _AcceptMistakes:
-    """Tells the lexer to know the tokens that no rule takes, wherever the parser stands."""
+class _KeepMistakes:
+    """Keeps the tokens that no rule takes in the lexer: lark would drop them."""
 
-    always_accept = ("REAL", "FOREIGN", "STRAY", "COMPARATOR", "SIGN", "INTEGER", "NAME")
+    always_accept = ("REAL", "FOREIGN", "STRAY")
 
     def process(self, stream: Iterator[Token]) -> Iterator[Token]:
         return stream
@@ -170,8 +170,9 @@ def _parser() -> Lark:
     return Lark.open(
         str(Path(__file__).with_name("grammar.lark")),
         parser="lalr",
+        lexer="basic",  # the contextual one would read `and` as a name where no operator may stand
         start="expression",
-        postlex=_AcceptMistakes(),
+        postlex=_KeepMistakes(),
         propagate_positions=True,
     )
 
