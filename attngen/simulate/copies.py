@@ -1,0 +1,115 @@
+"""What the Steps that move tiles do."""
+
+import torch
+
+from attngen.dtypes import DType, torch_dtype
+from attngen.plan import Tensor
+from attngen.plan.places import BlockIndex, Rows
+from attngen.plan.steps import (
+    CommitCopies,
+    CopyTile,
+    LoadFragment,
+    LoadRows,
+    LoadTile,
+    StoreFragment,
+    StoreRows,
+    StoreTile,
+    WaitCopies,
+)
+from attngen.simulate.roles import RoleRun
+
+
+def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """The nearest numbers of a format, kept as f32."""
+    return values.to(torch_dtype(dtype)).float()
+
+
+def _first_row(role: RoleRun, place: Tensor | Rows, block: BlockIndex, rows: int) -> int:
+    first = role.index(block) * rows
+    if first < 0:
+        raise role.fault("out of bounds", f"block {first // rows} of {place} does not exist", place.name)
+    return first
+
+
+def load_tile(step: LoadTile, role: RoleRun) -> None:
+    """Start copying rows of the tile's head; without `bounded` all of them must exist."""
+    buffer = step.dst.buffer
+    first = _first_row(role, step.src, step.block, buffer.rows)
+    valid = role.device.valid_rows(step.src, first, buffer.rows)
+    if not step.bounded and valid < buffer.rows:
+        length = role.device.seqlen(step.src)
+        message = (
+            f"rows {first} .. {first + buffer.rows - 1} of {step.src}, which has {length}, without a bound"
+        )
+        raise role.fault("out of bounds", message, step.src.name)
+    values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
+    role.start_copy(step.dst, values, valid)
+
+
+def commit_copies(step: CommitCopies, role: RoleRun) -> None:
+    """Close the group of copies started since the last commit."""
+    role.groups.append(role.started)
+    role.started = []
+
+
+def wait_copies(step: WaitCopies, role: RoleRun) -> None:
+    """Let all groups land but the newest `pending`."""
+    role.land_copies(step.pending)
+
+
+def copy_tile(step: CopyTile, role: RoleRun) -> None:
+    """Round an accumulator and write it to shared memory."""
+    dtype = step.dst.buffer.dtype
+    role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
+
+
+def store_tile(step: StoreTile, role: RoleRun) -> None:
+    """Write a buffer to rows of the tile's head; rows past the sequence are dropped."""
+    buffer = step.src.buffer
+    first = _first_row(role, step.dst, step.block, buffer.rows)
+    role.device.write(step.dst, role.tile, first, role.read_shared(step.src), (buffer.rows, buffer.cols))
+
+
+def load_fragment(step: LoadFragment, role: RoleRun) -> None:
+    """Read an accumulator from a workspace; each thread reads what it wrote itself."""
+    first = _first_row(role, step.src, step.block, step.dst.rows)
+    _expect_written(role, step.src, first // step.dst.rows)
+    values = role.device.read(step.src, role.tile, first, (step.dst.rows, step.dst.cols))
+    role.write(step.dst, lambda: values)
+
+
+def store_fragment(step: StoreFragment, role: RoleRun) -> None:
+    """Write an accumulator to a workspace."""
+    shape = (step.src.rows, step.src.cols)
+    first = _first_row(role, step.dst, step.block, step.src.rows)
+    role.device.write(step.dst, role.tile, first, role.read(step.src), shape)
+    role.block.rows_written[step.dst.name, first // step.src.rows] = role.block.barrier.epoch
+
+
+def load_rows(step: LoadRows, role: RoleRun) -> None:
+    """Read one value per row; another lane may have written it, so a SyncThreads must stand between."""
+    first = _first_row(role, step.src, step.block, step.dst.rows)
+    block = first // step.dst.rows
+    _expect_written(role, step.src, block)
+    if role.block.rows_written[step.src.name, block] == role.block.barrier.epoch:
+        message = f"{step.src}[{block}] is read, and another lane wrote it since the last SyncThreads"
+        raise role.fault("race", message, step.src.name)
+    values = role.device.read(step.src, role.tile, first, (step.dst.rows,))
+    role.write(step.dst, lambda: values)
+
+
+def store_rows(step: StoreRows, role: RoleRun) -> None:
+    """Write one value per row; nothing where the user did not ask for it."""
+    values = role.read(step.src)
+    if not role.device.wants(step.dst):
+        return
+    first = _first_row(role, step.dst, step.block, step.src.rows)
+    role.device.write(step.dst, role.tile, first, values, (step.src.rows,))
+    role.block.rows_written[step.dst.name, first // step.src.rows] = role.block.barrier.epoch
+
+
+def _expect_written(role: RoleRun, place: Tensor | Rows, block: int) -> None:
+    if (place.name, block) not in role.block.rows_written:
+        raise role.fault(
+            "uninitialised read", f"{place}[{block}] was never written by this block", place.name
+        )

@@ -1,0 +1,115 @@
+"""Device memory of one call: the user's tensors and the workspaces, who wrote what, how much was moved."""
+
+import torch
+
+from attngen.plan import Plan, Rows, Tensor, evaluate_formula
+from attngen.simulate.tiles import Sizes, Tile, ceil_div
+from attngen.simulate.traffic import Traffic
+
+NOTHING = torch.empty(0)
+"""Stands for every value when a program is only counted."""
+
+
+class DeviceMemory:
+    """Tensors by their name in the plan, each seen as (batch, heads, seqlen, cols) or (batch, heads, seqlen).
+
+    Attributes:
+        members_written: how many heads have written block m of a place, by (name, m).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sizes: Sizes,
+        tensors: dict[str, torch.Tensor] | None,
+        traffic: Traffic | None,
+        wanted: tuple[str, ...] = (),
+    ) -> None:
+        """Make the workspaces, full of NaN.
+
+        Args:
+            plan: names the places.
+            sizes: of the call.
+            tensors: what the user passed, by name, without rows not asked for; None to count only.
+            traffic: where to count, or None.
+            wanted: optional rows to write although they are not among the tensors.
+        """
+        self.sizes = sizes
+        self.holds_values = tensors is not None
+        self.tensors = dict(tensors or {})
+        self.traffic = traffic
+        self.wanted = frozenset((*wanted, *self.tensors))
+        self.members_written: dict[tuple[str, int], int] = {}
+        for workspace in plan.workspaces if self.holds_values else ():
+            shape = [evaluate_formula(size, sizes.values) for size in workspace.shape]
+            self.tensors[workspace.name] = torch.full(shape, float("nan"))
+
+    def wants(self, place: Rows) -> bool:
+        """Whether these rows are to be written: the user asked for them, or they are not optional."""
+        return not place.optional or place.name in self.wanted
+
+    def seqlen(self, place: Tensor | Rows) -> int:
+        """Rows of the place, for one head."""
+        return self.sizes.seqlen_k if isinstance(place, Tensor) and place.axis == "k" else self.sizes.seqlen_q
+
+    def valid_rows(self, place: Tensor | Rows, first: int, rows: int) -> int:
+        """How many of rows first, first + 1, ... exist."""
+        return max(0, min(rows, self.seqlen(place) - first))
+
+    def read(self, place: Tensor | Rows, tile: Tile, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Rows first, first + 1, ... of the tile's heads as f32, zero beyond what exists.
+
+        Args:
+            place: where.
+            tile: whose heads.
+            first: first row.
+            shape: (rows, cols) of a tensor, (rows,) of rows.
+
+        Returns:
+            (members, *shape), f32.
+        """
+        valid = self.valid_rows(place, first, shape[0])
+        if self.traffic:
+            self.traffic.count_read(place.name, len(tile.members) * valid * _row_bytes(place))
+        if not self.holds_values:
+            return NOTHING
+        batch, head, head_kv = tile.columns
+        heads = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
+        found = self.tensors[place.name][batch, heads, first : first + valid].float()
+        if found.shape[1:] == shape:
+            return found
+        result = found.new_zeros((found.shape[0], *shape))
+        result[(slice(None), *(slice(n) for n in found.shape[1:]))] = found
+        return result
+
+    def write(
+        self, place: Tensor | Rows, tile: Tile, first: int, values: torch.Tensor, shape: tuple[int, ...]
+    ) -> None:
+        """Write (members, *shape) to rows first, first + 1, ...; what does not exist is dropped."""
+        valid = self.valid_rows(place, first, shape[0])
+        if self.traffic:
+            self.traffic.count_written(place.name, len(tile.members) * valid * _row_bytes(place))
+        block = (place.name, first // shape[0])
+        self.members_written[block] = self.members_written.get(block, 0) + len(tile.members)
+        if not self.holds_values:
+            return
+        batch, head, _ = tile.columns
+        target = self.tensors[place.name]
+        cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
+        target[batch, head, first : first + valid] = values[(slice(None), slice(valid), *cols)].to(
+            target.dtype
+        )
+
+    def unwritten(self, plan: Plan) -> tuple[str, int] | None:
+        """An output block, by name and number, that not every head has written exactly once."""
+        heads = self.sizes.batch * self.sizes.num_heads_q
+        outputs = ["out", *(rows.name for rows in plan.rows if not rows.workspace and self.wants(rows))]
+        for name in outputs:
+            for m in range(ceil_div(self.sizes.seqlen_q, plan.block_m)):
+                if self.members_written.get((name, m), 0) != heads:
+                    return name, m
+        return None
+
+
+def _row_bytes(place: Tensor | Rows) -> int:
+    return place.cols * place.dtype.bytes if isinstance(place, Tensor) else 4

@@ -1,0 +1,188 @@
+"""Running a whole plan on the CPU: its launches, block after block, for values or only to count."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+
+from attngen.dtypes import torch_dtype
+from attngen.plan import Plan, Step, evaluate_formula
+from attngen.plan.steps import (
+    Advance,
+    Clear,
+    CommitCopies,
+    ConvertP,
+    CopyTile,
+    Exponentiate,
+    FinishRows,
+    ForBlocks,
+    ForTiles,
+    LoadFragment,
+    LoadRows,
+    LoadTile,
+    MaskScores,
+    MaskScoresEach,
+    NegateTile,
+    Note,
+    OutputGemm,
+    ReduceRows,
+    RowMax,
+    ScaleRows,
+    ScoreGemm,
+    StoreFragment,
+    StoreRows,
+    StoreTile,
+    SyncThreads,
+    WaitCopies,
+    When,
+    WhenBlock,
+)
+from attngen.simulate import control, copies, softmax
+from attngen.simulate.device_memory import DeviceMemory
+from attngen.simulate.faults import SimulationFault
+from attngen.simulate.roles import Block, Call, Event, StepFunction
+from attngen.simulate.tiles import LOCKSTEP, Sizes, tiles
+from attngen.simulate.traffic import Traffic
+
+STEPS_SIMULATED: dict[type[Step], StepFunction] = {
+    ForTiles: control.for_tiles,
+    ForBlocks: control.for_blocks,
+    When: control.when,
+    WhenBlock: control.when_block,
+    SyncThreads: control.sync_threads,
+    Advance: control.advance,
+    LoadTile: copies.load_tile,
+    CommitCopies: copies.commit_copies,
+    WaitCopies: copies.wait_copies,
+    CopyTile: copies.copy_tile,
+    StoreTile: copies.store_tile,
+    LoadFragment: copies.load_fragment,
+    StoreFragment: copies.store_fragment,
+    LoadRows: copies.load_rows,
+    StoreRows: copies.store_rows,
+    ScoreGemm: softmax.score_gemm,
+    OutputGemm: softmax.output_gemm,
+    Clear: softmax.clear,
+    NegateTile: softmax.negate_tile,
+    MaskScores: softmax.mask_scores,
+    MaskScoresEach: softmax.mask_scores_each,
+    RowMax: softmax.row_max,
+    Exponentiate: softmax.exponentiate,
+    ConvertP: softmax.convert_p,
+    ScaleRows: softmax.scale_rows,
+    ReduceRows: softmax.reduce_rows,
+    FinishRows: softmax.finish_rows,
+    Note: control.note,
+}
+"""What each Step does. The name of a function is its Step's, in the spelling of functions."""
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""FLT_MIN, which stands for a softmax_scale of 0: a score of -inf times it is -inf, not NaN."""
+
+
+def simulate(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    layout: Literal["bshd", "bhsd"] = "bshd",
+    observer: Callable[[Event], None] | None = None,
+    steps: Mapping[type[Step], StepFunction] | None = None,
+    memory: Traffic | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention as the plan's kernels do: same tiles, same order, same roundings.
+
+    Args:
+        plan: what to run.
+        q: (batch, seqlen_q, num_heads_q, head_dim_qk), the plan's input type, on the CPU; arguments have been
+            checked by the caller.
+        k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v).
+        softmax_scale: any finite number; 1/sqrt(head_dim_qk) where None.
+        return_lse: whether to compute lse.
+        layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
+        observer: called after every Step; heads then run one by one.
+        steps: functions to use instead of `STEPS_SIMULATED`'s, to see what a fault of theirs would do.
+        memory: where to count FLOPs and bytes.
+
+    Returns:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v), the plan's output type.
+        lse: (batch, num_heads_q, seqlen_q), f32, or None.
+
+    Raises:
+        SimulationFault: a program broke a rule.
+    """
+    q_heads, k_heads, v_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k, v))
+    batch, num_heads_q, seqlen_q, _ = q_heads.shape
+    sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
+    out = torch.full((*q.shape[:3], plan.head_dim_v), math.nan, dtype=torch_dtype(plan.output))
+    lse = torch.full((batch, num_heads_q, seqlen_q), math.nan) if return_lse else None
+    tensors = {
+        "q": q_heads,
+        "k": k_heads,
+        "v": v_heads,
+        "out": out if layout == "bhsd" else out.transpose(1, 2),
+    }
+    if lse is not None:
+        tensors["lse"] = lse
+    scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
+    call = Call(
+        plan,
+        sizes,
+        softmax_scale_log2=torch.tensor(max(abs(scale), SMALLEST_SCALE) * math.log2(math.e)).item(),
+        scale_is_negative=scale < 0,
+        device=DeviceMemory(plan, sizes, tensors, memory),
+        steps={**STEPS_SIMULATED, **(steps or {})},
+        observer=observer,
+    )
+    with torch.no_grad():
+        _launch(call, lockstep=LOCKSTEP if observer is None else 1)
+    return out, lse
+
+
+def count(
+    plan: Plan,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int = 1,
+    heads: int = 1,
+    heads_kv: int | None = None,
+    *,
+    return_lse: bool = False,
+) -> Traffic:
+    """The FLOPs and bytes of a call, by running its programs without values.
+
+    Heads that take the same way through the program are run once and counted as often as there are.
+    """
+    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    traffic = Traffic()
+    device = DeviceMemory(plan, sizes, None, traffic, wanted=("lse",) if return_lse else ())
+    _launch(Call(plan, sizes, 1.0, False, device, STEPS_SIMULATED), lockstep=batch * heads)
+    return traffic
+
+
+def _launch(call: Call, lockstep: int) -> None:
+    """Run every launch of the plan."""
+    plan, sizes = call.plan, call.sizes
+    if sizes.batch * sizes.seqlen_q * sizes.num_heads_q == 0:
+        return  # the output is empty and nothing is launched
+    for launch in plan.launches:
+        kernel = next(kernel for kernel in plan.kernels if kernel.name == launch.kernel)
+        blocks = 0
+        for tile in tiles(plan, kernel, sizes, lockstep):
+            Block(call, kernel, tile).run()
+            blocks += len(tile.members)
+        grid = evaluate_formula(launch.grid, sizes.values)
+        if blocks != grid:
+            raise SimulationFault(
+                "wrong grid", f"{kernel.name} is launched on {grid} blocks and has {blocks} tiles"
+            )
+    if missing := call.device.unwritten(plan):
+        name, m = missing
+        raise SimulationFault(
+            "never written", f"block {m} of {name} is not written once by every head", place=name
+        )

@@ -1,0 +1,186 @@
+"""What the Steps of the GEMMs and the softmax compute. Pure functions first, then the Steps that apply them.
+
+S is kept as Q Kᵀ without the scale; row_max is in units of log2, scaled. Everything is f32 unless it says so.
+Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the form of FlashAttention-2.
+"""
+
+import math
+
+import torch
+
+from attngen.expr import evaluate
+from attngen.plan import RegTile
+from attngen.plan.steps import (
+    Clear,
+    ConvertP,
+    Exponentiate,
+    FinishRows,
+    MaskScores,
+    MaskScoresEach,
+    NegateTile,
+    OutputGemm,
+    ReduceRows,
+    RowMax,
+    ScaleRows,
+    ScoreGemm,
+)
+from attngen.simulate.copies import rounded
+from attngen.simulate.roles import RoleRun
+
+LN_2 = math.log(2)
+
+
+def running_max(s: torch.Tensor, row_max: torch.Tensor, scale: float) -> torch.Tensor:
+    """max(row_max, scaled maximum of s). NaN is passed over here; it comes back through the exponential."""
+    top = torch.nan_to_num(s, nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1)
+    return torch.fmax(row_max, top * scale)
+
+
+def exponent_reference(row_max: torch.Tensor) -> torch.Tensor:
+    """What exponents are taken relative to: the maximum, or 0 for a row that has seen no key."""
+    return row_max.masked_fill(row_max == -math.inf, 0.0)
+
+
+def rescale_factor(old_max: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
+    """What sums under the old maximum are worth under the new one."""
+    return torch.exp2(old_max - exponent_reference(row_max))
+
+
+def exponentials(s: torch.Tensor, row_max: torch.Tensor, scale: float) -> torch.Tensor:
+    """2^(scaled s - row_max), the exponent rounded once, as a fused multiply-add does."""
+    exact = s.double().mul_(scale).sub_(exponent_reference(row_max).unsqueeze(-1))
+    return torch.exp2_(exact.float())
+
+
+def inverse_sum(row_sum: torch.Tensor) -> torch.Tensor:
+    """1 / row_sum, or 0 for a row that saw no key."""
+    return torch.where(row_sum == 0, 0.0, row_sum.reciprocal())
+
+
+def log_sum_exp(row_max: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
+    """The natural logarithm of the sum of exponentials, or -inf for a row that saw no key."""
+    return torch.where(row_sum == 0, -math.inf, (row_max + torch.log2(row_sum)) * LN_2)
+
+
+def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Every row times its factor."""
+    return o * by.unsqueeze(-1)
+
+
+# ---- GEMM ---------------------------------------------------------------------------------------------
+def score_gemm(step: ScoreGemm, role: RoleRun) -> None:
+    """Compute acc = a bᵀ, accumulated in f32 from operands of the input type."""
+    a, b = role.read_shared(step.a), role.read_shared(step.b)
+    role.write(step.acc, lambda: torch.bmm(a, b.transpose(1, 2)))
+    if role.device.traffic:
+        useful = role.stage(step.a).valid_rows, role.stage(step.b).valid_rows, step.a.buffer.valid_cols
+        padded = step.acc.rows, step.acc.cols, step.a.buffer.cols
+        role.device.traffic.count_gemm(len(role.tile.members), padded, useful)
+
+
+def output_gemm(step: OutputGemm, role: RoleRun) -> None:
+    """Compute acc += a b, accumulated in f32 from operands of the input type."""
+    acc, a, b = role.read(step.acc), role.read(step.a), role.read_shared(step.b)
+    role.write(step.acc, lambda: torch.baddbmm(acc, a, b))
+    if role.device.traffic:
+        useful = role.valid_query_rows, role.stage(step.b).valid_rows, step.acc.valid_cols
+        padded = step.acc.rows, step.acc.cols, step.b.buffer.rows
+        role.device.traffic.count_gemm(len(role.tile.members), padded, useful)
+
+
+# ---- softmax ------------------------------------------------------------------------------------------
+def clear(step: Clear, role: RoleRun) -> None:
+    """Fill registers."""
+    value = -math.inf if step.value == "-inf" else 0.0
+    shape = (step.dst.rows, step.dst.cols) if isinstance(step.dst, RegTile) else (step.dst.rows,)
+    role.write(step.dst, lambda: torch.full((len(role.tile.members), *shape), value))
+
+
+def negate_tile(step: NegateTile, role: RoleRun) -> None:
+    """Flip the sign of a tile; each thread does its part."""
+    values = role.read_shared(step.tile, for_update=True)
+    role.write_shared(step.tile, torch.neg, values)
+
+
+def mask_scores(step: MaskScores, role: RoleRun) -> None:
+    """Keep the scores of the keys in the row's interval and in the sequence; the others become -inf."""
+    s = role.read(step.s)
+
+    def masked() -> torch.Tensor:
+        kv_idx, names = _indices(step, role)
+        keep = kv_idx < role.call.sizes.seqlen_k
+        for bound in step.visible.lower:
+            keep = keep & (kv_idx >= evaluate(bound, names))
+        for bound in step.visible.upper:
+            keep = keep & (kv_idx < evaluate(bound, names))
+        return torch.where(keep, s, -math.inf)
+
+    role.write(step.s, masked)
+
+
+def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
+    """Keep the scores of keys that the mask shows and that are in the sequence; the others become -inf."""
+    s = role.read(step.s)
+
+    def masked() -> torch.Tensor:
+        kv_idx, names = _indices(step, role)
+        keep = (kv_idx < role.call.sizes.seqlen_k) & evaluate(step.mask, names)
+        return torch.where(keep, s, -math.inf)
+
+    role.write(step.s, masked)
+
+
+def _indices(
+    step: MaskScores | MaskScoresEach, role: RoleRun
+) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
+    """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
+    sizes = role.call.sizes
+    batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
+    first_row, first_key = role.index(step.rows) * step.s.rows, role.index(step.block) * step.s.cols
+    kv_idx = torch.arange(first_key, first_key + step.s.cols).view(1, 1, -1)
+    return kv_idx, {
+        "q_idx": torch.arange(first_row, first_row + step.s.rows).view(1, -1, 1),
+        "kv_idx": kv_idx,
+        "seqlen_q": sizes.seqlen_q,
+        "seqlen_k": sizes.seqlen_k,
+        "b": batch,
+        "h": head,
+        "h_kv": head_kv,
+    }
+
+
+def row_max(step: RowMax, role: RoleRun) -> None:
+    """Raise the running maximum, and say what the sums so far are worth under it."""
+    s, old = role.read(step.s), role.read(step.row_max)
+    new = role.write(step.row_max, running_max, s, old, role.call.softmax_scale_log2)
+    role.write(step.alpha, rescale_factor, old, new)
+
+
+def exponentiate(step: Exponentiate, role: RoleRun) -> None:
+    """Scores to unnormalised probabilities, which are added to the rescaled sum."""
+    top, alpha, total = role.read(step.row_max), role.read(step.alpha), role.read(step.row_sum, partial=True)
+    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.softmax_scale_log2)
+    role.write(step.row_sum, lambda: alpha * total + s.sum(-1))
+
+
+def convert_p(step: ConvertP, role: RoleRun) -> None:
+    """Round probabilities to the input type."""
+    role.write(step.p, lambda s: rounded(s, step.p.dtype), role.read(step.s))
+
+
+def scale_rows(step: ScaleRows, role: RoleRun) -> None:
+    """Multiply every row by its factor."""
+    role.write(step.o, scale_rows_of, role.read(step.o), role.read(step.by))
+
+
+def reduce_rows(step: ReduceRows, role: RoleRun) -> None:
+    """Add up the lanes' parts; the simulator keeps only their sum."""
+    part = role.read(step.part, partial=True)
+    role.write(step.total, lambda: part)
+
+
+def finish_rows(step: FinishRows, role: RoleRun) -> None:
+    """The factor that normalises a row, and its log-sum-exp."""
+    top, total = role.read(step.row_max), role.read(step.row_sum)
+    role.write(step.inv_sum, inverse_sum, total)
+    role.write(step.lse, log_sum_exp, top, total)

@@ -1,0 +1,151 @@
+"""FLOPs and bytes of a launch: as counted while a program runs, and as formulas.
+
+Bytes are those that Steps ask of device memory, valid rows and columns only; what the L2 cache saves is not
+known here. The standard algorithm is the yardstick: S and P go to device memory and come back.
+"""
+
+from dataclasses import dataclass, field
+
+from attngen.dtypes import DType
+from attngen.plan import Plan
+from attngen.simulate.tiles import Sizes, block_bounds, ceil_div
+
+
+@dataclass
+class Traffic:
+    """What a launch costs.
+
+    Attributes:
+        flops: of the matrix products as executed, on whole padded tiles.
+        useful_flops: of these, the ones on rows, keys and columns that exist, masked or not.
+        read: bytes read from device memory, by place.
+        written: bytes written to it, by place.
+    """
+
+    flops: int = 0
+    useful_flops: int = 0
+    read: dict[str, int] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+
+    def count_gemm(self, times: int, padded: tuple[int, int, int], useful: tuple[int, int, int]) -> None:
+        """Count `times` products of rows x cols, contracted over k."""
+        self.flops += 2 * times * padded[0] * padded[1] * padded[2]
+        self.useful_flops += 2 * times * useful[0] * useful[1] * useful[2]
+
+    def count_read(self, place: str, size: int) -> None:
+        """Count bytes read from a place."""
+        self.read[place] = self.read.get(place, 0) + size
+
+    def count_written(self, place: str, size: int) -> None:
+        """Count bytes written to a place."""
+        self.written[place] = self.written.get(place, 0) + size
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from device memory."""
+        return sum(self.read.values())
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to device memory."""
+        return sum(self.written.values())
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes moved to and from device memory."""
+        return self.bytes_read + self.bytes_written
+
+
+def closed_form(
+    plan: Plan,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int = 1,
+    heads: int = 1,
+    heads_kv: int | None = None,
+    *,
+    return_lse: bool = False,
+) -> Traffic:
+    """What `count` counts, from the numbers of blocks alone: what the schedule's authors say it costs.
+
+    Masks whose blocks of keys depend on the head are not covered.
+    """
+    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    traffic = Traffic()
+    if not batch * heads * seqlen_q:
+        return traffic
+    pairs, rows_times_keys, rows_seeing_blocks, rows_visits, keys_visits = 0, 0, 0, 0, 0
+    for m in range(ceil_div(seqlen_q, plan.block_m)):
+        bounds = block_bounds(plan, sizes, m)
+        rows = min(plan.block_m, seqlen_q - m * plan.block_m)
+        blocks = bounds.n_max - bounds.n_min
+        keys = max(0, min(seqlen_k, bounds.n_max * plan.block_n) - bounds.n_min * plan.block_n)
+        pairs += blocks
+        rows_times_keys += rows * keys
+        rows_seeing_blocks += rows if blocks else 0
+        rows_visits += rows * blocks
+        keys_visits += keys
+    dims, element, f32 = plan.head_dim_qk + plan.head_dim_v, plan.inputs.bytes, 4
+    qk_row, v_row, o_row = plan.head_dim_qk * element, plan.head_dim_v * element, plan.head_dim_v * f32
+    traffic.flops = 2 * pairs * plan.block_m * plan.block_n * (plan.qk_cols + plan.v_cols)
+    traffic.useful_flops = 2 * rows_times_keys * dims
+    traffic.written = {"out": seqlen_q * plan.head_dim_v * plan.output.bytes}
+    if return_lse:
+        traffic.written["lse"] = seqlen_q * f32
+    if plan.schedule == "serial":
+        # K and V once; Q, O and the row statistics at every visit, the sum twice (it rescales O too).
+        traffic.read = {"k": seqlen_k * qk_row, "v": seqlen_k * v_row, "q": rows_visits * qk_row}
+        traffic.read |= {
+            "o_acc": (rows_visits + seqlen_q) * o_row,
+            "saved_max": (rows_visits + seqlen_q) * f32,
+        }
+        traffic.read["saved_sum"] = (2 * rows_visits + seqlen_q) * f32
+        traffic.written |= {"o_acc": (rows_visits + seqlen_q) * o_row}
+        traffic.written |= {name: (rows_visits + seqlen_q) * f32 for name in ("saved_max", "saved_sum")}
+    else:
+        # Q once; K and V once for every block of rows that sees them.
+        traffic.read = {"q": rows_seeing_blocks * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}
+    return _times(traffic, batch * heads)
+
+
+def standard_algorithm(
+    inputs: DType,
+    head_dim_qk: int,
+    head_dim_v: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int = 1,
+    heads: int = 1,
+) -> Traffic:
+    """What the standard algorithm costs: S = Q Kᵀ, P = softmax(S), O = P V, each from and to device memory.
+
+    S and P have the type of the inputs; the mask saves nothing. Source: FlashAttention, arXiv 2205.14135,
+    Algorithm 0.
+    """
+    element, scores = inputs.bytes, seqlen_q * seqlen_k
+    flops = 2 * scores * (head_dim_qk + head_dim_v)
+    read = {
+        "q": seqlen_q * head_dim_qk,
+        "k": seqlen_k * head_dim_qk,
+        "v": seqlen_k * head_dim_v,
+        "s": scores,
+        "p": scores,
+    }
+    written = {"s": scores, "p": scores, "out": seqlen_q * head_dim_v}
+    traffic = Traffic(
+        flops,
+        flops,
+        {name: n * element for name, n in read.items()},
+        {name: n * element for name, n in written.items()},
+    )
+    return _times(traffic, batch * heads)
+
+
+def _times(traffic: Traffic, heads: int) -> Traffic:
+    """The traffic of one head, for that many; places that nothing is moved to or from are left out."""
+    return Traffic(
+        traffic.flops * heads,
+        traffic.useful_flops * heads,
+        {name: n * heads for name, n in traffic.read.items() if n},
+        {name: n * heads for name, n in traffic.written.items() if n},
+    )

@@ -1,0 +1,119 @@
+"""Plans made by hand, without lowering: small tiles of f32, any program.
+
+A fault is provoked by the shortest program that commits it, whatever the schedules do.
+"""
+
+from attngen.arch import ARCHS
+from attngen.dtypes import F32, DType
+from attngen.expr import TRUE, Expr, KeyRange
+from attngen.plan import (
+    Buffer,
+    Cursor,
+    KernelPlan,
+    KeyBlocks,
+    Launch,
+    Plan,
+    Program,
+    RegTile,
+    RegVec,
+    Role,
+    Rows,
+    Scheduler,
+    Tensor,
+    Workspace,
+    ceil_div,
+    product,
+)
+from attngen.schedules import Places
+
+
+def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dtype: DType = F32) -> Places:
+    """Places for tiles of the given sizes; `out` has the bytes of `q`."""
+    q_bytes, kv_bytes = block_m * dim * 4, stages * block_n * dim * 4
+    return Places(
+        mask=TRUE,
+        visible=KeyRange((), ()),
+        stages=stages,
+        q=Buffer("q", dtype, block_m, dim, dim),
+        k=Buffer("k", dtype, block_n, dim, dim, stages, q_bytes),
+        v=Buffer("v", dtype, block_n, dim, dim, stages, q_bytes + kv_bytes),
+        out=Buffer("out", dtype, block_m, dim, dim, overlays="q"),
+        load_at=Cursor("load", stages),
+        read_at=Cursor("read", stages),
+        acc_s=RegTile("acc_s", F32, block_m, block_n, block_n, "accumulator"),
+        p=RegTile("p", dtype, block_m, block_n, block_n, "a_fragment"),
+        acc_o=RegTile("acc_o", F32, block_m, dim, dim, "accumulator"),
+        row_max=RegVec("row_max", block_m),
+        row_sum=RegVec("row_sum", block_m, partial=True),
+        alpha=RegVec("alpha", block_m),
+        total=RegVec("total", block_m),
+        inv_sum=RegVec("inv_sum", block_m),
+        row_lse=RegVec("row_lse", block_m),
+        q_in=Tensor("q", dtype, dim, "q", "q"),
+        k_in=Tensor("k", dtype, dim, "k", "kv"),
+        v_in=Tensor("v", dtype, dim, "k", "kv"),
+        result=Tensor("out", dtype, dim, "q", "q"),
+        lse=Rows("lse", optional=True),
+        o_acc=Tensor("o_acc", F32, dim, "q", "q", workspace=True),
+        saved_max=Rows("saved_max", workspace=True),
+        saved_sum=Rows("saved_sum", workspace=True),
+    )
+
+
+def plan_of(
+    at: Places,
+    *programs: Program,
+    schedule: str = "fa2",
+    key_blocks: KeyBlocks | None = None,
+    mask: Expr = TRUE,
+    grid: object = None,
+) -> Plan:
+    """A plan of one kernel whose roles run these programs."""
+    rows, dim = at.q.rows, at.q.cols
+    heads = product("batch", "num_heads_q")
+    if schedule == "serial":
+        default_grid, kind = heads, "heads"
+    else:
+        default_grid, kind = product(heads, ceil_div("seqlen_q", rows)), "query_blocks"
+    kernel = KernelPlan(
+        name="attention",
+        scheduler=Scheduler(kind),
+        roles=tuple(Role(f"role {i}", 1, program) for i, program in enumerate(programs)),
+        buffers=(at.q, at.k, at.v, at.out),
+        reg_tiles=(at.acc_s, at.p, at.acc_o),
+        reg_vecs=(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+        cursors=(at.load_at, at.read_at),
+        params=(),
+        blocks_per_sm=1,
+        smem_bytes=at.v.offset + at.v.size_bytes,
+    )
+    return Plan(
+        name="attention",
+        spec_name="",
+        spec_digest="",
+        arch=ARCHS["simulator"],
+        inputs=at.q.dtype,
+        output=at.q.dtype,
+        head_dim_qk=dim,
+        head_dim_v=dim,
+        mask=mask,
+        mask_text="full",
+        schedule=schedule,
+        block_m=rows,
+        block_n=at.k.rows,
+        stages=at.stages,
+        warps=1,
+        qk_cols=dim,
+        v_cols=dim,
+        row_tiles=1,
+        key_blocks=key_blocks or KeyBlocks(),
+        tensors=(at.q_in, at.k_in, at.v_in, at.result, at.o_acc),
+        rows=(at.lse, at.saved_max, at.saved_sum),
+        kernels=(kernel,),
+        workspaces=(
+            Workspace("o_acc", ("batch", "num_heads_q", "seqlen_q", dim)),
+            Workspace("saved_max", ("batch", "num_heads_q", "seqlen_q")),
+            Workspace("saved_sum", ("batch", "num_heads_q", "seqlen_q")),
+        ),
+        launches=(Launch("attention", default_grid if grid is None else grid),),
+    )
