@@ -1,5 +1,6 @@
 """What the Steps of control and synchronisation do."""
 
+from attngen.plan import BlockIndex
 from attngen.plan.steps import Advance, ForBlocks, ForTiles, Note, SyncThreads, When, WhenBlock
 from attngen.simulate.roles import RoleRun, Run, Wait
 
@@ -37,8 +38,8 @@ def _holds(step: When, role: RoleRun) -> bool:
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
         return role.tile.bounds.n_max > role.tile.bounds.n_min
-    bounds = role.bounds(role.variables["m"])
-    return bounds.n_min <= role.variables["n"] < bounds.n_max
+    bounds = role.bounds(role.index(BlockIndex("m")))
+    return bounds.n_min <= role.index(BlockIndex("n")) < bounds.n_max
 
 
 def when_block(step: WhenBlock, role: RoleRun) -> Run:

@@ -260,6 +260,7 @@ class RoleRun:
         Raises:
             SimulationFault: copies are in flight.
         """
+        self.step = None
         for stage, _ in (*self.started, *(copy for group in self.groups for copy in group)):
             raise self.fault(
                 "never landed", f"the program ends with a copy into {stage.name} in flight", stage.name

@@ -1,4 +1,4 @@
-"""What a teacher writes on the board: S, running max, rescale factor, running sum and O for every block of keys.
+"""What a teacher writes on the board: S, running max, rescale factor, running sum and O, block after block.
 
 Scores are scaled and maxima are in natural units, as in the textbooks, though the kernel keeps S unscaled and
 the maximum in units of log2. Read off a simulated run; nothing is computed again.
