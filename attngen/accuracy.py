@@ -1,0 +1,258 @@
+"""How far an output is from the fp64 reference, and how far it may be.
+
+One rule serves the simulator and every kernel: the yardstick is `reference.standard_attention`, the same
+mathematics at the same precision without tiles. This module compares; it runs no kernel and prints nothing.
+
+The rule, with `term = 2 * max |(ref + 0.3 - 0.3) - ref|` evaluated in the output dtype:
+
+- max |out - ref| is at most 2 times the yardstick's, plus `term`;
+- the RMSE over the rows that see a key is at most 1.2 times the yardstick's, plus `term / sqrt(rows)`, where
+  rows counts these rows over batch and heads;
+- |lse - ref| is at most 1e-4 + 1e-6 * |ref| in every row;
+- a row that sees no key is exactly 0 with lse = -inf; NaN and inf stand where the reference has them, only
+  there.
+
+Why `term` is divided by sqrt(rows) in the RMSE: it is there for chance. An exact algorithm which rounds P
+against another maximum draws other rounding errors than the yardstick; over few rows one of the two may be
+luckier by much more than 1.2 (for one row and 7 keys 1.8 was seen), over n rows only by about 1 + 1/sqrt(n).
+Whole, `term` is larger than every RMSE at 16k keys, and the second line would say nothing. On 14,000 random
+small problems run by flash and serial loops with blocks of 1 to 128 keys, the worst needed 0.19 * term /
+sqrt(rows), and none of 64 rows or more needed any. `term` itself is at least one unit in the last place of
+the largest |ref|: with few elements the sum with 0.3 may be exact by luck. The (1, 1) problem needs none of
+this: out is v there, exactly.
+
+f32 inputs round P to nothing shorter, so that the order of f32 sums is all that differs, and the yardstick,
+whose matrix product sums pairwise, is no bound for a loop over blocks. They are allowed one more term (see
+`_order_term`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attngen.errors import ArgumentError
+from attngen.expr import Expr
+from attngen.reference import Layout, attention, attention_chunked, standard_attention
+
+MAX_FACTOR = 2.0
+RMSE_FACTOR = 1.2
+LSE_ABSOLUTE = 1e-4
+LSE_RELATIVE = 1e-6
+
+NAIVE_SCORES = 2**22
+"""Above this many scores (32 MiB of fp64) the reference is computed in chunks."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The verdict on one output.
+
+    Attributes:
+        ok: whether every line of the rule holds.
+        max_error: largest |out - ref|; inf where one is NaN or inf and the other is not the same, or where a
+            row that sees no key is not 0.
+        rmse: root of the mean square of out - ref over the rows that see a key.
+        max_bound: what max_error may be.
+        rmse_bound: what rmse may be.
+        standard_max_error: the yardstick's own max_error.
+        standard_rmse: the yardstick's own rmse.
+        worst_index: index of max_error in out; () where out is empty.
+        got: out at worst_index.
+        expected: the reference at worst_index.
+        lse_error: |lse - ref| where it is largest against its bound; None where no lse was given.
+        lse_bound: what it may be there.
+        lse_index: where that is in lse: (batch, head, row).
+        failures: the lines of the rule that do not hold, in words.
+    """
+
+    ok: bool
+    max_error: float
+    rmse: float
+    max_bound: float
+    rmse_bound: float
+    standard_max_error: float
+    standard_rmse: float
+    worst_index: tuple[int, ...]
+    got: float
+    expected: float
+    lse_error: float | None
+    lse_bound: float | None
+    lse_index: tuple[int, ...]
+    failures: tuple[str, ...]
+
+    def describe(self) -> str:
+        """One line: verdict, errors, bounds, worst index."""
+        text = "ok" if self.ok else f"FAILED ({', '.join(self.failures)})"
+        text += f": max error {self.max_error:.2e} of {self.max_bound:.2e} allowed"
+        if self.worst_index:
+            index = ", ".join(map(str, self.worst_index))
+            text += f" at ({index}): got {self.got:.6g}, expected {self.expected:.6g}"
+        text += f"; rmse {self.rmse:.2e} of {self.rmse_bound:.2e}"
+        if self.lse_error is not None:
+            text += f"; lse {self.lse_error:.2e} of {self.lse_bound:.2e}"
+            if "lse" in self.failures:
+                text += f" at ({', '.join(map(str, self.lse_index))})"
+        return text
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def compare(
+    out: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Expr | None = None,
+    softmax_scale: float | None = None,
+    layout: Layout = "bshd",
+    *,
+    rows: Sequence[int] | None = None,
+) -> Accuracy:
+    """Hold an output against the fp64 reference on the same inputs, on the device they are on.
+
+    The reference is chunked where the naive one would take much memory; every row is compared, at any length.
+
+    Args:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v), f16, bf16 or f32.
+        lse: (batch, num_heads_q, seqlen_q), f32; None where the call returned none.
+        q: (batch, seqlen_q, num_heads_q, head_dim_qk), what the kernel read: f16, bf16 or f32.
+        k: (batch, seqlen_k, num_heads_kv, head_dim_qk), of q's dtype.
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v), of q's dtype.
+        mask: the mask the kernel applied; None is the full mask.
+        softmax_scale: 1/sqrt(head_dim_qk) where None.
+        layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
+        rows: Compare these queries alone, of every batch and head. For tensors of billions of elements, whose
+            reference takes minutes; an error elsewhere then goes unseen.
+
+    Raises:
+        ArgumentError: out or lse has not the shape that q and v ask for.
+    """
+    _check_shapes(out, lse, q, v, layout)
+    out = out.detach()
+    sequence = 2 if layout == "bhsd" else 1
+    if rows is not None:
+        index = torch.tensor(list(rows), dtype=torch.int64, device=out.device)
+        out = out.index_select(sequence, index)
+        lse = None if lse is None else lse.index_select(2, index)
+    scores = q.shape[0] * q.shape[3 - sequence] * q.shape[sequence] * k.shape[sequence]
+    if rows is None and scores <= NAIVE_SCORES:
+        ref, ref_lse = attention(q, k, v, mask, softmax_scale, layout)
+    else:
+        ref, ref_lse = attention_chunked(q, k, v, mask, softmax_scale, layout, rows=rows)
+    standard, _ = standard_attention(q, k, v, mask, softmax_scale, layout, out_dtype=out.dtype, rows=rows)
+
+    # From here on all is (batch, heads, rows, head_dim_v), with the worst index translated back at the end.
+    if layout == "bshd":
+        out, ref, standard = (x.transpose(1, 2) for x in (out, ref, standard))
+    empty = ref_lse.isneginf()[..., None]
+    visible = ref_lse.isfinite()
+    error = _distance(out.double(), ref)
+    error = error.masked_fill_(empty & (out != 0), math.inf)
+    standard_error = _distance(standard.double(), ref).nan_to_num_(posinf=0.0)
+
+    term = _rounding_term(ref, out.dtype)
+    order = _order_term(q, k, v, softmax_scale) if q.dtype == torch.float32 else 0.0
+    max_error, standard_max = _largest(error), _largest(standard_error)
+    rmse, standard_rmse = _root_mean_square(error[visible]), _root_mean_square(standard_error[visible])
+    max_bound = MAX_FACTOR * standard_max + term + order
+    rmse_bound = RMSE_FACTOR * standard_rmse + term / math.sqrt(max(1, int(visible.sum()))) + order
+    lines = (("max", max_error <= max_bound), ("rmse", rmse <= rmse_bound))
+    failures = [name for name, holds in lines if not holds]
+
+    worst_index: tuple[int, ...] = ()
+    got = expected = math.nan
+    if error.numel():
+        at = _where_largest(error)
+        got, expected = out[at].item(), ref[at].item()
+        b, h, row, column = at
+        row = row if rows is None else rows[row]
+        worst_index = (b, h, row, column) if layout == "bhsd" else (b, row, h, column)
+
+    lse_error = lse_bound = None
+    lse_index: tuple[int, ...] = ()
+    if lse is not None:
+        difference = _distance(lse.detach().double(), ref_lse)
+        allowed = LSE_ABSOLUTE + LSE_RELATIVE * ref_lse.abs().masked_fill(~visible, 0.0)
+        lse_error, lse_bound = 0.0, LSE_ABSOLUTE
+        if difference.numel():
+            at = _where_largest(difference / allowed)
+            lse_error, lse_bound = difference[at].item(), allowed[at].item()
+            lse_index = at if rows is None else (at[0], at[1], rows[at[2]])
+        if not lse_error <= lse_bound:
+            failures.append("lse")
+    return Accuracy(
+        ok=not failures,
+        max_error=max_error,
+        rmse=rmse,
+        max_bound=max_bound,
+        rmse_bound=rmse_bound,
+        standard_max_error=standard_max,
+        standard_rmse=standard_rmse,
+        worst_index=worst_index,
+        got=got,
+        expected=expected,
+        lse_error=lse_error,
+        lse_bound=lse_bound,
+        lse_index=lse_index,
+        failures=tuple(failures),
+    )
+
+
+def _check_shapes(out: Tensor, lse: Tensor | None, q: Tensor, v: Tensor, layout: Layout) -> None:
+    batch, heads, seqlen_q = (q.shape[i] for i in ((0, 1, 2) if layout == "bhsd" else (0, 2, 1)))
+    expected = (*q.shape[:3], v.shape[3])
+    if tuple(out.shape) != expected:
+        raise ArgumentError("out", tuple(out.shape), expected)
+    if lse is not None and tuple(lse.shape) != (batch, heads, seqlen_q):
+        raise ArgumentError("lse", tuple(lse.shape), (batch, heads, seqlen_q))
+
+
+def _distance(x: Tensor, ref: Tensor) -> Tensor:
+    """|x - ref|, with 0 for the same inf or NaN and inf for NaN or inf against anything else."""
+    same = (x == ref) | (x.isnan() & ref.isnan())
+    return (x - ref).abs_().nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(same, 0.0)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+
+
+def _where_largest(x: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(x.argmax(), x.shape))
+
+
+def _rounding_term(ref: Tensor, dtype: torch.dtype) -> float:
+    """2 * max |(ref + 0.3 - 0.3) - ref| in dtype, at least a unit in the last place of the largest |ref|."""
+    rounded = ref.to(dtype)
+    rounded = rounded[rounded.isfinite()]
+    if not rounded.numel():
+        return 0.0
+    by_sum = 2.0 * _largest(((rounded + 0.3 - 0.3) - rounded).abs())
+    _, exponent = math.frexp(_largest(rounded.abs()))
+    return max(by_sum, math.ldexp(torch.finfo(dtype).eps, exponent - 1))
+
+
+def _order_term(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None) -> float:
+    """What f32 may lose in any order: half a unit in the last place of the largest score, times the largest
+    v.
+
+    An error of d in a score moves out by about d * |v|. The largest score is bounded by |softmax_scale| *
+    |q| * |k|, some times more than a typical one, which leaves room for the errors of the sums, measured at
+    up to 0.05 of this on f32 inputs with blocks of 1 to 128 keys.
+    """
+
+    def largest_finite(x: Tensor) -> float:
+        return _largest(x[x.isfinite()])
+
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else abs(softmax_scale)
+    score = scale * largest_finite(q.norm(dim=-1)) * largest_finite(k.norm(dim=-1))
+    return 2.0**-24 * (1.0 + score) * largest_finite(v.abs())

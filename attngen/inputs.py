@@ -1,0 +1,244 @@
+"""Inputs for checks, fuzzing and benchmarks, and the poison and canaries that show what a kernel touches.
+
+Values depend on the shape, dtype, kind and seed alone: they are drawn on the CPU and then moved, so that
+every device and every memory layout holds the same numbers (`expanded` repeats some of them). A memory
+layout is an honest view: what lies around the tensor in the same storage is NaN. Nothing here knows a
+kernel.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+MemoryLayout = Literal["contiguous", "strided", "packed_qkv", "expanded", "offset", "bhsd"]
+MEMORY_LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
+"""How the storage of q, k and v is arranged; their shape is (batch, seqlen, heads, head_dim) in each.
+
+- contiguous
+- strided: gaps after every row, head and batch; odd strides on dimensions of size 1
+- packed_qkv: slices of one tensor whose rows hold q, k and v side by side; of (q) and (k, v) where
+  seqlen_q is not seqlen_k
+- expanded: k repeats over the batch and v over the heads, by strides of 0
+- offset: storage offsets of 16, 48 and 80 bytes, never a multiple of 32
+- bhsd: `q.transpose(1, 2)` is contiguous
+"""
+
+Kind = Literal["randn", "integers", "outliers"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What is drawn.
+
+- randn: N(0, 1)
+- integers: the exact tier; with `softmax_scale=EXACT_SCALE` every sum is exact, see `EXACT_SCALE`
+- outliers: N(0, 1) + N(0, 100) * Bernoulli(0.001), the second argument being the variance
+"""
+
+EXACT_SCALE = math.log(2.0)
+"""The softmax_scale that makes attention on `integers` exact.
+
+q holds -1, 0, 1, a row of k has at most two entries that are not 0 and are -1 or 1, v holds -3 to 3. A score
+is then an integer of at most 2 in absolute value, every weight 2^(score - maximum) a power of two from 1/16
+to 1 in any order of blocks, and every sum over up to 2^18 keys a multiple of 1/16 below 2^20: 24 bits, exact
+in f32. What is left is one division and one rounding to the output dtype, so that a wrong index is a wrong
+number and not noise.
+"""
+
+ALIGNMENT_BYTES = 16
+"""Rows start on this boundary in every layout, where head_dim allows it in the contiguous one."""
+
+POISON = (math.nan, math.inf, 6e4, -math.inf)
+"""What rows that no kernel may use hold, in turn. 6e4, finite even in f16, also shows where a
+maximum drops the NaN.
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The run-time sizes of one attention problem."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+
+
+def random_inputs(
+    shape: Shape,
+    head_dim_qk: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    layout: MemoryLayout = "contiguous",
+    kind: Kind = "randn",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw q, k and v.
+
+    Returns:
+        q: (batch, seqlen_q, heads, head_dim_qk), last dimension contiguous.
+        k: (batch, seqlen_k, heads_kv, head_dim_qk), likewise.
+        v: (batch, seqlen_k, heads_kv, head_dim_v), likewise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, heads_kv = shape.batch, shape.heads, shape.heads_kv
+    size_q = (batch, shape.seqlen_q, heads, head_dim_qk)
+    size_k = (batch, shape.seqlen_k, heads_kv, head_dim_qk)
+    size_v = (batch, shape.seqlen_k, heads_kv, head_dim_v)
+    if layout == "expanded":
+        size_k = (min(1, batch), *size_k[1:])
+        size_v = (*size_v[:2], min(1, heads_kv), head_dim_v)
+    q, k, v = (
+        _draw(size, kind, name, generator).to(dtype).to(device)
+        for size, name in ((size_q, "q"), (size_k, "k"), (size_v, "v"))
+    )
+    if layout == "strided":
+        return _with_gaps(q), _with_gaps(k), _with_gaps(v)
+    if layout == "packed_qkv":
+        if shape.seqlen_q == shape.seqlen_k:
+            q, k, v = _packed(q, k, v)
+        else:
+            k, v = _packed(k, v)
+        return q, k, v
+    if layout == "expanded":
+        return q, k.expand(batch, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
+    if layout == "offset":
+        return _with_offset(q, 1), _with_offset(k, 3), _with_offset(v, 5)
+    if layout == "bhsd":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    return q, k, v
+
+
+def poison(
+    q: Tensor, k: Tensor, v: Tensor, *, rows: int = 256, values: tuple[float, ...] = POISON
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy (batch, seqlen, heads, head_dim) inputs into the middle of larger buffers that must not be used.
+
+    Before the first and past the last row of every batch lie `rows` rows that hold `values` in turn, row by
+    row; the rest of each buffer, past the last head and the last column, is NaN. A kernel may load what lies
+    there, since the storage is valid, but no output may depend on it. 256 rows are the longest tile.
+
+    Returns:
+        q, k and v as views, equal to what was given.
+    """
+
+    def surround(x: Tensor) -> Tensor:
+        batch, seqlen, heads, head_dim = x.shape
+        pad = _aligned(head_dim, x) + _unit(x)
+        buffer = x.new_full((batch, rows + seqlen + rows, heads + 1, pad), math.nan)
+        for i, value in enumerate(values):
+            buffer[:, i : rows : len(values), :heads] = value
+            buffer[:, rows + seqlen + i :: len(values), :heads] = value
+        view = buffer[:, rows : rows + seqlen, :heads, :head_dim]
+        return view.copy_(x)
+
+    return surround(q), surround(k), surround(v)
+
+
+class Canary:
+    """An output tensor inside a buffer whose every other word must stay as it was.
+
+    The buffer is filled with one bit pattern, a NaN no arithmetic makes, in f16, bf16 and f32 alike. Before,
+    past and between the rows of `out` it must survive, and inside `out` it shows what was never written.
+    """
+
+    GUARD_ROWS = 256
+    _WORDS = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5)}
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        """Make the buffer; `out` is (batch, seqlen_q, heads, head_dim_v) on aligned rows with gaps."""
+        batch, seqlen, heads, head_dim = shape
+        word, self._pattern = self._WORDS[dtype.itemsize]
+        unit = ALIGNMENT_BYTES // dtype.itemsize
+        pad = -(-head_dim // unit) * unit + unit
+        rows = self.GUARD_ROWS + seqlen + self.GUARD_ROWS
+        self._words = torch.full((batch, rows, heads + 1, pad), self._pattern, dtype=word, device=device)
+        self._inside = torch.zeros_like(self._words, dtype=torch.bool)
+        self._here = (
+            slice(None),
+            slice(self.GUARD_ROWS, self.GUARD_ROWS + seqlen),
+            slice(heads),
+            slice(head_dim),
+        )
+        self._inside[self._here] = True
+        self.out = self._words.view(dtype)[self._here]
+
+    def damaged(self) -> tuple[int, ...] | None:
+        """The first place around `out` that was overwritten, in the coordinates of `out`; None where intact.
+
+        A row or a column outside the range of `out`, negative rows included, says on which side the write
+        fell.
+        """
+        changed = ((self._words != self._pattern) & ~self._inside).nonzero()
+        if not changed.numel():
+            return None
+        batch, row, head, column = changed[0].tolist()
+        return batch, row - self.GUARD_ROWS, head, column
+
+    def unwritten(self) -> int:
+        """How many elements of `out` still hold the canary."""
+        return int((self._words[self._here] == self._pattern).sum())
+
+
+def _draw(size: tuple[int, ...], kind: Kind, name: str, generator: torch.Generator) -> Tensor:
+    """One tensor in f32, on the CPU."""
+    if kind == "randn":
+        return torch.randn(size, generator=generator)
+    if kind == "outliers":
+        common, large = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+        return common + 10.0 * large * (torch.rand(size, generator=generator) < 0.001)
+    if name == "q":
+        return torch.randint(-1, 2, size, generator=generator).float()
+    if name == "v":
+        return torch.randint(-3, 4, size, generator=generator).float()
+    keys = torch.zeros(size)
+    for _ in range(2):  # two places of a row, perhaps the same one
+        place = torch.randint(0, size[-1], (*size[:-1], 1), generator=generator)
+        sign = 2.0 * torch.randint(0, 2, place.shape, generator=generator) - 1.0
+        keys.scatter_(-1, place, sign)
+    return keys
+
+
+def _unit(x: Tensor) -> int:
+    """Elements in one aligned unit of storage."""
+    return ALIGNMENT_BYTES // x.element_size()
+
+
+def _aligned(elements: int, x: Tensor) -> int:
+    return -(-elements // _unit(x)) * _unit(x)
+
+
+def _with_gaps(x: Tensor) -> Tensor:
+    batch, seqlen, heads, head_dim = x.shape
+    pad = _aligned(head_dim, x) + _unit(x)
+    buffer = x.new_full((batch, seqlen + 1, heads + 2, pad), math.nan)
+    view = buffer[:, :seqlen, :heads, :head_dim]
+    view.copy_(x)
+    # The stride of a dimension of size 1 says nothing; 3 is no multiple of any alignment and must do no harm.
+    strides = [
+        3 if size == 1 else stride for size, stride in zip(x.shape[:3], view.stride()[:3], strict=True)
+    ]
+    return view.as_strided(x.shape, (*strides, 1))
+
+
+def _packed(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Views of one tensor, (batch, seqlen, sum of heads * head_dim), each part starting on the alignment."""
+    widths = [_aligned(x.shape[2] * x.shape[3], x) for x in parts]
+    starts = [sum(widths[:i]) for i in range(len(parts))]
+    packed = parts[0].new_full((*parts[0].shape[:2], sum(widths)), math.nan)
+    views = []
+    for x, start in zip(parts, starts, strict=True):
+        width = x.shape[2] * x.shape[3]
+        view = packed[..., start : start + width].view(x.shape)
+        views.append(view.copy_(x))
+    return tuple(views)
+
+
+def _with_offset(x: Tensor, units: int) -> Tensor:
+    storage = x.new_full((x.numel() + 2 * units * _unit(x),), math.nan)
+    start = units * _unit(x)
+    return storage[start : start + x.numel()].view(x.shape).copy_(x)
