@@ -33,6 +33,9 @@ Op = Literal[
 INDEX_NAMES = ("b", "h", "h_kv", "q_idx", "kv_idx", "seqlen_q", "seqlen_k")
 """The names of the language: batch, query head, key/value head, row of q, row of k, and the two lengths."""
 
+TILE_NAMES = ("q_first", "q_last")
+"""What bounds over a tile also read: its first and last row. No text can name them."""
+
 LARGEST_INDEX = 2**30 - 1
 """No index and no length exceeds this (a rule of every call), and none is negative."""
 
@@ -98,7 +101,7 @@ def name(name: str) -> Expr:
     """
     if name == "score":
         return node("name", (), name, 0, "f32")
-    if name not in INDEX_NAMES:
+    if name not in INDEX_NAMES + TILE_NAMES:
         raise InternalError(f"the expression language has no name {name!r}")
     return node("name", (), name, 0, "i32")
 

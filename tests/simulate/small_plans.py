@@ -1,11 +1,13 @@
-"""Plans made by hand, without lowering: small tiles of f32, any program.
+"""Small plans: by hand for any program, and lowered from a spec.
 
-A fault is provoked by the shortest program that commits it, whatever the schedules do.
+A fault is provoked by the shortest program that commits it, whatever the schedules do; values are asked of what
+lowering makes.
 """
 
 from attngen.arch import ARCHS
 from attngen.dtypes import F32, DType
 from attngen.expr import TRUE, Expr, KeyRange
+from attngen.lower import lower
 from attngen.plan import (
     Buffer,
     Cursor,
@@ -25,6 +27,7 @@ from attngen.plan import (
     product,
 )
 from attngen.schedules import Places
+from attngen.spec import load
 
 
 def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dtype: DType = F32) -> Places:
@@ -117,3 +120,29 @@ def plan_of(
         ),
         launches=(Launch("attention", default_grid if grid is None else grid),),
     )
+
+
+def lowered(
+    schedule: str,
+    mask: str = "full",
+    stages: int = 1,
+    *,
+    block_m: int = 8,
+    block_n: int = 2,
+    head_dim: int = 4,
+    head_dim_v: int | None = None,
+    inputs: str = "f32",
+    target: str = "simulator",
+) -> Plan:
+    """The plan of a spec, with tiles small enough for every range of a program to hold many blocks."""
+    spec = load(
+        {
+            "target": target,
+            "problem": {"head_dim": {"qk": head_dim, "v": head_dim_v or head_dim}},
+            "precision": {"inputs": inputs},
+            "mask": mask,
+            "tile": {"block_m": block_m, "block_n": block_n},
+            "schedule": {"kind": schedule, "stages": stages},
+        }
+    )
+    return lower(spec, ARCHS[target])

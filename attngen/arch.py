@@ -1,0 +1,114 @@
+"""Frozen facts about the targets attngen knows, each with its source. No rule is applied here.
+
+Shared memory, register and thread limits: CUDA C++ Programming Guide, "Technical Specifications per Compute
+Capability". Instruction shapes: PTX ISA, "Matrix Fragments for mma.m16n8k16".
+"""
+
+from dataclasses import dataclass
+
+from attngen.errors import ToolchainError
+
+
+@dataclass(frozen=True)
+class Mma:
+    """Shape of the warp-wide matrix instruction a target uses: D (m x n) += A (m x k) B (k x n)."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a target offers.
+
+    Attributes:
+        name: what NVRTC calls it (`sm_90a`), or `simulator`.
+        compute_capability: (major, minor), None on the simulator.
+        runs_on_later_minor: a cubin for this target also runs on later minor versions of the same major one.
+        smem_bytes_per_block: most shared memory one block may ask for.
+        smem_bytes_per_sm: shared memory of one multiprocessor; each resident block also costs 1 KB of it.
+        registers_per_sm: 32-bit registers of one multiprocessor.
+        registers_per_thread: most registers one thread may hold.
+        threads_per_block: most threads in one block.
+        threads_per_sm: most resident threads on one multiprocessor.
+        mma: the matrix instruction of the schedules `serial` and `fa2`; 1x1x1 on the simulator, where any
+            tile is legal.
+        input_dtypes: names of the precisions Q, K and V may have.
+        emits: whether CUDA text can be made for it.
+    """
+
+    name: str
+    compute_capability: tuple[int, int] | None
+    smem_bytes_per_block: int
+    smem_bytes_per_sm: int
+    registers_per_sm: int = 65536
+    registers_per_thread: int = 255
+    threads_per_block: int = 1024
+    threads_per_sm: int = 2048
+    runs_on_later_minor: bool = True
+    mma: Mma = Mma(16, 8, 16)
+    input_dtypes: tuple[str, ...] = ("f16", "bf16")
+    emits: bool = True
+
+    @property
+    def has_mma_granularity(self) -> bool:
+        """Whether tiles must be multiples of a matrix instruction."""
+        return self.mma != Mma(1, 1, 1)
+
+    @property
+    def token(self) -> str:
+        """The target as part of an identifier: `sm90a`."""
+        return self.name.replace("_", "")
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a cubin of this target loads on a GPU of that compute capability."""
+        if self.compute_capability is None:
+            return False
+        major, minor = self.compute_capability
+        if self.runs_on_later_minor:
+            return capability[0] == major and capability[1] >= minor
+        return capability == (major, minor)
+
+
+_KB = 1024
+_UNBOUNDED = 1 << 40
+
+ARCHS: dict[str, Arch] = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", (8, 0), 163 * _KB, 164 * _KB),
+        Arch("sm_86", (8, 6), 99 * _KB, 100 * _KB, threads_per_sm=1536),
+        Arch("sm_89", (8, 9), 99 * _KB, 100 * _KB, threads_per_sm=1536),
+        Arch("sm_90a", (9, 0), 227 * _KB, 228 * _KB, runs_on_later_minor=False),
+        Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, threads_per_sm=1536),
+        Arch(
+            "simulator",
+            None,
+            _UNBOUNDED,
+            _UNBOUNDED,
+            registers_per_sm=_UNBOUNDED,
+            registers_per_thread=_UNBOUNDED,
+            mma=Mma(1, 1, 1),
+            input_dtypes=("f16", "bf16", "f32"),
+            emits=False,
+        ),
+    )
+}
+
+
+def arch_for_capability(capability: tuple[int, int]) -> Arch:
+    """The best target for a GPU of that compute capability.
+
+    Raises:
+        ToolchainError: no target of attngen runs there.
+    """
+    candidates = [arch for arch in ARCHS.values() if arch.runs_on(capability)]
+    if not candidates:
+        major, minor = capability
+        raise ToolchainError(
+            f"a GPU of compute capability {major}.{minor} runs none of attngen's targets",
+            f"use a GPU of one of {', '.join(a.name for a in ARCHS.values() if a.emits)}, "
+            "or run on CPU tensors",
+        )
+    return max(candidates, key=lambda arch: arch.compute_capability or (0, 0))

@@ -1,0 +1,129 @@
+"""The strict Jinja environment: undefined names, None and containers are errors, and the filters name things.
+
+Templates decide which statements exist; the filters here turn places into the names and index expressions of the
+emitted text. No algorithm lives here.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+
+from attngen.errors import InternalError
+from attngen.plan import BlockIndex, Buffer, Param, Plan, Program, RegTile, Rows, Tensor, View
+from attngen.resources import templates_dir
+
+_ELEMENTS = {"f16": "F16", "bf16": "Bf16"}
+_C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
+_CONDITIONS = {
+    "tile has blocks": "seen.n_max > seen.n_min",
+    "scale is negative": "params.scale_is_negative",
+    "m sees n": "key_blocks(tile, m).visits(n)",
+}
+_BLOCK_SIZES = {"q": "kBlockM", "k": "kBlockN"}
+_INDEX_BASES = {"m": "m", "n": "n", "m_block": "tile.m_block", "zero": "0", "m_max": "m_max", "n_end": "n_end"}
+
+
+def finalize(value: Any) -> Any:
+    """What may stand in emitted text: bool becomes true or false; None, nan and containers are refused."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    bad = value is None or isinstance(value, tuple | list | dict | set)
+    if bad or (isinstance(value, float) and not math.isfinite(value)):
+        raise InternalError(f"a template would print {value!r}")
+    return value
+
+
+def strict_environment() -> jinja2.Environment:
+    """An environment over `templates/` in which nothing is forgiven."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_dir()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=finalize,
+    )
+
+
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax")
+
+
+def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
+    """The macro of every Step, by the Step's name."""
+    modules = (env.get_template(f"steps/{file}.cuh.j2").module for file in STEP_FILES)
+    return {name: macro for module in modules for name, macro in vars(module).items() if name[0].isupper()}
+
+
+def emission_environment(plan: Plan) -> jinja2.Environment:
+    """The environment for one plan, with the filters that its templates use."""
+    env = strict_environment()
+
+    def program(steps: Program, indent: int = 2) -> str:
+        text = "".join(str(macros[type(step).__name__](step=step)) for step in steps)
+        return textwrap.indent(text, " " * indent).rstrip("\n")
+
+    env.filters.update(
+        program=program,
+        element=lambda dtype: _ELEMENTS[dtype.name],
+        condition=_CONDITIONS.__getitem__,
+        tile_type=_tile_type,
+        smem=_smem,
+        index=_index,
+        first_row=_first_row,
+        head=_head,
+        head_offset=_head_offset,
+        declaration=_declaration,
+        rows_name=lambda buffer: "kBlockN" if buffer.name in ("k", "v") else "kBlockM",
+        cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
+        valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
+    )
+    env.globals.update(scheduler=plan.kernel.scheduler, tensors=plan.tensors, row_vectors=plan.rows)
+    macros = step_macros(env)
+    return env
+
+
+def _tile_type(place: Buffer | View) -> str:
+    buffer = place.buffer if isinstance(place, View) else place
+    return f"{buffer.name.capitalize()}Tile"
+
+
+def _smem(view: View) -> str:
+    base = f"{view.buffer.name}_smem"
+    if view.cursor is None or view.cursor.stages == 1:
+        return base
+    return f"{base} + {view.cursor.name} * {_tile_type(view)}::kBytes"
+
+
+def _index(block: BlockIndex) -> str:
+    base = _INDEX_BASES.get(block.base, f"seen.{block.base}")
+    return str(block).replace(block.base if block.base != "zero" else "0", base, 1)
+
+
+def _first_row(block: BlockIndex, axis: str) -> str:
+    index = _index(block)
+    return f"({index}) * {_BLOCK_SIZES[axis]}" if block.offset else f"{index} * {_BLOCK_SIZES[axis]}"
+
+
+def _head(place: Tensor | Rows) -> str:
+    return f"{place.name}_head"
+
+
+def _head_offset(tensor: Tensor) -> str:
+    if tensor.workspace:
+        return "((i64)tile.batch * params.num_heads_q + tile.head) * params.seqlen_q * kHeadDimV"
+    head = "tile.kv_head" if tensor.heads == "kv" else "tile.head"
+    return f"tile.batch * params.{tensor.name}_stride_batch + {head} * params.{tensor.name}_stride_head"
+
+
+def _declaration(place: Param | RegTile) -> str:
+    if isinstance(place, RegTile):
+        if place.layout == "a_fragment":
+            return f"u32 {place.name}[kRowTiles][{place.cols // 16}][4]"
+        return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
+    if place.ctype == "pointer":
+        is_16_bit = place.value in ("q.ptr", "k.ptr", "v.ptr", "out.ptr")
+        return f"{'u16' if is_16_bit else 'float'}* {place.name}"
+    return f"{_C_TYPES[place.ctype]} {place.name}"

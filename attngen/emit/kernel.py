@@ -1,0 +1,103 @@
+"""Plan -> one readable .cu file: the frame of templates/kernel.cu.j2 around the programs of the roles."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from attngen.emit.device import used_by
+from attngen.emit.environment import emission_environment
+from attngen.errors import InternalError
+from attngen.expr import to_cuda
+from attngen.plan import KeyBlocks, Plan, walk
+from attngen.plan.steps import MaskScores, MaskScoresEach
+
+_NAMES = {
+    "b": "tile.batch",
+    "h": "tile.head",
+    "h_kv": "tile.kv_head",
+    "q_idx": "q_idx",
+    "kv_idx": "kv_idx",
+    "seqlen_q": "tile.seqlen_q",
+    "seqlen_k": "tile.seqlen_k",
+    "q_first": "q_first",
+    "q_last": "q_last",
+}
+
+
+class Constant(NamedTuple):
+    """A `constexpr int` of the emitted file and the field it comes from."""
+
+    name: str
+    value: int
+    origin: str
+
+
+def emit(plan: Plan) -> str:
+    """The CUDA C++ text of a plan. The same plan gives the same bytes.
+
+    Raises:
+        InternalError: the plan's arch runs on the simulator only.
+    """
+    if not plan.arch.emits:
+        raise InternalError(f"nothing is emitted for {plan.arch.name}")
+    env = emission_environment(plan)
+    kernel = plan.kernel
+    scheduler = getattr(env.get_template("scheduler.cuh.j2").module, kernel.scheduler.kind)
+    mask = env.get_template("mask.cuh.j2").module
+    frame = env.get_template("kernel.cu.j2")
+    body = frame.render(
+        plan=plan,
+        kernel=kernel,
+        version=attngen_version(),
+        constants=_constants(plan),
+        scheduler=str(scheduler(kernel.scheduler)).strip("\n"),
+        key_blocks=str(mask.key_blocks(_bounds_text(plan.key_blocks))).strip("\n"),
+        mask=_mask_text(plan, mask).strip("\n"),
+    )
+    head, _, rest = body.partition(_THIS_KERNEL)
+    return head + "\n\n".join(used_by(rest)) + "\n\n" + _THIS_KERNEL + rest
+
+
+_THIS_KERNEL = "// ---- this kernel"
+
+
+def attngen_version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("attngen")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _constants(plan: Plan) -> tuple[Constant, ...]:
+    return (
+        Constant("kBlockM", plan.block_m, "tile.block_m: query rows of a block"),
+        Constant("kBlockN", plan.block_n, "tile.block_n: keys of a block"),
+        Constant("kHeadDimQk", plan.head_dim_qk, "problem.head_dim.qk"),
+        Constant("kHeadDimV", plan.head_dim_v, "problem.head_dim.v"),
+        Constant("kQkCols", plan.qk_cols, f"padded to {plan.arch.mma.k}, the k of mma.sync"),
+        Constant("kVCols", plan.v_cols, "padded likewise"),
+        Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
+        Constant("kThreads", plan.kernel.threads, f"schedule.warps = {plan.warps}"),
+        Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
+    )
+
+
+def _bounds_text(bounds: KeyBlocks) -> dict[str, object]:
+    """The bounds with every key as CUDA text."""
+    names = ("first_any", "first_all", "end_any", "end_all")
+    return {"exact": bounds.exact} | {
+        name: [to_cuda(key, _NAMES) for key in getattr(bounds, name)] for name in names
+    }
+
+
+def _mask_text(plan: Plan, macros: object) -> str:
+    """The device functions by which the masking Step asks the mask."""
+    for step in walk(plan.kernel.roles[0].program):
+        if isinstance(step, MaskScores):
+            lower, upper = (
+                [to_cuda(key, _NAMES) for key in keys] for keys in (step.visible.lower, step.visible.upper)
+            )
+            return str(macros.row_bounds(lower, upper))  # type: ignore[attr-defined]
+        if isinstance(step, MaskScoresEach):
+            return str(macros.predicate(to_cuda(step.mask, _NAMES)))  # type: ignore[attr-defined]
+    return ""

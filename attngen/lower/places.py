@@ -1,0 +1,105 @@
+"""Tiles, storage and the parameters of a kernel: from a choice of numbers to places."""
+
+from attngen.arch import Arch
+from attngen.dtypes import F32, DType
+from attngen.expr import Expr, KeyRange, extremes, name
+from attngen.lower.tiles import Choice
+from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
+from attngen.schedules import Places
+
+
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `value`."""
+    return -(-value // step) * step
+
+
+def places(
+    choice: Choice,
+    arch: Arch,
+    inputs: DType,
+    output: DType,
+    head_dims: tuple[int, int],
+    mask: Expr,
+    visible: KeyRange | None,
+) -> Places:
+    """Every place a schedule may name, at its offset in shared memory.
+
+    `out` lies over q (and over k and v where it is larger): the schedules stage it after their last use of those.
+    """
+    qk, v = head_dims
+    qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in head_dims)
+    m, n, stages = choice.block_m, choice.block_n, choice.stages
+    q_buffer = Buffer("q", inputs, m, qk_cols, qk)
+    k_buffer = Buffer("k", inputs, n, qk_cols, qk, stages, q_buffer.size_bytes)
+    v_buffer = Buffer("v", inputs, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
+    return Places(
+        mask=mask,
+        visible=visible,
+        stages=stages,
+        q=q_buffer,
+        k=k_buffer,
+        v=v_buffer,
+        out=Buffer("out", output, m, v_cols, v, overlays="q"),
+        load_at=Cursor("load_at", stages),
+        read_at=Cursor("read_at", stages),
+        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
+        p=RegTile("p", inputs, m, n, n, "a_fragment"),
+        acc_o=RegTile("acc_o", F32, m, v_cols, v, "accumulator"),
+        row_max=RegVec("row_max", m),
+        row_sum=RegVec("row_sum", m, partial=True),
+        alpha=RegVec("alpha", m),
+        total=RegVec("total", m),
+        inv_sum=RegVec("inv_sum", m),
+        row_lse=RegVec("row_lse", m),
+        q_in=Tensor("q", inputs, qk, "q", "q"),
+        k_in=Tensor("k", inputs, qk, "k", "kv"),
+        v_in=Tensor("v", inputs, v, "k", "kv"),
+        result=Tensor("out", output, v, "q", "q"),
+        lse=Rows("lse", optional=True),
+        o_acc=Tensor("o_acc", F32, v, "q", "q", workspace=True),
+        saved_max=Rows("saved_max", workspace=True),
+        saved_sum=Rows("saved_sum", workspace=True),
+    )
+
+
+def key_blocks(visible: KeyRange | None) -> KeyBlocks:
+    """The bounds of a block of rows from those of one row: their extremes over q_first .. q_last."""
+    if visible is None:
+        return KeyBlocks(exact=False)
+    first, last = name("q_first"), name("q_last")
+    lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
+    upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
+    return KeyBlocks(
+        first_any=tuple(lo for lo, _ in lower),
+        first_all=tuple(hi for _, hi in lower),
+        end_any=tuple(hi for _, hi in upper),
+        end_all=tuple(lo for lo, _ in upper),
+    )
+
+
+def workspaces(at: Places) -> tuple[Workspace, ...]:
+    """Device memory for what the schedule keeps there: O, row_max and row_sum, in f32."""
+    rows = ("batch", "num_heads_q", "seqlen_q")
+    return (
+        Workspace(at.o_acc.name, (*rows, at.o_acc.cols)),
+        Workspace(at.saved_max.name, rows),
+        Workspace(at.saved_sum.name, rows),
+    )
+
+
+def params(spaces: tuple[Workspace, ...]) -> tuple[Param, ...]:
+    """The fields of the parameter struct: pointers, strides in elements, sizes, scale."""
+    tensors = ("q", "k", "v", "out")
+    return (
+        *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
+        Param("lse", "pointer", "lse.ptr"),
+        *(Param(space.name, "pointer", f"workspace.{space.name}") for space in spaces),
+        *(
+            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+            for tensor in tensors
+            for axis in ("batch", "seqlen", "head")
+        ),
+        *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
+        Param("scale_is_negative", "i32", "scale_is_negative"),
+        Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
+    )

@@ -1,0 +1,232 @@
+"""Places: what a Step reads and writes. Objects, never text.
+
+A place is declared once in a kernel plan and referred to by object. Device memory: `Tensor`, `Rows`. Shared
+memory: `Buffer`, seen through a `View` that picks the stage a `Cursor` stands at. Registers: `RegTile`, `RegVec`.
+Block indices are a variable or a bound of the tile plus a constant (`BlockIndex`). No number is decided here.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal
+
+from attngen.dtypes import DType
+
+CHUNK_BYTES = 16
+"""What one cp.async or one ldmatrix row moves; the unit of the swizzle."""
+BANK_BYTES = 128
+"""What shared memory serves in one clock: 32 banks of 4 bytes."""
+
+
+@dataclass(frozen=True)
+class Swizzle:
+    """Where the 16-byte chunk `chunk` of row `row` stands, so that eight rows of one column never share a bank.
+
+    Rows follow one another without padding. With `pitch` chunks a row, g = gcd(pitch, 8) says how many
+    neighbouring chunks may be exchanged; the exchange changes every 8 / g rows. Then the eight chunks that one
+    ldmatrix phase reads (one column, eight rows) fall on the eight 16-byte groups of the banks: pitch * row takes
+    8 / g different multiples of g, and the XOR takes the g values between them.
+    """
+
+    pitch: int
+
+    @property
+    def span(self) -> int:
+        """How many neighbouring chunks are exchanged: a power of two up to 8."""
+        return gcd(self.pitch, BANK_BYTES // CHUNK_BYTES)
+
+    @property
+    def rows_per_step(self) -> int:
+        """After how many rows the exchange changes."""
+        return BANK_BYTES // CHUNK_BYTES // self.span
+
+    def physical_chunk(self, row: int, chunk: int) -> int:
+        """The chunk of the row where logical chunk `chunk` is kept."""
+        return chunk ^ (row // self.rows_per_step % self.span)
+
+    def address(self, row: int, chunk: int) -> int:
+        """Byte offset of a chunk from the start of the tile."""
+        return (row * self.pitch + self.physical_chunk(row, chunk)) * CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Which stage of a ring a role works on next; it only moves by an `Advance` step."""
+
+    name: str
+    stages: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tile in shared memory, `stages` times.
+
+    Attributes:
+        rows, cols: of one stage; cols is padded to the matrix instruction, columns from `valid_cols` on are zero.
+        offset: bytes from the start of the block's shared memory.
+        overlays: name of the buffer whose bytes this one reuses after that one's last use, or None.
+    """
+
+    name: str
+    dtype: DType
+    rows: int
+    cols: int
+    valid_cols: int
+    stages: int = 1
+    offset: int = 0
+    overlays: str | None = None
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one stage."""
+        return self.rows * self.cols * self.dtype.bits // 8
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all stages."""
+        return self.stage_bytes * self.stages
+
+    @property
+    def pitch_chunks(self) -> int:
+        """16-byte chunks in a row."""
+        return self.cols * self.dtype.bits // 8 // CHUNK_BYTES
+
+    @property
+    def swizzle(self) -> Swizzle:
+        """How the chunks of a row are exchanged against bank conflicts."""
+        return Swizzle(self.pitch_chunks)
+
+    def at(self, cursor: Cursor | None = None) -> "View":
+        """The stage that `cursor` stands at; without a cursor, the only one."""
+        return View(self, cursor)
+
+
+@dataclass(frozen=True)
+class View:
+    """One stage of a buffer."""
+
+    buffer: Buffer
+    cursor: Cursor | None
+
+    def __str__(self) -> str:
+        return self.buffer.name + (f"[{self.cursor.name}]" if self.cursor else "")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in device memory, (batch, seqlen, heads, cols), of which a tile is a block of rows of one head.
+
+    Attributes:
+        axis: whose length its rows have, "q" or "k".
+        heads: whose heads it has, "q" or "kv".
+        workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
+    """
+
+    name: str
+    dtype: DType
+    cols: int
+    axis: Literal["q", "k"]
+    heads: Literal["q", "kv"]
+    workspace: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One f32 per query row in device memory, dense (batch, num_heads_q, seqlen_q).
+
+    Attributes:
+        optional: the user may not ask for it; then nothing is written.
+        workspace: made by the launch rather than passed by the user.
+    """
+
+    name: str
+    optional: bool = False
+    workspace: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class RegTile:
+    """A tile spread over the registers of a role's warps, rows first split over the warps.
+
+    Attributes:
+        layout: "accumulator" (D of the matrix instruction, f32) or "a_fragment" (its A operand).
+        valid_cols: columns that mean something; the others are zero.
+    """
+
+    name: str
+    dtype: DType
+    rows: int
+    cols: int
+    valid_cols: int
+    layout: Literal["accumulator", "a_fragment"]
+
+    def registers_per_thread(self, warps: int) -> int:
+        """32-bit registers that each of the warps' threads spends on it."""
+        return self.rows * self.cols * self.dtype.bits // 32 // (32 * warps)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class RegVec:
+    """One f32 per row of the role's tile, in registers.
+
+    Attributes:
+        partial: each of the four lanes that share a row holds its own part, and their sum is meant.
+    """
+
+    name: str
+    rows: int
+    partial: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Variable = Literal["m", "n", "m_block", "n_min", "n_full_begin", "n_full_end", "n_max", "zero", "m_max", "n_end"]
+"""What a block index starts from: a loop's own index (m, n), a bound of the tile, 0, or the number of blocks of
+rows (m_max) and of keys (n_end) of the whole sequence."""
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """The number of a block of rows or keys: `base + offset`."""
+
+    base: Variable
+    offset: int = 0
+
+    def __add__(self, offset: int) -> "BlockIndex":
+        return BlockIndex(self.base, self.offset + offset)
+
+    def __sub__(self, offset: int) -> "BlockIndex":
+        return self + -offset
+
+    def __str__(self) -> str:
+        base = "0" if self.base == "zero" else self.base
+        return base if not self.offset else f"{base} {'+' if self.offset > 0 else '-'} {abs(self.offset)}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Blocks lo, lo + 1, ... hi - 1, or the same from right to left.
+
+    Attributes:
+        tile_class: what lowering knows of them: "partial" tiles compare, "full" tiles need not, "any" is unknown.
+    """
+
+    name: str
+    lo: BlockIndex
+    hi: BlockIndex
+    descending: bool
+    tile_class: Literal["full", "partial", "any"]
+
+    def __str__(self) -> str:
+        if self.descending:
+            return f"{self.hi - 1} .. {self.lo} downwards"
+        return f"{self.lo} .. {self.hi - 1}"

@@ -1,0 +1,379 @@
+"""The Steps: the whole vocabulary of a program. Data only.
+
+Each Step has one name in three places: the class here, the Jinja macro in `templates/steps`, the function in
+`attngen.simulate`. `str(step)` is its line in a listing. A program is a tuple of Steps; the order is the schedule.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from attngen.expr import Expr, KeyRange
+from attngen.plan.places import BlockIndex, Cursor, Range, RegTile, RegVec, Rows, Tensor, View
+
+
+@dataclass(frozen=True)
+class Step:
+    """Base of all Steps."""
+
+
+Program = tuple[Step, ...]
+
+
+# ---- control ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ForTiles(Step):
+    """Run the body for every tile that the scheduler gives this block."""
+
+    body: Program
+
+    def __str__(self) -> str:
+        return "for each tile of this block:"
+
+
+@dataclass(frozen=True)
+class ForBlocks(Step):
+    """Run the body for every block of a range; `index` names the loop's variable."""
+
+    range: Range
+    index: Literal["m", "n"]
+    body: Program
+
+    def __str__(self) -> str:
+        return f"for {self.index} in {self.range} ({self.range.tile_class} tiles):"
+
+
+Condition = Literal["tile has blocks", "scale is negative", "m sees n"]
+"""Closed set of run-time conditions, uniform over the block. `m sees n`: the mask lets some row of block m see some
+key of block n."""
+
+
+@dataclass(frozen=True)
+class When(Step):
+    """Run the body where a uniform condition holds."""
+
+    condition: Condition
+    body: Program
+
+    def __str__(self) -> str:
+        return f"when {self.condition}:"
+
+
+@dataclass(frozen=True)
+class WhenBlock(Step):
+    """Run the body where block `block` is not left of `first`, that is, exists."""
+
+    block: BlockIndex
+    first: BlockIndex
+    body: Program
+
+    def __str__(self) -> str:
+        return f"when {self.block} >= {self.first}:"
+
+
+# ---- synchronisation --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SyncThreads(Step):
+    """Wait for all threads of the block; orders their shared and device memory accesses."""
+
+    def __str__(self) -> str:
+        return "sync threads"
+
+
+@dataclass(frozen=True)
+class Advance(Step):
+    """Move a cursor to the next stage of its ring."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"advance {self.cursor.name}"
+
+
+# ---- copies -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LoadTile(Step):
+    """Start copying a block of rows of this tile's head to shared memory, asynchronously.
+
+    Attributes:
+        bounded: rows past the sequence may occur; they arrive as zeros.
+    """
+
+    dst: View
+    src: Tensor
+    block: BlockIndex
+    bounded: bool
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]" + (" (zeros past the end)" if self.bounded else "")
+
+
+@dataclass(frozen=True)
+class CommitCopies(Step):
+    """Close the group of copies started since the last commit; a group may be empty."""
+
+    def __str__(self) -> str:
+        return "commit copies"
+
+
+@dataclass(frozen=True)
+class WaitCopies(Step):
+    """Wait until at most `pending` of this thread's groups of copies are in flight, the newest ones."""
+
+    pending: int
+
+    def __str__(self) -> str:
+        return "wait for copies" + (f", {self.pending} newest may be in flight" if self.pending else "")
+
+
+@dataclass(frozen=True)
+class CopyTile(Step):
+    """Round an accumulator to the type of a buffer and write it there."""
+
+    src: RegTile
+    dst: View
+
+    def __str__(self) -> str:
+        return f"copy {self.dst} <- {self.src}"
+
+
+@dataclass(frozen=True)
+class StoreTile(Step):
+    """Write a buffer to a block of rows in device memory; rows past the sequence are dropped."""
+
+    src: View
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class LoadFragment(Step):
+    """Read an accumulator from a block of rows in device memory; rows past the sequence read as zero."""
+
+    dst: RegTile
+    src: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StoreFragment(Step):
+    """Write an accumulator to a block of rows in device memory; rows past the sequence are dropped."""
+
+    src: RegTile
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class LoadRows(Step):
+    """Read one value per row from device memory."""
+
+    dst: RegVec
+    src: Rows
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StoreRows(Step):
+    """Write one value per row to device memory."""
+
+    src: RegVec
+    dst: Rows
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+# ---- GEMM -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ScoreGemm(Step):
+    """acc = a bᵀ, both row by row in shared memory (contraction over their columns). Synchronous."""
+
+    acc: RegTile
+    a: View
+    b: View
+
+    def __str__(self) -> str:
+        return f"{self.acc} = {self.a} {self.b}ᵀ"
+
+
+@dataclass(frozen=True)
+class OutputGemm(Step):
+    """acc += a b, a in registers, the rows of b in shared memory contracted. Synchronous."""
+
+    acc: RegTile
+    a: RegTile
+    b: View
+
+    def __str__(self) -> str:
+        return f"{self.acc} += {self.a} {self.b}"
+
+
+# ---- softmax ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Clear(Step):
+    """Fill registers with 0, or with -inf."""
+
+    dst: RegTile | RegVec
+    value: Literal["0", "-inf"] = "0"
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.value}"
+
+
+@dataclass(frozen=True)
+class NegateTile(Step):
+    """Flip the sign of a tile in shared memory: what a negative softmax_scale asks of Q."""
+
+    tile: View
+
+    def __str__(self) -> str:
+        return f"{self.tile} = -{self.tile}"
+
+
+@dataclass(frozen=True)
+class MaskScores(Step):
+    """Set the scores of invisible keys to -inf; what a row sees is an interval of keys, known in closed form."""
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    visible: KeyRange
+
+    def __str__(self) -> str:
+        return f"{self.s} = -inf where masked, or past the last key"
+
+
+@dataclass(frozen=True)
+class MaskScoresEach(Step):
+    """Set the scores of invisible keys to -inf, asking the mask for each pair of row and key."""
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    mask: Expr
+
+    def __str__(self) -> str:
+        return f"{self.s} = -inf where masked, or past the last key (asked for each)"
+
+
+@dataclass(frozen=True)
+class RowMax(Step):
+    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled."""
+
+    s: RegTile
+    row_max: RegVec
+    alpha: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.row_max}, {self.alpha} = running maximum of {self.s}, rescale factor"
+
+
+@dataclass(frozen=True)
+class Exponentiate(Step):
+    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s."""
+
+    s: RegTile
+    row_max: RegVec
+    row_sum: RegVec
+    alpha: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
+
+
+@dataclass(frozen=True)
+class ConvertP(Step):
+    """Round probabilities to the input type, as the A operand of the second GEMM."""
+
+    s: RegTile
+    p: RegTile
+
+    def __str__(self) -> str:
+        return f"{self.p} = {self.s} rounded to {self.p.dtype.name}"
+
+
+@dataclass(frozen=True)
+class ScaleRows(Step):
+    """Multiply every row of an accumulator by its factor."""
+
+    o: RegTile
+    by: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.o} = {self.o} * {self.by}"
+
+
+@dataclass(frozen=True)
+class ReduceRows(Step):
+    """Add up the parts of a row's sum that its lanes hold."""
+
+    total: RegVec
+    part: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.total} = {self.part} added over the lanes"
+
+
+@dataclass(frozen=True)
+class FinishRows(Step):
+    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf."""
+
+    row_max: RegVec
+    row_sum: RegVec
+    inv_sum: RegVec
+    lse: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.inv_sum}, {self.lse} = 1 / {self.row_sum}, log-sum-exp"
+
+
+@dataclass(frozen=True)
+class Note(Step):
+    """A heading for readers; it does nothing."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return f"# {self.text}"
+
+
+STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
+"""Every kind of Step."""
+
+CONDITIONS: tuple[str, ...] = get_args(Condition)
+
+
+def body_of(step: Step) -> Program:
+    """The Steps inside a control Step; nothing for the others."""
+    return step.body if isinstance(step, ForTiles | ForBlocks | When | WhenBlock) else ()
+
+
+def walk(program: Program) -> Iterator[Step]:
+    """Every Step of a program, outer before inner, in order."""
+    for step in program:
+        yield step
+        yield from walk(body_of(step))
+
+
+def listing(program: Program, indent: int = 0) -> str:
+    """The program as text, one line a Step."""
+    lines = []
+    for step in program:
+        lines.append("  " * indent + str(step))
+        if body := body_of(step):
+            lines.append(listing(body, indent + 1))
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""FlashAttention-1 as its Algorithm 1: one block per head, KV blocks outside, Q blocks inside.
+
+O, row_max and row_sum live in device memory and O is normalised at every step; nothing overlaps. It is here to be
+read and to be compared with, not to be fast.
+Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 1; the comments give its lines.
+"""
+
+from attngen.plan import BlockIndex, Program, Range
+from attngen.plan.steps import (
+    Clear,
+    CommitCopies,
+    ConvertP,
+    CopyTile,
+    Exponentiate,
+    FinishRows,
+    ForBlocks,
+    ForTiles,
+    LoadFragment,
+    LoadRows,
+    LoadTile,
+    NegateTile,
+    Note,
+    OutputGemm,
+    ReduceRows,
+    RowMax,
+    ScaleRows,
+    ScoreGemm,
+    StoreFragment,
+    StoreRows,
+    StoreTile,
+    SyncThreads,
+    WaitCopies,
+    When,
+)
+from attngen.schedules.tiles import Places
+
+M, N, ZERO = BlockIndex("m"), BlockIndex("n"), BlockIndex("zero")
+ALL_ROWS = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
+ALL_KEYS = Range("keys", ZERO, BlockIndex("n_end"), descending=False, tile_class="any")
+
+
+def serial(at: Places) -> Program:
+    """The program of every warp."""
+    land = (CommitCopies(), WaitCopies(0), SyncThreads())
+    initialise = (
+        Clear(at.acc_o),
+        Clear(at.row_max, "-inf"),
+        Clear(at.total),
+        StoreFragment(at.acc_o, at.o_acc, M),
+        StoreRows(at.row_max, at.saved_max, M),
+        StoreRows(at.total, at.saved_sum, M),
+    )
+    update = (
+        SyncThreads(),
+        Note("line 8: load Q, O, row_sum, row_max"),
+        LoadTile(at.q.at(), at.q_in, M, bounded=True),
+        *land,
+        When("scale is negative", (NegateTile(at.q.at()), SyncThreads())),
+        LoadFragment(at.acc_o, at.o_acc, M),
+        LoadRows(at.row_max, at.saved_max, M),
+        LoadRows(at.row_sum, at.saved_sum, M),
+        LoadRows(at.total, at.saved_sum, M),
+        Note("line 9: S = Q Kᵀ"),
+        ScoreGemm(at.acc_s, at.q.at(), at.k.at()),
+        at.mask_scores(M, N),
+        Note("lines 10 and 11: new row_max and row_sum"),
+        RowMax(at.acc_s, at.row_max, at.alpha),
+        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
+        Note("line 12: O = (row_sum alpha O + P V) / new row_sum"),
+        ScaleRows(at.acc_o, at.total),
+        ScaleRows(at.acc_o, at.alpha),
+        ConvertP(at.acc_s, at.p),
+        OutputGemm(at.acc_o, at.p, at.v.at()),
+        ReduceRows(at.total, at.row_sum),
+        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        ScaleRows(at.acc_o, at.inv_sum),
+        StoreFragment(at.acc_o, at.o_acc, M),
+        Note("line 13: write row_sum and row_max"),
+        StoreRows(at.row_max, at.saved_max, M),
+        StoreRows(at.total, at.saved_sum, M),
+    )
+    finish = (
+        LoadFragment(at.acc_o, at.o_acc, M),
+        LoadRows(at.row_max, at.saved_max, M),
+        LoadRows(at.total, at.saved_sum, M),
+        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        StoreRows(at.row_lse, at.lse, M),
+        SyncThreads(),
+        CopyTile(at.acc_o, at.out.at()),
+        SyncThreads(),
+        StoreTile(at.out.at(), at.result, M),
+    )
+    return (
+        ForTiles(
+            (
+                Note("line 2: O = 0, row_sum = 0, row_max = -inf in device memory"),
+                ForBlocks(ALL_ROWS, "m", initialise),
+                Note("line 5: every block of keys"),
+                ForBlocks(
+                    ALL_KEYS,
+                    "n",
+                    (
+                        SyncThreads(),
+                        LoadTile(at.k.at(), at.k_in, N, bounded=True),
+                        LoadTile(at.v.at(), at.v_in, N, bounded=True),
+                        *land,
+                        Note("line 7: every block of rows that sees it"),
+                        ForBlocks(ALL_ROWS, "m", (When("m sees n", update),)),
+                    ),
+                ),
+                Note("round O to the output type, lse = row_max + log row_sum"),
+                SyncThreads(),
+                ForBlocks(ALL_ROWS, "m", finish),
+            )
+        ),
+    )

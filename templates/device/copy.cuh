@@ -1,0 +1,79 @@
+// How a block's threads share the chunks of a tile: thread t copies chunks t, t + kThreads, ... Where a pass is a
+// multiple of eight rows, a thread keeps its column and its exchange from pass to pass.
+template <class Tile, int kThreads>
+struct Passes {
+  static constexpr int kCount = (Tile::kRows * Tile::kChunks + kThreads - 1) / kThreads;
+  static constexpr bool kKeepsColumn = kThreads % (8 * Tile::kChunks) == 0;
+  static constexpr bool kEven = Tile::kRows * Tile::kChunks % kThreads == 0;
+};
+
+// Start copying a tile: rows first_row .. of a head whose rows stand `stride` elements apart. Rows at or past
+// `end_row` and columns past the head dim arrive as zeros.
+template <class Tile, int kThreads>
+DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_row) {
+  using Pass = Passes<Tile, kThreads>;
+  const u32 thread = stay_in_loop(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < Pass::kCount; ++i) {
+    const u32 index = i * kThreads + thread, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    if (!Pass::kEven && row >= Tile::kRows) break;
+    const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
+    const u16* src = valid ? head + (first_row + (i64)row) * stride + chunk * 8 : head;
+    cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
+  }
+}
+
+// The same where every row is known to exist.
+template <class Tile, int kThreads>
+DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
+  using Pass = Passes<Tile, kThreads>;
+  const u32 thread = stay_in_loop(threadIdx.x);
+  if (Pass::kKeepsColumn && Tile::kValidChunks == Tile::kChunks) {
+    const u32 row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const u16* src = head + (first_row + (i64)row) * stride + chunk * 8;
+    dst += Tile::address(row, chunk);
+#pragma unroll
+    for (int i = 0; i < Pass::kCount; ++i) {
+      cp_async_16(dst + i * kThreads * 16, src, 16);
+      src += kThreads / Tile::kChunks * stride;
+    }
+  } else {
+    load_tile<Tile, kThreads>(dst, head, stride, first_row, first_row + Tile::kRows);
+  }
+}
+
+// Flip the sign of every element of a tile.
+template <class Tile, int kThreads>
+DEV void negate_tile(u32 tile) {
+#pragma unroll 1
+  for (int index = threadIdx.x; index < Tile::kRows * Tile::kChunks; index += kThreads) {
+    uint4 x = load_shared_16(tile + index * 16);
+    x.x ^= 0x80008000u, x.y ^= 0x80008000u, x.z ^= 0x80008000u, x.w ^= 0x80008000u;
+    store_shared_16(tile + index * 16, x);
+  }
+}
+
+// Round an accumulator and write it to a tile; each warp writes its own rows.
+template <class Element, class Tile, int kRowTiles, int kColTiles>
+DEV void copy_tile(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j) {
+      const u32 address = dst + Tile::address(row_in_tile<kRowTiles>(r), j) + lane_column() * 2;
+      store_shared(address, Element::pack(acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]));
+    }
+  }
+}
+
+// Write a tile to rows first_row .. of a head; rows at or past `end_row` are dropped.
+template <class Tile, int kThreads>
+DEV void store_tile(u16* head, i64 stride, int first_row, int end_row, u32 src) {
+#pragma unroll 4
+  for (int index = threadIdx.x; index < Tile::kRows * Tile::kValidChunks; index += kThreads) {
+    const int row = index / Tile::kValidChunks, chunk = index % Tile::kValidChunks;
+    if (first_row + row < end_row) {
+      *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+    }
+  }
+}

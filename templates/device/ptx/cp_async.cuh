@@ -1,0 +1,14 @@
+// Start copying 16 bytes from device to shared memory; of them `bytes` (0 or 16) are read, the rest become zeros.
+// PTX ISA: cp.async. `.cg` caches in L2 only.
+DEV void cp_async_16(u32 dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// Close the group of this thread's copies started since the last commit. PTX ISA: cp.async.commit_group.
+DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most kPending of this thread's newest groups are in flight. PTX ISA: cp.async.wait_group.
+template <int kPending>
+DEV void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}

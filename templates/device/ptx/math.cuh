@@ -1,0 +1,13 @@
+// 2^x, at most 2 ulp off; -inf gives 0. PTX ISA: ex2.approx.ftz.
+DEV float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x), absolute error at most 2^-22 near 1, else 2^-22 relative. PTX ISA: lg2.approx.ftz.
+DEV float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}

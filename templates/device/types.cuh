@@ -1,0 +1,13 @@
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+#define DEV static __device__ __forceinline__
+
+// Infinity, without a header.
+DEV float infinity() { return __int_as_float(0x7f800000); }
+
+// Keep a value from being computed ahead of the loop it is used in: what it leads to is cheap, registers are not.
+DEV u32 stay_in_loop(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}

@@ -1,0 +1,196 @@
+"""Every Step of every program has a reason: without it the simulator faults or gives another result."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from small_plans import lowered
+
+from attngen.plan import Plan, Program, Step, body_of
+from attngen.plan.steps import (
+    CommitCopies,
+    CopyTile,
+    ForBlocks,
+    Note,
+    ScaleRows,
+    SyncThreads,
+    WaitCopies,
+)
+from attngen.simulate import SimulationFault, simulate
+
+Path = tuple[int, ...]
+"""Where a Step stands: its number in the program, then in the body it is in, and so on."""
+WINDOW = "kv_idx > q_pos - 12 and kv_idx <= q_pos + 5"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Step in a program.
+
+    Attributes:
+        around: the Steps it is in, outermost first.
+    """
+
+    schedule: str
+    mask: str
+    stages: int
+    step: Step
+    path: Path
+    around: tuple[Step, ...]
+
+    @property
+    def range(self) -> str:
+        """Name of the innermost range it runs over."""
+        return next((s.range.name for s in reversed(self.around) if isinstance(s, ForBlocks)), "")
+
+    def __str__(self) -> str:
+        number = ".".join(map(str, self.path))
+        return f"{number} {type(self.step).__name__}: {str(self.step).splitlines()[0]}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One small call. Together: both signs, odd lengths, GQA, rows that see 0, 1, 2 and many blocks."""
+
+    seqlen_q: int
+    seqlen_k: int
+    heads: int = 1
+    heads_kv: int = 1
+    softmax_scale: float = 0.6
+
+
+INPUTS = (
+    Inputs(1, 1),
+    Inputs(5, 23, heads=2),
+    Inputs(13, 22, heads=2, heads_kv=1, softmax_scale=-0.7),
+    Inputs(23, 9),
+    Inputs(16, 32, softmax_scale=-0.5),
+    Inputs(32, 32),
+)
+TOLERANCE = 1e-3
+"""Less is rounding; every input below differs by more from what it should be, or not at all."""
+
+PROGRAMS = [
+    (schedule, mask, stages)
+    for schedule, many in (("serial", (1,)), ("fa2", (1, 2, 3)))
+    for stages in many
+    for mask in ("full", "causal", WINDOW)
+]
+
+
+def is_first_rescale(site: Site) -> bool:
+    """With the full mask only the last block of keys is masked, and it is the first to be visited."""
+    rescales = isinstance(site.step, ScaleRows) and site.step.by.name == "alpha"
+    return rescales and site.range == "right" and site.mask == "full"
+
+
+def lands_keys_of_serial(site: Site) -> bool:
+    """Before the loop over rows. With a window some blocks of keys have no rows, and Q does not follow."""
+    in_loop_over_keys = site.schedule == "serial" and site.range == "keys" and len(site.around) == 2
+    if isinstance(site.step, CommitCopies | WaitCopies):
+        return in_loop_over_keys and site.mask != WINDOW
+    return in_loop_over_keys and isinstance(site.step, SyncThreads) and site.path[-1] > 0
+
+
+def is_before_copy_of_out(site: Site) -> bool:
+    """O takes the bytes of Q, which the last block of keys reads before its barrier for V."""
+    if not isinstance(site.step, SyncThreads) or not site.around:
+        return False
+    following = body_of(site.around[-1])[site.path[-1] + 1 :]
+    is_last_but_one = any(isinstance(step, CopyTile) for step in following[:1])
+    return is_last_but_one and site.schedule == "fa2" and site.stages == 1
+
+
+REDUNDANT: dict[str, Callable[[Site], bool]] = {
+    "a heading for readers": lambda site: isinstance(site.step, Note),
+    "O is still 0 when the first block of keys rescales it": is_first_rescale,
+    "the wait and the barriers for Q, which follows, cover K and V": lands_keys_of_serial,
+    "with one stage the barrier for V already stands after the last read of Q": is_before_copy_of_out,
+}
+"""Steps without which nothing changes that the simulator sees, by reason."""
+
+
+def sites(
+    case: tuple[str, str, int], program: Program, prefix: Path = (), around: Program = ()
+) -> Iterator[Site]:
+    """Every Step of a program, outer before inner."""
+    for i, step in enumerate(program):
+        yield Site(*case, step, (*prefix, i), around)
+        yield from sites(case, body_of(step), (*prefix, i), (*around, step))
+
+
+def without(program: Program, path: Path) -> Program:
+    """The program without the Step at a path and what is in it."""
+    first, *rest = path
+    before, step, after = program[:first], program[first], program[first + 1 :]
+    if not rest:
+        return before + after
+    shorter = without(body_of(step), tuple(rest))
+    return (*before, replace(step, body=shorter), *after)  # type: ignore[call-arg]
+
+
+def with_program(plan: Plan, program: Program) -> Plan:
+    """The plan with another program for its one role."""
+    (role,) = plan.kernel.roles
+    kernel = replace(plan.kernel, roles=(replace(role, program=program),))
+    return replace(plan, kernels=(kernel, *plan.kernels[1:]))
+
+
+def results(plan: Plan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Out and lse of every one of the fixed inputs."""
+    for i, x in enumerate(INPUTS):
+        generator = torch.Generator().manual_seed(i)
+
+        def randn(seqlen: int, heads: int, cols: int, generator: torch.Generator = generator) -> torch.Tensor:
+            values = torch.randn(2, seqlen, heads, cols, generator=generator)
+            return (2 * values).to(getattr(torch, plan.inputs.torch_name))
+
+        q = randn(x.seqlen_q, x.heads, plan.head_dim_qk)
+        k = randn(x.seqlen_k, x.heads_kv, plan.head_dim_qk)
+        v = randn(x.seqlen_k, x.heads_kv, plan.head_dim_v)
+        out, lse = simulate(plan, q, k, v, softmax_scale=x.softmax_scale, return_lse=True)
+        assert lse is not None
+        yield out, lse
+
+
+def differ(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    """Whether anything differs by more than rounding; -inf equals -inf."""
+    return any(
+        not torch.allclose(f.float(), e.float(), rtol=TOLERANCE, atol=TOLERANCE)
+        for f, e in zip(found, expected, strict=True)
+    )
+
+
+def is_noticed(plan: Plan, expected: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether some input makes the plan fault or give something else than expected."""
+    try:
+        return any(differ(found, right) for found, right in zip(results(plan), expected, strict=True))
+    except SimulationFault:
+        return True
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: ", ".join(map(str, case)))
+def test_every_step_is_needed(case: tuple[str, str, int]) -> None:
+    """Without one of its Steps a program faults or differs, or the Step is listed, and none in vain."""
+    plan = lowered(*case)
+    expected = list(results(plan))
+    program = plan.kernel.roles[0].program
+    unnoticed, listed = [], []
+    for site in sites(case, program):
+        if any(claims(site) for claims in REDUNDANT.values()):
+            listed.append(str(site))
+        if not is_noticed(with_program(plan, without(program, site.path)), expected):
+            unnoticed.append(str(site))
+    assert unnoticed == listed
+
+
+def test_deletion_finds_nested_steps() -> None:
+    """The test reaches Steps in every body, and a deletion takes a Step and what is in it and no more."""
+    case = ("fa2", "causal", 2)
+    program = lowered(*case).kernel.roles[0].program
+    every = list(sites(case, program))
+    assert max(len(site.path) for site in every) >= 4
+    for site in every:
+        removed = 1 + sum(1 for _ in sites(case, body_of(site.step)))
+        assert len(list(sites(case, without(program, site.path)))) == len(every) - removed

@@ -1,0 +1,326 @@
+"""Every rule of the simulator is broken by a short program, and kept by the same program mended."""
+
+import pytest
+import torch
+from small_plans import places, plan_of
+
+from attngen.errors import InternalError
+from attngen.plan import BlockIndex, Program, Range, Step
+from attngen.plan.steps import (
+    Clear,
+    CommitCopies,
+    CopyTile,
+    FinishRows,
+    ForBlocks,
+    ForTiles,
+    LoadFragment,
+    LoadRows,
+    LoadTile,
+    NegateTile,
+    OutputGemm,
+    ReduceRows,
+    ScaleRows,
+    ScoreGemm,
+    StoreFragment,
+    StoreRows,
+    StoreTile,
+    SyncThreads,
+    WaitCopies,
+    When,
+)
+from attngen.schedules import SCHEDULES
+from attngen.simulate import SimulationFault, simulate
+
+AT = places(stages=2)
+M, ZERO, ONE = BlockIndex("m_block"), BlockIndex("zero"), BlockIndex("zero", 1)
+SYNC, COMMIT, WAIT = SyncThreads(), CommitCopies(), WaitCopies(0)
+LOAD_Q = LoadTile(AT.q.at(), AT.q_in, M, bounded=True)
+LOAD_K = LoadTile(AT.k.at(AT.read_at), AT.k_in, ZERO, bounded=False)
+LOAD_K_1 = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=False)
+LOAD_K_1_BOUNDED = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=True)
+LOAD_K_LEFT = LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("zero", -1), bounded=True)
+LOAD_V = LoadTile(AT.v.at(AT.read_at), AT.v_in, ZERO, bounded=True)
+LAND = (COMMIT, WAIT, SYNC)
+SCORES = ScoreGemm(AT.acc_s, AT.q.at(), AT.k.at(AT.read_at))
+CLEAR_O = Clear(AT.acc_o)
+COPY_OUT, STORE_OUT = CopyTile(AT.acc_o, AT.out.at()), StoreTile(AT.out.at(), AT.result, M)
+END = (CLEAR_O, SYNC, COPY_OUT, SYNC, STORE_OUT)
+FINISH = FinishRows(AT.row_max, AT.total, AT.inv_sum, AT.row_lse)
+STATISTICS = (Clear(AT.row_max), Clear(AT.total))
+SAVE, RESTORE = StoreRows(AT.row_max, AT.saved_max, M), LoadRows(AT.alpha, AT.saved_max, M)
+OVER_N = ForBlocks(Range("keys", ZERO, ONE, False, "any"), "n", (LOAD_Q, *LAND))
+SEES = When("m sees n", (LOAD_Q, *LAND))
+
+# name: (a program that breaks the rule, the Step to blame, the same program mended, the rule, the place)
+CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
+    "read under a copy": (
+        (LOAD_Q, LOAD_K, COMMIT, SYNC, SCORES, WAIT),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, COMMIT, WAIT, SYNC, SCORES),
+        "race",
+        "q",
+    ),
+    "read of a copy that was not committed in time": (
+        (LOAD_Q, COMMIT, LOAD_K, WAIT, SYNC, SCORES, *LAND),
+        ScoreGemm,
+        (LOAD_Q, COMMIT, LOAD_K, *LAND, SCORES),
+        "race",
+        "k[0]",
+    ),
+    "read of a group that the wait leaves out": (
+        (LOAD_Q, COMMIT, LOAD_K, COMMIT, WaitCopies(1), SYNC, SCORES, WAIT),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, COMMIT, COMMIT, WaitCopies(1), SYNC, SCORES, WAIT),
+        "race",
+        "k[0]",
+    ),
+    "read of what other threads copied": (
+        (LOAD_Q, LOAD_K, COMMIT, WAIT, SCORES),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, COMMIT, WAIT, SYNC, SCORES),
+        "race",
+        "q",
+    ),
+    "read of what other threads stored": (
+        (CLEAR_O, COPY_OUT, STORE_OUT),
+        StoreTile,
+        (),
+        "race",
+        "out",
+    ),
+    "negation of what other threads copied": (
+        (LOAD_Q, COMMIT, WAIT, NegateTile(AT.q.at())),
+        NegateTile,
+        (LOAD_Q, COMMIT, WAIT, SYNC, NegateTile(AT.q.at())),
+        "race",
+        "q",
+    ),
+    "read of what other threads negated": (
+        (LOAD_Q, LOAD_K, *LAND, NegateTile(AT.q.at()), SCORES),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, *LAND, NegateTile(AT.q.at()), SYNC, SCORES),
+        "race",
+        "q",
+    ),
+    "copy over what others may be reading": (
+        (LOAD_Q, LOAD_K, *LAND, SCORES, LOAD_K, *LAND),
+        LoadTile,
+        (LOAD_Q, LOAD_K, *LAND, SCORES, SYNC, LOAD_K, *LAND),
+        "race",
+        "k[0]",
+    ),
+    "negation of what others may be reading": (
+        (LOAD_Q, LOAD_K, *LAND, SCORES, NegateTile(AT.q.at())),
+        NegateTile,
+        (LOAD_Q, LOAD_K, *LAND, SCORES, SYNC, NegateTile(AT.q.at())),
+        "race",
+        "q",
+    ),
+    "two copies into one stage": (
+        (LOAD_K, COMMIT, LOAD_K, *LAND),
+        LoadTile,
+        (LOAD_K, *LAND, LOAD_K, *LAND),
+        "race",
+        "k[0]",
+    ),
+    "store to bytes that others may be reading": (
+        (LOAD_Q, LOAD_K, *LAND, SCORES, CLEAR_O, COPY_OUT),
+        CopyTile,
+        (LOAD_Q, LOAD_K, *LAND, SCORES, CLEAR_O, SYNC, COPY_OUT),
+        "race",
+        "out",
+    ),
+    "store to bytes under a copy": (
+        (LOAD_Q, COMMIT, CLEAR_O, SYNC, COPY_OUT, WAIT),
+        CopyTile,
+        (LOAD_Q, COMMIT, CLEAR_O, WAIT, SYNC, COPY_OUT),
+        "race",
+        "out",
+    ),
+    "row values of another lane": (
+        (*STATISTICS, SAVE, RESTORE),
+        LoadRows,
+        (*STATISTICS, SAVE, SYNC, RESTORE),
+        "race",
+        "saved_max",
+    ),
+    "buffer nobody filled": (
+        (LOAD_Q, *LAND, SCORES),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, *LAND, SCORES),
+        "uninitialised read",
+        "k[0]",
+    ),
+    "buffer whose bytes were given away": (
+        (LOAD_Q, LOAD_K, *LAND, CLEAR_O, COPY_OUT, SYNC, SCORES),
+        ScoreGemm,
+        (LOAD_Q, LOAD_K, *LAND, CLEAR_O, SCORES),
+        "uninitialised read",
+        "q",
+    ),
+    "register nobody wrote": (
+        (ScaleRows(AT.acc_o, AT.alpha),),
+        ScaleRows,
+        (CLEAR_O, Clear(AT.alpha), ScaleRows(AT.acc_o, AT.alpha)),
+        "uninitialised read",
+        "acc_o",
+    ),
+    "accumulator that a GEMM adds to": (
+        (Clear(AT.p), LOAD_V, *LAND, OutputGemm(AT.acc_o, AT.p, AT.v.at(AT.read_at))),
+        OutputGemm,
+        (CLEAR_O, Clear(AT.p), LOAD_V, *LAND, OutputGemm(AT.acc_o, AT.p, AT.v.at(AT.read_at))),
+        "uninitialised read",
+        "acc_o",
+    ),
+    "workspace nobody wrote": (
+        (LoadFragment(AT.acc_o, AT.o_acc, M),),
+        LoadFragment,
+        (CLEAR_O, StoreFragment(AT.acc_o, AT.o_acc, M), LoadFragment(AT.acc_o, AT.o_acc, M)),
+        "uninitialised read",
+        "o_acc",
+    ),
+    "rows past the end": (
+        (LOAD_K_1, *LAND),
+        LoadTile,
+        (LOAD_K_1_BOUNDED, *LAND),
+        "out of bounds",
+        "k",
+    ),
+    "rows before the beginning": (
+        (LOAD_K_LEFT, *LAND),
+        LoadTile,
+        (LOAD_K, *LAND),
+        "out of bounds",
+        "k",
+    ),
+    "copy nobody waits for": (
+        (LOAD_K, COMMIT),
+        None,
+        (LOAD_K, COMMIT, WAIT),
+        "never landed",
+        "k[0]",
+    ),
+    "copy nobody commits": (
+        (LOAD_K, WAIT),
+        None,
+        (LOAD_K, COMMIT, WAIT),
+        "never landed",
+        "k[0]",
+    ),
+    "one lane's part for the whole": (
+        (Clear(AT.row_max), Clear(AT.row_sum), FinishRows(AT.row_max, AT.row_sum, AT.inv_sum, AT.row_lse)),
+        FinishRows,
+        (Clear(AT.row_max), Clear(AT.row_sum), ReduceRows(AT.total, AT.row_sum), FINISH),
+        "partial sum",
+        "row_sum",
+    ),
+    "index of a loop that is not there": (
+        (LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("n"), bounded=True), *LAND),
+        LoadTile,
+        (LOAD_K, *LAND),
+        "undefined index",
+        "n",
+    ),
+    "loop inside a loop of the same index": (
+        (ForBlocks(OVER_N.range, "n", (OVER_N,)),),
+        ForBlocks,
+        (OVER_N,),
+        "undefined index",
+        "n",
+    ),
+    "condition on a loop that is not there": (
+        (SEES,),
+        When,
+        (LOAD_Q, *LAND),
+        "undefined index",
+        "m",
+    ),
+}
+
+
+def run(program: Program, grid: object = None, end: Program = END) -> None:
+    """Simulate a program on 4 queries and 6 keys: the second block of 4 keys is half beyond the end."""
+    plan = plan_of(AT, (ForTiles((*program, *end)),), grid=grid)
+    simulate(plan, torch.ones(1, 4, 1, 2), torch.ones(1, 6, 1, 2), torch.ones(1, 6, 1, 2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fault_is_reported(name: str) -> None:
+    """A program that breaks one rule faults, naming the Step and the place; mended it runs through."""
+    program, step, mended, rule, place = CASES[name]
+    with pytest.raises(SimulationFault) as caught:
+        run(program)
+    fault = caught.value
+    assert (fault.rule, fault.place) == (rule, place)
+    assert fault.step is None if step is None else type(fault.step) is step
+    run(mended)
+
+
+def test_message_names_everything() -> None:
+    """A fault's text has rule, step with its line, buffer, tile and the indices of the loops around it."""
+    at, n = AT, BlockIndex("n")
+    load = LoadTile(at.k.at(at.read_at), at.k_in, n, bounded=True)
+    loop = ForBlocks(
+        Range("keys", ZERO, BlockIndex("n_end"), True, "any"), "n", (LOAD_Q, load, *LAND, SCORES)
+    )
+    with pytest.raises(SimulationFault) as caught:
+        run((loop,))
+    for part in ("race", "LoadTile", "q", str(LOAD_Q), "m_block 0, head 0, batch 0", "n = 0"):
+        assert part in str(caught.value)
+    assert isinstance(caught.value, InternalError)
+
+
+def test_deadlock_says_who_waits_for_what() -> None:
+    """A role that waits at a SyncThreads to which the other never comes is a deadlock, told by name."""
+    plan = plan_of(AT, (ForTiles((*END, SYNC)),), (ForTiles((SYNC, SYNC)),))
+    with pytest.raises(SimulationFault, match=r"role 0 waits for all roles at SyncThreads, 1 of 2") as caught:
+        simulate(plan, *(torch.ones(1, 4, 1, 2),) * 3)
+    assert caught.value.rule == "deadlock"
+
+
+def test_roles_meet_at_sync_threads() -> None:
+    """Two roles that share a buffer run through when SyncThreads orders them, and race when it does not."""
+    loads = ForTiles((LOAD_Q, LOAD_K, COMMIT, WAIT, SYNC, *END))
+    good = ForTiles((SYNC, SCORES, SYNC, SYNC))
+    bad = ForTiles((SCORES, SYNC, SYNC, SYNC))
+    ones = (torch.ones(1, 4, 1, 2),) * 3
+    simulate(plan_of(AT, (loads,), (good,)), *ones)
+    with pytest.raises(SimulationFault, match="role 1|q"):
+        simulate(plan_of(AT, (loads,), (bad,)), *ones)
+
+
+def test_grid_must_match_the_tiles() -> None:
+    """A launch on more or fewer blocks than there are tiles is a fault."""
+    with pytest.raises(SimulationFault, match="launched on 2 blocks and has 1"):
+        run((), grid=2)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [(), (CLEAR_O, COPY_OUT, SYNC), (*END, SYNC, STORE_OUT)],
+    ids=["empty", "not stored", "stored twice"],
+)
+def test_output_is_written_once(end: Program) -> None:
+    """An output block that nobody writes, or that is written twice, is a fault."""
+    with pytest.raises(SimulationFault) as caught:
+        run((), end=end)
+    assert (caught.value.rule, caught.value.place) == ("never written", "out")
+
+
+def test_asked_for_lse_is_written() -> None:
+    """An lse that the user asked for and no Step stores is a fault; not asked for it is none."""
+    plan = plan_of(AT, (ForTiles(END),))
+    ones = (torch.ones(1, 4, 1, 2),) * 3
+    simulate(plan, *ones)
+    with pytest.raises(SimulationFault, match="lse"):
+        simulate(plan, *ones, return_lse=True)
+
+
+def test_override_of_a_step() -> None:
+    """`steps` replaces what a Step does: where ScaleRows does nothing, two blocks of keys come out wrong."""
+    plan = plan_of(AT, SCHEDULES["fa2"](AT))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 8, 1, 2) * 3 for _ in range(3))
+    expected, _ = simulate(plan, q, k, v)
+    found, _ = simulate(plan, q, k, v, steps={ScaleRows: lambda step, role: None})
+    assert (expected - found).abs().max() > 0.1

@@ -1,0 +1,81 @@
+"""The arithmetic of the scheduler against every pair of query and key, one by one."""
+
+import pytest
+from small_plans import lowered
+
+from attngen.expr import evaluate, parse_mask
+from attngen.simulate import Sizes, block_bounds, tiles
+from attngen.simulate.tiles import Member
+
+MASKS = [
+    "full",
+    "causal",
+    "kv_idx > q_pos - 6 and kv_idx <= q_pos + 1",
+    "kv_idx == q_idx",
+    "kv_idx >= q_pos",
+    "false",
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_bounds_hold_every_visible_pair(mask: str) -> None:
+    """Blocks not visited show no pair, full ones every pair; of full and causal the outermost show some."""
+    tree = parse_mask(mask)
+    for block_m, block_n in ((4, 4), (8, 3), (3, 8)):
+        plan = lowered("fa2", mask, 1, block_m=block_m, block_n=block_n)
+        for seqlen_q in (1, 4, 9, 13):
+            for seqlen_k in (0, 1, 3, 8, 11, 24):
+                sizes = Sizes(1, seqlen_q, seqlen_k, 1, 1)
+                for m in range(-(-seqlen_q // block_m)):
+                    rows = range(m * block_m, min((m + 1) * block_m, seqlen_q))
+
+                    def sees(
+                        n: int, rows: range = rows, sizes: Sizes = sizes, block_n: int = block_n
+                    ) -> list[bool]:
+                        return [
+                            j < sizes.seqlen_k
+                            and bool(evaluate(tree, {"q_idx": i, "kv_idx": j, **sizes.values}))
+                            for i in rows
+                            for j in range(n * block_n, (n + 1) * block_n)
+                        ]
+
+                    bounds = block_bounds(plan, sizes, m)
+                    n_end = -(-seqlen_k // block_n)
+                    assert (
+                        0 <= bounds.n_min <= bounds.n_full_begin <= bounds.n_full_end <= bounds.n_max <= n_end
+                    )
+                    for n in range(n_end):
+                        visited = bounds.n_min <= n < bounds.n_max
+                        assert visited or not any(sees(n))
+                        if bounds.n_full_begin <= n < bounds.n_full_end:
+                            assert all(sees(n))
+                    if bounds.n_max > bounds.n_min and mask in ("full", "causal"):
+                        assert any(sees(bounds.n_min)) and any(sees(bounds.n_max - 1))
+
+
+def test_masks_without_a_closed_form_visit_everything() -> None:
+    """Where nothing is known of the mask every block is visited and none is full."""
+    plan = lowered("fa2", "kv_idx != q_idx", 1, block_n=4)
+    assert block_bounds(plan, Sizes(1, 8, 13, 1, 1), 0) == (0, 0, 0, 4)
+
+
+def test_every_head_and_block_of_rows_has_one_tile() -> None:
+    """The tiles of a launch are all (block of rows, batch, head), once, whether stacked or alone."""
+    plan = lowered("fa2", "causal", 1, block_m=4)
+    sizes = Sizes(2, 9, 9, 6, 2)
+    every = sorted((m, b, h, h // 3) for m in range(3) for b in range(2) for h in range(6))
+    for lockstep in (1, 5, 64):
+        found = [
+            (tile.m_block, *member)
+            for tile in tiles(plan, plan.kernel, sizes, lockstep)
+            for member in tile.members
+        ]
+        assert sorted(found) == every  # type: ignore[type-var]
+
+
+def test_heads_that_see_other_keys_are_not_stacked() -> None:
+    """A mask that asks for the head has its bounds worked out head by head."""
+    plan = lowered("fa2", "kv_idx < 4 * h", 1, block_m=4, block_n=4)
+    found = {tile.members[0].head: tile.bounds for tile in tiles(plan, plan.kernel, Sizes(1, 4, 12, 3, 3))}
+    assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
+    assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2)).n_max == 2
