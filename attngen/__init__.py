@@ -1,0 +1,33 @@
+"""attngen: from a short spec to a readable, checked attention kernel.
+
+`compile` and `attention` are the faces; importing this package needs no CUDA driver and no GPU.
+"""
+
+from attngen.api import Kernel, attention, compile
+from attngen.errors import (
+    ArgumentError,
+    AttngenError,
+    CompileError,
+    ExpressionError,
+    InternalError,
+    PlanError,
+    SpecError,
+    ToolchainError,
+)
+from attngen.spec import Spec, load
+
+__all__ = [
+    "ArgumentError",
+    "AttngenError",
+    "CompileError",
+    "ExpressionError",
+    "InternalError",
+    "Kernel",
+    "PlanError",
+    "Spec",
+    "SpecError",
+    "ToolchainError",
+    "attention",
+    "compile",
+    "load",
+]

@@ -1,0 +1,266 @@
+"""The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attngen.arch import ARCHS, Arch, arch_for_capability
+from attngen.emit import Manifest, emit, manifest
+from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
+from attngen.lower import lower
+from attngen.plan import Plan
+from attngen.runtime import (
+    CompiledKernel,
+    DiskCache,
+    KernelResources,
+    Launcher,
+    LaunchReport,
+    check_arguments,
+    disassemble,
+    explain_launch,
+)
+from attngen.simulate import simulate
+from attngen.spec import Spec, load
+
+SpecSource = Spec | Path | str | dict[str, Any]
+_INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+class Kernel:
+    """A spec, lowered for one arch: callable on CUDA tensors (the cubin) and on CPU tensors (the simulator).
+
+    Attributes:
+        spec: what was asked for.
+        plan: every number that was decided.
+    """
+
+    def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, cache: DiskCache | None = None) -> None:
+        self.spec = spec
+        self.plan = plan
+        self._lineinfo = lineinfo
+        self._cache = cache or DiskCache()
+
+    def __repr__(self) -> str:
+        return f"<attngen.Kernel {self.plan.name}>"
+
+    @cached_property
+    def source(self) -> str:
+        """The CUDA C++ text."""
+        return emit(self.plan)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What a launch needs to know."""
+        return manifest(self.plan)
+
+    @cached_property
+    def compiled(self) -> CompiledKernel:
+        """The cubin and its report; compiled at first use, or read from the disk cache.
+
+        Raises:
+            ToolchainError: NVRTC is missing.
+        """
+        return self._cache.get(self.source, self.plan.arch.name, lineinfo=self._lineinfo)
+
+    @property
+    def resources(self) -> tuple[KernelResources, ...]:
+        """Registers, spills and stack of each kernel."""
+        return self.compiled.resources
+
+    @property
+    def was_cached(self) -> bool:
+        """Whether the cubin came from the disk cache."""
+        return self.compiled.was_cached
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long NVRTC took, when it did."""
+        return self.compiled.seconds
+
+    @cached_property
+    def _launcher(self) -> Launcher:
+        return Launcher(self.manifest, self.compiled.cubin)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Compute attention.
+
+        Args:
+            q: (batch, seqlen_q, num_heads_q, head_dim_qk), the spec's input type, last dimension contiguous,
+                rows on 16 bytes.
+            k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
+            v: (batch, seqlen_k, num_heads_kv, head_dim_v).
+            softmax_scale: any finite number; 1/sqrt(head_dim_qk) where None.
+            return_lse: also return the natural log-sum-exp of every row.
+            out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
+            layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
+
+        Returns:
+            out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and -inf.
+
+        Raises:
+            ArgumentError: an argument the kernel cannot take; nothing was touched.
+            ToolchainError: this machine cannot run the kernel.
+        """
+        if q.is_cuda:
+            if not self.plan.arch.emits:
+                raise ToolchainError(
+                    f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
+                )
+            result, lse = self._launcher(q, k, v, softmax_scale, return_lse, out, layout)
+        else:
+            if q.device.type != "cpu":
+                raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
+            check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            result, lse = simulate(
+                self.plan, q, k, v, softmax_scale=softmax_scale, return_lse=return_lse, layout=layout
+            )
+            result = result if out is None else out.copy_(result)
+        return result if lse is None else (result, lse)
+
+    def sass(self) -> str:
+        """The machine code, disassembled."""
+        return disassemble(self.compiled.cubin)
+
+    def explain_launch(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
+    ) -> tuple[LaunchReport, ...]:
+        """What a call on these tensors (of any device, meta too) would launch."""
+        return explain_launch(self.manifest, check_arguments(self.manifest, q, k, v, None, None, layout))
+
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
+        """Write NAME.cu, NAME.json and NAME.cubin, and return their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        contents: dict[str, bytes] = {
+            ".cu": self.source.encode(),
+            ".json": self.manifest.to_json().encode(),
+            ".cubin": self.compiled.cubin,
+        }
+        for suffix, data in contents.items():
+            path = folder / f"{self.plan.name}{suffix}"
+            path.write_bytes(data)
+            written.append(path)
+        return tuple(written)
+
+
+def resolve_arch(spec: Spec, arch: str | None = None) -> Arch:
+    """The arch a spec is lowered for: the one given, else the spec's target, else this machine's GPU.
+
+    Raises:
+        SpecError: no such arch.
+        ToolchainError: the target is `auto` and there is no GPU to take it from.
+    """
+    name = arch or spec.target
+    if name in ARCHS:
+        return ARCHS[name]
+    if name != "auto":
+        raise SpecError(
+            (
+                Diagnostic(
+                    f"arch = {name} is not a target of attngen",
+                    "target",
+                    path="target",
+                    value=name,
+                    nearest=tuple(known for known in ARCHS if known.startswith(name[:4])) or tuple(ARCHS),
+                ),
+            )
+        )
+    if torch.cuda.is_available():
+        return arch_for_capability(torch.cuda.get_device_capability())
+    raise ToolchainError(
+        "target is auto and this machine has no CUDA GPU to take it from",
+        f"name one: --arch (or arch=) {', '.join(ARCHS)}",
+    )
+
+
+def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -> Kernel:
+    """Lower a spec and make it callable; the cubin is built at first need, once per machine.
+
+    Args:
+        spec: a path, the name of a shipped spec, YAML text, a dict or a Spec.
+        arch: overrides the spec's target.
+        lineinfo: keep line numbers in the cubin for profilers.
+
+    Raises:
+        SpecError: the spec breaks rules; all of them are in the report.
+        PlanError: no legal kernel; the report names the rule and the nearest valid values.
+    """
+    loaded = load(spec)
+    plan = lower(loaded, resolve_arch(loaded, arch))
+    kernel = Kernel(loaded, plan, lineinfo)
+    if plan.arch.emits and torch.cuda.is_available():
+        kernel.compiled  # noqa: B018  (so that a call never compiles)
+    return kernel
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What decides the kernel of an `attention` call."""
+
+    inputs: str
+    head_dim_qk: int
+    head_dim_v: int
+    mask: str
+    score: str
+    arch: str
+
+
+@lru_cache(maxsize=256)
+def _kernel_for(wanted: _Wanted) -> Kernel:
+    return compile(
+        {
+            "target": wanted.arch,
+            "problem": {"head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v}},
+            "precision": {"inputs": wanted.inputs},
+            "mask": wanted.mask,
+            "score": wanted.score,
+        }
+    )
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: str = "full",
+    score: str = "score",
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with the kernel that the tensors and the mask ask for, compiled once and remembered.
+
+    Args:
+        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator.
+        k: see q.
+        v: see q.
+        mask: an expression of the mask language, or a name of its prelude.
+        score: a score expression.
+        **options: the other arguments of `Kernel.__call__`.
+
+    Raises:
+        ArgumentError: a tensor that no kernel takes.
+        SpecError: a fault in mask or score.
+    """
+    if q.dtype not in _INPUTS:
+        raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
+    if q.dim() != 4 or v.dim() != 4:
+        raise ArgumentError("q" if q.dim() != 4 else "v", "another number of dimensions", "4")
+    if q.is_cuda:
+        arch = arch_for_capability(torch.cuda.get_device_capability(q.device)).name
+    else:
+        arch = "simulator"
+    return _kernel_for(_Wanted(_INPUTS[q.dtype], q.shape[-1], v.shape[-1], mask, score, arch))(
+        q, k, v, **options
+    )

@@ -1,0 +1,23 @@
+"""The runtime: NVRTC, the disk cache, the driver and the launch. Imports no driver until one is needed."""
+
+from attngen.runtime.arguments import Problem, check_arguments
+from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
+from attngen.runtime.launch import Launcher, LaunchReport, explain_launch
+from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
+from attngen.runtime.sass import disassemble
+
+__all__ = [
+    "CacheWarning",
+    "Compiled",
+    "CompiledKernel",
+    "DiskCache",
+    "KernelResources",
+    "LaunchReport",
+    "Launcher",
+    "Problem",
+    "check_arguments",
+    "compile_source",
+    "disassemble",
+    "explain_launch",
+    "nvrtc_version",
+]

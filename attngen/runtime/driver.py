@@ -1,0 +1,111 @@
+"""The CUDA driver: loading a cubin and launching its kernels. The one module that calls it."""
+
+from functools import cache
+from typing import Any
+
+from attngen.arch import ARCHS
+from attngen.errors import ToolchainError
+
+_MAX_DYNAMIC_SMEM = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+
+
+@cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise ToolchainError(
+            f"the CUDA bindings cannot be loaded: {error}", "pip install 'cuda-python>=13.0.3,<14'"
+        ) from error
+    return driver
+
+
+def _check(result: tuple[Any, ...], what: str) -> Any:
+    code, *values = result
+    if int(code) != 0:
+        driver = _driver()
+        text = driver.cuGetErrorString(code)[1]
+        meaning = text.decode() if isinstance(text, bytes) else "no description"
+        raise ToolchainError(f"{what}: {code.name} ({meaning})", _cure(code.name))
+    return values[0] if values else None
+
+
+def _cure(code: str) -> str:
+    if code in ("CUDA_ERROR_INVALID_IMAGE", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
+        return "the driver is older than this cubin: install a driver for CUDA 13 (580 or later)"
+    if code == "CUDA_ERROR_NO_BINARY_FOR_GPU":
+        return "build for this GPU's target: attngen build --arch"
+    if code in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
+        return "an earlier kernel of this process failed; run under compute-sanitizer to find which"
+    return "check that the GPU is free and its driver works (nvidia-smi)"
+
+
+class Function:
+    """A kernel of a loaded cubin, ready on any device whose context is current."""
+
+    def __init__(self, module: "Module", handle: Any, smem_bytes: int) -> None:
+        self._module = module  # keeps the library loaded
+        self.handle = handle
+        self.launchable = _driver().CUfunction(int(handle))  # the launch takes either kind of handle
+        self._smem_bytes = smem_bytes
+        self._prepared: set[int] = set()
+
+    def prepare(self, device: int) -> None:
+        """Allow the kernel its shared memory on a device; once is enough."""
+        if device in self._prepared:
+            return
+        driver = _driver()
+        attribute = getattr(driver.CUfunction_attribute, _MAX_DYNAMIC_SMEM)
+        handle = _check(driver.cuDeviceGet(device), "finding the device")
+        _check(
+            driver.cuKernelSetAttribute(attribute, self._smem_bytes, self.handle, handle),
+            f"asking for {self._smem_bytes} bytes of shared memory",
+        )
+        self._prepared.add(device)
+
+
+class Module:
+    """A loaded cubin."""
+
+    def __init__(self, cubin: bytes) -> None:
+        driver = _driver()
+        _check(driver.cuInit(0), "starting the CUDA driver")
+        self._cubin = cubin
+        self._library = _check(
+            driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "loading the kernel"
+        )
+
+    def function(self, name: str, smem_bytes: int) -> Function:
+        """The kernel called `name`, which will ask for that much dynamic shared memory."""
+        driver = _driver()
+        kernel = _check(driver.cuLibraryGetKernel(self._library, name.encode()), f"finding kernel {name}")
+        return Function(self, kernel, smem_bytes)
+
+
+def launch(
+    function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int
+) -> None:
+    """Start a kernel; `arguments` is the address of the array of pointers to its parameters.
+
+    Raises:
+        ToolchainError: the driver refused.
+    """
+    driver = _driver()
+    (code,) = driver.cuLaunchKernel(
+        function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0
+    )
+    if code != 0:
+        _check((code,), "launching the kernel")
+
+
+def check_device(arch: str, capability: tuple[int, int]) -> None:
+    """Refuse to run a cubin on a GPU that cannot load it.
+
+    Raises:
+        ToolchainError: names both.
+    """
+    if not ARCHS[arch].runs_on(capability):
+        raise ToolchainError(
+            f"a kernel for {arch} does not run on a GPU of compute capability {capability[0]}.{capability[1]}",
+            "compile for this GPU (arch=None picks it), or move the tensors to one that fits",
+        )

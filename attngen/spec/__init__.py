@@ -1,0 +1,17 @@
+"""Specs: the schema, and the YAML loader that keeps every value's place."""
+
+from attngen.spec.load import load
+from attngen.spec.schema import CheckShape, HeadDim, Precision, Problem, Schedule, Tile, json_schema
+from attngen.spec.spec import Spec
+
+__all__ = [
+    "CheckShape",
+    "HeadDim",
+    "Precision",
+    "Problem",
+    "Schedule",
+    "Spec",
+    "Tile",
+    "json_schema",
+    "load",
+]
