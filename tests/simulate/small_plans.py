@@ -1,6 +1,6 @@
 """Small plans: by hand for any program, and lowered from a spec.
 
-A fault is provoked by the shortest program that commits it, whatever the schedules do; values are asked of what
+A fault is provoked by the shortest program that commits it, whatever schedules do; values are asked of what
 lowering makes.
 """
 
@@ -142,7 +142,7 @@ def lowered(
             "precision": {"inputs": inputs},
             "mask": mask,
             "tile": {"block_m": block_m, "block_n": block_n},
-            "schedule": {"kind": schedule, "stages": stages},
+            "schedule": {"kind": schedule, "stages": 1 if schedule == "serial" else stages},
         }
     )
     return lower(spec, ARCHS[target])

@@ -194,3 +194,13 @@ def test_deletion_finds_nested_steps() -> None:
     for site in every:
         removed = 1 + sum(1 for _ in sites(case, body_of(site.step)))
         assert len(list(sites(case, without(program, site.path)))) == len(every) - removed
+
+
+def test_barrier_before_a_wide_output_is_needed() -> None:
+    """Where O is wider than Q it takes bytes of K and V too, which the last block of keys has just read."""
+    plan = lowered("fa2", "causal", 1, head_dim=4, head_dim_v=12)
+    program = plan.kernel.roles[0].program
+    (site,) = (site for site in sites(("fa2", "causal", 1), program) if is_before_copy_of_out(site))
+    with pytest.raises(SimulationFault, match="CopyTile") as caught:
+        list(results(with_program(plan, without(program, site.path))))
+    assert (caught.value.rule, caught.value.place) == ("race", "out")

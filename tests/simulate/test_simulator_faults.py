@@ -5,7 +5,7 @@ import torch
 from small_plans import places, plan_of
 
 from attngen.errors import InternalError
-from attngen.plan import BlockIndex, Program, Range, Step
+from attngen.plan import STEPS, BlockIndex, Program, Range, Step
 from attngen.plan.steps import (
     Clear,
     CommitCopies,
@@ -29,7 +29,7 @@ from attngen.plan.steps import (
     When,
 )
 from attngen.schedules import SCHEDULES
-from attngen.simulate import SimulationFault, simulate
+from attngen.simulate import STEPS_SIMULATED, SimulationFault, simulate
 
 AT = places(stages=2)
 M, ZERO, ONE = BlockIndex("m_block"), BlockIndex("zero"), BlockIndex("zero", 1)
@@ -324,3 +324,10 @@ def test_override_of_a_step() -> None:
     expected, _ = simulate(plan, q, k, v)
     found, _ = simulate(plan, q, k, v, steps={ScaleRows: lambda step, role: None})
     assert (expected - found).abs().max() > 0.1
+
+
+def test_every_step_has_its_function() -> None:
+    """Each kind of Step is simulated by the function of its name, and there is no other."""
+    assert set(STEPS_SIMULATED) == set(STEPS)
+    for step, function in STEPS_SIMULATED.items():
+        assert function.__name__.replace("_", "") == step.__name__.lower()
