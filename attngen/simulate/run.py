@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 
@@ -89,7 +88,7 @@ def simulate(
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    layout: Literal["bshd", "bhsd"] = "bshd",
+    layout: str = "bshd",
     observer: Callable[[Event], None] | None = None,
     steps: Mapping[type[Step], StepFunction] | None = None,
     memory: Traffic | None = None,
@@ -104,7 +103,7 @@ def simulate(
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         softmax_scale: any finite number; 1/sqrt(head_dim_qk) where None.
         return_lse: whether to compute lse.
-        layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
+        layout: "bshd"; "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
         observer: called after every Step; heads then run one by one.
         steps: functions to use instead of `STEPS_SIMULATED`'s, to see what a fault of theirs would do.
         memory: where to count FLOPs and bytes.

@@ -7,7 +7,7 @@ the maximum in units of log2. Read off a simulated run; nothing is computed agai
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -92,7 +92,7 @@ def trace(
     v: torch.Tensor,
     *,
     softmax_scale: float | None = None,
-    layout: Literal["bshd", "bhsd"] = "bshd",
+    layout: str = "bshd",
 ) -> Trace:
     """Simulate a call and record every block of keys; arguments as of `simulate`."""
     scale = abs(1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale)
