@@ -171,6 +171,18 @@ def test_rmse_binds_where_the_maximum_does_not(dtype: torch.dtype) -> None:
     assert verdict.failures == ("rmse",), str(verdict)
 
 
+def test_repeated_rows_count_once() -> None:
+    """Rows that repeat one draw leave RMSE its whole allowance for chance, which different rows do not."""
+    q, k, v = random_inputs(Shape(1, 1, 1, 64, 32), 16, 16, torch.float16)
+    many = compare(*correct(q, k, v), q, k, v)
+    q = q[:, :1].expand(-1, 64, -1, -1)
+    one = compare(*correct(q, k, v), q, k, v)
+    single = compare(*correct(q[:, :1], k, v), q[:, :1], k, v)
+    assert one.rmse_bound == pytest.approx(single.rmse_bound)
+    chance, whole = (x.rmse_bound - 1.2 * x.standard_rmse for x in (many, one))
+    assert chance <= whole / 4  # 1/16, but term itself varies by powers of two between the draws
+
+
 def test_bounds_are_the_rule_as_written() -> None:
     """The numbers of the rule, computed again by a plain Python loop over a small bf16 problem."""
     q, k, v = random_inputs(Shape(1, 2, 1, 3, 9), 8, 4, torch.bfloat16)
@@ -192,9 +204,7 @@ def test_bounds_are_the_rule_as_written() -> None:
     mean_square = math.fsum(x * x for x in errors) / len(errors)
     standard_mean_square = math.fsum(x * x for x in standard_errors) / len(errors)
     assert verdict.rmse == pytest.approx(math.sqrt(mean_square))
-    assert verdict.rmse_bound == pytest.approx(
-        1.2 * math.sqrt(standard_mean_square) + term / math.sqrt(2 * 3)
-    )
+    assert verdict.rmse_bound == pytest.approx(1.2 * math.sqrt(standard_mean_square) + term * 4 / (2 * 3))
     flat_lse = zip(lse.flatten().tolist(), ref_lse.flatten().tolist(), strict=True)
     worst = max(flat_lse, key=lambda pair: abs(pair[0] - pair[1]) / (1e-4 + 1e-6 * abs(pair[1])))
     assert verdict.lse_error == pytest.approx(abs(worst[0] - worst[1]))
