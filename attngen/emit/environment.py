@@ -74,13 +74,12 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         index=_index,
         first_row=_first_row,
         head=_head,
-        head_offset=_head_offset,
         declaration=_declaration,
         rows_name=lambda buffer: "kBlockN" if buffer.name in ("k", "v") else "kBlockM",
         cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
-    env.globals.update(scheduler=plan.kernel.scheduler, tensors=plan.tensors, row_vectors=plan.rows)
+    env.globals.update(scheduler=plan.kernel.scheduler, tensors=plan.tensors)
     macros = step_macros(env)
     return env
 
@@ -108,14 +107,15 @@ def _first_row(block: BlockIndex, axis: str) -> str:
 
 
 def _head(place: Tensor | Rows) -> str:
-    return f"{place.name}_head"
-
-
-def _head_offset(tensor: Tensor) -> str:
-    if tensor.workspace:
-        return "((i64)tile.batch * params.num_heads_q + tile.head) * params.seqlen_q * kHeadDimV"
-    head = "tile.kv_head" if tensor.heads == "kv" else "tile.head"
-    return f"tile.batch * params.{tensor.name}_stride_batch + {head} * params.{tensor.name}_stride_head"
+    """Where the rows of this tile's head start. K and V are asked for in every block and have a variable."""
+    if isinstance(place, Rows):
+        return f"dense_head(params.{place.name}, params, tile)"
+    if place.workspace:
+        return f"dense_head(params.{place.name}, params, tile, kHeadDimV)"
+    if place.heads == "kv":
+        return f"{place.name}_head"
+    strides = f"params.{place.name}_stride_batch, params.{place.name}_stride_head"
+    return f"head_of(params.{place.name}, tile, {strides})"
 
 
 def _declaration(place: Param | RegTile) -> str:

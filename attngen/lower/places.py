@@ -36,6 +36,7 @@ def places(
         mask=mask,
         visible=visible,
         stages=stages,
+        score_unroll=choice.score_unroll,
         q=q_buffer,
         k=k_buffer,
         v=v_buffer,

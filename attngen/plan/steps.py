@@ -71,6 +71,14 @@ class WhenBlock(Step):
         return f"when {self.block} >= {self.first}:"
 
 
+@dataclass(frozen=True)
+class ReadTile(Step):
+    """Work out the tile anew, so that nothing of it is kept in registers across the loops before."""
+
+    def __str__(self) -> str:
+        return "read the tile again"
+
+
 # ---- synchronisation --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SyncThreads(Step):
@@ -200,11 +208,16 @@ class StoreRows(Step):
 # ---- GEMM -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ScoreGemm(Step):
-    """acc = a bᵀ, both row by row in shared memory (contraction over their columns). Synchronous."""
+    """acc = a bᵀ, both row by row in shared memory (contraction over their columns). Synchronous.
+
+    Attributes:
+        unroll: k-steps of the matrix instruction that are written out; fewer need fewer registers.
+    """
 
     acc: RegTile
     a: View
     b: View
+    unroll: int
 
     def __str__(self) -> str:
         return f"{self.acc} = {self.a} {self.b}ᵀ"

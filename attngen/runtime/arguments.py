@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
@@ -167,7 +168,8 @@ def _check_tensor(manifest: Manifest, name: str, x: torch.Tensor, q: torch.Tenso
             "one that does not: there is no backward yet",
             f"pass {name}.detach(), or call under torch.no_grad()",
         )
-    check_alignment(name, x)
+    if ARCHS[manifest.arch].emits:
+        check_alignment(name, x)
 
 
 def _check_shape(name: str, x: torch.Tensor, layout: str, expected: tuple[int, int, int, int]) -> None:

@@ -61,7 +61,7 @@ def serial(at: Places) -> Program:
         LoadRows(at.row_sum, at.saved_sum, M),
         LoadRows(at.total, at.saved_sum, M),
         Note("line 9: S = Q Kᵀ"),
-        ScoreGemm(at.acc_s, at.q.at(), at.k.at()),
+        ScoreGemm(at.acc_s, at.q.at(), at.k.at(), at.score_unroll),
         at.mask_scores(M, N),
         Note("lines 10 and 11: new row_max and row_sum"),
         RowMax(at.acc_s, at.row_max, at.alpha),

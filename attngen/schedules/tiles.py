@@ -9,10 +9,11 @@ from attngen.plan.steps import MaskScores, MaskScoresEach
 
 @dataclass(frozen=True)
 class Places:
-    """What a schedule may name. Workspaces are there only for the schedule that asked for them.
+    """What a schedule may name.
 
     Attributes:
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
+        score_unroll: k-steps of the score GEMM that are written out.
         load_at, read_at: where the next copy into the ring of K and V goes, and which stage is worked on.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
@@ -21,6 +22,7 @@ class Places:
     mask: Expr
     visible: KeyRange | None
     stages: int
+    score_unroll: int
     q: Buffer
     k: Buffer
     v: Buffer

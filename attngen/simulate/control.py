@@ -1,7 +1,7 @@
 """What the Steps of control and synchronisation do."""
 
 from attngen.plan import BlockIndex
-from attngen.plan.steps import Advance, ForBlocks, ForTiles, Note, SyncThreads, When, WhenBlock
+from attngen.plan.steps import Advance, ForBlocks, ForTiles, Note, ReadTile, SyncThreads, When, WhenBlock
 from attngen.simulate.roles import RoleRun, Run, Wait
 
 
@@ -65,6 +65,10 @@ def _wait_at(role: RoleRun, epoch: int) -> Run:
 def advance(step: Advance, role: RoleRun) -> None:
     """Move the cursor on, round its ring."""
     role.cursors[step.cursor] = (role.cursors.get(step.cursor, 0) + 1) % step.cursor.stages
+
+
+def read_tile(step: ReadTile, role: RoleRun) -> None:
+    """Nothing: the simulated tile is always at hand."""
 
 
 def note(step: Note, role: RoleRun) -> None:

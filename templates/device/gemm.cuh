@@ -1,11 +1,11 @@
 // acc = A Bᵀ for this warp's rows of A; both tiles row by row, contraction over their columns.
-template <class Element, class ATile, class BTile, int kRowTiles, int kColTiles>
+template <class Element, class ATile, class BTile, int kUnroll, int kRowTiles, int kColTiles>
 DEV void score_gemm(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
   const u32 warp = threadIdx.x / 32, lane = stay_in_loop(threadIdx.x % 32);
   const u32 a_row = warp * kRowTiles * 16 + lane % 16, a_exchange = ATile::exchange(a_row) ^ lane / 16;
   const u32 b_row = lane / 16 * 8 + lane % 8, b_exchange = BTile::exchange(b_row) ^ lane / 8 % 2;
   fill(acc, 0.f);
-#pragma unroll
+#pragma unroll kUnroll
   for (int k = 0; k < ATile::kChunks; k += 2) {
     const u32 a_column = a + a_row * ATile::kRowBytes + (k ^ a_exchange) * 16;
     const u32 b_column = b + b_row * BTile::kRowBytes + (k ^ b_exchange) * 16;

@@ -37,6 +37,7 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         mask=TRUE,
         visible=KeyRange((), ()),
         stages=stages,
+        score_unroll=1,
         q=Buffer("q", dtype, block_m, dim, dim),
         k=Buffer("k", dtype, block_n, dim, dim, stages, q_bytes),
         v=Buffer("v", dtype, block_n, dim, dim, stages, q_bytes + kv_bytes),

@@ -13,6 +13,7 @@ from attngen.plan.steps import (
     CopyTile,
     ForBlocks,
     Note,
+    ReadTile,
     ScaleRows,
     SyncThreads,
     WaitCopies,
@@ -104,6 +105,7 @@ def is_before_copy_of_out(site: Site) -> bool:
 
 REDUNDANT: dict[str, Callable[[Site], bool]] = {
     "a heading for readers": lambda site: isinstance(site.step, Note),
+    "saves registers, changes no value": lambda site: isinstance(site.step, ReadTile),
     "O is still 0 when the first block of keys rescales it": is_first_rescale,
     "the wait and the barriers for Q, which follows, cover K and V": lands_keys_of_serial,
     "with one stage the barrier for V already stands after the last read of Q": is_before_copy_of_out,
