@@ -47,6 +47,7 @@ class Function:
         self._module = module  # keeps the library loaded
         self.handle = handle
         self.launchable = _driver().CUfunction(int(handle))  # the launch takes either kind of handle
+        self.start = _driver().cuLaunchKernel
         self._smem_bytes = smem_bytes
         self._prepared: set[int] = set()
 
@@ -90,12 +91,11 @@ def launch(
     Raises:
         ToolchainError: the driver refused.
     """
-    driver = _driver()
-    (code,) = driver.cuLaunchKernel(
+    result = function.start(
         function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0
     )
-    if code != 0:
-        _check((code,), "launching the kernel")
+    if result[0]:
+        _check(result, "launching the kernel")
 
 
 def check_device(arch: str, capability: tuple[int, int]) -> None:

@@ -6,6 +6,7 @@ pointers, which are checked every time. Nothing is copied, padded or synchronise
 
 import ctypes
 import math
+import operator
 import struct
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import KernelEntry, Manifest
-from attngen.errors import ArgumentError
+from attngen.errors import ArgumentError, InternalError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
 from attngen.runtime.driver import Function, Module, check_device, launch
@@ -41,42 +42,49 @@ class LaunchReport:
     workspace_bytes: dict[str, int]
 
 
-class _Block(threading.local):
-    """One thread's parameter structs and the array that points at the struct."""
+class _Arguments(threading.local):
+    """One thread's parameter struct of a launch, and the array that points at it.
 
-    def __init__(self, bytes_: int) -> None:
-        self.struct = (ctypes.c_char * max(bytes_, 8))()
+    The driver reads the struct during the launch, with the interpreter's lock released; hence one a thread.
+    """
+
+    def __init__(self, template: bytes) -> None:
+        self.struct = ctypes.create_string_buffer(template, len(template))
         self.array = (ctypes.c_void_p * 1)(ctypes.addressof(self.struct))
         self.address = ctypes.addressof(self.array)
 
 
-class _ParamLayout:
-    """Where the fields of a kernel's parameter struct stand: naturally aligned, in order."""
+@dataclass(frozen=True)
+class _PreparedLaunch:
+    """A launch of one signature: everything but the pointers, which come first in the struct."""
 
-    def __init__(self, kernel: KernelEntry) -> None:
-        self.format, offset = "=", 0
-        for param in kernel.params:
-            padding = -offset % _SIZES[param.ctype]
-            self.format += f"{padding}x" * bool(padding) + _FORMATS[param.ctype]
-            offset += padding + _SIZES[param.ctype]
-        self.packer = struct.Struct(self.format)
-        self.values = tuple(param.value for param in kernel.params)
-        pointers = [i for i, param in enumerate(kernel.params) if param.ctype == "pointer"]
-        if pointers != list(range(len(pointers))):
-            raise ValueError("the pointers of a kernel's parameters come first")
-        self.pointers = tuple(self.values[: len(pointers)])
-        self.block = _Block(self.packer.size)
+    function: Function
+    grid: int
+    threads: int
+    smem_bytes: int
+    arguments: _Arguments
+    pick: Callable[[tuple[int, ...]], tuple[int, ...]]
+    pack_into: Callable[..., None]
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """Everything about a signature that does not change from call to call."""
 
-    problem: Problem
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
-    workspaces: tuple[tuple[str, tuple[int, ...]], ...]
-    launches: tuple[tuple[_ParamLayout, Function, int, int, int, tuple[float, ...]], ...]
+    workspaces: tuple[tuple[int, ...], ...]
+    launches: tuple[_PreparedLaunch, ...]
+
+
+def _struct_format(kernel: KernelEntry) -> str:
+    """The kernel's parameter struct for `struct`: naturally aligned fields in order."""
+    format_, offset = "=", 0
+    for param in kernel.params:
+        padding = -offset % _SIZES[param.ctype]
+        format_ += f"{padding}x" * bool(padding) + _FORMATS[param.ctype]
+        offset += padding + _SIZES[param.ctype]
+    return format_
 
 
 class Launcher:
@@ -98,14 +106,14 @@ class Launcher:
     ) -> None:
         self.manifest = manifest
         self._start = start
-        module = load(cubin)
-        self._kernels = {
-            kernel.name: (kernel, _ParamLayout(kernel), module.function(kernel.name, kernel.smem_bytes))
-            for kernel in manifest.kernels
-        }
+        self._load = lambda: load(cubin)
+        self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
-        self._default_scale = 1 / math.sqrt(manifest.head_dim_qk)
+        self._output_is_input = manifest.output == manifest.inputs
+        self._pointers = ("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr") + tuple(
+            f"workspace.{space.name}" for space in manifest.workspaces
+        )
 
     def __call__(
         self,
@@ -119,12 +127,11 @@ class Launcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
         device = q.device
-        scale = self._default_scale if softmax_scale is None else softmax_scale
         if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         key = (
-            q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
-            k.device == device, v.device == device, device, layout, scale, None if out is None else out.stride(),
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+            device, k.device, v.device, softmax_scale, layout, None if out is None else out.stride(),
         )  # fmt: skip
         prepared = self._prepared.get(key)
         if prepared is None:
@@ -132,19 +139,22 @@ class Launcher:
             if len(self._prepared) >= MOST_SIGNATURES:
                 self._prepared.clear()
             self._prepared[key] = prepared
-        pointers = {"q.ptr": q.data_ptr(), "k.ptr": k.data_ptr(), "v.ptr": v.data_ptr(), "lse.ptr": 0}
-        if (pointers["q.ptr"] | pointers["k.ptr"] | pointers["v.ptr"]) % ROW_ALIGNMENT:
+        q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT:
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         if out is None:
-            out = torch.empty(prepared.out_shape, dtype=self._output, device=device)
-        pointers["out.ptr"] = out.data_ptr()
-        lse = None
-        if return_lse:
-            lse = torch.empty(prepared.lse_shape, dtype=torch.float32, device=device)
-            pointers["lse.ptr"] = lse.data_ptr()
-        spaces = [torch.empty(shape, dtype=torch.float32, device=device) for _, shape in prepared.workspaces]
-        for (name, _), space in zip(prepared.workspaces, spaces, strict=True):
-            pointers[f"workspace.{name}"] = space.data_ptr()
+            shape = prepared.out_shape
+            out = q.new_empty(shape) if self._output_is_input else q.new_empty(shape, dtype=self._output)
+        lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
+        spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
+        pointers = (
+            q_pointer,
+            k_pointer,
+            v_pointer,
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            *[space.data_ptr() for space in spaces],
+        )
         index: int = device.index
         stream = torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
         if torch._C._cuda_getDevice() == index:  # type: ignore[attr-defined]
@@ -154,11 +164,13 @@ class Launcher:
                 self._launch(prepared, pointers, stream)
         return out, lse
 
-    def _launch(self, prepared: _Prepared, pointers: dict[str, int], stream: int) -> None:
-        for layout, function, grid, threads, smem_bytes, rest in prepared.launches:
-            block = layout.block
-            layout.packer.pack_into(block.struct, 0, *[pointers[name] for name in layout.pointers], *rest)
-            self._start(function, grid, threads, smem_bytes, stream, block.address)
+    def _launch(self, prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
+        for launch in prepared.launches:
+            arguments = launch.arguments
+            launch.pack_into(arguments.struct, 0, *launch.pick(pointers))
+            self._start(
+                launch.function, launch.grid, launch.threads, launch.smem_bytes, stream, arguments.address
+            )
 
     def _prepare(
         self,
@@ -175,11 +187,12 @@ class Launcher:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)
         sample = torch.empty(out_shape, device="meta") if out is None else out
-        scale = self._default_scale if softmax_scale is None else softmax_scale
+        scale = 1 / math.sqrt(self.manifest.head_dim_qk) if softmax_scale is None else softmax_scale
         values: dict[str, float] = {
             **problem.sizes,
             "softmax_scale_log2": max(abs(scale), SMALLEST_SCALE) * math.log2(math.e),
             "scale_is_negative": int(scale < 0),
+            **dict.fromkeys(self._pointers, 0),
         }
         steps = (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", strides(sample, layout)))
         for name, (batch, seqlen, head) in steps:
@@ -188,29 +201,40 @@ class Launcher:
                 f"{name}.stride_seqlen": seqlen,
                 f"{name}.stride_head": head,
             }
-        launches = []
-        for report in self.explain(problem):
-            if report.grid == 0:
-                continue
-            _, params, function = self._kernels[report.kernel]
-            if q.is_cuda:
-                function.prepare(q.device.index)
-            rest = tuple(values[name] for name in params.values[len(params.pointers) :])
-            launches.append((params, function, report.grid, report.threads, report.smem_bytes, rest))
+        reports = explain_launch(self.manifest, problem)
         return _Prepared(
-            problem,
             out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
             tuple(
-                (space.name, tuple(evaluate_formula(size, problem.sizes) for size in space.shape))
+                tuple(evaluate_formula(size, problem.sizes) for size in space.shape)
                 for space in self.manifest.workspaces
             ),
-            tuple(launches),
+            tuple(self._prepare_launch(report, values, q.device) for report in reports if report.grid),
         )
 
-    def explain(self, problem: Problem) -> tuple[LaunchReport, ...]:
-        """What a call of these sizes launches."""
-        return explain_launch(self.manifest, problem)
+    def _prepare_launch(
+        self, report: LaunchReport, values: dict[str, float], device: torch.device
+    ) -> _PreparedLaunch:
+        """Pack what does not change; the pointers must be the first fields."""
+        kernel = next(kernel for kernel in self.manifest.kernels if kernel.name == report.kernel)
+        if not self._functions:
+            module = self._load()
+            self._functions = {k.name: module.function(k.name, k.smem_bytes) for k in self.manifest.kernels}
+        function = self._functions[kernel.name]
+        function.prepare(device.index)
+        pointers = [param.value for param in kernel.params if param.ctype == "pointer"]
+        if [param.value for param in kernel.params[: len(pointers)]] != pointers:
+            raise InternalError(f"the pointers of {kernel.name} do not come first in its parameters")
+        template = struct.pack(_struct_format(kernel), *(values[param.value] for param in kernel.params))
+        return _PreparedLaunch(
+            function,
+            report.grid,
+            report.threads,
+            report.smem_bytes,
+            _Arguments(template),
+            operator.itemgetter(*(self._pointers.index(name) for name in pointers)),
+            struct.Struct(f"={len(pointers)}Q").pack_into,
+        )
 
 
 def explain_launch(manifest: Manifest, problem: Problem) -> tuple[LaunchReport, ...]:
