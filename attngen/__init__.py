@@ -15,6 +15,7 @@ from attngen.errors import (
     ToolchainError,
 )
 from attngen.spec import Spec, load
+from attngen.version import __version__
 
 __all__ = [
     "ArgumentError",
@@ -27,6 +28,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "ToolchainError",
+    "__version__",
     "attention",
     "compile",
     "load",

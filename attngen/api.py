@@ -37,7 +37,9 @@ class Kernel:
         plan: every number that was decided.
     """
 
-    def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, cache: DiskCache | None = None) -> None:
+    def __init__(
+        self, spec: Spec, plan: Plan, lineinfo: bool = False, cache: DiskCache | None = None
+    ) -> None:
         self.spec = spec
         self.plan = plan
         self._lineinfo = lineinfo
@@ -257,10 +259,8 @@ def attention(
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
     if q.dim() != 4 or v.dim() != 4:
         raise ArgumentError("q" if q.dim() != 4 else "v", "another number of dimensions", "4")
-    if q.is_cuda:
-        arch = arch_for_capability(torch.cuda.get_device_capability(q.device)).name
-    else:
-        arch = "simulator"
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    arch = arch_for_capability(capability).name if capability else "simulator"
     return _kernel_for(_Wanted(_INPUTS[q.dtype], q.shape[-1], v.shape[-1], mask, score, arch))(
         q, k, v, **options
     )

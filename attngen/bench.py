@@ -39,7 +39,9 @@ class Point:
         return full * shape.heads * shape.batch / (2 if self.causal else 1)
 
 
-def measure(candidates: Mapping[str, Run], rounds: int = 7, target_ms: float = 15.0) -> dict[str, list[float]]:
+def measure(
+    candidates: Mapping[str, Run], rounds: int = 7, target_ms: float = 15.0
+) -> dict[str, list[float]]:
     """Milliseconds per call, one sample a round for each candidate, interleaved.
 
     Raises:
@@ -58,17 +60,19 @@ def measure(candidates: Mapping[str, Run], rounds: int = 7, target_ms: float = 1
 
 
 def _timed(run: Run, iterations: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     run()
     start.record()
     for _ in range(iterations):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / iterations
+    return float(start.elapsed_time(end)) / iterations
 
 
-def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, names: Iterable[str]) -> dict[str, Run]:
+def peers(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, names: Iterable[str]
+) -> dict[str, Run]:
     """torch's attention back ends on (batch, seqlen, heads, head_dim) tensors; those that refuse are left out.
 
     Args:
@@ -85,13 +89,13 @@ def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, names
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
     }
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[2] != k.shape[2]
 
     def peer(name: str) -> Run:
         def run() -> torch.Tensor:
             with sdpa_kernel(backends[name]):
-                return F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=gqa)
+                return F.scaled_dot_product_attention(q_, k_, v_, is_causal=causal, enable_gqa=gqa)
 
         return run
 
@@ -116,7 +120,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "cuda_bindings": version("cuda-bindings"),
         "commit": _output("git", "rev-parse", "HEAD"),
     }
@@ -130,7 +134,9 @@ def machine() -> dict[str, Any]:
 def write_json(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write rows with the machine's facts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"machine": machine(), **more, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _output(*command: str) -> str:

@@ -23,7 +23,14 @@ _CONDITIONS = {
     "m sees n": "key_blocks(tile, m).visits(n)",
 }
 _BLOCK_SIZES = {"q": "kBlockM", "k": "kBlockN"}
-_INDEX_BASES = {"m": "m", "n": "n", "m_block": "tile.m_block", "zero": "0", "m_max": "m_max", "n_end": "n_end"}
+_INDEX_BASES = {
+    "m": "m",
+    "n": "n",
+    "m_block": "tile.m_block",
+    "zero": "0",
+    "m_max": "m_max",
+    "n_end": "n_end",
+}
 
 
 def finalize(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Plan -> one readable .cu file: the frame of templates/kernel.cu.j2 around the programs of the roles."""
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
@@ -9,6 +8,7 @@ from attngen.errors import InternalError
 from attngen.expr import to_cuda
 from attngen.plan import KeyBlocks, Plan, walk
 from attngen.plan.steps import MaskScores, MaskScoresEach
+from attngen.version import __version__
 
 _NAMES = {
     "b": "tile.batch",
@@ -42,12 +42,12 @@ def emit(plan: Plan) -> str:
     env = emission_environment(plan)
     kernel = plan.kernel
     scheduler = getattr(env.get_template("scheduler.cuh.j2").module, kernel.scheduler.kind)
-    mask = env.get_template("mask.cuh.j2").module
+    mask: Any = env.get_template("mask.cuh.j2").module
     frame = env.get_template("kernel.cu.j2")
     body = frame.render(
         plan=plan,
         kernel=kernel,
-        version=attngen_version(),
+        version=__version__,
         constants=_constants(plan),
         scheduler=str(scheduler(kernel.scheduler)).strip("\n"),
         key_blocks=str(mask.key_blocks(_bounds_text(plan.key_blocks))).strip("\n"),
@@ -58,14 +58,6 @@ def emit(plan: Plan) -> str:
 
 
 _THIS_KERNEL = "// ---- this kernel"
-
-
-def attngen_version() -> str:
-    """The version of the installed package."""
-    try:
-        return version("attngen")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _constants(plan: Plan) -> tuple[Constant, ...]:
@@ -90,14 +82,14 @@ def _bounds_text(bounds: KeyBlocks) -> dict[str, object]:
     }
 
 
-def _mask_text(plan: Plan, macros: object) -> str:
+def _mask_text(plan: Plan, macros: Any) -> str:
     """The device functions by which the masking Step asks the mask."""
     for step in walk(plan.kernel.roles[0].program):
         if isinstance(step, MaskScores):
             lower, upper = (
                 [to_cuda(key, _NAMES) for key in keys] for keys in (step.visible.lower, step.visible.upper)
             )
-            return str(macros.row_bounds(lower, upper))  # type: ignore[attr-defined]
+            return str(macros.row_bounds(lower, upper))
         if isinstance(step, MaskScoresEach):
-            return str(macros.predicate(to_cuda(step.mask, _NAMES)))  # type: ignore[attr-defined]
+            return str(macros.predicate(to_cuda(step.mask, _NAMES)))
     return ""

@@ -102,9 +102,7 @@ def build(spec: Spec, arch: Arch, schedule: str, choice: Choice) -> Plan:
         rows=(at.lse, *((at.saved_max, at.saved_sum) if spaces else ())),
         kernels=(kernel,),
         workspaces=spaces,
-        launches=(
-            Launch(name, heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))),
-        ),
+        launches=(Launch(name, heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))),),
     )
 
 

@@ -189,7 +189,9 @@ class RegVec:
         return self.name
 
 
-Variable = Literal["m", "n", "m_block", "n_min", "n_full_begin", "n_full_end", "n_max", "zero", "m_max", "n_end"]
+Variable = Literal[
+    "m", "n", "m_block", "n_min", "n_full_begin", "n_full_end", "n_max", "zero", "m_max", "n_end"
+]
 """What a block index starts from: a loop's own index (m, n), a bound of the tile, 0, or the number of blocks of
 rows (m_max) and of keys (n_end) of the whole sequence."""
 

@@ -55,9 +55,7 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
     limit = plan.arch.smem_bytes_per_block
     for kernel in plan.kernels:
         if kernel.smem_bytes > limit:
-            parts = " + ".join(
-                f"{b.name} {b.size_bytes}" for b in kernel.buffers if b.overlays is None
-            )
+            parts = " + ".join(f"{b.name} {b.size_bytes}" for b in kernel.buffers if b.overlays is None)
             yield Violation(
                 "shared-memory",
                 "tile.block_n",

@@ -113,7 +113,9 @@ class LoadTile(Step):
     bounded: bool
 
     def __str__(self) -> str:
-        return f"load {self.dst} <- {self.src}[{self.block}]" + (" (zeros past the end)" if self.bounded else "")
+        return f"load {self.dst} <- {self.src}[{self.block}]" + (
+            " (zeros past the end)" if self.bounded else ""
+        )
 
 
 @dataclass(frozen=True)

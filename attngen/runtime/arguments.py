@@ -90,7 +90,10 @@ def check_arguments(
         raise ArgumentError("k", "0 heads", f"a divisor of q's {num_heads_q} heads")
     if num_heads_kv and num_heads_q % num_heads_kv:
         raise ArgumentError(
-            "k", f"{num_heads_kv} heads", f"a divisor of q's {num_heads_q} heads", "each key head serves a group"
+            "k",
+            f"{num_heads_kv} heads",
+            f"a divisor of q's {num_heads_q} heads",
+            "each key head serves a group",
         )
     for name, length in (("q", seqlen_q), ("k", seqlen_k)):
         if length >= LONGEST:
@@ -175,7 +178,9 @@ def _check_tensor(manifest: Manifest, name: str, x: torch.Tensor, q: torch.Tenso
 def _check_shape(name: str, x: torch.Tensor, layout: str, expected: tuple[int, int, int, int]) -> None:
     shown = _bshd(expected, layout)
     if tuple(x.shape) != shown:
-        letters = "(batch, seqlen, heads, head_dim)" if layout == "bshd" else "(batch, heads, seqlen, head_dim)"
+        letters = (
+            "(batch, seqlen, heads, head_dim)" if layout == "bshd" else "(batch, heads, seqlen, head_dim)"
+        )
         raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{shown} = {letters}")
 
 
@@ -192,7 +197,9 @@ def _check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     dims = [(step, size) for step, size in zip(out.stride(), out.shape, strict=True) if size > 1]
     for step, size in sorted(dims):
         if step < reach:
-            raise ArgumentError("out", f"strides {tuple(out.stride())}", "a tensor that does not overlap itself")
+            raise ArgumentError(
+                "out", f"strides {tuple(out.stride())}", "a tensor that does not overlap itself"
+            )
         reach += step * (size - 1)
     first, last = _extent(out)
     for name, x in inputs.items():
@@ -207,18 +214,24 @@ def _extent(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are provably disjoint slices of one packed tensor along its dimensions."""
-    period = max(
-        (step for step, size in zip(a.stride(), a.shape, strict=True) if size > 1), default=0
-    ) * a.element_size()
-    if a.stride() != b.stride() or a.element_size() != b.element_size() or not period:
+    """Whether two tensors are provably disjoint slices of one packed tensor.
+
+    They are where, for the stride of some dimension, both keep to parts of their own within one step of it.
+    """
+    if a.stride() != b.stride() or a.element_size() != b.element_size():
         return False
-    # Within one step of the outermost dimension both must keep to parts of their own.
-    inner_a, inner_b = (_inner_reach(x) * x.element_size() for x in (a, b))
-    offset = (b.data_ptr() - a.data_ptr()) % period
-    return inner_a <= offset and offset + inner_b <= period
+    steps = {step for x in (a, b) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1}
+    offset = b.data_ptr() - a.data_ptr()
+    for step in steps:
+        period = step * a.element_size()
+        if period and all(larger % step == 0 for larger in steps if larger > step):
+            ahead = offset % period
+            if _reach_within(a, step) <= ahead and ahead + _reach_within(b, step) <= period:
+                return True
+    return False
 
 
-def _inner_reach(x: torch.Tensor) -> int:
-    dims = sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
-    return 1 + sum(step * (size - 1) for step, size in dims[:-1])
+def _reach_within(x: torch.Tensor, step: int) -> int:
+    """Bytes that the dimensions of smaller stride than `step` span."""
+    dims = zip(x.stride(), x.shape, strict=True)
+    return (1 + sum(inner * (size - 1) for inner, size in dims if inner < step)) * x.element_size()

@@ -72,9 +72,7 @@ class Module:
         driver = _driver()
         _check(driver.cuInit(0), "starting the CUDA driver")
         self._cubin = cubin
-        self._library = _check(
-            driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "loading the kernel"
-        )
+        self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "loading the kernel")
 
     def function(self, name: str, smem_bytes: int) -> Function:
         """The kernel called `name`, which will ask for that much dynamic shared memory."""
@@ -83,17 +81,13 @@ class Module:
         return Function(self, kernel, smem_bytes)
 
 
-def launch(
-    function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int
-) -> None:
+def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int) -> None:
     """Start a kernel; `arguments` is the address of the array of pointers to its parameters.
 
     Raises:
         ToolchainError: the driver refused.
     """
-    result = function.start(
-        function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0
-    )
+    result = function.start(function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0)
     if result[0]:
         _check(result, "launching the kernel")
 

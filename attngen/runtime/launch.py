@@ -156,8 +156,8 @@ class Launcher:
             *[space.data_ptr() for space in spaces],
         )
         index: int = device.index
-        stream = torch._C._cuda_getCurrentRawStream(index)  # type: ignore[attr-defined]
-        if torch._C._cuda_getDevice() == index:  # type: ignore[attr-defined]
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if torch._C._cuda_getDevice() == index:
             self._launch(prepared, pointers, stream)
         else:
             with torch.cuda.device(device):
@@ -165,11 +165,11 @@ class Launcher:
         return out, lse
 
     def _launch(self, prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
-        for launch in prepared.launches:
-            arguments = launch.arguments
-            launch.pack_into(arguments.struct, 0, *launch.pick(pointers))
+        for ready in prepared.launches:
+            arguments = ready.arguments
+            ready.pack_into(arguments.struct, 0, *ready.pick(pointers))
             self._start(
-                launch.function, launch.grid, launch.threads, launch.smem_bytes, stream, arguments.address
+                ready.function, ready.grid, ready.threads, ready.smem_bytes, stream, arguments.address
             )
 
     def _prepare(
@@ -218,7 +218,7 @@ class Launcher:
         """Pack what does not change; the pointers must be the first fields."""
         kernel = next(kernel for kernel in self.manifest.kernels if kernel.name == report.kernel)
         if not self._functions:
-            module = self._load()
+            module = self._load()  # type: ignore[no-untyped-call]
             self._functions = {k.name: module.function(k.name, k.smem_bytes) for k in self.manifest.kernels}
         function = self._functions[kernel.name]
         function.prepare(device.index)
@@ -246,7 +246,8 @@ def explain_launch(manifest: Manifest, problem: Problem) -> tuple[LaunchReport, 
     kernels = {kernel.name: kernel for kernel in manifest.kernels}
     sizes = problem.sizes
     workspace_bytes = {
-        space.name: 4 * math.prod(evaluate_formula(size, sizes) for size in space.shape) for space in manifest.workspaces
+        space.name: 4 * math.prod(evaluate_formula(size, sizes) for size in space.shape)
+        for space in manifest.workspaces
     }
     reports = []
     for entry in manifest.launches:
@@ -254,7 +255,5 @@ def explain_launch(manifest: Manifest, problem: Problem) -> tuple[LaunchReport, 
         if grid > LARGEST_GRID:
             raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
         kernel = kernels[entry.kernel]
-        reports.append(
-            LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes)
-        )
+        reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
     return tuple(reports)

@@ -94,6 +94,7 @@ def _ranges(at: Places) -> tuple[Range, ...]:
 def _softmax(at: Places) -> Program:
     """One step of the online softmax; alpha rescales what was summed under the old maximum."""
     return (
+        Note("online softmax"),
         RowMax(at.acc_s, at.row_max, at.alpha),
         Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
         ScaleRows(at.acc_o, at.alpha),
@@ -115,6 +116,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
             SyncThreads(),
             LoadTile(at.v.at(), at.v_in, N, bounded=may_be_last),
             CommitCopies(),
+            Note("S = Q Kᵀ"),
             ScoreGemm(at.acc_s, at.q.at(), at.k.at(), at.score_unroll),
             *_mask(at, range_),
             WaitCopies(0),
@@ -122,6 +124,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
             WhenBlock(N - 1, N_MIN, (LoadTile(at.k.at(), at.k_in, N - 1, bounded=False),)),
             CommitCopies(),
             *_softmax(at),
+            Note("O += P V"),
             OutputGemm(at.acc_o, at.p, at.v.at()),
         )
 
@@ -153,9 +156,11 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
             WhenBlock(N - ahead, N_MIN, load(N - ahead, bounded=False)),
             CommitCopies(),
             Advance(at.load_at),
+            Note("S = Q Kᵀ"),
             ScoreGemm(at.acc_s, at.q.at(), at.k.at(at.read_at), at.score_unroll),
             *_mask(at, range_),
             *_softmax(at),
+            Note("O += P V"),
             OutputGemm(at.acc_o, at.p, at.v.at(at.read_at)),
             Advance(at.read_at),
         )

@@ -98,9 +98,7 @@ def dump_text(data: Mapping[str, Any]) -> str:
     Raises:
         yaml.YAMLError: something in it has no YAML form.
     """
-    return yaml.dump(
-        dict(data), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=float("inf")
-    )
+    return yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -138,12 +136,12 @@ class _Composer(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         start = event.start_mark.index
         if isinstance(event, yaml.AliasEvent):
-            self.get_event()
+            self.get_event()  # type: ignore[no-untyped-call]
             self._refuse(start, f"*{event.anchor}", "is an alias", "write the value out here")
-            node = yaml.ScalarNode("", "", event.start_mark, event.end_mark)
+            node = yaml.ScalarNode("", "", event.start_mark, event.end_mark)  # type: ignore[arg-type]
             self.refused.append(node)
             return node
         if event.anchor is not None:
@@ -159,7 +157,7 @@ class _Composer(yaml.SafeLoader):
             place = self._document.source.location(start, start + 1)
             self._document.refuse("yaml-nesting", f"is nested more than {_MAX_NESTING} deep", place)
             raise _TooDeep
-        node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)  # type: ignore[assignment]
         self._depth -= 1
         return node
 
@@ -169,7 +167,10 @@ class _Composer(yaml.SafeLoader):
         found = re.compile(r"\S*?(?=[\s,\]}]|$)").match(text, start)
         end = found.end() if found else start + 1
         self._document.refuse(
-            "yaml-plain", f"`{text[start:end]}` {message}", self._document.source.location(start, end), note=note
+            "yaml-plain",
+            f"`{text[start:end]}` {message}",
+            self._document.source.location(start, end),
+            note=note,
         )
 
 
@@ -216,7 +217,7 @@ class _Reader:
                 if self._may_stand(item, here, in_flow=False):
                     items.append(self._read(item, here))
             return items
-        if node.style is not None or path in TEXT_PATHS:
+        if node.style is not None or path in TEXT_PATHS:  # type: ignore[attr-defined]
             return node.value
         return _plain_value(node.value)
 

@@ -171,7 +171,9 @@ def _expectation(details: list[Any], value: Any) -> tuple[str, tuple[str, ...]]:
     for fault in details:
         kind, context = fault["type"], fault.get("ctx", {})
         if kind == "literal_error":
-            allowed += [word.strip().strip("'") for word in context["expected"].replace(" or ", ",").split(",")]
+            allowed += [
+                word.strip().strip("'") for word in context["expected"].replace(" or ", ",").split(",")
+            ]
         elif kind == "greater_than_equal":
             words.append(f"at least {context['ge']}")
         elif kind in ("value_error", "int_type", "int_parsing", "int_from_float"):
@@ -204,9 +206,11 @@ def _head_dim_faults(document: Document, data: dict[str, Any]) -> list[Diagnosti
     """Head dims that the target does not take."""
     problem = data.get("problem")
     dims = problem.get("head_dim") if isinstance(problem, dict) else None
+    if not isinstance(dims, dict):
+        return []
     legal = legal_head_dims(str(data.get("target", "auto")))
     faults: list[Diagnostic] = []
-    for key in ("qk", "v") if isinstance(dims, dict) else ():
+    for key in ("qk", "v"):
         dim = dims.get(key)
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1 or dim in legal:
             continue

@@ -9,7 +9,17 @@ from attngen.inputs import Canary, Shape, poison, random_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
-LENGTHS = [(1, 1), (64, 128), (113, 203), (239, 1), (799, 3), (128, 217), (1023, 1024), (1024, 1023), (4096, 4096)]
+LENGTHS = [
+    (1, 1),
+    (64, 128),
+    (113, 203),
+    (239, 1),
+    (799, 3),
+    (128, 217),
+    (1023, 1024),
+    (1024, 1023),
+    (4096, 4096),
+]
 HEAD_DIMS = [(32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)]
 HEADS = [(4, 4), (4, 1), (8, 2)]
 LAYOUTS = ["contiguous", "strided", "bhsd"]
@@ -49,7 +59,9 @@ def test_error_stays_in_its_bound_on_the_length_grid(
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("mask", ["kv_idx >= q_pos - 40 and causal", "kv_idx + h != q_idx", "kv_idx == q_pos"])
+@pytest.mark.parametrize(
+    "mask", ["kv_idx >= q_pos - 40 and causal", "kv_idx + h != q_idx", "kv_idx == q_pos"]
+)
 @pytest.mark.parametrize("kind", ["fa2", "serial"])
 def test_masks_of_the_language_are_right(kind: str, mask: str) -> None:
     """A window has closed-form bounds on both sides, != has none, and each gives what the reference gives."""
@@ -133,7 +145,9 @@ def test_shipped_specs_pass_their_check_shapes() -> None:
             continue
         made = attngen.compile(made_for)
         for check in made_for.check:
-            shape = Shape(check.batch, check.heads, check.heads_kv or check.heads, check.seqlen_q, check.seqlen_k)
+            shape = Shape(
+                check.batch, check.heads, check.heads_kv or check.heads, check.seqlen_q, check.seqlen_k
+            )
             q, k, v = random_inputs(
                 shape, made.plan.head_dim_qk, made.plan.head_dim_v, TORCH[made.plan.inputs.name], "cuda", 8
             )

@@ -1,0 +1,3 @@
+"""The version, which the build, the emitted headers and the command line read."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,38 @@
+"""The committed output: `python tests/emit/regenerate.py` rewrites generated/ from the shipped specs."""
+
+from pathlib import Path
+
+from attngen.arch import ARCHS
+from attngen.emit.kernel import emit
+from attngen.emit.manifest import manifest
+from attngen.lower import lower
+from attngen.resources import shipped_specs
+from attngen.spec import load
+
+FOLDER = Path(__file__).resolve().parents[2] / "generated"
+
+
+def expected_files() -> dict[str, str]:
+    """File name -> text, for every shipped spec that names a GPU target."""
+    files = {}
+    for path in shipped_specs():
+        spec = load(path)
+        arch = ARCHS[spec.target]
+        if arch.emits:
+            plan = lower(spec, arch)
+            files[f"{spec.name}.cu"] = emit(plan)
+            files[f"{spec.name}.json"] = manifest(plan).to_json()
+    return files
+
+
+def main() -> None:
+    """Rewrite the folder."""
+    FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.iterdir():
+        old.unlink()
+    for name, text in expected_files().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
