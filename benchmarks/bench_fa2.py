@@ -22,7 +22,9 @@ def main(out: Path) -> None:
     for head_dim in (64, 128):
         for causal in (False, True):
             mask = "causal" if causal else "full"
-            kernel = attngen.compile({"problem": {"head_dim": head_dim}, "mask": mask, "schedule": {"kind": "fa2"}})
+            kernel = attngen.compile(
+                {"problem": {"head_dim": head_dim}, "mask": mask, "schedule": {"kind": "fa2"}}
+            )
             for seqlen in (1024, 2048, 4096, 8192, 16384):
                 heads = WIDTH // head_dim
                 shape = Shape(TOKENS // seqlen, heads, heads, seqlen, seqlen)

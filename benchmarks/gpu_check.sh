@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the GPU tests, then the benchmark. Results go to $OUT, or to benchmarks/results.
-# Packages that the machine's Python lacks may lie as wheels in .whl (not committed).
+# On a machine with a GPU: the GPU tests, the sanitizers, the counters of bank conflicts, then the benchmark.
+# Results go to $OUT, or to benchmarks/results. Packages that Python lacks there may lie as wheels in .whl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ls .whl/*.whl >/dev/null 2>&1; then
@@ -9,5 +9,15 @@ if ls .whl/*.whl >/dev/null 2>&1; then
 fi
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 results="${OUT:-benchmarks/results}"
-python3 -m pytest -m gpu tests --timeout 120 2>&1 | tee "$results/gpu_tests.log"
-python3 benchmarks/bench_fa2.py --out "$results"
+
+python3 -m pytest tests/gpu --ignore tests/gpu/test_runtime.py -n 6 -p no:cacheprovider 2>&1 | tee "$results/gpu_tests.log"
+python3 -m pytest tests/gpu/test_runtime.py -s -p no:cacheprovider 2>&1 | tee -a "$results/gpu_tests.log"
+python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
+for tool in memcheck racecheck synccheck; do
+  echo "== compute-sanitizer $tool"
+  timeout 150 compute-sanitizer --tool "$tool" --kernel-regex kns=attn_fwd python3 benchmarks/sanitize.py
+done 2>&1 | tee "$results/sanitizer.log"
+conflicts=l1tex__data_bank_conflicts_pipe_lsu_mem_shared
+timeout 150 ncu --clock-control none --kernel-name regex:attn_fwd --metrics \
+  "${conflicts}_op_ld.sum,${conflicts}_op_st.sum,smsp__inst_executed_op_ldsm.sum" \
+  python3 benchmarks/sanitize.py 2>&1 | grep -E "attn_fwd|conflicts|ldsm|right" | tee "$results/bank_conflicts.log" | tail -12
