@@ -1,0 +1,73 @@
+"""`attngen check`: is there a legal kernel, and with `--run`, is it right? Needs no GPU and no compiler."""
+
+import click
+
+from attngen.cli.comparison import Outcome, draw_inputs, execute, outcomes_table
+from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, table
+from attngen.cli.shapes import shape_text, shapes_of
+from attngen.cli.variants import (
+    Sweep,
+    arch_option,
+    arch_without_gpu,
+    kernel_of,
+    specs_argument,
+    stand_in_note,
+    variants,
+)
+from attngen.errors import SpecError
+
+
+@click.command()
+@specs_argument
+@arch_option
+@click.option("--run", is_flag=True, help="Run the check shapes on the simulator against the reference.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs of --run.")
+@click.pass_context
+def check(
+    ctx: click.Context, specs: tuple[str, ...], sweep: Sweep, arch: str | None, run: bool, seed: int
+) -> None:
+    """Load each SPEC, lower it and hold its plan against every rule."""
+    rows: list[tuple[str, ...]] = []
+    outcomes: list[Outcome] = []
+    notes: dict[str, None] = {}
+    refused = False
+    with console(err=True).status("checking") as status:
+        for variant in variants(specs, sweep):
+            try:
+                spec = variant.spec
+                kernel = kernel_of(spec, arch_without_gpu(spec, arch))
+            except SpecError as fault:
+                refused = True
+                report(fault)
+                continue
+            plan = kernel.plan
+            if note := stand_in_note(spec, arch):
+                notes[f"{variant.label}: {note}"] = None
+            tile = f"{plan.block_m}x{plan.block_n}"
+            rows.append(
+                (
+                    variant.label,
+                    plan.name,
+                    plan.arch.name,
+                    plan.schedule,
+                    tile,
+                    f"{plan.stages}",
+                    f"{plan.warps}",
+                )
+            )
+            for shape in shapes_of(spec) if run else ():
+                status.update(f"simulating {variant.label}, {shape_text(shape)}")
+                outcomes.append(execute(kernel, draw_inputs(kernel, shape, "cpu", seed), variant.label))
+    out = console()
+    for note in notes:
+        click.echo(note)
+    if rows:
+        columns = ("spec", "kernel", "target", "schedule", "tile", "stages", "warps")
+        out.print(table(columns, rows, numbers_from=4))
+        click.echo(f"{len(rows)} legal plan{'' if len(rows) == 1 else 's'}")
+    if outcomes:
+        out.print(outcomes_table(outcomes, on_simulator=True))
+    failed = [outcome for outcome in outcomes if not outcome.accuracy.ok]
+    for outcome in failed:
+        click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")
+    ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)

@@ -1,0 +1,130 @@
+"""`attngen explain`: what was decided and what it costs, of one kernel or several side by side."""
+
+from collections.abc import Mapping
+
+import click
+
+from attngen.api import Kernel
+from attngen.cli.facts import facts, sweep_facts
+from attngen.cli.output import GOOD, USER_FAULT, console, report, table
+from attngen.cli.shapes import given_shape, shape_options, shapes_of
+from attngen.cli.variants import (
+    Sweep,
+    Variant,
+    arch_option,
+    arch_without_gpu,
+    compile_all,
+    kernel_of,
+    specs_argument,
+    stand_in_note,
+    variants,
+)
+from attngen.errors import SpecError
+from attngen.inputs import Shape
+from attngen.plan import listing
+from attngen.runtime import KernelResources
+
+Lowered = tuple[Variant, Kernel | SpecError]
+
+
+@click.command()
+@specs_argument
+@arch_option
+@click.option("--program", is_flag=True, help="Print each role's schedule, one line a step.")
+@shape_options
+@click.pass_context
+def explain(
+    ctx: click.Context,
+    specs: tuple[str, ...],
+    sweep: Sweep,
+    arch: str | None,
+    program: bool,
+    batch: int | None,
+    heads: int | None,
+    heads_kv: int | None,
+    seqlen_q: int | None,
+    seqlen_k: int | None,
+) -> None:
+    """Show tiles, memory map, registers, occupancy, rules and traffic of each SPEC, side by side.
+
+    FLOPs and bytes are those of the first check shape, or of the shape given. With --set a table, one row a
+    combination; those that no legal kernel has show the rule that refuses them.
+    """
+    given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
+    lowered: list[Lowered] = []
+    for variant in variants(specs, sweep):
+        try:
+            spec = variant.spec
+            lowered.append((variant, kernel_of(spec, arch_without_gpu(spec, arch))))
+        except SpecError as fault:
+            lowered.append((variant, fault))
+            continue
+        if note := stand_in_note(spec, arch):
+            click.echo(f"{variant.label}: {note}")
+    kernels = [kernel for _, kernel in lowered if isinstance(kernel, Kernel)]
+    with console(err=True).status(f"compiling {len(kernels)} kernels"):
+        faults = compile_all(kernels)
+    for text in dict.fromkeys(str(error) for error in faults.values() if error is not None):
+        click.echo(f"registers are unknown: {text}", err=True)
+    used = {kernel: _resources(kernel) for kernel, error in faults.items() if error is None}
+    if sweep:
+        _print_sweep(lowered, used)
+    else:
+        for _, refused in lowered:
+            if isinstance(refused, SpecError):
+                report(refused)
+        _print_facts(lowered, used, given)
+    for kernel in kernels if program else ():
+        _print_program(kernel)
+    # A sweep is there to find what is refused; specs that are named are there to be good.
+    is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
+    ctx.exit(GOOD if is_good else USER_FAULT)
+
+
+def _resources(kernel: Kernel) -> KernelResources:
+    """What ptxas says of the attention kernel itself."""
+    return next(used for used in kernel.resources if used.name == kernel.plan.kernel.name)
+
+
+def _print_facts(
+    lowered: list[Lowered], resources: Mapping[Kernel, KernelResources], given: Shape | None
+) -> None:
+    columns = [
+        (variant.label, facts(kernel, resources.get(kernel), shapes_of(kernel.spec, given)[0]))
+        for variant, kernel in lowered
+        if isinstance(kernel, Kernel)
+    ]
+    names = dict.fromkeys(name for _, column in columns for name in column)
+    rows = [(name, *(column.get(name, "-") for _, column in columns)) for name in names]
+    if columns:
+        header = ("", *(label for label, _ in columns))
+        console().print(table(header, rows, numbers_from=len(header)))
+
+
+def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResources]) -> None:
+    rows = []
+    for variant, kernel in lowered:
+        if isinstance(kernel, Kernel):
+            rows.append((variant.label, *sweep_facts(kernel, resources.get(kernel))))
+            continue
+        first, *_ = kernel.diagnostics
+        rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in kernel.diagnostics))
+        rows.append((variant.label, "-", "-", "-", "-", "-", f"refused [rule {rules}] {first.message}"))
+    columns = (
+        "spec",
+        "tile",
+        "registers",
+        "spills [B]",
+        "shared memory",
+        "occupancy",
+        "binding or refusing rule",
+    )
+    console().print(table(columns, rows, numbers_from=len(columns)))
+
+
+def _print_program(kernel: Kernel) -> None:
+    for plan in kernel.plan.kernels:
+        for role in plan.roles:
+            click.echo(f"{plan.name}, role {role.name}, {role.warps} warp{'' if role.warps == 1 else 's'}:")
+            click.echo(listing(role.program, indent=1))
+            click.echo()

@@ -1,0 +1,133 @@
+"""`attngen run`: build, execute, compare with the reference, and time."""
+
+from pathlib import Path
+
+import click
+import torch
+
+from attngen.api import Kernel, resolve_arch
+from attngen.cli.comparison import Inputs, Outcome, draw_inputs, execute, outcomes_table
+from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
+from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
+from attngen.cli.variants import (
+    Sweep,
+    arch_option,
+    arch_without_gpu,
+    kernel_of,
+    specs_argument,
+    stand_in_note,
+    variants,
+)
+from attngen.errors import ArgumentError, SpecError, ToolchainError
+from attngen.inputs import Shape
+from attngen.spec import Spec
+
+SIMULATED = (
+    "on the simulator (CPU): same tiles, order and roundings as the kernel; its time is not the kernel's"
+)
+
+
+@click.command()
+@specs_argument
+@arch_option
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where [cuda where there is a GPU, else cpu]."
+)
+@shape_options
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
+@click.option(
+    "--trace", is_flag=True, help="Print S, maxima, sums and O after every block of keys; on the CPU."
+)
+@click.option(
+    "--inputs",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take q, k and v (batch, seqlen, heads, head_dim) from this safetensors file.",
+)
+@click.option("--lineinfo", is_flag=True, help="Keep line numbers in the cubin, for profilers.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    specs: tuple[str, ...],
+    sweep: Sweep,
+    arch: str | None,
+    device: str | None,
+    batch: int | None,
+    heads: int | None,
+    heads_kv: int | None,
+    seqlen_q: int | None,
+    seqlen_k: int | None,
+    seed: int,
+    trace: bool,
+    file: Path | None,
+    lineinfo: bool,
+) -> None:
+    """Run each SPEC on its check shapes, or on the shape given, and compare with the reference in fp64.
+
+    Exits with 1 if a comparison failed.
+    """
+    given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
+    if file is not None and given is not None:
+        raise click.UsageError("--inputs brings its own shape; leave out --batch, --heads and --seqlen")
+    if trace and device == "cuda":
+        raise click.UsageError("--trace shows the simulator at work; leave out --device cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ToolchainError(
+            "this machine has no CUDA GPU that torch can use", "--device cpu runs the simulator"
+        )
+    outcomes: dict[bool, list[Outcome]] = {True: [], False: []}  # by whether they are the simulator's
+    refused = False
+    progress = console(err=True)
+    for variant in variants(specs, sweep):
+        try:
+            spec = variant.spec
+            on = "cpu" if trace else device or _default_device(spec, arch)
+            target = arch_without_gpu(spec, arch) if on == "cpu" else resolve_arch(spec, arch)
+            kernel = kernel_of(spec, target, lineinfo=lineinfo)
+        except SpecError as fault:
+            refused = True
+            report(fault)
+            continue
+        if on == "cpu" and (note := stand_in_note(spec, arch)):
+            click.echo(f"{variant.label}: {note}")
+        for inputs in _inputs(kernel, file, given, on, seed):
+            with progress.status(f"running {variant.label}"):
+                outcome = execute(kernel, inputs, variant.label, with_trace=trace)
+            outcomes[on == "cpu"].append(outcome)
+            if outcome.board:
+                click.echo(outcome.board)
+    for simulated, done in outcomes.items():
+        if done:
+            click.echo(SIMULATED if simulated else f"on {torch.cuda.get_device_name()}")
+            console().print(outcomes_table(done, on_simulator=simulated))
+    failed = [outcome for done in outcomes.values() for outcome in done if not outcome.accuracy.ok]
+    for outcome in failed:
+        click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")
+    ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)
+
+
+def _default_device(spec: Spec, arch: str | None) -> str:
+    return "cuda" if torch.cuda.is_available() and (arch or spec.target) != "simulator" else "cpu"
+
+
+def _inputs(kernel: Kernel, file: Path | None, given: Shape | None, device: str, seed: int) -> list[Inputs]:
+    if file is not None:
+        return [_read_inputs(file, device)]
+    return [draw_inputs(kernel, shape, device, seed) for shape in shapes_of(kernel.spec, given)]
+
+
+def _read_inputs(file: Path, device: str) -> Inputs:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file, device=device)
+    except (SafetensorError, OSError) as error:
+        raise ArgumentError("--inputs", f"{file} ({error})", "a safetensors file") from error
+    missing = [name for name in ("q", "k", "v") if name not in tensors]
+    if missing:
+        found = ", ".join(sorted(tensors)) or "no tensor"
+        raise ArgumentError(
+            "--inputs", f"{file} with {found}", f"tensors q, k and v; {', '.join(missing)} missing"
+        )
+    return tensors["q"], tensors["k"], tensors["v"]

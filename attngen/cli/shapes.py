@@ -1,0 +1,69 @@
+"""The shapes a command works on: the spec's `check` shapes, or the one that options give."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from attngen.inputs import Shape
+from attngen.spec import Spec
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULT_SHAPE = Shape(batch=1, heads=2, heads_kv=1, seqlen_q=113, seqlen_k=203)
+"""For a spec without check shapes: two query heads on one of K and V, and lengths that no tile divides."""
+DEFAULT_LENGTH = 128
+
+_OPTIONS = {
+    "--batch": "Batch size [1].",
+    "--heads": "Query heads [1].",
+    "--heads-kv": "Heads of K and V [as many as query heads].",
+    "--seqlen-q": f"Queries [as many as keys, or {DEFAULT_LENGTH}].",
+    "--seqlen-k": "Keys [as many as queries].",
+}
+
+
+def shape_options(command: Command) -> Command:
+    """`--batch`, `--heads`, `--heads-kv`, `--seqlen-q`, `--seqlen-k`."""
+    for name, text in reversed(_OPTIONS.items()):
+        command = click.option(name, type=click.IntRange(min=0), default=None, help=text)(command)
+    return command
+
+
+def given_shape(
+    batch: int | None, heads: int | None, heads_kv: int | None, seqlen_q: int | None, seqlen_k: int | None
+) -> Shape | None:
+    """The shape that options ask for; None where none of them is given."""
+    if all(size is None for size in (batch, heads, heads_kv, seqlen_q, seqlen_k)):
+        return None
+    heads = 1 if heads is None else heads
+    queries = next((n for n in (seqlen_q, seqlen_k, DEFAULT_LENGTH) if n is not None), DEFAULT_LENGTH)
+    return Shape(
+        batch=1 if batch is None else batch,
+        heads=heads,
+        heads_kv=heads if heads_kv is None else heads_kv,
+        seqlen_q=queries,
+        seqlen_k=queries if seqlen_k is None else seqlen_k,
+    )
+
+
+def shapes_of(spec: Spec, given: Shape | None = None) -> tuple[Shape, ...]:
+    """The shape given, else the spec's check shapes, else `DEFAULT_SHAPE`."""
+    if given is not None:
+        return (given,)
+    return tuple(
+        Shape(
+            check.batch,
+            check.heads,
+            check.heads if check.heads_kv is None else check.heads_kv,
+            check.seqlen_q,
+            check.seqlen_k,
+        )
+        for check in spec.check
+    ) or (DEFAULT_SHAPE,)
+
+
+def shape_text(shape: Shape) -> str:
+    """A shape in one line."""
+    heads = str(shape.heads) if shape.heads == shape.heads_kv else f"{shape.heads}:{shape.heads_kv}"
+    return f"batch {shape.batch}, heads {heads}, {shape.seqlen_q}x{shape.seqlen_k}"
