@@ -86,7 +86,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
-    env.globals.update(scheduler=plan.kernel.scheduler, tensors=plan.tensors)
+    env.globals.update(scheduler=plan.kernel.scheduler)
     macros = step_macros(env)
     return env
 
@@ -114,15 +114,14 @@ def _first_row(block: BlockIndex, axis: str) -> str:
 
 
 def _head(place: Tensor | Rows) -> str:
-    """Where the rows of this tile's head start. K and V are asked for in every block and have a variable."""
+    """Where the rows of this tile's head start."""
     if isinstance(place, Rows):
         return f"dense_head(params.{place.name}, params, tile)"
     if place.workspace:
         return f"dense_head(params.{place.name}, params, tile, kHeadDimV)"
-    if place.heads == "kv":
-        return f"{place.name}_head"
-    strides = f"params.{place.name}_stride_batch, params.{place.name}_stride_head"
-    return f"head_of(params.{place.name}, tile, {strides})"
+    base = f"params.{place.name}"
+    head = "tile.kv_head" if place.heads == "kv" else "tile.head"
+    return f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
 
 
 def _declaration(place: Param | RegTile) -> str:

@@ -38,7 +38,7 @@ def choices(schedule: str, head_dim: int, arch: Arch) -> tuple[Choice, ...]:
     if 80 < head_dim <= 96:  # 128x64 spills 8 bytes (NVRTC 13.0.88)
         return (Choice(128, 48, 2, 4), Choice(64, 48, 1, 4))
     if head_dim <= 128:
-        return (Choice(128, 64, 1, 4, score_unroll=2), Choice(64, 64, 1, 4), Choice(64, 32, 1, 4))
+        return (Choice(128, 64, 1, 4), Choice(64, 64, 1, 4), Choice(64, 32, 1, 4))
     return (
         Choice(128, 64, 1, 8, score_unroll=2),
         Choice(128, 32, 1, 8, score_unroll=2),
