@@ -1,0 +1,96 @@
+"""A case of fuzzing: one spec, one problem, one property, as a value that a line of JSON can carry."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from attngen.dtypes import dtype, torch_dtype
+from attngen.inputs import KINDS, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
+from attngen.spec import Spec, load
+
+Memory = MemoryLayout | Literal["far"]
+"""How the storage of q, k and v is arranged; `far`: the last batch begins more than 2^31 elements after the first."""
+MEMORIES: tuple[Memory, ...] = (*MEMORY_LAYOUTS, "far")
+CallLayout = Literal["bshd", "bhsd"]
+CALL_LAYOUTS: tuple[CallLayout, ...] = get_args(CallLayout)
+FAR = 2**31
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tried.
+
+    Attributes:
+        spec: of the kernel; its target says whose tiles and paddings it has, also where the simulator runs it.
+        shape: batch, heads and lengths.
+        softmax_scale: 1/sqrt(head_dim_qk) where None.
+        memory: how q, k and v lie in memory.
+        layout: in which order the call takes its dimensions.
+        kind: what is drawn.
+        seed: of the inputs.
+        rule: name of the property that is checked beside the error bound; see `attngen.fuzz.properties`.
+    """
+
+    spec: Spec
+    shape: Shape
+    softmax_scale: float | None = None
+    memory: Memory = "contiguous"
+    layout: CallLayout = "bshd"
+    kind: Kind = "randn"
+    seed: int = 0
+    rule: str = "error"
+
+    def to_json(self) -> str:
+        """The case as one line."""
+        data = {"spec": self.spec.to_dict(), "shape": asdict(self.shape)}
+        rest = {key: value for key, value in vars(self).items() if key not in data and value is not None}
+        return json.dumps(data | rest)
+
+    @staticmethod
+    def from_json(text: str) -> "Case":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not JSON, or its keys are not a case's.
+            SpecError: the spec in it is not legal.
+        """
+        data: dict[str, Any] = json.loads(text)
+        try:
+            case = Case(**data | {"spec": load(data["spec"]), "shape": Shape(**data["shape"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a case of fuzzing: {error}") from None
+        for value, known in ((case.memory, MEMORIES), (case.layout, CALL_LAYOUTS), (case.kind, KINDS)):
+            if value not in known:
+                raise ValueError(f"not a case of fuzzing: {value} is none of {', '.join(known)}")
+        return case
+
+    def inputs(self, device: str) -> Tensors:
+        """q, k and v, (batch, seqlen, heads, head_dim) each."""
+        dims = self.spec.problem.head_dim
+        number = torch_dtype(dtype(self.spec.precision.inputs))
+        memory: MemoryLayout = "contiguous" if self.memory == "far" else self.memory
+        drawn = random_inputs(self.shape, dims.qk, dims.v, number, device, self.seed, memory, self.kind)
+        return far_apart(drawn) if self.memory == "far" else drawn
+
+
+def far_apart(inputs: Tensors) -> Tensors:
+    """The same values in one storage, in which the last batch begins past 2^31 elements.
+
+    Nothing between is ever touched, so that on a CPU it costs address space and no memory.
+    """
+    q = inputs[0]
+    unit = 16 // q.element_size()
+    sizes = [-(-x[:1].numel() // unit) * unit for x in inputs]
+    step = -(-FAR // max(1, q.shape[0] - 1) // unit) * unit
+    storage = q.new_empty((q.shape[0] - 1) * step + sum(sizes) if q.shape[0] > 1 else sum(sizes))
+    views, start = [], 0
+    for x, size in zip(inputs, sizes, strict=True):
+        _, seqlen, heads, dim = x.shape
+        view = storage[start:].as_strided(x.shape, (step, heads * dim, dim, 1), start)
+        views.append(view.copy_(x))
+        start += size
+    return views[0], views[1], views[2]

@@ -1,0 +1,94 @@
+"""The command `attngen fuzz`."""
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from attngen.errors import AttngenError, InternalError
+from attngen.fuzz import search
+from attngen.fuzz.case import Case
+from attngen.fuzz.properties import RULES
+from attngen.spec import Spec, load
+
+
+@click.command(name="fuzz")
+@click.argument("spec", required=False)
+@click.option(
+    "--examples", type=click.IntRange(1), help=f"Cases to try; {search.EXAMPLES} unless --minutes is given."
+)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Try cases for so long.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--arch", help="Target in place of the spec's; without SPEC, of the specs that are drawn.")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a value of SPEC.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--property", "rules", multiple=True, type=click.Choice(list(RULES)), help="Only these.")
+@click.option("--repro", metavar="CASE", help="Try this one case, as a failing run printed it.")
+def fuzz(
+    spec: str | None,
+    examples: int | None,
+    minutes: float | None,
+    device: str,
+    arch: str | None,
+    changes: tuple[str, ...],
+    seed: int,
+    rules: tuple[str, ...],
+    repro: str | None,
+) -> None:
+    """Search for a case that breaks a property of attention, and make it small.
+
+    Draws problems for SPEC, or specs too where none is given: lengths beside the tiles' edges, GQA, strides,
+    scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
+    line that shows it again. Exit code 1 where a property does not hold.
+    """
+    console = Console(soft_wrap=True)
+    try:
+        if repro is not None:
+            sys.exit(_repeat_case(console, repro, device))
+        chosen = None if spec is None else _changed(load(spec), arch, changes)
+        columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        total = examples or (search.EXAMPLES if minutes is None else None)
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            report = search.fuzz(
+                chosen,
+                examples=examples,
+                minutes=minutes,
+                device=device,
+                seed=seed,
+                targets=search.targets_for(device, arch) if chosen is None else None,
+                rules=rules or tuple(RULES),
+                progress=lambda cases: bar.update(task, completed=cases),
+            )
+    except InternalError:
+        raise  # attngen's own fault: its traceback is what a report needs
+    except AttngenError as fault:
+        click.echo(str(fault), err=True)
+        sys.exit(2)
+    console.print(report)
+    sys.exit(0 if report.ok else 1)
+
+
+def _repeat_case(console: Console, text: str, device: str) -> int:
+    try:
+        case = Case.from_json(text)
+    except ValueError as error:
+        click.echo(f"--repro: {error}", err=True)
+        return 2
+    failure = search.reproduce(case, device)
+    console.print(
+        "ok: the case holds" if failure is None else f"FAILED {failure}", markup=False, highlight=False
+    )
+    return 0 if failure is None else 1
+
+
+def _changed(spec: Spec, arch: str | None, changes: tuple[str, ...]) -> Spec:
+    values: dict[str, Any] = {} if arch is None else {"target": arch}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{change} is not KEY=VALUE", param_hint="--set")
+        values[key] = int(value) if value.isdigit() else value
+    return spec.replace(values) if values else spec

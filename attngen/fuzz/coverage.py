@@ -1,0 +1,172 @@
+"""What the cases of a run have met: schedules, formats, length classes, ranges of programs empty and not.
+
+Read from the plan and the arithmetic of its scheduler, without running anything.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from attngen.arch import ARCHS
+from attngen.expr import free_names, key_range
+from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
+from attngen.fuzz.properties import RULES
+from attngen.inputs import KINDS
+from attngen.plan import BlockIndex, Plan, Range
+from attngen.plan.steps import ForBlocks, When, walk
+from attngen.simulate import BlockBounds, Sizes, block_bounds
+
+Met = tuple[str, str]
+"""A dimension and a value of it: ("schedule", "fa2")."""
+
+BLOCKS_PER_ROW = ("0", "1", "2", "many")
+RANGES = ("fa2 right", "fa2 full", "fa2 left", "fa2 every", "serial rows", "serial keys")
+CONDITIONS = ("scale is negative", "tile has blocks", "m sees n")
+_SHOWN_HEAD_DIMS = ("32", "40", "64", "80", "96", "128", "192", "256", "192/128")
+
+
+class Coverage:
+    """Counts of cases by what they met; a case counts once for each."""
+
+    def __init__(self) -> None:
+        self.cases = 0
+        self.counts: Counter[Met] = Counter()
+
+    def add(self, case: Case, plan: Plan) -> None:
+        """Count a case."""
+        self.cases += 1
+        self.counts.update(set(met_by(case, plan)))
+
+    def missing(self, targets: Sequence[str]) -> list[Met]:
+        """What cases for these targets should have met, and none has."""
+        return [met for met in expected(targets) if not self.counts[met]]
+
+    def table(self) -> Table:
+        """The counts, a line for each dimension."""
+        table = Table(title=f"{self.cases} cases met", title_justify="left", show_edge=False)
+        table.add_column("what", no_wrap=True)
+        table.add_column("cases")
+        dimensions = list(dict.fromkeys(name for name, _ in (*expected(tuple(ARCHS)), *self.counts)))
+        for dimension in dimensions:
+            met = {value: n for (name, value), n in self.counts.items() if name == dimension}
+            if met:
+                values = sorted(met, key=_natural)
+                table.add_row(dimension, "  ".join(f"[bold]{value}[/] {met[value]}" for value in values))
+        return table
+
+
+def _natural(value: str) -> tuple[int, str]:
+    """Numbers by size, then words."""
+    first = value.partition("/")[0]
+    return (int(first), value) if first.isdigit() else (1 << 30, value)
+
+
+def expected(targets: Sequence[str]) -> Iterator[Met]:
+    """What a run over all specs of these targets is to meet."""
+    yield from (("schedule", kind) for kind in ("serial", "fa2"))
+    yield from (("dtype", name) for name in dict.fromkeys(x for t in targets for x in ARCHS[t].input_dtypes))
+    if any(ARCHS[target].has_mma_granularity for target in targets):
+        yield from (("head_dim", dims) for dims in _SHOWN_HEAD_DIMS)
+    yield from (("stages", str(stages)) for stages in (1, 2, 3, 4))
+    yield from (("mask", name) for name in ("full", "causal", "one range", "no closed form", "by head"))
+    yield from (("blocks per row", count) for count in BLOCKS_PER_ROW)
+    yield from (("range", f"{name} filled") for name in RANGES)
+    yield from (("range", f"{name} empty") for name in RANGES if name != "serial rows")  # nothing is launched
+    yield from (("condition", f"{name}: {state}") for name in CONDITIONS for state in ("yes", "no"))
+    for axis in ("seqlen_q", "seqlen_k"):
+        yield (axis, "0")
+        yield from (
+            (axis, f"{unit}{beside}") for unit in ("8", "16", "block") for beside in (" - 1", "", " + 1")
+        )
+    yield from (("group", str(group)) for group in range(1, 9))
+    yield from (("batch", batch) for batch in ("0", "1", "2", "3 and more"))
+    yield from (("memory", memory) for memory in MEMORIES)
+    yield from (("layout", layout) for layout in CALL_LAYOUTS)
+    yield from (("inputs", kind) for kind in KINDS)
+    yield from (("scale", sign) for sign in ("default", "positive", "zero", "negative"))
+    yield from (("property", rule) for rule in RULES)
+
+
+def met_by(case: Case, plan: Plan) -> Iterator[Met]:
+    """What one case meets; blocks and ranges only where there are rows to visit them."""
+    shape = case.shape
+    dims = case.spec.problem.head_dim
+    yield ("target", plan.arch.name)
+    yield ("schedule", plan.schedule)
+    yield ("dtype", plan.inputs.name)
+    yield ("head_dim", str(dims.qk) if dims.qk == dims.v else f"{dims.qk}/{dims.v}")
+    yield ("stages", str(plan.stages))
+    yield ("mask", _mask_class(plan))
+    for axis, length, block in (
+        ("seqlen_q", shape.seqlen_q, plan.block_m),
+        ("seqlen_k", shape.seqlen_k, plan.block_n),
+    ):
+        if length == 0:
+            yield (axis, "0")
+        for name, unit in (("8", 8), ("16", 16), ("block", block)):
+            for beside, text in ((-1, " - 1"), (0, ""), (1, " + 1")):
+                if length > 0 and (length - beside) % unit == 0 and length - beside > 0:
+                    yield (axis, name + text)
+    if shape.heads_kv:
+        yield ("group", str(shape.heads // shape.heads_kv))
+    yield ("batch", str(shape.batch) if shape.batch < 3 else "3 and more")
+    yield ("memory", case.memory)
+    yield ("layout", case.layout)
+    yield ("inputs", case.kind)
+    scale = case.softmax_scale
+    yield (
+        "scale",
+        "default" if scale is None else "zero" if scale == 0 else "negative" if scale < 0 else "positive",
+    )
+    yield ("property", case.rule)
+    if shape.batch * shape.heads * shape.seqlen_q:
+        yield from _met_by_blocks(plan, case)
+
+
+def _mask_class(plan: Plan) -> str:
+    if plan.mask_text in ("full", "causal"):
+        return plan.mask_text
+    if free_names(plan.mask) & {"b", "h", "h_kv"}:
+        return "by head"
+    return "no closed form" if key_range(plan.mask) is None else "one range"
+
+
+def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
+    """Blocks per row, ranges and conditions, over all blocks of rows of the first head."""
+    shape = case.shape
+    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    steps = list(walk(plan.kernel.roles[0].program))
+    ranges = {step.range for step in steps if isinstance(step, ForBlocks)}
+    conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}
+    m_max, n_end = -(-shape.seqlen_q // plan.block_m), -(-shape.seqlen_k // plan.block_n)
+    for m_block in range(m_max):
+        bounds = block_bounds(plan, sizes, m_block)
+        visited = bounds.n_max - bounds.n_min
+        yield ("blocks per row", BLOCKS_PER_ROW[min(max(visited, 0), 3)])
+        variables = {"zero": 0, "m_max": m_max, "n_end": n_end, "m_block": m_block, **bounds._asdict()}
+        for range_ in ranges:
+            state = "filled" if _runs(range_, variables) else "empty"
+            yield ("range", f"{plan.schedule} {range_.name} {state}")
+        for state in _states(conditions, bounds, n_end):
+            yield ("condition", state)
+    if "scale is negative" in conditions:
+        yield ("condition", f"scale is negative: {'yes' if (case.softmax_scale or 0) < 0 else 'no'}")
+
+
+def _runs(range_: Range, variables: dict[str, int]) -> bool:
+    def value(index: BlockIndex) -> int:
+        return variables[index.base] + index.offset
+
+    return value(range_.hi) > value(range_.lo)
+
+
+def _states(conditions: set[str], bounds: BlockBounds, n_end: int) -> Iterator[str]:
+    visited = bounds.n_max - bounds.n_min
+    if "tile has blocks" in conditions:
+        yield f"tile has blocks: {'yes' if visited > 0 else 'no'}"
+    if "m sees n" in conditions:
+        if visited > 0:
+            yield "m sees n: yes"
+        if visited < n_end:
+            yield "m sees n: no"

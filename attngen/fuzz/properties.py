@@ -1,0 +1,343 @@
+"""The properties of attention that hold whatever the kernel, each a function from a trial to a complaint.
+
+The error bound is checked in every case; of the others each case draws one that its mask allows. Two runs that
+must do the same arithmetic are compared bit by bit; runs that sum in another order are each held to the bound.
+Source: shared semantics of the project, docs/design.md, "Correctness".
+"""
+
+import math
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from attngen.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy, compare
+from attngen.errors import AttngenError
+from attngen.expr import TRUE
+from attngen.fuzz.case import Case
+from attngen.inputs import Canary, poison
+from attngen.plan import Plan
+from attngen.reference import attention_as_fractions
+from attngen.spec import Spec
+
+Complaint = str | None
+WIDE_WINDOW = "kv_idx > q_pos - 1000000 and kv_idx < q_pos + 1000000"
+"""Wider than any length that is drawn."""
+SIMULATOR_ULPS = 16
+"""What two simulated runs of one row may differ by, where torch's vectors fall otherwise."""
+SHIFTS = (1e2, 1e4)
+"""Constants added to all scores."""
+
+
+class Subject(Protocol):
+    """What is tried: a kernel, or a simulated plan with a planted fault."""
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+    ) -> Any:
+        """As `attngen.Kernel.__call__`."""
+
+
+Make = Callable[[Spec], Subject]
+
+
+class PropertyFailure(AttngenError):
+    """A property does not hold.
+
+    Attributes:
+        case: where.
+        rule: which property; "error" is the bound itself, "crash" an exception.
+        complaint: what was seen.
+    """
+
+    def __init__(self, case: Case, rule: str, complaint: str) -> None:
+        super().__init__(f"{rule}: {complaint}")
+        self.case = case
+        self.rule = rule
+        self.complaint = complaint
+
+
+class Trial:
+    """A case at work.
+
+    Attributes:
+        q, k, v: its inputs, (batch, seqlen, heads, head_dim).
+        out, lse: what the subject made of them.
+    """
+
+    def __init__(self, case: Case, make: Make, device: str) -> None:
+        self.case = case
+        self.make = make
+        self.subject = make(case.spec)
+        self.mask = self.subject.plan.mask
+        self.device = device
+        self.q, self.k, self.v = case.inputs(device)
+        self.out, self.lse = self.run(self.q, self.k, self.v)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None = None,
+        subject: Subject | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Out and lse of other inputs, or by another subject; tensors here are always bshd."""
+        result, lse = (subject or self.subject)(
+            self.turned(q),
+            self.turned(k),
+            self.turned(v),
+            softmax_scale=self.case.softmax_scale,
+            return_lse=True,
+            out=None if out is None else self.turned(out),
+            layout=self.case.layout,
+        )
+        return self.turned(result), lse
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor from bshd to the layout of the call, or back."""
+        return x.transpose(1, 2) if self.case.layout == "bhsd" else x
+
+    def accuracy(
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        q: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+    ) -> Accuracy:
+        """How outputs stand to the reference on the case's inputs, or on those given."""
+        q, k, v = (self.q if q is None else q, self.k if k is None else k, self.v if v is None else v)
+        return compare(out, lse, q, k, v, self.mask, self.case.softmax_scale)
+
+    def judge(self, accuracy: Accuracy) -> Complaint:
+        """A complaint where an output is not within its bound.
+
+        The bound's term for f32 inputs knows sums in another order, and not that `serial` rescales and normalises
+        O at every block of keys: four more roundings each. In the short formats this is far below the bound.
+        """
+        if accuracy.ok:
+            return None
+        if self.q.dtype == torch.float32 and "lse" not in accuracy.failures:
+            blocks = 1 + self.k.shape[1] // self.subject.plan.block_n
+            if accuracy.max_error <= accuracy.max_bound + 4 * blocks * 2.0**-24 * largest(self.v):
+                return None
+        return str(accuracy)
+
+    @property
+    def scale(self) -> float:
+        """softmax_scale, the default filled in."""
+        given = self.case.softmax_scale
+        return 1 / math.sqrt(self.q.shape[-1]) if given is None else given
+
+    def differs(
+        self, out: torch.Tensor, lse: torch.Tensor, batch: slice = slice(None), ulps: int = 0
+    ) -> Complaint:
+        """A complaint where outputs are not those of the first run, or of a slice of its batch.
+
+        They are the same bits, or within some units in the last place of the largest number.
+        """
+        for name, got, expected in (("out", out, self.out[batch]), ("lse", lse, self.lse[batch])):
+            size = largest(self.v) if name == "out" else 1.0 + expected.abs().nan_to_num(posinf=0.0)
+            slack = ulps * torch.finfo(got.dtype).eps * size
+            same = (got == expected) | ((got.float() - expected.float()).abs() <= slack)
+            if not bool(same.all()):
+                index = tuple((~same).nonzero()[0].tolist())
+                return f"{name}[{', '.join(map(str, index))}] is {got[index]:.8g}, was {expected[index]:.8g}"
+        return None
+
+
+# ---- the rules ----------------------------------------------------------------------------------------
+def error(trial: Trial) -> Complaint:
+    """Out and lse are within the bound; on the exact tier, within a unit in the last place of the quotient."""
+    complaint = trial.judge(trial.accuracy(trial.out, trial.lse))
+    if complaint is not None:
+        return complaint
+    if trial.case.kind != "integers" or trial.q.dtype == torch.float32:
+        return None  # f32: a product by a reciprocal, and serial's normalising at each block, cost more than a unit
+    q = trial.q if trial.scale > 0 else -trial.q
+    numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask)
+    exact = torch.where(denominator == 0, 0.0, numerator / denominator)
+    _, exponent = torch.frexp(exact)
+    unit = torch.ldexp(torch.full_like(exact, torch.finfo(trial.out.dtype).eps), exponent - 1)
+    wrong = ((trial.out.double() - exact).abs() > unit + 1e-6).nonzero()
+    if not len(wrong):
+        return None
+    at = tuple(wrong[0].tolist())
+    return f"out{list(at)} = {trial.out[at]:.8g} on the exact tier, where {exact[at]:.8g} is right"
+
+
+def repeat(trial: Trial) -> Complaint:
+    """A second call, on the same inputs, gives the same bits; so does one that asks for out alone."""
+    q, k, v = (trial.turned(x) for x in (trial.q, trial.k, trial.v))
+    out = trial.turned(
+        trial.subject(q, k, v, softmax_scale=trial.case.softmax_scale, layout=trial.case.layout)
+    )
+    return trial.differs(*trial.run(trial.q, trial.k, trial.v)) or trial.differs(out, trial.lse)
+
+
+def surroundings(trial: Trial) -> Complaint:
+    """NaN, inf and 6e4 around the inputs change no bit, and nothing around the output is written."""
+    canary = Canary(tuple(trial.out.shape), trial.out.dtype, trial.device)  # type: ignore[arg-type]  # of four
+    out, lse = trial.run(*poison(trial.q, trial.k, trial.v), out=canary.out)
+    if (where := canary.damaged()) is not None:
+        return f"memory around out was written, at {where}"
+    if count := canary.unwritten():
+        return f"{count} elements of out were never written"
+    return trial.differs(out, lse)
+
+
+def batch_slice(trial: Trial) -> Complaint:
+    """The last element of the batch, alone, gives the same bits on a GPU.
+
+    The simulator stacks the heads it runs, and torch's vectors and their tails round exp2 differently.
+    """
+    last = slice(max(0, trial.q.shape[0] - 1), None)
+    ulps = SIMULATOR_ULPS if trial.device == "cpu" else 0
+    return trial.differs(*trial.run(trial.q[last], trial.k[last], trial.v[last]), batch=last, ulps=ulps)
+
+
+def repeated_heads(trial: Trial) -> Complaint:
+    """With K and V repeated for each query head instead of shared, the same bits."""
+    group = trial.q.shape[2] // max(1, trial.k.shape[2])
+    k, v = (x.repeat_interleave(group, dim=2) for x in (trial.k, trial.v))
+    return trial.differs(*trial.run(trial.q, k, v))
+
+
+def permuted_keys(trial: Trial) -> Complaint:
+    """With the keys in another order the result is within the bound of the same reference."""
+    generator = torch.Generator().manual_seed(trial.case.seed)
+    order = torch.randperm(trial.k.shape[1], generator=generator).to(trial.k.device)
+    return trial.judge(trial.accuracy(*trial.run(trial.q, trial.k[:, order], trial.v[:, order])))
+
+
+def split_keys(trial: Trial) -> Complaint:
+    """Two calls on parts of the keys, merged by lse, are within the bounds of the parts."""
+    at = (trial.k.shape[1] + 1) // 3
+    parts = [(trial.k[:, :at], trial.v[:, :at]), (trial.k[:, at:], trial.v[:, at:])]
+    runs = [trial.run(trial.q, k, v) for k, v in parts]
+    checks = [trial.accuracy(*run, k=k, v=v) for run, (k, v) in zip(runs, parts, strict=True)]
+    for part in checks:
+        if (complaint := trial.judge(part)) is not None:
+            return f"a part: {complaint}"
+    both = torch.stack([lse.double() for _, lse in runs])
+    lse = both.logsumexp(0)
+    weights = (both - lse.masked_fill(lse.isneginf(), 0.0)).exp()  # (2, batch, heads, seqlen_q)
+    outs = torch.stack([out.double() for out, _ in runs])
+    merged = (outs * weights.transpose(2, 3).unsqueeze(-1)).sum(0)
+    whole = trial.accuracy(trial.out, trial.lse)
+    allowed = sum(part.max_bound for part in (*checks, whole)) + 4 * LSE_ABSOLUTE * largest(trial.v)
+    apart = largest(merged - trial.out)
+    if not apart <= allowed:
+        return f"merged parts differ by {apart:.2e}, {allowed:.2e} allowed"
+    seen = lse.isfinite()
+    apart, allowed = (
+        largest((lse - trial.lse)[seen]),
+        2 * LSE_ABSOLUTE + 4 * LSE_RELATIVE * largest(lse[seen]),
+    )
+    return None if apart <= allowed else f"lse of merged parts differs by {apart:.2e}, {allowed:.2e} allowed"
+
+
+def wide_window(trial: Trial) -> Complaint:
+    """A window wider than both lengths is the full mask."""
+    windowed = trial.make(trial.case.spec.replace({"mask": WIDE_WINDOW}))
+    return trial.judge(trial.accuracy(*trial.run(trial.q, trial.k, trial.v, subject=windowed)))
+
+
+def shifted_scores(trial: Trial) -> Complaint:
+    """A constant added to all scores, through a column of Q and K, moves lse by it and out by rounding alone."""
+    if trial.scale == 0.0 or not trial.k.numel():
+        return None
+    finite = torch.finfo(trial.q.dtype).max
+    q, k = trial.q.clone(), trial.k.clone()
+    q[..., 0], k[..., 0] = 64.0, 0.0
+    base, base_lse = trial.run(q, k, trial.v)
+    of_base = trial.accuracy(base, base_lse, q, k)
+    for shift in SHIFTS:
+        shifted_k = k.clone()
+        shifted_k[..., 0] = max(-finite, min(finite, shift / trial.scale / 64.0))
+        constant = trial.scale * 64.0 * float(shifted_k[0, 0, 0, 0])
+        out, lse = trial.run(q, shifted_k, trial.v)
+        shifted = trial.accuracy(out, lse, q, shifted_k)
+        if not shifted.max_error <= shifted.max_bound or "lse" in shifted.failures:
+            return f"scores shifted by {constant:.6g}: {shifted}"
+        # In f32 a score near the constant is known to 2^-24 of it, and out follows by as much times |v|.
+        slack = 2.0**-20 * (1.0 + abs(constant)) * largest(trial.v)
+        moved, allowed = largest(out - base), shifted.max_bound + of_base.max_bound + slack
+        if not moved <= allowed:
+            return f"scores shifted by {constant:.6g} move out by {moved:.2e}, {allowed:.2e} allowed"
+        seen = base_lse.isfinite()
+        moved = largest((lse.double() - base_lse.double() - constant)[seen])
+        allowed = 2 * LSE_ABSOLUTE + 2 * LSE_RELATIVE * (abs(constant) + largest(base_lse[seen]))
+        if not moved <= allowed:
+            return f"scores shifted by {constant:.6g} move lse by {moved:.2e} more, {allowed:.2e} allowed"
+    return None
+
+
+def largest(x: torch.Tensor) -> float:
+    """The largest absolute value, 0 where there is none."""
+    return float(x.double().abs().max()) if x.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A property and where it holds.
+
+    Attributes:
+        check: the property; its docstring says what it claims.
+        applies: whether it holds for a plan with such a mask, which uses such names.
+    """
+
+    check: Callable[[Trial], Complaint]
+    applies: Callable[[Plan, Set[str]], bool] = lambda plan, names: True
+
+
+def _is_full(plan: Plan, names: Set[str]) -> bool:
+    return plan.mask is TRUE
+
+
+RULES: dict[str, Rule] = {
+    "error": Rule(error),
+    "repeat": Rule(repeat),
+    "surroundings": Rule(surroundings),
+    "batch-slice": Rule(batch_slice, lambda plan, names: "b" not in names),
+    "repeated-heads": Rule(repeated_heads, lambda plan, names: "h_kv" not in names),
+    "shifted-scores": Rule(shifted_scores),
+    "permuted-keys": Rule(permuted_keys, _is_full),
+    "split-keys": Rule(split_keys, _is_full),
+    "wide-window": Rule(wide_window, _is_full),
+}
+
+
+def check(case: Case, make: Make, device: str = "cpu") -> None:
+    """Run a case.
+
+    Raises:
+        PropertyFailure: the bound or the case's property does not hold, or something was raised.
+    """
+    rule, complaint = _complaint(case, make, device)
+    if complaint is not None:  # the one place that raises, so that Hypothesis shrinks all failures as one
+        raise PropertyFailure(case, rule, complaint)
+
+
+def _complaint(case: Case, make: Make, device: str) -> tuple[str, Complaint]:
+    try:
+        trial = Trial(case, make, device)
+        for name in dict.fromkeys(("error", case.rule)):
+            if (complaint := RULES[name].check(trial)) is not None:
+                return name, complaint
+    except Exception as raised:  # whatever a legal call raises is a finding
+        return "crash", f"{type(raised).__name__}: {raised}"
+    return "", None

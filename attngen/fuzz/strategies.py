@@ -1,0 +1,186 @@
+"""What is drawn: specs that are legal on a target, and problems that stress their tiles.
+
+Every strategy shrinks towards the plainest case: serial, full mask, one row, contiguous, error bound only.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from attngen.arch import ARCHS
+from attngen.errors import SpecError
+from attngen.expr import free_names
+from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
+from attngen.fuzz.properties import RULES
+from attngen.inputs import EXACT_SCALE, KINDS, Shape
+from attngen.lower import lower
+from attngen.plan import Plan
+from attngen.spec import Spec, load
+
+SMALL_DIMS = (2, 1, 3, 4, 5, 8, 16)
+SMALL_BLOCKS = (2, 1, 3, 4, 8, 16)
+GPU_DIMS = (
+    (32, 32),
+    (40, 40),
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (128, 128),
+    (192, 192),
+    (256, 256),
+    (192, 128),
+    (40, 64),
+)
+MOST_BLOCKS = 5
+"""Blocks of keys or rows in the longest sequence: enough for every range to hold several."""
+LONGEST = 384
+"""And most keys or rows in it, give or take one: the fp64 reference holds all scores of all heads."""
+
+
+@lru_cache(maxsize=4096)
+def plan_of(spec: Spec) -> Plan | None:
+    """The spec's plan on its own target, or None where it has none."""
+    try:
+        return lower(spec, ARCHS[spec.target])
+    except SpecError:
+        return None
+
+
+# ---- masks --------------------------------------------------------------------------------------------
+_OFFSETS = st.integers(-9, 9)
+
+
+def _affine(offset: int) -> str:
+    return f"{'-' if offset < 0 else '+'} {abs(offset)}"
+
+
+@st.composite
+def _comparisons(draw: DrawFn) -> str:
+    """One comparison of the index names with small coefficients."""
+    kind = draw(st.sampled_from(("diagonal", "column", "row", "head", "steep")))
+    compare = draw(st.sampled_from(("<=", ">=", "<", ">", "==", "!=")))
+    offset = _affine(draw(_OFFSETS))
+    if kind == "diagonal":
+        return f"kv_idx {compare} {draw(st.sampled_from(('q_pos', 'q_idx')))} {offset}"
+    if kind == "column":
+        return f"kv_idx {compare} {draw(st.sampled_from(('seqlen_k', 'seqlen_q')))} {offset}"
+    if kind == "row":
+        return f"{draw(st.sampled_from(('q_idx', 'q_pos')))} {compare} {abs(int(offset[2:]))}"
+    if kind == "head":
+        return f"kv_idx {compare} q_pos + {draw(st.sampled_from(('h', 'h_kv', 'b')))} {offset}"
+    return f"{draw(st.integers(1, 3))} * kv_idx {compare} {draw(st.integers(-2, 3))} * q_idx {offset}"
+
+
+@st.composite
+def _windows(draw: DrawFn) -> str:
+    """The keys from some steps before the query to some after."""
+    left, right = draw(st.integers(0, 20)), draw(st.integers(0, 9))
+    return f"kv_idx >= q_pos - {left} and kv_idx <= q_pos + {right}"
+
+
+@st.composite
+def _formulas(draw: DrawFn) -> str:
+    """Up to three comparisons, joined."""
+    parts = draw(st.lists(_comparisons(), min_size=1, max_size=3))
+    text = parts[0]
+    for part in parts[1:]:
+        text = f"({text}) {draw(st.sampled_from(('and', 'or')))} ({part})"
+    return f"not ({text})" if draw(st.booleans()) else text
+
+
+def masks() -> SearchStrategy[str]:
+    """`full`, `causal`, windows, and formulas that have a closed form or none."""
+    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas())
+
+
+# ---- specs --------------------------------------------------------------------------------------------
+@st.composite
+def _specs_of(draw: DrawFn, target: str) -> Spec:
+    """A spec for a target; its tiles may be too large for it."""
+    arch = ARCHS[target]
+    if arch.has_mma_granularity:
+        qk, v = draw(st.sampled_from(GPU_DIMS))
+        warps = draw(st.sampled_from((1, 2, 4, 8)))
+        block_m = arch.mma.m * warps * draw(st.sampled_from((1, 2)))
+        block_n = arch.mma.k * draw(st.sampled_from((1, 2, 3, 4, 6)))
+    else:
+        qk, v = draw(st.sampled_from(SMALL_DIMS)), draw(st.sampled_from(SMALL_DIMS))
+        warps = draw(st.sampled_from((1, 2)))
+        block_m = warps * draw(st.sampled_from(SMALL_BLOCKS))
+        block_n = draw(st.sampled_from(SMALL_BLOCKS))
+    kind = draw(st.sampled_from(("serial", "fa2")))
+    inputs = draw(st.sampled_from(arch.input_dtypes[::-1]))
+    numbers: dict[str, object] = {
+        "tile": {"block_m": block_m, "block_n": block_n},
+        "schedule": {
+            "kind": kind,
+            "stages": 1 if kind == "serial" else draw(st.integers(1, 4)),
+            "warps": warps,
+        },
+    }
+    if arch.has_mma_granularity and draw(st.integers(0, 7)) == 7:
+        numbers = {"schedule": {"kind": kind}}  # what `auto` stands for
+    return load(
+        {
+            "target": target,
+            "problem": {"head_dim": {"qk": qk, "v": v}},
+            "precision": {"inputs": inputs},
+            "mask": draw(masks()),
+            **numbers,
+        }
+    )
+
+
+def specs(targets: Sequence[str]) -> SearchStrategy[Spec]:
+    """Specs that have a plan on one of the targets."""
+    return st.one_of([_specs_of(target) for target in targets]).filter(lambda spec: plan_of(spec) is not None)
+
+
+# ---- problems -----------------------------------------------------------------------------------------
+@st.composite
+def lengths(draw: DrawFn, block: int, may_be_empty: bool = False) -> int:
+    """A length at a multiple of 8, 16 or the block, or one beside it; 0 is one less than 1."""
+    longest = max(8, min(MOST_BLOCKS * block, LONGEST))
+    units = [unit for unit in (1, block, 8, 16) if unit <= longest]
+    unit = draw(st.sampled_from((*units, 0) if may_be_empty else units))
+    count = draw(st.integers(1, min(longest // unit, 2 * MOST_BLOCKS))) if unit else 0
+    return unit * count + draw(st.sampled_from((0, 1, -1))) if unit else 0
+
+
+@st.composite
+def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] = tuple(RULES)) -> Case:
+    """A spec and a problem for it."""
+    spec = draw(drawn_specs)
+    plan = plan_of(spec)
+    assert plan is not None  # specs without one are not drawn
+    heads_kv = draw(st.sampled_from((1, 2, 3, 1, 2, 3, 1, 2, 3, 0)))
+    shape = Shape(
+        batch=draw(st.sampled_from((1, 2, 3, 4, 3, 2, 1, 2, 3, 4, 0))),
+        heads=heads_kv * draw(st.integers(1, 8)),
+        heads_kv=heads_kv,
+        seqlen_q=draw(lengths(plan.block_m)),
+        seqlen_k=draw(lengths(plan.block_n, may_be_empty=True)),
+    )
+    kind = draw(st.sampled_from(KINDS))
+    scale: float | None
+    if kind == "integers":
+        scale = draw(st.sampled_from((EXACT_SCALE, -EXACT_SCALE)))
+    else:
+        scale = draw(st.one_of(st.none(), st.sampled_from((1.0, 0.0, -0.5)), st.floats(-2, 2, width=16)))
+    memories: tuple[Memory, ...] = tuple(
+        memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits == 16)
+    )
+    names = free_names(plan.mask)
+    applicable = [name for name in rules if RULES[name].applies(plan, names)]
+    return Case(
+        spec=spec,
+        shape=shape,
+        softmax_scale=scale,
+        memory=draw(st.sampled_from(memories)),
+        layout=draw(st.sampled_from(CALL_LAYOUTS)),
+        kind=kind,
+        seed=draw(st.integers(0, 2**16)),
+        rule=draw(st.sampled_from(applicable)),
+    )

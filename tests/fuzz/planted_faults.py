@@ -1,0 +1,263 @@
+"""Faults as people make them, planted in the simulator or in a program.
+
+A fault is either another function for some Steps or an edit of the plan. Each is a single slip in a place that
+is right otherwise; where a schedule or a mask has no such place, the plan stays as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from attngen.expr import add, const, evaluate
+from attngen.fuzz.properties import Make
+from attngen.fuzz.strategies import plan_of
+from attngen.plan import BlockIndex, Plan, Program, Step, View, body_of
+from attngen.plan.steps import (
+    Exponentiate,
+    FinishRows,
+    ForBlocks,
+    LoadTile,
+    MaskScores,
+    MaskScoresEach,
+    RowMax,
+    ScaleRows,
+    ScoreGemm,
+    When,
+)
+from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
+from attngen.simulate.softmax import exponentials, log_sum_exp, rescale_factor, running_max
+from attngen.simulate.tiles import Member, Tile
+from attngen.spec import Spec
+
+Edit = Callable[[Step], Step | None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A slip.
+
+    Attributes:
+        steps: functions in place of the simulator's.
+        edit: the plan with the slip in it.
+    """
+
+    steps: Mapping[type[Step], StepFunction] = field(default_factory=dict)
+    edit: Callable[[Plan], Plan] = lambda plan: plan
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A simulated kernel with a fault."""
+
+    plan: Plan
+    fault: Fault
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+    ) -> Any:
+        result, lse = simulate(
+            self.plan,
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            return_lse=return_lse,
+            layout=layout,
+            steps=self.fault.steps,
+        )
+        result = result if out is None else out.copy_(result)
+        return (result, lse) if return_lse else result
+
+
+def plant(fault: Fault) -> Make:
+    """Builds every spec with the fault in it."""
+
+    def make(spec: Spec) -> Planted:
+        plan = plan_of(spec)
+        assert plan is not None
+        return Planted(fault.edit(plan), fault)
+
+    return make
+
+
+# ---- edits of programs --------------------------------------------------------------------------------
+def rewritten(program: Program, edit: Edit) -> Program:
+    """The program with every Step replaced by what the edit says, or left out for None."""
+    result: list[Step] = []
+    for step in program:
+        if (changed := edit(step)) is not None:
+            body = body_of(changed)
+            result.append(replace(changed, body=rewritten(body, edit)) if body else changed)  # type: ignore[call-arg]
+    return tuple(result)
+
+
+def in_program(edit: Edit) -> Fault:
+    """A fault of the program."""
+
+    def edited(plan: Plan) -> Plan:
+        (role,) = plan.kernel.roles
+        kernel = replace(plan.kernel, roles=(replace(role, program=rewritten(role.program, edit)),))
+        return replace(plan, kernels=(kernel, *plan.kernels[1:]))
+
+    return Fault(edit=edited)
+
+
+def _one_key_more(step: Step) -> Step:
+    """The mask lets every row see the key after its last."""
+    if not isinstance(step, MaskScores):
+        return step
+    upper = tuple(add(bound, const(1)) for bound in step.visible.upper)
+    return replace(step, visible=replace(step.visible, upper=upper))
+
+
+def _no_lower_bound(step: Step) -> Step:
+    """A window that does not end on the left."""
+    return replace(step, visible=replace(step.visible, lower=())) if isinstance(step, MaskScores) else step
+
+
+def _no_rescale(step: Step) -> Step | None:
+    """O keeps what it summed under the old maximum."""
+    return None if isinstance(step, ScaleRows) and step.by.name == "alpha" else step
+
+
+def _sign_ignored(step: Step) -> Step | None:
+    """A negative scale is taken for a positive one."""
+    return None if isinstance(step, When) and step.condition == "scale is negative" else step
+
+
+def _swapped_stages(step: Step) -> Step:
+    """V arrives in the stage that is being read, K in the one that is free."""
+    if not isinstance(step, LoadTile) or step.dst.cursor is None or step.src.name != "v":
+        return step
+    return replace(step, dst=View(step.dst.buffer, replace(step.dst.cursor, name="read_at")))
+
+
+def _last_block_dropped(step: Step) -> Step:
+    """The sequence of keys ends one block early."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, BlockIndex) and value.base in ("n_max", "n_end"):
+            return value - 1
+        return value
+
+    if isinstance(step, LoadTile):
+        return replace(step, block=moved(step.block))
+    return (
+        replace(step, range=replace(step.range, hi=moved(step.range.hi)))
+        if isinstance(step, ForBlocks)
+        else step
+    )
+
+
+def _wide_full_range(plan: Plan) -> Plan:
+    """A block counts as full where only its first key is visible to all."""
+    keys = plan.key_blocks
+    ends = tuple(add(bound, const(plan.block_n - 1)) for bound in keys.end_all)
+    return replace(plan, key_blocks=replace(keys, end_all=ends))
+
+
+# ---- other functions for Steps ------------------------------------------------------------------------
+def _no_tail_mask(step: MaskScores, role: RoleRun) -> None:
+    """Keys past the sequence, which arrive as zeros, count with a score of 0."""
+    sizes = role.call.sizes
+    first_row, first_key = role.index(step.rows) * step.s.rows, role.index(step.block) * step.s.cols
+    kv_idx = torch.arange(first_key, first_key + step.s.cols).view(1, 1, -1)
+    names: dict[str, int | torch.Tensor] = {
+        "q_idx": torch.arange(first_row, first_row + step.s.rows).view(1, -1, 1),
+        "seqlen_q": sizes.seqlen_q,
+        "seqlen_k": sizes.seqlen_k,
+    } | {
+        name: column.view(-1, 1, 1)
+        for name, column in zip(("b", "h", "h_kv"), role.tile.columns, strict=True)
+    }
+    keep = torch.ones(1, 1, 1, dtype=torch.bool)
+    for bound in step.visible.lower:
+        keep = keep & (kv_idx >= evaluate(bound, names))
+    for bound in step.visible.upper:
+        keep = keep & (kv_idx < evaluate(bound, names))
+    role.write(step.s, lambda s: torch.where(keep, s, -math.inf), role.read(step.s))
+
+
+def _of_members(change: Callable[[Member, RoleRun], Member]) -> StepFunction:
+    """LoadTile of K and V, for other heads than the tile's."""
+
+    def load(step: LoadTile, role: RoleRun) -> None:
+        tile = role.tile
+        if step.src.heads == "kv":
+            role.tile = Tile(tile.m_block, tile.bounds, tuple(change(m, role) for m in tile.members))
+        STEPS_SIMULATED[LoadTile](step, role)
+        role.tile = tile
+
+    return load
+
+
+def _head_modulo(member: Member, role: RoleRun) -> Member:
+    return member._replace(head_kv=member.head % role.call.sizes.num_heads_kv)
+
+
+def _first_batch(member: Member, role: RoleRun) -> Member:
+    return member._replace(batch=0)
+
+
+def _lse_in_log2(step: FinishRows, role: RoleRun) -> None:
+    top, total = role.read(step.row_max), role.read(step.row_sum)
+    STEPS_SIMULATED[FinishRows](step, role)
+    role.write(step.lse, lambda: log_sum_exp(top, total) / math.log(2))
+
+
+def _no_guard_for_empty_rows(step: FinishRows, role: RoleRun) -> None:
+    total = role.read(step.row_sum)
+    STEPS_SIMULATED[FinishRows](step, role)
+    role.write(step.inv_sum, torch.reciprocal, total)
+
+
+def _max_of_the_block(step: RowMax, role: RoleRun) -> None:
+    """The maximum forgets the blocks before; what was summed is still rescaled by its change."""
+    s, old = role.read(step.s), role.read(step.row_max)
+    new = role.write(
+        step.row_max, lambda: running_max(s, torch.full_like(old, -math.inf), role.call.softmax_scale_log2)
+    )
+    role.write(step.alpha, rescale_factor, old, new)
+
+
+def _sum_not_rescaled(step: Exponentiate, role: RoleRun) -> None:
+    top, total = role.read(step.row_max), role.read(step.row_sum, partial=True)
+    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.softmax_scale_log2)
+    role.write(step.row_sum, lambda: total + s.sum(-1))
+
+
+def _one_column_short(step: ScoreGemm, role: RoleRun) -> None:
+    """Q Kᵀ without the last column of the head dim."""
+    a, b = role.read_shared(step.a), role.read_shared(step.b)
+    cols = step.a.buffer.valid_cols - 1
+    role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
+
+
+FAULTS: dict[str, Fault] = {
+    "causal off by one": in_program(_one_key_more),
+    "missing tail mask": Fault({MaskScores: _no_tail_mask}),
+    "window without its left end": in_program(_no_lower_bound),
+    "no rescale": in_program(_no_rescale),
+    "row_sum not rescaled": Fault({Exponentiate: _sum_not_rescaled}),
+    "row_max not running": Fault({RowMax: _max_of_the_block}),
+    "wrong GQA head": Fault({LoadTile: _of_members(_head_modulo)}),
+    "K and V of the first batch": Fault({LoadTile: _of_members(_first_batch)}),
+    "lse unscaled": Fault({FinishRows: _lse_in_log2}),
+    "empty rows not guarded": Fault({FinishRows: _no_guard_for_empty_rows}),
+    "swapped stages": in_program(_swapped_stages),
+    "last KV block dropped": in_program(_last_block_dropped),
+    "scale sign ignored": in_program(_sign_ignored),
+    "full range too wide": Fault(edit=_wide_full_range),
+    "one column of the head dim short": Fault({ScoreGemm: _one_column_short}),
+    "mask without a closed form ignored": Fault({MaskScoresEach: lambda step, role: None}),
+}

@@ -1,0 +1,78 @@
+"""What a seeded run meets, and that attngen's own plans pass it."""
+
+import pytest
+
+from attngen.fuzz import Case, Coverage, FuzzReport, fuzz
+from attngen.fuzz.coverage import expected
+from attngen.fuzz.search import CPU_TARGETS
+from attngen.fuzz.strategies import plan_of
+from attngen.inputs import Shape
+from attngen.spec import load
+
+EXAMPLES = {("simulator",): 500, ("sm_80", "sm_90a"): 250}
+
+
+@pytest.fixture(scope="module", params=EXAMPLES, ids=", ".join)
+def report(request: pytest.FixtureRequest) -> FuzzReport:
+    return fuzz(examples=EXAMPLES[request.param], seed=7, targets=request.param)
+
+
+def test_plans_hold_every_property(report: FuzzReport) -> None:
+    """No drawn case breaks a property, and as many ran as were asked for."""
+    assert report.ok, report
+    assert report.examples in EXAMPLES.values()
+
+
+def test_a_seeded_run_meets_everything(report: FuzzReport) -> None:
+    """Every schedule, dtype, head_dim, length class, group, stride, property, and every range empty and not."""
+    targets = next(targets for targets, examples in EXAMPLES.items() if examples == report.examples)
+    assert report.coverage.missing(targets) == []
+
+
+def test_the_table_names_what_was_met(report: FuzzReport) -> None:
+    """Each dimension that was met is a line of the table, with its counts."""
+    table = report.coverage.table()
+    assert list(table.columns[0].cells) == list(dict.fromkeys(d for d, _ in expected(CPU_TARGETS))) + [
+        "target"
+    ]
+    schedules = f"[bold]fa2[/] {report.coverage.counts['schedule', 'fa2']}"
+    assert str(next(iter(table.columns[1].cells))).startswith(schedules)
+
+
+def covered(kind: str, mask: str, seqlen_q: int, seqlen_k: int) -> set[tuple[str, str]]:
+    """What one case with tiles of 4 rows and 2 keys meets."""
+    spec = load(
+        {
+            "target": "simulator",
+            "problem": {"head_dim": 2},
+            "mask": mask,
+            "tile": {"block_m": 4, "block_n": 2},
+            "schedule": {"kind": kind},
+        }
+    )
+    plan = plan_of(spec)
+    assert plan is not None
+    coverage = Coverage()
+    coverage.add(Case(spec, Shape(1, 2, 1, seqlen_q, seqlen_k)), plan)
+    return set(coverage.counts)
+
+
+def test_ranges_and_blocks_per_row_are_counted_by_hand() -> None:
+    """Causal, 4 rows and 3 keys: the rows see 2 blocks, the right range runs, no block is full, nor is a row empty."""
+    met = covered("fa2", "causal", 4, 3)
+    ours = {met_ for met_ in met if met_[0] in ("blocks per row", "range")}
+    assert ours == {("blocks per row", "2"), ("range", "fa2 right filled"), ("range", "fa2 full empty")}
+
+
+def test_blocks_without_keys_are_counted() -> None:
+    """Causal, 8 rows and 2 keys: the first 4 rows see nothing, the last block of rows sees one block."""
+    met = covered("fa2", "causal", 8, 2)
+    assert {("blocks per row", "0"), ("blocks per row", "1")} <= met
+    assert {("condition", "tile has blocks: no"), ("condition", "tile has blocks: yes")} <= met
+    assert ("blocks per row", "2") not in met
+
+
+def test_lengths_beside_a_multiple_are_counted() -> None:
+    """9 keys are one more than a multiple of 8 and than one of the block of 2, and are no multiple."""
+    met = {value for axis, value in covered("serial", "full", 1, 9) if axis == "seqlen_k"}
+    assert met == {"8 + 1", "block + 1", "block - 1"}
