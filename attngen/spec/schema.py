@@ -1,108 +1,210 @@
 """The schema of a spec: frozen pydantic models, and the JSON Schema that gives editors completion.
 
-It checks types, closed sets and head dims. Whether the numbers fit a GPU is for the rules of the plan.
+It holds types, closed sets and the words an error uses for them. What two values must be together is in rules.py;
+whether the numbers fit a GPU is for the rules of the plan.
 """
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from attngen.arch import ARCHS
+from attngen.expr import LARGEST_INDEX
 
-Auto = Literal["auto"]
+Nearest = tuple[str, ...]
 
 
-def _strict_int(value: Any) -> Any:
+@dataclass(frozen=True)
+class Expects:
+    """What a field takes, as an error tells it: pydantic's own words are made for programs.
+
+    Attributes:
+        rule: name of the rule that a wrong value breaks.
+        words: what the value must be.
+        nearest: the valid values closest to a wrong one.
+    """
+
+    rule: str
+    words: str
+    nearest: Callable[[Any], Nearest] = lambda value: ()
+
+
+def _integer(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("must be an integer")
+        raise ValueError("must be an integer")  # pydantic would take true, 64.0 and "64"
     return value
 
 
-Count = Annotated[int, BeforeValidator(_strict_int), Field(ge=1)]
-Length = Annotated[int, BeforeValidator(_strict_int), Field(ge=0)]
+def _nearest_integer(
+    lowest: int, highest: int | None = None, other: Nearest = ()
+) -> Callable[[Any], Nearest]:
+    def nearest(value: Any) -> Nearest:
+        try:
+            number = value if isinstance(value, int) else round(float(value))
+        except (TypeError, ValueError, OverflowError):
+            return other
+        if isinstance(value, bool):
+            return other
+        return (str(max(lowest, number if highest is None else min(number, highest))),)
+
+    return nearest
+
+
+def _one_of(rule: str, *choices: str) -> Expects:
+    def nearest(value: Any) -> Nearest:
+        text = str(value)
+        longer = tuple(choice for choice in choices if text and choice.startswith(text))
+        return longer or tuple(get_close_matches(text, choices, n=2, cutoff=0.5)) or choices
+
+    return Expects(rule, f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0], nearest)
+
+
+def _nearest_name(value: Any) -> Nearest:
+    word = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value)).strip("_.-")
+    return (word[:100],) if word else ()
+
+
+_Positive = Annotated[int, BeforeValidator(_integer), Field(ge=1)]
+_Auto = Literal["auto"]
+
+Size = Annotated[_Positive, Expects("positive-integer", "a positive integer", _nearest_integer(1))]
+SizeOrAuto = Annotated[
+    _Positive | _Auto,
+    Expects("positive-integer", "a positive integer or auto", _nearest_integer(1, other=("auto",))),
+]
+Length = Annotated[
+    int,
+    BeforeValidator(_integer),
+    Field(ge=0, le=LARGEST_INDEX),
+    Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
+]
+Name = Annotated[
+    str,
+    Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,99})?$"),
+    Expects("spec-name", "letters, digits and _ . -, for files are named after it", _nearest_name),
+]
+Text = Annotated[str, Expects("expression-text", "an expression, written as text")]
+Target = Annotated[
+    Literal["auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"],
+    _one_of("known-targets", "auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"),
+]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class HeadDim(_Model):
-    """Columns of Q and K, and of V."""
+    """Columns of Q and K, and of V; one number stands for both."""
 
-    qk: Count
-    v: Count
+    qk: Size
+    """Columns of Q and K."""
+    v: Size
+    """Columns of V and of the output."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread(cls, value: Any) -> Any:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return {"qk": value, "v": value} if is_number else value
 
 
 class Problem(_Model):
     """What is computed."""
 
-    direction: Literal["forward"] = "forward"
-    head_dim: HeadDim
+    direction: Annotated[Literal["forward"], _one_of("known-directions", "forward")] = "forward"
+    """Forward is all there is so far."""
+    head_dim: Annotated[
+        HeadDim,
+        Expects("head-dim", "a positive integer, or {qk: 192, v: 128}", _nearest_integer(1)),
+    ]
+    """Columns of Q, K and V: a number, or {qk: 192, v: 128}. The one key that must be given."""
 
 
 class Precision(_Model):
-    """Number formats of Q, K, V and of the output; f32 inputs on the simulator only."""
+    """Number formats."""
 
-    inputs: Literal["f16", "bf16", "f32"] = "bf16"
-    output: Literal["auto", "f16", "bf16", "f32"] = "auto"
+    inputs: Annotated[Literal["f16", "bf16", "f32"], _one_of("known-formats", "f16", "bf16", "f32")] = "bf16"
+    """Of Q, K and V; f32 on the simulator only."""
+    output: Annotated[
+        Literal["auto", "f16", "bf16", "f32"], _one_of("known-formats", "auto", "f16", "bf16", "f32")
+    ] = "auto"
+    """Of the output; auto is that of the inputs."""
 
 
 class Tile(_Model):
-    """Query rows and keys of one block."""
+    """The part of S that one step computes."""
 
-    block_m: Count | Auto = "auto"
-    block_n: Count | Auto = "auto"
+    block_m: SizeOrAuto = "auto"
+    """Query rows."""
+    block_n: SizeOrAuto = "auto"
+    """Keys."""
 
 
 class Schedule(_Model):
-    """In which order, by how many warps, with how many blocks of K and V in shared memory."""
+    """In which order a block works, and with what."""
 
-    kind: Literal["auto", "serial", "fa2"] = "auto"
-    stages: Count | Auto = "auto"
-    warps: Count | Auto = "auto"
+    kind: Annotated[Literal["auto", "serial", "fa2"], _one_of("known-schedules", "auto", "serial", "fa2")] = (
+        "auto"
+    )
+    """serial is FlashAttention-1's Algorithm 1, fa2 FlashAttention-2's partition."""
+    stages: SizeOrAuto = "auto"
+    """Blocks of K and V in shared memory at a time."""
+    warps: SizeOrAuto = "auto"
+    """Warps of a thread block."""
 
 
 class CheckShape(_Model):
-    """A shape that the spec must pass; heads_kv is heads where left out."""
+    """A shape that the spec must pass."""
 
     batch: Length = 1
+    """Sequences."""
     heads: Length = 1
-    heads_kv: Length | None = None
+    """Query heads."""
+    heads_kv: Annotated[
+        Annotated[int, BeforeValidator(_integer), Field(ge=0, le=LARGEST_INDEX)] | None,
+        Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
+    ] = None
+    """Heads of K and V; as many as query heads where left out."""
     seqlen_q: Length
+    """Rows of Q."""
     seqlen_k: Length
+    """Rows of K and V."""
 
 
 class SpecModel(_Model):
     """The keys of a spec."""
 
-    name: str = ""
-    target: Literal["auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"] = "auto"
+    name: Name = ""
+    """For people, and for the files made from the spec."""
+    target: Target = "auto"
+    """Arch to build for; auto is this machine's GPU."""
     problem: Problem
+    """What is computed."""
     precision: Precision = Precision()
-    mask: str = "full"
-    score: str = "score"
+    """Number formats."""
+    mask: Text = "full"
+    """Condition under which a query sees a key: full, causal, kv_idx <= q_idx + 3."""
+    score: Text = "score"
+    """The score of a query and a key; it cannot be modified yet."""
     tile: Tile = Tile()
+    """The part of S that one step computes."""
     schedule: Schedule = Schedule()
-    check: tuple[CheckShape, ...] = ()
-
-
-_SHORT_HEAD_DIM = {"type": "integer", "minimum": 1, "description": "head_dim of Q, K and V alike"}
+    """In which order a block works, and with what."""
+    check: Annotated[
+        tuple[CheckShape, ...],
+        Expects("check-shapes", "a list of shapes, each {seqlen_q: 128, seqlen_k: 128}"),
+    ] = ()
+    """Shapes that the spec must pass."""
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a spec file."""
     schema = SpecModel.model_json_schema()
-    problem = schema["$defs"]["Problem"]["properties"]
-    problem["head_dim"] = {"anyOf": [_SHORT_HEAD_DIM, problem["head_dim"]]}
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "attngen spec"
-    return schema
-
-
-GPU_HEAD_DIMS = range(32, 257, 8)
-SIMULATOR_HEAD_DIMS = range(1, 513)
-
-
-def legal_head_dims(target: str) -> range:
-    """Head dims that a target takes."""
-    return SIMULATOR_HEAD_DIMS if target in ARCHS and not ARCHS[target].emits else GPU_HEAD_DIMS
+    head_dim = schema["$defs"]["Problem"]["properties"]["head_dim"]
+    reference = {"$ref": head_dim.pop("$ref")} if "$ref" in head_dim else head_dim.pop("allOf")[0]
+    head_dim["anyOf"] = [{"type": "integer", "minimum": 1}, reference]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "attngen spec"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,37 +14,36 @@ from attngen.spec.schema import CheckShape, Precision, Problem, Schedule, SpecMo
 from attngen.spec.source import Mark
 
 
+@dataclass(frozen=True, repr=False)
 class Spec:
-    """A frozen spec. Make one with `attngen.spec.load`.
+    """A frozen spec, equal to another with the same values. Make one with `attngen.spec.load`.
 
     Attributes:
-        name: of the spec, for people.
-        target: arch, or "auto".
+        name: of the spec, for people and files; may be empty.
+        target: name of an arch, or "auto".
         problem, precision, tile, schedule, check: as in the schema.
         mask, score: expressions, as written.
+        marks: where each value was written, by its dotted path; empty for a spec that came from no text.
     """
 
-    def __init__(self, model: SpecModel, marks: Mapping[str, Mark] | None = None) -> None:
-        self._model = model
-        self._marks = dict(marks or {})
-        self.name: str = model.name
-        self.target: str = model.target
-        self.problem: Problem = model.problem
-        self.precision: Precision = model.precision
-        self.mask: str = model.mask
-        self.score: str = model.score
-        self.tile: Tile = model.tile
-        self.schedule: Schedule = model.schedule
-        self.check: tuple[CheckShape, ...] = model.check
+    name: str
+    target: str
+    problem: Problem
+    precision: Precision
+    mask: str
+    score: str
+    tile: Tile
+    schedule: Schedule
+    check: tuple[CheckShape, ...]
+    marks: Mapping[str, Mark] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         return f"Spec({self.to_dict()!r})"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self._model == other._model
-
-    def __hash__(self) -> int:
-        return hash(self._model)
+    @classmethod
+    def from_model(cls, model: SpecModel, marks: Mapping[str, Mark]) -> "Spec":
+        """The spec of validated values."""
+        return cls(**{key: getattr(model, key) for key in SpecModel.model_fields}, marks=dict(marks))
 
     @cached_property
     def mask_expr(self) -> Expr:
@@ -57,30 +57,21 @@ class Spec:
 
     def locate(self, path: str) -> Location | None:
         """Where the value at a dotted path was written; None where it was not written, or not in a text."""
-        mark = self._marks.get(path)
+        mark = self.marks.get(path)
         return mark.value_location if mark else None
 
     def replace(self, changes: Mapping[str, Any]) -> "Spec":
         """A spec with other values at some dotted paths: `{"tile.block_n": 64}`.
 
         Raises:
-            SpecError: the result is no legal spec.
+            SpecError: the result is no legal spec; a new value stands in a file called `<replace>`.
         """
-        from attngen.spec.load import validate
+        from attngen.spec.load import replace
 
-        data = self.to_dict()
-        for path, value in changes.items():
-            *parents, last = path.split(".")
-            place = data
-            for key in parents:
-                inner = place.get(key)
-                place[key] = inner if isinstance(inner, dict) else {}
-                place = place[key]
-            place[last] = value
-        return validate(data, file="<replace>")
+        return replace(self, changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain data."""
+        """What differs from the defaults, as plain data that `load` takes."""
         data = self._model.model_dump(mode="json", exclude_defaults=True)
         head_dim = data["problem"]["head_dim"]
         if head_dim["qk"] == head_dim["v"]:
@@ -88,7 +79,7 @@ class Spec:
         return data
 
     def to_yaml(self) -> str:
-        """The spec as YAML."""
+        """The spec as YAML; `load` of it is equal to this one."""
         return dump_text(self.to_dict())
 
     def digest(self) -> str:
@@ -96,3 +87,7 @@ class Spec:
         data = self._model.model_dump(mode="json", exclude={"name", "check"})
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _model(self) -> SpecModel:
+        return SpecModel.model_construct(**{key: getattr(self, key) for key in SpecModel.model_fields})

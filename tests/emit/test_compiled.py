@@ -2,11 +2,12 @@
 
 import re
 
-import attngen
 import pytest
+
+import attngen
 from attngen.arch import ARCHS
-from attngen.runtime import compile_source, disassemble
 from attngen.resources import shipped_specs
+from attngen.runtime import compile_source, disassemble
 
 SHIPPED = [path.stem for path in shipped_specs() if attngen.load(path).target != "simulator"]
 

@@ -1,7 +1,8 @@
 """The committed output of the shipped specs, and what emission promises."""
 
-import attngen
 import pytest
+
+import attngen
 from attngen.arch import ARCHS
 from attngen.emit import Manifest, emit, manifest
 from attngen.emit.environment import emission_environment, finalize, step_macros
@@ -9,7 +10,6 @@ from attngen.lower import lower
 from attngen.plan import STEPS
 from attngen.simulate import STEPS_SIMULATED
 from attngen.spec import Spec
-
 from tests.emit.regenerate import FOLDER, expected_files
 
 

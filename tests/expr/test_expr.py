@@ -2,11 +2,12 @@
 
 import re
 
-import attngen
 import pytest
-from attngen.expr import const, evaluate, extremes, key_range, name, parse_mask, to_cuda, to_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import attngen
+from attngen.expr import const, evaluate, extremes, key_range, name, parse_mask, to_cuda, to_text
 
 NAMES = ("q_idx", "kv_idx", "seqlen_q", "seqlen_k", "h")
 SMALL = st.integers(0, 12)
@@ -68,7 +69,9 @@ def test_a_key_range_is_exactly_what_the_mask_shows(text: str, env: dict[str, in
 
 @settings(max_examples=100, deadline=None)
 @given(sums(), SMALL, SMALL, ENV)
-def test_extremes_are_reached_and_never_passed(text: str, first: int, length: int, env: dict[str, int]) -> None:
+def test_extremes_are_reached_and_never_passed(
+    text: str, first: int, length: int, env: dict[str, int]
+) -> None:
     """The smallest and largest value over a tile's rows, by brute force."""
     form = parse_mask(f"kv_idx + kv_idx <= {text}")
     bounds = key_range(parse_mask(f"kv_idx < {text}")) if "kv_idx" not in text else None
@@ -101,7 +104,8 @@ def test_causal_with_more_queries_than_keys_hides_the_first_rows() -> None:
     """Five queries and three keys: the first two see nothing."""
     env = {"seqlen_q": 5, "seqlen_k": 3}
     seen = [
-        [bool(evaluate(parse_mask("causal"), env | {"q_idx": i, "kv_idx": j})) for j in range(3)] for i in range(5)
+        [bool(evaluate(parse_mask("causal"), env | {"q_idx": i, "kv_idx": j})) for j in range(3)]
+        for i in range(5)
     ]
     assert [sum(row) for row in seen] == [0, 0, 1, 2, 3]
 
@@ -109,14 +113,26 @@ def test_causal_with_more_queries_than_keys_hides_the_first_rows() -> None:
 def test_equal_meanings_are_one_object() -> None:
     """Chains, negations and shifted constants have one canonical form."""
     causal = parse_mask("causal")
-    for text in ("kv_idx <= q_pos", "kv_idx < q_pos + 1", "not kv_idx > q_pos", "q_pos >= kv_idx", "0 <= q_pos - kv_idx"):
+    for text in (
+        "kv_idx <= q_pos",
+        "kv_idx < q_pos + 1",
+        "not kv_idx > q_pos",
+        "q_pos >= kv_idx",
+        "0 <= q_pos - kv_idx",
+    ):
         assert parse_mask(text) is causal
     assert name("q_idx") is name("q_idx")
 
 
 @pytest.mark.parametrize(
     ("text", "column"),
-    [("kv_idx <= q_indx", 11), ("kv_idx <=", 10), ("kv_idx + q_idx", 1), ("kv_idx <= q_idx )", 17), ("kv_idx = 3", 8)],
+    [
+        ("kv_idx <= q_indx", 11),
+        ("kv_idx <=", 10),
+        ("kv_idx + q_idx", 1),
+        ("kv_idx <= q_idx )", 17),
+        ("kv_idx = 3", 8),
+    ],
 )
 def test_faults_stand_under_a_caret(text: str, column: int) -> None:
     """Unknown names, missing operands, a sum that is no condition, stray brackets, a single equals sign."""

@@ -1,7 +1,8 @@
 """Rules refuse before any compiler runs, and name what would do."""
 
-import attngen
 import pytest
+
+import attngen
 from attngen.arch import ARCHS
 from attngen.lower import lower
 from attngen.spec import Spec
@@ -36,7 +37,11 @@ def test_a_tile_too_large_for_shared_memory() -> None:
     with pytest.raises(attngen.PlanError, match=r"= 131072 bytes") as caught:
         lower(
             attngen.load(
-                {"problem": {"head_dim": 256}, "tile": {"block_m": 64, "block_n": 64}, "schedule": {"stages": 1}}
+                {
+                    "problem": {"head_dim": 256},
+                    "tile": {"block_m": 64, "block_n": 64},
+                    "schedule": {"stages": 1},
+                }
             ).replace({"tile.block_n": 96}),
             ARCHS["sm_86"],
         )

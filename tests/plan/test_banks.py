@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-import attngen
 import pytest
+
+import attngen
 from attngen.arch import ARCHS
 from attngen.lower import lower
 from attngen.plan import Buffer

@@ -1,8 +1,9 @@
 """Arguments that a kernel cannot take are named, before anything is touched."""
 
-import attngen
 import pytest
 import torch
+
+import attngen
 from attngen.runtime import check_arguments
 
 KERNEL = attngen.compile({"problem": {"head_dim": 64}, "mask": "causal"}, arch="sm_90a")
@@ -36,7 +37,11 @@ def test_good_arguments_pass() -> None:
         ({"q": torch.zeros(2, 16, 4, 128).bfloat16()[..., ::2]}, "q", "stride 2"),
         ({"q": torch.zeros(2, 16, 4, 32).bfloat16()}, "q", "shape"),
         ({"v": torch.zeros(2, 23, 2, 64).bfloat16()}, "v", "shape"),
-        ({"k": torch.zeros(2, 24, 3, 64).bfloat16(), "v": torch.zeros(2, 24, 3, 64).bfloat16()}, "k", "divisor"),
+        (
+            {"k": torch.zeros(2, 24, 3, 64).bfloat16(), "v": torch.zeros(2, 24, 3, 64).bfloat16()},
+            "k",
+            "divisor",
+        ),
         ({"q": torch.zeros(2, 16, 4, 64).bfloat16().requires_grad_()}, "q", "grad"),
         ({"softmax_scale": float("nan")}, "softmax_scale", "finite"),
         ({"layout": "sbhd"}, "layout", "bhsd"),

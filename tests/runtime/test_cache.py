@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from attngen.runtime import CacheWarning, Compiled, DiskCache, compile_source
 from attngen.runtime.nvrtc import parse_resources
 

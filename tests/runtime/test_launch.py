@@ -3,9 +3,10 @@
 import ctypes
 import struct
 
-import attngen
 import pytest
 import torch
+
+import attngen
 from attngen.runtime import Launcher
 
 KERNEL = attngen.compile({"problem": {"head_dim": 64}, "mask": "causal"}, arch="sm_90a")
@@ -29,7 +30,9 @@ class Recorder:
     def prepare(self, device: int) -> None:
         pass
 
-    def start(self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int) -> None:
+    def start(
+        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+    ) -> None:
         assert (threads, stream) == (KERNEL.plan.kernel.threads, 7)
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None

@@ -1,0 +1,99 @@
+"""What values of a spec must be together, and what a target takes.
+
+The rules read plain data rather than a Spec, so that they speak even where another value is broken and all faults
+stand in one report; a value of the wrong type is the schema's fault to tell.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from attngen.arch import ARCHS
+
+_GPU_HEAD_DIMS = range(32, 257, 8)
+_SIMULATOR_HEAD_DIMS = range(1, 513)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a value breaks.
+
+    Attributes:
+        path: dotted path of the value.
+        value: the value.
+        must: what it must be.
+        rule: name of the rule.
+        note: the reason.
+        nearest: the valid values closest to it.
+    """
+
+    path: str
+    value: object
+    must: str
+    rule: str
+    note: str
+    nearest: tuple[str, ...]
+
+
+def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
+    """Every rule that the data of a spec breaks."""
+    problem = data.get("problem")
+    if isinstance(problem, dict):
+        yield from _head_dims(problem.get("head_dim"), data.get("target", "auto"))
+    shapes = data.get("check")
+    for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
+        if isinstance(shape, dict):
+            yield from _grouped_heads(f"check[{index}]", shape)
+
+
+def legal_head_dims(target: object) -> range:
+    """Head dims that a target takes; an unknown target is taken for a GPU."""
+    arch = ARCHS.get(str(target))
+    return _GPU_HEAD_DIMS if arch is None or arch.emits else _SIMULATOR_HEAD_DIMS
+
+
+def _head_dims(head_dim: object, target: object) -> Iterator[Broken]:
+    legal = legal_head_dims(target)
+    step = f"a multiple of {legal.step}" if legal.step > 1 else "an integer"
+    dims = (
+        {f".{key}": value for key, value in head_dim.items()}
+        if isinstance(head_dim, dict)
+        else {"": head_dim}
+    )
+    for key, dim in dims.items():
+        if key in ("", ".qk", ".v") and _is_positive(dim) and dim not in legal:
+            yield Broken(
+                path=f"problem.head_dim{key}",
+                value=dim,
+                must=f"must be {step} from {legal[0]} to {legal[-1]}",
+                rule="head-dim",
+                note="rows are copied 16 bytes at a time, and O is kept in registers"
+                if legal.step > 1
+                else "",
+                nearest=tuple(str(near) for near in _neighbours(dim, legal)),
+            )
+
+
+def _neighbours(dim: int, legal: range) -> list[int]:
+    """The largest legal value below, and the smallest above."""
+    return [near for near in legal if near < dim][-1:] + [near for near in legal if near > dim][:1]
+
+
+def _grouped_heads(path: str, shape: dict[str, Any]) -> Iterator[Broken]:
+    heads, heads_kv = shape.get("heads", 1), shape.get("heads_kv")
+    if _is_positive(heads) and _is_positive(heads_kv) and heads % heads_kv:
+        divisors = [divisor for divisor in range(1, min(heads, 4096) + 1) if heads % divisor == 0]
+        below = [divisor for divisor in divisors if divisor < heads_kv][-1:]
+        above = [divisor for divisor in divisors if divisor > heads_kv][:1]
+        yield Broken(
+            path=f"{path}.heads_kv",
+            value=heads_kv,
+            must=f"must divide heads = {heads}",
+            rule="grouped-heads",
+            note="every head of K and V serves a group of query heads, all of one size",
+            nearest=tuple(str(divisor) for divisor in below + above),
+        )
+
+
+def _is_positive(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

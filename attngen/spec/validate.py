@@ -1,0 +1,212 @@
+"""From a document to a Spec, or to one report of everything that is wrong with it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import GenericAlias
+from typing import Any, get_args
+
+import pydantic
+from pydantic.fields import FieldInfo
+
+from attngen.errors import Diagnostic, ExpressionError, Location, SpecError
+from attngen.expr import parse_mask, parse_score
+from attngen.spec.document import Document
+from attngen.spec.rules import check_rules
+from attngen.spec.schema import Expects, SpecModel
+from attngen.spec.spec import Spec
+
+_MAX_SHOWN = 40  # characters of a value that a message repeats; the source line has the rest
+_REQUIRED = "problem.head_dim"
+
+
+def validate(document: Document) -> Spec:
+    """The Spec that a document describes.
+
+    Raises:
+        SpecError: every violation, in the order of the text; an ExpressionError where all are in expressions.
+    """
+    model = None
+    faults = list(document.diagnostics)
+    expression_faults = list(_expression_faults(document))
+    if document.is_spec:
+        try:
+            model = SpecModel.model_validate(document.data)
+        except pydantic.ValidationError as error:
+            faults += _schema_faults(document, error)
+        faults += _rule_faults(document)
+    if faults or expression_faults:
+        report = tuple(sorted(faults + expression_faults, key=_place))
+        raise SpecError(report) if faults else ExpressionError(report)
+    assert model is not None  # a document without faults has a model
+    return Spec.from_model(model, document.marks)
+
+
+def _place(fault: Diagnostic) -> tuple[str, int, int]:
+    location = fault.location
+    return (location.file, location.line, location.column) if location else ("", 0, 0)
+
+
+def _expression_faults(document: Document) -> Iterator[Diagnostic]:
+    for path, parse in (("mask", parse_mask), ("score", parse_score)):
+        text = document.data.get(path)
+        if isinstance(text, str):
+            mark = document.marks.get(path)
+            try:
+                parse(text, mark.locate if mark else None)
+            except ExpressionError as error:
+                yield from error.diagnostics
+
+
+def _rule_faults(document: Document) -> Iterator[Diagnostic]:
+    for broken in check_rules(document.data):
+        yield Diagnostic(
+            message=f"{_given(document, broken.path, broken.value)} {broken.must}",
+            rule=broken.rule,
+            location=_value_location(document, broken.path),
+            path=broken.path,
+            value=broken.value,
+            note=broken.note,
+            nearest=broken.nearest,
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the schema an error stands.
+
+    Attributes:
+        path: dotted path of the value.
+        key: its own key.
+        field: the field it is, None for an element of a list and for an unknown key.
+        block: the model that the key stands in.
+    """
+
+    path: str
+    key: str
+    field: FieldInfo | None
+    block: type[pydantic.BaseModel]
+
+
+def _schema_faults(document: Document, error: pydantic.ValidationError) -> Iterator[Diagnostic]:
+    """pydantic's errors, one for a value: the arms of a union and both ends of a head_dim fail together."""
+    told: set[str] = set()
+    for details in error.errors(include_url=False):
+        place = _resolve(document, details["loc"])
+        if place.path in told or any(f"{place.path}.".startswith(f"{path}.") for path in document.faulty):
+            continue
+        told.add(place.path)
+        if details["type"] == "extra_forbidden":
+            yield _unknown_key(document, place)
+        elif details["type"] == "missing":
+            yield _missing_key(document, place)
+        else:
+            yield _wrong_value(document, place, details["input"])
+
+
+def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place:
+    """The place of an error, no deeper than the data goes: past that stand the arms of a union."""
+    place = _Place("", "", None, SpecModel)
+    data: Any = document.data
+    inner: type[pydantic.BaseModel] | None = SpecModel
+    for part in loc:
+        if isinstance(part, int) and isinstance(data, list | tuple):
+            place = _Place(f"{place.path}[{part}]", place.key, None, place.block)
+            data = data[part]
+        elif isinstance(part, str) and isinstance(data, dict) and inner:
+            field = inner.model_fields.get(part)
+            place = _Place(f"{place.path}.{part}".lstrip("."), part, field, inner)
+            data, inner = data.get(part), _model_of(field)
+        else:
+            break
+    return place
+
+
+def _model_of(field: FieldInfo | None) -> type[pydantic.BaseModel] | None:
+    """The model that a field holds, or holds a list of."""
+    annotation = field.annotation if field else None
+    if isinstance(annotation, GenericAlias):
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
+
+
+def _wrong_value(document: Document, place: _Place, value: Any) -> Diagnostic:
+    expects = _expects(place)
+    return Diagnostic(
+        message=f"{_given(document, place.path, value)} must be {expects.words}",
+        rule=expects.rule,
+        location=_value_location(document, place.path),
+        path=place.path,
+        value=value,
+        nearest=expects.nearest(value),
+    )
+
+
+def _given(document: Document, path: str, value: Any) -> str:
+    """The value as it was written, as far as it is short."""
+    mark = document.marks.get(path)
+    shown = mark.source.text[slice(*mark.value)] if mark and mark.offsets else str(value)
+    if value is None:
+        return f"{path} is empty; it"
+    if isinstance(value, dict | list | tuple) or "\n" in shown:
+        return path
+    return f"{path} = {shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + '…'}"
+
+
+def _expects(place: _Place) -> Expects:
+    """What may stand there; where the schema has no words for it, a mapping of the keys it knows."""
+    for marker in place.field.metadata if place.field else ():
+        if isinstance(marker, Expects):
+            return marker
+    model = _model_of(place.field) or _model_of(place.block.model_fields.get(place.key)) or SpecModel
+    return Expects("spec-mapping", f"a mapping of keys: {', '.join(model.model_fields)}")
+
+
+def _missing_key(document: Document, place: _Place) -> Diagnostic:
+    path = _REQUIRED if place.path == "problem" else place.path  # the block is there for its one required key
+    parent = document.marks.get(place.path.rpartition(".")[0])
+    start = document.source.location(0, 1) if document.marks else None
+    is_head_dim = path == _REQUIRED
+    return Diagnostic(
+        message=f"{path} must be given",
+        rule="required-keys",
+        location=parent.key_location if parent else start,
+        path=path,
+        note="the columns of Q, K and V; every other key has a default" if is_head_dim else "",
+        nearest=("problem: {head_dim: 128}",) if is_head_dim else (f"{path.rpartition('.')[2]}: 128",),
+    )
+
+
+def _unknown_key(document: Document, place: _Place) -> Diagnostic:
+    mark = document.marks.get(place.path)
+    return Diagnostic(
+        message=f"unknown key {place.path}",
+        rule="known-keys",
+        location=mark.key_location if mark else None,
+        path=place.path,
+        value=place.key,
+        nearest=_nearest_keys(place),
+    )
+
+
+def _nearest_keys(place: _Place) -> tuple[str, ...]:
+    """A key of another block by this name, else one of this block that is spelt alike, else all of this block."""
+    known = dict(_blocks())
+    block, _, key = place.key.rpartition(".")
+    if key in known.get(block, ()) and block:  # `tile.block_n: 64`, where two keys should be
+        return (f"{block}: {{{key}: ...}}",)
+    elsewhere = tuple(f"{block}.{place.key}" for block, keys in known.items() if place.key in keys)
+    siblings = tuple(place.block.model_fields)
+    return elsewhere or tuple(get_close_matches(place.key, siblings, n=2)) or siblings
+
+
+def _blocks() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The blocks of a spec with the keys of each."""
+    for name, field in SpecModel.model_fields.items():
+        if model := _model_of(field):
+            yield name, tuple(model.model_fields)
+
+
+def _value_location(document: Document, path: str) -> Location | None:
+    mark = document.marks.get(path)
+    return mark.value_location if mark else None
