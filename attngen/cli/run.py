@@ -18,7 +18,7 @@ from attngen.cli.variants import (
     stand_in_note,
     variants,
 )
-from attngen.errors import ArgumentError, SpecError, ToolchainError
+from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
 from attngen.inputs import Shape
 from attngen.spec import Spec
 
@@ -84,18 +84,19 @@ def run(
             on = "cpu" if trace else device or _default_device(spec, arch)
             target = arch_without_gpu(spec, arch) if on == "cpu" else resolve_arch(spec, arch)
             kernel = kernel_of(spec, target, lineinfo=lineinfo)
-        except SpecError as fault:
+            if on == "cpu" and (note := stand_in_note(spec, arch)):
+                click.echo(f"{variant.label}: {note}")
+            for inputs in _inputs(kernel, file, given, on, seed):
+                with progress.status(f"running {variant.label}"):
+                    outcome = execute(kernel, inputs, variant.label, with_trace=trace)
+                outcomes[on == "cpu"].append(outcome)
+                if outcome.board:
+                    click.echo(outcome.board)
+        except InternalError:
+            raise
+        except AttngenError as fault:  # one that this GPU cannot run hides none of the others
             refused = True
             report(fault)
-            continue
-        if on == "cpu" and (note := stand_in_note(spec, arch)):
-            click.echo(f"{variant.label}: {note}")
-        for inputs in _inputs(kernel, file, given, on, seed):
-            with progress.status(f"running {variant.label}"):
-                outcome = execute(kernel, inputs, variant.label, with_trace=trace)
-            outcomes[on == "cpu"].append(outcome)
-            if outcome.board:
-                click.echo(outcome.board)
     for simulated, done in outcomes.items():
         if done:
             click.echo(SIMULATED if simulated else f"on {torch.cuda.get_device_name()}")

@@ -193,6 +193,15 @@ def test_a_wrong_kernel_fails_the_comparison(
     assert "FAILED (" in result.stdout and "got 0, expected" in result.stdout
 
 
+def test_a_spec_that_cannot_run_hides_no_other(attngen: Attngen, small: str) -> None:
+    """Inputs that fit one of two specs: the other is refused, the fitting one is run and judged."""
+    q = torch.randn(1, 3, 2, 64).bfloat16()
+    save_file({"q": q, "k": q.clone(), "v": q.clone()}, "d64.safetensors")
+    result = attngen("run", small, "fa2_d64", "--device", "cpu", "--inputs", "d64.safetensors")
+    assert_refused(result, "argument q", "32")
+    assert "fa2_d64 " in result.stdout and " ok " in result.stdout
+
+
 def test_run_says_that_the_simulator_ran(attngen: Attngen, small: str) -> None:
     """A time of the simulator is never shown as the kernel's, and no TFLOPS are made of it."""
     result = attngen("run", small, "--device", "cpu")
