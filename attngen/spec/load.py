@@ -33,7 +33,7 @@ def load(source: "str | Path | Mapping[str, Any] | Spec") -> Spec:
     if isinstance(source, Spec):
         return source
     if isinstance(source, Mapping):
-        return _load_dict(dict(source))
+        return _load_dict(source)
     if isinstance(source, Path):
         return validate(read_document(_read_file(source)))
     if isinstance(source, str):
@@ -51,13 +51,21 @@ def replace(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     """
     data, marks = spec.to_dict(), dict(spec.marks)
     for path, value in changes.items():
-        _set(data, path, value)
+        _set(data, path, _with_text_keys(value))
         marks = {key: mark for key, mark in marks.items() if not f"{key}.".startswith(f"{path}.")}
     return _validate_data("<replace>", data, marks, changes)
 
 
-def _load_dict(data: dict[str, Any]) -> Spec:
+def _load_dict(source: Mapping[Any, Any]) -> Spec:
+    data = _with_text_keys(source)
     return _validate_data("<dict>", data, {}, data)
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Plain data as YAML would give it, where every key is a text."""
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _validate_data(

@@ -67,7 +67,7 @@ def _nearest_name(value: Any) -> Nearest:
     return (word[:100],) if word else ()
 
 
-_Positive = Annotated[int, BeforeValidator(_integer), Field(ge=1)]
+_Positive = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
 _Auto = Literal["auto"]
 
 Size = Annotated[_Positive, Expects("positive-integer", "a positive integer", _nearest_integer(1))]
@@ -77,8 +77,8 @@ SizeOrAuto = Annotated[
 ]
 Length = Annotated[
     int,
-    BeforeValidator(_integer),
     Field(ge=0, le=LARGEST_INDEX),
+    BeforeValidator(_integer),
     Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
 ]
 Name = Annotated[
@@ -165,7 +165,7 @@ class CheckShape(_Model):
     heads: Length = 1
     """Query heads."""
     heads_kv: Annotated[
-        Annotated[int, BeforeValidator(_integer), Field(ge=0, le=LARGEST_INDEX)] | None,
+        Annotated[int, Field(ge=0, le=LARGEST_INDEX), BeforeValidator(_integer)] | None,
         Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
     ] = None
     """Heads of K and V; as many as query heads where left out."""

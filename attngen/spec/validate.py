@@ -178,12 +178,14 @@ def _missing_key(document: Document, place: _Place) -> Diagnostic:
 
 
 def _unknown_key(document: Document, place: _Place) -> Diagnostic:
-    mark = document.marks.get(place.path)
+    path = place.path
+    # A dotted path of `replace` has a mark for itself and for none of its blocks.
+    mark = next((mark for known, mark in document.marks.items() if f"{known}.".startswith(f"{path}.")), None)
     return Diagnostic(
-        message=f"unknown key {place.path}",
+        message=f"unknown key {path or repr(path)}",
         rule="known-keys",
         location=mark.key_location if mark else None,
-        path=place.path,
+        path=path,
         value=place.key,
         nearest=_nearest_keys(place),
     )
