@@ -37,21 +37,19 @@ class Kernel:
         plan: every number that was decided.
     """
 
-    def __init__(
-        self, spec: Spec, plan: Plan, lineinfo: bool = False, cache: DiskCache | None = None
-    ) -> None:
+    def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, source: str | None = None) -> None:
         self.spec = spec
         self.plan = plan
         self._lineinfo = lineinfo
-        self._cache = cache or DiskCache()
+        self._edited = source
 
     def __repr__(self) -> str:
         return f"<attngen.Kernel {self.plan.name}>"
 
     @cached_property
     def source(self) -> str:
-        """The CUDA C++ text."""
-        return emit(self.plan)
+        """The CUDA C++ text: emitted, or the edited one that was given in its place."""
+        return emit(self.plan) if self._edited is None else self._edited
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -65,7 +63,7 @@ class Kernel:
         Raises:
             ToolchainError: NVRTC is missing.
         """
-        return self._cache.get(self.source, self.plan.arch.name, lineinfo=self._lineinfo)
+        return DiskCache().get(self.source, self.plan.arch.name, lineinfo=self._lineinfo)
 
     @property
     def resources(self) -> tuple[KernelResources, ...]:

@@ -6,6 +6,7 @@ attngen's own (`InternalError`) keeps its traceback, since that is what a report
 
 import click
 
+from attngen.cli.bench import bench
 from attngen.cli.build import build
 from attngen.cli.cache import cache
 from attngen.cli.check import check
@@ -13,6 +14,7 @@ from attngen.cli.explain import explain
 from attngen.cli.output import Commands
 from attngen.cli.run import run
 from attngen.cli.schema import schema
+from attngen.fuzz.command import fuzz
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +25,5 @@ def main() -> None:
     """
 
 
-for _command in (check, build, run, explain, schema, cache):
+for _command in (check, build, run, explain, fuzz, bench, schema, cache):
     main.add_command(_command)
