@@ -76,8 +76,8 @@ def conjunction(conditions: Iterable[Expr]) -> Expr:
                 direction, band = _band_of(part)
                 bands.setdefault(direction, _Band()).intersect(band)
     parts = [part for direction, band in bands.items() for part in band.conditions(direction)] + list(others)
-    if FALSE in parts or any(negate(other) in others for other in others):
-        return FALSE
+    if FALSE in parts or any(set(negate(other).args) <= set(parts) for other in others):
+        return FALSE  # the last: an alternative of which every branch is ruled out
     if len(parts) <= 1:
         return parts[0] if parts else TRUE
     return _sorted_node("and", parts)

@@ -117,7 +117,8 @@ class _Fragment:
     ) -> None:
         """Record a fault of the stretch `at`, or of the whole text."""
         if at is None:
-            start, end = len(self.text) - len(self.text.lstrip()), len(self.text.rstrip())
+            end = len(self.text.rstrip())
+            start = len(self.text) - len(self.text.lstrip()) if end else 0
         else:
             start, end = at.start_pos or 0, at.end_pos or 0
         self.faults.append(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attngen.dtypes import DTYPES, DType, dtype, torch_dtype
 from attngen.errors import InternalError
 

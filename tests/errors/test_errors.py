@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+
 from attngen.errors import (
     ArgumentError,
     AttngenError,
@@ -20,8 +21,12 @@ from attngen.errors import (
 PLACE = Location("specs/h100_fp8.yaml", 14, 12, "  block_n: 200", 3)
 
 
-def diagnostic(location: Location | None = PLACE, note: str = "", nearest: tuple[str, ...] = ()) -> Diagnostic:
-    return Diagnostic("tile.block_n = 200 is wrong", "some-rule", location, "tile.block_n", 200, note, nearest)
+def diagnostic(
+    location: Location | None = PLACE, note: str = "", nearest: tuple[str, ...] = ()
+) -> Diagnostic:
+    return Diagnostic(
+        "tile.block_n = 200 is wrong", "some-rule", location, "tile.block_n", 200, note, nearest
+    )
 
 
 def carets(location: Location) -> str:
@@ -105,7 +110,9 @@ def test_a_long_line_is_cut_around_the_carets(column: int) -> None:
 
 def test_control_characters_never_reach_the_terminal() -> None:
     """A hostile file cannot clear the screen through its own error."""
-    drawn = diagnostic(Location("f\x1b", 1, 1, "\x1b[2J\x07 a\rb", 1), note="\x1b[31m", nearest=("\x9b",)).draw()
+    drawn = diagnostic(
+        Location("f\x1b", 1, 1, "\x1b[2J\x07 a\rb", 1), note="\x1b[31m", nearest=("\x9b",)
+    ).draw()
     assert not any(ord(char) < 32 and char != "\n" or 0x7F <= ord(char) < 0xA0 for char in drawn)
 
 
@@ -132,7 +139,10 @@ def test_messages_carry_argument_log_and_cure() -> None:
     assert str(error) == "argument q: got float32, expected bfloat16\n  hint: q.to(torch.bfloat16)"
     assert (error.argument, error.got, error.expected) == ("q", "float32", "bfloat16")
     assert str(ArgumentError("k", 3, 4)) == "argument k: got 3, expected 4"
-    assert str(CompileError("k.cu does not compile", "line 1: error\n")) == "k.cu does not compile\nline 1: error"
+    assert (
+        str(CompileError("k.cu does not compile", "line 1: error\n"))
+        == "k.cu does not compile\nline 1: error"
+    )
     assert str(ToolchainError("no NVRTC", "pip install it")) == "no NVRTC\n  cure: pip install it"
 
 

@@ -19,13 +19,17 @@ def sums(draw: st.DrawFn, names: tuple[str, ...] = NAMES) -> str:
     terms = draw(st.lists(term, min_size=1, max_size=4))
     signs = draw(st.lists(st.sampled_from("+-"), min_size=len(terms), max_size=len(terms)))
     lead = "-" if signs[0] == "-" else ""
-    return lead + terms[0] + "".join(f" {sign} {term}" for sign, term in zip(signs[1:], terms[1:], strict=True))
+    return (
+        lead + terms[0] + "".join(f" {sign} {term}" for sign, term in zip(signs[1:], terms[1:], strict=True))
+    )
 
 
 _SIGNS = st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
 COMPARISONS = st.one_of(
     st.builds(lambda a, sign, b: f"{a} {sign} {b}", sums(), _SIGNS, sums()),
-    st.builds(lambda a, sign, b, other, c: f"{a} {sign} {b} {other} {c}", sums(), _SIGNS, sums(), _SIGNS, sums()),
+    st.builds(
+        lambda a, sign, b, other, c: f"{a} {sign} {b} {other} {c}", sums(), _SIGNS, sums(), _SIGNS, sums()
+    ),
 )
 MASKS = st.recursive(
     COMPARISONS,

@@ -1,11 +1,12 @@
 """Faults of a text: each has a name, a caret and a cure, and all stand in one report."""
 
 import pytest
+from lark import UnexpectedToken
+
 from attngen.errors import Diagnostic, ExpressionError, Location
 from attngen.expr import parse_mask, parse_score
 from attngen.expr.mistakes import _MISTAKES, name_mistake
 from attngen.expr.parse import _parser
-from lark import UnexpectedToken
 
 
 def faults(text: str) -> tuple[Diagnostic, ...]:
