@@ -271,16 +271,18 @@ def shifted_scores(trial: Trial) -> Complaint:
         constant = trial.scale * 64.0 * float(shifted_k[0, 0, 0, 0])
         out, lse = trial.run(q, shifted_k, trial.v)
         shifted = trial.accuracy(out, lse, q, shifted_k)
-        if not shifted.max_error <= shifted.max_bound or "lse" in shifted.failures:
+        # Each of a score's head_dim sums in f32 may lose 2^-23 of the constant; out follows by as much times |v|.
+        lost = 2.0**-23 * q.shape[-1] * (1.0 + abs(constant))
+        slack = 2 * lost * largest(trial.v)
+        within = shifted.max_error <= shifted.max_bound + slack
+        if not within or not (shifted.lse_error or 0.0) <= (shifted.lse_bound or 0.0) + lost:
             return f"scores shifted by {constant:.6g}: {shifted}"
-        # In f32 a score near the constant is known to 2^-24 of it, and out follows by as much times |v|.
-        slack = 2.0**-20 * (1.0 + abs(constant)) * largest(trial.v)
         moved, allowed = largest(out - base), shifted.max_bound + of_base.max_bound + slack
         if not moved <= allowed:
             return f"scores shifted by {constant:.6g} move out by {moved:.2e}, {allowed:.2e} allowed"
         seen = base_lse.isfinite()
         moved = largest((lse.double() - base_lse.double() - constant)[seen])
-        allowed = 2 * LSE_ABSOLUTE + 2 * LSE_RELATIVE * (abs(constant) + largest(base_lse[seen]))
+        allowed = 2 * LSE_ABSOLUTE + 2 * LSE_RELATIVE * (abs(constant) + largest(base_lse[seen])) + lost
         if not moved <= allowed:
             return f"scores shifted by {constant:.6g} move lse by {moved:.2e} more, {allowed:.2e} allowed"
     return None
@@ -298,10 +300,12 @@ class Rule:
     Attributes:
         check: the property; its docstring says what it claims.
         applies: whether it holds for a plan with such a mask, which uses such names.
+        is_rare: few masks allow it; where one does, it is drawn four times as often.
     """
 
     check: Callable[[Trial], Complaint]
     applies: Callable[[Plan, Set[str]], bool] = lambda plan, names: True
+    is_rare: bool = False
 
 
 def _is_full(plan: Plan, names: Set[str]) -> bool:
@@ -315,9 +319,9 @@ RULES: dict[str, Rule] = {
     "batch-slice": Rule(batch_slice, lambda plan, names: "b" not in names),
     "repeated-heads": Rule(repeated_heads, lambda plan, names: "h_kv" not in names),
     "shifted-scores": Rule(shifted_scores),
-    "permuted-keys": Rule(permuted_keys, _is_full),
-    "split-keys": Rule(split_keys, _is_full),
-    "wide-window": Rule(wide_window, _is_full),
+    "permuted-keys": Rule(permuted_keys, _is_full, is_rare=True),
+    "split-keys": Rule(split_keys, _is_full, is_rare=True),
+    "wide-window": Rule(wide_window, _is_full, is_rare=True),
 }
 
 

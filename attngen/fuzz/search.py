@@ -242,7 +242,13 @@ def _pool(drawn: SearchStrategy[Spec], seed: int, size: int) -> list[Spec]:
     found: dict[Spec, None] = {}
 
     @with_seed(seed)
-    @settings(max_examples=max(8, size), phases=(Phase.generate,), database=None, deadline=None)
+    @settings(
+        max_examples=max(8, size),
+        phases=(Phase.generate,),
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(drawn)
     def collect(spec: Spec) -> None:
         found[spec] = None

@@ -92,7 +92,7 @@ def _formulas(draw: DrawFn) -> str:
 
 def masks() -> SearchStrategy[str]:
     """`full`, `causal`, windows, and formulas that have a closed form or none."""
-    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas())
+    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas(), _formulas())
 
 
 # ---- specs --------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def lengths(draw: DrawFn, block: int, may_be_empty: bool = False) -> int:
     """A length at a multiple of 8, 16 or the block, or one beside it; 0 is one less than 1."""
     longest = max(8, min(MOST_BLOCKS * block, LONGEST))
     units = [unit for unit in (1, block, 8, 16) if unit <= longest]
-    unit = draw(st.sampled_from((*units, 0) if may_be_empty else units))
+    unit = draw(st.sampled_from((*units, 0, 0) if may_be_empty else units))
     count = draw(st.integers(1, min(longest // unit, 2 * MOST_BLOCKS))) if unit else 0
     return unit * count + draw(st.sampled_from((0, 1, -1))) if unit else 0
 
@@ -174,6 +174,7 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     )
     names = free_names(plan.mask)
     applicable = [name for name in rules if RULES[name].applies(plan, names)]
+    applicable += 3 * [name for name in applicable if RULES[name].is_rare]
     return Case(
         spec=spec,
         shape=shape,

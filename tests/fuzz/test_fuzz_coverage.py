@@ -9,7 +9,7 @@ from attngen.fuzz.strategies import plan_of
 from attngen.inputs import Shape
 from attngen.spec import load
 
-EXAMPLES = {("simulator",): 500, ("sm_80", "sm_90a"): 250}
+EXAMPLES = {("simulator",): 600, ("sm_80", "sm_90a"): 350}
 
 
 @pytest.fixture(scope="module", params=EXAMPLES, ids=", ".join)
