@@ -21,7 +21,7 @@ TEXT_PATHS = frozenset({"name", "mask", "score"})
 
 EXPRESSION_PATHS = frozenset({"mask", "score"})
 
-_MAX_NESTING = 16
+MAX_NESTING = 16
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
 _REAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _WORD_END = re.compile(r"[\s,\]}]")
@@ -156,9 +156,9 @@ class _Composer(yaml.SafeLoader):
             if isinstance(event, yaml.ScalarEvent):
                 event.implicit = (event.style is None, event.style is not None)
         self._depth += 1
-        if self._depth > _MAX_NESTING:
+        if self._depth > MAX_NESTING:
             place = self._document.source.location(start, start + 1)
-            self._document.refuse("yaml-nesting", f"the spec is nested more than {_MAX_NESTING} deep", place)
+            self._document.refuse("yaml-nesting", f"the spec is nested more than {MAX_NESTING} deep", place)
             raise _TooDeep
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1

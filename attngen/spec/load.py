@@ -10,7 +10,7 @@ import yaml
 
 from attngen.errors import ArgumentError, Diagnostic, Location, SpecError
 from attngen.resources import shipped_specs, spec_path
-from attngen.spec.document import Document, dump_text, read_document
+from attngen.spec.document import MAX_NESTING, Document, dump_text, read_document
 from attngen.spec.source import Mark, Source
 from attngen.spec.spec import Spec
 from attngen.spec.validate import validate
@@ -61,11 +61,12 @@ def _load_dict(source: Mapping[Any, Any]) -> Spec:
     return _validate_data("<dict>", data, {}, data)
 
 
-def _with_text_keys(value: Any) -> Any:
-    """Plain data as YAML would give it, where every key is a text."""
-    if isinstance(value, Mapping):
-        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
-    return [_with_text_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _with_text_keys(value: Any, depth: int = 0) -> Any:
+    """Plain data as YAML would give it, where every key is a text. Data that holds itself is not followed."""
+    if isinstance(value, Mapping) and depth < MAX_NESTING:
+        return {str(key): _with_text_keys(inner, depth + 1) for key, inner in value.items()}
+    is_list = isinstance(value, list | tuple) and depth < MAX_NESTING
+    return [_with_text_keys(inner, depth + 1) for inner in value] if is_list else value
 
 
 def _validate_data(

@@ -18,7 +18,9 @@ def test_every_reading_agrees_with_python(text: str, env: dict[str, int]) -> Non
     tree = parse_mask(text)
     assert bool(evaluate(tree, env)) == expected
     assert bool(evaluate(parse_mask(to_text(tree)), env)) == expected
-    python = re.sub(r"\b(\d+)LL\b", r"\1", to_cuda(tree, {key: key for key in env}).replace("(long long)", ""))
+    python = re.sub(
+        r"\b(\d+)LL\b", r"\1", to_cuda(tree, {key: key for key in env}).replace("(long long)", "")
+    )
     python = re.sub(r"!(?!=)", " not ", python.replace("&&", " and ").replace("||", " or "))
     python = re.sub(r"\btrue\b", "True", re.sub(r"\bfalse\b", "False", python))
     assert bool(eval(python, {}, env)) == expected
