@@ -129,12 +129,16 @@ class _Search:
             print_blob=False,
             suppress_health_check=list(HealthCheck),
         )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the tensors are small: threads would wait for each other more than they do
         try:
             with_seed(seed)(once(given(drawn)(self.try_case)))()
         except PropertyFailure as failure:
             self.failure = failure
         except FlakyFailure:
             self.flaky = True
+        finally:
+            torch.set_num_threads(threads)
 
 
 def targets_for(device: str, arch: str | None = None) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ GPU_DIMS = (
 )
 MOST_BLOCKS = 5
 """Blocks of keys or rows in the longest sequence: enough for every range to hold several."""
-LONGEST = 384
+LONGEST = 260
 """And most keys or rows in it, give or take one: the fp64 reference holds all scores of all heads."""
 
 
