@@ -8,7 +8,9 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -17,9 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attngen.errors import ToolchainError
+from attngen.expr import TRUE, Expr, evaluate, free_names, parse_mask
 from attngen.inputs import Shape
 
 Run = Callable[[], Any]
+PEERS = ("flash", "cudnn", "efficient", "flex")
+"""What `peer` knows by name."""
+CAUSAL = parse_mask("causal")
 
 
 @dataclass(frozen=True)
@@ -70,43 +77,89 @@ def _timed(run: Run, iterations: int) -> float:
     return float(start.elapsed_time(end)) / iterations
 
 
-def peers(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, names: Iterable[str]
-) -> dict[str, Run]:
-    """torch's attention back ends on (batch, seqlen, heads, head_dim) tensors; those that refuse are left out.
+def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
+    """One of `PEERS` on (batch, seqlen, heads, head_dim) tensors, already run once: what it compiles is compiled.
 
     Args:
+        name: "flash", "cudnn" and "efficient" are back ends of torch's scaled_dot_product_attention, "flex" is
+            torch.compile of flex_attention.
         q: see attngen.Kernel; like k and v.
         k: see q.
         v: see q.
-        causal: top-left and bottom-right agree, since lengths are equal.
-        names: of "flash", "cudnn", "efficient".
+        mask: flex takes any; the others take full, and causal where lengths are equal (theirs is top-left).
+
+    Returns:
+        A call that gives out as (batch, heads, seqlen, head_dim).
+
+    Raises:
+        ToolchainError: the peer is not present here, or does not take this problem.
     """
+    try:
+        run = _flex(q, k, v, mask) if name == "flex" else _sdpa(name, q, k, v, mask)
+        run()
+    except (RuntimeError, ValueError, ImportError) as error:  # what torch and its compilers refuse with
+        reason = str(error).strip().partition("\n")[0]
+        raise ToolchainError(
+            f"{name} does not take part: {reason}", f"--against names the peers to measure: leave {name} out"
+        ) from error
+    return run
+
+
+def peers(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, names: Iterable[str]
+) -> dict[str, Run]:
+    """Every `peer` of these names that is present."""
+    found = {}
+    for name in names:
+        with suppress(ToolchainError):
+            found[name] = peer(name, q, k, v, CAUSAL if causal else TRUE)
+    return found
+
+
+def _sdpa(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backends = {
+    if mask is not TRUE and not (mask is CAUSAL and q.shape[1] == k.shape[1]):
+        raise ValueError("it knows the masks full and, of equal lengths, causal")
+    backend = {
         "flash": SDPBackend.FLASH_ATTENTION,
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
+    }[name]
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[2] != k.shape[2]
+    is_causal, gqa = mask is CAUSAL, q.shape[2] != k.shape[2]
 
-    def peer(name: str) -> Run:
-        def run() -> torch.Tensor:
-            with sdpa_kernel(backends[name]):
-                return F.scaled_dot_product_attention(q_, k_, v_, is_causal=causal, enable_gqa=gqa)
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q_, k_, v_, is_causal=is_causal, enable_gqa=gqa)
 
-        return run
+    return run
 
-    found = {}
-    for name in names:
-        try:
-            peer(name)()
-        except RuntimeError:
-            continue
-        found[name] = peer(name)
-    return found
+
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
+    """flex_attention as its users call it: compiled for the shape, with a block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        if mask is CAUSAL:  # in flex's own i32, as its users write it; the language's reading is in i64
+            return kv_idx <= q_idx + (seqlen_k - seqlen_q)
+        indices = {"b": b, "h": h, "h_kv": h // group, "q_idx": q_idx, "kv_idx": kv_idx}
+        seen = evaluate(mask, indices | {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k})
+        return q_idx.new_ones((), dtype=torch.bool) & seen  # a mask that reads no index is a bool
+
+    block_mask = None
+    if mask is not TRUE:
+        read = free_names(mask)
+        batch = q.shape[0] if "b" in read else None
+        heads = q.shape[2] if read & {"h", "h_kv"} else None
+        block_mask = create_block_mask(sees, batch, heads, seqlen_q, seqlen_k, device=q.device)
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    # Past a number of shapes torch gives up compiling; it shall forget the others, and not run uncompiled.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return partial(compiled, q_, k_, v_, block_mask=block_mask, enable_gqa=group > 1)
 
 
 def summary(samples: Mapping[str, list[float]], flops: float) -> dict[str, float]:

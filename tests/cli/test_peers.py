@@ -1,0 +1,88 @@
+"""The peers that `attngen bench` measures against, as far as a CPU shows them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from attngen import bench
+from attngen.accuracy import compare
+from attngen.errors import ToolchainError
+from attngen.expr import parse_mask
+from attngen.inputs import Shape, random_inputs
+
+MASKS = [
+    "full",
+    "causal",
+    "kv_idx >= q_pos - 20 and causal",
+    "kv_idx + h != q_idx",
+    "kv_idx <= b + h_kv",
+    "seqlen_q >= 3",
+]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flex_attention as plain torch: what it computes, without half a minute of compiling."""
+
+    def as_it_is(function: Callable[..., object], **_: object) -> Callable[..., object]:
+        return function
+
+    monkeypatch.setattr(torch, "compile", as_it_is)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("mask", MASKS)
+def test_flex_computes_what_the_mask_says(mask: str) -> None:
+    """Unequal lengths, grouped heads and other columns in V than in K: flex gives the reference's values."""
+    q, k, v = random_inputs(Shape(2, 4, 2, 33, 70), 32, 48, torch.bfloat16)
+    expr = parse_mask(mask)
+    out = bench.peer("flex", q, k, v, expr)().transpose(1, 2)
+    accuracy = compare(out, None, q, k, v, expr)
+    assert accuracy.ok, str(accuracy)
+
+
+def test_a_peer_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's reason comes with the name, be it a back end, a mask it does not know or a compiler that is missing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Cannot find a working triton installation.\nSee there.")
+
+    q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
+    full, window = parse_mask("full"), parse_mask("kv_idx >= q_pos - 4")
+    with pytest.raises(ToolchainError, match="^cudnn does not take part: No "):
+        bench.peer("cudnn", q, k, v, full)
+    with pytest.raises(ToolchainError, match="^flash does not take part: it knows the masks full and"):
+        bench.peer("flash", q, k, v, window)
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(ToolchainError) as missing:
+        bench.peer("flex", q, k, v, full)
+    assert missing.value.message == "flex does not take part: Cannot find a working triton installation."
+
+
+def test_causal_of_unequal_lengths_is_another_mask_for_the_back_ends() -> None:
+    """Torch aligns causal to the top left, so that there is nothing to compare with."""
+    q, k, v = random_inputs(Shape(1, 2, 2, 16, 24), 32, 32, torch.bfloat16)
+    with pytest.raises(ToolchainError, match="of equal lengths"):
+        bench.peer("flash", q, k, v, bench.CAUSAL)
+    equal = bench.peer("flash", q, k[:, :16], v[:, :16], bench.CAUSAL)().transpose(1, 2)
+    assert compare(equal, None, q, k[:, :16], v[:, :16], bench.CAUSAL).ok
+
+
+def test_those_present_are_a_choice_of_those_named() -> None:
+    """`peers` leaves out what refuses."""
+    q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
+    assert list(bench.peers(q, k, v, True, ("cudnn", "flash"))) == ["flash"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mask", ["full", "causal", "kv_idx >= q_pos - 20 and causal"])
+def test_compiled_flex_is_right(mask: str) -> None:
+    """What is timed as flex computes attention."""
+    q, k, v = random_inputs(Shape(2, 4, 2, 256, 256), 64, 64, torch.bfloat16, "cuda")
+    expr = parse_mask(mask)
+    out = bench.peer("flex", q, k, v, expr)().transpose(1, 2)
+    accuracy = compare(out, None, q, k, v, expr)
+    assert accuracy.ok, str(accuracy)
