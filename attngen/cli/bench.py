@@ -1,27 +1,31 @@
 """`attngen bench`: this kernel and its peers in one process, interleaved; a table, JSON and a plot."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 import torch
+from rich.table import Table
 
 from attngen import bench as measuring
 from attngen.api import Kernel, resolve_arch
-from attngen.cli.output import console, table
-from attngen.cli.variants import Sweep, arch_option, kernel_of, specs_argument, variants
+from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
+from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table
+from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.dtypes import torch_dtype
-from attngen.errors import ToolchainError
+from attngen.errors import SpecError, ToolchainError
 from attngen.inputs import Shape, random_inputs
 
-PEERS = ("flash", "cudnn", "efficient")
+OURS = "attngen"
 
 
 def _words(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
     names = tuple(word for word in text.split(",") if word)
-    if unknown := set(names) - set(PEERS):
-        raise click.BadParameter(f"{unknown.pop()!r} is none of {', '.join(PEERS)}")
+    if unknown := set(names) - set(measuring.PEERS):
+        raise click.BadParameter(f"{unknown.pop()!r} is none of {', '.join(measuring.PEERS)}")
     return names
 
 
@@ -35,7 +39,11 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
 @specs_argument
 @arch_option
 @click.option(
-    "--against", default="flash,cudnn", show_default=True, callback=_words, help="Peers, of torch's."
+    "--against",
+    default="flash,cudnn",
+    show_default=True,
+    callback=_words,
+    help=f"Peers, all of them torch's: {', '.join(measuring.PEERS)}.",
 )
 @click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_lengths)
 @click.option("--tokens", type=click.IntRange(1), default=16384, show_default=True, help="batch x seqlen.")
@@ -49,7 +57,9 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
 @click.option(
     "-o", "out", type=click.Path(path_type=Path), help="Folder for bench.json, bench.png, bench.svg."
 )
+@click.pass_context
 def bench(
+    ctx: click.Context,
     specs: tuple[str, ...],
     sweep: Sweep,
     arch: str | None,
@@ -61,50 +71,103 @@ def bench(
     source: Path | None,
     out: Path | None,
 ) -> None:
-    """Time each SPEC beside torch's own attention: medians of interleaved rounds, TFLOPS."""
+    """Time each SPEC beside torch's own attention: medians of interleaved rounds, TFLOPS.
+
+    With --set a row a combination, with its registers, spills, shared memory and occupancy; those that no legal
+    kernel has show the rule that refuses them. A peer that cannot take part has no figure, and is told with its reason.
+    """
     if not torch.cuda.is_available():
         raise ToolchainError("bench times a GPU and this machine has none", "attngen explain needs no GPU")
+    edited = None if source is None else source.read_text(encoding="utf-8")
+    lowered = [(variant, _lower(variant, arch, edited)) for variant in variants(specs, sweep)]
+    kernels = [kernel for _, kernel in lowered if isinstance(kernel, Kernel)]
+    with console(err=True).status(f"compiling {len(kernels)} kernels"):
+        for fault in filter(None, compile_all(kernels).values()):
+            raise fault
     rows: list[dict[str, Any]] = []
-    for variant in variants(specs, sweep):
-        kernel = kernel_of(variant.spec, resolve_arch(variant.spec, arch))
-        if source is not None:
-            kernel = Kernel(kernel.spec, kernel.plan, source=source.read_text(encoding="utf-8"))
-        for length in seqlen:
-            rows.append({"spec": variant.label, **_measure(kernel, length, against, tokens, width, rounds)})
-    names = list(dict.fromkeys(name for row in rows for name in row["tflops"]))
-    cells = [
-        (row["spec"], str(row["seqlen"]), *(f"{row['tflops'].get(name, float('nan')):.0f}" for name in names))
-        for row in rows
-    ]
-    console().print(table(("spec", "seqlen", *names), cells, numbers_from=1))
-    if out is not None:
+    faults = False
+    for variant, kernel in lowered:
+        if isinstance(kernel, SpecError):
+            rows.append({"spec": variant.label, "facts": _named(refused_facts(kernel))})
+            if not sweep:  # there what is refused is a row
+                faults = True
+                report(kernel)
+            continue
+        facts = {"spec": variant.label, "facts": _named(sweep_facts(kernel, attention_resources(kernel)))}
+        try:
+            for length in seqlen:
+                with console(err=True).status(f"timing {variant.label}, seqlen {length}"):
+                    rows.append(facts | _measure(kernel, length, against, tokens, width, rounds))
+        except ToolchainError as fault:  # a kernel for another GPU hides none of the others
+            faults = True
+            report(fault)
+    measured = [row for row in rows if "ms" in row]
+    names = (OURS, *against)
+    console().print(_table(rows if sweep else measured, names, with_facts=bool(sweep)))
+    for line in dict.fromkeys(line for row in measured for line in row["absent"].values()):
+        click.echo(line, err=True)
+    if out is not None and measured:
         measuring.write_json(out / "bench.json", rows)
-        _plot(rows, names, out)
+        _plot(measured, names, out)
+    ctx.exit(GOOD if measured and not faults else USER_FAULT)
+
+
+def _named(facts: Iterable[str]) -> dict[str, str]:
+    return dict(zip(SWEEP_COLUMNS, facts, strict=True))
+
+
+def _lower(variant: Variant, arch: str | None, edited: str | None) -> Kernel | SpecError:
+    try:
+        kernel = kernel_of(variant.spec, resolve_arch(variant.spec, arch))
+    except SpecError as fault:
+        return fault
+    return kernel if edited is None else Kernel(kernel.spec, kernel.plan, source=edited)
 
 
 def _measure(
-    kernel: Kernel, seqlen: int, against: tuple[str, ...], tokens: int, width: int, rounds: int
+    kernel: Kernel, seqlen: int, against: Iterable[str], tokens: int, width: int, rounds: int
 ) -> dict[str, Any]:
     plan = kernel.plan
     heads = max(1, width // plan.head_dim_qk)
     shape = Shape(max(1, tokens // seqlen), heads, heads, seqlen, seqlen)
-    causal = plan.mask_text == "causal"
     q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
-    runs: dict[str, measuring.Run] = {"attngen": partial(kernel, q, k, v)}
-    if plan.mask_text in ("full", "causal"):  # torch's back ends know no other mask
-        runs |= measuring.peers(q, k, v, causal, against)
+    runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v)}
+    absent = {}
+    for name in against:
+        try:
+            runs[name] = measuring.peer(name, q, k, v, plan.mask)
+        except ToolchainError as fault:
+            absent[name] = fault.message
     samples = measuring.measure(runs, rounds)
-    point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, causal)
+    point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
     return {
         "seqlen": seqlen,
         "kernel": plan.name,
         "cubin": kernel.compiled.digest,
         "tflops": measuring.summary(samples, point.flops),
         "ms": samples,
+        "absent": absent,
     }
 
 
-def _plot(rows: list[dict[str, Any]], names: list[str], out: Path) -> None:
+def _table(rows: Iterable[dict[str, Any]], names: Iterable[str], *, with_facts: bool) -> Table:
+    """A row a spec and length: its facts where asked for, the time of a call, TFLOPS beside every peer's."""
+    columns = ("spec", *(SWEEP_COLUMNS if with_facts else ()))
+    cells = []
+    for row in rows:
+        text = (row["spec"], *(row["facts"].values() if with_facts else ()))
+        if "ms" in row:
+            time = seconds_text(median(row["ms"][OURS]) / 1e3)
+            figures = (f"{row['tflops'][name]:.0f}" if name in row["tflops"] else "-" for name in names)
+            cells.append((*text, str(row["seqlen"]), time, *figures))
+        else:
+            cells.append((*text, "-", "-", *("-" for _ in names)))
+    drawn = table((*columns, "seqlen", "time", *names), cells, numbers_from=len(columns))
+    drawn.caption, drawn.caption_justify = f"time of a call of {OURS}; TFLOPS of each", "right"
+    return drawn
+
+
+def _plot(rows: list[dict[str, Any]], names: Iterable[str], out: Path) -> None:
     """TFLOPS over length, a line for each spec and peer."""
     import matplotlib
 

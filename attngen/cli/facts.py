@@ -4,12 +4,15 @@ from attngen.api import Kernel
 from attngen.cli.limits import binding, margins, occupancy
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
+from attngen.errors import SpecError
 from attngen.inputs import Shape
 from attngen.plan import Plan
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
 
 UNKNOWN = "unknown"
+SWEEP_COLUMNS = ("tile", "registers", "spills [B]", "shared memory", "occupancy", "binding or refusing rule")
+"""What `sweep_facts` and `refused_facts` tell."""
 
 
 def facts(kernel: Kernel, used: KernelResources | None, shape: Shape) -> dict[str, str]:
@@ -35,8 +38,14 @@ def facts(kernel: Kernel, used: KernelResources | None, shape: Shape) -> dict[st
     return lines | _traffic(plan, shape)
 
 
+def attention_resources(kernel: Kernel) -> KernelResources | None:
+    """What ptxas says of the attention kernel; None on the simulator, or where an edited source names it otherwise."""
+    known = kernel.resources if kernel.plan.arch.emits else ()
+    return next((used for used in known if used.name == kernel.plan.kernel.name), None)
+
+
 def sweep_facts(kernel: Kernel, used: KernelResources | None) -> tuple[str, ...]:
-    """Tile, registers, spills, shared memory, occupancy and binding rule, for a row of a sweep."""
+    """The `SWEEP_COLUMNS` of a legal kernel; `used` is None where nothing was or could be compiled."""
     plan = kernel.plan
     tile = f"{plan.block_m}x{plan.block_n}, stages {plan.stages}, warps {plan.warps}"
     known = (UNKNOWN, UNKNOWN) if used is None else (str(used.registers), _spills(used))
@@ -44,6 +53,13 @@ def sweep_facts(kernel: Kernel, used: KernelResources | None) -> tuple[str, ...]
     if not plan.arch.emits:
         return (tile, "-", "-", size_text(plan.kernel.smem_bytes), "-", "-")
     return (tile, *known, size_text(plan.kernel.smem_bytes), held, _binding(plan))
+
+
+def refused_facts(fault: SpecError) -> tuple[str, ...]:
+    """The `SWEEP_COLUMNS` of what has no legal kernel: the rules it breaks, and the first of them in words."""
+    first, *_ = fault.diagnostics
+    rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in fault.diagnostics))
+    return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
 
 
 def _binding(plan: Plan) -> str:

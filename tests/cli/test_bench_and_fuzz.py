@@ -1,45 +1,174 @@
 """`attngen bench` and `attngen fuzz` from the command line."""
 
+import json
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-from attngen.cli import main
+from attngen import bench
+from attngen.cli import main, output
+from attngen.cli.facts import SWEEP_COLUMNS
+from attngen.inputs import random_inputs
+
+Attngen = Callable[..., Result]
+SMALL = ("--seqlen", "64", "--tokens", "64", "--width", "64")
+
+
+@pytest.fixture
+def attngen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attngen:
+    """The command line with a cache of its own, in a directory of its own."""
+    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose GPU is only said to be there: inputs lie on the CPU, and every call takes 2 ms.
+
+    Its lines are so long that no cell is folded.
+    """
+
+    def two_ms(candidates: Mapping[str, bench.Run], rounds: int = 7) -> dict[str, list[float]]:
+        return {name: [2.0] * rounds for name in candidates}
+
+    def on_cpu(*arguments: object) -> object:
+        return random_inputs(*arguments[:4])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(output, "_WIDTH_WITHOUT_TERMINAL", 400)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "measure", two_ms)
+    monkeypatch.setattr(bench, "machine", dict)
+    monkeypatch.setattr(import_module("attngen.cli.bench"), "random_inputs", on_cpu)
+
+
+def row_of(result: Result, label: str) -> str:
+    (row,) = [line for line in result.stdout.splitlines() if line.strip().startswith(f"{label} ")]
+    return row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
-def test_bench_without_a_gpu_says_what_is_missing() -> None:
+def test_bench_without_a_gpu_says_what_is_missing(attngen: Attngen) -> None:
     """Exit code 2 and the cure, no traceback."""
-    result = CliRunner().invoke(main, ["bench", "fa2_d64"])
+    result = attngen("bench", "fa2_d64")
     assert result.exit_code == 2 and "this machine has none" in result.stderr
 
 
-def test_bench_refuses_an_unknown_peer() -> None:
+def test_bench_refuses_an_unknown_peer(attngen: Attngen) -> None:
     """The peers that exist are named."""
-    result = CliRunner().invoke(main, ["bench", "fa2_d64", "--against", "flashy"])
-    assert result.exit_code == 2 and "flash, cudnn, efficient" in result.stderr
+    result = attngen("bench", "fa2_d64", "--against", "flashy")
+    assert result.exit_code == 2 and "flash, cudnn, efficient, flex" in result.stderr
 
 
-@pytest.mark.gpu
-def test_bench_times_this_kernel_and_its_peers(tmp_path: object) -> None:
-    """On a GPU the table holds attngen and flash, and the files are written."""
-    arguments = ["bench", "fa2_d64", "--seqlen", "1024", "--rounds", "2", "-o", str(tmp_path)]
-    result = CliRunner().invoke(main, arguments)
+@pytest.mark.usefixtures("no_clock")
+def test_a_bench_sweep_shows_what_each_kernel_takes(attngen: Attngen) -> None:
+    """Registers, spills, shared memory and occupancy stand beside the time; a refused value is a row with its rule."""
+    sweep = ("--set", "tile.block_m=64", "--set", "tile.block_n=32,40", "-o", "out")
+    result = attngen("bench", "fa2_d64", "--arch", "sm_80", *SMALL, "--against", "flash", *sweep)
     assert result.exit_code == 0, result.output
-    assert "attngen" in result.output and "flash" in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png", "bench.svg"]
+    for column in (*SWEEP_COLUMNS, "seqlen", "time", "attngen", "flash", "TFLOPS of each"):
+        assert column in result.stdout
+    good = row_of(result, "fa2_d64 tile.block_m=64 tile.block_n=32")
+    assert "64x32, stages" in good and " 0 + 0 " in good and " KiB " in good and " blocks, " in good
+    assert " 2 ms " in good
+    refused = row_of(result, "fa2_d64 tile.block_m=64 tile.block_n=40")
+    assert "refused [rule mma-k-step" in refused and refused.split()[-4:] == ["-"] * 4
+    rows = json.loads(Path("out/bench.json").read_text())["rows"]
+    assert [list(row["facts"]) for row in rows] == [list(SWEEP_COLUMNS)] * 2
+    assert int(rows[0]["facts"]["registers"]) > 0 and "refused" in rows[1]["facts"][SWEEP_COLUMNS[-1]]
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_sweep_of_nothing_legal_is_the_users_fault(attngen: Attngen) -> None:
+    """All rows are refused: they are shown, and the exit code is 2."""
+    result = attngen("bench", "fa2_d64", "--arch", "sm_80", *SMALL, "--set", "tile.block_n=40")
+    assert result.exit_code == 2 and "refused [rule mma-k-step" in result.stdout
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_peer_that_is_not_present_is_said(attngen: Attngen) -> None:
+    """The CPU has flash and no cudnn: cudnn's figure is a dash, and its reason is on stderr and in the JSON."""
+    result = attngen("bench", "fa2_d64", "--arch", "sm_80", *SMALL, "--against", "flash,cudnn", "-o", "out")
+    assert result.exit_code == 0, result.output
+    *_, ours, flash, cudnn = row_of(result, "fa2_d64").split()
+    assert ours.isdigit() and flash.isdigit() and cudnn == "-"
+    assert "cudnn does not take part: No " in result.stderr
+    (row,) = json.loads(Path("out/bench.json").read_text())["rows"]
+    assert set(row["absent"]) == {"cudnn"} and set(row["ms"]) == {"attngen", "flash"}
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_refused_spec_hides_no_other(attngen: Attngen) -> None:
+    """Of two specs one has no kernel: it is reported, the other measured, and the exit code is 2."""
+    Path("bad.yaml").write_text("target: sm_80\nproblem: {head_dim: 64}\ntile: {block_n: 40}\n")
+    result = attngen("bench", "bad.yaml", "fa2_d64", "--arch", "sm_80", *SMALL, "--against", "")
+    assert result.exit_code == 2 and "must be a multiple of 16" in result.stderr
+    assert " 2 ms " in row_of(result, "fa2_d64")
+
+
+def test_fuzz_finds_nothing_wrong_in_a_shipped_spec(attngen: Attngen) -> None:
+    """A few cases of the simulator's: exit code 0."""
+    result = attngen("fuzz", "blackboard", "--examples", "5")
+    assert result.exit_code == 0, result.output
+
+
+# ---- on a GPU
 
 
 @pytest.mark.gpu
-def test_bench_times_an_edited_kernel(tmp_path: object) -> None:
+@pytest.mark.timeout(120)
+def test_run_on_the_gpu_is_right_and_timed(attngen: Attngen) -> None:
+    """The cubin runs, is within the bound, and its time makes TFLOPS; nothing is said of a simulator."""
+    result = attngen(
+        "run", "fa2_d64", "--device", "cuda", "--heads", "4", "--heads-kv", "2", "--seqlen-q", "65"
+    )
+    assert result.exit_code == 0, result.output
+    assert torch.cuda.get_device_name() in result.stdout and "simulator" not in result.stdout
+    *_, tflops, verdict = row_of(result, "fa2_d64").split()
+    assert float(tflops) >= 0 and verdict == "ok"
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+def test_bench_times_this_kernel_and_its_peers(attngen: Attngen) -> None:
+    """On a GPU the table holds attngen, flash and flex, and the files are written."""
+    peers = ("--against", "flash,flex", "--rounds", "2", "-o", "out")
+    result = attngen("bench", "fa2_d64", "--seqlen", "256", "--tokens", "512", "--width", "256", *peers)
+    assert result.exit_code == 0, result.output
+    *_, ours, flash, flex = row_of(result, "fa2_d64").split()
+    assert ours.isdigit() and flash.isdigit()
+    assert flex.isdigit() or "flex does not take part: " in result.stderr  # it wants triton
+    assert sorted(path.name for path in Path("out").iterdir()) == ["bench.json", "bench.png", "bench.svg"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_bench_sweeps_on_the_gpu(attngen: Attngen) -> None:
+    """Two tiles are two rows with their own registers and times."""
+    result = attngen(
+        "bench", "fa2_d64", *SMALL, "--against", "", "--rounds", "2", "--set", "tile.block_n=32,64"
+    )
+    assert result.exit_code == 0, result.output
+    for block_n in (32, 64):
+        assert f"x{block_n}, stages" in row_of(result, f"fa2_d64 tile.block_n={block_n}")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_bench_times_an_edited_kernel(attngen: Attngen) -> None:
     """A .cu edited by hand is what runs: one that does not compile is refused with NVRTC's words."""
-    broken = tmp_path / "broken.cu"
-    broken.write_text("this is no kernel")
-    result = CliRunner().invoke(main, ["bench", "fa2_d64", "--seqlen", "1024", "--source", str(broken)])
+    Path("broken.cu").write_text("this is no kernel")
+    result = attngen("bench", "fa2_d64", "--seqlen", "1024", "--source", "broken.cu")
     assert result.exit_code == 2 and "NVRTC" in result.stderr
 
 
-def test_fuzz_finds_nothing_wrong_in_a_shipped_spec() -> None:
-    """A few cases of the simulator's: exit code 0."""
-    result = CliRunner().invoke(main, ["fuzz", "blackboard", "--examples", "5"])
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+def test_fuzz_finds_nothing_wrong_on_the_gpu(attngen: Attngen) -> None:
+    """A few cases of a shipped spec's cubin: exit code 0."""
+    result = attngen("fuzz", "fa2_d128_causal", "--device", "cuda", "--examples", "20")
     assert result.exit_code == 0, result.output
