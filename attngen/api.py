@@ -1,5 +1,6 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,6 +36,7 @@ class Kernel:
     Attributes:
         spec: what was asked for.
         plan: every number that was decided.
+        shorter: kernels that take the calls of fewer keys, the fewest first; an edited source takes all calls.
     """
 
     def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, source: str | None = None) -> None:
@@ -42,6 +44,8 @@ class Kernel:
         self.plan = plan
         self._lineinfo = lineinfo
         self._edited = source
+        plans = plan.shorter if source is None else ()
+        self.shorter = tuple(Kernel(spec, shorter, lineinfo) for shorter in plans)
 
     def __repr__(self) -> str:
         return f"<attngen.Kernel {self.plan.name}>"
@@ -67,7 +71,7 @@ class Kernel:
 
     @property
     def resources(self) -> tuple[KernelResources, ...]:
-        """Registers, spills and stack of each kernel."""
+        """Registers, spills and stack of each kernel, without those of `shorter`."""
         return self.compiled.resources
 
     @property
@@ -80,9 +84,25 @@ class Kernel:
         """How long NVRTC took, when it did."""
         return self.compiled.seconds
 
+    def serving(self, k: torch.Tensor, layout: str = "bshd") -> "Kernel":
+        """Which kernel takes a call with this K: itself or one of `shorter`."""
+        if self.shorter and k.dim() == 4:
+            seqlen_k = k.shape[2 if layout == "bhsd" else 1]
+            for kernel in self.shorter:
+                if kernel.plan.up_to is not None and seqlen_k <= kernel.plan.up_to:
+                    return kernel
+        return self
+
+    def compile(self) -> None:
+        """Build what has not been built, `shorter` too and at the same time."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda kernel: kernel.compiled, (self, *self.shorter)))
+
     @cached_property
     def _launcher(self) -> Launcher:
-        return Launcher(self.manifest, self.compiled.cubin)
+        return Launcher(
+            self.manifest, self.compiled.cubin, tuple(kernel._launcher for kernel in self.shorter)
+        )
 
     def __call__(
         self,
@@ -124,7 +144,13 @@ class Kernel:
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             result, lse = simulate(
-                self.plan, q, k, v, softmax_scale=softmax_scale, return_lse=return_lse, layout=layout
+                self.serving(k, layout).plan,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                return_lse=return_lse,
+                layout=layout,
             )
             result = result if out is None else out.copy_(result)
         return result if lse is None else (result, lse)
@@ -137,10 +163,11 @@ class Kernel:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
         """What a call on these tensors (of any device, meta too) would launch."""
-        return explain_launch(self.manifest, check_arguments(self.manifest, q, k, v, None, None, layout))
+        kernel = self.serving(k, layout)
+        return explain_launch(kernel.manifest, check_arguments(kernel.manifest, q, k, v, None, None, layout))
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
-        """Write NAME.cu, NAME.json and NAME.cubin, and return their paths."""
+        """Write NAME.cu, NAME.json and NAME.cubin, those of `shorter` too, and return their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = []
@@ -153,20 +180,18 @@ class Kernel:
             path = folder / f"{self.plan.name}{suffix}"
             path.write_bytes(data)
             written.append(path)
-        return tuple(written)
+        return (*written, *(path for kernel in self.shorter for path in kernel.save(folder)))
 
 
 def resolve_arch(spec: Spec, arch: str | None = None) -> Arch:
     """The arch a spec is lowered for: the one given, else the spec's target, else this machine's GPU.
 
     Raises:
-        SpecError: no such arch.
+        SpecError: no such arch, or the spec is not legal for it.
         ToolchainError: the target is `auto` and there is no GPU to take it from.
     """
     name = arch or spec.target
-    if name in ARCHS:
-        return ARCHS[name]
-    if name != "auto":
+    if name not in ("auto", *ARCHS):
         raise SpecError(
             (
                 Diagnostic(
@@ -178,6 +203,9 @@ def resolve_arch(spec: Spec, arch: str | None = None) -> Arch:
                 ),
             )
         )
+    spec.replace({"target": name})  # raises where the spec would not be legal with that target
+    if name != "auto":
+        return ARCHS[name]
     if torch.cuda.is_available():
         return arch_for_capability(torch.cuda.get_device_capability())
     raise ToolchainError(
@@ -202,7 +230,7 @@ def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -
     plan = lower(loaded, resolve_arch(loaded, arch))
     kernel = Kernel(loaded, plan, lineinfo)
     if plan.arch.emits and torch.cuda.is_available():
-        kernel.compiled  # noqa: B018  (so that a call never compiles)
+        kernel.compile()  # so that a call never does
     return kernel
 
 

@@ -34,7 +34,9 @@ class Arch:
         threads_per_sm: most resident threads on one multiprocessor.
         mma: the matrix instruction of the schedules `serial` and `fa2`; 1x1x1 on the simulator, where any
             tile is legal.
-        input_dtypes: names of the precisions Q, K and V may have.
+        wgmma: the matrix instruction of a warpgroup, for schedules that specialise warps; None where there is none.
+        dtypes: names of the precisions Q, K, V and the output may have.
+        num_sms: multiprocessors of the largest part; what is assumed where no GPU is at hand.
         emits: whether CUDA text can be made for it.
     """
 
@@ -48,7 +50,9 @@ class Arch:
     threads_per_sm: int = 2048
     runs_on_later_minor: bool = True
     mma: Mma = Mma(16, 8, 16)
-    input_dtypes: tuple[str, ...] = ("f16", "bf16")
+    wgmma: Mma | None = None
+    dtypes: tuple[str, ...] = ("f16", "bf16")
+    num_sms: int = 108
     emits: bool = True
 
     @property
@@ -78,10 +82,18 @@ ARCHS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
         Arch("sm_80", (8, 0), 163 * _KB, 164 * _KB),
-        Arch("sm_86", (8, 6), 99 * _KB, 100 * _KB, threads_per_sm=1536),
-        Arch("sm_89", (8, 9), 99 * _KB, 100 * _KB, threads_per_sm=1536),
-        Arch("sm_90a", (9, 0), 227 * _KB, 228 * _KB, runs_on_later_minor=False),
-        Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, threads_per_sm=1536),
+        Arch("sm_86", (8, 6), 99 * _KB, 100 * _KB, threads_per_sm=1536, num_sms=84),
+        Arch("sm_89", (8, 9), 99 * _KB, 100 * _KB, threads_per_sm=1536, num_sms=144),
+        Arch(
+            "sm_90a",
+            (9, 0),
+            227 * _KB,
+            228 * _KB,
+            runs_on_later_minor=False,
+            wgmma=Mma(64, 8, 16),
+            num_sms=132,
+        ),
+        Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, threads_per_sm=1536, num_sms=188),
         Arch(
             "simulator",
             None,
@@ -90,7 +102,9 @@ ARCHS: dict[str, Arch] = {
             registers_per_sm=_UNBOUNDED,
             registers_per_thread=_UNBOUNDED,
             mma=Mma(1, 1, 1),
-            input_dtypes=("f16", "bf16", "f32"),
+            wgmma=Mma(1, 1, 1),
+            num_sms=2,
+            dtypes=("f16", "bf16", "f32"),
             emits=False,
         ),
     )

@@ -94,16 +94,24 @@ def random_inputs(
         _draw(size, kind, name, generator).to(dtype).to(device)
         for size, name in ((size_q, "q"), (size_k, "k"), (size_v, "v"))
     )
+    if layout == "expanded":
+        return q, k.expand(batch, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
+    return arrange(q, k, v, layout)
+
+
+def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """The same values in another memory layout: (batch, seqlen, heads, head_dim) each, contiguous as given.
+
+    Nothing is repeated, so that `expanded` is `contiguous` here.
+    """
     if layout == "strided":
         return _with_gaps(q), _with_gaps(k), _with_gaps(v)
     if layout == "packed_qkv":
-        if shape.seqlen_q == shape.seqlen_k:
+        if q.shape[1] == k.shape[1]:
             q, k, v = _packed(q, k, v)
         else:
             k, v = _packed(k, v)
         return q, k, v
-    if layout == "expanded":
-        return q, k.expand(batch, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
     if layout == "offset":
         return _with_offset(q, 1), _with_offset(k, 3), _with_offset(v, 5)
     if layout == "bhsd":

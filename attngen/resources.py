@@ -42,3 +42,8 @@ def spec_path(name: str) -> Path | None:
 def shipped_specs() -> tuple[Path, ...]:
     """Every shipped spec, sorted by path."""
     return tuple(sorted(specs_dir().rglob("*.yaml")))
+
+
+def shipped_names() -> tuple[str, ...]:
+    """What `spec_path` takes, sorted."""
+    return tuple(path.relative_to(specs_dir()).with_suffix("").as_posix() for path in shipped_specs())

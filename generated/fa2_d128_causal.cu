@@ -1,14 +1,15 @@
-// attn_fwd_sm90a_bf16_d128_causal_fa2_12a22510
+// attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3
 //
 // Attention forward, fa2 schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
 // log-sum-exp, inputs bf16, output bf16, softmax in f32. Mask: causal.
-// Emitted by attngen 0.1.0 from spec digest 12a22510ddaab7ab. Launch: see the manifest beside this file.
+// Emitted by attngen 0.1.0 from spec digest 90c09cd33eb22f34. Launch: see the manifest beside this file.
 //
 // Notation: S = Q Kᵀ and P, the scores and probabilities of one block (acc_s, p); O, the output, unnormalised (acc_o);
 // m and n, blocks of query rows and of keys; row_max in scaled log2 units.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 typedef long long i64;
 #define DEV static __device__ __forceinline__
 
@@ -378,9 +379,9 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool empty = row_sum[i] == 0.f;
-    inv_sum[i] = empty ? 0.f : __frcp_rn(row_sum[i]);
-    lse[i] = empty ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
+    const bool sees_none = row_sum[i] == 0.f;
+    inv_sum[i] = sees_none ? 0.f : __frcp_rn(row_sum[i]);
+    lse[i] = sees_none ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
 }
 
@@ -438,7 +439,7 @@ DEV u16* head_of(u16* base, int batch, i64 stride_batch, int head, i64 stride_he
   return base + stay_in_loop(batch) * stride_batch + stay_in_loop(head) * stride_head;
 }
 
-// The same for a dense f32 array (batch, num_heads_q, seqlen_q, cols).
+// Where a head starts in a dense f32 array (batch, num_heads_q, seqlen_q, cols).
 DEV float* dense_head(float* base, const Params& params, const Tile& tile, int cols = 1) {
   return base + ((i64)stay_in_loop(tile.batch) * params.num_heads_q + stay_in_loop(tile.head)) * params.seqlen_q * cols;
 }
@@ -483,7 +484,7 @@ DEV int end_key(const Tile& tile, int q_idx) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attn_fwd_sm90a_bf16_d128_causal_fa2_12a22510(const __grid_constant__ Params params) {
+attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 32768;
@@ -498,6 +499,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_12a22510(const __grid_constant__ Params para
   float total[2 * kRowTiles];
   float inv_sum[2 * kRowTiles];
   float row_lse[2 * kRowTiles];
+
   Tile tile = decode_tile(params, blockIdx.x);
   const KeyBlocks seen = key_blocks(tile, tile.m_block);
   fill(acc_o, 0.f);

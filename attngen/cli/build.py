@@ -78,7 +78,7 @@ def _kernel_to_build(spec: Spec, arch: str | None, lineinfo: bool) -> Kernel:
 
 def _report(kernels: list[tuple[str, Kernel]]) -> Table:
     rows = []
-    for label, kernel in kernels:
+    for label, kernel in ((label, each) for label, whole in kernels for each in (whole, *whole.shorter)):
         plans = {plan.name: plan for plan in kernel.plan.kernels}
         for used in kernel.resources:
             rows.append(

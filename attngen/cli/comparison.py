@@ -64,7 +64,7 @@ def execute(kernel: Kernel, inputs: Inputs, label: str, *, with_trace: bool = Fa
     else:
         out, lse = kernel(q, k, v, return_lse=True)
     seconds, tflops = time.perf_counter() - started, None
-    accuracy = compare(out, lse, q, k, v, kernel.spec.mask_expr)
+    accuracy = compare(out, lse, q, k, v, kernel.spec.mask_expr, block_n=kernel.plan.block_n)
     if q.is_cuda:
         seconds = median(measure({label: lambda: kernel(q, k, v)})[label]) / 1e3
         point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")

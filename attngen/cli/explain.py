@@ -1,13 +1,15 @@
 """`attngen explain`: what was decided and what it costs, of one kernel or several side by side."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
 from attngen.api import Kernel
-from attngen.cli.facts import facts, sweep_facts
+from attngen.cli.facts import facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import given_shape, shape_options, shapes_of
+from attngen.cli.timeline import draw, picture_path, prediction_line, resident_blocks, shape_to_draw
 from attngen.cli.variants import (
     Sweep,
     Variant,
@@ -23,6 +25,7 @@ from attngen.errors import SpecError
 from attngen.inputs import Shape
 from attngen.plan import listing
 from attngen.runtime import KernelResources
+from attngen.simulate import predict, timeline
 
 Lowered = tuple[Variant, Kernel | SpecError]
 
@@ -31,6 +34,13 @@ Lowered = tuple[Variant, Kernel | SpecError]
 @specs_argument
 @arch_option
 @click.option("--program", is_flag=True, help="Print each role's schedule, one line a step.")
+@click.option(
+    "--timeline",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=picture_path,
+    help="Draw who uses which unit of an SM when, to this .svg or .png, and predict the time of a call.",
+)
 @shape_options
 @click.pass_context
 def explain(
@@ -39,6 +49,7 @@ def explain(
     sweep: Sweep,
     arch: str | None,
     program: bool,
+    picture: Path | None,
     batch: int | None,
     heads: int | None,
     heads_kv: int | None,
@@ -76,6 +87,8 @@ def explain(
         _print_facts(lowered, used, given)
     for kernel in kernels if program else ():
         _print_program(kernel)
+    if picture is not None and kernels:
+        _draw_timelines(lowered, used, given, picture)
     # A sweep is there to find what is refused; specs that are named are there to be good.
     is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
     ctx.exit(GOOD if is_good else USER_FAULT)
@@ -122,9 +135,29 @@ def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResour
     console().print(table(columns, rows, numbers_from=len(columns)))
 
 
+def _draw_timelines(
+    lowered: list[Lowered],
+    resources: Mapping[Kernel, KernelResources],
+    given: Shape | None,
+    path: Path,
+) -> None:
+    """One panel a kernel, and one line of figures."""
+    timelines = {}
+    for variant, kernel in lowered:
+        if isinstance(kernel, Kernel):
+            plan, shape = kernel.plan, shape_to_draw(kernel.plan, given)
+            sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
+            slots = resident_blocks(plan, resources.get(kernel))
+            timelines[variant.label] = timeline(plan, *sizes, slots=slots)
+            line = prediction_line(plan, shape, timelines[variant.label], predict(plan, *sizes, slots=slots))
+            click.echo(f"{variant.label}: {line}")
+    draw(timelines, path)
+    click.echo(f"timeline: {path}")
+
+
 def _print_program(kernel: Kernel) -> None:
     for plan in kernel.plan.kernels:
         for role in plan.roles:
-            click.echo(f"{plan.name}, role {role.name}, {role.warps} warp{'' if role.warps == 1 else 's'}:")
+            click.echo(f"{plan.name}, role {role_text(role)}:")
             click.echo(listing(role.program, indent=1))
             click.echo()

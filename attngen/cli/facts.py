@@ -1,12 +1,13 @@
 """What `explain` knows of a kernel, as named lines of text."""
 
 from attngen.api import Kernel
-from attngen.cli.limits import binding, margins, occupancy
+from attngen.cli.limits import MARGINS, binding, occupancy, tile_registers
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
 from attngen.errors import SpecError
 from attngen.inputs import Shape
-from attngen.plan import Plan
+from attngen.plan import Buffer, Plan, Role
+from attngen.plan.rules import takes_warpgroups
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
 
@@ -21,21 +22,31 @@ def facts(kernel: Kernel, used: KernelResources | None, shape: Shape) -> dict[st
     lines = {
         "kernel": plan.name,
         "target": plan.arch.name,
-        "schedule": plan.schedule,
+        "schedule": _schedule(plan),
         "mask": plan.mask_text,
         "inputs -> output": f"{plan.inputs.name} -> {plan.output.name}",
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
-        "block": f"{plan.warps} warp{'s' * (plan.warps != 1)}, {plan.kernel.threads} threads",
+        "block": _block(plan),
+        "of fewer keys": _shorter(plan),
         "shared memory": size_text(plan.kernel.smem_bytes),
         "memory map": _memory_map(plan),
     }
     lines |= _compiled(kernel, used)
-    for margin in margins(plan):
+    for rule, margin in MARGINS.items():
         # The simulator's limits are numbers for the rules, not facts for people.
-        lines[f"rule {margin.rule}"] = str(margin) if plan.arch.emits else "-"
+        lines[f"rule {rule}"] = str(margin(plan) or "-") if plan.arch.emits else "-"
     lines["binds"] = _binding(plan) if plan.arch.emits else "nothing: the simulator has no limits"
     return lines | _traffic(plan, shape)
+
+
+def role_text(role: Role) -> str:
+    """Who runs a role's program: `consumer, 2 warpgroups of 4 warps, 240 registers`."""
+    warps = f"{role.warps // role.warpgroups} warp{'s' * (role.warps != role.warpgroups)}"
+    groups = f"{role.warpgroups} warpgroups of {warps}" if role.warpgroups > 1 else warps
+    who = f"1 thread of {groups}" if role.single_thread else groups
+    held = f", {role.registers} registers" if role.registers is not None else ""
+    return f"{role.name}, {who}{held}"
 
 
 def attention_resources(kernel: Kernel) -> KernelResources | None:
@@ -47,7 +58,10 @@ def attention_resources(kernel: Kernel) -> KernelResources | None:
 def sweep_facts(kernel: Kernel, used: KernelResources | None) -> tuple[str, ...]:
     """The `SWEEP_COLUMNS` of a legal kernel; `used` is None where nothing was or could be compiled."""
     plan = kernel.plan
-    tile = f"{plan.block_m}x{plan.block_n}, stages {plan.stages}, warps {plan.warps}"
+    workers = (
+        f"warpgroups {plan.kernel.worker.warpgroups}" if takes_warpgroups(plan) else f"warps {plan.warps}"
+    )
+    tile = f"{plan.block_m}x{plan.block_n}, stages {plan.stages}, {workers}"
     known = (UNKNOWN, UNKNOWN) if used is None else (str(used.registers), _spills(used))
     held = UNKNOWN if used is None else _occupancy(plan, used)
     if not plan.arch.emits:
@@ -62,6 +76,29 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
     return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
 
 
+def _block(plan: Plan) -> str:
+    """The roles, where there are several, and the threads of all."""
+    if not takes_warpgroups(plan):
+        return f"{plan.warps} warp{'s' * (plan.warps != 1)}, {plan.kernel.threads} threads"
+    return "\n".join([*map(role_text, plan.kernel.roles), f"{plan.kernel.threads} threads in all"])
+
+
+def _shorter(plan: Plan) -> str:
+    """The plans that take calls of fewer keys."""
+    lines = (
+        f"up to {each.up_to}: {each.schedule}, {each.block_m} queries x {each.block_n} keys, stages {each.stages}"
+        for each in plan.shorter
+    )
+    return "\n".join(lines) or "-"
+
+
+def _schedule(plan: Plan) -> str:
+    if not takes_warpgroups(plan):
+        return plan.schedule
+    flags = {"overlap": plan.overlap, "persistent": plan.kernel.scheduler.persistent}
+    return ", ".join([plan.schedule, *(f"{name}: {str(flag).lower()}" for name, flag in flags.items())])
+
+
 def _binding(plan: Plan) -> str:
     bound = binding(plan)
     return f"{bound.rule} ({bound.share:.0%})"
@@ -69,18 +106,26 @@ def _binding(plan: Plan) -> str:
 
 def _compiled(kernel: Kernel, used: KernelResources | None) -> dict[str, str]:
     plan = kernel.plan
-    accumulators = f"{plan.kernel.accumulator_registers} a thread in tiles"
+    in_tiles = f"{tile_registers(plan)} a thread in tiles"
     if not plan.arch.emits:
         return {"registers": "none: nothing is emitted for the simulator"}
     if used is None:
-        return {"registers": f"{UNKNOWN}; {accumulators}", "occupancy": UNKNOWN}
+        return {"registers": f"{UNKNOWN}; {in_tiles}", "occupancy": UNKNOWN}
     return {
-        "registers": f"{used.registers} a thread ({accumulators})",
+        "registers": _registers(plan, used, in_tiles),
         "spills": f"{_spills(used)} bytes stored + loaded",
         "stack": f"{used.stack_bytes} bytes",
         "compiled in": "cached" if kernel.was_cached else seconds_text(kernel.compile_seconds),
         "occupancy": _occupancy(plan, used),
     }
+
+
+def _registers(plan: Plan, used: KernelResources, in_tiles: str) -> str:
+    """What a thread holds: what the launch gives it, and from setmaxnreg on what its role keeps."""
+    later = ", ".join(
+        f"{role.name} {role.registers}" for role in plan.kernel.roles if role.registers is not None
+    )
+    return f"{used.registers} a thread{f' at launch, then {later}' if later else ''} ({in_tiles})"
 
 
 def _spills(used: KernelResources) -> str:
@@ -93,16 +138,25 @@ def _occupancy(plan: Plan, used: KernelResources) -> str:
 
 
 def _memory_map(plan: Plan) -> str:
-    """One line a buffer: its bytes, what it holds, and what it overlays."""
-    lines = []
-    for buffer in plan.kernel.buffers:
-        stages = f" x {buffer.stages} stages" if buffer.stages > 1 else ""
-        over = f", over {buffer.overlays}" if buffer.overlays else ""
-        lines.append(
-            f"{buffer.offset:>6} .. {buffer.offset + buffer.size_bytes - 1:<6} {buffer.name}: "
-            f"{buffer.rows} x {buffer.cols} {buffer.dtype.name}{stages}{over}"
+    """One line a buffer: its bytes, what it holds, and what it overlays; then the mbarriers of the rings."""
+    kernel = plan.kernel
+    places = [(buffer.offset, buffer.size_bytes, _contents(buffer)) for buffer in kernel.buffers]
+    for ring in kernel.rings:
+        stages = f" x {ring.stages} stages" if ring.stages > 1 else ""
+        places.append(
+            (kernel.ring_offset(ring), ring.size_bytes, f"{ring.name} ring: mbarriers full, empty{stages}")
         )
-    return "\n".join(lines)
+    if kernel.scheduler.persistent:
+        slot = kernel.tile_slot_offset
+        places.append((slot, kernel.smem_bytes - slot, "number of the next tile"))
+    return "\n".join(f"{start:>6} .. {start + size - 1:<6} {text}" for start, size, text in places)
+
+
+def _contents(buffer: Buffer) -> str:
+    stages = f" x {buffer.stages} stages" if buffer.stages > 1 else ""
+    panels = f", {buffer.panels} panel{'s' * (buffer.panels != 1)}" if buffer.in_panels else ""
+    over = f", over {buffer.overlays}" if buffer.overlays else ""
+    return f"{buffer.name}: {buffer.rows} x {buffer.cols} {buffer.dtype.name}{stages}{panels}{over}"
 
 
 def _traffic(plan: Plan, shape: Shape) -> dict[str, str]:

@@ -7,11 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attngen.arch import Arch
+from attngen.expr import LARGEST_TILE
 from attngen.plan import Plan
-from attngen.plan.rules import SPARE_REGISTERS
+from attngen.plan.rules import (
+    MOST_STAGES,
+    MOST_WARPGROUPS,
+    MOST_WGMMA_COLUMNS,
+    free_registers,
+    takes_warpgroups,
+    tiles_in_registers,
+)
 
 REGISTERS_PER_ALLOCATION = 8
 """Registers of a thread come in eights (256 a warp). Source: CUDA occupancy data, compute capability 8.0 to 12.0."""
+SUBPARTITIONS = 4
+"""Parts of a multiprocessor; each has a quarter of the registers, and a warp lives in one. Source: cuda_occupancy.h."""
 RESERVED_SMEM_BYTES = 1024
 """What the system takes of every resident block. Source: CUDA C++ Programming Guide, "Shared Memory" of 8.x on."""
 
@@ -43,13 +53,14 @@ class Margin:
         return f"{self.used} of {self.limit} {self.unit} ({self.limit - self.used} left)"
 
 
+def tile_registers(plan: Plan) -> int:
+    """32-bit registers that a thread of the computing role spends on tiles that share none."""
+    return sum(tile.registers_per_thread(plan.kernel.worker.warps) for tile in tiles_in_registers(plan))
+
+
 def _registers(plan: Plan) -> Margin:
-    kernel = plan.kernel
-    (role,) = kernel.roles
-    tiles = [tile for tile in kernel.reg_tiles if tile.layout == "accumulator"]
-    used = sum(tile.registers_per_thread(role.warps) for tile in tiles)
-    limit = plan.arch.registers_per_thread - SPARE_REGISTERS
-    return Margin("registers", used, limit, "accumulator registers")
+    unit = "tile registers" if takes_warpgroups(plan) else "accumulator registers"
+    return Margin("registers", tile_registers(plan), free_registers(plan), unit)
 
 
 def _shared_memory(plan: Plan) -> Margin:
@@ -57,8 +68,27 @@ def _shared_memory(plan: Plan) -> Margin:
     return Margin("shared-memory", used, plan.arch.smem_bytes_per_block, "bytes")
 
 
-def _rows(plan: Plan) -> Margin:
+def _largest_tile(plan: Plan) -> Margin:
+    return Margin("largest-tile", max(plan.block_m, plan.block_n), LARGEST_TILE, "rows or keys")
+
+
+def _mma_rows(plan: Plan) -> Margin | None:
+    if takes_warpgroups(plan):
+        return None
     return Margin("mma-rows", plan.block_m, plan.arch.mma.m * plan.warps, "rows", is_amount=False)
+
+
+def _wgmma_rows(plan: Plan) -> Margin | None:
+    if not takes_warpgroups(plan) or plan.arch.wgmma is None:
+        return None
+    step = plan.arch.wgmma.m * plan.kernel.worker.warpgroups
+    return Margin("wgmma-rows", plan.block_m, step, "rows", is_amount=False)
+
+
+def _wgmma_columns(plan: Plan) -> Margin | None:
+    if not takes_warpgroups(plan) or not plan.arch.emits:
+        return None
+    return Margin("wgmma-columns", plan.block_n, MOST_WGMMA_COLUMNS, "keys")
 
 
 def _k_step(plan: Plan) -> Margin:
@@ -69,27 +99,37 @@ def _threads(plan: Plan) -> Margin:
     return Margin("threads-per-block", plan.kernel.threads, plan.arch.threads_per_block, "threads")
 
 
+def _warpgroups(plan: Plan) -> Margin | None:
+    if not takes_warpgroups(plan):
+        return None
+    return Margin("warpgroups", plan.kernel.worker.warpgroups, MOST_WARPGROUPS, "consumer warpgroups")
+
+
 def _stages(plan: Plan) -> Margin:
-    return Margin("stages", plan.stages, 1 if plan.schedule == "serial" else 8, "stages")
+    return Margin("stages", plan.stages, 1 if plan.schedule == "serial" else MOST_STAGES, "stages")
 
 
-MARGINS: dict[str, Callable[[Plan], Margin]] = {
+MARGINS: dict[str, Callable[[Plan], Margin | None]] = {
     "threads-per-block": _threads,
     "stages": _stages,
-    "mma-rows": _rows,
+    "warpgroups": _warpgroups,
+    "largest-tile": _largest_tile,
+    "mma-rows": _mma_rows,
+    "wgmma-rows": _wgmma_rows,
+    "wgmma-columns": _wgmma_columns,
     "mma-k-step": _k_step,
     "shared-memory": _shared_memory,
     "registers": _registers,
 }
-"""One margin for every rule of `plan.rules.RULES`."""
+"""One margin for every rule of `plan.rules.RULES`; None where the rule says nothing of the plan's schedule."""
 
-CHOSEN = frozenset({"stages", "threads-per-block"})
+CHOSEN = frozenset({"stages", "threads-per-block", "warpgroups"})
 """Rules about what the spec counts out itself; a tile is bound by what it costs."""
 
 
 def margins(plan: Plan) -> tuple[Margin, ...]:
-    """The margin of every rule."""
-    return tuple(margin(plan) for margin in MARGINS.values())
+    """The margin of every rule that says something of the plan's schedule."""
+    return tuple(found for margin in MARGINS.values() if (found := margin(plan)) is not None)
 
 
 def binding(plan: Plan) -> Margin:
@@ -119,13 +159,22 @@ class Occupancy:
 
 
 def occupancy(arch: Arch, threads: int, registers: int, smem_bytes: int) -> Occupancy:
-    """Resident blocks per multiprocessor, from what a block takes of each resource."""
+    """Resident blocks per multiprocessor, from what a block takes of each resource.
+
+    Args:
+        arch: whose multiprocessor.
+        threads: of a block.
+        registers: of a thread at launch; setmaxnreg hands them on within the block and takes no others.
+        smem_bytes: of a block.
+    """
+    warps = -(-threads // 32)
     granted = -(-registers // REGISTERS_PER_ALLOCATION) * REGISTERS_PER_ALLOCATION
+    held_warps = arch.registers_per_sm // SUBPARTITIONS // (32 * granted) * SUBPARTITIONS
     fits = {
-        "registers": arch.registers_per_sm // (granted * threads),
+        "registers": held_warps // warps,
         "shared memory": arch.smem_bytes_per_sm // (smem_bytes + RESERVED_SMEM_BYTES),
         "threads": arch.threads_per_sm // threads,
     }
     limited_by = min(fits, key=lambda resource: fits[resource])
     blocks = fits[limited_by]
-    return Occupancy(blocks, blocks * threads // 32, blocks * threads / arch.threads_per_sm, limited_by)
+    return Occupancy(blocks, blocks * warps, blocks * threads / arch.threads_per_sm, limited_by)

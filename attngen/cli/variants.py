@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from os import cpu_count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,10 +15,13 @@ from attngen.api import Kernel, resolve_arch
 from attngen.arch import Arch
 from attngen.errors import SpecError, ToolchainError
 from attngen.lower import lower
+from attngen.resources import specs_dir
 from attngen.spec import Spec, load
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Sweep = Mapping[str, tuple[Any, ...]]
+
+_TRUTH = {"true": True, "false": False}
 
 ARCH_WITHOUT_GPU = "sm_80"
 """What stands for the target `auto` where no kernel shall run on a GPU: the oldest, which all others outdo."""
@@ -52,7 +56,7 @@ class Variant:
     def label(self) -> str:
         """What tells this variant from the others."""
         name = (self.found.name if isinstance(self.found, Spec) else "") or self.source
-        return " ".join([name, *(f"{key}={value}" for key, value in self.changes.items())])
+        return " ".join([name, *(f"{key}={_text(value)}" for key, value in self.changes.items())])
 
 
 def specs_argument(command: Command) -> Command:
@@ -73,8 +77,13 @@ arch_option = click.option("--arch", help="Build for this target instead of the 
 
 
 def variants(sources: Iterable[str], sweep: Sweep) -> Iterator[Variant]:
-    """Every spec under every combination of swept values. A spec that cannot be read at all is one variant."""
-    for source in sources:
+    """Every spec under every combination of swept values. A spec that cannot be read at all is one variant.
+
+    Args:
+        sources: of specs, or folders of them: paths, or names of shipped ones.
+        sweep: values by path of the spec.
+    """
+    for source in chain.from_iterable(map(_in_folder, sources)):
         try:
             spec = load(source)
         except SpecError as fault:
@@ -86,6 +95,12 @@ def variants(sources: Iterable[str], sweep: Sweep) -> Iterator[Variant]:
                 yield Variant(source, changes, spec.replace(changes) if changes else spec)
             except SpecError as fault:
                 yield Variant(source, changes, fault)
+
+
+def _in_folder(source: str) -> Iterator[str]:
+    """The specs of a folder, sorted, or the source itself where it is no folder."""
+    folders = [folder for folder in (Path(source), specs_dir() / source) if folder.is_dir()]
+    yield from sorted(map(str, folders[0].glob("*.yaml"))) if folders else (source,)
 
 
 def arch_without_gpu(spec: Spec, arch: str | None) -> Arch:
@@ -114,7 +129,7 @@ def compile_all(kernels: Iterable[Kernel]) -> dict[Kernel, ToolchainError | None
 
     def attempt(kernel: Kernel) -> ToolchainError | None:
         try:
-            kernel.compiled  # noqa: B018  (the property compiles)
+            kernel.compile()
         except ToolchainError as error:
             return error
         return None
@@ -153,6 +168,11 @@ def _split(values: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    """A number where the text is one; the spec's schema judges the rest."""
+    """A number or a truth value where the text is one; the spec's schema judges the rest."""
     text = text.strip()
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else text
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else _TRUTH.get(text, text)
+
+
+def _text(value: Any) -> str:
+    """The value as `_value` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,43 +5,62 @@ its comment. `used_by` follows the names from a text to the paragraphs it needs.
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from attngen.resources import templates_dir
 
 # Definitions stand before their uses: a file may use those before it, a paragraph those above it.
-FILES = (
+INSTRUCTIONS = (
     "types.cuh",
     "ptx/cp_async.cuh",
     "ptx/ldmatrix.cuh",
+    "ptx/stmatrix.cuh",
     "ptx/shared.cuh",
     "ptx/math.cuh",
+    "ptx/mbarrier.cuh",
+    "ptx/barrier.cuh",
+    "ptx/tma.cuh",
+    "ptx/wgmma.cuh",
+)
+"""One function per instruction."""
+FUNCTIONS = (
     "element.cuh",
     "tile.cuh",
+    "panel.cuh",
+    "ring.cuh",
     "copy.cuh",
     "fragment.cuh",
     "gemm.cuh",
+    "warpgroup_gemm.cuh",
     "softmax.cuh",
 )
-_DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct )(\w+)", re.MULTILINE)
+"""What the Steps call."""
+_DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _COMMENT = re.compile(r"//[^\n]*")
 
 
 @cache
-def _paragraphs(folder: Path) -> tuple[tuple[frozenset[str], str], ...]:
-    """(names it defines, text) of every paragraph, in order."""
-    texts = "\n\n".join((folder / file).read_text(encoding="utf-8").strip("\n") for file in FILES)
-    return tuple((frozenset(_DEFINED.findall(text)[:1]), text) for text in texts.split("\n\n"))
+def _paragraphs(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
+    """The paragraphs of some files, in order."""
+    texts = ((folder / file).read_text(encoding="utf-8").strip("\n") for file in files)
+    return tuple("\n\n".join(texts).split("\n\n"))
 
 
-def used_by(text: str) -> list[str]:
+def used_by(text: str, instructions: Sequence[str] = ()) -> list[str]:
     """The paragraphs that a text needs, directly or through others, in the library's order.
 
     A paragraph that names nothing (types and macros) is always there.
+
+    Args:
+        text: of a kernel.
+        instructions: paragraphs made for it, which join the library's instructions.
     """
-    paragraphs = _paragraphs(templates_dir() / "device")
+    folder = templates_dir() / "device"
+    library = (*_paragraphs(folder, INSTRUCTIONS), *instructions, *_paragraphs(folder, FUNCTIONS))
+    paragraphs = [(frozenset(_DEFINED.findall(paragraph)[:1]), paragraph) for paragraph in library]
     wanted = _names(text)
     needed: list[str] = []
     for names, paragraph in reversed(paragraphs):

@@ -12,15 +12,31 @@ from typing import Any
 import jinja2
 
 from attngen.errors import InternalError
-from attngen.plan import BlockIndex, Buffer, Param, Plan, Program, RegTile, Rows, Tensor, View
+from attngen.plan import (
+    BlockIndex,
+    Buffer,
+    Cursor,
+    Param,
+    Plan,
+    Program,
+    RegTile,
+    Role,
+    Rows,
+    Tensor,
+    View,
+    walk,
+)
+from attngen.plan.steps import PassTurn
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16"}
-_C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
+_C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
+_POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "counter.ptr": "u32"}
 _CONDITIONS = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
     "m sees n": "key_blocks(tile, m).visits(n)",
+    "last warpgroup": "next_warpgroup == 0",
 }
 _BLOCK_SIZES = {"q": "kBlockM", "k": "kBlockN"}
 _INDEX_BASES = {
@@ -55,7 +71,7 @@ def strict_environment() -> jinja2.Environment:
     )
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax")
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "warpgroups")
 
 
 def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
@@ -72,10 +88,16 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         text = "".join(str(macros[type(step).__name__](step=step)) for step in steps)
         return textwrap.indent(text, " " * indent).rstrip("\n")
 
+    def role(of: Role) -> str:
+        return str(getattr(env.get_template("role.cuh.j2").module, of.name)(of)).strip("\n")
+
     env.filters.update(
         program=program,
+        role=role,
+        takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         element=lambda dtype: _ELEMENTS[dtype.name],
         condition=_CONDITIONS.__getitem__,
+        barrier=_barrier,
         tile_type=_tile_type,
         smem=_smem,
         index=_index,
@@ -100,7 +122,14 @@ def _smem(view: View) -> str:
     base = f"{view.buffer.name}_smem"
     if view.cursor is None or view.cursor.stages == 1:
         return base
-    return f"{base} + {view.cursor.name} * {_tile_type(view)}::kBytes"
+    stage = f"{view.cursor.name}.stage" if view.cursor.ring else view.cursor.name
+    return f"{base} + {stage} * {_tile_type(view)}::kBytes"
+
+
+def _barrier(cursor: Cursor, which: str) -> str:
+    """The mbarrier ("full" or "empty") of the stage that a cursor stands at."""
+    assert cursor.ring is not None
+    return f"{which}<{cursor.stages}>({cursor.ring.name}_ring, {cursor.name})"
 
 
 def _index(block: BlockIndex) -> str:
@@ -130,6 +159,5 @@ def _declaration(place: Param | RegTile) -> str:
             return f"u32 {place.name}[kRowTiles][{place.cols // 16}][4]"
         return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
     if place.ctype == "pointer":
-        is_16_bit = place.value in ("q.ptr", "k.ptr", "v.ptr", "out.ptr")
-        return f"{'u16' if is_16_bit else 'float'}* {place.name}"
+        return f"{_POINTEES.get(place.value, 'float')}* {place.name}"
     return f"{_C_TYPES[place.ctype]} {place.name}"

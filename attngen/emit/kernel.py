@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import jinja2
+
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
 from attngen.errors import InternalError
 from attngen.expr import to_cuda
 from attngen.plan import KeyBlocks, Plan, walk
-from attngen.plan.steps import MaskScores, MaskScoresEach
+from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm, MaskScores, MaskScoresEach
 from attngen.version import __version__
 
 _NAMES = {
@@ -54,37 +56,58 @@ def emit(plan: Plan) -> str:
         mask=_mask_text(plan, mask).strip("\n"),
     )
     head, _, rest = body.partition(_THIS_KERNEL)
-    return head + "\n\n".join(used_by(rest)) + "\n\n" + _THIS_KERNEL + rest
+    return head + "\n\n".join(used_by(rest, _wgmmas(plan, env))) + "\n\n" + _THIS_KERNEL + rest
 
 
 _THIS_KERNEL = "// ---- this kernel"
 
 
 def _constants(plan: Plan) -> tuple[Constant, ...]:
+    worker = plan.kernel.worker
+    is_specialised = len(plan.kernel.roles) > 1
+    if is_specialised:
+        padding = (f"padded to {plan.arch.mma.k}, the k of wgmma", "columns of O")
+        producers = plan.kernel.roles[1].warps
+        threads = f"{worker.warpgroups} consumer warpgroups of 128, and the producer's {producers} warps"
+    else:
+        padding = (f"padded to {plan.arch.mma.k}, the k of mma.sync", "padded likewise")
+        threads = f"schedule.warps = {plan.warps}"
     return (
         Constant("kBlockM", plan.block_m, "tile.block_m: query rows of a block"),
         Constant("kBlockN", plan.block_n, "tile.block_n: keys of a block"),
         Constant("kHeadDimQk", plan.head_dim_qk, "problem.head_dim.qk"),
         Constant("kHeadDimV", plan.head_dim_v, "problem.head_dim.v"),
-        Constant("kQkCols", plan.qk_cols, f"padded to {plan.arch.mma.k}, the k of mma.sync"),
-        Constant("kVCols", plan.v_cols, "padded likewise"),
+        Constant("kQkCols", plan.qk_cols, padding[0]),
+        Constant("kVCols", plan.v_cols, padding[1]),
         Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
-        Constant("kThreads", plan.kernel.threads, f"schedule.warps = {plan.warps}"),
+        Constant("kThreads", plan.kernel.threads, threads),
         Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
     )
+
+
+def _wgmmas(plan: Plan, env: jinja2.Environment) -> list[str]:
+    """One function for every shape of wgmma that the plan's Steps issue."""
+    macros: Any = env.get_template("wgmma.cuh.j2").module
+    dtype, found = plan.inputs.name, {}
+    for step in walk(plan.kernel.worker.program):
+        if isinstance(step, IssueScoreGemm):
+            found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, dtype)
+        elif isinstance(step, IssueOutputGemm):
+            found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, dtype)
+    return [str(text).strip("\n") for text in found.values()]
 
 
 def _bounds_text(bounds: KeyBlocks) -> dict[str, object]:
     """The bounds with every key as CUDA text."""
     names = ("first_any", "first_all", "end_any", "end_all")
-    return {"exact": bounds.exact} | {
+    return {"exact": bounds.exact, "last_is_masked": bounds.last_is_masked} | {
         name: [to_cuda(key, _NAMES) for key in getattr(bounds, name)] for name in names
     }
 
 
 def _mask_text(plan: Plan, macros: Any) -> str:
     """The device functions by which the masking Step asks the mask."""
-    for step in walk(plan.kernel.roles[0].program):
+    for step in walk(plan.kernel.worker.program):
         if isinstance(step, MaskScores):
             lower, upper = (
                 [to_cuda(key, _NAMES) for key in keys] for keys in (step.visible.lower, step.visible.upper)

@@ -7,22 +7,47 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from attngen.plan import Formula, Param, Plan
+from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class TensorMapEntry:
+    """A descriptor of the copy engine, as cuTensorMapEncodeTiled makes it.
+
+    It has four dimensions, (cols, seqlen, heads, batch). Strides are the tensor's own, in bytes. No interleave, out of
+    bounds reads as zeros.
+
+    Attributes:
+        tensor: "q", "k", "v" or "out"; the parameter of value "map.<tensor>" carries the descriptor.
+        dtype: of its elements.
+        dims: extents, cols first.
+        box: extents of one copy, cols first.
+        swizzle_bytes: span of the swizzle.
+    """
+
+    tensor: str
+    dtype: str
+    dims: tuple[Formula, ...]
+    box: tuple[int, ...]
+    swizzle_bytes: int
 
 
 @dataclass(frozen=True)
 class KernelEntry:
     """A kernel: its C symbol, its block, and the fields of the one struct it takes by value.
 
-    The fields stand in the order given, each aligned to its size: pointer and i64 to 8 bytes, i32 and f32 to 4.
+    The fields stand in the order given, each aligned to its size: pointer and i64 to 8 bytes, i32 and f32 to 4, a
+    tensor map of 128 bytes to 64. A parameter of value "counter.ptr" points at an i32 in device memory that is 0
+    before the launch, that the kernel leaves at 0, and that no launch which may run at the same time shares.
     """
 
     name: str
     threads: int
     smem_bytes: int
     params: tuple[Param, ...]
+    tensor_maps: tuple[TensorMapEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +69,13 @@ class LaunchEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`."""
+    """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`.
+
+    Attributes:
+        up_to: most keys of the calls that this kernel is for; None for any.
+        shorter: names of the kernels for calls of fewer keys, the fewest first, each with a manifest of its own: the
+            first whose `up_to` is at least seqlen_k takes the call, and this one takes it if none does.
+    """
 
     name: str
     arch: str
@@ -59,6 +90,8 @@ class Manifest:
     kernels: tuple[KernelEntry, ...]
     workspaces: tuple[WorkspaceEntry, ...]
     launches: tuple[LaunchEntry, ...]
+    up_to: int | None
+    shorter: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -77,15 +110,30 @@ class Manifest:
             raise ValueError(
                 f"manifest schema_version is {data.get('schema_version')!r}, this attngen reads {SCHEMA_VERSION}"
             )
-        kernels = tuple(
-            KernelEntry(k["name"], k["threads"], k["smem_bytes"], tuple(Param(**p) for p in k["params"]))
-            for k in data.pop("kernels")
-        )
+        kernels = tuple(_kernel_entry(kernel) for kernel in data.pop("kernels"))
         workspaces = tuple(
             WorkspaceEntry(w["name"], w["dtype"], tuple(w["shape"])) for w in data.pop("workspaces")
         )
         launches = tuple(LaunchEntry(**launch) for launch in data.pop("launches"))
+        data["shorter"] = tuple(data["shorter"])
         return cls(kernels=kernels, workspaces=workspaces, launches=launches, **data)
+
+
+def _kernel_entry(data: dict[str, Any]) -> KernelEntry:
+    maps = tuple(
+        TensorMapEntry(**{**entry, "dims": tuple(entry["dims"]), "box": tuple(entry["box"])})
+        for entry in data["tensor_maps"]
+    )
+    params = tuple(Param(**param) for param in data["params"])
+    return KernelEntry(data["name"], data["threads"], data["smem_bytes"], params, maps)
+
+
+def _tensor_map(entry: TensorMap) -> TensorMapEntry:
+    tensor = entry.tensor
+    heads = "num_heads_kv" if tensor.heads == "kv" else "num_heads_q"
+    dims = (tensor.cols, f"seqlen_{tensor.axis}", heads, "batch")
+    box = (entry.box_cols, entry.box_rows, 1, 1)
+    return TensorMapEntry(tensor.name, tensor.dtype.name, dims, box, PANEL_BYTES)
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -101,7 +149,12 @@ def manifest(plan: Plan) -> Manifest:
         mask=plan.mask_text,
         schedule=plan.schedule,
         spec_digest=plan.spec_digest,
-        kernels=tuple(KernelEntry(k.name, k.threads, k.smem_bytes, k.params) for k in plan.kernels),
+        kernels=tuple(
+            KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)))
+            for k in plan.kernels
+        ),
         workspaces=tuple(WorkspaceEntry(w.name, "f32", w.shape) for w in plan.workspaces),
         launches=tuple(LaunchEntry(launch.kernel, launch.grid) for launch in plan.launches),
+        up_to=plan.up_to,
+        shorter=tuple(shorter.name for shorter in plan.shorter),
     )

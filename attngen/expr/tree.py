@@ -37,7 +37,13 @@ TILE_NAMES = ("q_first", "q_last")
 """What bounds over a tile also read: its first and last row. No text can name them."""
 
 LARGEST_INDEX = 2**30 - 1
-"""No index and no length exceeds this (a rule of every call), and none is negative."""
+"""No index exceeds this, and none is negative."""
+
+LARGEST_TILE = 512
+"""Most rows or keys of a tile on a GPU (a rule of the plan)."""
+
+LARGEST_LENGTH = LARGEST_INDEX + 1 - LARGEST_TILE
+"""No length exceeds this (a rule of every call): the last tile reaches past the end, and its rows are indices too."""
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)

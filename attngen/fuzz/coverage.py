@@ -12,31 +12,45 @@ from attngen.arch import ARCHS
 from attngen.expr import free_names, key_range
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
-from attngen.inputs import KINDS
-from attngen.plan import BlockIndex, Plan, Range
+from attngen.inputs import KINDS, Shape
+from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
+from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk
-from attngen.simulate import BlockBounds, Sizes, block_bounds
+from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
+from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles
+from attngen.simulate.tiles import LOCKSTEP, SIMULATED_SMS
 
 Met = tuple[str, str]
 """A dimension and a value of it: ("schedule", "fa2")."""
 
+ORDERS = ("auto", "heads", "rows")
 BLOCKS_PER_ROW = ("0", "1", "2", "many")
-RANGES = ("fa2 right", "fa2 full", "fa2 left", "fa2 every", "serial rows", "serial keys")
+_KEY_RANGES = ("right", "full", "left", "every")
+RANGES = {
+    "serial": ("rows", "keys"),
+    "fa2": _KEY_RANGES,
+    "warp_specialized": _KEY_RANGES,
+    "pingpong": _KEY_RANGES,
+}
+"""Ranges of the computing role's program, by schedule."""
 CONDITIONS = ("scale is negative", "tile has blocks", "m sees n")
+_WARPGROUP_CONDITIONS = ("last warpgroup",)
 _SHOWN_HEAD_DIMS = ("32", "40", "64", "80", "96", "128", "192", "256", "192/128")
 
 
 class Coverage:
     """Counts of cases by what they met; a case counts once for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_sms: int | None = None) -> None:
+        """Count cases that run on a GPU of that many multiprocessors, or on the simulator."""
+        self.num_sms = num_sms
         self.cases = 0
         self.counts: Counter[Met] = Counter()
 
     def add(self, case: Case, plan: Plan) -> None:
         """Count a case."""
         self.cases += 1
-        self.counts.update(set(met_by(case, plan)))
+        self.counts.update(set(met_by(case, plan, self.num_sms)))
 
     def missing(self, targets: Sequence[str]) -> list[Met]:
         """What cases for these targets should have met, and none has."""
@@ -64,16 +78,29 @@ def _natural(value: str) -> tuple[int, str]:
 
 def expected(targets: Sequence[str]) -> Iterator[Met]:
     """What a run over all specs of these targets is to meet."""
-    yield from (("schedule", kind) for kind in ("serial", "fa2"))
-    yield from (("dtype", name) for name in dict.fromkeys(x for t in targets for x in ARCHS[t].input_dtypes))
+    has_warpgroups = any(ARCHS[target].wgmma for target in targets)
+    schedules = (*SCHEDULES, *(WARPGROUP_SCHEDULES if has_warpgroups else ()))
+    yield from (("schedule", kind) for kind in schedules)
+    yield from (("dtype", name) for name in dict.fromkeys(x for t in targets for x in ARCHS[t].dtypes))
     if any(ARCHS[target].has_mma_granularity for target in targets):
         yield from (("head_dim", dims) for dims in _SHOWN_HEAD_DIMS)
     yield from (("stages", str(stages)) for stages in (1, 2, 3, 4))
+    yield from (("order", order) for order in ORDERS)
     yield from (("mask", name) for name in ("full", "causal", "one range", "no closed form", "by head"))
     yield from (("blocks per row", count) for count in BLOCKS_PER_ROW)
-    yield from (("range", f"{name} filled") for name in RANGES)
-    yield from (("range", f"{name} empty") for name in RANGES if name != "serial rows")  # nothing is launched
-    yield from (("condition", f"{name}: {state}") for name in CONDITIONS for state in ("yes", "no"))
+    ranges = [f"{kind} {name}" for kind in schedules for name in RANGES[kind]]
+    yield from (("range", f"{name} filled") for name in ranges)
+    yield from (("range", f"{name} empty") for name in ranges if name != "serial rows")  # nothing is launched
+    conditions = (*CONDITIONS, *(_WARPGROUP_CONDITIONS if has_warpgroups else ()))
+    yield from (("condition", f"{name}: {state}") for name in conditions for state in ("yes", "no"))
+    if has_warpgroups:
+        yield from (("warpgroups", str(count)) for count in range(1, MOST_WARPGROUPS + 1))
+        yield from ((flag, state) for flag in ("overlap", "persistent") for state in ("yes", "no"))
+        yield ("tiles per block", "1")
+    if any(
+        not ARCHS[target].has_mma_granularity for target in targets
+    ):  # a GPU holds all tiles of most cases at once
+        yield ("tiles per block", "many")
     for axis in ("seqlen_q", "seqlen_k"):
         yield (axis, "0")
         yield from (
@@ -88,7 +115,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     yield from (("property", rule) for rule in RULES)
 
 
-def met_by(case: Case, plan: Plan) -> Iterator[Met]:
+def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
     """What one case meets; blocks and ranges only where there are rows to visit them."""
     shape = case.shape
     dims = case.spec.problem.head_dim
@@ -97,6 +124,9 @@ def met_by(case: Case, plan: Plan) -> Iterator[Met]:
     yield ("dtype", plan.inputs.name)
     yield ("head_dim", str(dims.qk) if dims.qk == dims.v else f"{dims.qk}/{dims.v}")
     yield ("stages", str(plan.stages))
+    yield ("order", case.spec.schedule.order)
+    if takes_warpgroups(plan):
+        yield from _met_by_warpgroups(plan, shape, num_sms)
     yield ("mask", _mask_class(plan))
     for axis, length, block in (
         ("seqlen_q", shape.seqlen_q, plan.block_m),
@@ -124,6 +154,21 @@ def met_by(case: Case, plan: Plan) -> Iterator[Met]:
         yield from _met_by_blocks(plan, case)
 
 
+def _met_by_warpgroups(plan: Plan, shape: Shape, num_sms: int | None) -> Iterator[Met]:
+    """What only the schedules of warpgroups leave open."""
+    is_persistent = plan.kernel.scheduler.persistent
+    yield ("warpgroups", str(plan.kernel.worker.warpgroups))
+    yield ("overlap", "yes" if plan.overlap else "no")
+    yield ("persistent", "yes" if is_persistent else "no")
+    sizes = Sizes(
+        shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv, num_sms or SIMULATED_SMS
+    )
+    drawn = sum(1 for _ in tiles(plan, plan.kernel, sizes, 1 if num_sms else LOCKSTEP))
+    blocks = evaluate_formula(plan.launches[0].grid, sizes.values)
+    if is_persistent and drawn:
+        yield ("tiles per block", "many" if drawn > blocks else "1")
+
+
 def _mask_class(plan: Plan) -> str:
     if plan.mask_text in ("full", "causal"):
         return plan.mask_text
@@ -136,7 +181,7 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
     """Blocks per row, ranges and conditions, over all blocks of rows of the first head."""
     shape = case.shape
     sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    steps = list(walk(plan.kernel.roles[0].program))
+    steps = list(walk(plan.kernel.worker.program))
     ranges = {step.range for step in steps if isinstance(step, ForBlocks)}
     conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}
     m_max, n_end = -(-shape.seqlen_q // plan.block_m), -(-shape.seqlen_k // plan.block_n)
@@ -148,7 +193,7 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
         for range_ in ranges:
             state = "filled" if _runs(range_, variables) else "empty"
             yield ("range", f"{plan.schedule} {range_.name} {state}")
-        for state in _states(conditions, bounds, n_end):
+        for state in _states(conditions, bounds, n_end, plan.kernel.worker.warpgroups):
             yield ("condition", state)
     if "scale is negative" in conditions:
         yield ("condition", f"scale is negative: {'yes' if (case.softmax_scale or 0) < 0 else 'no'}")
@@ -161,10 +206,14 @@ def _runs(range_: Range, variables: dict[str, int]) -> bool:
     return value(range_.hi) > value(range_.lo)
 
 
-def _states(conditions: set[str], bounds: BlockBounds, n_end: int) -> Iterator[str]:
+def _states(conditions: set[str], bounds: BlockBounds, n_end: int, warpgroups: int) -> Iterator[str]:
     visited = bounds.n_max - bounds.n_min
     if "tile has blocks" in conditions:
         yield f"tile has blocks: {'yes' if visited > 0 else 'no'}"
+    if "last warpgroup" in conditions:
+        yield "last warpgroup: yes"
+        if warpgroups > 1:
+            yield "last warpgroup: no"
     if "m sees n" in conditions:
         if visited > 0:
             yield "m sees n: yes"

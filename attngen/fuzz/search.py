@@ -7,7 +7,7 @@ rounds, each of its own seed.
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
@@ -95,7 +95,7 @@ class _Search:
     device: str
     deadline: float
     progress: Callable[[int], None]
-    coverage: Coverage = field(default_factory=Coverage)
+    coverage: Coverage
     found_after: int | None = None
     failure: PropertyFailure | None = None
     flaky: bool = False
@@ -199,7 +199,7 @@ def fuzz(
             drawn_specs = st.sampled_from(_pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL))
     limit = examples if examples is not None else EXAMPLES if minutes is None else None
     deadline = started + 60 * minutes if minutes is not None else float("inf")
-    search = _Search(build, device, deadline, progress)
+    search = _Search(build, device, deadline, progress, Coverage(_num_sms(device)))
     drawn, number = cases(drawn_specs, tuple(rules)), 0
     while search.failure is None and time.monotonic() < deadline:
         if limit is not None and number * _ROUND >= limit:
@@ -239,6 +239,13 @@ def kernels() -> Make:
         return made[spec]
 
     return make
+
+
+def _num_sms(device: str) -> int | None:
+    """Multiprocessors of a GPU; None on the simulator."""
+    if device == "cpu":
+        return None
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _pool(drawn: SearchStrategy[Spec], seed: int, size: int) -> list[Spec]:

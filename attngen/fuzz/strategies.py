@@ -9,7 +9,7 @@ from functools import lru_cache
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from attngen.arch import ARCHS
+from attngen.arch import ARCHS, Arch
 from attngen.errors import SpecError
 from attngen.expr import free_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
@@ -17,8 +17,11 @@ from attngen.fuzz.properties import RULES
 from attngen.inputs import EXACT_SCALE, KINDS, Shape
 from attngen.lower import lower
 from attngen.plan import Plan
+from attngen.plan.rules import MOST_WARPGROUPS
+from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec, load
 
+ORDERS = ("auto", "heads", "rows")
 SMALL_DIMS = (2, 1, 3, 4, 5, 8, 16)
 SMALL_BLOCKS = (2, 1, 3, 4, 8, 16)
 GPU_DIMS = (
@@ -96,29 +99,52 @@ def masks() -> SearchStrategy[str]:
 
 
 # ---- specs --------------------------------------------------------------------------------------------
+def _kinds(arch: Arch) -> tuple[str, ...]:
+    """The schedules of a target; on a GPU those of warpgroups more often, for other targets have the rest."""
+    if not arch.wgmma:
+        return tuple(SCHEDULES)
+    return (*SCHEDULES, *WARPGROUP_SCHEDULES, *(2 * tuple(WARPGROUP_SCHEDULES) if arch.emits else ()))
+
+
+@st.composite
+def _workers(draw: DrawFn, kind: str, arch: Arch) -> dict[str, int]:
+    """How many warps or warpgroups share the rows, first of all, and how they go about it."""
+    if kind in SCHEDULES:
+        return {"warps": draw(st.sampled_from((1, 2, 4, 8) if arch.has_mma_granularity else (1, 2)))}
+    return {
+        "warpgroups": draw(st.integers(1, MOST_WARPGROUPS)),
+        "overlap": draw(st.booleans()),
+        "persistent": draw(st.booleans()),
+    }
+
+
+def _rows(kind: str, arch: Arch) -> SearchStrategy[int]:
+    """Rows of one warp or warpgroup."""
+    if not arch.has_mma_granularity:
+        return st.sampled_from(SMALL_BLOCKS)
+    if kind in SCHEDULES or arch.wgmma is None:
+        return st.sampled_from((arch.mma.m, 2 * arch.mma.m))
+    return st.just(arch.wgmma.m)
+
+
 @st.composite
 def _specs_of(draw: DrawFn, target: str) -> Spec:
     """A spec for a target; its tiles may be too large for it."""
     arch = ARCHS[target]
+    kind = draw(st.sampled_from(_kinds(arch)))
+    workers = draw(_workers(kind, arch))
     if arch.has_mma_granularity:
         qk, v = draw(st.sampled_from(GPU_DIMS))
-        warps = draw(st.sampled_from((1, 2, 4, 8)))
-        block_m = arch.mma.m * warps * draw(st.sampled_from((1, 2)))
         block_n = arch.mma.k * draw(st.sampled_from((1, 2, 3, 4, 6)))
     else:
         qk, v = draw(st.sampled_from(SMALL_DIMS)), draw(st.sampled_from(SMALL_DIMS))
-        warps = draw(st.sampled_from((1, 2)))
-        block_m = warps * draw(st.sampled_from(SMALL_BLOCKS))
         block_n = draw(st.sampled_from(SMALL_BLOCKS))
-    kind = draw(st.sampled_from(("serial", "fa2")))
-    inputs = draw(st.sampled_from(arch.input_dtypes[::-1]))
+    block_m = draw(_rows(kind, arch)) * next(iter(workers.values()))
+    inputs = draw(st.sampled_from(arch.dtypes[::-1]))
+    stages = 1 if kind == "serial" else draw(st.integers(1, 4))
     numbers: dict[str, object] = {
         "tile": {"block_m": block_m, "block_n": block_n},
-        "schedule": {
-            "kind": kind,
-            "stages": 1 if kind == "serial" else draw(st.integers(1, 4)),
-            "warps": warps,
-        },
+        "schedule": {"kind": kind, "stages": stages, "order": draw(st.sampled_from(ORDERS)), **workers},
     }
     if arch.has_mma_granularity and draw(st.integers(0, 7)) == 7:
         numbers = {"schedule": {"kind": kind}}  # what `auto` stands for

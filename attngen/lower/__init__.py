@@ -1,5 +1,5 @@
 """Lowering: Spec x Arch -> Plan. Every number is decided here and nowhere later."""
 
-from attngen.lower.lower import lower
+from attngen.lower.lower import build, candidates, lower
 
-__all__ = ["lower"]
+__all__ = ["build", "candidates", "lower"]

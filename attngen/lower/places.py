@@ -63,10 +63,10 @@ def places(
     )
 
 
-def key_blocks(visible: KeyRange | None) -> KeyBlocks:
+def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks:
     """The bounds of a block of rows from those of one row: their extremes over q_first .. q_last."""
     if visible is None:
-        return KeyBlocks(exact=False)
+        return KeyBlocks(exact=False, last_is_masked=last_is_masked)
     first, last = name("q_first"), name("q_last")
     lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
     upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
@@ -75,6 +75,7 @@ def key_blocks(visible: KeyRange | None) -> KeyBlocks:
         first_all=tuple(hi for _, hi in lower),
         end_any=tuple(hi for _, hi in upper),
         end_all=tuple(lo for lo, _ in upper),
+        last_is_masked=last_is_masked,
     )
 
 

@@ -1,4 +1,4 @@
-"""What `auto` stands for: tile, stages and warps per schedule and head dim. Numbers only."""
+"""What `auto` stands for: schedule, tile, stages and warps per head dim and mask. Numbers only."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ class Choice:
     Attributes:
         blocks_per_sm: resident blocks the compiler must leave registers for.
         score_unroll: k-steps of the score GEMM that are written out.
+        longest_first: blocks of rows that see the most keys (the last ones) start first.
     """
 
     block_m: int
@@ -20,6 +21,100 @@ class Choice:
     warps: int
     blocks_per_sm: int = 1
     score_unroll: int = 4
+    longest_first: bool = False
+
+
+@dataclass(frozen=True)
+class WarpgroupChoice:
+    """The same for the schedules of warpgroups.
+
+    Attributes:
+        warpgroups: consumers; each owns a matrix instruction's rows of block_m.
+        rescale_first: O is rescaled under the score GEMM, before its own GEMM is issued.
+        rescale_votes: a warp none of whose maxima grew skips it.
+        passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
+        waits_together: a warp votes at its waits for V, after which ptxas orders the loop otherwise: measured, not
+            understood.
+        out_over_q: the result is staged over Q, for want of shared memory of its own.
+        q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    warpgroups: int
+    overlap: bool = True
+    persistent: bool = True
+    longest_first: bool = True
+    rescale_first: bool = False
+    rescale_votes: bool = False
+    passes_late: bool = False
+    waits_together: bool = False
+    out_over_q: bool = False
+    q_stages: int = 1
+    blocks_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `auto` stands for on calls of up to `up_to` keys; on all others in the last row of a table."""
+
+    up_to: int | None
+    schedule: str
+    choice: WarpgroupChoice
+
+
+def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[Row, ...]:
+    """The rows for a head dim on sm_90a, shortest sequences first.
+
+    Source: benchmarks/results/tune_warpgroups.json (H200, 2026-11-21), bf16; head dims between follow the next larger.
+
+    Args:
+        head_dim_qk: of Q and K.
+        head_dim_v: of V.
+        bounded: whether the mask has an upper bound, so that rows of a head see more and more keys.
+    """
+    widest = max(head_dim_qk, head_dim_v)
+    if widest <= 64:
+        best = WarpgroupChoice(192, 128, 3, 3, q_stages=2, passes_late=not bounded, waits_together=bounded)
+        return (
+            Row(1024, "warp_specialized", WarpgroupChoice(64, 128, 2, 1, q_stages=2, blocks_per_sm=2)),
+            Row(None, "pingpong", best),
+        )
+    if widest <= 96:
+        short = "pingpong" if bounded else "warp_specialized"
+        return (
+            Row(1024, short, WarpgroupChoice(128, 128, 2, 2, q_stages=2, waits_together=bounded)),
+            Row(None, "warp_specialized", WarpgroupChoice(192, 96, 2, 3)),
+        )
+    if widest <= 128:
+        best = WarpgroupChoice(128, 128, 2, 2, rescale_first=bounded, waits_together=bounded)
+        return (Row(None, "warp_specialized", best),)
+    if head_dim_v <= 128 and head_dim_qk <= 192:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112, 2, 2)),)
+    if widest <= 192:
+        return (
+            Row(2048, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),
+            Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2, out_over_q=True)),
+        )
+    return (
+        Row(512, "warp_specialized", WarpgroupChoice(128, 64, 2, 2, rescale_votes=True, out_over_q=True)),
+        Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2, rescale_votes=True, out_over_q=True)),
+    )
+
+
+def warpgroup_choices(
+    head_dim_qk: int, head_dim_v: int, bounded: bool, arch: Arch
+) -> tuple[WarpgroupChoice, ...]:
+    """Candidates for warp_specialized and pingpong where the spec fixes some of the numbers, from best to smallest."""
+    if not arch.emits:
+        return (WarpgroupChoice(64, 64, 2, 2),)
+    best = warpgroup_table(head_dim_qk, head_dim_v, bounded)[-1].choice
+    return (
+        best,
+        WarpgroupChoice(128, 64, 2, 2, out_over_q=True),
+        WarpgroupChoice(64, 64, 2, 1, out_over_q=True),
+    )
 
 
 def choices(schedule: str, head_dim: int, arch: Arch) -> tuple[Choice, ...]:

@@ -15,6 +15,10 @@ CHUNK_BYTES = 16
 """What one cp.async or one ldmatrix row moves; the unit of the swizzle."""
 BANK_BYTES = 128
 """What shared memory serves in one clock: 32 banks of 4 bytes."""
+MBARRIER_BYTES = 8
+WARPGROUP_THREADS = 128
+PANEL_BYTES = 128
+"""The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,52 @@ class Swizzle:
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Which stage of a ring a role works on next; it only moves by an `Advance` step."""
+class Ring:
+    """Stages that a producer fills and consumers empty, each guarded by two mbarriers.
+
+    `full` of a stage completes when its producer has arrived and the bytes it announced have landed; `empty` when
+    every consumer warpgroup has released the stage. A ring without buffers carries a tile's number.
+    """
 
     name: str
     stages: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its mbarriers in shared memory."""
+        return 2 * MBARRIER_BYTES * self.stages
+
+
+@dataclass(frozen=True)
+class NamedBarriers:
+    """One hardware barrier per warpgroup, `first` onwards, at which the threads of `parties` warpgroups meet.
+
+    Source: PTX ISA, bar.sync and bar.arrive; 16 a block, of which 0 is __syncthreads.
+    """
+
+    name: str
+    first: int
+    parties: int
+
+    @property
+    def threads(self) -> int:
+        """Threads that meet."""
+        return self.parties * WARPGROUP_THREADS
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Which stage of a ring a role works on next; it only moves by an `Advance` step.
+
+    Attributes:
+        ring: the mbarriers that guard the stages; without one, other Steps order their use.
+        fills: the role fills the stages; it finds all of them empty at first.
+    """
+
+    name: str
+    stages: int
+    ring: Ring | None = None
+    fills: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +109,8 @@ class Buffer:
         rows, cols: of one stage; cols is padded to the matrix instruction, columns from `valid_cols` on are zero.
         offset: bytes from the start of the block's shared memory.
         overlays: name of the buffer whose bytes this one reuses after that one's last use, or None.
+        in_panels: columns in panels of 128 bytes one after another, as the copy engine and wgmma want them, rather
+            than row after row. Eight rows of a panel exchange their chunks.
     """
 
     name: str
@@ -74,11 +121,24 @@ class Buffer:
     stages: int = 1
     offset: int = 0
     overlays: str | None = None
+    in_panels: bool = False
 
     @property
     def stage_bytes(self) -> int:
         """Bytes of one stage."""
+        if self.in_panels:
+            return self.panels * self.panel_bytes
         return self.rows * self.cols * self.dtype.bits // 8
+
+    @property
+    def panels(self) -> int:
+        """Panels of 128 bytes that a row spans; what the last one has beyond `cols` is zero."""
+        return -(-self.cols * self.dtype.bits // 8 // PANEL_BYTES)
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of all rows of one panel."""
+        return self.rows * PANEL_BYTES
 
     @property
     def size_bytes(self) -> int:
@@ -102,13 +162,20 @@ class Buffer:
 
 @dataclass(frozen=True)
 class View:
-    """One stage of a buffer."""
+    """One stage of a buffer, or the rows of it that belong to the warpgroup at work."""
 
     buffer: Buffer
     cursor: Cursor | None
+    own_rows: bool = False
+
+    @property
+    def own(self) -> "View":
+        """The rows of the warpgroup at work."""
+        return View(self.buffer, self.cursor, own_rows=True)
 
     def __str__(self) -> str:
-        return self.buffer.name + (f"[{self.cursor.name}]" if self.cursor else "")
+        stage = f"[{self.cursor.name}]" if self.cursor and self.cursor.stages > 1 else ""
+        return self.buffer.name + stage + (" (own rows)" if self.own_rows else "")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Expr
-from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Rows, Tensor
+from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
 
 Formula = int | str | dict[str, Any]
@@ -26,8 +26,8 @@ FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
     "min": min,
 }
 
-RUNTIME_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
-"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv."""
+RUNTIME_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms")
+"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand."""
 
 
 def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
@@ -47,6 +47,11 @@ def product(*factors: Formula) -> Formula:
     return {"op": "mul", "args": list(factors)}
 
 
+def minimum(*values: Formula) -> Formula:
+    """The formula of the smallest of its arguments."""
+    return {"op": "min", "args": list(values)}
+
+
 def ceil_div(a: Formula, b: Formula) -> Formula:
     """The formula that divides and rounds up."""
     return {"op": "ceil_div", "args": [a, b]}
@@ -59,6 +64,9 @@ class KeyBlocks:
     A key block is visited from `first_any` on and before `end_any`; it needs no mask from `first_all` on and
     before `end_all`. Each tuple holds keys of which the strictest counts; empty means no bound but 0 and seqlen_k.
     Without a closed form (`exact` False) every block of the sequence is visited and masked.
+
+    Attributes:
+        last_is_masked: the program peels the last block off and masks it, so it is never counted as free of a mask.
     """
 
     first_any: tuple[Expr, ...] = ()
@@ -66,6 +74,7 @@ class KeyBlocks:
     end_any: tuple[Expr, ...] = ()
     end_all: tuple[Expr, ...] = ()
     exact: bool = True
+    last_is_masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,19 +84,45 @@ class Scheduler:
     Attributes:
         kind: "query_blocks", one block of query rows of one head; "heads", one whole head.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
+        persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
     """
 
     kind: Literal["query_blocks", "heads"]
     longest_first: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
 class Role:
-    """Warps that run one program."""
+    """Warps that run one program, and what is private to them.
+
+    Attributes:
+        warpgroups: how many groups of warps run the program, each on rows of its own; one where the warps do not
+            divide the work by groups.
+        registers: registers a thread holds after setmaxnreg, or None where the launch decides.
+        single_thread: one thread runs the program, the others idle.
+    """
 
     name: str
     warps: int
     program: Program
+    reg_tiles: tuple[RegTile, ...] = ()
+    reg_vecs: tuple[RegVec, ...] = ()
+    cursors: tuple[Cursor, ...] = ()
+    warpgroups: int = 1
+    registers: int | None = None
+    single_thread: bool = False
+
+    @property
+    def accumulator_registers(self) -> int:
+        """32-bit registers that a thread's accumulators take."""
+        tiles = (tile for tile in self.reg_tiles if tile.layout == "accumulator")
+        return sum(tile.registers_per_thread(self.warps) for tile in tiles)
+
+    @property
+    def tile_registers(self) -> int:
+        """32-bit registers a thread spends on tiles, where no two share a register."""
+        return sum(tile.registers_per_thread(self.warps) for tile in self.reg_tiles)
 
 
 @dataclass(frozen=True)
@@ -95,8 +130,22 @@ class Param:
     """A field of the kernel's parameter struct: its C type and the run-time value it carries."""
 
     name: str
-    ctype: Literal["pointer", "i64", "i32", "f32"]
+    ctype: Literal["pointer", "i64", "i32", "f32", "tensor_map"]
     value: str
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine sees a tensor: (cols, seqlen, heads, batch), fastest first, in boxes of one head's rows.
+
+    Attributes:
+        tensor: whose; `value` of the parameter that carries it is "map.<tensor>".
+        box_rows, box_cols: of one copy; box_cols spans 128 bytes, which are swizzled.
+    """
+
+    tensor: Tensor
+    box_rows: int
+    box_cols: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +156,12 @@ class KernelPlan:
     scheduler: Scheduler
     roles: tuple[Role, ...]
     buffers: tuple[Buffer, ...]
-    reg_tiles: tuple[RegTile, ...]
-    reg_vecs: tuple[RegVec, ...]
-    cursors: tuple[Cursor, ...]
     params: tuple[Param, ...]
     blocks_per_sm: int
     smem_bytes: int
+    rings: tuple[Ring, ...] = ()
+    rings_offset: int = 0
+    tensor_maps: tuple[TensorMap, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -120,10 +169,19 @@ class KernelPlan:
         return 32 * sum(role.warps for role in self.roles)
 
     @property
-    def accumulator_registers(self) -> int:
-        """32-bit registers a thread spends on tiles, where no two share a register."""
-        (role,) = self.roles
-        return sum(tile.registers_per_thread(role.warps) for tile in self.reg_tiles)
+    def worker(self) -> Role:
+        """The role that computes."""
+        return self.roles[0]
+
+    def ring_offset(self, ring: Ring) -> int:
+        """Where in shared memory the mbarriers of a ring start: `full` of every stage, then `empty`."""
+        before = self.rings[: self.rings.index(ring)]
+        return self.rings_offset + sum(other.size_bytes for other in before)
+
+    @property
+    def tile_slot_offset(self) -> int:
+        """Where in shared memory the number of the next tile stands, after the mbarriers."""
+        return self.rings_offset + sum(ring.size_bytes for ring in self.rings)
 
 
 @dataclass(frozen=True)
@@ -136,10 +194,16 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch on a one-dimensional grid."""
+    """One kernel launch on a one-dimensional grid.
+
+    Attributes:
+        grid: blocks.
+        tiles: what they work on, together.
+    """
 
     kernel: str
     grid: Formula
+    tiles: Formula
 
 
 @dataclass(frozen=True)
@@ -151,6 +215,10 @@ class Plan:
         spec_name, spec_digest, mask_text: of the spec it came from.
         qk_cols, v_cols: head dims padded to the matrix instruction.
         row_tiles: how many instruction-high row tiles each warp owns.
+        warps: of the role that computes.
+        overlap: whether the scores of a block are computed under the output of the one before.
+        up_to: most keys of the calls that this plan is for; None for any.
+        shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
     """
 
     name: str
@@ -171,12 +239,15 @@ class Plan:
     qk_cols: int
     v_cols: int
     row_tiles: int
+    overlap: bool
     key_blocks: KeyBlocks
     tensors: tuple[Tensor, ...]
     rows: tuple[Rows, ...]
     kernels: tuple[KernelPlan, ...]
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
+    up_to: int | None = None
+    shorter: tuple["Plan", ...] = ()
 
     @property
     def kernel(self) -> KernelPlan:

@@ -7,6 +7,8 @@ value is lowering's to find, since only it can make another plan.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from attngen.expr import LARGEST_TILE
+from attngen.plan.places import RegTile
 from attngen.plan.plan import Plan
 
 SPARE_REGISTERS = 47
@@ -14,6 +16,13 @@ SPARE_REGISTERS = 47
 
 128x64 tiles of head_dim 128 over 4 warps (208 - 16 in accumulators) compile without spills on NVRTC 13.0.88.
 """
+SPARE_WARPGROUP_REGISTERS = {240: 24, 160: 32}
+"""The same for a consumer warpgroup, whose P has registers of its own, by the registers it holds; 24 and 32 are also
+what FlashAttention-4's search on sm_90 keeps free."""
+MOST_STAGES = 8
+MOST_WARPGROUPS = 3
+MOST_WGMMA_COLUMNS = 256
+"""Source: PTX ISA, wgmma.mma_async, shapes .m64n8k16 to .m64n256k16."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,26 @@ class Violation:
     note: str
 
 
+def takes_warpgroups(plan: Plan) -> bool:
+    """Whether consumer warpgroups compute, with wgmma."""
+    return len(plan.kernel.roles) > 1
+
+
+def _largest_tile(plan: Plan) -> Iterator[Violation]:
+    for path, size in (("tile.block_m", plan.block_m), ("tile.block_n", plan.block_n)):
+        if plan.arch.emits and size > LARGEST_TILE:
+            yield Violation(
+                "largest-tile",
+                path,
+                size,
+                f"must be at most {LARGEST_TILE}",
+                "indices past the end of the longest sequence fit 32 bits",
+            )
+
+
 def _mma_rows(plan: Plan) -> Iterator[Violation]:
+    if takes_warpgroups(plan):
+        return
     step = plan.arch.mma.m * plan.warps
     if plan.block_m % step:
         yield Violation(
@@ -36,6 +64,45 @@ def _mma_rows(plan: Plan) -> Iterator[Violation]:
             plan.block_m,
             f"must be a multiple of {step}",
             f"each of {plan.warps} warps owns rows in steps of {plan.arch.mma.m}",
+        )
+
+
+def _wgmma_rows(plan: Plan) -> Iterator[Violation]:
+    if not takes_warpgroups(plan) or plan.arch.wgmma is None:
+        return
+    step, count = plan.arch.wgmma.m, plan.kernel.worker.warpgroups
+    if plan.block_m % count or (plan.arch.has_mma_granularity and plan.block_m != step * count):
+        yield Violation(
+            "wgmma-rows",
+            "tile.block_m",
+            plan.block_m,
+            f"must be {step} for each consumer warpgroup" if step > 1 else f"must be a multiple of {count}",
+            f"{step * count} for {count}: each owns the rows of one wgmma"
+            if step > 1
+            else "warpgroups share the rows",
+        )
+
+
+def _wgmma_columns(plan: Plan) -> Iterator[Violation]:
+    if takes_warpgroups(plan) and plan.arch.emits and plan.block_n > MOST_WGMMA_COLUMNS:
+        yield Violation(
+            "wgmma-columns",
+            "tile.block_n",
+            plan.block_n,
+            f"must be at most {MOST_WGMMA_COLUMNS}",
+            "S of a block is one wgmma wide",
+        )
+
+
+def _warpgroups(plan: Plan) -> Iterator[Violation]:
+    count = plan.kernel.worker.warpgroups
+    if count > MOST_WARPGROUPS:
+        yield Violation(
+            "warpgroups",
+            "schedule.warpgroups",
+            count,
+            f"must be at most {MOST_WARPGROUPS}",
+            "a fourth would leave each thread fewer than 128 registers",
         )
 
 
@@ -55,7 +122,10 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
     limit = plan.arch.smem_bytes_per_block
     for kernel in plan.kernels:
         if kernel.smem_bytes > limit:
-            parts = " + ".join(f"{b.name} {b.size_bytes}" for b in kernel.buffers if b.overlays is None)
+            sizes = {buffer.name: buffer.size_bytes for buffer in kernel.buffers if buffer.overlays is None}
+            if rest := kernel.smem_bytes - sum(sizes.values()):
+                sizes["barriers"] = rest
+            parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
             yield Violation(
                 "shared-memory",
                 "tile.block_n",
@@ -65,26 +135,37 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
             )
 
 
+def free_registers(plan: Plan) -> int:
+    """Registers a thread of the computing role has for its tiles."""
+    held = plan.kernel.worker.registers
+    if held is not None and plan.arch.emits:
+        return held - SPARE_WARPGROUP_REGISTERS[held]
+    return plan.arch.registers_per_thread - SPARE_REGISTERS
+
+
+def tiles_in_registers(plan: Plan) -> tuple[RegTile, ...]:
+    """The tiles that have registers of their own: P shares those of S, except where it outlives the next S."""
+    tiles = plan.kernel.worker.reg_tiles
+    return tiles if takes_warpgroups(plan) else tuple(tile for tile in tiles if tile.layout == "accumulator")
+
+
 def _registers(plan: Plan) -> Iterator[Violation]:
-    limit = plan.arch.registers_per_thread - SPARE_REGISTERS
-    for kernel in plan.kernels:
-        (role,) = kernel.roles
-        tiles = [tile for tile in kernel.reg_tiles if tile.layout == "accumulator"]
-        used = sum(tile.registers_per_thread(role.warps) for tile in tiles)
-        if used > limit:
-            parts = " + ".join(f"{tile.name} {tile.registers_per_thread(role.warps)}" for tile in tiles)
-            yield Violation(
-                "registers",
-                "tile.block_n",
-                plan.block_n,
-                f"asks for {used} accumulator registers a thread and {limit} are free",
-                f"{parts} = {used}; {SPARE_REGISTERS} of {plan.arch.registers_per_thread} do the rest",
-            )
+    free, warps = free_registers(plan), plan.kernel.worker.warps
+    used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
+    if sum(used.values()) > free:
+        parts = " + ".join(f"{name} {count}" for name, count in used.items())
+        yield Violation(
+            "registers",
+            "tile.block_n",
+            plan.block_n,
+            f"asks for {sum(used.values())} registers a thread in tiles and {free} are free",
+            f"{parts} = {sum(used.values())}",
+        )
 
 
 def _threads(plan: Plan) -> Iterator[Violation]:
     limit = plan.arch.threads_per_block // 32
-    if plan.warps > limit:
+    if not takes_warpgroups(plan) and plan.warps > limit:
         yield Violation(
             "threads-per-block",
             "schedule.warps",
@@ -99,16 +180,24 @@ def _stages(plan: Plan) -> Iterator[Violation]:
         yield Violation(
             "serial-stages", "schedule.stages", plan.stages, "must be 1", "serial overlaps nothing"
         )
-    if plan.stages > 8:
+    if plan.stages > MOST_STAGES:
         yield Violation(
-            "stages", "schedule.stages", plan.stages, "must be at most 8", "copies in flight are few"
+            "stages",
+            "schedule.stages",
+            plan.stages,
+            f"must be at most {MOST_STAGES}",
+            "copies in flight are few",
         )
 
 
 RULES: dict[str, Callable[[Plan], Iterator[Violation]]] = {
     "threads-per-block": _threads,
     "stages": _stages,
+    "warpgroups": _warpgroups,
+    "largest-tile": _largest_tile,
     "mma-rows": _mma_rows,
+    "wgmma-rows": _wgmma_rows,
+    "wgmma-columns": _wgmma_columns,
     "mma-k-step": _mma_k_step,
     "shared-memory": _shared_memory,
     "registers": _registers,

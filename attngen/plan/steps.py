@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from attngen.expr import Expr, KeyRange
-from attngen.plan.places import BlockIndex, Cursor, Range, RegTile, RegVec, Rows, Tensor, View
+from attngen.plan.places import BlockIndex, Cursor, NamedBarriers, Range, RegTile, RegVec, Rows, Tensor, View
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ForBlocks(Step):
         return f"for {self.index} in {self.range} ({self.range.tile_class} tiles):"
 
 
-Condition = Literal["tile has blocks", "scale is negative", "m sees n"]
-"""Closed set of run-time conditions, uniform over the block. `m sees n`: the mask lets some row of block m see some
-key of block n."""
+Condition = Literal["tile has blocks", "scale is negative", "m sees n", "last warpgroup"]
+"""Closed set of run-time conditions, uniform over the warpgroup. `m sees n`: the mask lets some row of block m see
+some key of block n."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,80 @@ class SyncThreads(Step):
 
     def __str__(self) -> str:
         return "sync threads"
+
+
+@dataclass(frozen=True)
+class WaitFull(Step):
+    """Wait until the stage that the cursor stands at has been filled.
+
+    Attributes:
+        together: the compiler is told that a warp's threads go on together, which keeps what follows in uniform
+            registers but takes a vote: for waits outside the loops over keys.
+    """
+
+    cursor: Cursor
+    together: bool = False
+
+    def __str__(self) -> str:
+        return f"wait until {self.cursor.name} is full"
+
+
+@dataclass(frozen=True)
+class WaitEmpty(Step):
+    """Wait until every consumer has released the stage that the cursor stands at."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"wait until {self.cursor.name} is empty"
+
+
+@dataclass(frozen=True)
+class Release(Step):
+    """Hand the stage back to its producer; one thread of the warpgroup arrives."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"release {self.cursor.name}"
+
+
+@dataclass(frozen=True)
+class TakeTurn(Step):
+    """Wait for this warpgroup's turn to issue GEMMs."""
+
+    turn: NamedBarriers
+
+    def __str__(self) -> str:
+        return "take turn"
+
+
+@dataclass(frozen=True)
+class PassTurn(Step):
+    """Give the turn to the next warpgroup, without waiting."""
+
+    turn: NamedBarriers
+
+    def __str__(self) -> str:
+        return "pass turn to the next warpgroup"
+
+
+@dataclass(frozen=True)
+class SyncWarpgroup(Step):
+    """Wait for all threads of the warpgroup; orders their shared memory accesses."""
+
+    barriers: NamedBarriers
+
+    def __str__(self) -> str:
+        return "sync warpgroup"
+
+
+@dataclass(frozen=True)
+class FenceAsync(Step):
+    """Let the copy engine and wgmma see what this thread's ordinary stores wrote to shared memory."""
+
+    def __str__(self) -> str:
+        return "fence: stores before asynchronous reads"
 
 
 @dataclass(frozen=True)
@@ -207,6 +281,56 @@ class StoreRows(Step):
         return f"store {self.dst}[{self.block}] <- {self.src}"
 
 
+@dataclass(frozen=True)
+class TmaLoad(Step):
+    """Have the copy engine fill the stage of a ring with a block of rows of this tile's head; `full` tells when.
+
+    Rows past the sequence and columns past the head dim arrive as zeros.
+
+    Attributes:
+        keep: what the L2 cache is to do with the lines.
+    """
+
+    dst: View
+    src: Tensor
+    block: BlockIndex
+    keep: Literal["evict_first", "evict_last"]
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StageTile(Step):
+    """Round an accumulator to the type of a buffer in panels and write it there, each warp its rows."""
+
+    src: RegTile
+    dst: View
+
+    def __str__(self) -> str:
+        return f"stage {self.dst} <- {self.src}"
+
+
+@dataclass(frozen=True)
+class TmaStore(Step):
+    """Have the copy engine write this warpgroup's rows of a buffer to device memory; what lies past it is dropped."""
+
+    src: View
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class WaitStores(Step):
+    """Wait until the copy engine has read what this warpgroup's stores were to write."""
+
+    def __str__(self) -> str:
+        return "wait until the stores have read shared memory"
+
+
 # ---- GEMM -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ScoreGemm(Step):
@@ -235,6 +359,46 @@ class OutputGemm(Step):
 
     def __str__(self) -> str:
         return f"{self.acc} += {self.a} {self.b}"
+
+
+@dataclass(frozen=True)
+class IssueScoreGemm(Step):
+    """Start acc = a bᵀ on the tensor core, both in shared memory, and close the group. Asynchronous."""
+
+    acc: RegTile
+    a: View
+    b: View
+
+    def __str__(self) -> str:
+        return f"issue {self.acc} = {self.a} {self.b}ᵀ"
+
+
+@dataclass(frozen=True)
+class IssueOutputGemm(Step):
+    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group."""
+
+    acc: RegTile
+    a: RegTile
+    b: View
+
+    def __str__(self) -> str:
+        return f"issue {self.acc} += {self.a} {self.b}"
+
+
+@dataclass(frozen=True)
+class WaitGemm(Step):
+    """Wait until at most `pending` groups of this warpgroup's GEMMs are in flight, the newest ones.
+
+    Attributes:
+        lands: the register tiles that are the warpgroup's own again: accumulators and A operands.
+    """
+
+    pending: int
+    lands: tuple[RegTile, ...]
+
+    def __str__(self) -> str:
+        newest = f", {self.pending} newest may be in flight" if self.pending else ""
+        return f"wait for {', '.join(map(str, self.lands))}{newest}"
 
 
 # ---- softmax ----------------------------------------------------------------------------------------------------
@@ -323,13 +487,20 @@ class ConvertP(Step):
 
 @dataclass(frozen=True)
 class ScaleRows(Step):
-    """Multiply every row of an accumulator by its factor."""
+    """Multiply every row of an accumulator by its factor.
+
+    Attributes:
+        votes: a warp all of whose factors are 1 leaves its rows alone, which changes no value.
+    """
 
     o: RegTile
     by: RegVec
+    votes: bool = False
 
     def __str__(self) -> str:
-        return f"{self.o} = {self.o} * {self.by}"
+        return f"{self.o} = {self.o} * {self.by}" + (
+            ", unless they are 1 in the whole warp" if self.votes else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -354,6 +525,27 @@ class FinishRows(Step):
 
     def __str__(self) -> str:
         return f"{self.inv_sum}, {self.lse} = 1 / {self.row_sum}, log-sum-exp"
+
+
+# ---- scheduler --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DrawTile(Step):
+    """Draw the number of the next tile from the counter of the launch, and publish it to the consumers."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"draw the next tile, publish it in {self.cursor.name}"
+
+
+@dataclass(frozen=True)
+class TakeTile(Step):
+    """Go on to the tile whose number the producer published."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"take the next tile from {self.cursor.name}"
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
+from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 
 Layout = Literal["bshd", "bhsd"]
-LONGEST = 2**30
-"""Lengths stay below this, so that index expressions fit 32 bits."""
 ROW_ALIGNMENT = 16
 """Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
 
@@ -96,8 +95,8 @@ def check_arguments(
             "each key head serves a group",
         )
     for name, length in (("q", seqlen_q), ("k", seqlen_k)):
-        if length >= LONGEST:
-            raise ArgumentError(name, f"length {length}", f"less than {LONGEST}")
+        if length > LARGEST_LENGTH:
+            raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
     if out is not None:
         _check_shape("out", out, layout, (batch, seqlen_q, num_heads_q, manifest.head_dim_v))
         _check_overlap(out, {"q": q, "k": k, "v": v})

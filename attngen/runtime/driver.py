@@ -1,11 +1,13 @@
 """The CUDA driver: loading a cubin and launching its kernels. The one module that calls it."""
 
+import ctypes
 from functools import cache
 from typing import Any
 
 from attngen.arch import ARCHS
 from attngen.errors import ToolchainError
 
+TENSOR_MAP_BYTES = 128
 _MAX_DYNAMIC_SMEM = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
 
 
@@ -79,6 +81,44 @@ class Module:
         driver = _driver()
         kernel = _check(driver.cuLibraryGetKernel(self._library, name.encode()), f"finding kernel {name}")
         return Function(self, kernel, smem_bytes)
+
+
+def encode_tensor_map(
+    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], element_bytes: int
+) -> bytes:
+    """A descriptor of 16-bit elements with a 128-byte swizzle; out of bounds reads as zeros.
+
+    Args:
+        address: of the first element, a multiple of 16.
+        dims: extents, fastest first.
+        strides: of all dimensions but the first, in bytes.
+        box: extents of one copy.
+        element_bytes: of one element.
+
+    Raises:
+        ToolchainError: the driver refused.
+    """
+    driver = _driver()
+    types = driver.CUtensorMapDataType
+    formats = {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}
+    u64, u32 = driver.cuuint64_t, driver.cuuint32_t
+    encoded = driver.cuTensorMapEncodeTiled(
+        formats[element_bytes],
+        len(dims),
+        address,
+        [u64(extent) for extent in dims],
+        [u64(stride) for stride in strides],
+        [u32(extent) for extent in box],
+        [u32(1)] * len(dims),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    made = _check(
+        encoded, f"describing a tensor of {dims} with strides of {strides} bytes to the copy engine"
+    )
+    return ctypes.string_at(made.getPtr(), TENSOR_MAP_BYTES)
 
 
 def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int) -> None:

@@ -6,29 +6,34 @@ pointers, which are checked every time. Nothing is copied, padded or synchronise
 
 import ctypes
 import math
-import operator
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import KernelEntry, Manifest
-from attngen.errors import ArgumentError, InternalError
+from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
-from attngen.runtime.driver import Function, Module, check_device, launch
+from attngen.runtime.counters import COUNTERS
+from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch
+from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
 SMALLEST_SCALE = 2.0**-126
 """FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
 LARGEST_GRID = 2**31 - 1
 MOST_SIGNATURES = 4096
 """Signatures remembered per kernel; a program with more starts over."""
-_FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f"}
-_SIZES = {"pointer": 8, "i64": 8, "i32": 4, "f32": 4}
+_FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f", "tensor_map": "128s"}
+_SIZES = {"pointer": 8, "i64": 8, "i32": 4, "f32": 4, "tensor_map": TENSOR_MAP_BYTES}
+_ALIGNMENTS = {**_SIZES, "tensor_map": 64}
+_WORD = 8
+COUNTER = "counter.ptr"
 
 
 @dataclass(frozen=True)
@@ -49,42 +54,66 @@ class _Arguments(threading.local):
     """
 
     def __init__(self, template: bytes) -> None:
-        self.struct = ctypes.create_string_buffer(template, len(template))
-        self.array = (ctypes.c_void_p * 1)(ctypes.addressof(self.struct))
+        alignment = _ALIGNMENTS["tensor_map"]
+        self._memory = ctypes.create_string_buffer(len(template) + alignment)
+        start = -(-ctypes.addressof(self._memory) // alignment) * alignment
+        ctypes.memmove(start, template, len(template))
+        self.words = (ctypes.c_uint64 * (len(template) // _WORD)).from_address(start)
+        self.array = (ctypes.c_void_p * 1)(start)
         self.address = ctypes.addressof(self.array)
 
 
 @dataclass(frozen=True)
 class _PreparedLaunch:
-    """A launch of one signature: everything but the pointers, which come first in the struct."""
+    """A launch of one signature: everything but the addresses.
+
+    Attributes:
+        patches: (word of the struct, number of the address that goes there).
+        encodings: the same for tensor maps that must be encoded anew for every address.
+    """
 
     function: Function
     grid: int
     threads: int
     smem_bytes: int
     arguments: _Arguments
-    pick: Callable[[tuple[int, ...]], tuple[int, ...]]
-    pack_into: Callable[..., None]
+    patches: tuple[tuple[int, int], ...]
+    encodings: tuple[tuple[int, int, MapGeometry], ...]
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Everything about a signature that does not change from call to call."""
+    """Everything about a signature that does not change from call to call.
+
+    Attributes:
+        draws_tiles: whether the kernels need a tile counter, whose address is then the last one.
+    """
 
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     workspaces: tuple[tuple[int, ...], ...]
     launches: tuple[_PreparedLaunch, ...]
+    draws_tiles: bool
 
 
-def _struct_format(kernel: KernelEntry) -> str:
-    """The kernel's parameter struct for `struct`: naturally aligned fields in order."""
-    format_, offset = "=", 0
+def _offsets(kernel: KernelEntry) -> dict[str, int]:
+    """Where each field of the kernel's parameter struct starts, in bytes, by its value's name."""
+    offsets, end = {}, 0
     for param in kernel.params:
-        padding = -offset % _SIZES[param.ctype]
-        format_ += f"{padding}x" * bool(padding) + _FORMATS[param.ctype]
-        offset += padding + _SIZES[param.ctype]
-    return format_
+        offsets[param.value] = end + -end % _ALIGNMENTS[param.ctype]
+        end = offsets[param.value] + _SIZES[param.ctype]
+    return offsets
+
+
+def _pack(kernel: KernelEntry, values: Mapping[str, Any]) -> bytes:
+    """The kernel's parameter struct, up to a multiple of its widest alignment."""
+    offsets = _offsets(kernel)
+    widest = max(_ALIGNMENTS[param.ctype] for param in kernel.params)
+    end = max(offsets[param.value] + _SIZES[param.ctype] for param in kernel.params)
+    data = bytearray(end + -end % widest)
+    for param in kernel.params:
+        struct.pack_into(f"={_FORMATS[param.ctype]}", data, offsets[param.value], values[param.value])
+    return bytes(data)
 
 
 class Launcher:
@@ -93,6 +122,7 @@ class Launcher:
     Args:
         manifest: what to launch and with what.
         cubin: the machine code.
+        shorter: launchers of kernels for fewer keys, the fewest first.
         load: makes a module of a cubin; tests pass a recorder.
         start: launches; tests pass a recorder.
     """
@@ -101,18 +131,23 @@ class Launcher:
         self,
         manifest: Manifest,
         cubin: bytes,
+        shorter: "tuple[Launcher, ...]" = (),
         load: Callable[[bytes], Any] = Module,
         start: Callable[..., None] = launch,
     ) -> None:
         self.manifest = manifest
+        self._shorter = shorter
         self._start = start
         self._load = lambda: load(cubin)
         self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
         self._output_is_input = manifest.output == manifest.inputs
-        self._pointers = ("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr") + tuple(
-            f"workspace.{space.name}" for space in manifest.workspaces
+        self._draws_tiles = any(p.value == COUNTER for kernel in manifest.kernels for p in kernel.params)
+        self._addresses = (
+            *("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr"),
+            *(f"workspace.{space.name}" for space in manifest.workspaces),
+            *((COUNTER,) if self._draws_tiles else ()),
         )
 
     def __call__(
@@ -135,7 +170,7 @@ class Launcher:
         )  # fmt: skip
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepare(q, k, v, softmax_scale, out, layout)
+            prepared = self._serving(k, layout)._prepare(q, k, v, softmax_scale, out, layout)
             if len(self._prepared) >= MOST_SIGNATURES:
                 self._prepared.clear()
             self._prepared[key] = prepared
@@ -147,7 +182,7 @@ class Launcher:
             out = q.new_empty(shape) if self._output_is_input else q.new_empty(shape, dtype=self._output)
         lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
         spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
-        pointers = (
+        addresses = (
             q_pointer,
             k_pointer,
             v_pointer,
@@ -158,16 +193,31 @@ class Launcher:
         index: int = device.index
         stream = torch._C._cuda_getCurrentRawStream(index)
         if torch._C._cuda_getDevice() == index:
-            self._launch(prepared, pointers, stream)
+            self._launch(prepared, addresses, index, stream)
         else:
             with torch.cuda.device(device):
-                self._launch(prepared, pointers, stream)
+                self._launch(prepared, addresses, index, stream)
         return out, lse
 
-    def _launch(self, prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
+    def _serving(self, k: torch.Tensor, layout: str) -> "Launcher":
+        """Which launcher takes a call with this K."""
+        if k.dim() == 4:
+            for launcher in self._shorter:
+                if k.shape[2 if layout == "bhsd" else 1] <= (launcher.manifest.up_to or 0):
+                    return launcher
+        return self
+
+    def _launch(self, prepared: _Prepared, addresses: tuple[int, ...], device: int, stream: int) -> None:
+        if prepared.draws_tiles:
+            addresses = (*addresses, COUNTERS.address(device, stream))
         for ready in prepared.launches:
             arguments = ready.arguments
-            ready.pack_into(arguments.struct, 0, *ready.pick(pointers))
+            words = arguments.words
+            for word, number in ready.patches:
+                words[word] = addresses[number]
+            for word, number, map_ in ready.encodings:
+                start = ctypes.addressof(words) + word * _WORD
+                ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
             self._start(
                 ready.function, ready.grid, ready.threads, ready.smem_bytes, stream, arguments.address
             )
@@ -188,63 +238,96 @@ class Launcher:
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)
         sample = torch.empty(out_shape, device="meta") if out is None else out
         scale = 1 / math.sqrt(self.manifest.head_dim_qk) if softmax_scale is None else softmax_scale
-        values: dict[str, float] = {
-            **problem.sizes,
+        sizes = {**problem.sizes, "num_sms": _num_sms(self.manifest, q.device)}
+        values: dict[str, Any] = {
+            **sizes,
             "softmax_scale_log2": max(abs(scale), SMALLEST_SCALE) * math.log2(math.e),
             "scale_is_negative": int(scale < 0),
-            **dict.fromkeys(self._pointers, 0),
+            **dict.fromkeys(self._addresses, 0),
         }
-        steps = (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", strides(sample, layout)))
-        for name, (batch, seqlen, head) in steps:
+        steps = {"q": problem.q, "k": problem.k, "v": problem.v, "out": strides(sample, layout)}
+        for name, (batch, seqlen, head) in steps.items():
             values |= {
                 f"{name}.stride_batch": batch,
                 f"{name}.stride_seqlen": seqlen,
                 f"{name}.stride_head": head,
             }
-        reports = explain_launch(self.manifest, problem)
+        maps = {
+            entry.tensor: geometry(entry, sizes, steps[entry.tensor])
+            for kernel in self.manifest.kernels
+            for entry in kernel.tensor_maps
+        }
+        values |= {f"map.{tensor}": encode(map_, 0) for tensor, map_ in maps.items()}
+        reports = explain_launch(self.manifest, problem, sizes["num_sms"])
+        launches = tuple(
+            self._prepare_launch(report, values, maps, q.device) for report in reports if report.grid
+        )
         return _Prepared(
             out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
             tuple(
-                tuple(evaluate_formula(size, problem.sizes) for size in space.shape)
+                tuple(evaluate_formula(size, sizes) for size in space.shape)
                 for space in self.manifest.workspaces
             ),
-            tuple(self._prepare_launch(report, values, q.device) for report in reports if report.grid),
+            launches,
+            self._draws_tiles and bool(launches),
         )
 
     def _prepare_launch(
-        self, report: LaunchReport, values: dict[str, float], device: torch.device
+        self,
+        report: LaunchReport,
+        values: dict[str, Any],
+        maps: dict[str, MapGeometry],
+        device: torch.device,
     ) -> _PreparedLaunch:
-        """Pack what does not change; the pointers must be the first fields."""
+        """Pack what does not change, and tell where the addresses go."""
         kernel = next(kernel for kernel in self.manifest.kernels if kernel.name == report.kernel)
         if not self._functions:
             module = self._load()  # type: ignore[no-untyped-call]
             self._functions = {k.name: module.function(k.name, k.smem_bytes) for k in self.manifest.kernels}
         function = self._functions[kernel.name]
         function.prepare(device.index)
-        pointers = [param.value for param in kernel.params if param.ctype == "pointer"]
-        if [param.value for param in kernel.params[: len(pointers)]] != pointers:
-            raise InternalError(f"the pointers of {kernel.name} do not come first in its parameters")
-        template = struct.pack(_struct_format(kernel), *(values[param.value] for param in kernel.params))
+        words = {name: offset // _WORD for name, offset in _offsets(kernel).items()}
+        patches = {words[name]: name for name in self._addresses if name in words}
+        tensors = {words[f"map.{entry.tensor}"]: entry.tensor for entry in kernel.tensor_maps}
+        encodings: dict[int, str] = {}
+        (patches if not tensors or address_comes_first() else encodings).update(
+            {word: f"{tensor}.ptr" for word, tensor in tensors.items()}
+        )
         return _PreparedLaunch(
             function,
             report.grid,
             report.threads,
             report.smem_bytes,
-            _Arguments(template),
-            operator.itemgetter(*(self._pointers.index(name) for name in pointers)),
-            struct.Struct(f"={len(pointers)}Q").pack_into,
+            _Arguments(_pack(kernel, values)),
+            tuple((word, self._addresses.index(name)) for word, name in patches.items()),
+            tuple(
+                (word, self._addresses.index(name), maps[tensors[word]]) for word, name in encodings.items()
+            ),
         )
 
 
-def explain_launch(manifest: Manifest, problem: Problem) -> tuple[LaunchReport, ...]:
+def _num_sms(manifest: Manifest, device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return ARCHS[manifest.arch].num_sms
+
+
+def explain_launch(
+    manifest: Manifest, problem: Problem, num_sms: int | None = None
+) -> tuple[LaunchReport, ...]:
     """What a call of these sizes launches, from the manifest alone.
+
+    Args:
+        manifest: of the kernel.
+        problem: the sizes of the call.
+        num_sms: of the GPU; the manifest's arch tells where None.
 
     Raises:
         ArgumentError: the grid would be larger than CUDA allows.
     """
     kernels = {kernel.name: kernel for kernel in manifest.kernels}
-    sizes = problem.sizes
+    sizes = {**problem.sizes, "num_sms": num_sms or ARCHS[manifest.arch].num_sms}
     workspace_bytes = {
         space.name: 4 * math.prod(evaluate_formula(size, sizes) for size in space.shape)
         for space in manifest.workspaces

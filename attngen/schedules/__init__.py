@@ -1,4 +1,4 @@
-"""Schedules: places -> program. One file each; a new schedule is one function and one line of this table."""
+"""Schedules: places -> a program for each role. One file each; a new schedule is one function and one line here."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,15 @@ from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.serial import serial
 from attngen.schedules.tiles import Places
+from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
+"""Schedules that every warp runs alike."""
 
-__all__ = ["SCHEDULES", "Places"]
+WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] = {
+    "warp_specialized": warp_specialized,
+    "pingpong": pingpong,
+}
+"""Schedules of a producer and consumer warpgroups."""
+
+__all__ = ["SCHEDULES", "WARPGROUP_SCHEDULES", "Places", "RingCursors", "WarpgroupPlaces"]

@@ -1,32 +1,44 @@
 """The simulator: the living definition of a plan, on the CPU.
 
 It runs each role's program, one function per Step, over simulated shared memory. It computes what the
-kernel computes, and faults on races, on reads of what nobody wrote and on deadlocks. It times nothing and
-emits nothing.
+kernel computes, and faults on races, on reads of what nobody wrote and on deadlocks. With
+a cost for each Step it draws the timeline of one SM. It emits nothing.
 """
 
+from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction
 from attngen.simulate.run import STEPS_SIMULATED, count, simulate
 from attngen.simulate.tiles import BlockBounds, Sizes, block_bounds, tiles
+from attngen.simulate.timeline import UNITS, Interval, Prediction, Timeline, Unit, predict, timeline
 from attngen.simulate.trace import Trace, trace
 from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
 
 __all__ = [
+    "COSTS",
     "STEPS_SIMULATED",
+    "UNITS",
     "BlockBounds",
+    "Costs",
     "Event",
+    "Interval",
+    "Prediction",
     "RoleRun",
     "SimulationFault",
     "Sizes",
     "StepFunction",
+    "Timeline",
     "Trace",
     "Traffic",
+    "Unit",
     "block_bounds",
     "closed_form",
+    "costs_of",
     "count",
+    "predict",
     "simulate",
     "standard_algorithm",
     "tiles",
+    "timeline",
     "trace",
 ]

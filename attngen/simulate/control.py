@@ -1,15 +1,18 @@
-"""What the Steps of control and synchronisation do."""
+"""What the Steps of control and of the scheduler do."""
 
 from attngen.plan import BlockIndex
-from attngen.plan.steps import Advance, ForBlocks, ForTiles, Note, ReadTile, SyncThreads, When, WhenBlock
-from attngen.simulate.roles import RoleRun, Run, Wait
+from attngen.plan.steps import DrawTile, ForBlocks, ForTiles, Note, ReadTile, TakeTile, When, WhenBlock
+from attngen.simulate.roles import RoleRun, Run
 
 
 def for_tiles(step: ForTiles, role: RoleRun) -> Run:
     """Run the body for every tile of the block."""
-    for tile in role.block.tiles:
+    tiles = role.block.tiles
+    while (tile := tiles.tile(role.tile_number)) is not None:
         role.start_tile(tile)
         yield from role.run(step.body)
+        if not tiles.is_drawn_from:
+            return
 
 
 def for_blocks(step: ForBlocks, role: RoleRun) -> Run:
@@ -34,6 +37,8 @@ def when(step: When, role: RoleRun) -> Run:
 def _holds(step: When, role: RoleRun) -> bool:
     if step.condition == "scale is negative":
         return role.call.scale_is_negative
+    if step.condition == "last warpgroup":
+        return role.warpgroup == role.warpgroups - 1
     if step.condition == "tile has blocks":
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
@@ -48,23 +53,17 @@ def when_block(step: WhenBlock, role: RoleRun) -> Run:
         yield from role.run(step.body)
 
 
-def sync_threads(step: SyncThreads, role: RoleRun) -> Run | None:
-    """Meet all warps of the block; what they wrote before is visible after."""
-    barrier = role.block.barrier
-    epoch = barrier.epoch
-    barrier.arrive()
-    return None if barrier.epoch > epoch else _wait_at(role, epoch)
+def draw_tile(step: DrawTile, role: RoleRun) -> None:
+    """Draw the next tile's number, write it to the slot and arrive at the ring's `full`."""
+    role.tile_number = role.block.tiles.draw()
+    barriers = role.stage_barriers(step.cursor)
+    role.publish_tile(takers=barriers.empty.parties)
+    barriers.full.arrive(role.clock)
 
 
-def _wait_at(role: RoleRun, epoch: int) -> Run:
-    barrier = role.block.barrier
-    what = f"all roles at SyncThreads, {barrier.arrived} of {barrier.parties} there"
-    yield Wait(what, lambda: barrier.epoch > epoch)
-
-
-def advance(step: Advance, role: RoleRun) -> None:
-    """Move the cursor on, round its ring."""
-    role.cursors[step.cursor] = (role.cursors.get(step.cursor, 0) + 1) % step.cursor.stages
+def take_tile(step: TakeTile, role: RoleRun) -> None:
+    """Read the number of the next tile."""
+    role.take_tile()
 
 
 def read_tile(step: ReadTile, role: RoleRun) -> None:

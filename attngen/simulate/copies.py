@@ -11,11 +11,17 @@ from attngen.plan.steps import (
     LoadFragment,
     LoadRows,
     LoadTile,
+    StageTile,
     StoreFragment,
     StoreRows,
     StoreTile,
+    TmaLoad,
+    TmaStore,
     WaitCopies,
+    WaitStores,
 )
+from attngen.simulate.barriers import copies_into
+from attngen.simulate.clocks import Stamp
 from attngen.simulate.roles import RoleRun
 
 
@@ -43,7 +49,23 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
         )
         raise role.fault("out of bounds", message, step.src.name)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    role.start_copy(step.dst, values, valid)
+    role.started += role.start_copy(step.dst, values, valid)
+
+
+def tma_load(step: TmaLoad, role: RoleRun) -> None:
+    """Have the copy engine fill a stage; `full` completes when the bytes have landed, which is as late as may be."""
+    buffer = step.dst.buffer
+    first = _first_row(role, step.src, step.block, buffer.rows)
+    values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
+    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, buffer.rows))
+    assert step.dst.cursor is not None
+    full = role.stage_barriers(step.dst.cursor).full
+
+    def land() -> None:
+        for cell, rows in parts:
+            cell.fill(rows, Stamp(copies_into(full.name), full.completed))
+
+    full.expect(land, role.clock)
 
 
 def commit_copies(step: CommitCopies, role: RoleRun) -> None:
@@ -70,6 +92,25 @@ def store_tile(step: StoreTile, role: RoleRun) -> None:
     role.device.write(step.dst, role.tile, first, role.read_shared(step.src), (buffer.rows, buffer.cols))
 
 
+def stage_tile(step: StageTile, role: RoleRun) -> None:
+    """Round an accumulator and write it to the warpgroup's own rows."""
+    dtype = step.dst.buffer.dtype
+    role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
+
+
+def tma_store(step: TmaStore, role: RoleRun) -> None:
+    """Have the copy engine write the warpgroup's own rows; rows past the sequence are dropped."""
+    buffer = step.src.buffer
+    own = role.own_rows(buffer.rows)
+    first = _first_row(role, step.dst, step.block, buffer.rows) + own.start
+    role.device.write(step.dst, role.tile, first, role.read_by_store(step.src), (len(own), buffer.cols))
+
+
+def wait_stores(step: WaitStores, role: RoleRun) -> None:
+    """The first thread waits until its stores have read shared memory."""
+    role.land_stores()
+
+
 def load_fragment(step: LoadFragment, role: RoleRun) -> None:
     """Read an accumulator from a workspace; each thread reads what it wrote itself."""
     first = _first_row(role, step.src, step.block, step.dst.rows)
@@ -83,7 +124,7 @@ def store_fragment(step: StoreFragment, role: RoleRun) -> None:
     shape = (step.src.rows, step.src.cols)
     first = _first_row(role, step.dst, step.block, step.src.rows)
     role.device.write(step.dst, role.tile, first, role.read(step.src), shape)
-    role.block.rows_written[step.dst.name, first // step.src.rows] = role.block.barrier.epoch
+    role.block.rows_written[step.dst.name, first // step.src.rows] = role.now
 
 
 def load_rows(step: LoadRows, role: RoleRun) -> None:
@@ -91,7 +132,7 @@ def load_rows(step: LoadRows, role: RoleRun) -> None:
     first = _first_row(role, step.src, step.block, step.dst.rows)
     block = first // step.dst.rows
     _expect_written(role, step.src, block)
-    if role.block.rows_written[step.src.name, block] == role.block.barrier.epoch:
+    if not role.clock.knows(role.block.rows_written[step.src.name, block]):
         message = f"{step.src}[{block}] is read, and another lane wrote it since the last SyncThreads"
         raise role.fault("race", message, step.src.name)
     values = role.device.read(step.src, role.tile, first, (step.dst.rows,))
@@ -103,9 +144,10 @@ def store_rows(step: StoreRows, role: RoleRun) -> None:
     values = role.read(step.src)
     if not role.device.wants(step.dst):
         return
-    first = _first_row(role, step.dst, step.block, step.src.rows)
-    role.device.write(step.dst, role.tile, first, values, (step.src.rows,))
-    role.block.rows_written[step.dst.name, first // step.src.rows] = role.block.barrier.epoch
+    own = role.own_rows(step.src.rows)
+    first = _first_row(role, step.dst, step.block, step.src.rows) + own.start
+    role.device.write(step.dst, role.tile, first, values, (len(own),))
+    role.block.rows_written[step.dst.name, first // step.src.rows] = role.now
 
 
 def _expect_written(role: RoleRun, place: Tensor | Rows, block: int) -> None:

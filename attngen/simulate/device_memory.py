@@ -14,7 +14,8 @@ class DeviceMemory:
     """Tensors by their name in the plan, each seen as (batch, heads, seqlen, cols) or (batch, heads, seqlen).
 
     Attributes:
-        members_written: how many heads have written block m of a place, by (name, m).
+        members_written: how many heads have written share i of a place, by (name, i).
+        share_rows: rows that are written to a place at a time: a block of them, or a warpgroup's part of one.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class DeviceMemory:
         self.traffic = traffic
         self.wanted = frozenset((*wanted, *self.tensors))
         self.members_written: dict[tuple[str, int], int] = {}
+        self.share_rows: dict[str, int] = {}
         for workspace in plan.workspaces if self.holds_values else ():
             shape = [evaluate_formula(size, sizes.values) for size in workspace.shape]
             self.tensors[workspace.name] = torch.full(shape, float("nan"))
@@ -89,8 +91,9 @@ class DeviceMemory:
         valid = self.valid_rows(place, first, shape[0])
         if self.traffic:
             self.traffic.count_written(place.name, len(tile.members) * valid * _row_bytes(place))
-        block = (place.name, first // shape[0])
-        self.members_written[block] = self.members_written.get(block, 0) + len(tile.members)
+        share = (place.name, first // shape[0])
+        self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
+        self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return
         batch, head, _ = tile.columns
@@ -105,9 +108,10 @@ class DeviceMemory:
         heads = self.sizes.batch * self.sizes.num_heads_q
         outputs = ["out", *(rows.name for rows in plan.rows if not rows.workspace and self.wants(rows))]
         for name in outputs:
-            for m in range(ceil_div(self.sizes.seqlen_q, plan.block_m)):
-                if self.members_written.get((name, m), 0) != heads:
-                    return name, m
+            rows = self.share_rows.get(name, plan.block_m)
+            for share in range(ceil_div(self.sizes.seqlen_q, rows)):
+                if self.members_written.get((name, share), 0) != heads:
+                    return name, share * rows // plan.block_m
         return None
 
 

@@ -7,10 +7,12 @@ from attngen.plan import Step
 
 Rule = Literal[
     "race",
+    "not fenced",
     "uninitialised read",
     "out of bounds",
     "never landed",
     "never written",
+    "never reset",
     "partial sum",
     "undefined index",
     "wrong grid",

@@ -1,50 +1,42 @@
-"""Running the roles of one block: each role's program is a coroutine, and a small scheduler drives them.
+"""The roles of a block at work: programs as coroutines, and a small scheduler that drives them.
 
-A blocking Step yields what it waits for; the scheduler resumes a role when that has come. When every role
-that is left waits, the block is deadlocked, and the fault says who waits for what.
+A blocking Step yields what it waits for; the scheduler resumes a role when that has come. When every role that is left
+waits, the block is deadlocked, and the fault says who waits for what. A role of several warpgroups runs once for each.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from attngen.plan import BlockIndex, Cursor, KernelPlan, Plan, Program, RegTile, RegVec, Role, Step, View
+from attngen.simulate.barriers import Barrier, NamedBarrier, StageBarriers, stage_barriers
+from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.device_memory import NOTHING, DeviceMemory
 from attngen.simulate.faults import Rule, SimulationFault
-from attngen.simulate.shared_memory import Complaint, Stage, lay_out
-from attngen.simulate.tiles import BlockBounds, Sizes, Tile, block_bounds, ceil_div
+from attngen.simulate.shared_memory import Cell, Complaint, divided_buffers, lay_out
+from attngen.simulate.tiles import BlockBounds, Sizes, Tile, TileSource, block_bounds, ceil_div
 
 
 @dataclass(frozen=True)
 class Wait:
-    """What a role that cannot go on waits for."""
+    """What a role that cannot go on waits for.
 
-    what: str
+    Attributes:
+        what: says it in words, as it stands when asked.
+        due: where time is simulated, when the role wants to go on; those that are due first go first.
+    """
+
+    what: Callable[[], str]
     has_come: Callable[[], bool]
+    due: int = 0
 
 
 Run = Generator[Wait, None, None]
 StepFunction = Callable[[Any, "RoleRun"], Run | None]
 """Runs one Step; a generator where it holds other Steps or may block."""
-
-
-class Barrier:
-    """What SyncThreads waits at: all roles of the block. `epoch` counts how often they have met."""
-
-    def __init__(self, parties: int) -> None:
-        self.parties = parties
-        self.arrived = 0
-        self.epoch = 0
-
-    def arrive(self) -> None:
-        """One more role is here; the last one opens the barrier."""
-        self.arrived += 1
-        if self.arrived == self.parties:
-            self.arrived = 0
-            self.epoch += 1
 
 
 @dataclass(frozen=True)
@@ -75,80 +67,138 @@ class Event:
     Attributes:
         step: which.
         tile: of the block that did it.
+        role: who did it.
         indices: the loops around it, outermost first: {"m": 0, "n": 3}.
     """
 
     step: Step
     tile: Tile
+    role: "RoleRun"
     indices: dict[str, int]
-    _role: "RoleRun"
 
     def value(self, place: RegTile | RegVec) -> torch.Tensor:
-        """What a register place holds now: (rows, cols) or (rows,), f32."""
-        return self._role.registers[place.name][0]
+        """What a register place holds now: (rows, cols) or (rows,), f32; of a role of warpgroups its own rows."""
+        return self.role.registers[place.name][0]
 
 
 class Block:
-    """One block of threads: its shared memory, its barrier and its roles."""
+    """One block of threads: its shared memory, its barriers and its roles.
 
-    def __init__(self, call: Call, kernel: KernelPlan, tile: Tile) -> None:
+    Attributes:
+        tiles: where it gets its tiles from; `first` is its own.
+    """
+
+    def __init__(self, call: Call, kernel: KernelPlan, tiles: TileSource, first: int) -> None:
         self.call = call
-        self.tiles = (tile,)
-        self.stages = lay_out(kernel.buffers)
-        self.barrier = Barrier(len(kernel.roles))
-        self.rows_written: dict[tuple[str, int], int] = {}  # block m of a workspace -> epoch
-        self.roles = [RoleRun(self, role) for role in kernel.roles]
+        self.tiles = tiles
+        self.first = first
+        divided = (name for role in kernel.roles for name in divided_buffers(role.program))
+        self.cells = lay_out(kernel.buffers, dict.fromkeys(divided, kernel.worker.warpgroups))
+        self.tile_slot = Cell("the tile slot")
+        self.rings: dict[str, tuple[StageBarriers, ...]] = {
+            ring.name: stage_barriers(ring, kernel.worker.warpgroups) for ring in kernel.rings
+        }
+        self.roles = [RoleRun(self, role, i) for role in kernel.roles for i in range(role.warpgroups)]
+        self.barrier = Barrier(len(self.roles))
+        self.named: dict[tuple[str, int], NamedBarrier] = {}
+        self.rows_written: dict[tuple[str, int], Stamp] = {}  # block m of a workspace
+        self._runs = {role: role.run(role.program) for role in self.roles}
+        self._waits: dict[RoleRun, Wait] = {}
 
-    def run(self) -> None:
-        """Run every role to its end.
+    @property
+    def is_done(self) -> bool:
+        """Whether every role has come to its end."""
+        return not self._runs
+
+    @property
+    def due(self) -> int:
+        """When the first of those roles wants to go on that can."""
+        return min(map(self._due, self._ready()), default=0)
+
+    def _ready(self) -> list["RoleRun"]:
+        return [role for role in self._runs if role not in self._waits or self._waits[role].has_come()]
+
+    def _due(self, role: "RoleRun") -> int:
+        return self._waits[role].due if role in self._waits else 0
+
+    def go_on(self) -> None:
+        """Run every role that is due to where it waits.
 
         Raises:
             SimulationFault: a program broke a rule, or no role can go on.
         """
-        programs = {role: role.run(role.program) for role in self.roles}
-        waits: dict[RoleRun, Wait] = {}
-        while programs:
-            ready = [role for role in programs if role not in waits or waits[role].has_come()]
-            if not ready:
-                who = "; ".join(f"{role.name} waits for {wait.what}" for role, wait in waits.items())
-                raise SimulationFault("deadlock", who, where=str(self.tiles[0]))
-            for role in ready:
-                waits.pop(role, None)
-                try:
-                    waits[role] = next(programs[role])
-                except StopIteration:
-                    del programs[role]
-        for role in self.roles:
-            role.finish()
+        ready = self._ready()
+        if not ready:
+            who = "; ".join(f"{role.name} waits for {wait.what()}" for role, wait in self._waits.items())
+            raise SimulationFault("deadlock", who, where=str(self.roles[0].tile))
+        first = min(map(self._due, ready))
+        for role in [role for role in ready if self._due(role) == first]:
+            self._waits.pop(role, None)
+            try:
+                self._waits[role] = next(self._runs[role])
+            except StopIteration:
+                del self._runs[role]
+                role.finish()
+        if self.is_done:
+            self._look_for_copies()
+
+    def _look_for_copies(self) -> None:
+        cells = (cell for parts in self.cells.values() for cell in parts)
+        for cell in cells:
+            if cell.in_flight:
+                message = f"the block ends with a copy into {cell.name} in flight"
+                raise SimulationFault("never landed", message, place=cell.name)
+
+
+@dataclass
+class Position:
+    """Where a role stands in a ring: the next stage, and the parity of the phase it waits for there."""
+
+    stage: int
+    phase: int
 
 
 class RoleRun:
-    """A role at work: where it stands in its program, and its private state. Every Step function takes one.
+    """A role at work, or one warpgroup of it: its place in its program and its private state. Steps take one.
 
     Attributes:
-        tile: the tile it works on.
+        name: for messages: "consumer 1".
+        warpgroup: which of the role's.
+        tile: the tile it works on; `tile_number`, which one is next to be taken up.
         variables: what block indices may start from, loops' indices included.
         loops: names of the loops around the present Step, outermost first.
-        registers: values by place, (members, rows, cols) or (members, rows), f32; of partial sums the total.
-        cursors: the stage each cursor stands at.
+        registers: values by place, (members, rows, cols) or (members, rows), f32, of this warpgroup's rows; of
+            partial sums the total.
+        clock: what all its threads know.
+        leader: what its first thread knows beside, who issues stores and releases stages.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
     """
 
-    def __init__(self, block: Block, role: Role) -> None:
-        self.name = role.name
+    def __init__(self, block: Block, role: Role, warpgroup: int) -> None:
+        self.name = f"{role.name} {warpgroup}" if role.warpgroups > 1 else role.name
         self.program = role.program
+        self.warpgroup, self.warpgroups = warpgroup, role.warpgroups
         self.block = block
         self.call = block.call
         self.device = block.call.device
         self.step: Step | None = None
-        self.tile = block.tiles[0]
+        self.tile_number = block.first
+        self.tile = block.tiles.of_block(block.first)
         self.variables: dict[str, int] = {}
         self.loops: list[str] = []
         self.registers: dict[str, torch.Tensor] = {}
-        self.cursors: dict[Cursor, int] = {}
-        self.started: list[tuple[Stage, torch.Tensor]] = []
-        self.groups: deque[list[tuple[Stage, torch.Tensor]]] = deque()
+        self.clock = Clock()
+        self.leader = Clock()
+        self.started: list[tuple[Cell, torch.Tensor]] = []
+        self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
+        self._is_one_thread = role.single_thread
+        self._epoch = 0
+        self._positions: dict[Cursor, Position] = {}
+        self._gemms_issued = 0
+        self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
+        self._stores_issued = 0
+        self._stores_in_flight: list[str] = []  # the buffers they read
         self._bounds: dict[int, BlockBounds] = {}
 
     def run(self, program: Program) -> Run:
@@ -160,12 +210,14 @@ class RoleRun:
             if inner is not None:
                 yield from inner
             if observer is not None:
-                observer(Event(step, self.tile, {name: self.variables[name] for name in self.loops}, self))
+                observer(Event(step, self.tile, self, {name: self.variables[name] for name in self.loops}))
 
+    # ---- tiles and indices ------------------------------------------------------------------------------------------
     def start_tile(self, tile: Tile) -> None:
         """Take a tile up; its bounds become block indices."""
         sizes, plan = self.call.sizes, self.call.plan
         self.tile = tile
+        self._bounds.clear()
         self.variables = {
             "zero": 0,
             "m_max": ceil_div(sizes.seqlen_q, plan.block_m),
@@ -188,18 +240,55 @@ class RoleRun:
             raise self.fault("undefined index", f"{block.base} means nothing here", block.base)
         return self.variables[block.base] + block.offset
 
+    def own_rows(self, rows: int) -> range:
+        """Of that many rows those that this warpgroup works on."""
+        share = rows // self.warpgroups
+        return range(self.warpgroup * share, (self.warpgroup + 1) * share)
+
     @property
     def valid_query_rows(self) -> int:
-        """Rows of the present block of queries that exist."""
+        """Rows of the present block of queries that are its own and exist."""
         block = self.variables.get("m", self.variables.get("m_block", 0))
-        return max(0, min(self.call.plan.block_m, self.call.sizes.seqlen_q - block * self.call.plan.block_m))
+        own = self.own_rows(self.call.plan.block_m)
+        first = block * self.call.plan.block_m + own.start
+        return max(0, min(len(own), self.call.sizes.seqlen_q - first))
 
-    # ---- registers ------------------------------------------------------------------------------------
+    # ---- who knows what ---------------------------------------------------------------------------------------------
+    @property
+    def now(self) -> Stamp:
+        """Of an ordinary access; those that follow the same meeting of its threads are one."""
+        return Stamp(self.name, self._epoch)
+
+    def meet(self) -> None:
+        """All threads of the role know what each has done and knows."""
+        self._epoch += 1
+        self.clock.see(self.name, self._epoch)
+        self.clock.join(self.leader)
+
+    @property
+    def leaders_clock(self) -> Clock:
+        """What the first thread knows."""
+        self.leader.join(self.clock)
+        return self.leader
+
+    def position(self, cursor: Cursor | None) -> Position:
+        """Where it stands in a ring."""
+        if cursor is None:
+            return Position(0, 0)
+        return self._positions.setdefault(cursor, Position(0, int(cursor.fills)))
+
+    def stage_barriers(self, cursor: Cursor) -> StageBarriers:
+        """The mbarriers of the stage it stands at."""
+        assert cursor.ring is not None
+        return self.block.rings[cursor.ring.name][self.position(cursor).stage]
+
+    # ---- registers --------------------------------------------------------------------------------------------------
     def read(self, place: RegTile | RegVec, partial: bool = False) -> torch.Tensor:
         """The values of a register place; `partial`: the Step takes each lane's own part of a sum."""
         if isinstance(place, RegVec) and place.partial != partial:
             kind = "one lane's part" if place.partial else "a whole value"
             raise self.fault("partial sum", f"{place} holds {kind} where the other is meant", place.name)
+        self._check_not_owned(place, "read")
         if place.name not in self.registers:
             raise self.fault("uninitialised read", f"{place} was never written", place.name)
         return self.registers[place.name]
@@ -208,15 +297,66 @@ class RoleRun:
         self, place: RegTile | RegVec, value: Callable[..., torch.Tensor], *operands: torch.Tensor | float
     ) -> torch.Tensor:
         """Write value(*operands) to a register place; where values are not wanted nothing is computed."""
+        self._check_not_owned(place, "written")
         result = value(*operands) if self.device.holds_values else NOTHING
         self.registers[place.name] = result
         return result
 
-    # ---- shared memory --------------------------------------------------------------------------------
-    def stage(self, view: View) -> Stage:
-        """The stage that a view means now."""
-        number = self.cursors.get(view.cursor, 0) if view.cursor else 0
-        return self.block.stages[view.buffer.name, number]
+    def _check_not_owned(self, place: RegTile | RegVec, how: str) -> None:
+        if place.name in self._owned_by_gemm:
+            raise self.fault("race", f"{place} is {how}, and no WaitGemm has given it back", place.name)
+
+    # ---- GEMMs in flight --------------------------------------------------------------------------------------------
+    @property
+    def _gemm_line(self) -> str:
+        return f"a GEMM of {self.name}"
+
+    def read_by_gemm(self, view: View) -> torch.Tensor:
+        """An operand in shared memory, read until the GEMM that is about to be issued ends: (members, rows, cols)."""
+        return self._read_asynchronously(view, self.clock, Stamp(self._gemm_line, self._gemms_issued))
+
+    def issue_gemm(self, *registers: RegTile) -> None:
+        """Start a GEMM, which owns these registers from now on."""
+        self._owned_by_gemm |= dict.fromkeys((place.name for place in registers), self._gemms_issued)
+        self._gemms_issued += 1
+
+    def land_gemms(self, pending: int, lands: tuple[RegTile, ...]) -> None:
+        """Wait for all GEMMs but the `pending` newest, and take back the registers that are named."""
+        done = self._gemms_issued - pending
+        for place in lands:
+            if self._owned_by_gemm.get(place.name, -1) >= done:
+                raise self.fault("race", f"{place} is taken back from a GEMM in flight", place.name)
+            self._owned_by_gemm.pop(place.name, None)
+        self.clock.see(self._gemm_line, done)
+
+    # ---- stores in flight -------------------------------------------------------------------------------------------
+    @property
+    def _store_line(self) -> str:
+        return f"a store of {self.name}"
+
+    def read_by_store(self, view: View) -> torch.Tensor:
+        """What the first thread has the copy engine write from now on: (members, rows, cols)."""
+        values = self._read_asynchronously(
+            view, self.leaders_clock, Stamp(self._store_line, self._stores_issued)
+        )
+        self._stores_issued += 1
+        self._stores_in_flight.append(view.buffer.name)
+        return values
+
+    def land_stores(self) -> None:
+        """The first thread waits until its stores have read shared memory."""
+        self._stores_in_flight.clear()
+        self.leader.see(self._store_line, self._stores_issued)
+
+    # ---- shared memory ----------------------------------------------------------------------------------------------
+    def cells(self, view: View) -> tuple[Cell, ...]:
+        """The cells that a view means now."""
+        parts = self.block.cells[view.buffer.name, self.position(view.cursor).stage]
+        return parts[self.warpgroup : self.warpgroup + 1] if view.own_rows else parts
+
+    def valid_rows(self, view: View) -> int:
+        """How many of the view's rows were taken from the sequence."""
+        return sum(cell.valid_rows for cell in self.cells(view))
 
     def read_shared(self, view: View, for_update: bool = False) -> torch.Tensor:
         """The values of a stage, which other threads may have written: (members, rows, cols), f32.
@@ -225,53 +365,112 @@ class RoleRun:
             view: which stage.
             for_update: each thread reads only what it is about to write.
         """
-        stage, epoch = self.stage(view), self.block.barrier.epoch
-        self._heed(stage.objection_to_read(epoch), stage)
-        if not for_update:
-            stage.read_in = epoch
-        assert stage.values is not None
-        return stage.values
+        for cell in self.cells(view):
+            self._heed(cell.objection_to_read(self.clock, self.name), cell)
+            if not for_update:
+                cell.note_read(self.now)
+        return self._values(view)
+
+    def _read_asynchronously(self, view: View, clock: Clock, stamp: Stamp) -> torch.Tensor:
+        for cell in self.cells(view):
+            self._heed(cell.objection_to_read(clock, self.name), cell)
+            self._heed(cell.objection_to_asynchronous_read(clock), cell)
+            cell.note_read(stamp)
+        return self._values(view)
+
+    def _values(self, view: View) -> torch.Tensor:
+        values = [cell.values for cell in self.cells(view) if isinstance(cell.values, torch.Tensor)]
+        return values[0] if len(values) == 1 else torch.cat(values, dim=-2 if self.device.holds_values else 0)
 
     def write_shared(self, view: View, value: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
         """Write value(*operands), already rounded to the buffer's type, by ordinary stores."""
-        stage, epoch = self.stage(view), self.block.barrier.epoch
-        self._heed(stage.objection_to_write(epoch), stage)
-        stage.take()
-        stage.fill(value(*operands) if self.device.holds_values else NOTHING, epoch)
+        values = value(*operands) if self.device.holds_values else NOTHING
+        for cell, part in self._divide(view, values):
+            self._heed(cell.objection_to_write(self.clock, self.name), cell)
+            cell.take()
+            cell.fill(part, self.now, is_stored=True)
+            if self._is_one_thread:
+                self.meet()
 
-    def start_copy(self, view: View, values: torch.Tensor, valid_rows: int) -> None:
-        """Start an asynchronous copy; the values land at the wait that covers its group."""
-        stage = self.stage(view)
-        self._heed(stage.objection_to_write(self.block.barrier.epoch), stage)
-        stage.take()
-        stage.valid_rows, stage.in_flight = valid_rows, True
-        self.started.append((stage, values))
+    def fence_stores(self) -> None:
+        """Let asynchronous reads see what this role has stored, once its threads have met."""
+        for parts in self.block.cells.values():
+            for cell in parts:
+                if cell.was_stored_by(self.name):
+                    cell.fence = self.now
+
+    def start_copy(
+        self, view: View, values: torch.Tensor, valid_rows: int
+    ) -> list[tuple[Cell, torch.Tensor]]:
+        """Start an asynchronous copy: its cells belong to it until they are filled.
+
+        Returns:
+            what will land where.
+        """
+        parts = list(self._divide(view, values))
+        for cell, _ in parts:
+            self._heed(cell.objection_to_write(self.clock, self.name), cell)
+            cell.take()
+            cell.valid_rows = max(0, min(len(cell.rows), valid_rows - cell.rows.start))
+            cell.in_flight = True
+        return parts
 
     def land_copies(self, pending: int) -> None:
-        """Wait for all groups but the `pending` newest."""
+        """Wait for all groups of this thread's copies but the `pending` newest."""
         while len(self.groups) > pending:
-            for stage, values in self.groups.popleft():
-                stage.in_flight = False
-                stage.fill(values, self.block.barrier.epoch)
+            for cell, values in self.groups.popleft():
+                cell.fill(values, self.now)
 
+    def _divide(self, view: View, values: torch.Tensor) -> Iterator[tuple[Cell, torch.Tensor]]:
+        """The view's cells, each with its rows of the values."""
+        cells = self.cells(view)
+        if len(cells) == 1 or not self.device.holds_values:
+            yield from ((cell, values) for cell in cells)
+            return
+        for cell in cells:
+            yield cell, values[..., cell.rows.start : cell.rows.stop, :]
+
+    # ---- the tile's number ------------------------------------------------------------------------------------------
+    def publish_tile(self, takers: int) -> None:
+        """Leave the number of the next tile where as many others find it; all must have taken the one before."""
+        slot = self.block.tile_slot
+        self._heed(slot.objection_to_write(self.clock, self.name), slot)
+        if slot.values is not None and slot.readers < takers:
+            message = f"{slot.name} is written, and {slot.readers} of {takers} have taken the number in it"
+            raise self.fault("race", message, slot.name)
+        slot.fill(self.tile_number, self.now)
+        self.meet()
+
+    def take_tile(self) -> None:
+        """Read the number of the next tile."""
+        slot = self.block.tile_slot
+        self._heed(slot.objection_to_read(self.clock, self.name), slot)
+        slot.note_read(self.now)
+        assert isinstance(slot.values, int)
+        self.tile_number = slot.values
+
+    # ---- end and faults ---------------------------------------------------------------------------------------------
     def finish(self) -> None:
         """End the program.
 
         Raises:
-            SimulationFault: copies are in flight.
+            SimulationFault: something of its own is in flight.
         """
         self.step = None
-        for stage, _ in (*self.started, *(copy for group in self.groups for copy in group)):
+        for cell, _ in (*self.started, *(copy for group in self.groups for copy in group)):
             raise self.fault(
-                "never landed", f"the program ends with a copy into {stage.name} in flight", stage.name
+                "never landed", f"the program ends with a copy into {cell.name} in flight", cell.name
             )
+        for name in self._owned_by_gemm:
+            raise self.fault("never landed", f"the program ends with a GEMM on {name} in flight", name)
+        for name in self._stores_in_flight:
+            raise self.fault("never landed", f"the program ends while a store may still read {name}", name)
 
-    # ---- faults ---------------------------------------------------------------------------------------
     def fault(self, rule: Rule, message: str, place: str = "") -> SimulationFault:
         """A fault of the present Step, to raise."""
         where = "".join(f", {name} = {self.variables[name]}" for name in self.loops)
         return SimulationFault(rule, message, step=self.step, place=place, where=f"{self.tile}{where}")
 
-    def _heed(self, complaint: Complaint | None, stage: Stage) -> None:
+    def _heed(self, complaint: Complaint | None, cell: Cell) -> None:
         if complaint:
-            raise self.fault(*complaint, place=stage.name)
+            raise self.fault(*complaint, place=cell.name)

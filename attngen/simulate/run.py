@@ -1,82 +1,31 @@
 """Running a whole plan on the CPU: its launches, block after block, for values or only to count."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 
 import torch
 
 from attngen.dtypes import torch_dtype
-from attngen.plan import Plan, Step, evaluate_formula
-from attngen.plan.steps import (
-    Advance,
-    Clear,
-    CommitCopies,
-    ConvertP,
-    CopyTile,
-    Exponentiate,
-    FinishRows,
-    ForBlocks,
-    ForTiles,
-    LoadFragment,
-    LoadRows,
-    LoadTile,
-    MaskScores,
-    MaskScoresEach,
-    NegateTile,
-    Note,
-    OutputGemm,
-    ReadTile,
-    ReduceRows,
-    RowMax,
-    ScaleRows,
-    ScoreGemm,
-    StoreFragment,
-    StoreRows,
-    StoreTile,
-    SyncThreads,
-    WaitCopies,
-    When,
-    WhenBlock,
-)
-from attngen.simulate import control, copies, softmax
+from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
+from attngen.simulate import control, copies, gemms, softmax, sync
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Block, Call, Event, StepFunction
-from attngen.simulate.tiles import LOCKSTEP, Sizes, tiles
+from attngen.simulate.tiles import LOCKSTEP, Sizes, TileSource, tiles
 from attngen.simulate.traffic import Traffic
 
-STEPS_SIMULATED: dict[type[Step], StepFunction] = {
-    ForTiles: control.for_tiles,
-    ForBlocks: control.for_blocks,
-    When: control.when,
-    WhenBlock: control.when_block,
-    ReadTile: control.read_tile,
-    SyncThreads: control.sync_threads,
-    Advance: control.advance,
-    LoadTile: copies.load_tile,
-    CommitCopies: copies.commit_copies,
-    WaitCopies: copies.wait_copies,
-    CopyTile: copies.copy_tile,
-    StoreTile: copies.store_tile,
-    LoadFragment: copies.load_fragment,
-    StoreFragment: copies.store_fragment,
-    LoadRows: copies.load_rows,
-    StoreRows: copies.store_rows,
-    ScoreGemm: softmax.score_gemm,
-    OutputGemm: softmax.output_gemm,
-    Clear: softmax.clear,
-    NegateTile: softmax.negate_tile,
-    MaskScores: softmax.mask_scores,
-    MaskScoresEach: softmax.mask_scores_each,
-    RowMax: softmax.row_max,
-    Exponentiate: softmax.exponentiate,
-    ConvertP: softmax.convert_p,
-    ScaleRows: softmax.scale_rows,
-    ReduceRows: softmax.reduce_rows,
-    FinishRows: softmax.finish_rows,
-    Note: control.note,
-}
-"""What each Step does. The name of a function is its Step's, in the spelling of functions."""
+
+def _function_of(step: type[Step]) -> StepFunction:
+    """The function that has the Step's name in the spelling of functions: ForTiles, for_tiles."""
+    name = re.sub(r"(?<!^)([A-Z])", r"_\1", step.__name__).lower()
+    found: StepFunction = next(vars(module)[name] for module in _STEP_MODULES if name in vars(module))
+    return found
+
+
+_STEP_MODULES = (control, sync, copies, gemms, softmax)
+STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for step in STEPS}
+"""What each Step does."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """FLT_MIN, which stands for a softmax_scale of 0: a score of -inf times it is -inf, not NaN."""
@@ -173,17 +122,31 @@ def _launch(call: Call, lockstep: int) -> None:
         return  # the output is empty and nothing is launched
     for launch in plan.launches:
         kernel = next(kernel for kernel in plan.kernels if kernel.name == launch.kernel)
-        blocks = 0
-        for tile in tiles(plan, kernel, sizes, lockstep):
-            Block(call, kernel, tile).run()
-            blocks += len(tile.members)
         grid = evaluate_formula(launch.grid, sizes.values)
-        if blocks != grid:
-            raise SimulationFault(
-                "wrong grid", f"{kernel.name} is launched on {grid} blocks and has {blocks} tiles"
+        source = TileSource(tiles(plan, kernel, sizes, lockstep), kernel.scheduler.persistent, grid)
+        expected = evaluate_formula(launch.tiles, sizes.values)
+        if source.heads != expected or (grid != expected and not source.is_drawn_from):
+            message = (
+                f"{kernel.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
             )
+            raise SimulationFault("wrong grid", message)
+        _run_blocks(call, kernel, source)
     if missing := call.device.unwritten(plan):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name
+        )
+
+
+def _run_blocks(call: Call, kernel: KernelPlan, source: TileSource) -> None:
+    """Run the blocks of a launch: those of a persistent kernel in turns, the others one after another."""
+    at_a_time = source.blocks if source.is_drawn_from else 1
+    for first in range(0, source.blocks, at_a_time):
+        blocks = [Block(call, kernel, source, i) for i in range(first, first + at_a_time)]
+        while running := [block for block in blocks if not block.is_done]:
+            for block in running:
+                block.go_on()
+    if source.counter:
+        raise SimulationFault(
+            "never reset", f"the tile counter of {kernel.name} stands at {source.counter} at the end"
         )

@@ -1,83 +1,162 @@
 """Shared memory of one block: values, and who may touch them when.
 
-Only SyncThreads orders the warps of a block. Between two of them, an epoch, each warp may be anywhere; so
-what was written in an epoch may not be read in it, and what was read or written may not be written in it. A
-copy in flight owns its buffer until the wait that covers it; then it has landed for the waiting thread only,
-and counts as written in the epoch of that wait. Buffers that share bytes share all this.
+A cell is what Steps touch as a whole: a stage of a buffer, or the rows of it that a warpgroup owns. It keeps the
+stamps of its last accesses. To read it, one must know that what was written has been; to write it, that what was
+read and written has been. A copy in flight owns its cells until it lands. Cells that share bytes share all this.
+
+Ordinary stores and asynchronous reads (the copy engine's and wgmma's) go through different proxies: the threads that
+stored must fence, and then meet, before anyone may start such a read.
 """
+
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from attngen.plan import Buffer
+from attngen.plan import PANEL_BYTES, Buffer, Program, Ring, walk
+from attngen.plan.places import View
+from attngen.simulate.barriers import stage_name
+from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.faults import Rule
 
 Complaint = tuple[Rule, str]
 """The broken rule, and how."""
 
 
-class Stage:
-    """One stage of a buffer: its values, rounded to the buffer's type and kept as f32, and its state.
+class Cell:
+    """A piece of shared memory: its values, rounded to the buffer's type and kept as f32, and its state.
 
     Attributes:
-        values: (members, rows, cols), None while nobody may count on them.
+        name: of the stage: "k[1]", or "q" where there is only one.
+        rows: of the stage.
+        values: (members, rows, cols), None while nobody may count on them; of a ring's slot the number of a tile.
         valid_rows: rows that the last copy took from the sequence; the others are zero.
-        in_flight: whether a copy into it has been started and not waited for.
-        read_in, written_in: the last epoch in which it was.
-        rivals: stages that share bytes with it.
+        in_flight: whether a copy into it has been started and has not landed.
+        is_stored: whether ordinary stores wrote the values.
+        fence: when the stores were fenced, if they were.
+        rivals: cells that share bytes with it.
     """
 
-    def __init__(self, buffer: Buffer, number: int) -> None:
-        self.name = f"{buffer.name}[{number}]" if buffer.stages > 1 else buffer.name
-        self.begin = buffer.offset + number * buffer.stage_bytes
-        self.end = self.begin + buffer.stage_bytes
-        self.values: torch.Tensor | None = None
+    def __init__(self, name: str, rows: range = range(1), spans: tuple[tuple[int, int], ...] = ()) -> None:
+        self.name = name
+        self.rows = rows
+        self.spans = spans
+        self.values: torch.Tensor | int | None = None
         self.valid_rows = 0
         self.in_flight = False
-        self.read_in = self.written_in = -1
-        self.rivals: tuple[Stage, ...] = ()
+        self.is_stored = False
+        self.fence: Stamp | None = None
+        self.rivals: tuple[Cell, ...] = ()
+        self._reads: dict[str, int] = {}
+        self._write: Stamp | None = None
         self._lost_to = ""
 
-    def objection_to_read(self, epoch: int) -> Complaint | None:
-        """Why it may not be read now, if it may not."""
+    def objection_to_read(self, clock: Clock, line: str) -> Complaint | None:
+        """Why one who knows this much may not read it now, if so; `line` is the reader's own."""
         if self.in_flight:
             return "race", f"{self.name} is read while a copy into it is in flight"
         if self.values is None:
             lost = f": {self._lost_to} has been written to its bytes" if self._lost_to else ""
             return "uninitialised read", f"{self.name} holds nothing{lost}"
-        if self.written_in == epoch:
-            return "race", f"{self.name} is read, and was written since the last SyncThreads"
+        if self._write and not clock.knows(self._write):
+            return "race", f"{self.name} is read; {_unordered(self._write.line, line, 'wrote')}"
         return None
 
-    def objection_to_write(self, epoch: int) -> Complaint | None:
-        """Why it may not be written now, if it may not."""
-        for stage in (self, *self.rivals):
-            shares = "" if stage is self else f", whose bytes {self.name} shares,"
-            if stage.in_flight:
-                return "race", f"{self.name} is written while a copy into {stage.name}{shares} is in flight"
-            if epoch in (stage.read_in, stage.written_in):
-                how = "read" if stage.read_in == epoch else "written"
-                return (
-                    "race",
-                    f"{self.name} is written; {stage.name}{shares} was {how} since the last SyncThreads",
-                )
+    def objection_to_asynchronous_read(self, clock: Clock) -> Complaint | None:
+        """Why the copy engine or wgmma may not read it, though threads might."""
+        if self.is_stored and self.fence is None:
+            return "not fenced", f"{self.name} holds what threads stored, and no FenceAsync followed"
+        if self.is_stored and self.fence and not clock.knows(self.fence):
+            return (
+                "not fenced",
+                f"{self.name} was stored and fenced, but the threads have not met since the fence",
+            )
         return None
+
+    def objection_to_write(self, clock: Clock, line: str) -> Complaint | None:
+        """Why one who knows this much may not write it now, if so; `line` is the writer's own."""
+        for cell in (self, *self.rivals):
+            shares = "" if cell is self else f" {cell.name}, whose bytes it shares,"
+            if cell.in_flight:
+                return "race", f"{self.name} is written while a copy into{shares or ' it'} is in flight"
+            for verb, stamps in (
+                ("read", cell._reads.items()),
+                ("wrote", [cell._write] if cell._write else []),
+            ):
+                for stamp in stamps:
+                    if not clock.knows(Stamp(*stamp)):
+                        what = _unordered(stamp[0], line, verb, shares.removesuffix(",") or " it")
+                        return "race", f"{self.name} is written; {what}"
+        return None
+
+    def note_read(self, stamp: Stamp) -> None:
+        """It is being read."""
+        self._reads[stamp.line] = max(stamp.before, self._reads.get(stamp.line, 0))
+
+    @property
+    def readers(self) -> int:
+        """How many have read what was last written."""
+        return len(self._reads)
+
+    def was_stored_by(self, line: str) -> bool:
+        """Whether it holds what ordinary stores of that line wrote."""
+        return self.is_stored and self._write is not None and self._write.line == line
 
     def take(self) -> None:
-        """Make the bytes this stage's own: from now on nobody may count on what they held."""
-        for stage in (self, *self.rivals):
-            stage.values = None
-            stage._lost_to = "" if stage is self else self.name
+        """Make the bytes this cell's own: from now on nobody may count on what they held."""
+        for cell in (self, *self.rivals):
+            cell.values = None
+            cell._lost_to = "" if cell is self else self.name
 
-    def fill(self, values: torch.Tensor, epoch: int) -> None:
-        """Let values appear, written in this epoch."""
-        self.values = values
-        self.written_in = epoch
+    def fill(self, values: torch.Tensor | int, stamp: Stamp, is_stored: bool = False) -> None:
+        """Let values appear, written then."""
+        self.values, self._write, self._reads = values, stamp, {}
+        self.in_flight, self.is_stored, self.fence = False, is_stored, None
 
 
-def lay_out(buffers: tuple[Buffer, ...]) -> dict[tuple[str, int], Stage]:
-    """The stages of a block's buffers by (name, number), uninitialised."""
-    stages = {(buffer.name, i): Stage(buffer, i) for buffer in buffers for i in range(buffer.stages)}
-    for stage in stages.values():
-        others = (other for other in stages.values() if other is not stage)
-        stage.rivals = tuple(o for o in others if o.begin < stage.end and stage.begin < o.end)
-    return stages
+def _unordered(who: str, me: str, did: str, what: str = " it") -> str:
+    if who == me:
+        return f"other threads {did}{what}, and have not met this one since"
+    return f"{who} {did}{what}, and nothing orders the two"
+
+
+Cells = dict[tuple[str, int], tuple[Cell, ...]]
+"""The cells of a block's buffers, by name and stage, in the order of their rows."""
+
+
+def lay_out(buffers: tuple[Buffer, ...], parts: dict[str, int]) -> Cells:
+    """The cells of a block's buffers, uninitialised.
+
+    Args:
+        buffers: where they are.
+        parts: into how many equal parts the rows of a buffer are divided; 1 where it is not named.
+    """
+    cells = {
+        (buffer.name, stage): tuple(_cells(buffer, stage, parts.get(buffer.name, 1)))
+        for buffer in buffers
+        for stage in range(buffer.stages)
+    }
+    every = [cell for part in cells.values() for cell in part]
+    for cell in every:
+        cell.rivals = tuple(other for other in every if other is not cell and _share_bytes(cell, other))
+    return cells
+
+
+def _cells(buffer: Buffer, stage: int, parts: int) -> Iterable[Cell]:
+    begin = buffer.offset + stage * buffer.stage_bytes
+    pitch = PANEL_BYTES if buffer.in_panels else buffer.stage_bytes // buffer.rows
+    panels = range(0, buffer.stage_bytes, pitch * buffer.rows)
+    name = stage_name(Ring(buffer.name, buffer.stages), stage)
+    rows = buffer.rows // parts
+    for first in range(0, buffer.rows, rows):
+        spans = ((begin + at + first * pitch, begin + at + (first + rows) * pitch) for at in panels)
+        yield Cell(name, range(first, first + rows), tuple(spans))
+
+
+def _share_bytes(a: Cell, b: Cell) -> bool:
+    return any(x[0] < y[1] and y[0] < x[1] for x in a.spans for y in b.spans)
+
+
+def divided_buffers(program: Program) -> Iterator[str]:
+    """Names of the buffers of which a program touches a warpgroup's own rows."""
+    views = (place for step in walk(program) for place in vars(step).values() if isinstance(place, View))
+    return (view.buffer.name for view in views if view.own_rows)

@@ -1,4 +1,4 @@
-"""What the Steps of the GEMMs and the softmax compute. Pure functions first, then the Steps that apply them.
+"""What the Steps of the softmax compute. Pure functions first, then the Steps that apply them.
 
 S is kept as Q Kᵀ without the scale; row_max is in units of log2, scaled. Everything is f32 unless it says so.
 Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the form of FlashAttention-2.
@@ -18,11 +18,9 @@ from attngen.plan.steps import (
     MaskScores,
     MaskScoresEach,
     NegateTile,
-    OutputGemm,
     ReduceRows,
     RowMax,
     ScaleRows,
-    ScoreGemm,
 )
 from attngen.simulate.copies import rounded
 from attngen.simulate.roles import RoleRun
@@ -67,32 +65,12 @@ def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return o * by.unsqueeze(-1)
 
 
-# ---- GEMM ---------------------------------------------------------------------------------------------
-def score_gemm(step: ScoreGemm, role: RoleRun) -> None:
-    """Compute acc = a bᵀ, accumulated in f32 from operands of the input type."""
-    a, b = role.read_shared(step.a), role.read_shared(step.b)
-    role.write(step.acc, lambda: torch.bmm(a, b.transpose(1, 2)))
-    if role.device.traffic:
-        useful = role.stage(step.a).valid_rows, role.stage(step.b).valid_rows, step.a.buffer.valid_cols
-        padded = step.acc.rows, step.acc.cols, step.a.buffer.cols
-        role.device.traffic.count_gemm(len(role.tile.members), padded, useful)
-
-
-def output_gemm(step: OutputGemm, role: RoleRun) -> None:
-    """Compute acc += a b, accumulated in f32 from operands of the input type."""
-    acc, a, b = role.read(step.acc), role.read(step.a), role.read_shared(step.b)
-    role.write(step.acc, lambda: torch.baddbmm(acc, a, b))
-    if role.device.traffic:
-        useful = role.valid_query_rows, role.stage(step.b).valid_rows, step.acc.valid_cols
-        padded = step.acc.rows, step.acc.cols, step.b.buffer.rows
-        role.device.traffic.count_gemm(len(role.tile.members), padded, useful)
-
-
 # ---- softmax ------------------------------------------------------------------------------------------
 def clear(step: Clear, role: RoleRun) -> None:
     """Fill registers."""
     value = -math.inf if step.value == "-inf" else 0.0
-    shape = (step.dst.rows, step.dst.cols) if isinstance(step.dst, RegTile) else (step.dst.rows,)
+    rows = len(role.own_rows(step.dst.rows))
+    shape = (rows, step.dst.cols) if isinstance(step.dst, RegTile) else (rows,)
     role.write(step.dst, lambda: torch.full((len(role.tile.members), *shape), value))
 
 
@@ -136,10 +114,12 @@ def _indices(
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
     sizes = role.call.sizes
     batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
-    first_row, first_key = role.index(step.rows) * step.s.rows, role.index(step.block) * step.s.cols
+    own = role.own_rows(step.s.rows)
+    first_row = role.index(step.rows) * step.s.rows + own.start
+    first_key = role.index(step.block) * step.s.cols
     kv_idx = torch.arange(first_key, first_key + step.s.cols).view(1, 1, -1)
     return kv_idx, {
-        "q_idx": torch.arange(first_row, first_row + step.s.rows).view(1, -1, 1),
+        "q_idx": torch.arange(first_row, first_row + len(own)).view(1, -1, 1),
         "kv_idx": kv_idx,
         "seqlen_q": sizes.seqlen_q,
         "seqlen_k": sizes.seqlen_k,

@@ -3,7 +3,7 @@
 The emitted kernels decode the same tiles on the GPU. `attngen explain` and tests read the bounds from here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from attngen.plan import KernelPlan, Plan
 
 LOCKSTEP = 64
 """Most heads that one simulated block stands for; bounds its memory."""
+SIMULATED_SMS = 2
+"""Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Sizes:
     seqlen_k: int
     num_heads_q: int
     num_heads_kv: int
+    num_sms: int = SIMULATED_SMS
 
     @property
     def group(self) -> int:
@@ -120,9 +123,10 @@ def block_bounds(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HE
 
     n_max = ceil_div(max(0, min((sizes.seqlen_k, *values(keys.end_any)))), block_n)
     n_min = min(max((0, *values(keys.first_any))) // block_n, n_max)
-    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all))), block_n), n_min, n_max)
+    n_last = max(n_max - 1, n_min) if keys.last_is_masked else n_max
+    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all))), block_n), n_min, n_last)
     end_full = max(0, min((sizes.seqlen_k, *values(keys.end_all)))) // block_n
-    return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_max), n_max)
+    return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_last), n_max)
 
 
 def tiles(plan: Plan, kernel: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
@@ -140,6 +144,42 @@ def tiles(plan: Plan, kernel: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP
     for m_block in reversed(m_blocks) if kernel.scheduler.longest_first else m_blocks:
         for group in groups:
             yield Tile(m_block, block_bounds(plan, sizes, m_block, group[0]), group)
+
+
+class TileSource:
+    """The tiles of a launch by number, and the counter from which persistent blocks draw.
+
+    Attributes:
+        blocks: of threads; each works on the tile of its own number first.
+        is_drawn_from: whether blocks draw more tiles, or have one each.
+        counter: tiles drawn so far, 0 again after the last draw.
+    """
+
+    def __init__(self, tiles: Iterable[Tile], persistent: bool, resident: int) -> None:
+        """Take the tiles of a launch; `resident` blocks of a persistent kernel run at a time."""
+        self._tiles = tuple(tiles)
+        self.is_drawn_from = persistent
+        self.blocks = min(resident, len(self._tiles)) if persistent else len(self._tiles)
+        self.counter = 0
+
+    def tile(self, number: int) -> Tile | None:
+        """A tile, or None beyond the last."""
+        return self._tiles[number] if number < len(self._tiles) else None
+
+    def of_block(self, block: int) -> Tile:
+        """The first tile of a block."""
+        return self._tiles[block]
+
+    def draw(self) -> int:
+        """The number of the next tile, or one that no tile has; every block draws until it gets such a one."""
+        number = self.blocks + self.counter
+        self.counter = (self.counter + 1) % len(self._tiles)
+        return number
+
+    @property
+    def heads(self) -> int:
+        """Tiles as the GPU counts them, one head each."""
+        return sum(len(tile.members) for tile in self._tiles)
 
 
 def heads_differ(plan: Plan) -> bool:

@@ -5,15 +5,24 @@ the maximum in units of log2. Read off a simulated run; nothing is computed agai
 """
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from attngen.plan import Plan
-from attngen.plan.steps import CopyTile, Exponentiate, OutputGemm, RowMax, StoreRows
-from attngen.simulate.roles import Event
+from attngen.plan.steps import (
+    CopyTile,
+    Exponentiate,
+    IssueOutputGemm,
+    OutputGemm,
+    RowMax,
+    StageTile,
+    StoreRows,
+)
+from attngen.simulate.roles import Event, RoleRun
 from attngen.simulate.run import simulate
 from attngen.simulate.tiles import Member
 
@@ -97,37 +106,59 @@ def trace(
     """Simulate a call and record every block of keys; arguments as of `simulate`."""
     scale = abs(1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale)
     seqlen_q, seqlen_k = (x.shape[1 if layout == "bshd" else 2] for x in (q, k))
-    records: list[BlockRecord | FinishedRecord] = []
-    seen: dict[str, torch.Tensor] = {}
-
-    def observe(event: Event) -> None:
-        step, m_block = event.step, event.indices.get("m", event.tile.m_block or 0)
-        rows = _existing(m_block, plan.block_m, seqlen_q)
-        if isinstance(step, RowMax):
-            keys = _existing(event.indices["n"], plan.block_n, seqlen_k)
-            seen["s"] = event.value(step.s)[: len(rows), : len(keys)] * scale
-            seen["row_max"] = event.value(step.row_max)[: len(rows)] * math.log(2)
-            seen["alpha"] = event.value(step.alpha)[: len(rows)]
-        elif isinstance(step, Exponentiate):
-            seen["row_sum"] = event.value(step.row_sum)[: len(rows)]
-        elif isinstance(step, OutputGemm):
-            keys = _existing(event.indices["n"], plan.block_n, seqlen_k)
-            o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
-            records.append(BlockRecord(event.tile.members[0], rows, keys, o=o, **seen))
-        elif isinstance(step, StoreRows) and not step.dst.workspace:
-            seen["lse"] = event.value(step.src)[: len(rows)]
-        elif isinstance(step, CopyTile):
-            o = event.value(step.src)[: len(rows), : plan.head_dim_v]
-            records.append(FinishedRecord(event.tile.members[0], rows, o, seen.pop("lse")))
-
+    board = _Board(plan, scale, seqlen_q, seqlen_k)
     out, lse = simulate(
-        plan, q, k, v, softmax_scale=softmax_scale, return_lse=True, layout=layout, observer=observe
+        plan, q, k, v, softmax_scale=softmax_scale, return_lse=True, layout=layout, observer=board.observe
     )
-    return Trace(tuple(records), out, lse)
+    return Trace(tuple(board.records), out, lse)
 
 
-def _existing(block: int, size: int, length: int) -> range:
-    return range(block * size, min((block + 1) * size, length))
+class _Board:
+    """Writes down what the Steps of a run leave in the registers.
+
+    A schedule may compute O of a block after S of the next one; so what was seen of a block waits for its O. Blocks
+    outside a loop over keys are the last one of their rows.
+    """
+
+    def __init__(self, plan: Plan, scale: float, seqlen_q: int, seqlen_k: int) -> None:
+        self.records: list[BlockRecord | FinishedRecord] = []
+        self._plan, self._scale, self._seqlen_q, self._seqlen_k = plan, scale, seqlen_q, seqlen_k
+        self._seen: dict[RoleRun, deque[dict[str, Any]]] = defaultdict(deque)
+        self._lse: dict[RoleRun, torch.Tensor] = {}
+
+    def observe(self, event: Event) -> None:
+        """Take note of a Step that has just been done."""
+        step, plan, seen = event.step, self._plan, self._seen[event.role]
+        own = event.role.own_rows(plan.block_m)
+        first_row = event.indices.get("m", event.tile.m_block or 0) * plan.block_m + own.start
+        rows = _existing(first_row, len(own), self._seqlen_q)
+        if not rows:
+            return
+        if isinstance(step, RowMax):
+            last = event.tile.bounds.n_max - 1 if event.tile.bounds else 0
+            keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, self._seqlen_k)
+            seen.append(
+                {
+                    "keys": keys,
+                    "s": event.value(step.s)[: len(rows), : len(keys)] * self._scale,
+                    "row_max": event.value(step.row_max)[: len(rows)] * math.log(2),
+                    "alpha": event.value(step.alpha)[: len(rows)],
+                }
+            )
+        elif isinstance(step, Exponentiate):
+            seen[-1]["row_sum"] = event.value(step.row_sum)[: len(rows)]
+        elif isinstance(step, OutputGemm | IssueOutputGemm):
+            o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
+            self.records.append(BlockRecord(event.tile.members[0], rows, o=o, **seen.popleft()))
+        elif isinstance(step, StoreRows) and not step.dst.workspace:
+            self._lse[event.role] = event.value(step.src)[: len(rows)]
+        elif isinstance(step, CopyTile | StageTile):
+            o = event.value(step.src)[: len(rows), : plan.head_dim_v]
+            self.records.append(FinishedRecord(event.tile.members[0], rows, o, self._lse[event.role]))
+
+
+def _existing(first: int, size: int, length: int) -> range:
+    return range(first, min(first + size, length))
 
 
 def _lines(record: BlockRecord | FinishedRecord) -> Iterator[str]:

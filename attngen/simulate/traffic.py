@@ -74,7 +74,8 @@ def closed_form(
     traffic = Traffic()
     if not batch * heads * seqlen_q:
         return traffic
-    pairs, rows_times_keys, rows_seeing_blocks, rows_visits, keys_visits = 0, 0, 0, 0, 0
+    loads_q_anyway = bool(plan.kernel.rings)  # the producer of a ring fills it for every tile
+    pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
     for m in range(ceil_div(seqlen_q, plan.block_m)):
         bounds = block_bounds(plan, sizes, m)
         rows = min(plan.block_m, seqlen_q - m * plan.block_m)
@@ -82,7 +83,7 @@ def closed_form(
         keys = max(0, min(seqlen_k, bounds.n_max * plan.block_n) - bounds.n_min * plan.block_n)
         pairs += blocks
         rows_times_keys += rows * keys
-        rows_seeing_blocks += rows if blocks else 0
+        rows_loaded += rows if blocks or loads_q_anyway else 0
         rows_visits += rows * blocks
         keys_visits += keys
     dims, element, f32 = plan.head_dim_qk + plan.head_dim_v, plan.inputs.bytes, 4
@@ -104,7 +105,7 @@ def closed_form(
         traffic.written |= {name: (rows_visits + seqlen_q) * f32 for name in ("saved_max", "saved_sum")}
     else:
         # Q once; K and V once for every block of rows that sees them.
-        traffic.read = {"q": rows_seeing_blocks * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}
+        traffic.read = {"q": rows_loaded * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}
     return _times(traffic, batch * heads)
 
 

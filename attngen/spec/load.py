@@ -9,7 +9,7 @@ from typing import Any, Never
 import yaml
 
 from attngen.errors import ArgumentError, Diagnostic, Location, SpecError
-from attngen.resources import shipped_specs, spec_path
+from attngen.resources import shipped_names, spec_path
 from attngen.spec.document import MAX_NESTING, Document, dump_text, read_document
 from attngen.spec.source import Mark, Source
 from attngen.spec.spec import Spec
@@ -107,7 +107,7 @@ def _find_text(source: str) -> Source:
     shipped = spec_path(source) if _is_name(source) else None
     if shipped is not None:
         return _read_file(shipped)
-    known = [path.stem for path in shipped_specs()]
+    known = shipped_names()
     _refuse(
         f"{source[:_MAX_NAME]!r} is neither a file nor a shipped spec",
         source,

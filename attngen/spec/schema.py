@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from attngen.expr import LARGEST_INDEX
+from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 
 Nearest = tuple[str, ...]
 
@@ -67,6 +67,12 @@ def _nearest_name(value: Any) -> Nearest:
     return (word[:100],) if word else ()
 
 
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError("must be true, false or auto")  # pydantic would take 1 and "yes"
+    return value
+
+
 _Positive = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
 _Auto = Literal["auto"]
 
@@ -75,11 +81,16 @@ SizeOrAuto = Annotated[
     _Positive | _Auto,
     Expects("positive-integer", "a positive integer or auto", _nearest_integer(1, other=("auto",))),
 ]
+FlagOrAuto = Annotated[
+    bool | _Auto,
+    BeforeValidator(_boolean),
+    Expects("boolean", "true, false or auto", lambda value: ("true", "false", "auto")),
+]
 Length = Annotated[
     int,
-    Field(ge=0, le=LARGEST_INDEX),
+    Field(ge=0, le=LARGEST_LENGTH),
     BeforeValidator(_integer),
-    Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
+    Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
 ]
 Name = Annotated[
     str,
@@ -132,7 +143,7 @@ class Precision(_Model):
     output: Annotated[
         Literal["auto", "f16", "bf16", "f32"], _one_of("known-formats", "auto", "f16", "bf16", "f32")
     ] = "auto"
-    """Of the output; auto is that of the inputs."""
+    """Of the output; auto is that of the inputs, f32 on the simulator only."""
 
 
 class Tile(_Model):
@@ -147,14 +158,26 @@ class Tile(_Model):
 class Schedule(_Model):
     """In which order a block works, and with what."""
 
-    kind: Annotated[Literal["auto", "serial", "fa2"], _one_of("known-schedules", "auto", "serial", "fa2")] = (
-        "auto"
-    )
-    """serial is FlashAttention-1's Algorithm 1, fa2 FlashAttention-2's partition."""
+    kind: Annotated[
+        Literal["auto", "serial", "fa2", "warp_specialized", "pingpong"],
+        _one_of("known-schedules", "auto", "serial", "fa2", "warp_specialized", "pingpong"),
+    ] = "auto"
+    """serial is FlashAttention-1's Algorithm 1, fa2 FlashAttention-2's partition, warp_specialized FlashAttention-3
+    without turn-taking, pingpong with it."""
     stages: SizeOrAuto = "auto"
     """Blocks of K and V in shared memory at a time."""
     warps: SizeOrAuto = "auto"
-    """Warps of a thread block."""
+    """Warps of a thread block; serial and fa2."""
+    warpgroups: SizeOrAuto = "auto"
+    """Consumer warpgroups of a thread block, 64 rows each; warp_specialized and pingpong."""
+    overlap: FlagOrAuto = "auto"
+    """The softmax of a block runs under the output GEMM of the one before; warp_specialized and pingpong."""
+    persistent: FlagOrAuto = "auto"
+    """A thread block works on many tiles, drawn from a counter; warp_specialized and pingpong."""
+    order: Annotated[Literal["auto", "heads", "rows"], _one_of("known-orders", "auto", "heads", "rows")] = (
+        "auto"
+    )
+    """Which tiles start together: the same rows of all heads, last rows first, or all rows of one head."""
 
 
 class CheckShape(_Model):
@@ -165,8 +188,8 @@ class CheckShape(_Model):
     heads: Length = 1
     """Query heads."""
     heads_kv: Annotated[
-        Annotated[int, Field(ge=0, le=LARGEST_INDEX), BeforeValidator(_integer)] | None,
-        Expects("length", "an integer from 0 to 2^30 - 1", _nearest_integer(0, LARGEST_INDEX)),
+        Annotated[int, Field(ge=0, le=LARGEST_LENGTH), BeforeValidator(_integer)] | None,
+        Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
     ] = None
     """Heads of K and V; as many as query heads where left out."""
     seqlen_q: Length

@@ -87,6 +87,15 @@ DEV void scale_rows(float (&acc)[kRowTiles][kColTiles][4], const float (&by)[2 *
   }
 }
 
+// Whether some row of the warp has a factor other than 1.
+template <int N>
+DEV bool warp_rescales(const float (&by)[N]) {
+  bool rescales = false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) rescales |= by[i] != 1.f;
+  return __any_sync(~0u, rescales);
+}
+
 // Add up the parts that the four lanes of a row hold.
 template <int N>
 DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
@@ -99,8 +108,8 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool empty = row_sum[i] == 0.f;
-    inv_sum[i] = empty ? 0.f : __frcp_rn(row_sum[i]);
-    lse[i] = empty ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
+    const bool sees_none = row_sum[i] == 0.f;
+    inv_sum[i] = sees_none ? 0.f : __frcp_rn(row_sum[i]);
+    lse[i] = sees_none ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
 }

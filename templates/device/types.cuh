@@ -1,5 +1,6 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 typedef long long i64;
 #define DEV static __device__ __forceinline__
 
@@ -11,3 +12,7 @@ DEV u32 stay_in_loop(u32 x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+
+// A value that is the same in all threads of a warp, so that the compiler knows: it keeps what follows from it in uniform
+// registers, where wgmma wants its descriptors.
+DEV u32 same_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }

@@ -7,18 +7,23 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from attngen.api import resolve_arch
+from attngen.api import compile, resolve_arch
 from attngen.arch import ARCHS
-from attngen.cli import main
+from attngen.cli import main, output
+from attngen.cli.comparison import execute
 from attngen.cli.limits import MARGINS, binding, margins, occupancy
 from attngen.cli.shapes import shapes_of
+from attngen.inputs import Shape, random_inputs
 from attngen.lower import lower
+from attngen.plan import Plan, listing
 from attngen.plan.rules import RULES
 from attngen.plan.steps import walk
 from attngen.simulate import count
 from attngen.spec import load
 
 Attngen = Callable[..., Result]
+
+SPECIALISED = ("warp_specialized", "pingpong")
 
 GOOD_SPEC = (
     "name: small\ntarget: sm_80\nproblem: {head_dim: 32}\ncheck:\n  - {heads: 2, seqlen_q: 5, seqlen_k: 70}\n"
@@ -39,6 +44,20 @@ def small(tmp_path: Path) -> str:
     path = tmp_path / "small.yaml"
     path.write_text(GOOD_SPEC)
     return str(path)
+
+
+@pytest.fixture
+def hopper(tmp_path: Path) -> str:
+    """A spec file that `auto` lowers to warp_specialized."""
+    path = tmp_path / "hopper.yaml"
+    path.write_text("name: hopper\ntarget: sm_90a\nproblem: {head_dim: 128}\n")
+    return str(path)
+
+
+@pytest.fixture
+def wide_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines so long that no cell is folded."""
+    monkeypatch.setattr(output, "_WIDTH_WITHOUT_TERMINAL", 400)
 
 
 def spec_file(tmp_path: Path, text: str) -> str:
@@ -118,6 +137,25 @@ def test_an_unknown_arch_is_refused_with_the_nearest(attngen: Attngen, small: st
     assert_refused(attngen("build", small, "--arch", "sm_91"), "sm_91", "nearest valid: sm_90a")
 
 
+@pytest.mark.parametrize("command", ["check", "build", "run", "explain"])
+def test_an_arch_takes_no_head_dim_that_its_specs_may_not_have(
+    attngen: Attngen, tmp_path: Path, command: str
+) -> None:
+    """--arch sm_90a on a spec for the simulator is held to the GPU's rule, where the head_dim stands."""
+    name = spec_file(tmp_path, "target: simulator\nproblem: {head_dim: 6}\n")
+    assert_refused(
+        attngen(command, name, "--arch", "sm_90a"),
+        "bad.yaml:2:21: problem.head_dim = 6 must be a multiple of 8 from 32 to 256",
+        "[rule head-dim]",
+    )
+
+
+def test_one_of_two_head_dims_is_set(attngen: Attngen, small: str) -> None:
+    """--set problem.head_dim.qk leaves that of V at the one number the spec gives for both."""
+    result = attngen("check", small, "--set", "problem.head_dim.qk=96")
+    assert "attn_fwd_sm80_bf16_d96x32_" in result.stdout, result.output
+
+
 def test_the_simulator_has_nothing_to_build(attngen: Attngen) -> None:
     """`build` of a spec for the simulator is refused at its target, and writes nothing."""
     result = attngen("build", "blackboard", "-o", "built")
@@ -175,6 +213,22 @@ def test_auto_without_a_gpu_is_lowered_for_sm_80_and_said(attngen: Attngen, tmp_
         result = attngen(*arguments)
         assert result.exit_code == 0, result.output
         assert "target is auto; lowered for sm_80 (choose with --arch)" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["serial", "fa2"])
+def test_f32_is_judged_by_its_blocks(kind: str) -> None:
+    """2048 blocks of one key and one v: what each block rounds is no fault of the kernel's."""
+    spec = {
+        "target": "simulator",
+        "problem": {"head_dim": 4},
+        "precision": {"inputs": "f32"},
+        "tile": {"block_m": 64, "block_n": 1},
+        "schedule": {"kind": kind},
+    }
+    kernel = compile(spec)
+    q, k, v = random_inputs(Shape(1, 1, 1, 64, 2048), 4, 4, torch.float32)
+    inputs = (torch.zeros_like(q), k, v[:, :1].expand(-1, 2048, -1, -1))
+    assert execute(kernel, inputs, kind).accuracy.ok
 
 
 @pytest.mark.parametrize("command", [("check", "--run"), ("run", "--device", "cpu")])
@@ -253,6 +307,29 @@ def test_set_runs_every_combination(attngen: Attngen, small: str) -> None:
             assert f"small tile.block_n={block_n} mask={mask} " in result.stdout
 
 
+@pytest.mark.usefixtures("wide_lines")
+def test_set_reads_truth_values(attngen: Attngen, hopper: str) -> None:
+    """true and false are read as in YAML, and stand so in the label; another word is refused."""
+    sweep = ("--set", "schedule.overlap=true,false", "--set", "schedule.persistent=false,maybe")
+    result = attngen("explain", hopper, *sweep)
+    assert result.exit_code == 0, result.output
+    for overlap in ("true", "false"):
+        assert f"hopper schedule.overlap={overlap} schedule.persistent=false " in " ".join(
+            result.stdout.split()
+        )
+    assert result.stdout.count("refused [rule boolean]") == 2
+
+
+@pytest.mark.usefixtures("wide_lines")
+def test_a_sweep_of_warpgroups_names_them(attngen: Attngen, hopper: str) -> None:
+    """The tile of a row counts what the spec can set: warpgroups, not warps; what a rule refuses is a row."""
+    result = attngen("explain", hopper, "--set", "schedule.warpgroups=1,2,4")
+    assert result.exit_code == 0, result.output
+    assert "64x128, stages 2, warpgroups 1 " in result.stdout
+    assert "128x128, stages 2, warpgroups 2 " in result.stdout
+    assert "refused [rule warpgroups" in result.stdout
+
+
 def test_a_comma_in_brackets_does_not_cut(attngen: Attngen, small: str) -> None:
     """`--set` sweeps two masks here, not three, though one of them has a comma of its own."""
     result = attngen("explain", small, "--set", "mask=full,f(1,2)")
@@ -315,8 +392,55 @@ def test_explain_program_prints_every_step(attngen: Attngen) -> None:
     result = attngen("explain", "blackboard", "--program")
     spec = load("blackboard")
     position = result.stdout.index("role warps, 1 warp:")
-    for step in walk(lower(spec, resolve_arch(spec)).kernel.roles[0].program):
+    for step in walk(lower(spec, resolve_arch(spec)).kernel.worker.program):
         position = result.stdout.index(str(step), position) + 1
+
+
+@pytest.mark.parametrize("kind", SPECIALISED)
+def test_explain_program_prints_every_role(attngen: Attngen, hopper: str, kind: str) -> None:
+    """Consumer and producer have a listing each, in order, under who runs it and with how many registers."""
+    result = attngen("explain", hopper, "--program", "--set", f"schedule.kind={kind}")
+    assert result.exit_code == 0, result.output
+    roles = lower(load(hopper).replace({"schedule.kind": kind}), ARCHS["sm_90a"]).kernel.roles
+    headings = (
+        "role consumer, 2 warpgroups of 4 warps, 240 registers:",
+        "role producer, 1 thread of 4 warps, 24 registers:",
+    )
+    position = 0
+    for role, heading in zip(roles, headings, strict=True):
+        position = result.stdout.index(heading, position)
+        assert listing(role.program, indent=1) in result.stdout[position:]
+    assert ("take turn" in result.stdout) == (kind == "pingpong")
+
+
+@pytest.mark.usefixtures("wide_lines")
+def test_explain_maps_panels_rings_and_the_tile_slot(attngen: Attngen, hopper: str) -> None:
+    """128x128 tiles of head_dim 128, worked out by hand: every byte of shared memory has its line."""
+    result = attngen("explain", hopper)
+    assert result.exit_code == 0, result.output
+    lines = {" ".join(line.removeprefix(" memory map").split()) for line in result.stdout.splitlines()}
+    assert lines >= {
+        "0 .. 32767 q: 128 x 128 bf16, 2 panels",
+        "32768 .. 98303 k: 128 x 128 bf16 x 2 stages, 2 panels",
+        "98304 .. 163839 v: 128 x 128 bf16 x 2 stages, 2 panels",
+        "163840 .. 196607 out: 128 x 128 bf16, 2 panels",
+        "196608 .. 196623 q ring: mbarriers full, empty",
+        "196624 .. 196655 k ring: mbarriers full, empty x 2 stages",
+        "196656 .. 196687 v ring: mbarriers full, empty x 2 stages",
+        "196688 .. 196703 tile ring: mbarriers full, empty",
+        "196704 .. 196719 number of the next tile",
+    }
+
+
+@pytest.mark.usefixtures("wide_lines")
+def test_explain_counts_what_setmaxnreg_hands_on(attngen: Attngen, hopper: str) -> None:
+    """Registers at launch and of each role; three warpgroups of 168 take all of a multiprocessor but 1024."""
+    result = attngen("explain", hopper)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith(" registers ")]
+    expected = "168 a thread at launch, then consumer 240, producer 24 (160 a thread in tiles)"
+    assert " ".join(line.split()[1:]) == expected
+    assert "1 block, 12 warps (19%), by registers" in result.stdout
+    assert "160 of 216 tile registers (56 left)" in result.stdout
 
 
 def test_an_explain_sweep_keeps_refused_rows(attngen: Attngen, small: str) -> None:
@@ -357,16 +481,75 @@ def test_every_rule_has_a_margin() -> None:
     assert set(MARGINS) == set(RULES)
 
 
+def assert_margins_are_kept(plan: Plan) -> None:
+    for margin in margins(plan):
+        assert margin.used <= margin.limit if margin.is_amount else margin.used % margin.limit == 0, margin
+    tile_rules = ("registers", "shared-memory", "wgmma-columns")
+    assert binding(plan).share == max(m.share for m in margins(plan) if m.rule in tile_rules)
+
+
 @pytest.mark.parametrize("name", ["fa2_d128_causal", "fa2_d64", "serial_d64", "fa2_d192x128"])
 def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
     """A plan that passed the rules is within every margin, and the margin says what binds."""
     spec = load(name)
     plan = lower(spec, resolve_arch(spec))
-    for margin in margins(plan):
-        assert margin.used <= margin.limit if margin.is_amount else margin.used % margin.limit == 0, margin
-    assert binding(plan).share == max(
-        m.share for m in margins(plan) if m.rule in ("registers", "shared-memory")
+    assert_margins_are_kept(plan)
+    assert {m.rule for m in margins(plan)} == set(RULES) - {"warpgroups", "wgmma-rows", "wgmma-columns"}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("kind", SPECIALISED)
+def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
+    """The same where warpgroups compute; the rows of mma.sync say nothing there."""
+    plan = lower(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
+    assert_margins_are_kept(plan)
+    assert {m.rule for m in margins(plan)} == set(RULES) - {"mma-rows"}
+
+
+def hopper_margin(rule: str, **changes: object) -> str:
+    plan = lower(load({"problem": {"head_dim": 128}} | changes), ARCHS["sm_90a"])
+    (found,) = [str(margin) for margin in margins(plan) if margin.rule == rule]
+    return found
+
+
+def test_the_registers_of_a_consumer_are_those_that_setmaxnreg_gives() -> None:
+    """Two warpgroups hold 240 less 24, three 160 less 32, one what a launch may give; P has registers of its own."""
+    small: dict[str, object] = {"problem": {"head_dim": 64}}
+    assert hopper_margin("registers") == "160 of 216 tile registers (56 left)"
+    assert hopper_margin("registers", tile={"block_m": 64}) == "160 of 208 tile registers (48 left)"
+    assert hopper_margin("registers", **small) == "128 of 128 tile registers (0 left)"
+    assert (
+        hopper_margin("registers", **small, schedule={"warpgroups": 2})
+        == "128 of 216 tile registers (88 left)"
     )
+    assert (
+        hopper_margin("registers", schedule={"kind": "fa2"}) == "192 of 208 accumulator registers (16 left)"
+    )
+
+
+def test_what_binds_warpgroups() -> None:
+    """A block_n of 256, the widest wgmma, binds before anything else where registers are left."""
+    plan = lower(
+        load({"problem": {"head_dim": 32}, "tile": {"block_m": 128, "block_n": 256}}), ARCHS["sm_90a"]
+    )
+    assert str(binding(plan)) == "256 of 256 keys (0 left)"
+    assert hopper_margin("wgmma-rows") == "128 = 1 x 128 rows"
+    assert hopper_margin("warpgroups") == "2 of 3 consumer warpgroups (1 left)"
+    assert hopper_margin("threads-per-block") == "384 of 1024 threads (640 left)"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_pools_of_setmaxnreg_are_what_the_launch_gives(count: int) -> None:
+    """The roles' registers sum to the block's at launch: the largest number of eights that threads can get."""
+    spec = load({"problem": {"head_dim": 64}, "schedule": {"kind": "pingpong", "warpgroups": count}})
+    kernel = lower(spec, ARCHS["sm_90a"]).kernel
+    at_launch = ARCHS["sm_90a"].registers_per_sm // kernel.threads // 8 * 8
+    held = [role.registers for role in kernel.roles if role.registers is not None]
+    assert (
+        sum(32 * role.warps * n for role, n in zip(kernel.roles, held, strict=True))
+        == kernel.threads * at_launch
+    )
+    assert occupancy(ARCHS["sm_90a"], kernel.threads, at_launch, kernel.smem_bytes).blocks == 1
 
 
 def test_the_plan_at_the_limit_of_registers_is_bound_by_them() -> None:
@@ -388,6 +571,15 @@ def test_the_plan_at_the_limit_of_registers_is_bound_by_them() -> None:
         (128, 121, 0, 4, "registers"),  # 121 is granted as 128
         (128, 32, 64 * 1024, 3, "shared memory"),  # 228 KiB holds three of 65 KiB
         (1024, 16, 0, 2, "threads"),  # 2048 threads
+        (384, 168, 0, 1, "registers"),  # two consumers and a producer: 64512 of 65536
+        (512, 128, 0, 1, "registers"),  # three and a producer: all of them
+        (
+            160,
+            200,
+            0,
+            1,
+            "registers",
+        ),  # each quarter of the multiprocessor holds two warps of 6400, a block has five
     ],
 )
 def test_occupancy_on_hopper(threads: int, registers: int, smem: int, blocks: int, limit: str) -> None:

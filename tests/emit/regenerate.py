@@ -1,4 +1,4 @@
-"""The committed output: `python tests/emit/regenerate.py` rewrites generated/ from the shipped specs."""
+"""The committed output: `python tests/emit/regenerate.py` rewrites generated/ and docs/sass.md."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from attngen.emit.manifest import manifest
 from attngen.lower import lower
 from attngen.resources import shipped_specs
 from attngen.spec import load
+from tests.emit.sass import write_table
 
 FOLDER = Path(__file__).resolve().parents[2] / "generated"
 
@@ -20,8 +21,10 @@ def expected_files() -> dict[str, str]:
         arch = ARCHS[spec.target]
         if arch.emits:
             plan = lower(spec, arch)
-            files[f"{spec.name}.cu"] = emit(plan)
-            files[f"{spec.name}.json"] = manifest(plan).to_json()
+            for each in (plan, *plan.shorter):
+                stem = spec.name + (f"_k{each.up_to}" if each.up_to else "")
+                files[f"{stem}.cu"] = emit(each)
+                files[f"{stem}.json"] = manifest(each).to_json()
     return files
 
 
@@ -32,6 +35,7 @@ def main() -> None:
         old.unlink()
     for name, text in expected_files().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    write_table()
 
 
 if __name__ == "__main__":

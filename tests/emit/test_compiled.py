@@ -6,24 +6,79 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.resources import shipped_specs
+from attngen.resources import shipped_names
 from attngen.runtime import compile_source, disassemble
+from tests.emit.sass import committed_cells, rows
 
-SHIPPED = [path.stem for path in shipped_specs() if attngen.load(path).target != "simulator"]
+SHIPPED = [name for name in shipped_names() if attngen.load(name).target != "simulator"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_spec_compiles_without_spills(name: str) -> None:
-    """No spill, no stack, no local memory in the SASS, the planned matrix instruction and no other, no C75xx."""
-    kernel = attngen.compile(name)
+MATRIX_INSTRUCTIONS = {
+    "serial": ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    "fa2": ("HMMA.16816.F32", "LDSM", "LDGSTS"),
+    "warp_specialized": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"),
+    "pingpong": ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"),
+}
+"""What feeds the tensor core, and the tensor core's own instruction, as SASS calls them."""
+
+
+def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
+    """No spill, no stack, no local memory in the SASS, the planned matrix instruction and no other, no C75xx.
+
+    The same of the kernels for fewer keys; the registers leave room for as many blocks as planned.
+    """
+    for shorter in kernel.shorter:
+        assert_compiles_as_planned(shorter)
     compiled = compile_source(kernel.source, kernel.plan.arch.name)
     (used,) = compiled.resources
     assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0)
     assert compiled.warnings == ()
     sass = disassemble(compiled.cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    assert re.search(r"\bHMMA\.16816\.F32", sass) and re.search(r"\bLDSM\b", sass)
-    assert re.search(r"\bLDGSTS\b", sass)
+    planned = set(MATRIX_INSTRUCTIONS[kernel.plan.schedule])
+    plan = kernel.plan.kernel
+    assert used.registers * plan.threads * plan.blocks_per_sm <= kernel.plan.arch.registers_per_sm
+    if plan.worker.registers is None:
+        planned.discard("USETMAXREG")
+    for instruction in dict.fromkeys(name for names in MATRIX_INSTRUCTIONS.values() for name in names):
+        assert bool(re.search(rf"\b{re.escape(instruction)}", sass)) == (instruction in planned), instruction
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_spec_compiles_without_spills(name: str) -> None:
+    """What attngen ships compiles to what its plan says, whole in registers."""
+    assert_compiles_as_planned(attngen.compile(name))
+
+
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 192, 256, {"qk": 192, "v": 128}], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("kind", ["auto", "warp_specialized", "pingpong"])
+def test_warpgroups_compile_without_spills(kind: str, mask: str, head_dim: object) -> None:
+    """Every head dim, with the tile that auto picks; each role stays within what setmaxnreg leaves it."""
+    spec = {"problem": {"head_dim": head_dim}, "mask": mask, "schedule": {"kind": kind}}
+    assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
+def test_every_form_of_the_warpgroup_schedules_compiles(kind: str, overlap: bool, persistent: bool) -> None:
+    """Overlap and persistence on and off, with a mask that has no closed form, in f16."""
+    schedule = {"kind": kind, "overlap": overlap, "persistent": persistent}
+    spec = {
+        "problem": {"head_dim": 128},
+        "precision": {"inputs": "f16"},
+        "mask": "kv_idx != q_idx",
+        "schedule": schedule,
+    }
+    assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
+def test_a_single_warpgroup_keeps_the_registers_of_its_launch() -> None:
+    """With one consumer nothing is handed on: no setmaxnreg."""
+    kernel = attngen.compile({"problem": {"head_dim": 128}, "schedule": {"warpgroups": 1}}, arch="sm_90a")
+    sass = disassemble(compile_source(kernel.source, "sm_90a").cubin)
+    assert "HGMMA" in sass and "USETMAXREG" not in sass
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 80, 96, 192, 256])
@@ -39,5 +94,12 @@ def test_auto_tiles_do_not_spill(kind: str, head_dim: int) -> None:
 @pytest.mark.parametrize("arch", [name for name, arch in ARCHS.items() if arch.emits])
 def test_every_target_compiles(arch: str) -> None:
     """head_dim 128 finds a legal tile on every target, those with 99 KB of shared memory too."""
-    kernel = attngen.compile({"problem": {"head_dim": 128}, "mask": "causal"}, arch=arch)
-    assert compile_source(kernel.source, arch).resources[0].registers <= 255
+    for kind in ("auto", "fa2"):
+        spec = {"problem": {"head_dim": 128}, "mask": "causal", "schedule": {"kind": kind}}
+        kernel = attngen.compile(spec, arch=arch)
+        assert compile_source(kernel.source, arch).resources[0].registers <= 255
+
+
+def test_the_table_of_sass_is_in_step() -> None:
+    """docs/sass.md shows what a change of template does; `python tests/emit/regenerate.py` rewrites it."""
+    assert committed_cells() == [line.cells for line in rows()]

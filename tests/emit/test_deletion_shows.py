@@ -9,7 +9,7 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.lower import lower
-from attngen.plan import Program, body_of
+from attngen.plan import Plan, Program, Role, body_of
 
 
 def shorter_programs(program: Program) -> Iterator[tuple[str, Program]]:
@@ -20,18 +20,42 @@ def shorter_programs(program: Program) -> Iterator[tuple[str, Program]]:
             yield line, (*program[:i], replace(step, body=inner), *program[i + 1 :])  # type: ignore[call-arg]
 
 
+def unchanged_by_deletion(plan: Plan, role: Role) -> tuple[list[str], int]:
+    """The Steps of a role whose deletion leaves the text as it is, and how many were deleted."""
+    text = emit(plan)
+    unchanged, deleted = [], 0
+    for line, program in shorter_programs(role.program):
+        roles = tuple(replace(r, program=program) if r is role else r for r in plan.kernel.roles)
+        deleted += 1
+        if emit(replace(plan, kernels=(replace(plan.kernel, roles=roles),))) == text:
+            unchanged.append(line)
+    return unchanged, deleted
+
+
 @pytest.mark.parametrize(("kind", "stages"), [("serial", 1), ("fa2", 1), ("fa2", 2), ("fa2", 3)])
 def test_every_deleted_step_changes_the_text(kind: str, stages: int) -> None:
     """Nested Steps too, on a causal kernel."""
     spec = {"problem": {"head_dim": 64}, "mask": "causal", "schedule": {"kind": kind, "stages": stages}}
     plan = lower(attngen.load(spec), ARCHS["sm_90a"])
-    text = emit(plan)
     (role,) = plan.kernel.roles
-    unchanged, deleted = [], 0
-    for line, program in shorter_programs(role.program):
-        kernel = replace(plan.kernel, roles=(replace(role, program=program),))
-        deleted += 1
-        if emit(replace(plan, kernels=(kernel,))) == text:
-            unchanged.append(line)
+    unchanged, deleted = unchanged_by_deletion(plan, role)
     assert deleted > 25
     assert unchanged == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
+def test_every_deleted_step_of_every_role_changes_the_text(
+    kind: str, overlap: bool, persistent: bool, head_dim: int
+) -> None:
+    """Consumer and producer; at head_dim 192 O is rescaled first, and the result staged over Q."""
+    schedule = {"kind": kind, "overlap": overlap, "persistent": persistent}
+    spec = {"problem": {"head_dim": head_dim}, "mask": "causal", "schedule": schedule}
+    plan = lower(attngen.load(spec), ARCHS["sm_90a"])
+    counts = {}
+    for role in plan.kernel.roles:
+        unchanged, counts[role.name] = unchanged_by_deletion(plan, role)
+        assert unchanged == [], role.name
+    assert counts["consumer"] > 60 and counts["producer"] >= (22 if persistent else 19)

@@ -94,6 +94,8 @@ def test_cuda_text_overflows_nowhere(text: str, env: dict[str, int]) -> None:
         ("2 * kv_idx <= q_idx", "2 * kv_idx <= q_idx"),
         ("3 * kv_idx <= q_idx", "3LL * kv_idx <= q_idx"),
         ("kv_idx <= q_idx + b + h", "kv_idx <= (long long)b + h + q_idx"),
+        ("kv_idx <= 2 * b + h", "kv_idx <= 2LL * b + h"),
+        ("kv_idx <= 3 - q_idx - b - h", "kv_idx <= 3LL - b - h - q_idx"),
         ("kv_idx <= 3 - q_idx", "kv_idx <= 3 - q_idx"),
         ("kv_idx < 3000000000", "kv_idx <= 2999999999LL"),
     ],

@@ -7,6 +7,7 @@ is right otherwise; where a schedule or a mask has no such place, the plan stays
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,12 +20,17 @@ from attngen.plan.steps import (
     Exponentiate,
     FinishRows,
     ForBlocks,
+    IssueOutputGemm,
+    IssueScoreGemm,
     LoadTile,
     MaskScores,
     MaskScoresEach,
+    Release,
     RowMax,
     ScaleRows,
     ScoreGemm,
+    TmaLoad,
+    WaitGemm,
     When,
 )
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
@@ -101,15 +107,15 @@ def rewritten(program: Program, edit: Edit) -> Program:
     return tuple(result)
 
 
+def with_programs(plan: Plan, change: Callable[[Program], Program]) -> Plan:
+    """The plan with every role's program changed."""
+    roles = tuple(replace(role, program=change(role.program)) for role in plan.kernel.roles)
+    return replace(plan, kernels=(replace(plan.kernel, roles=roles), *plan.kernels[1:]))
+
+
 def in_program(edit: Edit) -> Fault:
     """A fault of the program."""
-
-    def edited(plan: Plan) -> Plan:
-        (role,) = plan.kernel.roles
-        kernel = replace(plan.kernel, roles=(replace(role, program=rewritten(role.program, edit)),))
-        return replace(plan, kernels=(kernel, *plan.kernels[1:]))
-
-    return Fault(edit=edited)
+    return Fault(edit=lambda plan: with_programs(plan, lambda program: rewritten(program, edit)))
 
 
 def _one_key_more(step: Step) -> Step:
@@ -150,7 +156,7 @@ def _last_block_dropped(step: Step) -> Step:
             return value - 1
         return value
 
-    if isinstance(step, LoadTile):
+    if isinstance(step, LoadTile | TmaLoad):
         return replace(step, block=moved(step.block))
     return (
         replace(step, range=replace(step.range, hi=moved(step.range.hi)))
@@ -188,17 +194,17 @@ def _no_tail_mask(step: MaskScores, role: RoleRun) -> None:
     role.write(step.s, lambda s: torch.where(keep, s, -math.inf), role.read(step.s))
 
 
-def _of_members(change: Callable[[Member, RoleRun], Member]) -> StepFunction:
-    """LoadTile of K and V, for other heads than the tile's."""
+def _of_members(change: Callable[[Member, RoleRun], Member]) -> Mapping[type[Step], StepFunction]:
+    """The loads of K and V, for other heads than the tile's."""
 
-    def load(step: LoadTile, role: RoleRun) -> None:
+    def load(step: LoadTile | TmaLoad, role: RoleRun) -> None:
         tile = role.tile
         if step.src.heads == "kv":
             role.tile = Tile(tile.m_block, tile.bounds, tuple(change(m, role) for m in tile.members))
-        STEPS_SIMULATED[LoadTile](step, role)
+        STEPS_SIMULATED[type(step)](step, role)
         role.tile = tile
 
-    return load
+    return {LoadTile: load, TmaLoad: load}
 
 
 def _head_modulo(member: Member, role: RoleRun) -> Member:
@@ -243,6 +249,44 @@ def _one_column_short(step: ScoreGemm, role: RoleRun) -> None:
     role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
 
 
+def _issued_one_column_short(step: IssueScoreGemm, role: RoleRun) -> None:
+    """The same with wgmma."""
+    a, b = role.read_by_gemm(step.a), role.read_by_gemm(step.b)
+    cols = step.a.buffer.valid_cols - 1
+    role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
+    role.issue_gemm(step.acc)
+
+
+def _in_bodies(program: Program, change: Callable[[Program], Program]) -> list[Step]:
+    """The Steps of a program, those of control with their bodies changed."""
+    return [replace(step, body=change(body)) if (body := body_of(step)) else step for step in program]  # type: ignore[call-arg]
+
+
+def _released_early(program: Program) -> Program:
+    """Every stage is handed back before the wait for the GEMMs that read it."""
+    steps = _in_bodies(program, _released_early)
+    for i, (step, following) in enumerate(pairwise(tuple(steps))):
+        if isinstance(step, WaitGemm) and isinstance(following, Release):
+            steps[i], steps[i + 1] = following, step
+    return tuple(steps)
+
+
+def _rescaled_in_flight(program: Program) -> Program:
+    """O is rescaled when its GEMM has been issued, not when it has landed."""
+    steps = _in_bodies(program, _rescaled_in_flight)
+    rescales = [step for step in steps if _no_rescale(step) is None]
+    others = [step for step in steps if _no_rescale(step) is not None]
+    issued = [i for i, step in enumerate(others, 1) if isinstance(step, IssueOutputGemm)]
+    return (*others[: issued[0]], *rescales, *others[issued[0] :]) if issued else tuple(steps)
+
+
+def _rows_of_the_first_warpgroup(step: IssueScoreGemm, role: RoleRun) -> None:
+    """Every warpgroup takes the rows of Q that the first owns."""
+    own, role.warpgroup = role.warpgroup, 0
+    STEPS_SIMULATED[IssueScoreGemm](step, role)
+    role.warpgroup = own
+
+
 FAULTS: dict[str, Fault] = {
     "causal off by one": in_program(_one_key_more),
     "missing tail mask": Fault({MaskScores: _no_tail_mask}),
@@ -250,14 +294,21 @@ FAULTS: dict[str, Fault] = {
     "no rescale": in_program(_no_rescale),
     "row_sum not rescaled": Fault({Exponentiate: _sum_not_rescaled}),
     "row_max not running": Fault({RowMax: _max_of_the_block}),
-    "wrong GQA head": Fault({LoadTile: _of_members(_head_modulo)}),
-    "K and V of the first batch": Fault({LoadTile: _of_members(_first_batch)}),
+    "wrong GQA head": Fault(_of_members(_head_modulo)),
+    "K and V of the first batch": Fault(_of_members(_first_batch)),
     "lse unscaled": Fault({FinishRows: _lse_in_log2}),
     "empty rows not guarded": Fault({FinishRows: _no_guard_for_empty_rows}),
     "swapped stages": in_program(_swapped_stages),
     "last KV block dropped": in_program(_last_block_dropped),
     "scale sign ignored": in_program(_sign_ignored),
     "full range too wide": Fault(edit=_wide_full_range),
-    "one column of the head dim short": Fault({ScoreGemm: _one_column_short}),
+    "one column of the head dim short": Fault(
+        {ScoreGemm: _one_column_short, IssueScoreGemm: _issued_one_column_short}
+    ),
     "mask without a closed form ignored": Fault({MaskScoresEach: lambda step, role: None}),
+    "stage released under its GEMM": Fault(edit=lambda plan: with_programs(plan, _released_early)),
+    "O rescaled under its GEMM": Fault(edit=lambda plan: with_programs(plan, _rescaled_in_flight)),
+    "rows of the first warpgroup": Fault({IssueScoreGemm: _rows_of_the_first_warpgroup}),
 }
+RACES = ("stage released under its GEMM", "O rescaled under its GEMM")
+"""Faults that change no value here and would on a GPU, now and then: the simulator itself refuses them."""

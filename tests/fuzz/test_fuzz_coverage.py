@@ -9,12 +9,13 @@ from attngen.fuzz.strategies import plan_of
 from attngen.inputs import Shape
 from attngen.spec import load
 
-EXAMPLES = {("simulator",): 600, ("sm_80", "sm_90a"): 350}
+EXAMPLES = {"simulator": 600, "sm_80": 350, "sm_90a": 500}
+KNOBS = ("schedule", "warpgroups", "overlap", "persistent", "order", "tiles per block")
 
 
-@pytest.fixture(scope="module", params=EXAMPLES, ids=", ".join)
+@pytest.fixture(scope="module", params=EXAMPLES)
 def report(request: pytest.FixtureRequest) -> FuzzReport:
-    return fuzz(examples=EXAMPLES[request.param], seed=7, targets=request.param)
+    return fuzz(examples=EXAMPLES[request.param], seed=7, targets=(request.param,))
 
 
 def test_plans_hold_every_property(report: FuzzReport) -> None:
@@ -25,16 +26,16 @@ def test_plans_hold_every_property(report: FuzzReport) -> None:
 
 def test_a_seeded_run_meets_everything(report: FuzzReport) -> None:
     """Every schedule, dtype, head_dim, length class, group, stride, property, and every range empty and not."""
-    targets = next(targets for targets, examples in EXAMPLES.items() if examples == report.examples)
-    assert report.coverage.missing(targets) == []
+    target = next(target for target, examples in EXAMPLES.items() if examples == report.examples)
+    assert report.coverage.missing((target,)) == []
 
 
 def test_the_table_names_what_was_met(report: FuzzReport) -> None:
     """Each dimension that was met is a line of the table, with its counts."""
     table = report.coverage.table()
-    assert list(table.columns[0].cells) == list(dict.fromkeys(d for d, _ in expected(CPU_TARGETS))) + [
-        "target"
-    ]
+    every = [*dict.fromkeys(dimension for dimension, _ in expected(CPU_TARGETS)), "target"]
+    met = {dimension for dimension, _ in report.coverage.counts}
+    assert list(table.columns[0].cells) == [dimension for dimension in every if dimension in met]
     schedules = f"[bold]fa2[/] {report.coverage.counts['schedule', 'fa2']}"
     assert str(next(iter(table.columns[1].cells))).startswith(schedules)
 
@@ -76,3 +77,23 @@ def test_lengths_beside_a_multiple_are_counted() -> None:
     """9 keys are one more than a multiple of 8 and than one of the block of 2, and are no multiple."""
     met = {value for axis, value in covered("serial", "full", 1, 9) if axis == "seqlen_k"}
     assert met == {"8 + 1", "block + 1", "block - 1"}
+
+
+def test_knobs_of_warpgroups_are_counted() -> None:
+    """Three warpgroups, no overlap; 20 rows in tiles of 6, so that the two simulated blocks have four tiles."""
+    spec = load(
+        {
+            "target": "simulator",
+            "problem": {"head_dim": 2},
+            "tile": {"block_m": 6, "block_n": 2},
+            "schedule": {"kind": "pingpong", "warpgroups": 3, "overlap": False, "order": "rows"},
+        }
+    )
+    plan = plan_of(spec)
+    assert plan is not None
+    for rows, per_block in ((20, "many"), (12, "1")):
+        coverage = Coverage()
+        coverage.add(Case(spec, Shape(1, 2, 1, rows, 3)), plan)
+        found = {met for met in coverage.counts if met[0] in KNOBS}
+        values = ("pingpong", "3", "no", "yes", "rows", per_block)
+        assert found == set(zip(KNOBS, values, strict=True))

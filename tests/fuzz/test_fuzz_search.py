@@ -147,7 +147,7 @@ def test_a_write_past_the_output_is_noticed() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [None, -EXACT_SCALE, 0.0])
 @pytest.mark.parametrize("inputs", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("kind", ["serial", "fa2"])
+@pytest.mark.parametrize("kind", ["serial", "fa2", "warp_specialized", "pingpong"])
 def test_a_right_kernel_holds_each_rule(kind: str, inputs: str, scale: float | None, rule: str) -> None:
     """Several blocks of rows and keys with the full mask, to which every rule applies."""
     spec = small(schedule={"kind": kind}, precision={"inputs": inputs})

@@ -1,11 +1,14 @@
-"""Launching on a GPU: streams, graphs, allocations, host time."""
+"""Launching on a GPU: streams, graphs, tile counters, allocations, host time."""
 
+import random
 import time
 
 import pytest
 import torch
+from kernels import KINDS, WARPGROUP_KINDS, counters_are_zero, kernel, wait_for_gpu
 
 import attngen
+from attngen.accuracy import compare
 from attngen.inputs import Shape, random_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
@@ -17,68 +20,151 @@ def inputs(seqlen: int = 512, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
     return random_inputs(Shape(2, 8, 2, seqlen, seqlen), 64, 64, torch.bfloat16, "cuda", seed)
 
 
-def test_a_side_stream_behind_a_slow_producer() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_stream_behind_a_slow_producer(kind: str) -> None:
     """A launch waits for what its stream waits for: inputs made late by a slow kernel are the ones used."""
-    kernel = attngen.compile(SPEC)
+    made = kernel(kind)
     q, k, v = inputs()
-    expected = kernel(q, k, v)
+    expected = made(q, k, v)
     late = torch.zeros_like(q)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         late.copy_(q)
-        out = kernel(late, k, v)
+        out = made(late, k, v)
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
-def test_graph_replay_uses_new_data() -> None:
-    """A captured call replays on whatever the input tensors then hold."""
-    kernel = attngen.compile(SPEC)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_streams_at_once(kind: str) -> None:
+    """Launches on two streams overlap and do not disturb each other: each gives what it gives alone."""
+    made = kernel(kind)
+    calls = (inputs(512, seed=1), inputs(300, seed=2))
+    expected = [made(*call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    outs: tuple[list[torch.Tensor], ...] = ([], [])
+    for _ in range(100):
+        for stream, call, found in zip(streams, calls, outs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(made(*call))
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+    wait_for_gpu()
+    for found, right in zip(outs, expected, strict=True):
+        assert bool((torch.stack(found) == right).all())
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_replay_uses_new_data(kind: str) -> None:
+    """A captured call replays on whatever the input tensors then hold, twice in a row too."""
+    made = kernel(kind)
     q, k, v = inputs()
-    kernel(q, k, v)
+    made(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernel(q, k, v)
+        out = made(q, k, v)
     for seed in (1, 2):
         fresh = inputs(seed=seed)
         for old, new in zip((q, k, v), fresh, strict=True):
             old.copy_(new)
+        out.zero_()
         graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, kernel(*fresh))
+        graph.replay()
+        wait_for_gpu()
+        assert torch.equal(out, made(*fresh))
+    assert counters_are_zero()
 
 
-@pytest.mark.parametrize("kind", ["fa2", "serial"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_replays_beside_other_launches(kind: str) -> None:
+    """A graph on one stream and plain launches on another do not share a counter: both stay right."""
+    made = kernel(kind)
+    call, other = inputs(seed=3), inputs(300, seed=4)
+    expected, right = made(*call), made(*other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = made(*call)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            graph.replay()
+        found.append(made(*other))
+    torch.cuda.current_stream().wait_stream(side)
+    wait_for_gpu()
+    assert torch.equal(out, expected) and all(torch.equal(x, right) for x in found)
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_tile_counter_is_zero_after_every_launch(kind: str) -> None:
+    """Whatever the tiles and the blocks, one tile or thousands: the next launch finds the counter at 0."""
+    made = kernel(kind)
+    draw = random.Random(0)
+    q, k, v = random_inputs(Shape(4, 64, 2, 600, 600), 64, 64, torch.bfloat16, "cuda")
+    for _ in range(100):
+        batch, group = draw.randint(1, 4), draw.choice((1, 2, 8, 32))
+        rows, keys = draw.randint(1, 600), draw.randint(0, 600)
+        made(q[:batch, :rows, : 2 * group], k[:batch, :keys], v[:batch, :keys])
+        wait_for_gpu()
+        assert counters_are_zero(), f"batch {batch}, group {group}, {rows} rows, {keys} keys"
+
+
+@pytest.mark.timeout(120, method="thread")
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_ten_thousand_launches_of_random_lengths(kind: str) -> None:
+    """One kernel on random lengths, launch behind launch, never hangs; every 1000th result is judged."""
+    made = kernel(kind)
+    draw = random.Random(1)
+    q, k, v = inputs(640, seed=5)
+    lengths = [draw.randint(1, 640) for _ in range(60)]  # 3600 pairs: the launcher remembers 4096 signatures
+    for launch in range(1, 10_001):
+        rows, keys = draw.choice(lengths), draw.choice(lengths)
+        call = (q[:, :rows], k[:, :keys], v[:, :keys])
+        out, lse = made(*call, return_lse=True)
+        if launch % 1000 == 0:
+            wait_for_gpu()
+            accuracy = compare(out, lse, *call, made.spec.mask_expr)
+            assert accuracy.ok, f"launch {launch}, {rows} rows, {keys} keys: {accuracy}"
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_call_allocates_its_outputs_and_documented_workspaces_only(kind: str) -> None:
     """One kernel a launch and no other, and no byte beyond out, lse and what explain_launch names."""
     from torch.profiler import ProfilerActivity, profile
 
-    kernel = attngen.compile(SPEC | {"schedule": {"kind": kind}})
+    made = kernel(kind)
     q, k, v = inputs()
-    kernel(q, k, v, return_lse=True)
+    made(q, k, v, return_lse=True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        out, lse = kernel(q, k, v, return_lse=True)
+        out, lse = made(q, k, v, return_lse=True)
         torch.cuda.synchronize()
     launched = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-    (report,) = kernel.explain_launch(q, k, v)
+    (report,) = made.explain_launch(q, k, v)
     assert [event.name for event in launched] == [report.kernel]
     expected = out.numel() * 2 + lse.numel() * 4 + sum(report.workspace_bytes.values())
     assert torch.cuda.max_memory_allocated() - before <= expected + 512 * 5  # the allocator rounds to 512
 
 
 def test_a_hundred_shapes_compile_once(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes are run-time arguments: a hundred of them leave one entry in the cache."""
+    """Shapes are run-time arguments: a hundred of them compile nothing that `compile` has not."""
     monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path))
     kernel = attngen.compile(SPEC)
+    entries = len(attngen.runtime.DiskCache().entries())
+    assert entries == 1 + len(kernel.shorter)
     for seed in range(100):
         shape = Shape(1 + seed % 3, 4 * (1 + seed % 2), 2, 1 + 7 * seed % 300, 1 + 11 * seed % 300)
         kernel(*random_inputs(shape, 64, 64, torch.bfloat16, "cuda", seed))
-    assert len(attngen.runtime.DiskCache().entries()) == 1
+    assert len(attngen.runtime.DiskCache().entries()) == entries
 
 
 def test_host_time_of_a_call(record_property: object) -> None:

@@ -157,6 +157,25 @@ def test_is_fair_to_few_elements(dtype: torch.dtype) -> None:
         assert verdict.ok, (seed, head_dim, seqlen_k, str(verdict))
 
 
+@pytest.mark.parametrize("serial", [False, True])
+def test_f32_blocks_are_allowed_their_roundings(serial: bool) -> None:
+    """2048 blocks of one key, scores of 0 and one v: f32 loses more than the yardstick's sums, yet no more than each
+    block may; mutants are refused as ever, and short inputs are allowed nothing more.
+    """
+    q, k, v = random_inputs(Shape(1, 1, 1, 64, 2048), 4, 4, torch.float32)
+    q, v = torch.zeros_like(q), v[:, :1].expand(-1, 2048, -1, -1)
+    run = flash(q, k, v, "full", 1, serial)
+    assert not compare(*run, q, k, v).ok
+    assert compare(*run, q, k, v, block_n=1).ok
+    assert compare(*(x.transpose(1, 2) if x.dim() == 4 else x for x in (*run, q, k, v)), layout="bhsd", block_n=1).ok
+    q, k, v = draw((113, 203), torch.float32)
+    for name, (out, _) in mutants(q, k, v, "causal").items():
+        assert not compare(out, None, q, k, v, parse_mask("causal"), block_n=1).ok, name
+    q, k, v = draw((113, 203), torch.bfloat16)
+    run = flash(q, k, v, "full", 1, serial)
+    assert compare(*run, q, k, v, block_n=1) == compare(*run, q, k, v)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_rmse_binds_where_the_maximum_does_not(dtype: torch.dtype) -> None:
     """At 16384 rows an output with twice the yardstick's error everywhere is refused by its RMSE alone."""

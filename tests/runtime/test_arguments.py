@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import attngen
+from attngen.expr import LARGEST_INDEX, LARGEST_LENGTH, LARGEST_TILE
 from attngen.runtime import check_arguments
 
 KERNEL = attngen.compile({"problem": {"head_dim": 64}, "mask": "causal"}, arch="sm_90a")
@@ -57,6 +58,19 @@ def test_a_fault_is_named(changes: dict[str, object], argument: str, word: str) 
     error = refused(**changes)
     assert error.argument == argument
     assert word in str(error) and str(error).startswith(f"argument {argument}: got ")
+
+
+def test_a_length_leaves_room_for_the_last_tile() -> None:
+    """The last tile of the longest sequence ends at an index; one row more is refused, of q and of k."""
+    assert LARGEST_LENGTH == 2**30 - 512 and LARGEST_LENGTH - 1 + LARGEST_TILE == LARGEST_INDEX
+    given = {name: x[:, :1].expand(-1, LARGEST_LENGTH + 1, -1, -1) for name, x in tensors().items()}
+    for changes in ({"q": given["q"]}, {"k": given["k"], "v": given["v"]}):
+        error = refused(**changes)
+        assert error.argument == next(iter(changes))
+        assert (error.got, error.expected) == (f"length {2**30 - 511}", "at most 2^30 - 512")
+    given = {name: x[:, 1:] for name, x in given.items()}
+    problem = check_arguments(KERNEL.manifest, **given, softmax_scale=None, out=None, layout="bshd")
+    assert problem.seqlen_q == problem.seqlen_k == LARGEST_LENGTH
 
 
 def test_out_may_not_be_an_input() -> None:

@@ -2,20 +2,37 @@
 
 import ctypes
 import struct
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import attngen
-from attngen.runtime import Launcher
+from attngen.runtime import Launcher, tensor_maps
+from attngen.runtime import launch as launch_module
 
-KERNEL = attngen.compile({"problem": {"head_dim": 64}, "mask": "causal"}, arch="sm_90a")
+CAUSAL = {"problem": {"head_dim": 64}, "mask": "causal"}
+KERNEL = attngen.compile(CAUSAL | {"schedule": {"kind": "fa2"}}, arch="sm_90a")
+SPECIALISED = {
+    persistent: attngen.compile(
+        CAUSAL | {"schedule": {"kind": "warp_specialized", "persistent": persistent}}, arch="sm_90a"
+    )
+    for persistent in (True, False)
+}
+COUNTER_ADDRESS = 0xC0C0
 
 
 class Recorder:
     """Stands for the driver: modules without code, launches kept as the bytes of their parameters."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kernel: attngen.Kernel = KERNEL,
+        struct_bytes: int = 8 * 17 + 4 * 6,
+    ) -> None:
+        self.kernel = kernel
+        self.struct_bytes = struct_bytes
         self.structs: list[bytes] = []
         self.grids: list[int] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
@@ -33,10 +50,10 @@ class Recorder:
     def start(
         self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
     ) -> None:
-        assert (threads, stream) == (KERNEL.plan.kernel.threads, 7)
+        assert (threads, stream) == (self.kernel.plan.kernel.threads, 7)
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None
-        self.structs.append(ctypes.string_at(address, 8 * 17 + 4 * 6))
+        self.structs.append(ctypes.string_at(address, self.struct_bytes))
         self.grids.append(grid)
 
 
@@ -48,7 +65,7 @@ def fields(raw: bytes) -> dict[str, float]:
 def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pointers, strides, sizes and scale stand where C puts them; lse is 0 unless asked for."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", recorder.load, recorder.start)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
     out, lse = launcher(q, k, k, softmax_scale=-0.5)
     sent = fields(recorder.structs[0])
@@ -63,7 +80,7 @@ def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPat
 def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered of a signature never holds a pointer."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", recorder.load, recorder.start)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     for _ in range(3):
         q = torch.randn(1, 64, 2, 64).bfloat16()
         out, lse = launcher(q, q, q, return_lse=True)
@@ -75,7 +92,7 @@ def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: 
 def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alignment is a matter of the call, not of the signature."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", recorder.load, recorder.start)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     storage = torch.randn(64 * 2 * 64 + 1).bfloat16()
     good, bad = storage[:-1].view(1, 64, 2, 64), storage[1:].view(1, 64, 2, 64)
     launcher(good, good, good)
@@ -87,9 +104,150 @@ def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytes
 def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No queries: no grid. No keys: the kernel must still write zeros."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", recorder.load, recorder.start)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, none = torch.randn(1, 64, 2, 64).bfloat16(), torch.zeros(1, 0, 2, 64).bfloat16()
     assert launcher(none, q, q)[0].shape == (1, 0, 2, 64)
     assert recorder.grids == []
     launcher(q, none, none)
     assert recorder.grids == [2]
+
+
+# ---- kernels that take tensor maps
+MAP = struct.Struct("=Q4Q3Q4I")
+"""What stands for a descriptor: address, extents, strides, box."""
+
+
+class SpecialisedRecorder(Recorder):
+    """Tensor maps as plain numbers, and one counter.
+
+    Args:
+        address_at: offset of the address in a map; only at 0 may a map be patched instead of made anew.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, persistent: bool, address_at: int = 0) -> None:
+        pointers = 2 if persistent else 1
+        super().__init__(
+            monkeypatch, SPECIALISED[persistent], -(-(4 * 128 + pointers * 8 + 7 * 4) // 64) * 64
+        )
+        self.pointers = pointers
+        self.address_at = address_at
+        self.encoded: list[int] = []
+        self.asked: list[tuple[int | None, int]] = []
+
+        def encode(address: int, dims: object, strides: object, box: object, element_bytes: int) -> bytes:
+            assert element_bytes == 2
+            self.encoded.append(address)
+            data = MAP.pack(address, *dims, *strides, *box)  # type: ignore[misc]
+            return (b"\0" * address_at + data).ljust(128, b"\0")
+
+        class Counters:
+            def address(_, device: int | None, stream: int) -> int:
+                self.asked.append((device, stream))
+                return COUNTER_ADDRESS
+
+        monkeypatch.setattr(tensor_maps, "encode_tensor_map", encode)
+        monkeypatch.setattr(launch_module, "COUNTERS", Counters())
+        tensor_maps.address_comes_first.cache_clear()
+
+    def start(
+        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+    ) -> None:
+        address = ctypes.c_void_p.from_address(arguments).value
+        assert address is not None and address % 64 == 0, "a tensor map stands on 64 bytes"
+        assert smem == self.kernel.plan.kernel.smem_bytes
+        super().start(function, grid, threads, smem, stream, arguments)
+
+    def sent(self) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+        """The maps and the other fields of the last launch, by name."""
+        raw = self.structs[-1]
+        names = [param.name for param in self.kernel.manifest.kernels[0].params]
+        maps = {name: MAP.unpack_from(raw, 128 * i + self.address_at) for i, name in enumerate(names[:4])}
+        values = struct.unpack_from(f"={self.pointers}Q6if", raw, 512)
+        return maps, dict(zip(names[4:], values, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def forget_the_driver() -> Iterator[None]:
+    """What a stand-in for the driver said of tensor maps is not remembered."""
+    yield
+    tensor_maps.address_comes_first.cache_clear()
+
+
+@pytest.mark.parametrize("address_at", [0, 8])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_tensor_maps_carry_address_extents_strides_and_box(
+    monkeypatch: pytest.MonkeyPatch, persistent: bool, address_at: int
+) -> None:
+    """Columns first, strides in bytes; whether the address may be patched or the map is made anew."""
+    recorder = SpecialisedRecorder(monkeypatch, persistent, address_at)
+    launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+    for _ in range(2):  # the second call has the first's signature and addresses of its own
+        q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
+        v = torch.randn(2, 100, 2, 3, 64).bfloat16()[..., 1, :]
+        out, lse = launcher(q, k, v, softmax_scale=-0.5, return_lse=True)
+        maps, values = recorder.sent()
+        block_m, block_n = recorder.kernel.plan.block_m, recorder.kernel.plan.block_n
+        assert maps["q_map"] == (q.data_ptr(), 64, 300, 4, 2, 512, 128, 153600, 64, block_m, 1, 1)
+        assert maps["k_map"] == (k.data_ptr(), 64, 100, 2, 2, 256, 128, 25600, 64, block_n, 1, 1)
+        assert maps["v_map"] == (v.data_ptr(), 64, 100, 2, 2, 768, 384, 76800, 64, block_n, 1, 1)
+        assert maps["out_map"] == (out.data_ptr(), 64, 300, 4, 2, 512, 128, 153600, 64, 64, 1, 1)
+        assert lse is not None and values["lse"] == lse.data_ptr()
+        assert values.get("tile_counter") == (COUNTER_ADDRESS if persistent else None)
+        sizes = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group", "scale_is_negative")
+        assert tuple(values[size] for size in sizes) == (2, 300, 100, 4, 2, 1)
+        assert values["softmax_scale_log2"] == pytest.approx(0.5 * 1.4426950408889634)
+
+
+def test_a_known_signature_makes_no_map_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the address comes first it is patched; elsewhere each call makes its four maps."""
+    q = torch.randn(1, 64, 2, 64).bfloat16()
+    for address_at, again in ((0, 0), (8, 4)):
+        recorder = SpecialisedRecorder(monkeypatch, True, address_at)
+        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher(q, q, q)
+        before = len(recorder.encoded)
+        launcher(q, q, q)
+        assert len(recorder.encoded) - before == again
+
+
+def test_a_dimension_of_one_has_a_stride_that_the_copy_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single batch, head or row may have any stride in torch; the map says 16 bytes. No keys: one row of them."""
+    recorder = SpecialisedRecorder(monkeypatch, True)
+    launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+    q = torch.randn(1, 1, 1, 64).bfloat16().as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+    launcher(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
+    maps, values = recorder.sent()
+    assert maps["q_map"][1:8] == maps["k_map"][1:8] == (64, 1, 1, 1, 16, 16, 16)
+    assert values["seqlen_k"] == 0
+
+
+def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks as multiprocessors, or as tiles where those are fewer; otherwise one per tile."""
+    few, many = torch.randn(1, 100, 2, 64).bfloat16(), torch.randn(2, 7000, 4, 64).bfloat16()
+    found = {}
+    for persistent in (True, False):
+        recorder = SpecialisedRecorder(monkeypatch, persistent)
+        assert recorder.kernel.plan.block_m == 192
+        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        for q in (few, many):
+            launcher(q, q, q)
+        launcher(few[:, :0], few, few)
+        found[persistent] = (recorder.grids, recorder.asked)
+    assert found[True] == ([2, 132], [(None, 7)] * 2)  # sm_90a has 132 multiprocessors
+    assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
+
+
+def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
+    """Up to its bound the shorter kernel is launched, beyond it the other; the manifest of each says so."""
+    kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}})
+    (short,) = kernel.shorter
+    assert kernel.manifest.shorter == (short.manifest.name,) and kernel.manifest.up_to is None
+    bound = short.manifest.up_to
+    assert bound is not None
+    for seqlen_k, expected in ((bound, short), (bound + 1, kernel), (0, short)):
+        q, k = torch.empty(1, 8, 4, 64, device="meta"), torch.empty(1, seqlen_k, 2, 64, device="meta")
+        q, k = q.bfloat16(), k.bfloat16()
+        assert kernel.serving(k) is expected
+        (report,) = kernel.explain_launch(q, k, k)
+        assert report.kernel == expected.manifest.name
+        assert kernel.serving(k.transpose(1, 2), "bhsd") is expected

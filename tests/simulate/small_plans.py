@@ -4,10 +4,17 @@ A fault is provoked by the shortest program that commits it, whatever schedules 
 lowering makes.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product as every
+from types import MappingProxyType
+from typing import Any
+
 from attngen.arch import ARCHS
 from attngen.dtypes import F32, DType
 from attngen.expr import TRUE, Expr, KeyRange
-from attngen.lower import lower
+from attngen.lower import build, candidates, warpgroups
+from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     Buffer,
     Cursor,
@@ -26,7 +33,8 @@ from attngen.plan import (
     ceil_div,
     product,
 )
-from attngen.schedules import Places
+from attngen.plan.rules import verify
+from attngen.schedules import Places, WarpgroupPlaces
 from attngen.spec import load
 
 
@@ -84,9 +92,6 @@ def plan_of(
         scheduler=Scheduler(kind),
         roles=tuple(Role(f"role {i}", 1, program) for i, program in enumerate(programs)),
         buffers=(at.q, at.k, at.v, at.out),
-        reg_tiles=(at.acc_s, at.p, at.acc_o),
-        reg_vecs=(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
-        cursors=(at.load_at, at.read_at),
         params=(),
         blocks_per_sm=1,
         smem_bytes=at.v.offset + at.v.size_bytes,
@@ -110,6 +115,7 @@ def plan_of(
         qk_cols=dim,
         v_cols=dim,
         row_tiles=1,
+        overlap=False,
         key_blocks=key_blocks or KeyBlocks(),
         tensors=(at.q_in, at.k_in, at.v_in, at.result, at.o_acc),
         rows=(at.lse, at.saved_max, at.saved_sum),
@@ -119,8 +125,25 @@ def plan_of(
             Workspace("saved_max", ("batch", "num_heads_q", "seqlen_q")),
             Workspace("saved_sum", ("batch", "num_heads_q", "seqlen_q")),
         ),
-        launches=(Launch("attention", default_grid if grid is None else grid),),
+        launches=(Launch("attention", default_grid if grid is None else grid, default_grid),),
     )
+
+
+TINY_WARPGROUPS = WarpgroupChoice(block_m=4, block_n=4, stages=2, warpgroups=2)
+
+
+def warpgroup_places() -> WarpgroupPlaces:
+    """Places of two consumer warpgroups, of two rows each, and their producer; f32, head dim 2."""
+    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), TRUE, KeyRange((), ()))
+
+
+def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
+    """A plan on those places whose roles run these programs."""
+    given = {"persistent": persistent, "warpgroups": 2}
+    plan = lowered("pingpong", stages=2, block_m=4, block_n=4, head_dim=2, fields=given)
+    programs = {"consumer": consumer, "producer": producer}
+    roles = tuple(replace(role, program=programs[role.name]) for role in plan.kernel.roles)
+    return replace(plan, kernels=(replace(plan.kernel, roles=roles),))
 
 
 def lowered(
@@ -134,8 +157,13 @@ def lowered(
     head_dim_v: int | None = None,
     inputs: str = "f32",
     target: str = "simulator",
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    **choices: Any,
 ) -> Plan:
-    """The plan of a spec, with tiles small enough for every range of a program to hold many blocks."""
+    """The plan of a spec, with tiles small enough for every range of a program to hold many blocks.
+
+    `fields` is more of the spec's `schedule`; `choices` is what no spec says and lowering would decide.
+    """
     spec = load(
         {
             "target": target,
@@ -143,7 +171,45 @@ def lowered(
             "precision": {"inputs": inputs},
             "mask": mask,
             "tile": {"block_m": block_m, "block_n": block_n},
-            "schedule": {"kind": schedule, "stages": 1 if schedule == "serial" else stages},
+            "schedule": {"kind": schedule, "stages": 1 if schedule == "serial" else stages, **fields},
         }
     )
-    return lower(spec, ARCHS[target])
+    choice = candidates(spec, ARCHS[target], schedule)[0]
+    plan = build(spec, ARCHS[target], schedule, replace(choice, **choices))
+    assert not verify(plan)
+    return plan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A schedule and the fields of the spec that change its program."""
+
+    schedule: str
+    stages: int = 2
+    overlap: bool | None = None
+    persistent: bool | None = None
+    warpgroups: int | None = None
+
+    def plan(self, mask: str = "full", **rest: Any) -> Plan:
+        """As `lowered`; three warpgroups share 12 rows."""
+        named = {"overlap": self.overlap, "persistent": self.persistent, "warpgroups": self.warpgroups}
+        fields = {name: value for name, value in named.items() if value is not None}
+        rows = {"block_m": 12} if self.warpgroups == 3 else {}
+        return lowered(self.schedule, mask, self.stages, fields=fields, **{**rows, **rest})
+
+    def __str__(self) -> str:
+        if self.warpgroups is None:
+            return f"{self.schedule}-{self.stages}"
+        overlap = "overlap" if self.overlap else "in-turn"
+        return (
+            f"{self.schedule}-{overlap}-{'persistent' if self.persistent else 'launched'}-{self.warpgroups}"
+        )
+
+
+KINDS = ("serial", "fa2", "warp_specialized", "pingpong")
+WARPGROUP_VARIANTS = tuple(
+    Variant(schedule, 2, overlap, persistent, warpgroups)
+    for schedule, overlap, persistent, warpgroups in every(KINDS[2:], (True, False), (True, False), (2, 3))
+)
+VARIANTS = (Variant("serial", 1), *(Variant("fa2", stages) for stages in (1, 2, 3)), *WARPGROUP_VARIANTS)
+"""Every kind of program, plans of which `lowered` makes without more ado where only the schedule matters."""

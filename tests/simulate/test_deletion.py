@@ -7,22 +7,54 @@ import pytest
 import torch
 from small_plans import lowered
 
-from attngen.plan import Plan, Program, Step, body_of
+from attngen.plan import Plan, Program, Role, Step, body_of, walk
 from attngen.plan.steps import (
+    Advance,
     CommitCopies,
     CopyTile,
     ForBlocks,
     Note,
     ReadTile,
+    Release,
     ScaleRows,
+    StageTile,
     SyncThreads,
+    SyncWarpgroup,
     WaitCopies,
+    WaitEmpty,
+    WaitStores,
 )
 from attngen.simulate import SimulationFault, simulate
+from attngen.simulate.tiles import LOCKSTEP
 
 Path = tuple[int, ...]
 """Where a Step stands: its number in the program, then in the body it is in, and so on."""
 WINDOW = "kv_idx > q_pos - 12 and kv_idx <= q_pos + 5"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan whose programs lose their Steps."""
+
+    schedule: str
+    mask: str
+    stages: int = 2
+    overlap: bool | None = None
+    persistent: bool | None = None
+    out_over_q: bool = False
+
+    def plan(self) -> Plan:
+        """Small enough for every range of a program to hold many blocks."""
+        if self.overlap is None:
+            return lowered(self.schedule, self.mask, self.stages)
+        fields = {"overlap": self.overlap, "persistent": self.persistent}
+        variant = {"out_over_q": self.out_over_q, "rescale_first": self.out_over_q}
+        return lowered(self.schedule, self.mask, self.stages, fields=fields, **variant)
+
+    def __str__(self) -> str:
+        overlap = {None: "", True: ", overlap", False: ", no overlap"}[self.overlap]
+        persistent = {None: "", True: ", persistent", False: ", one tile a block"}[self.persistent]
+        return f"{self.schedule}, {self.mask}, {self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}"
 
 
 @dataclass(frozen=True)
@@ -33,9 +65,8 @@ class Site:
         around: the Steps it is in, outermost first.
     """
 
-    schedule: str
-    mask: str
-    stages: int
+    case: Case
+    role: str
     step: Step
     path: Path
     around: tuple[Step, ...]
@@ -47,12 +78,16 @@ class Site:
 
     def __str__(self) -> str:
         number = ".".join(map(str, self.path))
-        return f"{number} {type(self.step).__name__}: {str(self.step).splitlines()[0]}"
+        return f"{self.role} {number} {type(self.step).__name__}: {str(self.step).splitlines()[0]}"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One small call. Together: both signs, odd lengths, GQA, rows that see 0, 1, 2 and many blocks."""
+    """One small call.
+
+    Together: both signs, odd lengths, GQA, rows that see 0, 1, 2 and many blocks, blocks of threads with one tile and
+    with many.
+    """
 
     seqlen_q: int
     seqlen_k: int
@@ -68,29 +103,41 @@ INPUTS = (
     Inputs(23, 9),
     Inputs(16, 32, softmax_scale=-0.5),
     Inputs(32, 32),
+    Inputs(7, 6, heads=3 * LOCKSTEP, heads_kv=1),
+    Inputs(7, 4, heads=3 * LOCKSTEP, heads_kv=1),
+    Inputs(7, 2, heads=3 * LOCKSTEP, heads_kv=1),
 )
 TOLERANCE = 1e-3
 """Less is rounding; every input below differs by more from what it should be, or not at all."""
 
-PROGRAMS = [
-    (schedule, mask, stages)
-    for schedule, many in (("serial", (1,)), ("fa2", (1, 2, 3)))
-    for stages in many
-    for mask in ("full", "causal", WINDOW)
+CASES = [
+    *(
+        Case(schedule, mask, stages)
+        for schedule, many in (("serial", (1,)), ("fa2", (1, 2, 3)))
+        for stages in many
+        for mask in ("full", "causal", WINDOW)
+    ),
+    Case("warp_specialized", "full", 2, overlap=True, persistent=True),
+    Case("warp_specialized", "causal", 3, overlap=False, persistent=True, out_over_q=True),
+    Case("warp_specialized", WINDOW, 2, overlap=True, persistent=False),
+    Case("warp_specialized", "kv_idx != q_idx", 2, overlap=True, persistent=True),
+    Case("pingpong", "full", 2, overlap=False, persistent=False, out_over_q=True),
+    Case("pingpong", "causal", 2, overlap=True, persistent=True),
+    Case("pingpong", WINDOW, 2, overlap=True, persistent=True, out_over_q=True),
 ]
 
 
 def is_first_rescale(site: Site) -> bool:
     """With the full mask only the last block of keys is masked, and it is the first to be visited."""
     rescales = isinstance(site.step, ScaleRows) and site.step.by.name == "alpha"
-    return rescales and site.range == "right" and site.mask == "full"
+    return rescales and site.range == "right" and site.case.mask == "full"
 
 
 def lands_keys_of_serial(site: Site) -> bool:
     """Before the loop over rows. With a window some blocks of keys have no rows, and Q does not follow."""
-    in_loop_over_keys = site.schedule == "serial" and site.range == "keys" and len(site.around) == 2
+    in_loop_over_keys = site.case.schedule == "serial" and site.range == "keys" and len(site.around) == 2
     if isinstance(site.step, CommitCopies | WaitCopies):
-        return in_loop_over_keys and site.mask != WINDOW
+        return in_loop_over_keys and site.case.mask != WINDOW
     return in_loop_over_keys and isinstance(site.step, SyncThreads) and site.path[-1] > 0
 
 
@@ -100,7 +147,27 @@ def is_before_copy_of_out(site: Site) -> bool:
         return False
     following = body_of(site.around[-1])[site.path[-1] + 1 :]
     is_last_but_one = any(isinstance(step, CopyTile) for step in following[:1])
-    return is_last_but_one and site.schedule == "fa2" and site.stages == 1
+    return is_last_but_one and site.case.schedule == "fa2" and site.case.stages == 1
+
+
+def has_one_tile(site: Site) -> bool:
+    """What makes a stage ready for another tile, or waits for that, where a block has no other."""
+    if site.case.persistent is not False or site.range:
+        return False
+    if isinstance(site.step, Release | Advance):
+        return site.step.cursor.name != "k_at"
+    if isinstance(site.step, WaitEmpty):
+        return site.step.cursor.name != "v_at"
+    if isinstance(site.step, WaitStores | SyncWarpgroup) and site.around:
+        following = body_of(site.around[-1])[site.path[-1] + 1 :][:2]
+        return any(isinstance(step, StageTile) for step in following)
+    return False
+
+
+def waits_for_v_without_overlap(site: Site) -> bool:
+    """Then V of a stage is released before K of the block after it, for which the producer has waited."""
+    is_wait_for_v = isinstance(site.step, WaitEmpty) and site.step.cursor.name == "v_at"
+    return is_wait_for_v and site.range != "" and site.case.overlap is False
 
 
 REDUNDANT: dict[str, Callable[[Site], bool]] = {
@@ -108,18 +175,18 @@ REDUNDANT: dict[str, Callable[[Site], bool]] = {
     "saves registers, changes no value": lambda site: isinstance(site.step, ReadTile),
     "O is still 0 when the first block of keys rescales it": is_first_rescale,
     "the wait and the barriers for Q, which follows, cover K and V": lands_keys_of_serial,
+    "a block with one tile needs no stage for another": has_one_tile,
+    "without overlap the wait for K covers V": waits_for_v_without_overlap,
     "with one stage the barrier for V already stands after the last read of Q": is_before_copy_of_out,
 }
 """Steps without which nothing changes that the simulator sees, by reason."""
 
 
-def sites(
-    case: tuple[str, str, int], program: Program, prefix: Path = (), around: Program = ()
-) -> Iterator[Site]:
-    """Every Step of a program, outer before inner."""
-    for i, step in enumerate(program):
-        yield Site(*case, step, (*prefix, i), around)
-        yield from sites(case, body_of(step), (*prefix, i), (*around, step))
+def sites(case: Case, role: Role, prefix: Path = (), around: Program = ()) -> Iterator[Site]:
+    """Every Step of a role's program, outer before inner."""
+    for i, step in enumerate(body_of(around[-1]) if around else role.program):
+        yield Site(case, role.name, step, (*prefix, i), around)
+        yield from sites(case, role, (*prefix, i), (*around, step))
 
 
 def without(program: Program, path: Path) -> Program:
@@ -132,11 +199,13 @@ def without(program: Program, path: Path) -> Program:
     return (*before, replace(step, body=shorter), *after)  # type: ignore[call-arg]
 
 
-def with_program(plan: Plan, program: Program) -> Plan:
-    """The plan with another program for its one role."""
-    (role,) = plan.kernel.roles
-    kernel = replace(plan.kernel, roles=(replace(role, program=program),))
-    return replace(plan, kernels=(kernel, *plan.kernels[1:]))
+def without_step(plan: Plan, site: Site) -> Plan:
+    """The plan whose role lacks the Step."""
+    roles = (
+        replace(role, program=without(role.program, site.path)) if role.name == site.role else role
+        for role in plan.kernel.roles
+    )
+    return replace(plan, kernels=(replace(plan.kernel, roles=tuple(roles)), *plan.kernels[1:]))
 
 
 def results(plan: Plan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -172,37 +241,38 @@ def is_noticed(plan: Plan, expected: list[tuple[torch.Tensor, torch.Tensor]]) ->
         return True
 
 
-@pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: ", ".join(map(str, case)))
-def test_every_step_is_needed(case: tuple[str, str, int]) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_step_is_needed(case: Case) -> None:
     """Without one of its Steps a program faults or differs, or the Step is listed, and none in vain."""
-    plan = lowered(*case)
+    plan = case.plan()
     expected = list(results(plan))
-    program = plan.kernel.roles[0].program
     unnoticed, listed = [], []
-    for site in sites(case, program):
+    for site in (site for role in plan.kernel.roles for site in sites(case, role)):
         if any(claims(site) for claims in REDUNDANT.values()):
             listed.append(str(site))
-        if not is_noticed(with_program(plan, without(program, site.path)), expected):
+        if not is_noticed(without_step(plan, site), expected):
             unnoticed.append(str(site))
     assert unnoticed == listed
 
 
-def test_deletion_finds_nested_steps() -> None:
+@pytest.mark.parametrize("case", [Case("fa2", "causal"), CASES[-1]], ids=str)
+def test_deletion_finds_nested_steps(case: Case) -> None:
     """The test reaches Steps in every body, and a deletion takes a Step and what is in it and no more."""
-    case = ("fa2", "causal", 2)
-    program = lowered(*case).kernel.roles[0].program
-    every = list(sites(case, program))
-    assert max(len(site.path) for site in every) >= 4
-    for site in every:
-        removed = 1 + sum(1 for _ in sites(case, body_of(site.step)))
-        assert len(list(sites(case, without(program, site.path)))) == len(every) - removed
+    plan = case.plan()
+    for role in plan.kernel.roles:
+        every = list(sites(case, role))
+        assert max(len(site.path) for site in every) >= 4
+        for site in every:
+            (shorter,) = (r for r in without_step(plan, site).kernel.roles if r.name == role.name)
+            removed = 1 + sum(1 for _ in walk(body_of(site.step)))
+            assert len(list(walk(shorter.program))) == len(every) - removed
 
 
 def test_barrier_before_a_wide_output_is_needed() -> None:
     """Where O is wider than Q it takes bytes of K and V too, which the last block of keys has just read."""
     plan = lowered("fa2", "causal", 1, head_dim=4, head_dim_v=12)
-    program = plan.kernel.roles[0].program
-    (site,) = (site for site in sites(("fa2", "causal", 1), program) if is_before_copy_of_out(site))
+    every = sites(Case("fa2", "causal", 1), plan.kernel.worker)
+    (site,) = (site for site in every if is_before_copy_of_out(site))
     with pytest.raises(SimulationFault, match="CopyTile") as caught:
-        list(results(with_program(plan, without(program, site.path))))
+        list(results(without_step(plan, site)))
     assert (caught.value.rule, caught.value.place) == ("race", "out")

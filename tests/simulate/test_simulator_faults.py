@@ -291,7 +291,7 @@ def test_roles_meet_at_sync_threads() -> None:
 
 def test_grid_must_match_the_tiles() -> None:
     """A launch on more or fewer blocks than there are tiles is a fault."""
-    with pytest.raises(SimulationFault, match="launched on 2 blocks and has 1"):
+    with pytest.raises(SimulationFault, match="launched on 2 blocks for 1 tiles and has 1"):
         run((), grid=2)
 
 

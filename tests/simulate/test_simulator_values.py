@@ -5,18 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_plans import lowered
+from small_plans import KINDS, VARIANTS, Variant, lowered
 
 from attngen.accuracy import compare
 from attngen.expr import parse_mask
 from attngen.inputs import Shape, poison, random_inputs
 from attngen.plan import Plan
-from attngen.plan.steps import ConvertP, LoadTile, MaskScores, RowMax
+from attngen.plan.steps import ConvertP, LoadTile, MaskScores, RowMax, TmaLoad
 from attngen.reference import attention
-from attngen.simulate import simulate
-from attngen.simulate.copies import load_tile
+from attngen.simulate import STEPS_SIMULATED, simulate
 
-SCHEDULES = [("serial", 1), ("fa2", 1), ("fa2", 2), ("fa2", 3)]
 MASKS = ["full", "causal", "kv_idx > q_pos - 6 and kv_idx <= q_pos + 1", "kv_idx != q_pos", "false"]
 SHAPES = [
     Shape(1, 1, 1, 1, 1),
@@ -38,23 +36,23 @@ def accurate(plan: Plan, mask: str, shape: Shape, seed: int = 0, scale: float | 
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("schedule", "stages"), SCHEDULES)
-def test_agrees_with_the_reference(schedule: str, stages: int, mask: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_agrees_with_the_reference(variant: Variant, mask: str) -> None:
     """Every schedule is within the bound on every mask, with GQA, odd lengths, f32, bf16 and f16."""
     for inputs in ("f32", "bf16", "f16"):
-        plan = lowered(schedule, mask, stages, block_n=4, inputs=inputs)
+        plan = variant.plan(mask, block_n=4, inputs=inputs)
         for seed, shape in enumerate(SHAPES):
             accurate(plan, mask, shape, seed)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.0, -0.3, 1.7, 1e-30])
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 def test_any_softmax_scale(schedule: str, scale: float) -> None:
     """Zero, negative, large and tiny scales give what the reference gives."""
     accurate(lowered(schedule, "causal", 1, inputs="bf16"), "causal", Shape(1, 2, 1, 17, 20), scale=scale)
 
 
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize(
     "step", [MaskScores, RowMax], ids=["without masking", "with a maximum that is never raised"]
 )
@@ -71,22 +69,24 @@ def test_the_bound_catches_faults(schedule: str, step: type) -> None:
     assert not compare(out, None, q, k, v, parse_mask("causal")).ok
 
 
-def test_wrong_head_is_found() -> None:
+@pytest.mark.parametrize("schedule", KINDS)
+def test_wrong_head_is_found(schedule: str) -> None:
     """Reading the K and V of another head gives another result: heads are not interchangeable."""
-    plan = lowered("fa2", "full", 1)
+    plan = lowered(schedule, "full", 2)
 
-    def wrong(step: LoadTile, role) -> None:  # type: ignore[no-untyped-def]
+    def wrong(step: LoadTile | TmaLoad, role) -> None:  # type: ignore[no-untyped-def]
         right = role.tile
         role.tile = replace(right, members=tuple(m._replace(head_kv=m.head % 2) for m in right.members))
-        load_tile(step, role)
+        STEPS_SIMULATED[type(step)](step, role)
         role.tile = right
 
     q, k, v = random_inputs(Shape(1, 4, 2, 9, 9), plan.head_dim_qk, plan.head_dim_v, torch.float32)
-    out, _ = simulate(plan, q, k, v, steps={LoadTile: wrong})
+    assert compare(simulate(plan, q, k, v)[0], None, q, k, v).ok
+    out, _ = simulate(plan, q, k, v, steps={LoadTile: wrong, TmaLoad: wrong})
     assert not compare(out, None, q, k, v).ok
 
 
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 def test_sizes_of_zero(schedule: str) -> None:
     """No batch, heads or queries: an empty result; no keys: zeros and lse = -inf."""
     plan = lowered(schedule, "causal", 2)
@@ -101,7 +101,7 @@ def test_sizes_of_zero(schedule: str) -> None:
     assert torch.equal(out, torch.zeros(2, 11, 3, d)) and torch.equal(lse, torch.full((2, 3, 11), -math.inf))
 
 
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 def test_nan_and_inf_stay_in_their_row(schedule: str) -> None:
     """NaN or +inf among the scores of a row makes that row NaN and no other; -inf is a masked key."""
     plan = lowered(schedule, "full", 1, block_n=4)
@@ -121,7 +121,7 @@ def test_nan_and_inf_stay_in_their_row(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed_qkv", "strided", "expanded", "offset", "bhsd"])
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 def test_strides_change_nothing(schedule: str, layout: str) -> None:
     """Any strides give bitwise what contiguous tensors of the same values give; so does layout="bhsd"."""
     plan = lowered(schedule, "causal", 2, inputs="bf16")
@@ -135,7 +135,7 @@ def test_strides_change_nothing(schedule: str, layout: str) -> None:
     assert torch.equal(found, out.transpose(1, 2)) and torch.equal(found_lse, lse)
 
 
-@pytest.mark.parametrize("schedule", ["serial", "fa2"])
+@pytest.mark.parametrize("schedule", KINDS)
 def test_surroundings_change_nothing(schedule: str) -> None:
     """NaN, Inf and large numbers around the inputs, past the last key too, change no bit."""
     plan = lowered(schedule, "full", 2)
@@ -145,7 +145,7 @@ def test_surroundings_change_nothing(schedule: str) -> None:
 
 def test_heads_in_lockstep_equal_heads_alone() -> None:
     """Stacking the heads is a matter of speed: one head at a time gives the same numbers."""
-    for schedule in ("serial", "fa2"):
+    for schedule in KINDS:
         plan = lowered(schedule, "causal", 1, inputs="bf16")
         q, k, v = random_inputs(Shape(3, 4, 2, 9, 17), plan.head_dim_qk, plan.head_dim_v, torch.bfloat16)
         together, lse = simulate(plan, q, k, v, return_lse=True)
@@ -157,7 +157,7 @@ def test_heads_in_lockstep_equal_heads_alone() -> None:
 def test_masks_that_ask_for_the_head() -> None:
     """A mask over h and b: each head and each element of the batch visits its own blocks of keys."""
     mask = "kv_idx <= q_pos - 3 * h + b"
-    for schedule in ("serial", "fa2"):
+    for schedule in KINDS:
         accurate(lowered(schedule, mask, 2), mask, Shape(2, 3, 1, 17, 19))
 
 

@@ -1,11 +1,13 @@
 """The arithmetic of the scheduler against every pair of query and key, one by one."""
 
+from dataclasses import replace
+
 import pytest
 from small_plans import lowered
 
 from attngen.expr import evaluate, parse_mask
-from attngen.simulate import Sizes, block_bounds, tiles
-from attngen.simulate.tiles import Member
+from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles
+from attngen.simulate.tiles import Member, TileSource
 
 MASKS = [
     "full",
@@ -17,12 +19,22 @@ MASKS = [
 ]
 
 
+def full_blocks(bounds: BlockBounds) -> set[int]:
+    return set(range(bounds.n_full_begin, bounds.n_full_end))
+
+
+@pytest.mark.parametrize("schedule", ["fa2", "warp_specialized"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_bounds_hold_every_visible_pair(mask: str) -> None:
-    """Blocks not visited show no pair, full ones every pair; of full and causal the outermost show some."""
+def test_bounds_hold_every_visible_pair(schedule: str, mask: str) -> None:
+    """Blocks not visited show no pair, full ones every pair; of full and causal the outermost show some.
+
+    Where the program peels the last block off and masks it, that block alone is no longer counted as full.
+    """
     tree = parse_mask(mask)
     for block_m, block_n in ((4, 4), (8, 3), (3, 8)):
-        plan = lowered("fa2", mask, 1, block_m=block_m, block_n=block_n)
+        fields = {"warpgroups": 1} if schedule == "warp_specialized" else {}
+        plan = lowered(schedule, mask, 1, block_m=block_m, block_n=block_n, fields=fields)
+        unpeeled = replace(plan, key_blocks=replace(plan.key_blocks, last_is_masked=False))
         for seqlen_q in (1, 4, 9, 13):
             for seqlen_k in (0, 1, 3, 8, 11, 24):
                 sizes = Sizes(1, seqlen_q, seqlen_k, 1, 1)
@@ -44,6 +56,10 @@ def test_bounds_hold_every_visible_pair(mask: str) -> None:
                     assert (
                         0 <= bounds.n_min <= bounds.n_full_begin <= bounds.n_full_end <= bounds.n_max <= n_end
                     )
+                    every = block_bounds(unpeeled, sizes, m)
+                    last = every.n_max - 1 if schedule == "warp_specialized" else every.n_max
+                    assert full_blocks(bounds) == full_blocks(every) - {last}
+                    assert (bounds.n_min, bounds.n_max) == (every.n_min, every.n_max)
                     for n in range(n_end):
                         visited = bounds.n_min <= n < bounds.n_max
                         assert visited or not any(sees(n))
@@ -79,3 +95,20 @@ def test_heads_that_see_other_keys_are_not_stacked() -> None:
     found = {tile.members[0].head: tile.bounds for tile in tiles(plan, plan.kernel, Sizes(1, 4, 12, 3, 3))}
     assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
     assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2)).n_max == 2
+
+
+@pytest.mark.parametrize("resident", [1, 2, 7, 100])
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+def test_persistent_blocks_draw_every_tile_once(count: int, resident: int) -> None:
+    """Blocks that draw in turn, after the tile of their own number, get every tile once and leave the counter 0."""
+    plan = lowered("warp_specialized", "full", 2, block_m=2)
+    source = TileSource(tiles(plan, plan.kernel, Sizes(1, 2 * count, 4, 1, 1)), True, resident)
+    assert source.blocks == min(count, resident)
+    taken, at_work = [], list(range(source.blocks))
+    while at_work:
+        number = at_work.pop(0)
+        if (tile := source.tile(number)) is not None:
+            taken.append(tile.m_block)
+            at_work.append(source.draw())
+    assert sorted(taken) == list(range(count))  # type: ignore[type-var]
+    assert source.counter == 0

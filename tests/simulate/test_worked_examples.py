@@ -4,44 +4,47 @@ import math
 
 import pytest
 import torch
-from small_plans import lowered
+from small_plans import WARPGROUP_VARIANTS, Variant, lowered
 
 from attngen.reference import attention
 from attngen.simulate import trace
 
-SCHEDULES = ["serial", "fa2"]
+VARIANTS = [Variant("serial", 1), Variant("fa2", 1), *(v for v in WARPGROUP_VARIANTS if v.warpgroups == 2)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_softmax_of_1_to_6_in_two_blocks_of_three(schedule: str) -> None:
-    """Softmax of [1..6] taken as two blocks of three: maxima, rescale factors, sums and the result.
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_softmax_of_1_to_6_in_two_blocks_of_three(variant: Variant) -> None:
+    """Softmax of [1..6] taken as two blocks of three: maxima, rescale factors, sums, O and the result.
 
     One query sees six keys whose scores are 1 .. 6; V is the identity, so that O is the softmax itself.
     """
-    plan = lowered(schedule, "full", 1, block_m=1, block_n=3, head_dim=1, head_dim_v=6)
+    plan = variant.plan("full", block_m=2, block_n=3, head_dim=1, head_dim_v=6)
     scores = torch.arange(1.0, 7.0)
     q, k, v = torch.ones(1, 1, 1, 1), scores.view(1, 6, 1, 1), torch.eye(6).view(1, 6, 1, 6)
     board = trace(plan, q, k, v, softmax_scale=1.0)
     e = math.e
     low, high = 1 + e**-1 + e**-2, 1 + e**-1 + e**-2  # sums of either block relative to its own maximum
-    expected = {
-        "serial": [(range(0, 3), 3.0, 0.0, low), (range(3, 6), 6.0, e**-3, e**-3 * low + high)],
-        "fa2": [(range(3, 6), 6.0, 0.0, high), (range(0, 3), 6.0, 1.0, high + e**-3 * low)],
-    }[schedule]
+    left_to_right = [(range(0, 3), 3.0, 0.0, low), (range(3, 6), 6.0, e**-3, e**-3 * low + high)]
+    right_to_left = [(range(3, 6), 6.0, 0.0, high), (range(0, 3), 6.0, 1.0, high + e**-3 * low)]
+    expected = left_to_right if variant.schedule == "serial" else right_to_left
     assert [block.keys for block in board.blocks] == [keys for keys, *_ in expected]
+    o = torch.zeros(6)
     for block, (keys, row_max, alpha, row_sum) in zip(board.blocks, expected, strict=True):
         assert block.s.flatten().tolist() == [key + 1.0 for key in keys]
         found = [block.row_max.item(), block.alpha.item(), block.row_sum.item()]
         assert found == pytest.approx([row_max, alpha, row_sum], rel=1e-6)
+        o = alpha * o
+        o[keys.start : keys.stop] = torch.exp(scores[keys.start : keys.stop] - row_max)
+        assert block.o.flatten().tolist() == pytest.approx(o.tolist(), rel=1e-6)
     torch.testing.assert_close(board.out.flatten(), scores.double().softmax(0).float(), rtol=1e-6, atol=0)
     assert board.lse is not None
     assert board.lse.item() == pytest.approx(float(scores.double().logsumexp(0)), rel=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_s_of_1_to_16_and_17_to_32_in_2x2_blocks(schedule: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_s_of_1_to_16_and_17_to_32_in_2x2_blocks(variant: Variant) -> None:
     """Q = 1..16 and K = 17..32 as 4x4 matrices: the 2x2 blocks put together are Q Kᵀ, exactly."""
-    plan = lowered(schedule, "full", 1, block_m=2, block_n=2, head_dim=4)
+    plan = variant.plan("full", block_m=2 * (variant.warpgroups or 1), block_n=2, head_dim=4)
     q, k = torch.arange(1.0, 17.0).view(4, 4), torch.arange(17.0, 33.0).view(4, 4)
     board = trace(plan, *(x.view(1, 4, 1, 4) for x in (q, k, torch.eye(4))), softmax_scale=1.0)
     s = torch.zeros(4, 4)
@@ -58,13 +61,13 @@ def test_s_of_1_to_16_and_17_to_32_in_2x2_blocks(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, None])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_four_queries_of_two_dimensions(schedule: str, scale: float | None) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_four_queries_of_two_dimensions(variant: Variant, scale: float | None) -> None:
     """Q = 1..8, K = 2,1,4,3,...: the true output, though printed versions are often wrong."""
     q = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8]])
     k = torch.tensor([[2.0, 1], [4, 3], [6, 5], [8, 7]])
     v = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
-    plan = lowered(schedule, "full", 1, block_m=2, block_n=2, head_dim=2)
+    plan = variant.plan("full", block_m=2, block_n=2, head_dim=2)
     board = trace(plan, *(x.view(1, 4, 1, 2) for x in (q, k, v)), softmax_scale=scale)
     s = (q @ k.T).double() * (1 / math.sqrt(2) if scale is None else scale)
     true = s.softmax(1) @ v.double()

@@ -7,7 +7,7 @@ import pytest
 
 import attngen
 from attngen.errors import Diagnostic
-from attngen.resources import shipped_specs
+from attngen.resources import shipped_names
 
 HEAD_DIM = "problem: {head_dim: 64}\n"
 
@@ -57,8 +57,20 @@ def underlined(fault: Diagnostic) -> str:
         ("target: sm_90", "target = sm_90 must be one of auto, simulator,", "sm_90", ("sm_90a",), "known-targets"),
         ("target: sim", "target = sim must be one of", "sim", ("simulator",), "known-targets"),
         ("target: sm_91", "target = sm_91 must be one of", "sm_91", ("sm_89", "sm_90a"), "known-targets"),
-        ("schedule: {kind: pingpong}", "schedule.kind = pingpong must be one of auto, serial, fa2", "pingpong",
-         ("auto", "serial", "fa2"), "known-schedules"),
+        ("schedule: {kind: pingpang}", "schedule.kind = pingpang must be one of auto, serial, fa2, warp_specialized, ",
+         "pingpang", ("pingpong",), "known-schedules"),
+        ("schedule: {kind: ws}", "schedule.kind = ws must be one of auto, serial, fa2, warp_specialized, pingpong",
+         "ws", ("auto", "serial", "fa2", "warp_specialized", "pingpong"), "known-schedules"),
+        ("schedule: {warpgroups: 0}", "schedule.warpgroups = 0 must be a positive integer or auto", "0", ("1",),
+         "positive-integer"),
+        ("schedule: {overlap: 1}", "schedule.overlap = 1 must be true, false or auto", "1", ("true", "false", "auto"),
+         "boolean"),
+        ("schedule: {overlap: on}", "schedule.overlap = on must be true, false or auto", "on",
+         ("true", "false", "auto"), "boolean"),
+        ("schedule: {persistent: 'no'}", "schedule.persistent = 'no' must be true, false or auto", "'no'",
+         ("true", "false", "auto"), "boolean"),
+        ("schedule: {order: columns}", "schedule.order = columns must be one of auto, heads, rows", "columns",
+         ("auto", "heads", "rows"), "known-orders"),
         ("schedule: {stages: two}", "schedule.stages = two must be", "two", ("auto",), "positive-integer"),
         ("precision: {inputs: fp16}", "precision.inputs = fp16 must be one of f16, bf16, f32", "fp16",
          ("f16", "bf16"), "known-formats"),
@@ -71,10 +83,10 @@ def underlined(fault: Diagnostic) -> str:
         ("check: [128]", "check[0] = 128 must be a mapping of keys: batch, heads", "128", (), "spec-mapping"),
         ("check: [{seqlen_q: 4}]", "check[0].seqlen_k must be given", "{seqlen_q: 4}", ("seqlen_k: 128",),
          "required-keys"),
-        ("check: [{seqlen_q: 4, seqlen_k: -1}]", "check[0].seqlen_k = -1 must be an integer from 0 to 2^30 - 1", "-1",
+        ("check: [{seqlen_q: 4, seqlen_k: -1}]", "check[0].seqlen_k = -1 must be an integer from 0 to 2^30 - 512", "-1",
          ("0",), "length"),
-        ("check: [{seqlen_q: 4, seqlen_k: 1073741824}]", "check[0].seqlen_k = 1073741824 must be", "1073741824",
-         ("1073741823",), "length"),
+        ("check: [{seqlen_q: 4, seqlen_k: 1073741313}]", "check[0].seqlen_k = 1073741313 must be", "1073741313",
+         ("1073741312",), "length"),
         ("check: [{seqlen_q: 4, seqlen_k: 4, heads: 6, heads_kv: 4}]", "check[0].heads_kv = 4 must divide heads = 6",
          "4", ("3", "6"), "grouped-heads"),
     ],
@@ -268,7 +280,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_an_unknown_name_lists_the_nearest_shipped_specs(name: str) -> None:
     """Neither a file nor a shipped spec, whatever the string holds."""
     fault = only(name)
-    assert fault.rule == "spec-file" and set(fault.nearest) <= {path.stem for path in shipped_specs()}
+    assert fault.rule == "spec-file" and set(fault.nearest) <= set(shipped_names())
     assert fault.nearest and len(fault.message) < 300
 
 
@@ -277,3 +289,14 @@ def test_what_is_no_source_at_all_is_an_argument_error(source: Any) -> None:
     """Got and expected, as for any argument of a call."""
     with pytest.raises(attngen.ArgumentError, match="argument spec: got"):
         attngen.load(source)
+
+
+@pytest.mark.parametrize("head_dim", ["2", "6", "{qk: 64, v: 100}"])
+def test_an_arch_in_place_of_the_target_is_held_to_the_same_rules(head_dim: str) -> None:
+    """What the simulator takes is refused for a GPU as if the spec named it, at the head_dim as it was written."""
+    text = f"problem: {{head_dim: {head_dim}}}\ntarget: "
+    expected = only(f"{text}sm_90a\n")
+    attngen.compile(f"{text}simulator\n")
+    with pytest.raises(attngen.SpecError) as caught:
+        attngen.compile(f"{text}simulator\n", arch="sm_90a")
+    assert caught.value.diagnostics == (expected,) and expected.rule == "head-dim"

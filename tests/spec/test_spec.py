@@ -73,6 +73,7 @@ def test_a_replaced_value_loses_its_place_and_all_others_keep_theirs() -> None:
     [
         ({"problem.head_dim": 128}, (128, 128)),
         ({"problem.head_dim.v": 128}, (64, 128)),
+        ({"problem.head_dim.qk": 96}, (96, 64)),
         ({"problem.head_dim": {"qk": 192, "v": 128}}, (192, 128)),
         ({"problem.head_dim.qk": 192, "problem.head_dim.v": 128}, (192, 128)),
         ({"problem": {"head_dim": 32}}, (32, 32)),

@@ -4,6 +4,13 @@ DEV u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // PTX ISA: st.shared.
 DEV void store_shared(u32 address, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
+// PTX ISA: ld.shared.
+DEV u32 load_shared(u32 address) {
+  u32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
 // PTX ISA: st.shared, .v4.
 DEV void store_shared_16(u32 address, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");

@@ -1,0 +1,169 @@
+"""Drawing a timeline: lanes of the units and of the roles over cycles, in SVG or PNG. Numbers come from `simulate`."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from attngen.bench import CAUSAL, Point
+from attngen.cli.limits import occupancy
+from attngen.cli.output import seconds_text
+from attngen.cli.shapes import shape_text
+from attngen.inputs import Shape
+from attngen.plan import Plan
+from attngen.runtime import KernelResources
+from attngen.simulate import UNITS, Interval, Prediction, Timeline
+
+SUFFIXES = (".svg", ".png")
+BLOCKS = 8
+"""Blocks of keys of the sequence that is drawn where no length is given."""
+TOKENS, WIDTH = 16384, 2048
+"""batch x seqlen and heads x head_dim where no shape is given, as `attngen bench` has them."""
+MOST_CYCLES = 40_000
+"""More than this is not drawn: bars would be thinner than a pixel."""
+
+# Okabe and Ito's colours, which differ for every eye.
+_ROLE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_KIND_COLOURS = {
+    "waits": "#D9D9D9",
+    "waits for a GEMM": "#999999",
+    "scores to probabilities": "#D55E00",
+    "other work": "#56B4E9",
+}
+_PROBABILITIES = {"MaskScores", "MaskScoresEach", "RowMax", "Exponentiate", "ConvertP"}
+_WAITS = {"WaitFull", "WaitEmpty", "TakeTurn", "SyncThreads", "SyncWarpgroup", "WaitCopies", "WaitStores"}
+_SHORT = {
+    "IssueScoreGemm": "S",
+    "IssueOutputGemm": "O",
+    "ScoreGemm": "S",
+    "OutputGemm": "O",
+    "Exponentiate": "exp",
+    "RowMax": "max",
+    "TakeTurn": "turn",
+    "MaskScores": "mask",
+}
+
+
+def picture_path(ctx: click.Context, param: click.Parameter, given: Path | None) -> Path | None:
+    """A path that ends in one of `SUFFIXES`, for an option."""
+    if given is None or given.suffix in SUFFIXES:
+        return given
+    nearest = given.with_suffix(get_close_matches(given.suffix, SUFFIXES, 1, 0)[0])
+    message = f"{str(given)!r} must end in {' or '.join(SUFFIXES)}; nearest valid: {nearest}"
+    raise click.BadParameter(message, ctx, param)
+
+
+def shape_to_draw(plan: Plan, given: Shape | None) -> Shape:
+    """The shape given, or one with `BLOCKS` blocks of keys that fills a GPU."""
+    if given is not None:
+        return given
+    length = BLOCKS * plan.block_n
+    heads = max(1, WIDTH // plan.head_dim_qk)
+    return Shape(max(1, TOKENS // length), heads, heads, length, length)
+
+
+def resident_blocks(plan: Plan, used: KernelResources | None) -> int:
+    """Blocks that share an SM: as launched, else as many as it holds, which ptxas's registers tell."""
+    kernel = plan.kernel
+    if kernel.scheduler.persistent or used is None:
+        return kernel.blocks_per_sm
+    smem = kernel.smem_bytes + used.static_smem_bytes
+    return max(1, occupancy(plan.arch, kernel.threads, used.registers, smem).blocks)
+
+
+def prediction_line(plan: Plan, shape: Shape, timeline: Timeline, prediction: Prediction) -> str:
+    """What a timeline comes to, in one line."""
+    busy = ", ".join(f"{unit} {timeline.share(unit):.0%}" for unit in UNITS)
+    flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is CAUSAL).flops
+    tflops = flops / prediction.seconds / 1e12 if prediction.seconds else 0.0
+    return (
+        f"{prediction.tile_cycles:.0f} cycles a tile on an {timeline.costs.name}; busy: {busy}; {shape_text(shape)}: "
+        f"{seconds_text(prediction.seconds)} at {timeline.costs.clock_hz / 1e9:.3f} GHz, {tflops:.0f} TFLOPS predicted"
+    )
+
+
+def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
+    """Draw timelines below one another, on one scale of cycles; the same timelines give the same bytes.
+
+    Args:
+        timelines: by their titles; at least one.
+        path: ends in one of `SUFFIXES`; folders are made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    end = min(MOST_CYCLES, max(timeline.cycles for timeline in timelines.values()))
+    lanes = [len(UNITS) + len(timeline.roles) for timeline in timelines.values()]
+    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none"}):
+        figure, panels = pyplot.subplots(
+            len(lanes),
+            1,
+            figsize=(16, sum(0.42 * count + 1.5 for count in lanes)),
+            height_ratios=lanes,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, (title, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
+            _panel(axes, title, timeline, end)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=120, metadata=metadata)
+        pyplot.close(figure)
+
+
+def _panel(axes: Any, title: str, timeline: Timeline, end: int) -> None:
+    lanes = (*UNITS, *timeline.roles)
+    colours = {role: _ROLE_COLOURS[i % len(_ROLE_COLOURS)] for i, role in enumerate(timeline.roles)}
+    bars: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for interval in timeline.intervals:
+        if interval.begin < end:
+            lane = lanes.index(interval.unit or interval.role)
+            colour = colours[interval.role] if interval.unit else _KIND_COLOURS[_kind(interval)]
+            bars.setdefault((lane, colour), []).append((interval.begin, interval.end - interval.begin))
+            _label(axes, interval, lane, end)
+    for (lane, colour), spans in bars.items():
+        axes.broken_barh(spans, (lane - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.3)
+    axes.axhline(len(UNITS) - 0.5, color="black", linewidth=0.8)
+    shares = [f"{unit}  {timeline.share(unit):.0%}" for unit in UNITS]
+    axes.set_yticks(range(len(lanes)), [*shares, *timeline.roles])
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.set_xlim(0, end)
+    axes.set_xlabel("cycles")
+    hz = timeline.costs.clock_hz
+    above = axes.secondary_xaxis("top", functions=(lambda x: x / hz * 1e6, lambda us: us * hz / 1e6))
+    above.set_xlabel(f"us on an {timeline.costs.name} at {hz / 1e9:.3f} GHz")
+    cut = f", the first {end} of {timeline.cycles} cycles" if timeline.cycles > end else ""
+    tiles = f"{timeline.tiles} tile{'s' * (timeline.tiles != 1)}"
+    axes.set_title(f"{title}\n{timeline.name}: {tiles} on one SM{cut}", loc="left", fontsize="medium")
+    _legend(axes, {f"for {role}": colour for role, colour in colours.items()} | _KIND_COLOURS)
+
+
+def _label(axes: Any, interval: Interval, lane: int, end: int) -> None:
+    """What a bar is for, where there is room in it."""
+    width = interval.end - interval.begin
+    block = "" if interval.n is None else f" {interval.n}"
+    text = _SHORT.get(interval.step, "") + block
+    if interval.step in _SHORT and width > 0.006 * len(text) * end and interval.begin + width <= end:
+        middle = interval.begin + width / 2
+        axes.text(middle, lane, text, ha="center", va="center", fontsize="x-small", color="black")
+
+
+def _kind(interval: Interval) -> str:
+    if interval.step in _WAITS:
+        return "waits"
+    if interval.step == "WaitGemm":
+        return "waits for a GEMM"
+    return "scores to probabilities" if interval.step in _PROBABILITIES else "other work"
+
+
+def _legend(axes: Any, colours: Mapping[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    axes.legend(
+        handles=patches, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False
+    )

@@ -1,0 +1,190 @@
+"""Places and storage of the schedules for warpgroups: from a choice of numbers to a kernel plan."""
+
+from dataclasses import replace
+
+from attngen.arch import Arch
+from attngen.dtypes import F32, DType
+from attngen.expr import Expr, KeyRange
+from attngen.lower.places import round_up
+from attngen.lower.tiles import WarpgroupChoice
+from attngen.plan import (
+    PANEL_BYTES,
+    Buffer,
+    Cursor,
+    KernelPlan,
+    Launch,
+    NamedBarriers,
+    Param,
+    RegTile,
+    RegVec,
+    Ring,
+    Role,
+    Rows,
+    Scheduler,
+    Tensor,
+    TensorMap,
+    ceil_div,
+    minimum,
+    product,
+)
+from attngen.schedules import WARPGROUP_SCHEDULES, RingCursors, WarpgroupPlaces
+
+TILE_SLOT_BYTES = 16
+"""Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
+BUFFER_ALIGNMENT = 1024
+"""The 128-byte swizzle repeats every eight rows. Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
+Layout"."""
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+"""Registers of a consumer and of a producer thread by consumer warpgroups: 65536 are shared out in eights. A single
+consumer needs no more than the launch gives."""
+
+
+def places(
+    choice: WarpgroupChoice,
+    arch: Arch,
+    inputs: DType,
+    output: DType,
+    head_dims: tuple[int, int],
+    mask: Expr,
+    visible: KeyRange | None,
+) -> WarpgroupPlaces:
+    """Every place the schedules may name, at its offset in shared memory."""
+    assert arch.wgmma is not None
+    qk, v = head_dims
+    qk_cols, v_cols = round_up(qk, arch.wgmma.k), v
+    m, n, stages = choice.block_m, choice.block_n, choice.stages
+    panels = arch.emits
+
+    def buffer(
+        name: str, dtype: DType, rows: int, cols: int, valid: int, stages: int, after: Buffer | None
+    ) -> Buffer:
+        offset = round_up(after.offset + after.size_bytes, BUFFER_ALIGNMENT) if after else 0
+        return Buffer(name, dtype, rows, cols, valid, stages, offset, in_panels=panels)
+
+    q_buffer = buffer("q", inputs, m, qk_cols, qk, choice.q_stages, None)
+    k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, q_buffer)
+    v_buffer = buffer("v", inputs, n, v_cols, v, stages, k_buffer)
+    out = buffer("out", output, m, v_cols, v, 1, v_buffer)
+    if choice.out_over_q:
+        out = replace(out, offset=q_buffer.offset, overlays="q")
+
+    def cursors(fills: bool) -> RingCursors:
+        depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}
+        return RingCursors(
+            **{name: Cursor(f"{name}_at", count, Ring(name, count), fills) for name, count in depth.items()}
+        )
+
+    return WarpgroupPlaces(
+        mask=mask,
+        visible=visible,
+        overlap=choice.overlap,
+        rescale_first=choice.rescale_first,
+        rescale_votes=choice.rescale_votes,
+        passes_late=choice.passes_late,
+        waits_together=choice.waits_together,
+        persistent=choice.persistent,
+        out_over_q=choice.out_over_q,
+        q=q_buffer,
+        k=k_buffer,
+        v=v_buffer,
+        out=out,
+        producer=cursors(fills=True),
+        consumer=cursors(fills=False),
+        turn=NamedBarriers("turn", 1, 2),
+        own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
+        p=RegTile("p", inputs, m, n, n, "a_fragment"),
+        acc_o=RegTile("acc_o", F32, m, v_cols, v, "accumulator"),
+        row_max=RegVec("row_max", m),
+        row_sum=RegVec("row_sum", m, partial=True),
+        alpha=RegVec("alpha", m),
+        total=RegVec("total", m),
+        inv_sum=RegVec("inv_sum", m),
+        row_lse=RegVec("row_lse", m),
+        q_in=Tensor("q", inputs, qk, "q", "q"),
+        k_in=Tensor("k", inputs, qk, "k", "kv"),
+        v_in=Tensor("v", inputs, v, "k", "kv"),
+        result=Tensor("out", output, v, "q", "q"),
+        lse=Rows("lse", optional=True),
+    )
+
+
+def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> KernelPlan:
+    """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last."""
+    programs = WARPGROUP_SCHEDULES[schedule](at)
+    registers = REGISTERS.get(choice.warpgroups, (None, None))
+    rings = tuple(
+        cursor.ring
+        for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
+        if cursor.ring and (cursor is not at.consumer.tile or at.persistent)
+    )
+    end = max(buffer.offset + buffer.size_bytes for buffer in (at.q, at.k, at.v, at.out))
+    barrier_bytes = sum(ring.size_bytes for ring in rings)
+
+    def cursors(of: RingCursors) -> tuple[Cursor, ...]:
+        return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
+
+    return KernelPlan(
+        name=name,
+        scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),
+        roles=(
+            Role(
+                "consumer",
+                4 * choice.warpgroups,
+                programs["consumer"],
+                (at.acc_s, at.p, at.acc_o),
+                (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                cursors(at.consumer),
+                choice.warpgroups,
+                registers[0],
+            ),
+            Role(
+                "producer",
+                4 if choice.warpgroups in REGISTERS else 1,
+                programs["producer"],
+                cursors=cursors(at.producer),
+                registers=registers[1],
+                single_thread=True,
+            ),
+        ),
+        buffers=(at.q, at.k, at.v, at.out),
+        params=_params(choice.persistent),
+        blocks_per_sm=choice.blocks_per_sm,
+        smem_bytes=end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0),
+        rings=rings,
+        rings_offset=end,
+        tensor_maps=_tensor_maps(choice, at),
+    )
+
+
+def launch(name: str, choice: WarpgroupChoice) -> Launch:
+    """One block per tile, or as many as the GPU holds at a time."""
+    tiles = product("batch", "num_heads_q", ceil_div("seqlen_q", choice.block_m))
+    resident = product("num_sms", choice.blocks_per_sm)
+    return Launch(name, minimum(resident, tiles) if choice.persistent else tiles, tiles)
+
+
+def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap, ...]:
+    """One box is what one copy moves: a panel of a block, and of O the rows of one warpgroup."""
+
+    def box(tensor: Tensor, rows: int) -> TensorMap:
+        return TensorMap(tensor, rows, PANEL_BYTES // tensor.dtype.bytes)
+
+    return (
+        box(at.q_in, choice.block_m),
+        box(at.k_in, choice.block_n),
+        box(at.v_in, choice.block_n),
+        box(at.result, choice.block_m // choice.warpgroups),
+    )
+
+
+def _params(persistent: bool) -> tuple[Param, ...]:
+    """The fields of the parameter struct: tensor maps, pointers, sizes, scale."""
+    return (
+        *(Param(f"{tensor}_map", "tensor_map", f"map.{tensor}") for tensor in ("q", "k", "v", "out")),
+        Param("lse", "pointer", "lse.ptr"),
+        *((Param("tile_counter", "pointer", "counter.ptr"),) if persistent else ()),
+        *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
+        Param("scale_is_negative", "i32", "scale_is_negative"),
+        Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
+    )

@@ -1,0 +1,326 @@
+"""FlashAttention-3's forward: a producer feeds the copy engine, consumer warpgroups feed the tensor core.
+
+K and V pass through rings guarded by mbarriers, so that nobody waits for a whole block of threads. A consumer issues
+S of block n and O of block n + 1 together; with `overlap` the softmax of block n runs while the tensor core is still
+at O. `pingpong` adds turns: one warpgroup's GEMMs run under the other's softmax.
+Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, Algorithms 1 and 2.
+"""
+
+from dataclasses import dataclass
+
+from attngen.expr import Expr, KeyRange
+from attngen.plan import (
+    BlockIndex,
+    Buffer,
+    Cursor,
+    NamedBarriers,
+    Program,
+    Range,
+    RegTile,
+    RegVec,
+    Rows,
+    Tensor,
+)
+from attngen.plan.steps import (
+    Advance,
+    Clear,
+    ConvertP,
+    DrawTile,
+    Exponentiate,
+    FenceAsync,
+    FinishRows,
+    ForBlocks,
+    ForTiles,
+    IssueOutputGemm,
+    IssueScoreGemm,
+    MaskScores,
+    MaskScoresEach,
+    NegateTile,
+    Note,
+    PassTurn,
+    ReduceRows,
+    Release,
+    RowMax,
+    ScaleRows,
+    StageTile,
+    Step,
+    StoreRows,
+    SyncWarpgroup,
+    TakeTile,
+    TakeTurn,
+    TmaLoad,
+    TmaStore,
+    WaitEmpty,
+    WaitFull,
+    WaitGemm,
+    WaitStores,
+    When,
+)
+
+M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
+    BlockIndex("m_block"),
+    BlockIndex("n"),
+    BlockIndex("n_min"),
+    BlockIndex("n_full_begin"),
+    BlockIndex("n_full_end"),
+    BlockIndex("n_max"),
+)
+
+
+@dataclass(frozen=True)
+class RingCursors:
+    """Where one role stands in each ring."""
+
+    q: Cursor
+    k: Cursor
+    v: Cursor
+    tile: Cursor
+
+
+@dataclass(frozen=True)
+class WarpgroupPlaces:
+    """What the schedules for warpgroups may name.
+
+    Attributes:
+        overlap: the softmax of a block runs under the output GEMM of the one before.
+        rescale_first: O is rescaled before its GEMM is issued, under the score GEMM, rather than after it.
+        rescale_votes: a warp none of whose maxima grew does not rescale.
+        passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
+        waits_together: the waits for V are such that the compiler knows a warp's threads to go on together.
+        persistent: a block of threads works on many tiles.
+        out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
+        q, k, v, out: tiles in panels: (block_m or block_n, head dim).
+        producer, consumer: where the roles stand in the rings.
+        turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
+        acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
+        row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
+    """
+
+    mask: Expr
+    visible: KeyRange | None
+    overlap: bool
+    rescale_first: bool
+    rescale_votes: bool
+    passes_late: bool
+    waits_together: bool
+    persistent: bool
+    out_over_q: bool
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    out: Buffer
+    producer: RingCursors
+    consumer: RingCursors
+    turn: NamedBarriers
+    own: NamedBarriers
+    acc_s: RegTile
+    p: RegTile
+    acc_o: RegTile
+    row_max: RegVec
+    row_sum: RegVec
+    alpha: RegVec
+    total: RegVec
+    inv_sum: RegVec
+    row_lse: RegVec
+    q_in: Tensor
+    k_in: Tensor
+    v_in: Tensor
+    result: Tensor
+    lse: Rows
+
+
+def warp_specialized(at: WarpgroupPlaces) -> dict[str, Program]:
+    """The programs of a consumer warpgroup and of the producer thread."""
+    return {"consumer": _consumer(at, turns=False), "producer": _producer(at)}
+
+
+def pingpong(at: WarpgroupPlaces) -> dict[str, Program]:
+    """The same, and the warpgroups take turns at issuing GEMMs."""
+    return {"consumer": _consumer(at, turns=True), "producer": _producer(at)}
+
+
+# ---- producer -------------------------------------------------------------------------------------------------------
+def _producer(at: WarpgroupPlaces) -> Program:
+    """K goes first and V one block behind it; the next tile's K and Q load under this tile's end."""
+    rings = at.producer
+
+    def load(buffer: Buffer, cursor: Cursor, src: Tensor, block: BlockIndex) -> Program:
+        once = src is at.q_in
+        return (
+            WaitEmpty(cursor),
+            TmaLoad(buffer.at(cursor), src, block, "evict_first" if once else "evict_last"),
+            Advance(cursor),
+        )
+
+    def load_k(block: BlockIndex) -> Program:
+        return load(at.k, rings.k, at.k_in, block)
+
+    def load_v(block: BlockIndex) -> Program:
+        return load(at.v, rings.v, at.v_in, block)
+
+    rest = Range("rest", N_MIN, N_MAX - 1, descending=True, tile_class="any")
+    return (
+        ForTiles(
+            (
+                When("tile has blocks", load_k(N_MAX - 1)),
+                *load(at.q, rings.q, at.q_in, M_BLOCK),
+                When(
+                    "tile has blocks",
+                    (ForBlocks(rest, "n", (*load_k(N), *load_v(N + 1))), *load_v(N_MIN)),
+                ),
+                *(
+                    (WaitEmpty(rings.tile), DrawTile(rings.tile), Advance(rings.tile))
+                    if at.persistent
+                    else ()
+                ),
+            )
+        ),
+    )
+
+
+# ---- consumer -------------------------------------------------------------------------------------------------------
+def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
+    rings = at.consumer
+    release_q = (Release(rings.q), Advance(rings.q))
+    next_tile = (
+        WaitFull(rings.tile, together=True),
+        TakeTile(rings.tile),
+        SyncWarpgroup(at.own),
+        Release(rings.tile),
+        Advance(rings.tile),
+    )
+    return (
+        *(
+            (When("last warpgroup", (Note("the first warpgroup goes first"), PassTurn(at.turn))),)
+            if turns
+            else ()
+        ),
+        ForTiles(
+            (
+                Clear(at.acc_o),
+                Clear(at.row_max, "-inf"),
+                Clear(at.row_sum),
+                WaitFull(rings.q, together=True),
+                When(
+                    "scale is negative",
+                    (NegateTile(at.q.at(rings.q).own), FenceAsync(), SyncWarpgroup(at.own)),
+                ),
+                When(
+                    "tile has blocks",
+                    (
+                        *_first_block(at),
+                        *(ForBlocks(range_, "n", _block(at, range_, turns)) for range_ in _ranges(at)),
+                    ),
+                ),
+                *(() if at.out_over_q else release_q),
+                When("tile has blocks", _last_output(at)),
+                *_epilogue(at),
+                *(release_q if at.out_over_q else ()),
+                *(next_tile if at.persistent else ()),
+            )
+        ),
+        *(() if at.out_over_q else (WaitStores(),)),
+    )
+
+
+def _ranges(at: WarpgroupPlaces) -> tuple[Range, ...]:
+    """The blocks of keys but the last, from right to left: masked at both ends of what a row sees."""
+    if at.visible is None:
+        return (Range("every", N_MIN, N_MAX - 1, descending=True, tile_class="any"),)
+    right = Range("right", N_FULL_END, N_MAX - 1, descending=True, tile_class="partial")
+    full = Range("full", N_FULL_BEGIN, N_FULL_END, descending=True, tile_class="full")
+    left = Range("left", N_MIN, N_FULL_BEGIN, descending=True, tile_class="partial")
+    return (*((right,) if at.visible.upper else ()), full, *((left,) if at.visible.lower else ()))
+
+
+def _mask(at: WarpgroupPlaces, block: BlockIndex) -> Step:
+    """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""
+    if at.visible is None:
+        return MaskScoresEach(at.acc_s, M_BLOCK, block, at.mask)
+    return MaskScores(at.acc_s, M_BLOCK, block, at.visible)
+
+
+def _softmax(at: WarpgroupPlaces) -> Program:
+    return (
+        RowMax(at.acc_s, at.row_max, at.alpha),
+        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
+    )
+
+
+def _first_block(at: WarpgroupPlaces) -> Program:
+    rings = at.consumer
+    return (
+        Note("the last block of keys: scores only, O follows one block behind"),
+        WaitFull(rings.k),
+        IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
+        WaitGemm(0, (at.acc_s,)),
+        Release(rings.k),
+        Advance(rings.k),
+        _mask(at, N_MAX - 1),
+        *_softmax(at),
+        ConvertP(at.acc_s, at.p),
+    )
+
+
+def _block(at: WarpgroupPlaces, range_: Range, turns: bool) -> Program:
+    """S of block n and O of block n + 1; alpha rescales what was summed under the old maximum."""
+    rings = at.consumer
+    rescale = ScaleRows(at.acc_o, at.alpha, at.rescale_votes)
+    is_masked = range_.tile_class != "full"
+    pass_turn = (PassTurn(at.turn),) if turns else ()
+    output_done = (Release(rings.v), Advance(rings.v))
+    softmax = (
+        Release(rings.k),
+        Advance(rings.k),
+        Note("online softmax of block n"),
+        *((_mask(at, N),) if is_masked else ()),
+        *_softmax(at),
+    )
+    return (
+        WaitFull(rings.k),
+        *((TakeTurn(at.turn),) if turns else ()),
+        Note("S = Q K[n]ᵀ, and behind it O += P V[n + 1]"),
+        IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
+        *((rescale,) if at.rescale_first else ()),
+        WaitFull(rings.v, at.waits_together),
+        IssueOutputGemm(at.acc_o, at.p, at.v.at(rings.v)),
+        *(() if at.passes_late else pass_turn),
+        *(
+            (WaitGemm(1, (at.acc_s,)), *softmax, WaitGemm(0, (at.acc_o, at.p)), *output_done)
+            if at.overlap
+            else (WaitGemm(0, (at.acc_s, at.acc_o, at.p)), *output_done, *softmax)
+        ),
+        *(pass_turn if at.passes_late else ()),
+        ConvertP(at.acc_s, at.p),
+        *(() if at.rescale_first else (rescale,)),
+    )
+
+
+def _last_output(at: WarpgroupPlaces) -> Program:
+    v = at.consumer.v
+    return (
+        Note("O of the first block of keys"),
+        *((ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if at.rescale_first else ()),
+        WaitFull(v),
+        IssueOutputGemm(at.acc_o, at.p, at.v.at(v)),
+        WaitGemm(0, (at.acc_o, at.p)),
+        Release(v),
+        Advance(v),
+    )
+
+
+def _epilogue(at: WarpgroupPlaces) -> Program:
+    """Each warpgroup normalises and stores its own rows; the copy engine writes them while the next tile begins."""
+    return (
+        Note("normalise once, at the end"),
+        ReduceRows(at.total, at.row_sum),
+        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        ScaleRows(at.acc_o, at.inv_sum),
+        StoreRows(at.row_lse, at.lse, M_BLOCK),
+        *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),
+        StageTile(at.acc_o, at.out.at().own),
+        FenceAsync(),
+        SyncWarpgroup(at.own),
+        TmaStore(at.out.at().own, at.result, M_BLOCK),
+        *((WaitStores(),) if at.out_over_q else ()),
+    )

@@ -1,0 +1,52 @@
+// A tile of 16-bit elements in panels of 64 columns (128 bytes), as the copy engine writes and wgmma reads them: the
+// 16-byte chunks of a row are exchanged with the row's number, and the pattern repeats every eight rows (1024 bytes).
+template <int kRows_, int kCols>
+struct PanelTile {
+  static constexpr int kRows = kRows_, kPanels = (kCols + 63) / 64, kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
+  // Byte offset of a chunk from the start of the tile.
+  DEV u32 address(u32 row, u32 chunk) { return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16; }
+};
+
+// Start filling a tile with rows first_row .. of a head; `full` completes when they have landed.
+template <class Tile>
+DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_row, int head, int batch, u64 keep) {
+  mbarrier_arrive_expect(full, Tile::kBytes);
+#pragma unroll
+  for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, i * 64, first_row, head, batch, keep);
+}
+
+// Round an accumulator and write it to this warpgroup's 64 rows of a tile, each warp its sixteen.
+template <class Element, class Tile, int kColTiles>
+DEV void stage_tile(u32 dst, const float (&acc)[1][kColTiles][4]) {
+  const u32 row = threadIdx.x / 32 * 16 + threadIdx.x % 16, half = threadIdx.x / 16 % 2;
+#pragma unroll
+  for (int j = 0; j < kColTiles; j += 2) {
+    const float(&x)[4] = acc[0][j];
+    if (j + 1 < kColTiles) {
+      const float(&y)[4] = acc[0][j + 1 < kColTiles ? j + 1 : j];
+      stmatrix_x4(dst + Tile::address(row, j + half), Element::pack(x[0], x[1]), Element::pack(x[2], x[3]), Element::pack(y[0], y[1]), Element::pack(y[2], y[3]));
+    } else {
+      stmatrix_x2(dst + Tile::address(row, j), Element::pack(x[0], x[1]), Element::pack(x[2], x[3]));
+    }
+  }
+}
+
+// Start writing this warpgroup's 64 rows of a tile to device memory.
+template <class Tile>
+DEV void store_panels(const TensorMap& map, u32 src, int warpgroup, int first_row, int head, int batch) {
+#pragma unroll
+  for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * 64, first_row + warpgroup * 64, head, batch);
+  tma_store_commit();
+}
+
+// Flip the sign of this warpgroup's 64 rows of a tile.
+template <class Tile>
+DEV void negate_own_rows(u32 tile, int warpgroup) {
+#pragma unroll 1
+  for (int index = threadIdx.x % 128; index < Tile::kPanels * 512; index += 128) {
+    const u32 address = tile + index / 512 * Tile::kPanelBytes + warpgroup * 64 * 128 + index % 512 * 16;
+    uint4 x = load_shared_16(address);
+    x.x ^= 0x80008000u, x.y ^= 0x80008000u, x.z ^= 0x80008000u, x.w ^= 0x80008000u;
+    store_shared_16(address, x);
+  }
+}

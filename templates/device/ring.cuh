@@ -1,0 +1,27 @@
+// Where a role stands in a ring of kStages stages: the next stage, and the parity of the phase it waits for there.
+struct Cursor {
+  u32 stage, phase;
+};
+
+// Go on to the next stage.
+template <int kStages>
+DEV void advance(Cursor& at) {
+  at.stage += 1;
+  if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
+}
+
+// Make the barriers of a ring: `full` of every stage, then `empty`, which each consumer warpgroup arrives at once.
+template <int kStages>
+DEV void init_ring(u32 ring, u32 consumers) {
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    mbarrier_init(ring + 8 * i, 1);
+    mbarrier_init(ring + 8 * (kStages + i), consumers);
+  }
+}
+
+template <int kStages>
+DEV u32 full(u32 ring, Cursor at) { return ring + 8 * at.stage; }
+
+template <int kStages>
+DEV u32 empty(u32 ring, Cursor at) { return ring + 8 * (kStages + at.stage); }

@@ -1,0 +1,47 @@
+// Keep the compiler from moving or copying registers that wgmma reads or writes behind its back.
+template <int kRowTiles, int kColTiles>
+DEV void pin(float (&x)[kRowTiles][kColTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles * kColTiles * 4; ++i) asm volatile("" : "+f"(x[i / 4 / kColTiles][i / 4 % kColTiles][i % 4])::"memory");
+}
+
+template <int kRowTiles, int kColTiles>
+DEV void pin(u32 (&x)[kRowTiles][kColTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles * kColTiles * 4; ++i) asm volatile("" : "+r"(x[i / 4 / kColTiles][i / 4 % kColTiles][i % 4])::"memory");
+}
+
+// What wgmma takes for a matrix in panels whose rows are contracted over (K-major): eight rows 1024 bytes apart.
+// PTX ISA: matrix descriptor of wgmma, 128-byte swizzle.
+DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u64)((address & 0x3ffff) >> 4); }
+
+// The same where columns are not contracted over (MN-major): panels kPanelBytes apart, eight rows 1024 bytes.
+template <u32 kPanelBytes>
+DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
+
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, int kColTiles>
+DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
+  pin(acc);
+  wgmma_fence();
+  const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {  // 16 columns are 32 bytes, 4 times to a panel; addresses are in 16 bytes
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+  }
+  wgmma_commit();
+  pin(acc);
+}
+
+// Start acc += A B, A in registers, the rows of B contracted.
+template <class BTile, int kColTiles, int kSteps>
+DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+  pin(acc);
+  pin(a);
+  wgmma_fence();
+  const u64 b_matrix = mn_major<BTile::kPanelBytes>(b);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + k * 16 * 128 / 16);
+  wgmma_commit();
+  pin(acc);
+}

@@ -1,0 +1,98 @@
+"""What ptxas made of a kernel: its loops, read from the disassembly, and the table of docs/sass.md."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import attngen
+from attngen.arch import ARCHS
+from attngen.lower import lower
+from attngen.resources import shipped_names
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "sass.md"
+HEAD = """# What ptxas makes of the shipped specs
+
+NVRTC 13.0.88; `python tests/emit/regenerate.py` rewrites this, a test holds all but the seconds (two cores, two
+compilers at a time) in step. The hot loop is the shortest loop with matrix instructions and exponentials; it covers one
+block of keys. R2UR in it means that descriptors of wgmma do not stay in uniform registers.
+
+| spec | keys | schedule, tile | registers | spilled bytes | loop | HGMMA, HMMA | MUFU | R2UR | compiled in [s] |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def loops(sass: str) -> Iterator[list[str]]:
+    """The instructions of every loop, from its label to the branch back."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif instruction := _LINE.search(line):
+            found.append(instruction[1])
+            target = re.search(r"\.L_x_\d+", instruction[2])
+            if instruction[1].startswith("BRA") and target and target[0] in labels:
+                yield found[labels[target[0]] :]
+
+
+def hot_loop(sass: str) -> Counter[str]:
+    """How often the shortest loop with matrix instructions and exponentials has each instruction."""
+    bodies = (Counter(name.split(".")[0] for name in body) for body in loops(sass))
+    hot = (body for body in bodies if body["MUFU"] and body["HGMMA"] + body["HMMA"])
+    return min(hot, key=lambda body: body.total())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    cells: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"| {' | '.join(self.cells)} | {self.seconds:.1f} |"
+
+
+def row(name: str, kernel: attngen.Kernel) -> Row:
+    """The line of a kernel of a spec."""
+    plan, loop = kernel.plan, hot_loop(kernel.sass())
+    used = next(used for used in kernel.resources if used.name == plan.kernel.name)
+    keys = f"up to {plan.up_to}" if plan.up_to else "any"
+    tile = f"{plan.schedule} {plan.block_m}x{plan.block_n}"
+    counts = (
+        used.registers,
+        used.spill_stores,
+        loop.total(),
+        loop["HGMMA"] + loop["HMMA"],
+        loop["MUFU"],
+        loop["R2UR"],
+    )
+    return Row((name, keys, tile, *map(str, counts)), kernel.compile_seconds)
+
+
+def rows() -> list[Row]:
+    """The whole table, in the order of the shipped specs."""
+    named = []
+    for name in shipped_names():
+        spec = attngen.load(name)
+        if ARCHS[spec.target].emits:
+            kernel = attngen.Kernel(spec, lower(spec, ARCHS[spec.target]))
+            named += [(name, each) for each in (kernel, *kernel.shorter)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda pair: row(*pair), named))
+
+
+def write_table() -> None:
+    """Rewrite docs/sass.md."""
+    TABLE.write_text(HEAD + "".join(f"{line}\n" for line in rows()), encoding="utf-8")
+
+
+def committed_cells() -> list[tuple[str, ...]]:
+    """The lines of docs/sass.md, without the seconds."""
+    lines = TABLE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines()
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")[:-1]) for line in lines]

@@ -1,0 +1,465 @@
+"""Every rule between roles that run at once is broken by short programs, and kept by the same programs mended.
+
+Two consumer warpgroups of two rows each, one producer, one tile unless said otherwise; blocks of 4 keys.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from small_plans import warpgroup_places, warpgroup_plan
+
+from attngen.plan import BlockIndex, Plan, Program, Step
+from attngen.plan.steps import (
+    Advance,
+    Clear,
+    ConvertP,
+    DrawTile,
+    FenceAsync,
+    ForTiles,
+    IssueOutputGemm,
+    IssueScoreGemm,
+    NegateTile,
+    PassTurn,
+    Release,
+    StageTile,
+    SyncWarpgroup,
+    TakeTile,
+    TakeTurn,
+    TmaLoad,
+    TmaStore,
+    WaitEmpty,
+    WaitFull,
+    WaitGemm,
+    WaitStores,
+    When,
+)
+from attngen.simulate import SimulationFault, simulate
+
+AT = warpgroup_places()
+M = BlockIndex("m_block")
+OURS, FILLS = AT.consumer, AT.producer
+
+# ---- producer -------------------------------------------------------------------------------------------------------
+FILL_Q = TmaLoad(AT.q.at(FILLS.q), AT.q_in, M, "evict_first")
+FILL_K = TmaLoad(AT.k.at(FILLS.k), AT.k_in, BlockIndex("zero"), "evict_last")
+FILL_V = TmaLoad(AT.v.at(FILLS.v), AT.v_in, BlockIndex("zero"), "evict_last")
+LOAD_Q = (WaitEmpty(FILLS.q), FILL_Q, Advance(FILLS.q))
+LOAD_K = (WaitEmpty(FILLS.k), FILL_K, Advance(FILLS.k))
+LOAD_V = (WaitEmpty(FILLS.v), FILL_V, Advance(FILLS.v))
+ALL = (*LOAD_Q, *LOAD_K, *LOAD_V)
+DRAW = (WaitEmpty(FILLS.tile), DrawTile(FILLS.tile), Advance(FILLS.tile))
+
+# ---- consumer -------------------------------------------------------------------------------------------------------
+FULL_Q, FULL_K, FULL_V = WaitFull(OURS.q), WaitFull(OURS.k), WaitFull(OURS.v)
+FREE_Q, FREE_K, FREE_V = ((Release(at), Advance(at)) for at in (OURS.q, OURS.k, OURS.v))
+LAST_FREES = (When("last warpgroup", (Release(OURS.k),)),)
+SCORES = IssueScoreGemm(AT.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k))
+OUTPUT = IssueOutputGemm(AT.acc_o, AT.p, AT.v.at(OURS.v))
+LAND_S, LAND_O, LAND_ALL = (
+    WaitGemm(0, (AT.acc_s,)),
+    WaitGemm(0, (AT.acc_o, AT.p)),
+    WaitGemm(0, (AT.acc_s, AT.acc_o, AT.p)),
+)
+USE_K = (FULL_K, SCORES, LAND_S, *FREE_K)
+CLEAR_P, CLEAR_O, CLEAR_S = Clear(AT.p), Clear(AT.acc_o), Clear(AT.acc_s)
+CONVERT = ConvertP(AT.acc_s, AT.p)
+BOTH = (CLEAR_O, CLEAR_P, FULL_Q, FULL_K, FULL_V, SCORES, OUTPUT)
+NEGATE = NegateTile(AT.q.at(OURS.q).own)
+FENCE, MEET, STORED = FenceAsync(), SyncWarpgroup(AT.own), WaitStores()
+STAGE = StageTile(AT.acc_o, AT.out.at().own)
+STORE = TmaStore(AT.out.at().own, AT.result, M)
+TAKE = (WaitFull(OURS.tile), TakeTile(OURS.tile), MEET, Release(OURS.tile), Advance(OURS.tile))
+TAKE_TURN, PASS_TURN = TakeTurn(AT.turn), PassTurn(AT.turn)
+FIRST_TURN = When("last warpgroup", (PASS_TURN,))
+END = (CLEAR_O, STAGE, FENCE, MEET, STORE, STORED, MEET)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Programs that break a rule, and the same mended; all are bodies of ForTiles.
+
+    Attributes:
+        consumer, producer: as they break it; what END does is added to the consumer's.
+        step: the Step to blame; None where it is a fault of a whole program.
+        rule, place, text: of the fault.
+        mended_consumer, mended_producer: the same where None.
+        persistent: whether blocks draw their tiles.
+        end: the consumer's, in both.
+    """
+
+    consumer: Program
+    producer: Program
+    step: type[Step] | None
+    rule: str
+    place: str
+    text: str
+    mended_consumer: Program | None = None
+    mended_producer: Program | None = None
+    persistent: bool = False
+    end: Program = END
+
+
+CASES: dict[str, Case] = {
+    # ---- rings ----
+    "stage read under its copy": Case(
+        (FULL_Q, SCORES, LAND_S),
+        (*LOAD_K, *LOAD_Q),
+        IssueScoreGemm,
+        "race",
+        "k[0]",
+        "k[0] is read while a copy into it is in flight",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S),
+    ),
+    "stage read before its copy": Case(
+        (SCORES, LAND_S, FULL_Q, FULL_K),
+        (*LOAD_Q, *LOAD_K),
+        IssueScoreGemm,
+        "uninitialised read",
+        "q",
+        "q holds nothing",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S),
+    ),
+    "copy that nobody waits for": Case(
+        (FULL_Q,),
+        (*LOAD_Q, *LOAD_K),
+        None,
+        "never landed",
+        "k[0]",
+        "the block ends with a copy into k[0] in flight",
+        mended_consumer=(FULL_Q, FULL_K),
+    ),
+    "copy into a stage that is being filled": Case(
+        (FULL_Q, *3 * USE_K),
+        (*LOAD_Q, *2 * LOAD_K, FILL_K),
+        TmaLoad,
+        "race",
+        "k[0]",
+        "k[0] is written while a copy into it is in flight",
+        mended_producer=(*LOAD_Q, *3 * LOAD_K),
+    ),
+    "copy into a stage that others may be reading": Case(
+        (FULL_Q, FULL_V, *FREE_V, *3 * USE_K, FULL_V),
+        (*LOAD_Q, *2 * LOAD_V, *2 * LOAD_K, WaitEmpty(FILLS.v), FILL_K),
+        TmaLoad,
+        "race",
+        "k[0]",
+        "a GEMM of consumer 0 read it, and nothing orders the two",
+        mended_producer=(*LOAD_Q, *2 * LOAD_V, *2 * LOAD_K, WaitEmpty(FILLS.v), *LOAD_K),
+    ),
+    "stage released under the GEMM that reads it": Case(
+        (FULL_Q, FULL_K, SCORES, *FREE_K, LAND_S, *2 * USE_K),
+        (*LOAD_Q, *3 * LOAD_K),
+        TmaLoad,
+        "race",
+        "k[0]",
+        "a GEMM of consumer 0 read it, and nothing orders the two",
+        mended_consumer=(FULL_Q, *3 * USE_K),
+    ),
+    "stage released twice by one": Case(
+        (FULL_Q, FULL_K, SCORES, LAND_S, *2 * LAST_FREES, Advance(OURS.k), *2 * USE_K),
+        (*LOAD_Q, *3 * LOAD_K),
+        TmaLoad,
+        "race",
+        "k[0]",
+        "a GEMM of consumer 0 read it, and nothing orders the two",
+        mended_consumer=(FULL_Q, *3 * USE_K),
+    ),
+    "the same stage filled again for want of an Advance": Case(
+        (FULL_Q, *2 * USE_K),
+        (*LOAD_Q, WaitEmpty(FILLS.k), FILL_K, *LOAD_K),
+        TmaLoad,
+        "race",
+        "k[0]",
+        "k[0] is written while a copy into it is in flight",
+        mended_producer=(*LOAD_Q, *2 * LOAD_K),
+    ),
+    # ---- GEMMs in flight ----
+    "accumulator read under its GEMM": Case(
+        (FULL_Q, FULL_K, SCORES, CONVERT, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        ConvertP,
+        "race",
+        "acc_s",
+        "acc_s is read, and no WaitGemm has given it back",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S, CONVERT),
+    ),
+    "accumulator written under its GEMM": Case(
+        (FULL_Q, FULL_K, SCORES, CLEAR_S, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        Clear,
+        "race",
+        "acc_s",
+        "acc_s is written, and no WaitGemm has given it back",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S, CLEAR_S),
+    ),
+    "operand in registers written under its GEMM": Case(
+        (*BOTH, CLEAR_P, LAND_ALL),
+        ALL,
+        Clear,
+        "race",
+        "p",
+        "p is written, and no WaitGemm has given it back",
+        mended_consumer=(*BOTH, LAND_ALL, CLEAR_P),
+    ),
+    "operand in registers that the wait does not name": Case(
+        (*BOTH, WaitGemm(0, (AT.acc_s, AT.acc_o)), CONVERT),
+        ALL,
+        ConvertP,
+        "race",
+        "p",
+        "p is written, and no WaitGemm has given it back",
+        mended_consumer=(*BOTH, LAND_ALL, CONVERT),
+    ),
+    "accumulator taken back in flight": Case(
+        (*BOTH, WaitGemm(1, (AT.acc_s, AT.acc_o)), LAND_ALL),
+        ALL,
+        WaitGemm,
+        "race",
+        "acc_o",
+        "acc_o is taken back from a GEMM in flight",
+        mended_consumer=(*BOTH, WaitGemm(1, (AT.acc_s,)), LAND_O),
+    ),
+    "operand in shared memory written under its GEMM": Case(
+        (FULL_Q, FULL_K, SCORES, NEGATE, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        NegateTile,
+        "race",
+        "q",
+        "a GEMM of consumer 0 read it, and nothing orders the two",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S, NEGATE),
+    ),
+    "GEMM that nobody waits for": Case(
+        (FULL_Q, FULL_K, SCORES),
+        (*LOAD_Q, *LOAD_K),
+        None,
+        "never landed",
+        "acc_s",
+        "the program ends with a GEMM on acc_s in flight",
+        mended_consumer=(FULL_Q, FULL_K, SCORES, LAND_S),
+    ),
+    # ---- ordinary stores and asynchronous reads ----
+    "stores that wgmma may not see": Case(
+        (FULL_Q, FULL_K, NEGATE, MEET, SCORES, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        IssueScoreGemm,
+        "not fenced",
+        "q",
+        "q holds what threads stored, and no FenceAsync followed",
+        mended_consumer=(FULL_Q, FULL_K, NEGATE, FENCE, MEET, SCORES, LAND_S),
+    ),
+    "stores fenced by threads that have not met since": Case(
+        (FULL_Q, FULL_K, NEGATE, MEET, FENCE, SCORES, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        IssueScoreGemm,
+        "not fenced",
+        "q",
+        "q was stored and fenced, but the threads have not met since the fence",
+        mended_consumer=(FULL_Q, FULL_K, NEGATE, FENCE, MEET, SCORES, LAND_S),
+    ),
+    "stores of threads that have not met since": Case(
+        (FULL_Q, FULL_K, NEGATE, FENCE, SCORES, LAND_S),
+        (*LOAD_Q, *LOAD_K),
+        IssueScoreGemm,
+        "race",
+        "q",
+        "other threads wrote it, and have not met this one since",
+        mended_consumer=(FULL_Q, FULL_K, NEGATE, FENCE, MEET, SCORES, LAND_S),
+    ),
+    "stores that the copy engine may not see": Case(
+        (CLEAR_O, STAGE, MEET, STORE, STORED),
+        (),
+        TmaStore,
+        "not fenced",
+        "out",
+        "out holds what threads stored, and no FenceAsync followed",
+        mended_consumer=END,
+        end=(),
+    ),
+    "staged result stored before the threads have met": Case(
+        (CLEAR_O, STAGE, FENCE, STORE, STORED),
+        (),
+        TmaStore,
+        "race",
+        "out",
+        "other threads wrote it, and have not met this one since",
+        mended_consumer=END,
+        end=(),
+    ),
+    "result staged over one that is being stored": Case(
+        (CLEAR_O, STAGE, FENCE, MEET, STORE, STAGE, STORED),
+        (),
+        StageTile,
+        "race",
+        "out",
+        "a store of consumer 0 read it, and nothing orders the two",
+        mended_consumer=(*END, STAGE),
+        end=(),
+    ),
+    "result staged when one thread alone has waited for the stores": Case(
+        (CLEAR_O, STAGE, FENCE, MEET, STORE, STORED, STAGE),
+        (),
+        StageTile,
+        "race",
+        "out",
+        "a store of consumer 0 read it, and nothing orders the two",
+        mended_consumer=(*END, STAGE),
+        end=(),
+    ),
+    "store that nobody waits for": Case(
+        (CLEAR_O, STAGE, FENCE, MEET, STORE),
+        (),
+        None,
+        "never landed",
+        "out",
+        "the program ends while a store may still read out",
+        mended_consumer=END,
+        end=(),
+    ),
+    # ---- tiles drawn by the producer ----
+    "tile drawn over one that was not taken": Case(
+        (FULL_Q, *FREE_Q),
+        (*LOAD_Q, *DRAW, DrawTile(FILLS.tile)),
+        DrawTile,
+        "race",
+        "the tile slot",
+        "the tile slot is written, and 0 of 2 have taken the number in it",
+        mended_producer=(*LOAD_Q, *DRAW),
+        persistent=True,
+        end=(*END, *TAKE),
+    ),
+    "tile drawn without asking whether the one before was taken": Case(
+        (FULL_Q, *FREE_Q),
+        (*LOAD_Q, DrawTile(FILLS.tile), Advance(FILLS.tile)),
+        DrawTile,
+        "race",
+        "the tile slot",
+        "consumer 0 read it, and nothing orders the two",
+        mended_producer=(*LOAD_Q, *DRAW),
+        persistent=True,
+        end=(*END, *TAKE),
+    ),
+    "tile slot released before all threads have read it": Case(
+        (*END, WaitFull(OURS.tile), TakeTile(OURS.tile), Release(OURS.tile), MEET, Advance(OURS.tile)),
+        DRAW,
+        DrawTile,
+        "race",
+        "the tile slot",
+        "consumer 0 read it, and nothing orders the two",
+        mended_consumer=(*END, *TAKE),
+        persistent=True,
+        end=(),
+    ),
+    # ---- turns ----
+    "turn passed twice": Case(
+        (When("last warpgroup", (PASS_TURN, PASS_TURN)), TAKE_TURN, PASS_TURN),
+        (),
+        PassTurn,
+        "deadlock",
+        "turn",
+        "the turn is passed to warpgroup 0 twice before it has taken it",
+        mended_consumer=(FIRST_TURN, TAKE_TURN, PASS_TURN),
+    ),
+}
+
+
+def programs(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
+    return warpgroup_plan((ForTiles(consumer),), (ForTiles(producer),), persistent)
+
+
+def run(plan: Plan, seqlen_q: int = 4) -> None:
+    q, kv = torch.ones(1, seqlen_q, 1, 2), torch.ones(1, 4, 1, 2)
+    simulate(plan, q, kv, kv)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fault_is_reported(name: str) -> None:
+    """Programs that break one rule fault, naming the Step and the place; mended they run through."""
+    case = CASES[name]
+    rows = 20 if case.persistent else 4
+    with pytest.raises(SimulationFault, match=re.escape(case.text)) as caught:
+        run(programs((*case.consumer, *case.end), case.producer, case.persistent), rows)
+    fault = caught.value
+    assert (fault.rule, fault.place) == (case.rule, case.place)
+    assert fault.step is None if case.step is None else type(fault.step) is case.step
+    consumer = case.consumer if case.mended_consumer is None else case.mended_consumer
+    producer = case.producer if case.mended_producer is None else case.mended_producer
+    run(programs((*consumer, *case.end), producer, case.persistent), rows)
+
+
+# name: (consumer, producer, who waits for what, the consumer mended); bodies of ForTiles, END left out.
+DEADLOCKS: dict[str, tuple[Program, Program, str, Program]] = {
+    "stage that one warpgroup does not release": (
+        (FULL_Q, FULL_K, SCORES, LAND_S, *LAST_FREES, Advance(OURS.k), *2 * USE_K),
+        (*LOAD_Q, *3 * LOAD_K),
+        "producer waits for k[0] to be released, 1 of 2 have arrived; "
+        "consumer 0 waits for k[0] to be filled, 0 of 1 have arrived; "
+        "consumer 1 waits for k[0] to be filled, 0 of 1 have arrived",
+        (FULL_Q, *3 * USE_K),
+    ),
+    "stage that nobody fills": (
+        (FULL_Q, FULL_K, FULL_V),
+        (*LOAD_Q, *LOAD_K),
+        "consumer 0 waits for v[0] to be filled, 0 of 1 have arrived; "
+        "consumer 1 waits for v[0] to be filled, 0 of 1 have arrived",
+        (FULL_Q, FULL_K),
+    ),
+    "stage used again for want of an Advance": (
+        (FULL_Q, FULL_K, SCORES, LAND_S, Release(OURS.k), *2 * USE_K),
+        (*LOAD_Q, *3 * LOAD_K),
+        "producer waits for k[0] to be released",
+        (FULL_Q, *3 * USE_K),
+    ),
+    "turn that nobody gives at first": (
+        (TAKE_TURN, PASS_TURN),
+        (),
+        "consumer 0 waits for its turn; consumer 1 waits for its turn",
+        (FIRST_TURN, TAKE_TURN, PASS_TURN),
+    ),
+    "turn that is not passed on": (
+        (FIRST_TURN, TAKE_TURN),
+        (),
+        "deadlock: consumer 1 waits for its turn of m_block 0",
+        (FIRST_TURN, TAKE_TURN, PASS_TURN),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEADLOCKS)
+def test_deadlock_says_who_waits_for_what(name: str) -> None:
+    """Where no role can go on, each that is left is named with what it waits for, as it stands at the end."""
+    consumer, producer, text, mended = DEADLOCKS[name]
+    with pytest.raises(SimulationFault, match=re.escape(text)) as caught:
+        run(programs((*consumer, *END), producer))
+    assert caught.value.rule == "deadlock"
+    run(programs((*mended, *END), producer))
+
+
+def test_tile_counter_must_come_back_to_zero() -> None:
+    """Blocks that draw once more than until no tile is left leave a counter that the next launch would start from."""
+    consumer = (ForTiles((*END, *TAKE)),)
+    run(warpgroup_plan(consumer, (ForTiles(DRAW),), persistent=True), 20)
+    with pytest.raises(SimulationFault, match="stands at 2 at the end") as caught:
+        run(warpgroup_plan(consumer, (ForTiles(DRAW), *DRAW), persistent=True), 20)
+    assert caught.value.rule == "never reset"
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_launch_must_say_its_tiles(persistent: bool) -> None:
+    """A launch that counts other tiles than its scheduler has is a fault, whoever works on them."""
+    plan = programs((*END, *(TAKE if persistent else ())), DRAW if persistent else (), persistent)
+    run(plan, 20)
+    (launch,) = plan.launches
+    wrong = replace(plan, launches=(replace(launch, tiles=4),))
+    with pytest.raises(SimulationFault, match="for 4 tiles and has 5") as caught:
+        run(wrong, 20)
+    assert caught.value.rule == "wrong grid"
+
+
+def test_every_warpgroup_writes_its_rows() -> None:
+    """Rows that one warpgroup leaves out are missed though the other has written its part of the block."""
+    stores = When("last warpgroup", (STORE, STORED))
+    with pytest.raises(SimulationFault, match="block 0 of out is not written once") as caught:
+        run(programs((CLEAR_O, STAGE, FENCE, MEET, stores), ()))
+    assert (caught.value.rule, caught.value.place) == ("never written", "out")
