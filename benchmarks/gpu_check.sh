@@ -10,8 +10,10 @@ fi
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 results="${OUT:-benchmarks/results}"
 
-python3 -m pytest tests/gpu --ignore tests/gpu/test_runtime.py -n 6 -p no:cacheprovider 2>&1 | tee "$results/gpu_tests.log"
+python3 -m pytest tests -m gpu --ignore tests/gpu/test_runtime.py -n 8 -p no:cacheprovider 2>&1 | tee "$results/gpu_tests.log"
 python3 -m pytest tests/gpu/test_runtime.py -s -p no:cacheprovider 2>&1 | tee -a "$results/gpu_tests.log"
+python3 -m attngen fuzz --device cuda --examples 500 2>&1 | tee "$results/fuzz.log"
+python3 benchmarks/bench_hopper.py --out "$results" | tee "$results/hopper.log"
 python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
 for tool in memcheck racecheck synccheck; do
   echo "== compute-sanitizer $tool"

@@ -16,7 +16,7 @@ LENGTHS = ((1, 1), (113, 203), (128, 217))
 def main() -> None:
     """Run and compare; print how many launches were right."""
     right = launched = 0
-    for kind in ("fa2", "serial"):
+    for kind in ("fa2", "serial", "warp_specialized", "pingpong", "auto"):
         for inputs, dtype in DTYPES.items():
             for head_dim in (64, 128):
                 for mask in ("full", "causal"):
