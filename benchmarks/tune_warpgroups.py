@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -22,42 +23,48 @@ from attngen.lower.tiles import WarpgroupChoice
 
 TOKENS, WIDTH, GEMM = 16384, 2048, 8192
 W = WarpgroupChoice
-FLAGS = ("rescale_first", "rescale_votes", "passes_late", "waits_together", "out_over_q")
+FLAGS = ("rescale_votes", "passes_late", "out_over_q")
 SCHEDULES = ("warp_specialized", "pingpong")
 OVER_Q = {"out_over_q": True}
+LAST: dict[str, Any] = {"rescale": "last"}
+VOTES: dict[str, Any] = {"rescale": "last", "rescale_votes": True, "out_over_q": True}
 CHOICES: dict[tuple[int, int], list[WarpgroupChoice]] = {
     (64, 64): [
-        W(192, 128, 2, 3),
         W(192, 128, 3, 3, q_stages=2),
         W(192, 128, 3, 3, q_stages=2, passes_late=True),
-        W(192, 128, 3, 3, q_stages=2, waits_together=True),
+        W(192, 128, 3, 3, q_stages=2, **LAST),
         W(128, 128, 4, 2, q_stages=2),
-        W(64, 128, 3, 1, blocks_per_sm=2),
         W(64, 128, 2, 1, q_stages=2, blocks_per_sm=2),
+        W(64, 128, 2, 1, q_stages=2, blocks_per_sm=2, **LAST),
     ],
-    (80, 80): [W(128, 128, 2, 2, q_stages=2), W(192, 96, 2, 3), W(192, 112, 2, 3)],
-    (96, 96): [W(128, 128, 2, 2, q_stages=2), W(192, 96, 2, 3), W(128, 112, 2, 2, q_stages=2)],
+    (80, 80): [
+        W(128, 128, 2, 2, q_stages=2),
+        W(192, 96, 2, 3),
+        W(192, 96, 2, 3, **LAST),
+        W(192, 112, 2, 3),
+    ],
+    (96, 96): [
+        W(128, 128, 2, 2, q_stages=2),
+        W(192, 96, 2, 3),
+        W(192, 96, 2, 3, **LAST),
+    ],
     (128, 128): [
         W(128, 128, 2, 2),
         W(128, 128, 2, 2, q_stages=2),
-        W(128, 128, 2, 2, rescale_first=True, waits_together=True),
+        W(128, 128, 2, 2, **LAST),
     ],
-    (192, 128): [
-        W(128, 112, 2, 2),
-        W(128, 112, 2, 2, rescale_votes=True),
-        W(128, 128, 2, 2, **OVER_Q),
-        W(128, 128, 2, 2, rescale_votes=True, **OVER_Q),
-    ],
+    (192, 128): [W(128, 112, 2, 2), W(128, 112, 2, 2, **LAST), W(128, 128, 2, 2, **OVER_Q)],
     (192, 192): [
         W(128, 96, 2, 2, **OVER_Q),
-        W(128, 112, 2, 2, **OVER_Q),
-        W(128, 112, 2, 2, rescale_votes=True, **OVER_Q),
+        W(128, 96, 2, 2, **OVER_Q, **LAST),
         W(128, 80, 2, 2),
+        W(128, 80, 2, 2, **LAST),
     ],
     (256, 256): [
         W(128, 80, 2, 2, **OVER_Q),
-        W(128, 80, 2, 2, rescale_votes=True, **OVER_Q),
-        W(128, 64, 2, 2, rescale_votes=True, **OVER_Q),
+        W(128, 80, 2, 2, **VOTES),
+        W(128, 64, 2, 2, **OVER_Q),
+        W(128, 64, 2, 2, **VOTES),
     ],
 }
 
@@ -65,6 +72,7 @@ CHOICES: dict[tuple[int, int], list[WarpgroupChoice]] = {
 def label(schedule: str, choice: WarpgroupChoice) -> str:
     """A name for a column: what differs from the defaults."""
     flags = [f for f in FLAGS if getattr(choice, f)]
+    flags += [f"rescale_{choice.rescale}"] if choice.rescale != "middle" else []
     flags += [f"no_{f}" for f in ("overlap", "persistent", "longest_first") if not getattr(choice, f)]
     tile = f"{choice.block_m}x{choice.block_n}x{choice.stages}"
     flags += [f"{f}{getattr(choice, f)}" for f in ("q_stages", "blocks_per_sm") if getattr(choice, f) > 1]

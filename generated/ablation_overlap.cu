@@ -712,16 +712,17 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_77f1262c(const __grid_constant__ P
           advance<2>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
       }
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {

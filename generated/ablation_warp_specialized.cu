@@ -716,11 +716,12 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_de8561d7(const __grid_constant__ P
           advance<2>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          scale_rows(acc_o, alpha);
           exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
-          scale_rows(acc_o, alpha);
         }
       }
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {

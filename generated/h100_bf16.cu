@@ -711,8 +711,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          scale_rows(acc_o, alpha);
-          mbarrier_wait_warp(full<2>(v_ring, v_at), v_at.phase);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
@@ -729,12 +728,13 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
             mask_scores(acc_s, end);
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
+          scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
         }
         #pragma unroll 1
@@ -742,8 +742,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          scale_rows(acc_o, alpha);
-          mbarrier_wait_warp(full<2>(v_ring, v_at), v_at.phase);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
@@ -751,20 +750,21 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
+          scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
         }
       }
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
-        scale_rows(acc_o, alpha);
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
         issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
         wgmma_wait<0>();

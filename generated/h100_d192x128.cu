@@ -728,14 +728,14 @@ attn_fwd_sm90a_bf16_d192x128_causal_warp_specialized_a92c8ef0(const __grid_const
             mask_scores(acc_s, end);
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
@@ -750,16 +750,17 @@ attn_fwd_sm90a_bf16_d192x128_causal_warp_specialized_a92c8ef0(const __grid_const
           advance<2>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
       }
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {

@@ -1,8 +1,8 @@
-// attn_fwd_sm90a_f16_d64_full_pingpong_4fa4450d
+// attn_fwd_sm90a_f16_d64_causal_pingpong_7c731471
 //
 // Attention forward, pingpong schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
-// log-sum-exp, inputs f16, output f16, softmax in f32. Mask: full.
-// Emitted by attngen 0.1.0 from spec digest 4fa4450d8a088d77. Launch: see the manifest beside this file.
+// log-sum-exp, inputs f16, output f16, softmax in f32. Mask: causal.
+// Emitted by attngen 0.1.0 from spec digest 7c731471bb6b42f4. Launch: see the manifest beside this file.
 //
 // Notation: S = Q Kᵀ and P, the scores and probabilities of one block (acc_s, p); O, the output, unnormalised (acc_o);
 // m and n, blocks of query rows and of keys; row_max in scaled log2 units.
@@ -238,6 +238,10 @@ DEV int row_in_tile(int i) {
 
 // The first of the two neighbouring columns that this lane holds of every 8.
 DEV int lane_column() { return threadIdx.x % 4 * 2; }
+
+// A key bound, kept within 0 .. end; some bounds need 64 bits.
+DEV int clamp_key(int key, int end) { return max(0, min(key, end)); }
+DEV int clamp_key(i64 key, int end) { return (int)max((i64)0, min(key, (i64)end)); }
 
 // A tile of 16-bit elements in panels of 64 columns (128 bytes), as the copy engine writes and wgmma reads them: the
 // 16-byte chunks of a row are exchanged with the row's number, and the pattern repeats every eight rows (1024 bytes).
@@ -575,6 +579,8 @@ DEV Tile decode_tile(const Params& params, int index) {
 DEV KeyBlocks key_blocks(const Tile& tile, int m) {
   const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
   int first_any = 0, first_all = 0, end_any = tile.seqlen_k, end_all = tile.seqlen_k;
+  end_any = clamp_key(q_last + tile.seqlen_k - tile.seqlen_q + 1, end_any);
+  end_all = clamp_key(q_first + tile.seqlen_k - tile.seqlen_q + 1, end_all);
   KeyBlocks seen;
   seen.n_max = (end_any + kBlockN - 1) / kBlockN;
   seen.n_min = min(first_any / kBlockN, seen.n_max);
@@ -587,11 +593,12 @@ DEV KeyBlocks key_blocks(const Tile& tile, int m) {
 // The keys that row q_idx sees are first_key .. end_key - 1.
 DEV int end_key(const Tile& tile, int q_idx) {
   int end = tile.seqlen_k;
+  end = clamp_key(q_idx + tile.seqlen_k - tile.seqlen_q + 1, end);
   return end;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attn_fwd_sm90a_f16_d64_full_pingpong_4fa4450d(const __grid_constant__ Params params) {
+attn_fwd_sm90a_f16_d64_causal_pingpong_7c731471(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 49152;
@@ -708,6 +715,39 @@ attn_fwd_sm90a_f16_d64_full_pingpong_4fa4450d(const __grid_constant__ Params par
         exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
+        for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
+          mbarrier_wait(full<3>(k_ring, k_at), k_at.phase);
+          named_barrier_sync(1 + warpgroup, 256);
+          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
+          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          mbarrier_wait(full<3>(v_ring, v_at), v_at.phase);
+          issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          wgmma_wait<1>();
+          pin(acc_s);
+          if (is_first_thread) mbarrier_arrive(empty<3>(k_ring, k_at));
+          advance<3>(k_at);
+          // online softmax of block n
+          {
+            int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
+          #pragma unroll
+            for (int i = 0; i < 2 * kRowTiles; ++i) {
+              const int q_idx = tile.m_block * kBlockM + row_in_tile<kRowTiles>(i), column = n * kBlockN + lane_column();
+              end[i] = end_key(tile, q_idx) - column;
+            }
+            mask_scores(acc_s, end);
+          }
+          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          wgmma_wait<0>();
+          pin(acc_o);
+          pin(p);
+          if (is_first_thread) mbarrier_arrive(empty<3>(v_ring, v_at));
+          advance<3>(v_at);
+          scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          named_barrier_arrive(1 + next_warpgroup, 256);
+          convert_p<Input>(p, acc_s);
+        }
+        #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<3>(k_ring, k_at), k_at.phase);
           named_barrier_sync(1 + warpgroup, 256);
@@ -721,17 +761,18 @@ attn_fwd_sm90a_f16_d64_full_pingpong_4fa4450d(const __grid_constant__ Params par
           advance<3>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<3>(v_ring, v_at));
           advance<3>(v_at);
+          scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           named_barrier_arrive(1 + next_warpgroup, 256);
           convert_p<Input>(p, acc_s);
-          scale_rows(acc_o, alpha);
         }
       }
+      named_barrier_sync(4 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<2>(q_ring, q_at));
       advance<2>(q_at);
       if (seen.n_max > seen.n_min) {

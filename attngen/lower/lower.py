@@ -319,10 +319,9 @@ def _wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
 
 def _wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
     """Formats that the target has no instructions for."""
-    known = " and ".join(arch.dtypes)
     fields = (
-        ("inputs", "input-dtype", f"the matrix instruction of {arch.name} takes {known}"),
-        ("output", "output-dtype", f"the result leaves the registers of {arch.name} as {known}"),
+        ("inputs", "input-dtype", f"the matrix instruction of {arch.name} takes {' and '.join(arch.dtypes)}"),
+        ("output", "output-dtype", f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}"),
     )
     return tuple(
         Diagnostic(

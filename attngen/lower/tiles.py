@@ -1,6 +1,7 @@
 """What `auto` stands for: schedule, tile, stages and warps per head dim and mask. Numbers only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from attngen.arch import Arch
 
@@ -30,11 +31,9 @@ class WarpgroupChoice:
 
     Attributes:
         warpgroups: consumers; each owns a matrix instruction's rows of block_m.
-        rescale_first: O is rescaled under the score GEMM, before its own GEMM is issued.
+        rescale: where in a block O is rescaled, see `WarpgroupPlaces`.
         rescale_votes: a warp none of whose maxima grew skips it.
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
-        waits_together: a warp votes at its waits for V, after which ptxas orders the loop otherwise: measured, not
-            understood.
         out_over_q: the result is staged over Q, for want of shared memory of its own.
         q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
     """
@@ -46,10 +45,9 @@ class WarpgroupChoice:
     overlap: bool = True
     persistent: bool = True
     longest_first: bool = True
-    rescale_first: bool = False
+    rescale: Literal["middle", "last"] = "middle"
     rescale_votes: bool = False
     passes_late: bool = False
-    waits_together: bool = False
     out_over_q: bool = False
     q_stages: int = 1
     blocks_per_sm: int = 1
@@ -76,30 +74,30 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[R
     """
     widest = max(head_dim_qk, head_dim_v)
     if widest <= 64:
-        best = WarpgroupChoice(192, 128, 3, 3, q_stages=2, passes_late=not bounded, waits_together=bounded)
+        small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
         return (
-            Row(1024, "warp_specialized", WarpgroupChoice(64, 128, 2, 1, q_stages=2, blocks_per_sm=2)),
-            Row(None, "pingpong", best),
+            *((Row(4096, "warp_specialized", small),) if bounded else ()),
+            Row(None, "pingpong", WarpgroupChoice(192, 128, 3, 3, passes_late=True, q_stages=2)),
         )
     if widest <= 96:
-        short = "pingpong" if bounded else "warp_specialized"
+        long = WarpgroupChoice(192, 112, 2, 3) if widest <= 80 else WarpgroupChoice(192, 96, 2, 3)
         return (
-            Row(1024, short, WarpgroupChoice(128, 128, 2, 2, q_stages=2, waits_together=bounded)),
-            Row(None, "warp_specialized", WarpgroupChoice(192, 96, 2, 3)),
+            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
+            Row(None, "pingpong", long),
         )
     if widest <= 128:
-        best = WarpgroupChoice(128, 128, 2, 2, rescale_first=bounded, waits_together=bounded)
-        return (Row(None, "warp_specialized", best),)
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
     if head_dim_v <= 128 and head_dim_qk <= 192:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 112, 2, 2)),)
     if widest <= 192:
         return (
-            Row(2048, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),
-            Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2, out_over_q=True)),
+            Row(2048, "warp_specialized", WarpgroupChoice(128, 80, 2, 2, rescale="last")),
+            Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2, rescale="last", out_over_q=True)),
         )
+    wide = WarpgroupChoice(128, 80, 2, 2, rescale="last", rescale_votes=True, out_over_q=True)
     return (
-        Row(512, "warp_specialized", WarpgroupChoice(128, 64, 2, 2, rescale_votes=True, out_over_q=True)),
-        Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2, rescale_votes=True, out_over_q=True)),
+        Row(512, "warp_specialized", replace(wide, block_n=64)),
+        Row(None, "warp_specialized", wide),
     )
 
 

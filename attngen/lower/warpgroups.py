@@ -62,11 +62,14 @@ def places(
         return Buffer(name, dtype, rows, cols, valid, stages, offset, in_panels=panels)
 
     q_buffer = buffer("q", inputs, m, qk_cols, qk, choice.q_stages, None)
-    k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, q_buffer)
+    out = buffer("out", output, m, v_cols, v, 1, None)
+    if choice.out_over_q:  # which then must be as large as the larger of the two
+        out = replace(out, overlays="q")
+    first = max(q_buffer, out, key=lambda each: each.size_bytes) if choice.out_over_q else q_buffer
+    k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, first)
     v_buffer = buffer("v", inputs, n, v_cols, v, stages, k_buffer)
-    out = buffer("out", output, m, v_cols, v, 1, v_buffer)
-    if choice.out_over_q:
-        out = replace(out, offset=q_buffer.offset, overlays="q")
+    if not choice.out_over_q:
+        out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
     def cursors(fills: bool) -> RingCursors:
         depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}
@@ -78,10 +81,9 @@ def places(
         mask=mask,
         visible=visible,
         overlap=choice.overlap,
-        rescale_first=choice.rescale_first,
+        rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
         passes_late=choice.passes_late,
-        waits_together=choice.waits_together,
         persistent=choice.persistent,
         out_over_q=choice.out_over_q,
         q=q_buffer,

@@ -3,7 +3,6 @@
 The checks look at shapes, strides, types and addresses, so they serve the GPU and the simulator alike.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,8 @@ from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 
 Layout = Literal["bshd", "bhsd"]
+LARGEST_SCALE = 2.0**127
+"""Times log2(e) it is still an f32."""
 ROW_ALIGNMENT = 16
 """Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
 
@@ -65,7 +66,7 @@ def check_arguments(
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), the manifest's input type; last dimension contiguous.
         k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
-        softmax_scale: finite, or None.
+        softmax_scale: of at most 2^127, either sign, or None.
         out: (batch, seqlen_q, num_heads_q, head_dim_v), the manifest's output type, or None.
         layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and out.
 
@@ -74,8 +75,12 @@ def check_arguments(
     """
     if layout not in ("bshd", "bhsd"):
         raise ArgumentError("layout", repr(layout), "'bshd' or 'bhsd'")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        raise ArgumentError("softmax_scale", softmax_scale, "a finite number")
+    if softmax_scale is not None:
+        is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
+        if not is_number or not abs(softmax_scale) <= LARGEST_SCALE:  # the comparison is false of NaN
+            raise ArgumentError(
+                "softmax_scale", repr(softmax_scale), f"a number of at most {LARGEST_SCALE:.3g}"
+            )
     tensors = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out})
     for name, x in tensors.items():
         _check_tensor(manifest, name, x, q)

@@ -7,6 +7,7 @@ Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, Algorithms 1 and 2.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from attngen.expr import Expr, KeyRange
 from attngen.plan import (
@@ -67,6 +68,9 @@ M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
 )
 
 
+Rescale = Literal["middle", "last"]
+
+
 @dataclass(frozen=True)
 class RingCursors:
     """Where one role stands in each ring."""
@@ -83,10 +87,10 @@ class WarpgroupPlaces:
 
     Attributes:
         overlap: the softmax of a block runs under the output GEMM of the one before.
-        rescale_first: O is rescaled before its GEMM is issued, under the score GEMM, rather than after it.
+        rescale: where O is rescaled: "last", after everything else of a block; "middle", between maximum and
+            exponentials, which then wait for O's GEMM.
         rescale_votes: a warp none of whose maxima grew does not rescale.
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
-        waits_together: the waits for V are such that the compiler knows a warp's threads to go on together.
         persistent: a block of threads works on many tiles.
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
         q, k, v, out: tiles in panels: (block_m or block_n, head dim).
@@ -99,10 +103,9 @@ class WarpgroupPlaces:
     mask: Expr
     visible: KeyRange | None
     overlap: bool
-    rescale_first: bool
+    rescale: Rescale
     rescale_votes: bool
     passes_late: bool
-    waits_together: bool
     persistent: bool
     out_over_q: bool
     q: Buffer
@@ -212,7 +215,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                         *(ForBlocks(range_, "n", _block(at, range_, turns)) for range_ in _ranges(at)),
                     ),
                 ),
-                *(() if at.out_over_q else release_q),
+                *(() if at.out_over_q else (SyncWarpgroup(at.own), *release_q)),
                 When("tile has blocks", _last_output(at)),
                 *_epilogue(at),
                 *(release_q if at.out_over_q else ()),
@@ -240,13 +243,6 @@ def _mask(at: WarpgroupPlaces, block: BlockIndex) -> Step:
     return MaskScores(at.acc_s, M_BLOCK, block, at.visible)
 
 
-def _softmax(at: WarpgroupPlaces) -> Program:
-    return (
-        RowMax(at.acc_s, at.row_max, at.alpha),
-        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
-    )
-
-
 def _first_block(at: WarpgroupPlaces) -> Program:
     rings = at.consumer
     return (
@@ -257,7 +253,8 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         Release(rings.k),
         Advance(rings.k),
         _mask(at, N_MAX - 1),
-        *_softmax(at),
+        RowMax(at.acc_s, at.row_max, at.alpha),
+        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
         ConvertP(at.acc_s, at.p),
     )
 
@@ -265,42 +262,52 @@ def _first_block(at: WarpgroupPlaces) -> Program:
 def _block(at: WarpgroupPlaces, range_: Range, turns: bool) -> Program:
     """S of block n and O of block n + 1; alpha rescales what was summed under the old maximum."""
     rings = at.consumer
-    rescale = ScaleRows(at.acc_o, at.alpha, at.rescale_votes)
-    is_masked = range_.tile_class != "full"
     pass_turn = (PassTurn(at.turn),) if turns else ()
-    output_done = (Release(rings.v), Advance(rings.v))
-    softmax = (
-        Release(rings.k),
-        Advance(rings.k),
-        Note("online softmax of block n"),
-        *((_mask(at, N),) if is_masked else ()),
-        *_softmax(at),
-    )
-    return (
+    issue = (
         WaitFull(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),
         Note("S = Q K[n]ᵀ, and behind it O += P V[n + 1]"),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
-        *((rescale,) if at.rescale_first else ()),
-        WaitFull(rings.v, at.waits_together),
+        WaitFull(rings.v),
         IssueOutputGemm(at.acc_o, at.p, at.v.at(rings.v)),
         *(() if at.passes_late else pass_turn),
-        *(
-            (WaitGemm(1, (at.acc_s,)), *softmax, WaitGemm(0, (at.acc_o, at.p)), *output_done)
-            if at.overlap
-            else (WaitGemm(0, (at.acc_s, at.acc_o, at.p)), *output_done, *softmax)
-        ),
+    )
+    scores_done = (Release(rings.k), Advance(rings.k))
+    output_done = (Release(rings.v), Advance(rings.v))
+    row_max = (
+        Note("online softmax of block n"),
+        *((_mask(at, N),) if range_.tile_class != "full" else ()),
+        RowMax(at.acc_s, at.row_max, at.alpha),
+    )
+    exponentiate = Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha)
+    land_output = (WaitGemm(0, (at.acc_o, at.p)), *output_done)
+    if not at.overlap:
+        land_both = (WaitGemm(0, (at.acc_s, at.acc_o, at.p)), *output_done, *scores_done)
+        softmax = (*land_both, *row_max, *_rescale(at, "middle"), exponentiate)
+    elif at.rescale == "middle":
+        land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
+        softmax = (*land_scores, *row_max, *land_output, *_rescale(at, "middle"), exponentiate)
+    else:
+        land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
+        softmax = (*land_scores, *row_max, exponentiate, *land_output)
+    return (
+        *issue,
+        *softmax,
         *(pass_turn if at.passes_late else ()),
         ConvertP(at.acc_s, at.p),
-        *(() if at.rescale_first else (rescale,)),
+        *_rescale(at, "last"),
     )
+
+
+def _rescale(at: WarpgroupPlaces, where: Rescale) -> Program:
+    """O under the new maximum, if this is the place for it."""
+    return (ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if at.rescale == where else ()
 
 
 def _last_output(at: WarpgroupPlaces) -> Program:
     v = at.consumer.v
     return (
         Note("O of the first block of keys"),
-        *((ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if at.rescale_first else ()),
         WaitFull(v),
         IssueOutputGemm(at.acc_o, at.p, at.v.at(v)),
         WaitGemm(0, (at.acc_o, at.p)),

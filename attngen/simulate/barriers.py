@@ -1,4 +1,4 @@
-"""Where agents meet: SyncThreads, the mbarriers of a ring, the named barriers of warpgroups.
+"""Where roles meet: SyncThreads, the mbarriers of a ring, the named barriers of warpgroups.
 
 A barrier counts arrivals. When all have come a phase is complete, and whoever waits for it knows what those who
 arrived knew. No barrier here blocks anyone: a Step asks whether its phase is complete, and yields until it is.

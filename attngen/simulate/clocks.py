@@ -1,6 +1,6 @@
 """Happens-before: who knows that what has happened.
 
-What runs on a block of threads falls into lines: the ordinary accesses of an agent, its GEMMs, its stores by the copy
+What runs on a block of threads falls into lines: the ordinary accesses of a role, its GEMMs, its stores by the copy
 engine, the copies into one stage. On a line one thing follows another; between lines only synchronisation orders. A
 `Stamp` is a place on a line, a `Clock` says how far each line is known to have got. Two accesses of which neither is
 known to the other when it begins may meet in any order, whatever order this run took.

@@ -195,6 +195,7 @@ class RoleRun:
         self._is_one_thread = role.single_thread
         self._epoch = 0
         self._positions: dict[Cursor, Position] = {}
+        self._seen_by_some: set[Cursor] = set()  # full stages that a slow thread may not have seen full yet
         self._gemms_issued = 0
         self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
         self._stores_issued = 0
@@ -261,6 +262,7 @@ class RoleRun:
 
     def meet(self) -> None:
         """All threads of the role know what each has done and knows."""
+        self._seen_by_some.clear()
         self._epoch += 1
         self.clock.see(self.name, self._epoch)
         self.clock.join(self.leader)
@@ -276,6 +278,20 @@ class RoleRun:
         if cursor is None:
             return Position(0, 0)
         return self._positions.setdefault(cursor, Position(0, int(cursor.fills)))
+
+    def see_full(self, cursor: Cursor) -> None:
+        """Some threads have seen the stage full, others may still have to look."""
+        self._seen_by_some.add(cursor)
+
+    def check_seen_by_all(self, cursor: Cursor) -> None:
+        """Refuse to hand a stage back that may be filled anew before a slow thread has looked.
+
+        Raises:
+            SimulationFault: the threads have not met since.
+        """
+        if cursor in self._seen_by_some and not self._is_one_thread:
+            name = self.stage_barriers(cursor).full.name
+            raise self.fault("race", f"{name} is released, and not all threads have seen it full", name)
 
     def stage_barriers(self, cursor: Cursor) -> StageBarriers:
         """The mbarriers of the stage it stands at."""
@@ -327,6 +343,7 @@ class RoleRun:
             if self._owned_by_gemm.get(place.name, -1) >= done:
                 raise self.fault("race", f"{place} is taken back from a GEMM in flight", place.name)
             self._owned_by_gemm.pop(place.name, None)
+        self._seen_by_some.clear()  # a GEMM is issued by all threads
         self.clock.see(self._gemm_line, done)
 
     # ---- stores in flight -------------------------------------------------------------------------------------------

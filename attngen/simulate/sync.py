@@ -44,9 +44,11 @@ def fence_async(step: FenceAsync, role: RoleRun) -> None:
 def wait_full(step: WaitFull, role: RoleRun) -> Run:
     """Wait for the phase in which the producer fills the stage."""
     barrier = role.stage_barriers(step.cursor).full
+
     yield from _wait_for_phase(
         role, barrier, role.position(step.cursor).phase, f"{barrier.name} to be filled"
     )
+    role.see_full(step.cursor)
 
 
 def wait_empty(step: WaitEmpty, role: RoleRun) -> Run:
@@ -72,6 +74,7 @@ def _wait_for_phase(role: RoleRun, barrier: Mbarrier, parity: int, what: str) ->
 
 def release(step: Release, role: RoleRun) -> None:
     """One thread says that the warpgroup is done with the stage."""
+    role.check_seen_by_all(step.cursor)
     role.stage_barriers(step.cursor).empty.arrive(role.leaders_clock)
 
 

@@ -98,6 +98,7 @@ def test_cuda_text_overflows_nowhere(text: str, env: dict[str, int]) -> None:
         ("kv_idx <= 3 - q_idx - b - h", "kv_idx <= 3LL - b - h - q_idx"),
         ("kv_idx <= 3 - q_idx", "kv_idx <= 3 - q_idx"),
         ("kv_idx < 3000000000", "kv_idx <= 2999999999LL"),
+        ("kv_idx < q_idx + 3000000000", "kv_idx <= (long long)q_idx + 2999999999LL"),
     ],
 )
 def test_cuda_text_is_what_an_expert_would_write(text: str, cuda: str) -> None:

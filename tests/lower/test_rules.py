@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -144,7 +145,9 @@ def test_a_field_of_another_schedule_is_refused(kind: str, field: str, value: ob
     """It is not ignored in silence: the schedules it is for are named, and leaving it to auto passes."""
     fault = only(schedule={"kind": kind, field: value})
     assert (fault.rule, fault.path, fault.value) == ("schedule-field", f"schedule.{field}", value)
-    assert fault.message.startswith(f"schedule.{field} = {json.dumps(value)} means nothing to ")  # as YAML has it
+    assert fault.message.startswith(
+        f"schedule.{field} = {json.dumps(value)} means nothing to "
+    )  # as YAML has it
     assert fault.note == f"it is for {belongs}"
     assert fault.nearest == ("auto",)
     lower(
@@ -312,6 +315,7 @@ def test_a_tile_of_a_gpu_has_512_rows_at_most() -> None:
     assert (fault.rule, fault.message) == ("largest-tile", "tile.block_m = 1024 must be at most 512")
     assert fault.nearest == ("512",)
     lower(attngen.load(changes).replace({"tile.block_m": 512}), ARCHS["sm_80"])
+    assert only("sm_80", **changes | {"tile": {"block_m": 500, "block_n": 16}}).nearest == ("256", "512")
     assert lower(attngen.load(changes), ARCHS["simulator"]).block_m == 1024
 
 
@@ -323,3 +327,15 @@ def test_auto_finds_a_legal_tile_everywhere(arch: str, head_dim: int) -> None:
         spec: Spec = attngen.load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}})
         plan = lower(spec, ARCHS[arch])
         assert plan.kernel.smem_bytes <= ARCHS[arch].smem_bytes_per_block
+
+
+@pytest.mark.parametrize("qk", range(32, 257, 8))
+def test_no_buffer_runs_into_another(qk: int) -> None:
+    """However wide V is: only a buffer that lies over another shares bytes, and with that one, of one stage."""
+    for v, mask in product(range(32, 257, 8), ("full", "causal")):
+        spec = attngen.load({"problem": {"head_dim": {"qk": qk, "v": v}}, "mask": mask})
+        whole = lower(spec, ARCHS["sm_90a"])
+        for plan in (whole, *whole.shorter):
+            for a, b in combinations(plan.kernel.buffers, 2):
+                if a.offset < b.offset + b.size_bytes and b.offset < a.offset + a.size_bytes:
+                    assert (b.overlays, a.stages) == (a.name, 1), plan.name

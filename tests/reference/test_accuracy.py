@@ -167,7 +167,9 @@ def test_f32_blocks_are_allowed_their_roundings(serial: bool) -> None:
     run = flash(q, k, v, "full", 1, serial)
     assert not compare(*run, q, k, v).ok
     assert compare(*run, q, k, v, block_n=1).ok
-    assert compare(*(x.transpose(1, 2) if x.dim() == 4 else x for x in (*run, q, k, v)), layout="bhsd", block_n=1).ok
+    assert compare(
+        *(x.transpose(1, 2) if x.dim() == 4 else x for x in (*run, q, k, v)), layout="bhsd", block_n=1
+    ).ok
     q, k, v = draw((113, 203), torch.float32)
     for name, (out, _) in mutants(q, k, v, "causal").items():
         assert not compare(out, None, q, k, v, parse_mask("causal"), block_n=1).ok, name

@@ -239,7 +239,7 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
 
 def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
     """Up to its bound the shorter kernel is launched, beyond it the other; the manifest of each says so."""
-    kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}})
+    kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}, "mask": "causal"})
     (short,) = kernel.shorter
     assert kernel.manifest.shorter == (short.manifest.name,) and kernel.manifest.up_to is None
     bound = short.manifest.up_to

@@ -42,19 +42,21 @@ class Case:
     overlap: bool | None = None
     persistent: bool | None = None
     out_over_q: bool = False
+    rescale: str = "middle"
 
     def plan(self) -> Plan:
         """Small enough for every range of a program to hold many blocks."""
         if self.overlap is None:
             return lowered(self.schedule, self.mask, self.stages)
         fields = {"overlap": self.overlap, "persistent": self.persistent}
-        variant = {"out_over_q": self.out_over_q, "rescale_first": self.out_over_q}
+        variant = {"out_over_q": self.out_over_q, "rescale": self.rescale}
         return lowered(self.schedule, self.mask, self.stages, fields=fields, **variant)
 
     def __str__(self) -> str:
         overlap = {None: "", True: ", overlap", False: ", no overlap"}[self.overlap]
         persistent = {None: "", True: ", persistent", False: ", one tile a block"}[self.persistent]
-        return f"{self.schedule}, {self.mask}, {self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}"
+        numbers = f"{self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}, {self.rescale}"
+        return f"{self.schedule}, {self.mask}, {numbers}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ INPUTS = (
     Inputs(23, 9),
     Inputs(16, 32, softmax_scale=-0.5),
     Inputs(32, 32),
+    Inputs(41, 0, heads=3 * LOCKSTEP),
     Inputs(7, 6, heads=3 * LOCKSTEP, heads_kv=1),
     Inputs(7, 4, heads=3 * LOCKSTEP, heads_kv=1),
     Inputs(7, 2, heads=3 * LOCKSTEP, heads_kv=1),
@@ -118,12 +121,12 @@ CASES = [
         for mask in ("full", "causal", WINDOW)
     ),
     Case("warp_specialized", "full", 2, overlap=True, persistent=True),
-    Case("warp_specialized", "causal", 3, overlap=False, persistent=True, out_over_q=True),
+    Case("warp_specialized", "causal", 3, overlap=False, persistent=True, out_over_q=True, rescale="last"),
     Case("warp_specialized", WINDOW, 2, overlap=True, persistent=False),
     Case("warp_specialized", "kv_idx != q_idx", 2, overlap=True, persistent=True),
     Case("pingpong", "full", 2, overlap=False, persistent=False, out_over_q=True),
-    Case("pingpong", "causal", 2, overlap=True, persistent=True),
-    Case("pingpong", WINDOW, 2, overlap=True, persistent=True, out_over_q=True),
+    Case("pingpong", "causal", 2, overlap=True, persistent=True, rescale="last"),
+    Case("pingpong", WINDOW, 2, overlap=True, persistent=True, out_over_q=True, rescale="last"),
 ]
 
 

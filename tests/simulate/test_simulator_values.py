@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_plans import KINDS, VARIANTS, Variant, lowered
 
+import attngen
 from attngen.accuracy import compare
 from attngen.expr import parse_mask
 from attngen.inputs import Shape, poison, random_inputs
@@ -198,3 +199,20 @@ def test_large_scores_lose_nothing_but_in_lse() -> None:
     k[..., 3] = 1e4
     moved, _ = simulate(plan, q, k, v, softmax_scale=1.0)
     assert (moved - out).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("dims", [(64, 128), (64, 256), (128, 192), (192, 256)], ids=str)
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_v_may_be_wider_than_q(dims: tuple[int, int], mask: str) -> None:
+    """What auto picks on sm_90a stages O over Q where room is short, and O is then the larger of the two."""
+    kernel = attngen.compile(
+        {"problem": {"head_dim": {"qk": dims[0], "v": dims[1]}}, "mask": mask}, arch="sm_90a"
+    )
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, seqlen, 3, cols, generator=generator).bfloat16()
+        for seqlen, cols in ((400, dims[0]), (300, dims[0]), (300, dims[1]))
+    )
+    for plan in (kernel.plan, *kernel.plan.shorter):
+        out, lse = simulate(plan, q, k, v, return_lse=True)
+        assert compare(out, lse, q, k, v, plan.mask).ok

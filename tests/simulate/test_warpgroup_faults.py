@@ -140,7 +140,7 @@ CASES: dict[str, Case] = {
         mended_producer=(*LOAD_Q, *3 * LOAD_K),
     ),
     "copy into a stage that others may be reading": Case(
-        (FULL_Q, FULL_V, *FREE_V, *3 * USE_K, FULL_V),
+        (FULL_Q, FULL_V, MEET, *FREE_V, *3 * USE_K, FULL_V),
         (*LOAD_Q, *2 * LOAD_V, *2 * LOAD_K, WaitEmpty(FILLS.v), FILL_K),
         TmaLoad,
         "race",
@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
         mended_producer=(*LOAD_Q, *2 * LOAD_V, *2 * LOAD_K, WaitEmpty(FILLS.v), *LOAD_K),
     ),
     "stage released under the GEMM that reads it": Case(
-        (FULL_Q, FULL_K, SCORES, *FREE_K, LAND_S, *2 * USE_K),
+        (FULL_Q, FULL_K, MEET, SCORES, *FREE_K, LAND_S, *2 * USE_K),
         (*LOAD_Q, *3 * LOAD_K),
         TmaLoad,
         "race",
@@ -319,7 +319,7 @@ CASES: dict[str, Case] = {
     ),
     # ---- tiles drawn by the producer ----
     "tile drawn over one that was not taken": Case(
-        (FULL_Q, *FREE_Q),
+        (FULL_Q, MEET, *FREE_Q),
         (*LOAD_Q, *DRAW, DrawTile(FILLS.tile)),
         DrawTile,
         "race",
@@ -330,7 +330,7 @@ CASES: dict[str, Case] = {
         end=(*END, *TAKE),
     ),
     "tile drawn without asking whether the one before was taken": Case(
-        (FULL_Q, *FREE_Q),
+        (FULL_Q, MEET, *FREE_Q),
         (*LOAD_Q, DrawTile(FILLS.tile), Advance(FILLS.tile)),
         DrawTile,
         "race",
@@ -343,13 +343,22 @@ CASES: dict[str, Case] = {
     "tile slot released before all threads have read it": Case(
         (*END, WaitFull(OURS.tile), TakeTile(OURS.tile), Release(OURS.tile), MEET, Advance(OURS.tile)),
         DRAW,
-        DrawTile,
+        Release,
         "race",
-        "the tile slot",
-        "consumer 0 read it, and nothing orders the two",
+        "tile",
+        "tile is released, and not all threads have seen it full",
         mended_consumer=(*END, *TAKE),
         persistent=True,
         end=(),
+    ),
+    "stage released that a slow warp has not seen full": Case(
+        (FULL_Q, *FREE_Q),
+        LOAD_Q,
+        Release,
+        "race",
+        "q",
+        "q is released, and not all threads have seen it full",
+        mended_consumer=(FULL_Q, MEET, *FREE_Q),
     ),
     # ---- turns ----
     "turn passed twice": Case(
