@@ -1,7 +1,7 @@
 """The Plan: everything lowering decided, from which the kernel is emitted and simulated.
 
 It holds one or more kernels, the workspaces between them and the launches in order. Sizes that change from call
-to call appear as `Formula`s over the run-time values of `RUNTIME_VALUES`; all other numbers are final.
+to call appear as `Formula`s over the run-time values of `RUNTIME_SIZES`; all other numbers are final.
 """
 
 from collections.abc import Callable, Mapping

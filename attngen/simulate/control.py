@@ -29,7 +29,7 @@ def for_blocks(step: ForBlocks, role: RoleRun) -> Run:
 
 
 def when(step: When, role: RoleRun) -> Run:
-    """Run the body where the condition holds, as it does for all threads of the block or for none."""
+    """Run the body where the condition holds, as it does for all threads of the role or for none."""
     if _holds(step, role):
         yield from role.run(step.body)
 
