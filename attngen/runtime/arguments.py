@@ -79,7 +79,7 @@ def check_arguments(
         is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
         if not is_number or not abs(softmax_scale) <= LARGEST_SCALE:  # the comparison is false of NaN
             raise ArgumentError(
-                "softmax_scale", repr(softmax_scale), f"a number of at most {LARGEST_SCALE:.3g}"
+                "softmax_scale", repr(softmax_scale), f"a finite number of at most {LARGEST_SCALE:.3g}"
             )
     tensors = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out})
     for name, x in tensors.items():

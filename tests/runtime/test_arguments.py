@@ -45,6 +45,8 @@ def test_good_arguments_pass() -> None:
         ),
         ({"q": torch.zeros(2, 16, 4, 64).bfloat16().requires_grad_()}, "q", "grad"),
         ({"softmax_scale": float("nan")}, "softmax_scale", "finite"),
+        ({"softmax_scale": -3e38}, "softmax_scale", "1.7e+38"),
+        ({"softmax_scale": torch.tensor(1.0)}, "softmax_scale", "a finite number"),
         ({"layout": "sbhd"}, "layout", "bhsd"),
         ({"q": torch.zeros(2 * 16 * 4 * 64 + 1).bfloat16()[1:].view(2, 16, 4, 64)}, "q", "16"),
         ({"q": torch.zeros(2, 16, 4, 68).bfloat16()[..., :64]}, "q", "multiple of 8"),
