@@ -1,73 +1,296 @@
 """Tree to CUDA text, with no parentheses that C does not need.
 
-Arithmetic is exact: 32 bits where every partial sum, as written, fits for all indices up to `LARGEST_INDEX`,
-and 64 bits otherwise.
+i32 arithmetic is exact: 32 bits where every partial sum, as written, fits for all values, and 64 bits otherwise. What
+is asked to be exact in f32 (a mask, an index) is written by functions that neither contract nor approximate; a score
+may be contracted and approximated. Nodes that are used more than once become constants of their own.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from attngen.errors import InternalError
+from attngen.expr.ranges import index_range
 from attngen.expr.text import write_comparison, written_terms
-from attngen.expr.tree import LARGEST_INDEX, Expr
+from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, scale, scalar, sub
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
+_KEY = name("kv_idx")
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """How the leaves of a tree are written.
+
+    Attributes:
+        names: an operand for each name, `{"seqlen_q": "params.seqlen_q"}`; of indices an int.
+        sizes: an int for each dimension of a tensor, by the tensor's name.
+        exact: f32 arithmetic as the language defines it, rather than fast.
+        key_step: the part of kv_idx that the compiler knows, with `names["kv_idx"]` the rest; a conversion to f32 is
+            then done once a thread and not once a key. Empty: there is no such part.
+    """
+
+    names: Mapping[str, str]
+    sizes: Mapping[str, Sequence[str]]
+    exact: bool = True
+    key_step: str = ""
+
+
+class Body(NamedTuple):
+    """Expressions as C++: definitions of constants, then an expression for each."""
+
+    lines: tuple[str, ...]
+    results: tuple[str, ...]
 
 
 def to_cuda(expr: Expr, names: Mapping[str, str]) -> str:
-    """An expression as C++ text.
+    """An expression of indices and lengths as one C++ expression.
 
     Args:
-        expr: a mask, or an index expression.
-        names: the int that holds each name the expression reads: `{"seqlen_q": "p.seqlen_q"}`.
+        expr: a condition or an i32.
+        names: the operand that holds each name the expression reads: `{"seqlen_q": "params.seqlen_q"}`.
 
     Raises:
-        InternalError: a name has no text, or the expression is a score.
+        InternalError: a name has no text.
     """
-    if expr.op == "const" and expr.type == "bool":
-        return "true" if expr.value else "false"
-    if expr.op in ("le", "eq", "ne"):
-        written = write_comparison(expr)
-        return f"{_sum(written.left, names)} {written.symbol} {_sum(written.right, names)}"
-    if expr.op == "or":
-        return " || ".join(to_cuda(arg, names) for arg in expr.args)
-    if expr.op == "and":
-        parts = ((arg.op, to_cuda(arg, names)) for arg in expr.args)
-        return " && ".join(f"({text})" if op == "or" else text for op, text in parts)
-    return _sum(expr, names)
+    return _Writer(Leaves(names, {})).text(expr)
 
 
-def _sum(form: Expr, names: Mapping[str, str]) -> str:
-    terms = written_terms(form)
-    cast = "" if _fits_int(terms) else "(long long)"
-    text = ""
-    for coefficient, name in terms:
-        term = _term(abs(coefficient), name, names, cast if not text else "")
-        sign = "-" if coefficient < 0 else "+"
-        text = f"{text} {sign} {term}" if text else f"-{term}" if coefficient < 0 else term
-    return text
+def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:
+    """Expressions as C++ text, in which what is shared stands once.
+
+    Raises:
+        InternalError: a name or a tensor has no text.
+    """
+    writer = _Writer(leaves)
+    uses = Counter(arg for each in nodes(*exprs) for arg in each.args) + Counter(exprs)
+    lines = []
+    for each in nodes(*exprs):
+        if uses[each] > 1 and each.op not in ("const", "name", "mul"):
+            text = writer.text(each)
+            if not _PRIMARY.fullmatch(text):
+                known = writer.define(each, f"t{len(lines)}")
+                lines.append(f"const {c_type(each)} {known} = {text};")
+    return Body(tuple(lines), tuple(map(writer.text, exprs)))
 
 
-def _term(size: int, name: str, names: Mapping[str, str], cast: str) -> str:
-    if not name:
-        return f"{size}LL" if size > _INT_MAX or cast else str(size)
-    if name not in names:
-        raise InternalError(f"{name} has no CUDA text")
-    operand = names[name] if _PRIMARY.fullmatch(names[name]) else f"({names[name]})"
-    if size == 1:
-        return f"{cast}{operand}"
-    # A product is computed before it is added, so each that may pass 32 bits is widened by its own factor.
-    return f"{size}{'LL' if cast or size * LARGEST_INDEX > _INT_MAX else ''} * {operand}"
+def c_type(expr: Expr) -> str:
+    """The C++ type that holds every value of an expression."""
+    if expr.type != "i32":
+        return {"bool": "bool", "f32": "float"}[expr.type]
+    return "int" if _fits_int(*index_range(expr)) else "i64"
 
 
-def _fits_int(terms: list[tuple[int, str]]) -> bool:
-    """Whether every partial sum, from the left, stays within 32 bits for all values of the names."""
+def f32_literal(value: float) -> str:
+    """An f32 in C++."""
+    if value in (float("inf"), float("-inf")):
+        return "infinity()" if value > 0 else "-infinity()"
+    text = repr(value)
+    return f"{text if '.' in text or 'e' in text else text + '.0'}f"
+
+
+# How tightly C binds what stands at the top of a text.
+_TERNARY, _OR, _AND, _EQUALITY, _RELATION, _SUM, _PRODUCT, _UNARY, _OPERAND = range(9)
+
+
+class _Writer:
+    """Writes nodes; what has a constant of its own is written by that constant's name."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self._leaves = leaves
+        self._known: dict[Expr, str] = {}
+
+    def define(self, expr: Expr, constant: str) -> str:
+        """Have an expression written by a name from now on."""
+        self._known[expr] = constant
+        return constant
+
+    def text(self, expr: Expr, binds: int = _TERNARY) -> str:
+        """The text of an expression, in parentheses where it binds less tightly than `binds`."""
+        if expr in self._known:
+            return self._known[expr]
+        text, own = self._write(expr)
+        return f"({text})" if own < binds else text
+
+    def _write(self, expr: Expr) -> tuple[str, int]:
+        if expr.op in ("le", "eq", "ne"):
+            written = write_comparison(expr)
+            own = _RELATION if expr.op == "le" else _EQUALITY
+            return f"{self.text(written.left, _SUM)} {written.symbol} {self.text(written.right, _SUM)}", own
+        if expr.op in ("and", "or"):
+            sign, own = (" && ", _AND) if expr.op == "and" else (" || ", _OR)
+            return sign.join(self.text(arg, _AND if expr.op == "and" else _AND) for arg in expr.args), own
+        if expr.op == "const" and expr.type != "i32":
+            return ("true" if expr.value else "false", _OPERAND) if expr.type == "bool" else self._real(expr)
+        if expr.type == "i32" and expr.op in ("const", "mul", "add", "name"):
+            return self._sum(expr)
+        if expr.op == "not":
+            return f"!{self.text(expr.args[0], _UNARY)}", _UNARY
+        if expr.op == "name":
+            return self._name(expr.name), _OPERAND
+        if expr.op == "lookup":
+            return self._lookup(expr), _OPERAND
+        if expr.op == "compare":
+            own = _RELATION if expr.name[0] == "<" else _EQUALITY
+            a, b = (self.text(arg, own + 1) for arg in expr.args)
+            return f"{a} {expr.name} {b}", own
+        if expr.op == "where":
+            return self._where(expr), _TERNARY
+        if expr.op == "arith":
+            return self._index_arithmetic(expr) if expr.type == "i32" else self._real_arithmetic(expr)
+        return self._call(expr)
+
+    def _name(self, word: str) -> str:
+        if word not in self._leaves.names:
+            raise InternalError(f"{word} has no CUDA text")
+        operand = self._leaves.names[word]
+        if word == "kv_idx" and self._leaves.key_step:
+            return f"({operand} + {self._leaves.key_step})"
+        return operand if _PRIMARY.fullmatch(operand) else f"({operand})"
+
+    def _real(self, expr: Expr) -> tuple[str, int]:
+        text = f32_literal(float(expr.value))
+        return text, _UNARY if text.startswith("-") else _OPERAND
+
+    def _lookup(self, expr: Expr) -> str:
+        sizes = self._leaves.sizes.get(expr.name)
+        if sizes is None:
+            raise InternalError(f"{expr.name} has no CUDA text")
+        return f"{expr.name}_at(params, {', '.join(map(self._clamped, expr.args, sizes, strict=True))})"
+
+    def _clamped(self, index: Expr, size: str) -> str:
+        is_inside = index.op == "name" and index.name in ("b", "h", "h_kv", "q_tile", "kv_tile")
+        return self.text(index) if is_inside else f"clamp_index({self.text(index)}, {size})"
+
+    def _where(self, expr: Expr) -> str:
+        condition, *values = expr.args
+        yes, no = (self._as_type(value, c_type(expr), _OR) for value in values)
+        return f"{self.text(condition, _OR)} ? {yes} : {no}"
+
+    def _as_type(self, expr: Expr, type: str, binds: int = _TERNARY) -> str:
+        """The text of an i32 as int or i64; of another type as it is."""
+        if expr.type != "i32" or c_type(expr) == type:
+            return self.text(expr, binds)
+        return f"({type}){self.text(expr, _UNARY)}"
+
+    # ---- i32 ----------------------------------------------------------------------------------------------------
+    def _sum(self, form: Expr) -> tuple[str, int]:
+        terms = written_terms(form)
+        cast = "" if _sums_fit_int(terms) else "(long long)"
+        text = ""
+        for coefficient, atom in terms:
+            term = self._term(abs(coefficient), atom, cast if not text else "")
+            sign = "-" if coefficient < 0 else "+"
+            text = f"{text} {sign} {term}" if text else f"-{term}" if coefficient < 0 else term
+        if len(terms) > 1:
+            return text, _SUM
+        (coefficient, atom), *_ = terms
+        if atom is None:
+            return text, _UNARY if coefficient < 0 else _OPERAND
+        return text, _PRODUCT if abs(coefficient) != 1 else _UNARY if coefficient < 0 or cast else _OPERAND
+
+    def _term(self, size: int, atom: Expr | None, cast: str) -> str:
+        if atom is None:
+            return f"{size}LL" if size > _INT_MAX or cast else str(size)
+        operand = self.text(atom, _UNARY) if atom in self._known or atom.op != "name" else self._name(atom.name)
+        if size == 1:
+            return f"{cast}{operand}"
+        # A product is computed before it is added, so each that may pass 32 bits is widened by its own factor.
+        widens = cast or not _fits_int(*(size * end for end in index_range(atom)))
+        return f"{size}{'LL' if widens else ''} * {operand}"
+
+    def _index_arithmetic(self, expr: Expr) -> tuple[str, int]:
+        a, b = expr.args
+        if expr.name == "*":
+            return f"{self._as_type(a, c_type(expr), _PRODUCT)} * {self._as_type(b, c_type(expr), _UNARY)}", _PRODUCT
+        wide = "i64" if "i64" in (c_type(a), c_type(b)) else "int"
+        floors_as_c = index_range(a)[0] >= 0 and index_range(b)[0] > 0
+        if floors_as_c:
+            sign = expr.name[0]
+            return f"{self._as_type(a, wide, _PRODUCT)} {sign} {self._as_type(b, wide, _UNARY)}", _PRODUCT
+        function = "floor_divide" if expr.name == "//" else "floor_modulo"
+        return f"{function}({self._as_type(a, wide)}, {self._as_type(b, wide)})", _OPERAND
+
+    # ---- f32 ----------------------------------------------------------------------------------------------------
+    def _real_arithmetic(self, expr: Expr) -> tuple[str, int]:
+        a, b = expr.args
+        if self._leaves.exact:
+            return f"{_EXACT_ARITHMETIC[expr.name]}({self.text(a)}, {self.text(b)})", _OPERAND
+        if expr.name == "/":
+            if b.op == "const" and b.value:
+                return f"{self.text(a, _PRODUCT)} * {f32_literal(_reciprocal(float(b.value)))}", _PRODUCT
+            return f"__fdividef({self.text(a)}, {self.text(b)})", _OPERAND
+        own = _PRODUCT if expr.name == "*" else _SUM
+        return f"{self.text(a, own)} {expr.name} {self.text(b, own + 1)}", own
+
+    def _call(self, expr: Expr) -> tuple[str, int]:
+        if expr.name == "f32":
+            return self._to_real(expr.args[0])
+        if expr.args[0].type == "i32":
+            args = ", ".join(self._as_type(arg, c_type(expr)) for arg in expr.args)
+            return f"{_INDEX_FUNCTIONS[expr.name]}({args})", _OPERAND
+        functions = _EXACT_FUNCTIONS if self._leaves.exact else _FAST_FUNCTIONS
+        return f"{functions[expr.name]}({', '.join(map(self.text, expr.args))})", _OPERAND
+
+    def _to_real(self, number: Expr) -> tuple[str, int]:
+        factor = affine_parts(number)[0].get(_KEY, 0)
+        rest = sub(number, scale(factor, _KEY))
+        if not self._leaves.key_step or not factor or "kv_idx" in free_names(rest):
+            return f"(float){self.text(number, _UNARY)}", _UNARY
+        first = add(rest, scale(factor, scalar("kv_first", "i32")))
+        step = self.text(const(factor)) + " * " if factor != 1 else ""
+        return f"(float){self.text(first, _UNARY)} + (float)({step}{self._leaves.key_step})", _SUM
+
+
+def _reciprocal(value: float) -> float:
+    from attngen.expr.tree import round_to_f32
+
+    return round_to_f32(1 / value)
+
+
+_EXACT_ARITHMETIC = {"+": "__fadd_rn", "-": "__fsub_rn", "*": "__fmul_rn", "/": "__fdiv_rn"}
+_INDEX_FUNCTIONS = {"abs": "abs", "min": "min", "max": "max", "sign": "sign"}
+_EXACT_FUNCTIONS = {
+    "i32": "__float2int_rz",
+    "abs": "fabsf",
+    "sign": "sign",
+    "min": "fminf",
+    "max": "fmaxf",
+    "floor": "floorf",
+    "sqrt": "__fsqrt_rn",
+    "exp": "expf",
+    "exp2": "exp2f",
+    "log": "logf",
+    "log2": "log2f",
+    "tanh": "tanhf",
+    "sigmoid": "sigmoid",
+    "sin": "sinf",
+    "cos": "cosf",
+}
+_FAST_FUNCTIONS = _EXACT_FUNCTIONS | {
+    "sqrt": "sqrt_approx",
+    "exp": "exp_approx",
+    "exp2": "exp2_approx",
+    "log": "log_approx",
+    "log2": "log2_approx",
+    "tanh": "tanh_approx",
+    "sigmoid": "sigmoid_approx",
+}
+
+
+def _fits_int(lowest: int, highest: int) -> bool:
+    return -_INT_MAX <= lowest and highest <= _INT_MAX
+
+
+def _sums_fit_int(terms: Sequence[tuple[int, Expr | None]]) -> bool:
+    """Whether every partial sum, from the left, stays within 32 bits for all values of the atoms."""
     lowest = highest = 0
-    for coefficient, name in terms:
-        reach = coefficient * (LARGEST_INDEX if name else 1)
-        lowest += reach if not name else min(reach, 0)
-        highest += reach if not name else max(reach, 0)
-        if lowest < -_INT_MAX or highest > _INT_MAX or abs(reach) > _INT_MAX:
+    for coefficient, atom in terms:
+        ends = [coefficient * end for end in (index_range(atom) if atom else (1, 1))]
+        lowest, highest = lowest + min(ends), highest + max(ends)
+        if not _fits_int(lowest, highest) or not _fits_int(min(ends), max(ends)):
             return False
     return True

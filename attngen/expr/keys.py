@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
-from attngen.expr.tree import FALSE, TRUE, Expr, add, affine_parts, const, scale, sub, substitute
+from attngen.expr.tree import FALSE, TRUE, Expr, add, affine_parts, const, free_names, scale, sub, substitute
 from attngen.expr.tree import name as index
+
+
+_KEY = index("kv_idx")
+_PLACES = {"q_idx", "kv_idx"}
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class KeyRange:
 def key_range(mask: Expr) -> KeyRange | None:
     """The one range of keys that a mask is, or None where it is anything else.
 
-    It is one where it is a conjunction of comparisons in each of which kv_idx stands with factor 1 or -1. The
-    lengths themselves are not among the bounds: that keys end at seqlen_k is the kernel's business.
+    It is one where it is a conjunction of comparisons in each of which kv_idx stands with factor 1 or -1, beside names
+    and what is the same for all rows. The lengths themselves are not among the bounds: that keys end at seqlen_k is the kernel's business.
     """
     if mask is TRUE:
         return KeyRange((), ())
@@ -35,11 +39,12 @@ def key_range(mask: Expr) -> KeyRange | None:
         if part.op not in ("le", "eq"):
             return None
         form = part.args[0]
-        factor = affine_parts(form)[0].get("kv_idx", 0)
-        if abs(factor) != 1:
+        atoms, _ = affine_parts(form)
+        factor = atoms.get(_KEY, 0)
+        if abs(factor) != 1 or any(atom.op != "name" and free_names(atom) & _PLACES for atom in atoms):
             return None
         # factor·kv_idx + rest <= 0, or == 0: kv_idx is bounded by -rest / factor.
-        bound = scale(-factor, sub(form, scale(factor, index("kv_idx"))))
+        bound = scale(-factor, sub(form, scale(factor, _KEY)))
         if part.op == "eq" or factor < 0:
             lower.append(bound)
         if part.op == "eq" or factor > 0:
@@ -49,6 +54,7 @@ def key_range(mask: Expr) -> KeyRange | None:
 
 def extremes(form: Expr, name: str, lo: Expr, hi: Expr) -> tuple[Expr, Expr]:
     """The smallest and the largest value of an affine form while `name` runs over lo..hi, both included."""
-    at_lo, at_hi = substitute(form, name, lo), substitute(form, name, hi)
-    rises = affine_parts(form)[0].get(name, 0) >= 0
+    atom = index(name)
+    at_lo, at_hi = substitute(form, atom, lo), substitute(form, atom, hi)
+    rises = affine_parts(form)[0].get(atom, 0) >= 0
     return (at_lo, at_hi) if rises else (at_hi, at_lo)

@@ -1,18 +1,22 @@
-"""Conditions: comparisons of affine forms, and the canonical form of and, or, not.
+"""Conditions: comparisons, and the canonical form of and, or, not.
 
-`not` never stays in a tree: it turns comparisons round and exchanges `and` with `or`. Conjuncts over one
+`not` turns comparisons round and exchanges `and` with `or`; it stays only where there is nothing to turn, and before
+`<` and `<=` of f32, since a NaN makes both false. Conjuncts over one
 affine form are intersected (`kv_idx < 5 and kv_idx < 3` is `kv_idx < 3`), and disjunctions follow by
 De Morgan's law, so that only conjunction has rules. Two texts that differ by more than these rules may stay
 two nodes; that costs nothing but a second compilation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import gcd
+from operator import eq, le, lt, ne
 
 from attngen.expr.tree import FALSE, TRUE, Expr, Op, affine, affine_parts, const, node, scale, sort_key, sub
 
 _NEGATED: dict[Op, Op] = {"eq": "ne", "ne": "eq", "and": "or", "or": "and"}
+_INDEX_COMPARISONS = ("le", "eq", "ne")
+_REAL_COMPARISONS: dict[str, Callable[[float, float], bool]] = {"<": lt, "<=": le, "==": eq, "!=": ne}
 
 
 def less_equal(a: Expr, b: Expr) -> Expr:
@@ -45,6 +49,15 @@ def equal(a: Expr, b: Expr) -> Expr:
     return node("eq", (form,), "", 0, "bool")
 
 
+def compare_reals(sign: str, a: Expr, b: Expr) -> Expr:
+    """The comparison of two f32, sign one of < <= == !=."""
+    if a.op == b.op == "const":
+        return const(_REAL_COMPARISONS[sign](float(a.value), float(b.value)))
+    if sign in ("==", "!="):
+        a, b = sorted((a, b), key=sort_key)
+    return node("compare", (a, b), sign, 0, "bool")
+
+
 def negate(condition: Expr) -> Expr:
     """Whether the condition does not hold."""
     if condition.op == "const":
@@ -53,6 +66,12 @@ def negate(condition: Expr) -> Expr:
         return less_equal(const(1), condition.args[0])
     if condition.op in ("eq", "ne"):
         return node(_NEGATED[condition.op], condition.args, "", 0, "bool")
+    if condition.op == "not":
+        return condition.args[0]
+    if condition.op == "compare" and condition.name in ("==", "!="):
+        return compare_reals("!=" if condition.name == "==" else "==", *condition.args)
+    if condition.op not in ("and", "or"):
+        return node("not", (condition,), "", 0, "bool")
     # What is canonical stays so under De Morgan's law; only the order of the arguments changes.
     return _sorted_node(_NEGATED[condition.op], map(negate, condition.args))
 
@@ -70,17 +89,23 @@ def conjunction(conditions: Iterable[Expr]) -> Expr:
         for part in condition.args if condition.op == "and" else (condition,):
             if part is FALSE:
                 return FALSE
-            if part.op == "or":
-                others.add(part)
-            elif part is not TRUE:
+            if part.op in _INDEX_COMPARISONS:
                 direction, band = _band_of(part)
                 bands.setdefault(direction, _Band()).intersect(band)
+            elif part is not TRUE:
+                others.add(part)
     parts = [part for direction, band in bands.items() for part in band.conditions(direction)] + list(others)
-    if FALSE in parts or any(set(negate(other).args) <= set(parts) for other in others):
-        return FALSE  # the last: an alternative of which every branch is ruled out
+    if FALSE in parts or any(_is_ruled_out(other, set(parts)) for other in others):
+        return FALSE
     if len(parts) <= 1:
         return parts[0] if parts else TRUE
     return _sorted_node("and", parts)
+
+
+def _is_ruled_out(condition: Expr, parts: set[Expr]) -> bool:
+    """Whether conjuncts contradict one of them: they negate it, or every branch of it."""
+    branches = condition.args if condition.op == "or" else (condition,)
+    return all(negate(branch) in parts for branch in branches)
 
 
 def _sorted_node(op: Op, parts: Iterable[Expr]) -> Expr:

@@ -1,12 +1,12 @@
 """Tree to value: what an expression is for given indices, integers or tensors. torch is imported late."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
-from operator import and_, or_
+from operator import add, and_, eq, floordiv, le, lt, mod, mul, ne, or_, sub, truediv
 from typing import TYPE_CHECKING, Any, Union
 
 from attngen.errors import InternalError
-from attngen.expr.tree import Expr
+from attngen.expr.tree import Expr, nodes
 
 if TYPE_CHECKING:
     import torch
@@ -14,48 +14,120 @@ if TYPE_CHECKING:
 Value = Union[int, bool, "torch.Tensor"]
 
 
-def evaluate(expr: Expr, env: Mapping[str, "int | torch.Tensor"]) -> Value:
+def evaluate(
+    expr: Expr,
+    env: Mapping[str, "int | float | bool | torch.Tensor"],
+    tensors: Mapping[str, "torch.Tensor"] | None = None,
+    real: "torch.dtype | None" = None,
+) -> Value:
     """The value of an expression.
 
     Args:
-        expr: a mask, or an index expression.
-        env: a value for each name the expression reads; tensors of any integer type, which broadcast.
+        expr: a mask, a score, or an index expression.
+        env: a value for each name the expression reads; tensors, which broadcast.
+        tensors: what each lookup reads; its indices are clamped to its dimensions.
+        real: the format of f32 arithmetic, torch.float32 by default; a reference asks for torch.float64.
 
     Returns:
-        A bool or int64 tensor of the broadcast shape; a bool or an int where no tensor is read, as in `full`.
+        A bool, int64 or `real` tensor of the broadcast shape; a bool or an int where no tensor is read, as in `full`.
 
     Raises:
-        InternalError: a name has no value.
+        InternalError: a name or a lookup has no value, or a tensor without elements is read.
     """
-    exact = {key: _to_int64(value) for key, value in env.items()}
-    value: Value = _value(expr, exact)
-    return value
+    return _Evaluation(env, tensors or {}, real)(expr)
 
 
-def _to_int64(value: "int | torch.Tensor") -> Any:
-    if isinstance(value, int):
-        return value
-    import torch
+class _Evaluation:
+    """Values of nodes, each computed once."""
 
-    return value.to(torch.int64)
+    def __init__(
+        self, env: Mapping[str, Any], tensors: Mapping[str, "torch.Tensor"], real: "torch.dtype | None"
+    ) -> None:
+        import torch
 
+        self._torch = torch
+        self._env = env
+        self._tensors = tensors
+        self._real = real or torch.float32
 
-def _value(expr: Expr, env: Mapping[str, Any]) -> Any:
-    if expr.op == "const":
-        return expr.value
-    if expr.op == "name":
-        if expr.name not in env:
+    def __call__(self, expr: Expr) -> Any:
+        values: dict[Expr, Any] = {}
+        for each in nodes(expr):
+            compute: Callable[..., Any] = getattr(self, f"_{each.op}", self._apply)
+            values[each] = compute(each, *(values[arg] for arg in each.args))
+        return values[expr]
+
+    def _const(self, expr: Expr) -> Any:
+        return self._to_real(expr.value) if expr.type == "f32" else expr.value
+
+    def _name(self, expr: Expr) -> Any:
+        if expr.name not in self._env:
             raise InternalError(f"{expr.name} was given no value")
-        return env[expr.name]
-    values = [_value(arg, env) for arg in expr.args]
-    if expr.op == "add":
-        return sum(values[1:], start=values[0])
-    if expr.op == "mul":
-        return values[0] * values[1]
-    if expr.op == "le":
-        return values[0] <= 0
-    if expr.op == "eq":
-        return values[0] == 0
-    if expr.op == "ne":
-        return values[0] != 0
-    return reduce(and_ if expr.op == "and" else or_, values)
+        value = self._env[expr.name]
+        if expr.type == "f32":
+            return self._to_real(value)
+        is_number = isinstance(value, int)
+        return value if is_number or expr.type == "bool" else value.to(self._torch.int64)
+
+    def _lookup(self, expr: Expr, *indices: Any) -> Any:
+        tensor = self._tensors.get(expr.name)
+        if tensor is None or not tensor.numel():
+            raise InternalError(f"{expr.name} was given no {'value' if tensor is None else 'element'}")
+        places = (
+            self._torch.as_tensor(index, device=tensor.device).clamp(0, size - 1)
+            for index, size in zip(indices, tensor.shape, strict=True)
+        )
+        element = tensor[tuple(self._torch.broadcast_tensors(*places))]
+        format = {"f32": self._real, "i32": self._torch.int64, "bool": self._torch.bool}[expr.type]
+        return element.to(format)
+
+    def _arith(self, expr: Expr, a: Any, b: Any) -> Any:
+        return _ARITHMETIC[expr.name](a, b)
+
+    def _where(self, expr: Expr, condition: Any, yes: Any, no: Any) -> Any:
+        if isinstance(condition, bool):
+            return yes if condition else no
+        yes, no = (self._torch.as_tensor(value, device=condition.device) for value in (yes, no))
+        return self._torch.where(condition, yes, no)
+
+    def _compare(self, expr: Expr, a: Any, b: Any) -> Any:
+        return _COMPARISONS[expr.name](a, b)
+
+    def _apply(self, expr: Expr, *args: Any) -> Any:
+        """What needs nothing but its arguments."""
+        return _OPERATIONS[expr.op](*args)
+
+    def _call(self, expr: Expr, *args: Any) -> Any:
+        torch = self._torch
+        if expr.name == "f32":
+            return self._to_real(args[0])
+        if expr.name == "i32":
+            lowest, highest = -(2.0**31), 2.0**31 - 1
+            whole = torch.nan_to_num(args[0].to(torch.float64), 0.0, highest, lowest)
+            return whole.clamp(lowest, highest).trunc().to(torch.int64)
+        numbers = torch.broadcast_tensors(*(torch.as_tensor(arg) for arg in args))
+        if expr.name == "sign":
+            return (numbers[0] > 0).to(numbers[0].dtype) - (numbers[0] < 0).to(numbers[0].dtype)
+        function = _FUNCTIONS.get(expr.name, expr.name)
+        return getattr(torch, function)(*numbers)
+
+    def _to_real(self, value: Any) -> Any:
+        return self._torch.as_tensor(value).to(self._real)
+
+
+_FUNCTIONS = {"min": "fmin", "max": "fmax"}
+"""torch's names for functions that the language calls otherwise."""
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda *terms: sum(terms[1:], start=terms[0]),
+    "mul": lambda factor, atom: factor * atom,
+    "le": lambda form: form <= 0,
+    "eq": lambda form: form == 0,
+    "ne": lambda form: form != 0,
+    "and": lambda *conditions: reduce(and_, conditions),
+    "or": lambda *conditions: reduce(or_, conditions),
+    "not": lambda condition: condition ^ True,
+}
+
+_ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv, "//": floordiv, "%": mod}
+_COMPARISONS = {"<": lt, "<=": le, "==": eq, "!=": ne}

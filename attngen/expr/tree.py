@@ -1,40 +1,50 @@
-"""The typed tree of the expression language: hash-consed nodes and the affine normal form of indices.
+"""The typed tree of the expression language: hash-consed nodes and the affine normal form of i32 expressions.
 
 Two expressions that mean the same by the rules below are the same object, so `is` compares meanings:
 
-- An index expression is an affine form: names in alphabetical order with integer factors, then a constant.
-- A comparison holds one affine form that is compared with zero, divided by the greatest common divisor of its
+- An i32 expression is an affine form: atoms (names, lookups, and what is no sum of others, such as `q_idx // 64`) with
+  integer factors, in the order of `sort_key`, then a constant.
+- A comparison of i32 holds one affine form that is compared with zero, divided by the greatest common divisor of its
   coefficients (see logic.py, which also keeps conjunctions and disjunctions canonical).
+- f32 arithmetic is left as it is written, since its order matters; constants are folded, rounded to f32.
 
-Text is made in text.py and cuda.py; this module neither parses nor prints.
+Trees are made by this module, arithmetic.py and logic.py. Text is made in text.py and cuda.py.
 """
 
+import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from attngen.errors import InternalError
 
 Type = Literal["bool", "i32", "f32"]
 Op = Literal[
-    "const",  # value: an integer, or a truth value
-    "name",  # name: an index, a length, or `score`
-    "mul",  # args: a constant other than 0 and 1, and a name
-    "add",  # args: two or more of name and mul, in the order of their names, then a constant unless it is 0
+    "const",  # value: an integer, a truth value or an f32
+    "name",  # name: an index, a length, `score`, a scalar of the spec, or a bound of a tile
+    "lookup",  # name: a tensor; args: one i32 for each of its dimensions, clamped to them when it is read
+    "mul",  # i32. args: a constant other than 0 and 1, and an atom
+    "add",  # i32. args: two or more of atom and mul, in the order of their atoms, then a constant unless it is 0
+    "arith",  # name: `*`, `//` or `%` of two i32 that no affine form has, or `+`, `-`, `*` or `/` of two f32
+    "call",  # name: a function of arithmetic.FUNCTIONS other than clamp and where; args: its arguments
+    "where",  # args: a condition, the value where it holds, the value where it does not
     "le",  # args: an affine form; holds where it is at most 0
     "eq",  # args: an affine form whose first coefficient is positive; holds where it is 0
     "ne",  # the same; holds where it is not 0
+    "compare",  # name: `<`, `<=`, `==` or `!=`, of two f32
     "and",  # args: two or more conditions, none of them `and`
     "or",  # args: two or more conditions, none of them `or`
+    "not",  # args: a name, a lookup, a where or a `<` or `<=` of f32: what no other node can turn round
 ]
 
 INDEX_NAMES = ("b", "h", "h_kv", "q_idx", "kv_idx", "seqlen_q", "seqlen_k")
-"""The names of the language: batch, query head, key/value head, row of q, row of k, and the two lengths."""
+"""The indices of the language: batch, query head, key/value head, row of q, row of k, and the two lengths."""
 
-TILE_NAMES = ("q_first", "q_last")
-"""What bounds over a tile also read: its first and last row. No text can name them."""
+TILE_NAMES = ("q_first", "q_last", "kv_first", "kv_last", "q_tile", "kv_tile")
+"""What trees about a tile also read: its first and last row and key that exist, and its number among the blocks of
+rows and of keys. No text can name them."""
 
 LARGEST_INDEX = 2**30 - 1
 """No index exceeds this, and none is negative."""
@@ -53,7 +63,7 @@ class Expr:
     Attributes:
         op: what the node does; `Op` says what its arguments are.
         args: the nodes it is made of.
-        name: of a `name`, else empty.
+        name: what `Op` says, else empty; of an f32 `const` its bits, which tell -0.0 from 0.0.
         value: of a `const`, else 0.
         type: of the whole expression.
     """
@@ -61,7 +71,7 @@ class Expr:
     op: Op
     args: tuple["Expr", ...]
     name: str
-    value: int | bool
+    value: int | bool | float
     type: Type
 
     def __str__(self) -> str:
@@ -80,7 +90,7 @@ _nodes: WeakValueDictionary[tuple[object, ...], Expr] = WeakValueDictionary()
 _nodes_lock = threading.Lock()
 
 
-def node(op: Op, args: tuple[Expr, ...], name: str, value: int | bool, type: Type) -> Expr:
+def node(op: Op, args: tuple[Expr, ...], name: str, value: int | bool | float, type: Type) -> Expr:
     """The one node with these fields. It checks nothing: for the constructors of this package only."""
     key = (op, args, name, value, type)
     with _nodes_lock:
@@ -91,8 +101,22 @@ def node(op: Op, args: tuple[Expr, ...], name: str, value: int | bool, type: Typ
 
 
 def const(value: int | bool) -> Expr:
-    """A constant: an index from an int, a condition from a bool."""
+    """A constant: an i32 from an int, a condition from a bool."""
     return node("const", (), "", value, "bool" if isinstance(value, bool) else "i32")
+
+
+def real(value: float) -> Expr:
+    """An f32 constant: the nearest f32, which beyond the largest is infinite."""
+    rounded = round_to_f32(value)
+    return node("const", (), rounded.hex(), rounded, "f32")
+
+
+def round_to_f32(value: float) -> float:
+    """The nearest f32, ties to even; infinite beyond the largest."""
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
 
 
 TRUE = const(True)
@@ -100,23 +124,33 @@ FALSE = const(False)
 
 
 def name(name: str) -> Expr:
-    """An index or a length by its name, or `score`.
+    """An index or a length by its name, a bound of a tile, or `score`.
 
     Raises:
         InternalError: the language has no such name; the parser has told the user long before.
     """
     if name == "score":
-        return node("name", (), name, 0, "f32")
+        return scalar(name, "f32")
     if name not in INDEX_NAMES + TILE_NAMES:
         raise InternalError(f"the expression language has no name {name!r}")
-    return node("name", (), name, 0, "i32")
+    return scalar(name, "i32")
 
 
-def affine(coefficients: Mapping[str, int], constant: int) -> Expr:
-    """The sum of coefficient times name, plus the constant."""
+def scalar(name: str, type: Type) -> Expr:
+    """A scalar that the spec declares, a value of the call."""
+    return node("name", (), name, 0, type)
+
+
+def lookup(tensor: str, indices: tuple[Expr, ...], type: Type) -> Expr:
+    """The element of a tensor; each index is clamped to its dimension when it is read."""
+    return node("lookup", indices, tensor, 0, type)
+
+
+def affine(coefficients: Mapping[Expr, int], constant: int) -> Expr:
+    """The sum of coefficient times atom, plus the constant."""
     terms = [
-        name(key) if coefficient == 1 else node("mul", (const(coefficient), name(key)), "", 0, "i32")
-        for key, coefficient in sorted(coefficients.items())
+        atom if coefficient == 1 else node("mul", (const(coefficient), atom), "", 0, "i32")
+        for atom, coefficient in sorted(coefficients.items(), key=lambda term: sort_key(term[0]))
         if coefficient
     ]
     if constant or not terms:
@@ -124,40 +158,58 @@ def affine(coefficients: Mapping[str, int], constant: int) -> Expr:
     return terms[0] if len(terms) == 1 else node("add", tuple(terms), "", 0, "i32")
 
 
-def affine_parts(expr: Expr) -> tuple[dict[str, int], int]:
-    """Coefficients by name, in the order of the names, and the constant of an index expression.
+def affine_parts(expr: Expr) -> tuple[dict[Expr, int], int]:
+    """Coefficients by atom, in the order of the atoms, and the constant of an i32 expression.
 
     Raises:
-        InternalError: the expression is not an index.
+        InternalError: the expression is no i32.
     """
     if expr.type != "i32":
-        raise InternalError(f"{expr} is no index expression")
-    coefficients: dict[str, int] = {}
+        raise InternalError(f"{expr} is no i32")
+    coefficients: dict[Expr, int] = {}
     constant = 0
     for term in expr.args if expr.op == "add" else (expr,):
         if term.op == "const":
             constant = int(term.value)
-        elif term.op == "name":
-            coefficients[term.name] = 1
+        elif term.op == "mul":
+            factor, atom = term.args
+            coefficients[atom] = int(factor.value)
         else:
-            factor, index = term.args
-            coefficients[index.name] = int(factor.value)
+            coefficients[term] = 1
     return coefficients, constant
 
 
 def add(a: Expr, b: Expr) -> Expr:
-    """The sum a + b."""
+    """The sum a + b of two i32."""
     coefficients, constant = affine_parts(a)
     more, more_constant = affine_parts(b)
-    for key, coefficient in more.items():
-        coefficients[key] = coefficients.get(key, 0) + coefficient
-    return affine(coefficients, constant + more_constant)
+    for atom, coefficient in more.items():
+        coefficients[atom] = coefficients.get(atom, 0) + coefficient
+    return affine(*_without_remainders(coefficients, constant + more_constant))
+
+
+def _without_remainders(coefficients: dict[Expr, int], constant: int) -> tuple[dict[Expr, int], int]:
+    """k · (x % c) - k · x is -k · c · (x // c), wherever the sum has both."""
+    for atom in list(coefficients):
+        factor = coefficients.get(atom, 0)
+        if atom.op != "arith" or atom.name != "%" or atom.args[1].op != "const" or not factor:
+            continue
+        dividend, divisor = atom.args
+        parts, rest = affine_parts(dividend)
+        if all(coefficients.get(part, 0) == -factor * count for part, count in parts.items()):
+            for part in parts:
+                del coefficients[part]
+            del coefficients[atom]
+            quotient = node("arith", (dividend, divisor), "//", 0, "i32")
+            coefficients[quotient] = coefficients.get(quotient, 0) - factor * int(divisor.value)
+            constant += factor * rest
+    return coefficients, constant
 
 
 def scale(factor: int, a: Expr) -> Expr:
     """The product factor · a."""
     coefficients, constant = affine_parts(a)
-    return affine({key: factor * coefficient for key, coefficient in coefficients.items()}, factor * constant)
+    return affine({atom: factor * coefficient for atom, coefficient in coefficients.items()}, factor * constant)
 
 
 def sub(a: Expr, b: Expr) -> Expr:
@@ -165,20 +217,45 @@ def sub(a: Expr, b: Expr) -> Expr:
     return add(a, scale(-1, b))
 
 
-def substitute(form: Expr, index: str, by: Expr) -> Expr:
-    """The affine form with the affine form `by` in the place of the name `index`."""
+def substitute(form: Expr, index: Expr, by: Expr) -> Expr:
+    """The affine form with the affine form `by` in the place of the atom `index`."""
     coefficients, constant = affine_parts(form)
     factor = coefficients.pop(index, 0)
     return add(affine(coefficients, constant), scale(factor, by))
 
 
+def nodes(*exprs: Expr) -> tuple[Expr, ...]:
+    """Every node of the trees once, arguments before what they are arguments of."""
+    found: dict[Expr, None] = {}
+    pending = [(expr, False) for expr in reversed(exprs)]
+    while pending:
+        expr, is_open = pending.pop()
+        if expr in found:
+            continue
+        if is_open:
+            found[expr] = None
+        else:
+            pending.append((expr, True))
+            pending.extend((arg, False) for arg in reversed(expr.args))
+    return tuple(found)
+
+
 def free_names(expr: Expr) -> frozenset[str]:
-    """The names an expression reads."""
-    if expr.op == "name":
-        return frozenset((expr.name,))
-    return frozenset().union(*map(free_names, expr.args))
+    """The names an expression reads, without those of tensors."""
+    return frozenset(each.name for each in nodes(expr) if each.op == "name")
+
+
+def tensor_names(expr: Expr) -> frozenset[str]:
+    """The tensors an expression reads."""
+    return frozenset(each.name for each in nodes(expr) if each.op == "lookup")
 
 
 def sort_key(expr: Expr) -> tuple[Any, ...]:
     """A total order on nodes that depends on their content only, so that it is the same in every process."""
-    return (expr.op, expr.name, int(expr.value), tuple(map(sort_key, expr.args)))
+    key = _sort_keys.get(expr)
+    if key is None:
+        key = _sort_keys[expr] = (expr.op, expr.name, expr.value, expr.type, tuple(map(sort_key, expr.args)))
+    return key
+
+
+_sort_keys: WeakKeyDictionary[Expr, tuple[Any, ...]] = WeakKeyDictionary()

@@ -1,0 +1,75 @@
+"""What a spec declares for its expressions: scalars, tensors and definitions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from attngen.expr.tree import Expr, Type, lookup, scalar
+
+SIZE_NAMES = ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k")
+"""The sizes of a call that a tensor's dimension may be; any other name is bound by the tensor that comes first."""
+
+VALUE_TYPES: Mapping[str, Type] = MappingProxyType(
+    {"bool": "bool", "u8": "i32", "i32": "i32", "f16": "f32", "bf16": "f32", "f32": "f32"}
+)
+"""The type that an element of a tensor has in an expression, by the tensor's number format."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number or truth value that every call may pass by keyword.
+
+    Attributes:
+        default: what a call that says nothing passes; None where every call must say.
+    """
+
+    name: str
+    type: Type
+    default: int | float | bool | None = None
+
+    @property
+    def expr(self) -> Expr:
+        """The scalar in a tree."""
+        return scalar(self.name, self.type)
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A tensor that every call must pass by keyword.
+
+    Attributes:
+        dtype: a key of `VALUE_TYPES`.
+        dims: a size of the call, a number, or a name that this declaration binds.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.dims))}]"
+
+    def at(self, *indices: Expr) -> Expr:
+        """An element in a tree."""
+        return lookup(self.name, indices, VALUE_TYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A name for an expression, `causal`, or a function of expressions, `window(left, right)`."""
+
+    name: str
+    parameters: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """All that a spec declares, by name."""
+
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+    tensors: Mapping[str, TensorType] = field(default_factory=dict)
+    definitions: Mapping[str, Definition] = field(default_factory=dict)
+
+
+NO_DECLARATIONS = Declarations()
