@@ -53,9 +53,10 @@ from attngen.plan.steps import (
     WaitGemm,
     WaitStores,
 )
+from attngen.simulate.blocks import Block, Call
 from attngen.simulate.costs import Costs, costs_of
 from attngen.simulate.device_memory import DeviceMemory
-from attngen.simulate.roles import Block, Call, RoleRun, Run, StepFunction, Wait
+from attngen.simulate.roles import RoleRun, Run, StepFunction, Wait
 from attngen.simulate.run import STEPS_SIMULATED
 from attngen.simulate.tiles import Sizes, Tile, TileSource, block_bounds, ceil_div, tiles
 
