@@ -1,23 +1,26 @@
-"""The roles of a block at work: programs as coroutines, and a small scheduler that drives them.
+"""A role at work: a program as a coroutine, with the registers, the clock and what is in flight that are its own.
 
-A blocking Step yields what it waits for; the scheduler resumes a role when that has come. When every role that is left
-waits, the block is deadlocked, and the fault says who waits for what. A role of several warpgroups runs once for each.
+A blocking Step yields what it waits for. A role of several warpgroups runs once for each. What roles share, and who
+resumes them, is in `blocks.py`; what each Step does, in the modules named in `run.py`.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.plan import BlockIndex, Cursor, KernelPlan, Plan, Program, RegTile, RegVec, Role, Step, View
-from attngen.simulate.barriers import Barrier, NamedBarrier, StageBarriers, stage_barriers
+from attngen.plan import BlockIndex, Cursor, Program, RegTile, RegVec, Role, Step, View
+from attngen.simulate.barriers import StageBarriers
 from attngen.simulate.clocks import Clock, Stamp
-from attngen.simulate.device_memory import NOTHING, DeviceMemory
+from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
-from attngen.simulate.shared_memory import Cell, Complaint, divided_buffers, lay_out
-from attngen.simulate.tiles import BlockBounds, Sizes, Tile, TileSource, block_bounds, ceil_div
+from attngen.simulate.shared_memory import Cell, Complaint
+from attngen.simulate.tiles import BlockBounds, Tile, block_bounds, ceil_div
+
+if TYPE_CHECKING:
+    from attngen.simulate.blocks import Block
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,6 @@ class Wait:
 Run = Generator[Wait, None, None]
 StepFunction = Callable[[Any, "RoleRun"], Run | None]
 """Runs one Step; a generator where it holds other Steps or may block."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call fixes for all its blocks.
-
-    Attributes:
-        softmax_scale_log2: max(|softmax_scale|, FLT_MIN) * log2(e), rounded to f32.
-        scale_is_negative: whether Q must be negated to make up for that.
-        device: the tensors; without values in them the program is only counted.
-        steps: the function of every Step.
-        observer: called after every Step, or None.
-    """
-
-    plan: Plan
-    sizes: Sizes
-    softmax_scale_log2: float
-    scale_is_negative: bool
-    device: DeviceMemory
-    steps: Mapping[type[Step], StepFunction]
-    observer: "Callable[[Event], None] | None" = None
 
 
 @dataclass(frozen=True)
@@ -81,75 +63,6 @@ class Event:
         return self.role.registers[place.name][0]
 
 
-class Block:
-    """One block of threads: its shared memory, its barriers and its roles.
-
-    Attributes:
-        tiles: where it gets its tiles from; `first` is its own.
-    """
-
-    def __init__(self, call: Call, kernel: KernelPlan, tiles: TileSource, first: int) -> None:
-        self.call = call
-        self.tiles = tiles
-        self.first = first
-        divided = (name for role in kernel.roles for name in divided_buffers(role.program))
-        self.cells = lay_out(kernel.buffers, dict.fromkeys(divided, kernel.worker.warpgroups))
-        self.tile_slot = Cell("the tile slot")
-        self.rings: dict[str, tuple[StageBarriers, ...]] = {
-            ring.name: stage_barriers(ring, kernel.worker.warpgroups) for ring in kernel.rings
-        }
-        self.roles = [RoleRun(self, role, i) for role in kernel.roles for i in range(role.warpgroups)]
-        self.barrier = Barrier(len(self.roles))
-        self.named: dict[tuple[str, int], NamedBarrier] = {}
-        self.rows_written: dict[tuple[str, int], Stamp] = {}  # block m of a workspace
-        self._runs = {role: role.run(role.program) for role in self.roles}
-        self._waits: dict[RoleRun, Wait] = {}
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every role has come to its end."""
-        return not self._runs
-
-    @property
-    def due(self) -> int:
-        """When the first of those roles wants to go on that can."""
-        return min(map(self._due, self._ready()), default=0)
-
-    def _ready(self) -> list["RoleRun"]:
-        return [role for role in self._runs if role not in self._waits or self._waits[role].has_come()]
-
-    def _due(self, role: "RoleRun") -> int:
-        return self._waits[role].due if role in self._waits else 0
-
-    def go_on(self) -> None:
-        """Run every role that is due to where it waits.
-
-        Raises:
-            SimulationFault: a program broke a rule, or no role can go on.
-        """
-        ready = self._ready()
-        if not ready:
-            who = "; ".join(f"{role.name} waits for {wait.what()}" for role, wait in self._waits.items())
-            raise SimulationFault("deadlock", who, where=str(self.roles[0].tile))
-        first = min(map(self._due, ready))
-        for role in [role for role in ready if self._due(role) == first]:
-            self._waits.pop(role, None)
-            try:
-                self._waits[role] = next(self._runs[role])
-            except StopIteration:
-                del self._runs[role]
-                role.finish()
-        if self.is_done:
-            self._look_for_copies()
-
-    def _look_for_copies(self) -> None:
-        cells = (cell for parts in self.cells.values() for cell in parts)
-        for cell in cells:
-            if cell.in_flight:
-                message = f"the block ends with a copy into {cell.name} in flight"
-                raise SimulationFault("never landed", message, place=cell.name)
-
-
 @dataclass
 class Position:
     """Where a role stands in a ring: the next stage, and the parity of the phase it waits for there."""
@@ -163,7 +76,7 @@ class RoleRun:
 
     Attributes:
         name: for messages: "consumer 1".
-        warpgroup: which of the role's.
+        warpgroup: which of the role's; `warps` are those that it has.
         tile: the tile it works on; `tile_number`, which one is next to be taken up.
         variables: what block indices may start from, loops' indices included.
         loops: names of the loops around the present Step, outermost first.
@@ -175,10 +88,11 @@ class RoleRun:
         groups: committed groups of copies in flight, oldest first.
     """
 
-    def __init__(self, block: Block, role: Role, warpgroup: int) -> None:
+    def __init__(self, block: "Block", role: Role, warpgroup: int) -> None:
         self.name = f"{role.name} {warpgroup}" if role.warpgroups > 1 else role.name
         self.program = role.program
         self.warpgroup, self.warpgroups = warpgroup, role.warpgroups
+        self.warps = role.warps // role.warpgroups
         self.block = block
         self.call = block.call
         self.device = block.call.device

@@ -9,9 +9,10 @@ import torch
 from attngen.dtypes import torch_dtype
 from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
 from attngen.simulate import control, copies, gemms, softmax, sync
+from attngen.simulate.blocks import Block, Call
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
-from attngen.simulate.roles import Block, Call, Event, StepFunction
+from attngen.simulate.roles import Event, StepFunction
 from attngen.simulate.tiles import LOCKSTEP, Sizes, TileSource, tiles
 from attngen.simulate.traffic import Traffic
 

@@ -1,0 +1,107 @@
+"""A block of threads: what its roles share, and the small scheduler that drives them.
+
+A role is resumed when what it waits for has come. When every role that is left waits, the block is deadlocked, and the
+fault says who waits for what. Which blocks of a launch run, and in what order, is the caller's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from attngen.plan import KernelPlan, Plan, Step
+from attngen.simulate.barriers import Barrier, NamedBarrier, StageBarriers, stage_barriers
+from attngen.simulate.clocks import Stamp
+from attngen.simulate.device_memory import DeviceMemory
+from attngen.simulate.faults import SimulationFault
+from attngen.simulate.roles import Event, RoleRun, StepFunction, Wait
+from attngen.simulate.shared_memory import Cell, divided_buffers, lay_out
+from attngen.simulate.tiles import Sizes, TileSource
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call fixes for all its blocks.
+
+    Attributes:
+        softmax_scale_log2: max(|softmax_scale|, FLT_MIN) * log2(e), rounded to f32.
+        scale_is_negative: whether Q must be negated to make up for that.
+        device: the tensors; without values in them the program is only counted.
+        steps: the function of every Step.
+        observer: called after every Step, or None.
+    """
+
+    plan: Plan
+    sizes: Sizes
+    softmax_scale_log2: float
+    scale_is_negative: bool
+    device: DeviceMemory
+    steps: Mapping[type[Step], StepFunction]
+    observer: Callable[[Event], None] | None = None
+
+
+class Block:
+    """One block of threads: its shared memory, its barriers and its roles.
+
+    Attributes:
+        tiles: where it gets its tiles from; `first` is its own.
+    """
+
+    def __init__(self, call: Call, kernel: KernelPlan, tiles: TileSource, first: int) -> None:
+        self.call = call
+        self.tiles = tiles
+        self.first = first
+        divided = (name for role in kernel.roles for name in divided_buffers(role.program))
+        self.cells = lay_out(kernel.buffers, dict.fromkeys(divided, kernel.worker.warpgroups))
+        self.tile_slot = Cell("the tile slot")
+        self.rings: dict[str, tuple[StageBarriers, ...]] = {
+            ring.name: stage_barriers(ring, kernel.worker.warpgroups) for ring in kernel.rings
+        }
+        self.roles = [RoleRun(self, role, i) for role in kernel.roles for i in range(role.warpgroups)]
+        self.barrier = Barrier(len(self.roles))
+        self.named: dict[tuple[str, int], NamedBarrier] = {}
+        self.rows_written: dict[tuple[str, int], Stamp] = {}  # block m of a workspace
+        self._runs = {role: role.run(role.program) for role in self.roles}
+        self._waits: dict[RoleRun, Wait] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every role has come to its end."""
+        return not self._runs
+
+    @property
+    def due(self) -> int:
+        """When the first of those roles wants to go on that can."""
+        return min(map(self._due, self._ready()), default=0)
+
+    def _ready(self) -> list[RoleRun]:
+        return [role for role in self._runs if role not in self._waits or self._waits[role].has_come()]
+
+    def _due(self, role: RoleRun) -> int:
+        return self._waits[role].due if role in self._waits else 0
+
+    def go_on(self) -> None:
+        """Run every role that is due to where it waits.
+
+        Raises:
+            SimulationFault: a program broke a rule, or no role can go on.
+        """
+        ready = self._ready()
+        if not ready:
+            who = "; ".join(f"{role.name} waits for {wait.what()}" for role, wait in self._waits.items())
+            raise SimulationFault("deadlock", who, where=str(self.roles[0].tile))
+        first = min(map(self._due, ready))
+        for role in [role for role in ready if self._due(role) == first]:
+            self._waits.pop(role, None)
+            try:
+                self._waits[role] = next(self._runs[role])
+            except StopIteration:
+                del self._runs[role]
+                role.finish()
+        if self.is_done:
+            self._look_for_copies()
+
+    def _look_for_copies(self) -> None:
+        cells = (cell for parts in self.cells.values() for cell in parts)
+        for cell in cells:
+            if cell.in_flight:
+                message = f"the block ends with a copy into {cell.name} in flight"
+                raise SimulationFault("never landed", message, place=cell.name)
