@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from attngen.arch import Arch
-from attngen.dtypes import F32, DType
+from attngen.dtypes import DType
 from attngen.expr import Expr, KeyRange
-from attngen.lower.places import round_up
+from attngen.lower.places import round_up, tile_places
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
@@ -15,11 +15,8 @@ from attngen.plan import (
     Launch,
     NamedBarriers,
     Param,
-    RegTile,
-    RegVec,
     Ring,
     Role,
-    Rows,
     Scheduler,
     Tensor,
     TensorMap,
@@ -78,36 +75,17 @@ def places(
         )
 
     return WarpgroupPlaces(
-        mask=mask,
-        visible=visible,
+        **tile_places(q_buffer, k_buffer, v_buffer, out, mask, visible),
         overlap=choice.overlap,
         rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
         passes_late=choice.passes_late,
         persistent=choice.persistent,
         out_over_q=choice.out_over_q,
-        q=q_buffer,
-        k=k_buffer,
-        v=v_buffer,
-        out=out,
         producer=cursors(fills=True),
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
-        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
-        p=RegTile("p", inputs, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, m, v_cols, v, "accumulator"),
-        row_max=RegVec("row_max", m),
-        row_sum=RegVec("row_sum", m, partial=True),
-        alpha=RegVec("alpha", m),
-        total=RegVec("total", m),
-        inv_sum=RegVec("inv_sum", m),
-        row_lse=RegVec("row_lse", m),
-        q_in=Tensor("q", inputs, qk, "q", "q"),
-        k_in=Tensor("k", inputs, qk, "k", "kv"),
-        v_in=Tensor("v", inputs, v, "k", "kv"),
-        result=Tensor("out", output, v, "q", "q"),
-        lse=Rows("lse", optional=True),
     )
 
 
