@@ -24,6 +24,7 @@ from attngen.plan import (
     minimum,
     product,
 )
+from attngen.plan.rules import WARPGROUP_REGISTERS
 from attngen.schedules import WARPGROUP_SCHEDULES, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
@@ -31,9 +32,6 @@ TILE_SLOT_BYTES = 16
 BUFFER_ALIGNMENT = 1024
 """The 128-byte swizzle repeats every eight rows. Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
 Layout"."""
-REGISTERS = {2: (240, 24), 3: (160, 32)}
-"""Registers of a consumer and of a producer thread by consumer warpgroups: 65536 are shared out in eights. A single
-consumer needs no more than the launch gives."""
 
 
 def places(
@@ -92,7 +90,7 @@ def places(
 def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> KernelPlan:
     """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last."""
     programs = WARPGROUP_SCHEDULES[schedule](at)
-    registers = REGISTERS.get(choice.warpgroups, (None, None))
+    share = WARPGROUP_REGISTERS.get(choice.warpgroups)
     rings = tuple(
         cursor.ring
         for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
@@ -116,14 +114,14 @@ def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlace
                 (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
                 cursors(at.consumer),
                 choice.warpgroups,
-                registers[0],
+                share.consumer if share else None,
             ),
             Role(
                 "producer",
-                4 if choice.warpgroups in REGISTERS else 1,
+                4 if share else 1,
                 programs["producer"],
                 cursors=cursors(at.producer),
-                registers=registers[1],
+                registers=share.producer if share else None,
                 single_thread=True,
             ),
         ),
