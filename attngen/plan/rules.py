@@ -16,9 +16,25 @@ SPARE_REGISTERS = 47
 
 128x64 tiles of head_dim 128 over 4 warps (208 - 16 in accumulators) compile without spills on NVRTC 13.0.88.
 """
-SPARE_WARPGROUP_REGISTERS = {240: 24, 160: 32}
-"""The same for a consumer warpgroup, whose P has registers of its own, by the registers it holds; 24 and 32 are also
-what FlashAttention-4's search on sm_90 keeps free."""
+
+
+@dataclass(frozen=True)
+class RegisterShare:
+    """How warpgroups share out the registers of a block.
+
+    Attributes:
+        consumer, producer: what a thread of each holds after setmaxnreg, in eights.
+        spare: of the consumer's, beside its tiles; here P has registers of its own.
+    """
+
+    consumer: int
+    producer: int
+    spare: int
+
+
+WARPGROUP_REGISTERS = {2: RegisterShare(240, 24, spare=24), 3: RegisterShare(160, 32, spare=32)}
+"""By consumer warpgroups: 65536 registers are there for all. A single consumer needs no more than the launch gives.
+24 and 32 are also what FlashAttention-4's search on sm_90 keeps free."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -137,9 +153,9 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
 
 def free_registers(plan: Plan) -> int:
     """Registers a thread of the computing role has for its tiles."""
-    held = plan.kernel.worker.registers
-    if held is not None and plan.arch.emits:
-        return held - SPARE_WARPGROUP_REGISTERS[held]
+    worker = plan.kernel.worker
+    if worker.registers is not None and plan.arch.emits:
+        return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
     return plan.arch.registers_per_thread - SPARE_REGISTERS
 
 
