@@ -35,7 +35,6 @@ _POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "co
 _CONDITIONS = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
-    "m sees n": "key_blocks(tile, m).visits(n)",
     "last warpgroup": "next_warpgroup == 0",
 }
 _BLOCK_SIZES = {"q": "kBlockM", "k": "kBlockN"}
@@ -46,6 +45,9 @@ _INDEX_BASES = {
     "zero": "0",
     "m_max": "m_max",
     "n_end": "n_end",
+    "visit.n": "visit.n",
+    "visit.before": "visit.before",
+    "load.n": "load.n",
 }
 
 
@@ -83,6 +85,8 @@ def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
 def emission_environment(plan: Plan) -> jinja2.Environment:
     """The environment for one plan, with the filters that its templates use."""
     env = strict_environment()
+    sees = "key_blocks(params, tile, m).visits(n)" if plan.key_blocks else "visits(params, tile, m, n)"
+    conditions = _CONDITIONS | {"m sees n": sees}
 
     def program(steps: Program, indent: int = 2) -> str:
         text = "".join(str(macros[type(step).__name__](step=step)) for step in steps)
@@ -96,7 +100,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         role=role,
         takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         element=lambda dtype: _ELEMENTS[dtype.name],
-        condition=_CONDITIONS.__getitem__,
+        condition=lambda condition: conditions[condition],
         barrier=_barrier,
         tile_type=_tile_type,
         smem=_smem,
@@ -108,7 +112,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
-    env.globals.update(scheduler=plan.kernel.scheduler)
+    env.globals.update(scheduler=plan.kernel.scheduler, walks=plan.tile_classes is not None)
     macros = step_macros(env)
     return env
 

@@ -159,7 +159,7 @@ class _Writer:
         sizes = self._leaves.sizes.get(expr.name)
         if sizes is None:
             raise InternalError(f"{expr.name} has no CUDA text")
-        return f"{expr.name}_at(params, {', '.join(map(self._clamped, expr.args, sizes, strict=True))})"
+        return f"read_{expr.name}(params, {', '.join(map(self._clamped, expr.args, sizes, strict=True))})"
 
     def _clamped(self, index: Expr, size: str) -> str:
         is_inside = index.op == "name" and index.name in ("b", "h", "h_kv", "q_tile", "kv_tile")

@@ -6,16 +6,20 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import DType, dtype
 from attngen.errors import PlanError
-from attngen.expr import KeyRange, definitions, key_range, to_text
+from attngen.expr import definitions, key_range, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded, with_given
-from attngen.lower.places import key_blocks, params, places, workspaces
+from attngen.lower.places import key_blocks, pair_params, params, places, read_declarations, workspaces
 from attngen.lower.refusal import diagnostic, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import Violation, verify
-from attngen.schedules import SCHEDULES
+from attngen.schedules import SCHEDULES, Pairs
 from attngen.spec import Spec
+
+
+_SIZES = ("seqlen_q", "seqlen_k", "num_heads_q")
+"""Sizes that every kernel has among its parameters."""
 
 
 def lower(spec: Spec, arch: Arch) -> Plan:
@@ -69,8 +73,8 @@ def build(
     head_dims = (spec.problem.head_dim.qk, spec.problem.head_dim.v)
     inputs = dtype(spec.precision.inputs)
     output = inputs if spec.precision.output == "auto" else dtype(spec.precision.output)
-    mask = spec.mask_expr
-    visible = key_range(mask)
+    pairs = Pairs(spec.mask_expr, key_range(spec.mask_expr), spec.score_expr)
+    mask = pairs.mask
     masks = [name for name, definition in definitions().items() if definition is mask]
     mask_name = masks[0] if masks else "masked"
     sizes = f"d{head_dims[0]}" if head_dims[0] == head_dims[1] else f"d{head_dims[0]}x{head_dims[1]}"
@@ -88,6 +92,9 @@ def build(
         head_dim_v=head_dims[1],
         mask=mask,
         mask_text=mask_name if masks else to_text(mask),
+        score=pairs.score,
+        tile_classes=None if pairs.visible else tile_classes(mask),
+        declarations=read_declarations(spec.declarations, mask, pairs.score),
         schedule=schedule,
         block_m=choice.block_m,
         block_n=choice.block_n,
@@ -95,8 +102,8 @@ def build(
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, visible)
-    return _warp_plan(common, choice, arch, (inputs, output), head_dims, visible)
+        return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs)
+    return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
 
 
 def _warp_plan(
@@ -105,11 +112,11 @@ def _warp_plan(
     arch: Arch,
     dtypes: tuple[DType, DType],
     head_dims: tuple[int, int],
-    visible: KeyRange | None,
+    pairs: Pairs,
 ) -> Plan:
     """The plan of a schedule that every warp runs alike."""
     name, schedule = common["name"], common["schedule"]
-    at = places(choice, arch, *dtypes, head_dims, common["mask"], visible)
+    at = places(choice, arch, *dtypes, head_dims, pairs)
     spaces = workspaces(at) if schedule == "serial" else ()
     heads = product("batch", "num_heads_q")
     grid = heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))
@@ -127,7 +134,7 @@ def _warp_plan(
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=params(spaces),
+        params=params(spaces, pair_params(pairs, common["declarations"], _SIZES)),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=max(at.v.offset + at.v.size_bytes, at.out.size_bytes),
     )
@@ -138,7 +145,7 @@ def _warp_plan(
         v_cols=at.v.cols,
         row_tiles=choice.block_m // (arch.mma.m * choice.warps),
         overlap=False,
-        key_blocks=key_blocks(visible, last_is_masked=False),
+        key_blocks=key_blocks(pairs.visible, last_is_masked=False),
         tensors=(at.q_in, at.k_in, at.v_in, at.result, *((at.o_acc,) if spaces else ())),
         rows=(at.lse, *((at.saved_max, at.saved_sum) if spaces else ())),
         kernels=(kernel,),
@@ -153,12 +160,13 @@ def _warpgroup_plan(
     arch: Arch,
     dtypes: tuple[DType, DType],
     head_dims: tuple[int, int],
-    visible: KeyRange | None,
+    pairs: Pairs,
 ) -> Plan:
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
-    at = warpgroups.places(choice, arch, *dtypes, head_dims, common["mask"], visible)
-    kernel = warpgroups.kernel(name, common["schedule"], choice, at)
+    at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs)
+    of_pairs = pair_params(pairs, common["declarations"], ("batch", *_SIZES))
+    kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)
     return Plan(
         **common,
         warps=kernel.worker.warps,
@@ -166,7 +174,7 @@ def _warpgroup_plan(
         v_cols=at.v.cols,
         row_tiles=1,
         overlap=choice.overlap,
-        key_blocks=key_blocks(visible, last_is_masked=True),
+        key_blocks=key_blocks(pairs.visible, last_is_masked=True),
         tensors=(at.q_in, at.k_in, at.v_in, at.result),
         rows=(at.lse,),
         kernels=(kernel,),

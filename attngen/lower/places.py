@@ -4,10 +4,10 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
-from attngen.expr import Expr, KeyRange, extremes, name
+from attngen.expr import Declarations, Expr, KeyRange, extremes, free_names, name, tensor_names
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
-from attngen.schedules import Places
+from attngen.schedules import Pairs, Places
 
 
 def round_up(value: int, step: int) -> int:
@@ -15,14 +15,11 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def tile_places(
-    q: Buffer, k: Buffer, v: Buffer, out: Buffer, mask: Expr, visible: KeyRange | None
-) -> dict[str, Any]:
+def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs) -> dict[str, Any]:
     """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
     inputs, m, n = q.dtype, q.rows, k.rows
     return dict(
-        mask=mask,
-        visible=visible,
+        pairs=pairs,
         q=q,
         k=k,
         v=v,
@@ -50,8 +47,7 @@ def places(
     inputs: DType,
     output: DType,
     head_dims: tuple[int, int],
-    mask: Expr,
-    visible: KeyRange | None,
+    pairs: Pairs,
 ) -> Places:
     """Every place a schedule may name, at its offset in shared memory.
 
@@ -65,7 +61,7 @@ def places(
     v_buffer = Buffer("v", inputs, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     out = Buffer("out", output, m, v_cols, v, overlays="q")
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, mask, visible),
+        **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
@@ -76,10 +72,10 @@ def places(
     )
 
 
-def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks:
+def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | None:
     """The bounds of a block of rows from those of one row: their extremes over q_first .. q_last."""
     if visible is None:
-        return KeyBlocks(exact=False, last_is_masked=last_is_masked)
+        return None
     first, last = name("q_first"), name("q_last")
     lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
     upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
@@ -89,6 +85,16 @@ def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks:
         end_any=tuple(hi for _, hi in upper),
         end_all=tuple(lo for lo, _ in upper),
         last_is_masked=last_is_masked,
+    )
+
+
+def read_declarations(declared: Declarations, *exprs: Expr) -> Declarations:
+    """What expressions read of a spec's scalars and tensors."""
+    names = frozenset().union(*map(free_names, exprs))
+    tensors = frozenset().union(*map(tensor_names, exprs))
+    return Declarations(
+        {name: scalar for name, scalar in declared.scalars.items() if name in names},
+        {name: tensor for name, tensor in declared.tensors.items() if name in tensors},
     )
 
 
@@ -102,8 +108,8 @@ def workspaces(at: Places) -> tuple[Workspace, ...]:
     )
 
 
-def params(spaces: tuple[Workspace, ...]) -> tuple[Param, ...]:
-    """The fields of the parameter struct: pointers, strides in elements, sizes, scale."""
+def params(spaces: tuple[Workspace, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
+    """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
     tensors = ("q", "k", "v", "out")
     return (
         *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
@@ -115,6 +121,44 @@ def params(spaces: tuple[Workspace, ...]) -> tuple[Param, ...]:
             for axis in ("batch", "seqlen", "head")
         ),
         *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
-        Param("scale_is_negative", "i32", "scale_is_negative"),
-        Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
+        *of_pairs,
+    )
+
+
+def pair_params(pairs: Pairs, read: Declarations, sizes: tuple[str, ...]) -> tuple[Param, ...]:
+    """What scores and expressions read: scale, tensors, sizes of these that no other field has, scalars.
+
+    Args:
+        pairs: of the spec.
+        read: what of the spec's declarations the kernel reads.
+        sizes: fields that are there anyway.
+    """
+    if pairs.modifies_scores:
+        scale = (
+            Param("softmax_scale", "f32", "softmax_scale"),
+            Param("softmax_scale_log2", "f32", "log2_e"),
+        )
+    else:
+        scale = (
+            Param("scale_is_negative", "i32", "scale_is_negative"),
+            Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
+        )
+    dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
+    return (
+        *scale,
+        *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
+        *(
+            Param(f"arg_{name}_stride_{i}", "i64", f"tensor.{name}.stride_{i}")
+            for name, tensor in read.tensors.items()
+            for i in range(len(tensor.dims))
+        ),
+        *(
+            Param(f"size_{dim}", "i32", f"size.{dim}")
+            for dim in dims
+            if isinstance(dim, str) and dim not in sizes
+        ),
+        *(
+            Param(f"arg_{scalar.name}", "f32" if scalar.type == "f32" else "i32", f"scalar.{scalar.name}")
+            for scalar in read.scalars.values()
+        ),
     )

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from attngen.arch import Arch
 from attngen.dtypes import DType
-from attngen.expr import Expr, KeyRange
 from attngen.lower.places import round_up, tile_places
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
@@ -25,7 +24,7 @@ from attngen.plan import (
     product,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
-from attngen.schedules import WARPGROUP_SCHEDULES, RingCursors, WarpgroupPlaces
+from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
@@ -40,8 +39,7 @@ def places(
     inputs: DType,
     output: DType,
     head_dims: tuple[int, int],
-    mask: Expr,
-    visible: KeyRange | None,
+    pairs: Pairs,
 ) -> WarpgroupPlaces:
     """Every place the schedules may name, at its offset in shared memory."""
     assert arch.wgmma is not None
@@ -73,7 +71,7 @@ def places(
         )
 
     return WarpgroupPlaces(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, mask, visible),
+        **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
         overlap=choice.overlap,
         rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
@@ -87,8 +85,13 @@ def places(
     )
 
 
-def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> KernelPlan:
-    """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last."""
+def kernel(
+    name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]
+) -> KernelPlan:
+    """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last.
+
+    A producer that walks needs the lanes of a warp to class blocks with; else one thread does.
+    """
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = WARPGROUP_REGISTERS.get(choice.warpgroups)
     rings = tuple(
@@ -122,11 +125,11 @@ def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlace
                 programs["producer"],
                 cursors=cursors(at.producer),
                 registers=share.producer if share else None,
-                single_thread=True,
+                single_thread=not at.walks,
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=_params(choice.persistent),
+        params=(*_params(choice.persistent), *of_pairs),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0),
         rings=rings,
@@ -157,12 +160,10 @@ def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMa
 
 
 def _params(persistent: bool) -> tuple[Param, ...]:
-    """The fields of the parameter struct: tensor maps, pointers, sizes, scale."""
+    """The first fields of the parameter struct: tensor maps, pointers, sizes."""
     return (
         *(Param(f"{tensor}_map", "tensor_map", f"map.{tensor}") for tensor in ("q", "k", "v", "out")),
         Param("lse", "pointer", "lse.ptr"),
         *((Param("tile_counter", "pointer", "counter.ptr"),) if persistent else ()),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
-        Param("scale_is_negative", "i32", "scale_is_negative"),
-        Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
     )

@@ -16,6 +16,7 @@ from attngen.plan.places import (
     Swizzle,
     Tensor,
     View,
+    Walk,
 )
 from attngen.plan.plan import (
     FORMULA_OPS,
@@ -67,6 +68,7 @@ __all__ = [
     "Tensor",
     "TensorMap",
     "View",
+    "Walk",
     "Workspace",
     "body_of",
     "ceil_div",

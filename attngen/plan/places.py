@@ -256,11 +256,44 @@ class RegVec:
         return self.name
 
 
+@dataclass(frozen=True)
+class Walk:
+    """A role's walk over the blocks of keys that a tile visits, from right to left, each classed as the walk comes to it.
+
+    Past the last block it stays there.
+
+    Attributes:
+        name: of the variable that holds where it stands.
+    """
+
+    name: Literal["visit", "load"]
+
+    @property
+    def n(self) -> "BlockIndex":
+        """The block it stands at."""
+        return BlockIndex("visit.n" if self.name == "visit" else "load.n")
+
+    def __str__(self) -> str:
+        return self.name
+
+
 Variable = Literal[
-    "m", "n", "m_block", "n_min", "n_full_begin", "n_full_end", "n_max", "zero", "m_max", "n_end"
+    "m",
+    "n",
+    "m_block",
+    "n_min",
+    "n_full_begin",
+    "n_full_end",
+    "n_max",
+    "zero",
+    "m_max",
+    "n_end",
+    "visit.n",
+    "visit.before",
+    "load.n",
 ]
-"""What a block index starts from: a loop's own index (m, n), a bound of the tile, 0, or the number of blocks of
-rows (m_max) and of keys (n_end) of the whole sequence."""
+"""What a block index starts from: a loop's own index (m, n), a bound of the tile, 0, the number of blocks of rows
+(m_max) and of keys (n_end) of the whole sequence, or where a walk stands."""
 
 
 @dataclass(frozen=True)

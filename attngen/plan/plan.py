@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import DType
-from attngen.expr import Expr
+from attngen.expr import Declarations, Expr, TileClasses
 from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
 
@@ -60,7 +60,6 @@ class KeyBlocks:
 
     A key block is visited from `first_any` on and before `end_any`; it needs no mask from `first_all` on and
     before `end_all`. Each tuple holds keys of which the strictest counts; empty means no bound but 0 and seqlen_k.
-    Without a closed form (`exact` False) every block of the sequence is visited and masked.
 
     Attributes:
         last_is_masked: the program peels the last block off and masks it, so it is never counted as free of a mask.
@@ -70,7 +69,6 @@ class KeyBlocks:
     first_all: tuple[Expr, ...] = ()
     end_any: tuple[Expr, ...] = ()
     end_all: tuple[Expr, ...] = ()
-    exact: bool = True
     last_is_masked: bool = False
 
 
@@ -210,6 +208,10 @@ class Plan:
     Attributes:
         name: entry name of the attention kernel; facts first, digest last.
         spec_name, spec_digest, mask_text: of the spec it came from.
+        mask, score: what is computed of each pair of query and key.
+        tile_classes: how blocks of keys are classed; None where `key_blocks` has them in closed form.
+        key_blocks: see `tile_classes`.
+        declarations: the spec's scalars and tensors that mask and score read.
         qk_cols, v_cols: head dims padded to the matrix instruction.
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
@@ -228,6 +230,9 @@ class Plan:
     head_dim_v: int
     mask: Expr
     mask_text: str
+    score: Expr
+    tile_classes: TileClasses | None
+    declarations: Declarations
     schedule: str
     block_m: int
     block_n: int
@@ -237,7 +242,7 @@ class Plan:
     v_cols: int
     row_tiles: int
     overlap: bool
-    key_blocks: KeyBlocks
+    key_blocks: KeyBlocks | None
     tensors: tuple[Tensor, ...]
     rows: tuple[Rows, ...]
     kernels: tuple[KernelPlan, ...]

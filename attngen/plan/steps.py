@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from attngen.expr import Expr, KeyRange
-from attngen.plan.places import BlockIndex, Cursor, NamedBarriers, Range, RegTile, RegVec, Rows, Tensor, View
+from attngen.plan.places import BlockIndex, Cursor, NamedBarriers, Range, RegTile, RegVec, Rows, Tensor, View, Walk
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,60 @@ class WhenBlock(Step):
 
     def __str__(self) -> str:
         return f"when {self.block} >= {self.first}:"
+
+
+@dataclass(frozen=True)
+class StartWalk(Step):
+    """Stand before the first block of keys that the tile visits."""
+
+    walk: Walk
+
+    def __str__(self) -> str:
+        return f"start {self.walk}, a walk over the blocks of keys that the mask shows"
+
+
+@dataclass(frozen=True)
+class WhenNext(Step):
+    """Go on to the next block of a walk; run the body where there is one."""
+
+    walk: Walk
+    body: Program
+
+    def __str__(self) -> str:
+        return f"go on with {self.walk}; when there is a next block:"
+
+
+@dataclass(frozen=True)
+class ForVisited(Step):
+    """Run the body for every block that a walk still comes to."""
+
+    walk: Walk
+    body: Program
+
+    def __str__(self) -> str:
+        return f"for each further block of {self.walk}:"
+
+
+@dataclass(frozen=True)
+class WhenVisited(Step):
+    """Run the body where a walk has come to some block."""
+
+    walk: Walk
+    body: Program
+
+    def __str__(self) -> str:
+        return f"when {self.walk} has come to a block:"
+
+
+@dataclass(frozen=True)
+class WhenPartial(Step):
+    """Run the body where the mask, or the end of the keys, hides some pair of the block that a walk stands at."""
+
+    walk: Walk
+    body: Program
+
+    def __str__(self) -> str:
+        return f"when the block of {self.walk} is partial:"
 
 
 @dataclass(frozen=True)
@@ -424,6 +478,19 @@ class NegateTile(Step):
 
 
 @dataclass(frozen=True)
+class ModifyScores(Step):
+    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale."""
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    score: Expr
+
+    def __str__(self) -> str:
+        return f"{self.s} = score of each pair, from scaled {self.s}"
+
+
+@dataclass(frozen=True)
 class MaskScores(Step):
     """Set the scores of invisible keys to -inf; what a row sees is an interval of keys, known in closed form."""
 
@@ -564,9 +631,12 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 CONDITIONS: tuple[str, ...] = get_args(Condition)
 
 
+_HoldsSteps = ForTiles | ForBlocks | ForVisited | When | WhenBlock | WhenNext | WhenVisited | WhenPartial
+
+
 def body_of(step: Step) -> Program:
     """The Steps inside a control Step; nothing for the others."""
-    return step.body if isinstance(step, ForTiles | ForBlocks | When | WhenBlock) else ()
+    return step.body if isinstance(step, _HoldsSteps) else ()
 
 
 def walk(program: Program) -> Iterator[Step]:

@@ -6,7 +6,7 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691, Algorithm 1 and section 3.3.
 
 from collections.abc import Callable
 
-from attngen.plan import BlockIndex, Program, Range
+from attngen.plan import BlockIndex, Program
 from attngen.plan.steps import (
     Advance,
     Clear,
@@ -15,10 +15,8 @@ from attngen.plan.steps import (
     CopyTile,
     Exponentiate,
     FinishRows,
-    ForBlocks,
     ForTiles,
     LoadTile,
-    NegateTile,
     Note,
     OutputGemm,
     ReadTile,
@@ -31,10 +29,10 @@ from attngen.plan.steps import (
     StoreTile,
     SyncThreads,
     WaitCopies,
-    When,
     WhenBlock,
+    WhenNext,
 )
-from attngen.schedules.tiles import M_BLOCK, N_MAX, N_MIN, N, Places
+from attngen.schedules.tiles import LOAD, M_BLOCK, N_MAX, N_MIN, VISIT, KeyBlock, Places
 
 
 def fa2(at: Places) -> Program:
@@ -46,20 +44,15 @@ def fa2(at: Places) -> Program:
                 Clear(at.acc_o),
                 Clear(at.row_max, "-inf"),
                 Clear(at.row_sum),
-                When(
-                    "tile has blocks",
+                *at.start_keys(LOAD, VISIT),
+                at.when_first(
                     (
                         LoadTile(at.q.at(), at.q_in, M_BLOCK, bounded=True),
                         *prologue,
-                        When(
-                            "scale is negative",
-                            (WaitCopies(0), SyncThreads(), NegateTile(at.q.at())),
-                        ),
-                        *(
-                            ForBlocks(range_, "n", block(range_))
-                            for range_ in at.ranges(last_is_peeled=False)
-                        ),
+                        *at.negate_q(at.q.at(), ((WaitCopies(0), SyncThreads()), ())),
+                        *at.for_all_blocks(block),
                     ),
+                    LOAD,
                 ),
                 Note("normalise once, at the end"),
                 ReadTile(),
@@ -87,63 +80,66 @@ def _softmax(at: Places) -> Program:
     )
 
 
-def _mask(at: Places, range_: Range) -> tuple[Step, ...]:
-    return () if range_.tile_class == "full" else (at.mask_scores(M_BLOCK, N),)
+def _when_ahead(at: Places, block: BlockIndex, load: Callable[[BlockIndex], Program]) -> Step:
+    """Load a block to the left, if there is one: that number, or where the walk of the loads comes to."""
+    return WhenNext(LOAD, load(LOAD.n)) if at.walks else WhenBlock(block, N_MIN, load(block))
 
 
-def _single_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
+def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
     """One stage, as FlashAttention-2: V[n] arrives under S = Q K, K[n - 1] under the softmax and P V."""
 
-    def block(range_: Range) -> Program:
-        may_be_last = range_.tile_class != "full"
+    def load_k(block: BlockIndex) -> Program:
+        return (LoadTile(at.k.at(), at.k_in, block, bounded=False),)
+
+    def block(at_block: KeyBlock) -> Program:
+        n = at_block.n
         return (
             WaitCopies(0),
             SyncThreads(),
-            LoadTile(at.v.at(), at.v_in, N, bounded=may_be_last),
+            LoadTile(at.v.at(), at.v_in, n, at_block.may_be_last),
             CommitCopies(),
             Note("S = Q Kᵀ"),
             ScoreGemm(at.acc_s, at.q.at(), at.k.at(), at.score_unroll),
-            *_mask(at, range_),
+            *at.modify(M_BLOCK, n),
+            *at_block.mask,
             WaitCopies(0),
             SyncThreads(),
-            WhenBlock(N - 1, N_MIN, (LoadTile(at.k.at(), at.k_in, N - 1, bounded=False),)),
+            _when_ahead(at, n - 1, load_k),
             CommitCopies(),
             *_softmax(at),
             Note("O += P V"),
             OutputGemm(at.acc_o, at.p, at.v.at()),
         )
 
-    return (LoadTile(at.k.at(), at.k_in, N_MAX - 1, bounded=True), CommitCopies()), block
+    return (LoadTile(at.k.at(), at.k_in, _first(at), bounded=True), CommitCopies()), block
 
 
-def _multi_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
+def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
     """A ring of stages: K and V of block n - stages + 1 arrive under block n, one barrier a block."""
     ahead = at.stages - 1
 
-    def load(block: BlockIndex, bounded: bool) -> Program:
+    def load(block: BlockIndex, bounded: bool = False) -> Program:
         return (
             LoadTile(at.k.at(at.load_at), at.k_in, block, bounded),
             LoadTile(at.v.at(at.load_at), at.v_in, block, bounded),
         )
 
-    prologue: Program = (*load(N_MAX - 1, bounded=True), CommitCopies(), Advance(at.load_at))
+    prologue: Program = (*load(_first(at), bounded=True), CommitCopies(), Advance(at.load_at))
     for i in range(1, ahead):
-        prologue += (
-            WhenBlock(N_MAX - 1 - i, N_MIN, load(N_MAX - 1 - i, bounded=False)),
-            CommitCopies(),
-            Advance(at.load_at),
-        )
+        prologue += (_when_ahead(at, N_MAX - 1 - i, load), CommitCopies(), Advance(at.load_at))
 
-    def block(range_: Range) -> Program:
+    def block(at_block: KeyBlock) -> Program:
+        n = at_block.n
         return (
             WaitCopies(ahead - 1),
             SyncThreads(),
-            WhenBlock(N - ahead, N_MIN, load(N - ahead, bounded=False)),
+            _when_ahead(at, n - ahead, load),
             CommitCopies(),
             Advance(at.load_at),
             Note("S = Q Kᵀ"),
             ScoreGemm(at.acc_s, at.q.at(), at.k.at(at.read_at), at.score_unroll),
-            *_mask(at, range_),
+            *at.modify(M_BLOCK, n),
+            *at_block.mask,
             *_softmax(at),
             Note("O += P V"),
             OutputGemm(at.acc_o, at.p, at.v.at(at.read_at)),
@@ -151,3 +147,8 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[Range], Program]]:
         )
 
     return prologue, block
+
+
+def _first(at: Places) -> BlockIndex:
+    """The block that is loaded first."""
+    return LOAD.n if at.walks else at.first_block.n

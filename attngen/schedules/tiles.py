@@ -1,10 +1,24 @@
 """The places that schedules work with, handed to them by lowering, and what every family of schedules says alike."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, KeyRange
-from attngen.plan import BlockIndex, Buffer, Cursor, Range, RegTile, RegVec, Rows, Step, Tensor
-from attngen.plan.steps import MaskScores, MaskScoresEach
+from attngen.expr import Expr, KeyRange, name
+from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, RegVec, Rows, Tensor, View, Walk
+from attngen.plan.steps import (
+    ForBlocks,
+    ForVisited,
+    MaskScores,
+    MaskScoresEach,
+    ModifyScores,
+    NegateTile,
+    StartWalk,
+    Step,
+    When,
+    WhenNext,
+    WhenPartial,
+    WhenVisited,
+)
 
 M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
     BlockIndex("m_block"),
@@ -14,6 +28,44 @@ M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
     BlockIndex("n_full_end"),
     BlockIndex("n_max"),
 )
+VISIT, LOAD = Walk("visit"), Walk("load")
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """A block of keys that a loop is at.
+
+    Attributes:
+        n: its number.
+        before: that of the block visited before it, to its right.
+        mask: what hides the scores of its invisible keys; empty where it has none.
+        may_be_last: it may reach past the end of the sequence.
+    """
+
+    n: BlockIndex
+    before: BlockIndex
+    mask: Program
+    may_be_last: bool
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a spec says of a query and a key.
+
+    Attributes:
+        mask: whether the query sees the key.
+        visible: the keys that a row sees, where they have a closed form.
+        score: in natural units, out of `score`, the scaled product.
+    """
+
+    mask: Expr
+    visible: KeyRange | None
+    score: Expr
+
+    @property
+    def modifies_scores(self) -> bool:
+        """Whether the score is anything but the scaled product."""
+        return self.score is not name("score")
 
 
 @dataclass(frozen=True)
@@ -21,16 +73,14 @@ class TilePlaces:
     """What a schedule of any family may name.
 
     Attributes:
-        mask: the mask, as a tree.
-        visible: the keys it lets a row see, where they have a closed form.
+        pairs: what the spec says of a query and a key.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
         q_in, k_in, v_in, result, lse: tensors in device memory.
     """
 
-    mask: Expr
-    visible: KeyRange | None
+    pairs: Pairs
     q: Buffer
     k: Buffer
     v: Buffer
@@ -50,26 +100,93 @@ class TilePlaces:
     result: Tensor
     lse: Rows
 
-    def mask_scores(self, rows: BlockIndex, block: BlockIndex) -> Step:
-        """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""
-        if self.visible is None:
-            return MaskScoresEach(self.acc_s, rows, block, self.mask)
-        return MaskScores(self.acc_s, rows, block, self.visible)
+    @property
+    def walks(self) -> bool:
+        """Whether blocks of keys are classed one by one, for want of a closed form."""
+        return self.pairs.visible is None
 
-    def ranges(self, last_is_peeled: bool) -> tuple[Range, ...]:
-        """The blocks of keys from right to left: masked at both ends of what a row sees, unmasked between.
+    # ---- scores of a block ------------------------------------------------------------------------------------------
+    def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """Scores of a block as the spec wants them."""
+        pairs = self.pairs
+        return (ModifyScores(self.acc_s, rows, block, pairs.score),) if pairs.modifies_scores else ()
+
+    def mask(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""
+        if self.pairs.visible is None:
+            return (MaskScoresEach(self.acc_s, rows, block, self.pairs.mask),)
+        return (MaskScores(self.acc_s, rows, block, self.pairs.visible),)
+
+    def negate_q(self, q: View, around: tuple[Program, Program]) -> Program:
+        """What a negative softmax_scale asks of Q, between two programs; a modified score is scaled in its own right."""
+        if self.pairs.modifies_scores:
+            return ()
+        before, after = around
+        return (When("scale is negative", (*before, NegateTile(q), *after)),)
+
+    # ---- the blocks of keys of a tile, from right to left -------------------------------------------------------------
+    def start_keys(self, *walks: Walk) -> Program:
+        """What must be done before the first block is asked for."""
+        return tuple(map(StartWalk, walks)) if self.walks else ()
+
+    def when_first(self, body: Program, walk: Walk = VISIT) -> Step:
+        """Go to the first block, and run the body if there is one."""
+        return WhenNext(walk, body) if self.walks else When("tile has blocks", body)
+
+    def when_any(self, body: Program) -> Step:
+        """Run the body if there was a first block."""
+        return WhenVisited(VISIT, body) if self.walks else When("tile has blocks", body)
+
+    @property
+    def first_block(self) -> KeyBlock:
+        """The first block, as a loop would be at it."""
+        n = VISIT.n if self.walks else N_MAX - 1
+        return KeyBlock(n, n, self._mask_if_partial if self.walks else self.mask(M_BLOCK, n), True)
+
+    @property
+    def last_block(self) -> BlockIndex:
+        """The last block, once all have been visited."""
+        return VISIT.n if self.walks else N_MIN
+
+    def for_further_blocks(self, body: Callable[[KeyBlock], Program], split: bool = True) -> Program:
+        """Run the body for every block after the first, those that need no mask apart if `split`."""
+        if not self.walks and not split:
+            rest = Range("rest", N_MIN, N_MAX - 1, descending=True, tile_class="any")
+            return (ForBlocks(rest, "n", body(KeyBlock(N, N + 1, (), True))),)
+        return self._for_blocks(body, N_MAX - 1)
+
+    def for_all_blocks(self, body: Callable[[KeyBlock], Program]) -> Program:
+        """Run the body for every block, those that need no mask apart."""
+        return self._for_blocks(body, N_MAX)
+
+    def _for_blocks(self, body: Callable[[KeyBlock], Program], end: BlockIndex) -> Program:
+        """Masked at both ends of what a row sees, unmasked between.
 
         Keys past the end of the sequence are masked in the last block only, whatever the mask; so without an upper
-        bound the right end is empty where the schedule has peeled that block off.
+        bound the right end is empty where `end` leaves that block out.
         """
-        end = N_MAX - 1 if last_is_peeled else N_MAX
-        if self.visible is None:
-            return (Range("every", N_MIN, end, descending=True, tile_class="any"),)
+        visible = self.pairs.visible
+        if visible is None:
+            block = KeyBlock(VISIT.n, BlockIndex("visit.before"), self._mask_if_partial, True)
+            return (ForVisited(VISIT, body(block)),)
         right = Range("right", N_FULL_END, end, descending=True, tile_class="partial")
         full = Range("full", N_FULL_BEGIN, N_FULL_END, descending=True, tile_class="full")
         left = Range("left", N_MIN, N_FULL_BEGIN, descending=True, tile_class="partial")
-        has_right = self.visible.upper or not last_is_peeled
-        return (*((right,) if has_right else ()), full, *((left,) if self.visible.lower else ()))
+        has_right = visible.upper or end is N_MAX
+        return tuple(
+            ForBlocks(
+                range_,
+                "n",
+                body(
+                    KeyBlock(N, N + 1, () if range_ is full else self.mask(M_BLOCK, N), range_ is not full)
+                ),
+            )
+            for range_ in (*((right,) if has_right else ()), full, *((left,) if visible.lower else ()))
+        )
+
+    @property
+    def _mask_if_partial(self) -> Program:
+        return (WhenPartial(VISIT, self.mask(M_BLOCK, VISIT.n)),)
 
 
 @dataclass(frozen=True)

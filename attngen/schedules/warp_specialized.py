@@ -15,7 +15,6 @@ from attngen.plan import (
     Cursor,
     NamedBarriers,
     Program,
-    Range,
     Tensor,
 )
 from attngen.plan.steps import (
@@ -26,11 +25,9 @@ from attngen.plan.steps import (
     Exponentiate,
     FenceAsync,
     FinishRows,
-    ForBlocks,
     ForTiles,
     IssueOutputGemm,
     IssueScoreGemm,
-    NegateTile,
     Note,
     PassTurn,
     ReduceRows,
@@ -50,7 +47,7 @@ from attngen.plan.steps import (
     WaitStores,
     When,
 )
-from attngen.schedules.tiles import M_BLOCK, N_MAX, N_MIN, N, TilePlaces
+from attngen.schedules.tiles import M_BLOCK, VISIT, KeyBlock, TilePlaces
 
 Rescale = Literal["middle", "last"]
 
@@ -122,16 +119,16 @@ def _producer(at: WarpgroupPlaces) -> Program:
     def load_v(block: BlockIndex) -> Program:
         return load(at.v, rings.v, at.v_in, block)
 
-    rest = Range("rest", N_MIN, N_MAX - 1, descending=True, tile_class="any")
+    def load_pair(block: KeyBlock) -> Program:
+        return (*load_k(block.n), *load_v(block.before))
+
     return (
         ForTiles(
             (
-                When("tile has blocks", load_k(N_MAX - 1)),
+                *at.start_keys(VISIT),
+                at.when_first(load_k(at.first_block.n)),
                 *load(at.q, rings.q, at.q_in, M_BLOCK),
-                When(
-                    "tile has blocks",
-                    (ForBlocks(rest, "n", (*load_k(N), *load_v(N + 1))), *load_v(N_MIN)),
-                ),
+                at.when_any((*at.for_further_blocks(load_pair, split=False), *load_v(at.last_block))),
                 *(
                     (WaitEmpty(rings.tile), DrawTile(rings.tile), Advance(rings.tile))
                     if at.persistent
@@ -164,23 +161,14 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 Clear(at.acc_o),
                 Clear(at.row_max, "-inf"),
                 Clear(at.row_sum),
+                *at.start_keys(VISIT),
                 WaitFull(rings.q, together=True),
-                When(
-                    "scale is negative",
-                    (NegateTile(at.q.at(rings.q).own), FenceAsync(), SyncWarpgroup(at.own)),
-                ),
-                When(
-                    "tile has blocks",
-                    (
-                        *_first_block(at),
-                        *(
-                            ForBlocks(range_, "n", _block(at, range_, turns))
-                            for range_ in at.ranges(last_is_peeled=True)
-                        ),
-                    ),
+                *at.negate_q(at.q.at(rings.q).own, ((), (FenceAsync(), SyncWarpgroup(at.own)))),
+                at.when_first(
+                    (*_first_block(at), *at.for_further_blocks(lambda block: _block(at, block, turns)))
                 ),
                 *(() if at.out_over_q else (SyncWarpgroup(at.own), *release_q)),
-                When("tile has blocks", _last_output(at)),
+                at.when_any(_last_output(at)),
                 *_epilogue(at),
                 *(release_q if at.out_over_q else ()),
                 *(next_tile if at.persistent else ()),
@@ -199,21 +187,22 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         WaitGemm(0, (at.acc_s,)),
         Release(rings.k),
         Advance(rings.k),
-        at.mask_scores(M_BLOCK, N_MAX - 1),
+        *at.modify(M_BLOCK, at.first_block.n),
+        *at.first_block.mask,
         RowMax(at.acc_s, at.row_max, at.alpha),
         Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
         ConvertP(at.acc_s, at.p),
     )
 
 
-def _block(at: WarpgroupPlaces, range_: Range, turns: bool) -> Program:
-    """S of block n and O of block n + 1; alpha rescales what was summed under the old maximum."""
+def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
+    """S of a block and O of the block before; alpha rescales what was summed under the old maximum."""
     rings = at.consumer
     pass_turn = (PassTurn(at.turn),) if turns else ()
     issue = (
         WaitFull(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),
-        Note("S = Q K[n]ᵀ, and behind it O += P V[n + 1]"),
+        Note(f"S = Q K[{block.n}]ᵀ, and behind it O += P V[{block.before}]"),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
         WaitFull(rings.v),
         IssueOutputGemm(at.acc_o, at.p, at.v.at(rings.v)),
@@ -223,7 +212,8 @@ def _block(at: WarpgroupPlaces, range_: Range, turns: bool) -> Program:
     output_done = (Release(rings.v), Advance(rings.v))
     row_max = (
         Note("online softmax of block n"),
-        *((at.mask_scores(M_BLOCK, N),) if range_.tile_class != "full" else ()),
+        *at.modify(M_BLOCK, block.n),
+        *block.mask,
         RowMax(at.acc_s, at.row_max, at.alpha),
     )
     exponentiate = Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha)
