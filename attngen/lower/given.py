@@ -23,15 +23,17 @@ WARP_FIELDS = ("warps",)
 WARPGROUP_FIELDS = ("warpgroups", "overlap", "persistent")
 
 
-def candidates(spec: Spec, arch: Arch, schedule: str) -> tuple[Choice | WarpgroupChoice, ...]:
-    """What the tables offer, with what the spec says in its place."""
+def candidates(
+    spec: Spec, arch: Arch, schedule: str, instead: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Choice | WarpgroupChoice, ...]:
+    """What the tables offer, best first, with what the spec says, or would say with other numbers `instead`."""
     head_dim = spec.problem.head_dim
     offers: tuple[Choice | WarpgroupChoice, ...]
     if schedule in WARPGROUP_SCHEDULES:
         offers = warpgroup_choices(head_dim.qk, head_dim.v, is_bounded(spec), arch)
     else:
         offers = choices(schedule, max(head_dim.qk, head_dim.v), arch)
-    return tuple(with_given(offer, spec, arch) for offer in offers)
+    return tuple(_with_given(offer, spec, arch, instead) for offer in offers)
 
 
 def given(spec: Spec, *fields: str) -> dict[str, Any]:
@@ -40,10 +42,9 @@ def given(spec: Spec, *fields: str) -> dict[str, Any]:
     return {field: values[field] for field in fields if field in values and values[field] != "auto"}
 
 
-def with_given(
-    offer: Choice | WarpgroupChoice, spec: Spec, arch: Arch, instead: Mapping[str, int] = MappingProxyType({})
+def _with_given(
+    offer: Choice | WarpgroupChoice, spec: Spec, arch: Arch, instead: Mapping[str, int]
 ) -> Choice | WarpgroupChoice:
-    """The candidate, with what the spec says, or would say with other numbers `instead`."""
     fields = WARPGROUP_FIELDS if isinstance(offer, WarpgroupChoice) else WARP_FIELDS
     values = given(spec, "block_m", "block_n", "stages", *fields) | dict(instead)
     if isinstance(offer, WarpgroupChoice):

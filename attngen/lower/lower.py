@@ -8,12 +8,12 @@ from attngen.dtypes import DType, dtype
 from attngen.errors import PlanError
 from attngen.expr import definitions, key_range, tile_classes, to_text
 from attngen.lower import warpgroups
-from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded, with_given
+from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
 from attngen.lower.places import key_blocks, pair_params, params, places, read_declarations, workspaces
-from attngen.lower.refusal import diagnostic, wrong_dtypes, wrong_fields, wrong_target
+from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
-from attngen.plan.rules import Violation, verify
+from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs
 from attngen.spec import Spec
 
@@ -30,7 +30,7 @@ def lower(spec: Spec, arch: Arch) -> Plan:
         arch: where it shall run.
 
     Raises:
-        PlanError: no legal plan; one diagnostic for every rule broken, with the nearest values that pass.
+        PlanError: no legal plan; what breaks which rule, with the nearest values that pass.
     """
     if wrong := wrong_dtypes(spec, arch):
         raise PlanError(wrong)
@@ -39,20 +39,20 @@ def lower(spec: Spec, arch: Arch) -> Plan:
     schedule = _schedule(spec, arch)
     if wrong := (*wrong_target(spec, arch, schedule), *wrong_fields(spec, schedule)):
         raise PlanError(wrong)
-    refused: tuple[Choice | WarpgroupChoice, tuple[Violation, ...]] | None = None
+    refused = []
     for choice in candidates(spec, arch, schedule):
         plan = build(spec, arch, schedule, choice)
         violations = verify(plan)
         if not violations:
             return plan
-        refused = refused or (choice, violations)
-    assert refused is not None  # every schedule has candidates
-    choice, violations = refused
+        refused.append(violations)
 
     def passes(knob: str, value: int) -> bool:
-        return not verify(build(spec, arch, schedule, with_given(choice, spec, arch, {knob: value})))
+        others = candidates(spec, arch, schedule, {knob: value})
+        return any(not verify(build(spec, arch, schedule, choice)) for choice in others)
 
-    raise PlanError(tuple(diagnostic(spec, arch, violation, passes) for violation in violations))
+    # The candidate that is nearest to legal; of several the smallest, whose costs no other undercuts.
+    raise PlanError(diagnostics(spec, arch, min(reversed(refused), key=len), passes))
 
 
 def _from_table(spec: Spec, arch: Arch) -> Plan | None:

@@ -9,7 +9,7 @@ from attngen.arch import ARCHS, Arch
 from attngen.errors import Diagnostic
 from attngen.expr import LARGEST_TILE
 from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
-from attngen.plan.rules import Violation
+from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Violation
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
@@ -17,27 +17,57 @@ Passes = Callable[[str, int], bool]
 """Whether every rule passes with another value of one of the `KNOBS`."""
 
 
-def diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Diagnostic:
-    """A broken rule, drawn where the spec says the value, with the nearest values that pass every rule."""
-    return Diagnostic(
-        message=f"{broken.path} = {broken.value} {broken.must}",
-        rule=broken.rule,
-        location=spec.locate(broken.path),
-        path=broken.path,
-        value=broken.value,
-        note=broken.note,
-        nearest=tuple(str(value) for value in _nearest(arch, broken, passes)),
-    )
+def diagnostics(
+    spec: Spec, arch: Arch, violations: tuple[Violation, ...], passes: Passes
+) -> tuple[Diagnostic, ...]:
+    """The broken rules, each drawn where the spec says the value, with the nearest values that pass every rule.
+
+    What a tile costs whose rows have no owner is not told where other owners or rows would do: those mend it too.
+    """
+    told: list[Diagnostic] = []
+    for broken in violations:
+        is_mended = any(cause.rule in OWNERS_OF_ROWS and cause.nearest for cause in told)
+        if broken.rule not in COSTS or not is_mended:
+            told.append(_diagnostic(spec, arch, broken, passes))
+    return tuple(told)
+
+
+def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Diagnostic:
+    """By the first value that the spec gives and that has another that would do; values left to auto are nobody's."""
+    told = [
+        Diagnostic(
+            message=f"{each.path} = {each.value} {each.must}",
+            rule=each.rule,
+            location=spec.locate(each.path),
+            path=each.path,
+            value=each.value,
+            note=each.note,
+            nearest=tuple(str(value) for value in _nearest(arch, each, passes)),
+        )
+        for each in _by_given_values(spec, broken)
+    ]
+    return next((each for each in told if each.nearest), told[0])
+
+
+def _by_given_values(spec: Spec, broken: Violation) -> list[Violation]:
+    """The ways to tell of a broken rule that name a value of the spec, or its own where all are auto."""
+    ways = [way for way in (broken, *broken.others) if given(spec, KNOBS[way.path])]
+    return ways or [broken]
 
 
 def _nearest(arch: Arch, broken: Violation, passes: Passes) -> list[int]:
     """The next smaller and the next larger value of the knob that pass, where there are any."""
     knob = KNOBS[broken.path]
     step = {"block_m": arch.mma.m, "block_n": arch.mma.k}.get(knob, 1)
-    below = min(broken.value - 1, LARGEST_TILE) // step * step
+    most = {
+        "stages": MOST_STAGES,
+        "warps": arch.threads_per_block // 32,
+        "warpgroups": MOST_WARPGROUPS,
+    }.get(knob, LARGEST_TILE)
+    below = min(broken.value - 1, most) // step * step
     above = broken.value // step * step + step
     smaller = [value for value in range(below, 0, -step) if passes(knob, value)][:1]
-    return smaller + [value for value in range(above, LARGEST_TILE + 1, step) if passes(knob, value)][:1]
+    return smaller + [value for value in range(above, most + 1, step) if passes(knob, value)][:1]
 
 
 def wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
