@@ -1,0 +1,248 @@
+"""Tree to trees over a tile: whether it may hold a visible pair, and whether all of its pairs must be visible.
+
+A tile is empty where `may` does not hold and full where `must` does. Both are ordinary trees over what is one value
+in a tile (`TILE_NAMES`, b, h, h_kv, lengths, scalars), so that they have every reading that a mask has. They
+never claim too much: what they cannot tell is partial, which costs time and no more. They are exact where each index
+is read once, and for the masks of tests/expr/test_tiles.py.
+
+Three things go beyond arithmetic on intervals. A remainder by a constant is compared with the stretches of a tile,
+not with 0..c-1. A conjunct about one index alone (`kv_idx >= n`) narrows the tile for the others. A disjunction is
+read as what it denies, so it must hold where no pair is left that every branch refuses.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from attngen.errors import InternalError
+from attngen.expr import intervals
+from attngen.expr.arithmetic import floor_divide, where
+from attngen.expr.intervals import Bounds, greater, lesser
+from attngen.expr.logic import conjunction, less_equal, negate
+from attngen.expr.ranges import index_range
+from attngen.expr.tables import Table, Tables
+from attngen.expr.tree import (
+    Expr,
+    add,
+    affine,
+    affine_parts,
+    const,
+    free_names,
+    name,
+    scale,
+    sub,
+)
+
+
+@dataclass(frozen=True)
+class TileClasses:
+    """What tells empty, full and partial tiles apart.
+
+    Attributes:
+        may: holds wherever a pair of the tile may be visible.
+        must: holds only where all of its pairs are.
+        tables: what both read besides the tensors of the mask, by first use.
+    """
+
+    may: Expr
+    must: Expr
+    tables: tuple[Table, ...]
+
+
+def tile_classes(mask: Expr) -> TileClasses:
+    """The classes of the tiles of a mask.
+
+    Raises:
+        InternalError: the mask reads `score` or divides by what may be 0; the parser has refused both.
+    """
+    reader = _Reader()
+    found = reader.truth(mask, _Tile())
+    return TileClasses(found.may, found.must, reader.tables.used_by(found.may, found.must))
+
+
+class _Truth(NamedTuple):
+    """Whether a condition may and whether it must hold in a tile."""
+
+    may: Expr
+    must: Expr
+
+    def denied(self) -> "_Truth":
+        return _Truth(negate(self.must), negate(self.may))
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The rows and keys for which something is read; where they are none, nothing that is said of them counts."""
+
+    q_idx: Bounds = Bounds(name("q_first"), name("q_last"))
+    kv_idx: Bounds = Bounds(name("kv_first"), name("kv_last"))
+
+
+class _Reader:
+    """The readings of a mask's nodes, each once for each part of the tile that it is read for."""
+
+    def __init__(self) -> None:
+        self.tables = Tables()
+        self._truths: dict[tuple[Expr, _Tile], _Truth] = {}
+        self._bounds: dict[tuple[Expr, _Tile], Bounds] = {}
+        self._uniform: dict[Expr, bool] = {}
+
+    def is_uniform(self, expr: Expr) -> bool:
+        """Whether the expression has one value in a tile."""
+        if expr not in self._uniform:
+            self._uniform[expr] = free_names(expr).isdisjoint(("q_idx", "kv_idx"))
+        return self._uniform[expr]
+
+    def truth(self, condition: Expr, tile: _Tile) -> _Truth:
+        """Whether a condition may and must hold."""
+        if self.is_uniform(condition):
+            return _Truth(condition, condition)
+        key = (condition, tile)
+        if key not in self._truths:
+            self._truths[key] = self._truth(condition, tile)
+        return self._truths[key]
+
+    def bounds(self, number: Expr, tile: _Tile) -> Bounds:
+        """Between which values a number lies."""
+        if self.is_uniform(number):
+            return Bounds(number, number)
+        key = (number, tile)
+        if key not in self._bounds:
+            self._bounds[key] = self._bounds_of(number, tile)
+        return self._bounds[key]
+
+    def _truth(self, condition: Expr, tile: _Tile) -> _Truth:
+        if condition.op in ("or", "not", "ne") or (condition.op == "compare" and condition.name == "!="):
+            return self.truth(negate(condition), tile).denied()
+        if condition.op == "and":
+            return self._conjunction(condition, tile)
+        if condition.op == "lookup":
+            table = self.tables.of(condition)
+            return _Truth(table.greatest, table.least)
+        if condition.op == "compare":
+            of = {"<": intervals.is_less, "<=": intervals.is_at_most, "==": intervals.is_equal}[
+                condition.name
+            ]
+            a, b = condition.args
+            return _Truth(*of(self.bounds(a, tile), self.bounds(b, tile)))
+        return self._comparison(condition, tile)
+
+    def _conjunction(self, condition: Expr, tile: _Tile) -> _Truth:
+        """All conjuncts hold of every pair, or of some pair that those about one index alone leave."""
+        must = conjunction(self.truth(part, tile).must for part in condition.args)
+        may, others = [], []
+        for part in condition.args:
+            narrowed = self._narrowed(part, tile)
+            if narrowed is None:
+                others.append(part)
+            else:
+                may.append(self.truth(part, tile).may)
+                tile = narrowed
+        return _Truth(conjunction(may + [self.truth(part, tile).may for part in others]), must)
+
+    def _narrowed(self, part: Expr, tile: _Tile) -> _Tile | None:
+        """The part of the tile where a comparison of one index with a uniform number holds; None for all others."""
+        if part.op not in ("le", "eq"):
+            return None
+        coefficients, constant = affine_parts(part.args[0])
+        mixed = [atom for atom in coefficients if not self.is_uniform(atom)]
+        if len(mixed) != 1 or mixed[0].op != "name":
+            return None
+        factor = coefficients.pop(mixed[0])
+        rest = affine(coefficients, constant)
+        q_idx, kv_idx = (
+            _cut(bounds, factor, rest, part.op == "eq") if mixed[0].name == index else bounds
+            for index, bounds in (("q_idx", tile.q_idx), ("kv_idx", tile.kv_idx))
+        )
+        return _Tile(q_idx, kv_idx)
+
+    def _comparison(self, condition: Expr, tile: _Tile) -> _Truth:
+        """A comparison of an affine form with 0."""
+        form = condition.args[0]
+        coefficients, constant = affine_parts(form)
+        mixed = [atom for atom in coefficients if not self.is_uniform(atom)]
+        if len(mixed) == 1 and abs(coefficients[mixed[0]]) == 1 and _is_remainder(mixed[0]):
+            return self._remainder_comparison(condition, mixed[0], tile)
+        bounds = self.bounds(form, tile)
+        zero = const(0)
+        if condition.op == "le":
+            return _Truth(less_equal(bounds.lo, zero), less_equal(bounds.hi, zero))
+        meet = conjunction([less_equal(bounds.lo, zero), less_equal(zero, bounds.hi)])
+        return _Truth(meet, conjunction([less_equal(zero, bounds.lo), less_equal(bounds.hi, zero)]))
+
+    def _remainder_comparison(self, condition: Expr, atom: Expr, tile: _Tile) -> _Truth:
+        """A comparison of x % c with a uniform number: which remainders do the stretches of x leave?"""
+        dividend, divisor = self.bounds(atom.args[0], tile), int(atom.args[1].value)
+        coefficients, constant = affine_parts(condition.args[0])
+        factor = coefficients.pop(atom)
+        limit = scale(-factor, affine(coefficients, constant))
+        after, before = add(limit, const(1)), sub(limit, const(1))
+
+        def may(least: Expr | None, most: Expr | None) -> Expr:
+            return intervals.may_leave_remainder(dividend, divisor, least, most)
+
+        if condition.op == "eq":
+            return _Truth(
+                may(limit, limit), conjunction([negate(may(None, before)), negate(may(after, None))])
+            )
+        if factor > 0:
+            return _Truth(may(None, limit), negate(may(after, None)))
+        return _Truth(may(limit, None), negate(may(None, before)))
+
+    def _bounds_of(self, number: Expr, tile: _Tile) -> Bounds:
+        if number.op == "name" and number.name != "score":
+            return tile.q_idx if number.name == "q_idx" else tile.kv_idx
+        if number.op == "lookup":
+            table = self.tables.of(number)
+            return Bounds(table.least, table.greatest)
+        if number.op == "where":
+            return self._choice(number, tile)
+        if number.op == "mul":
+            return intervals.multiple(int(number.args[0].value), self.bounds(number.args[1], tile))
+        parts = [self.bounds(arg, tile) for arg in number.args]
+        if number.op == "add":
+            return intervals.total(parts)
+        if number.op == "call":
+            return intervals.function(number.name, *parts)
+        if number.op != "arith":
+            raise InternalError(f"{number} has no bounds over a tile")
+        if number.type == "f32":
+            return intervals.real_arithmetic(number.name, *parts)
+        if number.name == "*":
+            return intervals.product(*parts)
+        divide = intervals.quotient if number.name == "//" else intervals.remainder
+        dividend, divisor = parts
+        return divide(dividend, divisor, index_range(number.args[1]))
+
+    def _choice(self, choice: Expr, tile: _Tile) -> Bounds:
+        """The branch that the condition decides for, or both."""
+        condition, yes, no = choice.args
+        truth = self.truth(condition, tile)
+        if_yes = self.bounds(yes, self._where_it_holds(condition, tile))
+        if_no = self.bounds(no, self._where_it_holds(negate(condition), tile))
+        either = intervals.hull(if_yes, if_no)
+        return Bounds(
+            where(truth.must, if_yes.lo, where(truth.may, either.lo, if_no.lo)),
+            where(truth.must, if_yes.hi, where(truth.may, either.hi, if_no.hi)),
+        )
+
+    def _where_it_holds(self, condition: Expr, tile: _Tile) -> _Tile:
+        for part in condition.args if condition.op == "and" else (condition,):
+            tile = self._narrowed(part, tile) or tile
+        return tile
+
+
+def _is_remainder(atom: Expr) -> bool:
+    """Whether the atom is x % c, c a positive constant."""
+    return atom.op == "arith" and atom.name == "%" and atom.args[1].op == "const" and atom.args[1].value > 0
+
+
+def _cut(index: Bounds, factor: int, rest: Expr, is_equal: bool) -> Bounds:
+    """What is left of an index where factor · index + rest <= 0, or == 0."""
+    size = const(abs(factor))
+    # -rest / factor, rounded down as an upper and up as a lower bound.
+    below = floor_divide(scale(-1, rest) if factor > 0 else rest, size)
+    above = scale(-1, floor_divide(rest if factor > 0 else scale(-1, rest), size))
+    return Bounds(
+        greater(index.lo, above) if factor < 0 or is_equal else index.lo,
+        lesser(index.hi, below) if factor > 0 or is_equal else index.hi,
+    )
