@@ -30,7 +30,7 @@ def fill_tables(
         block_m: rows of a tile.
         block_n: keys of a tile.
     """
-    filled = {}
+    filled: dict[str, torch.Tensor] = {}
     for table in tables:
         filled |= _fill(table, sizes, scalars, tensors, {"q": block_m, "k": block_n})
     return filled
