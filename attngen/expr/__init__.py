@@ -1,14 +1,31 @@
 """The expression language of masks and scores: one hash-consed tree and its readings.
 
 Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`to_cuda`), to a torch value
-(`evaluate`), and to the range of keys a query sees (`key_range`, `extremes`).
+(`evaluate`), to static ranges (`index_range`), to the range of keys a query sees (`key_range`, `extremes`), and to
+conditions over a tile (`tile_classes`).
 """
 
-from attngen.expr.cuda import to_cuda
+from attngen.expr.cuda import Leaves, cuda_body, to_cuda
+from attngen.expr.declarations import (
+    NO_DECLARATIONS,
+    SIZE_NAMES,
+    VALUE_TYPES,
+    Declarations,
+    Definition,
+    Scalar,
+    TensorType,
+)
+from attngen.expr.declare import read_declarations
 from attngen.expr.keys import KeyRange, extremes, key_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
-from attngen.expr.parse import Locate, definitions, parse_mask, parse_score
+from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
+from attngen.expr.ranges import index_range
+from attngen.expr.scope import LocateOf, check_definitions, prelude
+from attngen.expr.syntax import Locate
+from attngen.expr.tables import Table
 from attngen.expr.text import to_text
+from attngen.expr.tiles import TileClasses, tile_classes
+from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import (
     FALSE,
@@ -16,6 +33,7 @@ from attngen.expr.tree import (
     LARGEST_INDEX,
     LARGEST_LENGTH,
     LARGEST_TILE,
+    TILE_NAMES,
     TRUE,
     Expr,
     add,
@@ -27,6 +45,7 @@ from attngen.expr.tree import (
     scale,
     sub,
     substitute,
+    tensor_names,
 )
 
 __all__ = [
@@ -35,21 +54,38 @@ __all__ = [
     "LARGEST_INDEX",
     "LARGEST_LENGTH",
     "LARGEST_TILE",
+    "NO_DECLARATIONS",
+    "SIZE_NAMES",
+    "TILE_NAMES",
     "TRUE",
+    "VALUE_TYPES",
+    "Declarations",
+    "Definition",
     "Expr",
     "KeyRange",
+    "Leaves",
     "Locate",
+    "LocateOf",
+    "Scalar",
+    "Table",
+    "TensorType",
+    "TileClasses",
     "add",
     "affine",
     "affine_parts",
+    "check_definitions",
     "conjunction",
     "const",
+    "cuda_body",
     "definitions",
     "disjunction",
     "equal",
     "evaluate",
     "extremes",
+    "fill_tables",
     "free_names",
+    "ignores_score",
+    "index_range",
     "key_range",
     "less",
     "less_equal",
@@ -57,9 +93,13 @@ __all__ = [
     "negate",
     "parse_mask",
     "parse_score",
+    "prelude",
+    "read_declarations",
     "scale",
     "sub",
     "substitute",
+    "tensor_names",
+    "tile_classes",
     "to_cuda",
     "to_text",
 ]

@@ -1,0 +1,139 @@
+"""What names stand for: the indices, the prelude, and what a spec declares.
+
+A name of the prelude may be taken by a spec's own scalar, tensor or definition, so that the prelude can grow without
+breaking specs; the prelude's own definitions go on with its own. `let` and parameters may take any name that is not
+reserved.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Union
+
+from attngen.errors import Diagnostic, InternalError
+from attngen.expr.arithmetic import FUNCTIONS
+from attngen.expr.declarations import Declarations, Definition, TensorType
+from attngen.expr.syntax import Fragment, Locate, Report, Syntax, parse
+from attngen.expr.tree import INDEX_NAMES, Expr, name
+
+KEYWORDS = ("and", "or", "not", "if", "else", "let", "in", "true", "false", "inf", "AND", "OR", "NOT")
+"""The words of the language, and those that stand in its place in others."""
+
+RESERVED = {*INDEX_NAMES, "q_pos", "score", *FUNCTIONS, *KEYWORDS}
+"""What neither a declaration nor a parameter nor a `let` may be called."""
+
+LocateOf = Callable[[str], Locate | None]
+"""Where the characters of a definition stand, by its name; None where that is not known."""
+
+Value = Union[Expr, TensorType, "Closure", None]
+"""What a name stands for; None where that has a fault, which has been told."""
+
+Scope = Mapping[str, Value]
+
+_PRELUDE = Path(__file__).with_name("prelude.attn")
+_SIGNATURE = re.compile(r"(?P<name>\w+)(?:\((?P<parameters>[^)]*)\))? = (?P<text>.*)")
+
+
+@dataclass(eq=False)
+class Closure:
+    """A definition in the scope it was made in.
+
+    Attributes:
+        fragment: the text its body stands in.
+        scope: what its body sees beside its parameters.
+        parse: gives the body, or None with its fault recorded.
+        readings: what it means for given arguments, as far as it has been asked.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    fragment: Fragment
+    scope: Scope
+    parse: Callable[[], Syntax | None]
+    readings: dict[tuple[Value, ...], Expr | None] = field(default_factory=dict)
+
+    @cached_property
+    def body(self) -> Syntax | None:
+        """The syntax tree of the body."""
+        return self.parse()
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(self.parameters)})" if self.parameters else self.name
+
+
+def global_scope(declarations: Declarations, report: Report, locate_of: LocateOf | None) -> Scope:
+    """What a definition sees: no score. Faults of definitions go to the report when they are read."""
+    indices = {each: name(each) for each in INDEX_NAMES}
+    prelude_scope: dict[str, Value] = {}
+    for each in prelude().values():
+        fragment = _fragment(each, report, None)
+        prelude_scope[each.name] = _closure(each, fragment, prelude_scope, _parse_of_prelude(each))
+    prelude_scope |= indices
+    scope = prelude_scope.copy()
+    for each in declarations.definitions.values():
+        fragment = _fragment(each, report, locate_of)
+        scope[each.name] = _closure(each, fragment, scope, _parse_of(fragment))
+    return (
+        scope
+        | declarations.tensors
+        | {key: each.expr for key, each in declarations.scalars.items()}
+        | indices
+    )
+
+
+def _closure(
+    definition: Definition, fragment: Fragment, scope: Scope, parse: Callable[[], Syntax | None]
+) -> Closure:
+    return Closure(definition.name, definition.parameters, fragment, scope, parse)
+
+
+@cache
+def prelude() -> Mapping[str, Definition]:
+    """The definitions that every spec has, by name, in the order of prelude.attn."""
+    lines = _PRELUDE.read_text(encoding="utf-8").splitlines()
+    found = [_SIGNATURE.fullmatch(line) for line in lines if line and not line.startswith("#")]
+    signatures = [each for each in found if each]
+    if len(signatures) < len(found):
+        raise InternalError("a line of the prelude is no definition")
+    return {
+        each["name"]: Definition(
+            each["name"], tuple(re.findall(r"\w+", each["parameters"] or "")), each["text"]
+        )
+        for each in signatures
+    }
+
+
+def check_definitions(
+    declarations: Declarations, locate_of: LocateOf | None = None
+) -> tuple[Diagnostic, ...]:
+    """The faults of definitions that no expression need meet: those of syntax, in the order of the text.
+
+    Types and unknown names are told where a definition is called, since they are for its arguments to decide.
+    """
+    report = Report()
+    for definition in declarations.definitions.values():
+        parse(_fragment(definition, report, locate_of))
+    return report.faults
+
+
+def _fragment(definition: Definition, report: Report, locate_of: LocateOf | None) -> Fragment:
+    locate = locate_of(definition.name) if locate_of else None
+    return Fragment(f"definition {definition.name}", definition.text, locate, report)
+
+
+def _parse_of(fragment: Fragment) -> Callable[[], Syntax | None]:
+    return lambda: parse(fragment)
+
+
+def _parse_of_prelude(definition: Definition) -> Callable[[], Syntax | None]:
+    return lambda: _prelude_syntax(definition.name)
+
+
+@cache
+def _prelude_syntax(word: str) -> Syntax | None:
+    report = Report()
+    syntax = parse(_fragment(prelude()[word], report, None))
+    report.raise_faults()
+    return syntax
