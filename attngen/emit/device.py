@@ -35,6 +35,7 @@ FUNCTIONS = (
     "gemm.cuh",
     "warpgroup_gemm.cuh",
     "softmax.cuh",
+    "expression.cuh",
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)

@@ -6,7 +6,7 @@ emitted text. No algorithm lives here.
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -32,6 +32,12 @@ from attngen.resources import templates_dir
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16"}
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
 _POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "counter.ptr": "u32"}
+_TENSOR_POINTEES = {
+    **dict.fromkeys(("bool", "u8"), "unsigned char"),
+    **dict.fromkeys(("f16", "bf16"), "u16"),
+    "i32": "int",
+    "f32": "float",
+}
 _CONDITIONS = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
@@ -86,6 +92,16 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
     """The environment for one plan, with the filters that its templates use."""
     env = strict_environment()
     sees = "key_blocks(params, tile, m).visits(n)" if plan.key_blocks else "visits(params, tile, m, n)"
+    pointees = _POINTEES | {
+        f"tensor.{tensor.name}.ptr": _TENSOR_POINTEES[tensor.dtype]
+        for tensor in plan.declarations.tensors.values()
+    }
+    if plan.table_kernel:
+        pointees |= {
+            f"workspace.{space}": "float" if table.lookup.type == "f32" else "int"
+            for table in plan.table_kernel.tables
+            for space in table.ends
+        }
     conditions = _CONDITIONS | {"m sees n": sees}
 
     def program(steps: Program, indent: int = 2) -> str:
@@ -107,7 +123,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         index=_index,
         first_row=_first_row,
         head=_head,
-        declaration=_declaration,
+        declaration=lambda place: _declaration(place, pointees),
         rows_name=lambda buffer: "kBlockN" if buffer.name in ("k", "v") else "kBlockM",
         cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
@@ -157,11 +173,11 @@ def _head(place: Tensor | Rows) -> str:
     return f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
 
 
-def _declaration(place: Param | RegTile) -> str:
+def _declaration(place: Param | RegTile, pointees: Mapping[str, str]) -> str:
     if isinstance(place, RegTile):
         if place.layout == "a_fragment":
             return f"u32 {place.name}[kRowTiles][{place.cols // 16}][4]"
         return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
     if place.ctype == "pointer":
-        return f"{_POINTEES.get(place.value, 'float')}* {place.name}"
+        return f"{pointees.get(place.value, 'float')}* {place.name}"
     return f"{_C_TYPES[place.ctype]} {place.name}"

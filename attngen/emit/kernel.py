@@ -6,24 +6,11 @@ import jinja2
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
+from attngen.emit.pairs import pair_functions, table_function
 from attngen.errors import InternalError
-from attngen.expr import to_cuda
-from attngen.plan import KeyBlocks, Plan, walk
-from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm, MaskScores, MaskScoresEach
+from attngen.plan import Plan, walk
+from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm
 from attngen.version import __version__
-
-_NAMES = {
-    "b": "tile.batch",
-    "h": "tile.head",
-    "h_kv": "tile.kv_head",
-    "q_idx": "q_idx",
-    "kv_idx": "kv_idx",
-    "seqlen_q": "tile.seqlen_q",
-    "seqlen_k": "tile.seqlen_k",
-    "q_first": "q_first",
-    "q_last": "q_last",
-}
-
 
 class Constant(NamedTuple):
     """A `constexpr int` of the emitted file and the field it comes from."""
@@ -44,7 +31,6 @@ def emit(plan: Plan) -> str:
     env = emission_environment(plan)
     kernel = plan.kernel
     scheduler = getattr(env.get_template("scheduler.cuh.j2").module, kernel.scheduler.kind)
-    mask: Any = env.get_template("mask.cuh.j2").module
     frame = env.get_template("kernel.cu.j2")
     body = frame.render(
         plan=plan,
@@ -52,8 +38,8 @@ def emit(plan: Plan) -> str:
         version=__version__,
         constants=_constants(plan),
         scheduler=str(scheduler(kernel.scheduler)).strip("\n"),
-        key_blocks=str(mask.key_blocks(_bounds_text(plan.key_blocks))).strip("\n"),
-        mask=_mask_text(plan, mask).strip("\n"),
+        pair_functions=pair_functions(plan, env),
+        table_kernel=table_function(plan, env),
     )
     head, _, rest = body.partition(_THIS_KERNEL)
     return head + "\n\n".join(used_by(rest, _wgmmas(plan, env))) + "\n\n" + _THIS_KERNEL + rest
@@ -95,24 +81,3 @@ def _wgmmas(plan: Plan, env: jinja2.Environment) -> list[str]:
         elif isinstance(step, IssueOutputGemm):
             found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, dtype)
     return [str(text).strip("\n") for text in found.values()]
-
-
-def _bounds_text(bounds: KeyBlocks) -> dict[str, object]:
-    """The bounds with every key as CUDA text."""
-    names = ("first_any", "first_all", "end_any", "end_all")
-    return {"exact": bounds.exact, "last_is_masked": bounds.last_is_masked} | {
-        name: [to_cuda(key, _NAMES) for key in getattr(bounds, name)] for name in names
-    }
-
-
-def _mask_text(plan: Plan, macros: Any) -> str:
-    """The device functions by which the masking Step asks the mask."""
-    for step in walk(plan.kernel.worker.program):
-        if isinstance(step, MaskScores):
-            lower, upper = (
-                [to_cuda(key, _NAMES) for key in keys] for keys in (step.visible.lower, step.visible.upper)
-            )
-            return str(macros.row_bounds(lower, upper))
-        if isinstance(step, MaskScoresEach):
-            return str(macros.predicate(to_cuda(step.mask, _NAMES)))
-    return ""

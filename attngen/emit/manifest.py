@@ -9,7 +9,7 @@ from typing import Any
 
 from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,35 @@ class LaunchEntry:
 
 
 @dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that the mask or the score reads; every call passes it by name.
+
+    Parameters of value "tensor.<name>.ptr" and "tensor.<name>.stride_<i>" carry its address and its strides in elements.
+
+    Attributes:
+        dtype: "bool", "u8", "i32", "f16", "bf16" or "f32".
+        dims: each a run-time size, a number, or a name that the tensor binds; "size.<name>" carries what it binds.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class ScalarEntry:
+    """A scalar that the mask or the score reads; the parameter of value "scalar.<name>" carries it, a bool as 0 or 1.
+
+    Attributes:
+        default: what a call passes that says nothing; None where it must say.
+    """
+
+    name: str
+    type: str
+    default: int | float | bool | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`.
 
@@ -85,6 +114,9 @@ class Manifest:
     inputs: str
     output: str
     mask: str
+    score: str
+    tensors: tuple[TensorEntry, ...]
+    scalars: tuple[ScalarEntry, ...]
     schedule: str
     spec_digest: str
     kernels: tuple[KernelEntry, ...]
@@ -116,6 +148,10 @@ class Manifest:
         )
         launches = tuple(LaunchEntry(**launch) for launch in data.pop("launches"))
         data["shorter"] = tuple(data["shorter"])
+        data["tensors"] = tuple(
+            TensorEntry(**{**entry, "dims": tuple(entry["dims"])}) for entry in data["tensors"]
+        )
+        data["scalars"] = tuple(ScalarEntry(**entry) for entry in data["scalars"])
         return cls(kernels=kernels, workspaces=workspaces, launches=launches, **data)
 
 
@@ -138,6 +174,14 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
 
 def manifest(plan: Plan) -> Manifest:
     """The manifest of a plan."""
+    kernels = [
+        KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)))
+        for k in plan.kernels
+    ]
+    launches = [LaunchEntry(launch.kernel, launch.grid) for launch in plan.launches]
+    if (tables := plan.table_kernel) is not None:  # its parameters are the attention kernel's, maps included
+        kernels.append(KernelEntry(tables.name, tables.threads, 0, tables.params, kernels[0].tensor_maps))
+        launches.insert(0, LaunchEntry(tables.name, tables.grid))
     return Manifest(
         name=plan.name,
         arch=plan.arch.name,
@@ -147,14 +191,14 @@ def manifest(plan: Plan) -> Manifest:
         inputs=plan.inputs.name,
         output=plan.output.name,
         mask=plan.mask_text,
+        score=str(plan.score),
+        tensors=tuple(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
+        scalars=tuple(ScalarEntry(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
         schedule=plan.schedule,
         spec_digest=plan.spec_digest,
-        kernels=tuple(
-            KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)))
-            for k in plan.kernels
-        ),
+        kernels=tuple(kernels),
         workspaces=tuple(WorkspaceEntry(w.name, "f32", w.shape) for w in plan.workspaces),
-        launches=tuple(LaunchEntry(launch.kernel, launch.grid) for launch in plan.launches),
+        launches=tuple(launches),
         up_to=plan.up_to,
         shorter=tuple(shorter.name for shorter in plan.shorter),
     )

@@ -9,7 +9,8 @@ from attngen.errors import PlanError
 from attngen.expr import definitions, key_range, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
-from attngen.lower.places import key_blocks, pair_params, params, places, read_declarations, workspaces
+from attngen.lower.places import key_blocks, params, places, workspaces
+from attngen.lower.pairs import pair_params, read_declarations, table_kernel, table_spaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
@@ -116,6 +117,8 @@ def _warp_plan(
 ) -> Plan:
     """The plan of a schedule that every warp runs alike."""
     name, schedule = common["name"], common["schedule"]
+    tables = common["tile_classes"].tables if common["tile_classes"] else ()
+    of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
     at = places(choice, arch, *dtypes, head_dims, pairs)
     spaces = workspaces(at) if schedule == "serial" else ()
     heads = product("batch", "num_heads_q")
@@ -134,7 +137,7 @@ def _warp_plan(
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=params(spaces, pair_params(pairs, common["declarations"], _SIZES)),
+        params=params(spaces, of_pairs),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=max(at.v.offset + at.v.size_bytes, at.out.size_bytes),
     )
@@ -149,8 +152,9 @@ def _warp_plan(
         tensors=(at.q_in, at.k_in, at.v_in, at.result, *((at.o_acc,) if spaces else ())),
         rows=(at.lse, *((at.saved_max, at.saved_sum) if spaces else ())),
         kernels=(kernel,),
-        workspaces=spaces,
+        workspaces=(*spaces, *table_spaces(tables, common["block_m"], common["block_n"])),
         launches=(Launch(name, grid, grid),),
+        table_kernel=table_kernel(name, kernel.params, tables, common["block_m"], common["block_n"]),
     )
 
 
@@ -165,7 +169,8 @@ def _warpgroup_plan(
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
     at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs)
-    of_pairs = pair_params(pairs, common["declarations"], ("batch", *_SIZES))
+    tables = common["tile_classes"].tables if common["tile_classes"] else ()
+    of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))
     kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)
     return Plan(
         **common,
@@ -178,8 +183,9 @@ def _warpgroup_plan(
         tensors=(at.q_in, at.k_in, at.v_in, at.result),
         rows=(at.lse,),
         kernels=(kernel,),
-        workspaces=(),
+        workspaces=table_spaces(tables, common["block_m"], common["block_n"]),
         launches=(warpgroups.launch(name, choice),),
+        table_kernel=table_kernel(name, kernel.params, tables, common["block_m"], common["block_n"]),
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
-from attngen.expr import Declarations, Expr, KeyRange, extremes, free_names, name, tensor_names
+from attngen.expr import KeyRange, extremes, name
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
 from attngen.schedules import Pairs, Places
@@ -88,16 +88,6 @@ def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | No
     )
 
 
-def read_declarations(declared: Declarations, *exprs: Expr) -> Declarations:
-    """What expressions read of a spec's scalars and tensors."""
-    names = frozenset().union(*map(free_names, exprs))
-    tensors = frozenset().union(*map(tensor_names, exprs))
-    return Declarations(
-        {name: scalar for name, scalar in declared.scalars.items() if name in names},
-        {name: tensor for name, tensor in declared.tensors.items() if name in tensors},
-    )
-
-
 def workspaces(at: Places) -> tuple[Workspace, ...]:
     """Device memory for what the schedule keeps there: O, row_max and row_sum, in f32."""
     rows = ("batch", "num_heads_q", "seqlen_q")
@@ -122,43 +112,4 @@ def params(spaces: tuple[Workspace, ...], of_pairs: tuple[Param, ...]) -> tuple[
         ),
         *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
-    )
-
-
-def pair_params(pairs: Pairs, read: Declarations, sizes: tuple[str, ...]) -> tuple[Param, ...]:
-    """What scores and expressions read: scale, tensors, sizes of these that no other field has, scalars.
-
-    Args:
-        pairs: of the spec.
-        read: what of the spec's declarations the kernel reads.
-        sizes: fields that are there anyway.
-    """
-    if pairs.modifies_scores:
-        scale = (
-            Param("softmax_scale", "f32", "softmax_scale"),
-            Param("softmax_scale_log2", "f32", "log2_e"),
-        )
-    else:
-        scale = (
-            Param("scale_is_negative", "i32", "scale_is_negative"),
-            Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
-        )
-    dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
-    return (
-        *scale,
-        *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
-        *(
-            Param(f"arg_{name}_stride_{i}", "i64", f"tensor.{name}.stride_{i}")
-            for name, tensor in read.tensors.items()
-            for i in range(len(tensor.dims))
-        ),
-        *(
-            Param(f"size_{dim}", "i32", f"size.{dim}")
-            for dim in dims
-            if isinstance(dim, str) and dim not in sizes
-        ),
-        *(
-            Param(f"arg_{scalar.name}", "f32" if scalar.type == "f32" else "i32", f"scalar.{scalar.name}")
-            for scalar in read.scalars.values()
-        ),
     )

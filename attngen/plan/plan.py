@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import DType
-from attngen.expr import Declarations, Expr, TileClasses
+from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
 
@@ -20,6 +20,7 @@ Formula = int | str | dict[str, Any]
 FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
     "mul": lambda a, b: a * b,
     "ceil_div": lambda a, b: -(-a // b),
+    "max": max,
     "min": min,
 }
 
@@ -47,6 +48,11 @@ def product(*factors: Formula) -> Formula:
 def minimum(*values: Formula) -> Formula:
     """The formula of the smallest of its arguments."""
     return {"op": "min", "args": list(values)}
+
+
+def maximum(*values: Formula) -> Formula:
+    """The formula of the largest of its arguments."""
+    return {"op": "max", "args": list(values)}
 
 
 def ceil_div(a: Formula, b: Formula) -> Formula:
@@ -202,6 +208,24 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class TableKernel:
+    """The kernel that works out the extremes of lookups over each block of rows or keys, before the attention kernel.
+
+    Block i of threads works on entry i of every table that has one.
+
+    Attributes:
+        params: those of the attention kernel.
+        tables: what is worked out; each has two workspaces, `<name>_lo` and `<name>_hi`.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    tables: tuple[Table, ...]
+    grid: Formula
+    threads: int = 128
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a spec became on an arch.
 
@@ -216,6 +240,7 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
+        table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
         up_to: most keys of the calls that this plan is for; None for any.
         shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
     """
@@ -248,8 +273,14 @@ class Plan:
     kernels: tuple[KernelPlan, ...]
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
+    table_kernel: TableKernel | None = None
     up_to: int | None = None
     shorter: tuple["Plan", ...] = ()
+
+    @property
+    def modifies_scores(self) -> bool:
+        """Whether the score is anything but the scaled product."""
+        return self.score is not name("score")
 
     @property
     def kernel(self) -> KernelPlan:

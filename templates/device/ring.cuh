@@ -25,3 +25,9 @@ DEV u32 full(u32 ring, Cursor at) { return ring + 8 * at.stage; }
 
 template <int kStages>
 DEV u32 empty(u32 ring, Cursor at) { return ring + 8 * (kStages + at.stage); }
+
+// Draw from a counter for the whole warp; atomicInc wraps it to 0 after `last`.
+DEV u32 draw(u32* counter, u32 last) {
+  const u32 drawn = threadIdx.x % 32 == 0 ? atomicInc(counter, last) : 0;
+  return __shfl_sync(~0u, drawn, 0);
+}

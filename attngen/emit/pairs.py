@@ -1,0 +1,172 @@
+"""The device functions by which a kernel asks the spec: which keys are seen, and what a score is."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jinja2
+
+from attngen.expr import Leaves, Table, cuda_body, to_cuda
+from attngen.plan import Plan, walk
+from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores
+
+_NAMES = {
+    "b": "tile.batch",
+    "h": "tile.head",
+    "h_kv": "tile.kv_head",
+    "seqlen_q": "tile.seqlen_q",
+    "seqlen_k": "tile.seqlen_k",
+    **{
+        name: name
+        for name in (
+            "score",
+            "q_idx",
+            "kv_idx",
+            "q_first",
+            "q_last",
+            "kv_first",
+            "kv_last",
+            "q_tile",
+            "kv_tile",
+        )
+    },
+}
+_TABLE_SIZES = {
+    "b": "params.size_batch",
+    "h": "params.num_heads_q",
+    "h_kv": "params.size_num_heads_kv",
+    "q_tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
+    "kv_tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
+}
+_C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
+_ELEMENTS = {
+    "bool": ("bool", "__ldg({}) != 0"),
+    "u8": ("int", "__ldg({})"),
+    "i32": ("int", "__ldg({})"),
+    "f32": ("float", "__ldg({})"),
+    "f16": ("float", "f16_to_float(__ldg({}))"),
+    "bf16": ("float", "bf16_to_float(__ldg({}))"),
+}
+
+
+def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
+    """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
+    macros: Any = env.get_template("mask.cuh.j2").module
+    texts = (*_lookups(plan, macros), *_blocks(plan, macros), *_pairs(plan, macros))
+    return [str(text).strip("\n") for text in texts]
+
+
+def table_function(plan: Plan, env: jinja2.Environment) -> str:
+    """The kernel that fills the tables of a plan."""
+    macros: Any = env.get_template("tables.cuh.j2").module
+    kernel = plan.table_kernel
+    if kernel is None:
+        return ""
+    tables = [
+        {
+            "name": table.name,
+            "lookup": str(table.lookup),
+            "c_type": _C_TYPES[table.lookup.type],
+            "indices": [{"name": index.name, "size": _TABLE_SIZES[index.name]} for index in table.indices],
+            "reads_q": "q" in table.reads,
+            "reads_k": "k" in table.reads,
+            "value": cuda_body([table.lookup], leaves(plan)),
+        }
+        for table in kernel.tables
+    ]
+    return str(macros.fill_tables(kernel, tables)).strip("\n")
+
+
+def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
+    for name, tensor in plan.declarations.tensors.items():
+        c_type, element = _ELEMENTS[tensor.dtype]
+        steps = [f"i{i} * params.arg_{name}_stride_{i}" for i in range(len(tensor.dims))]
+        yield macros.lookup(
+            {
+                "name": name,
+                "type": f"{name}: {tensor}",
+                "c_type": c_type,
+                "indices": ", ".join(f"int i{i}" for i in range(len(tensor.dims))),
+                "element": element.format(" + ".join((f"params.arg_{name}", *steps))),
+            }
+        )
+    for table in _tables(plan):
+        place = table.indices[0].name
+        for index in table.indices[1:]:
+            place = f"({place}) * ({_TABLE_SIZES[index.name]}) + {index.name}"
+        for space in table.ends:
+            element = f"__ldg(params.{space} + {place})"
+            yield macros.lookup(
+                {
+                    "name": space,
+                    "type": f"The {'smallest' if space.endswith('lo') else 'largest'} {table.lookup} of a block.",
+                    "c_type": _C_TYPES[table.lookup.type],
+                    "indices": ", ".join(f"int {index.name}" for index in table.indices),
+                    "element": f"{element} != 0" if table.lookup.type == "bool" else element,
+                }
+            )
+
+
+def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
+    if plan.key_blocks is not None:
+        yield macros.key_blocks(_bounds_text(plan))
+        return
+    assert plan.tile_classes is not None
+    classes = plan.tile_classes
+    may, must = (cuda_body([expr], leaves(plan)) for expr in (classes.may, classes.must))
+    yield macros.tile_classes(may, must)
+    if plan.kernel.scheduler.kind == "query_blocks":
+        yield macros.walk(not classes.tables)
+
+
+def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
+    steps = {type(step): step for step in walk(plan.kernel.worker.program)}
+    if isinstance(step := steps.get(ModifyScores), ModifyScores):
+        yield macros.score(cuda_body([step.score], leaves(plan, exact=False, key_step="kv_step")))
+    if isinstance(step := steps.get(MaskScores), MaskScores):
+        bounds = (step.visible.lower, step.visible.upper)
+        yield macros.row_bounds(*([to_cuda(key, leaves(plan).names) for key in keys] for keys in bounds))
+    if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
+        yield macros.predicate(cuda_body([step.mask], leaves(plan)))
+
+
+def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
+    """How names and tensors are written in the functions of a plan."""
+    scalars = {
+        scalar.name: f"(params.arg_{scalar.name} != 0)" if scalar.type == "bool" else f"params.arg_{scalar.name}"
+        for scalar in plan.declarations.scalars.values()
+    }
+    params = {param.name for param in plan.kernel.params}
+
+    def size(dim: str | int) -> str:
+        if isinstance(dim, int):
+            return str(dim)
+        return f"params.{dim}" if dim in params else f"params.size_{dim}"
+
+    sizes = {
+        tensor.name: [size(dim) for dim in tensor.dims] for tensor in plan.declarations.tensors.values()
+    }
+    sizes |= {
+        space: [_TABLE_SIZES[index.name] for index in table.indices]
+        for table in _tables(plan)
+        for space in table.ends
+    }
+    names = _NAMES | scalars
+    return Leaves(names | {"kv_idx": "kv_first"} if key_step else names, sizes, exact, key_step)
+
+
+def _tables(plan: Plan) -> tuple[Table, ...]:
+    return plan.tile_classes.tables if plan.tile_classes else ()
+
+
+def _bounds_text(plan: Plan) -> Mapping[str, object]:
+    """The bounds with every key as CUDA text."""
+    bounds = plan.key_blocks
+    assert bounds is not None
+    flags = {
+        "last_is_masked": bounds.last_is_masked,
+        "tells_visits": plan.kernel.scheduler.kind == "heads",
+    }
+    return flags | {
+        name: [to_cuda(key, leaves(plan).names) for key in getattr(bounds, name)]
+        for name in ("first_any", "first_all", "end_any", "end_all")
+    }

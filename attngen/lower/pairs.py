@@ -1,0 +1,87 @@
+"""What a kernel needs beside tiles for the spec's mask and score: parameters, and tables of extremes."""
+
+from attngen.expr import Declarations, Expr, Table, free_names, tensor_names
+from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, product
+from attngen.schedules import Pairs
+
+
+def read_declarations(declared: Declarations, *exprs: Expr) -> Declarations:
+    """What expressions read of a spec's scalars and tensors."""
+    names = frozenset().union(*map(free_names, exprs))
+    tensors = frozenset().union(*map(tensor_names, exprs))
+    return Declarations(
+        {name: scalar for name, scalar in declared.scalars.items() if name in names},
+        {name: tensor for name, tensor in declared.tensors.items() if name in tensors},
+    )
+
+
+def pair_params(
+    pairs: Pairs, read: Declarations, tables: tuple[Table, ...], sizes: tuple[str, ...]
+) -> tuple[Param, ...]:
+    """What scores and expressions read: scale, tensors, tables, sizes of these that no other field has, scalars.
+
+    Args:
+        pairs: of the spec.
+        read: what of the spec's declarations the kernel reads.
+        tables: that classes of blocks read.
+        sizes: fields that are there anyway.
+    """
+    if pairs.modifies_scores:
+        scale = (
+            Param("softmax_scale", "f32", "softmax_scale"),
+            Param("softmax_scale_log2", "f32", "log2_e"),
+        )
+    else:
+        scale = (
+            Param("scale_is_negative", "i32", "scale_is_negative"),
+            Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
+        )
+    dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
+    dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
+    return (
+        *scale,
+        *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
+        *(
+            Param(f"arg_{name}_stride_{i}", "i64", f"tensor.{name}.stride_{i}")
+            for name, tensor in read.tensors.items()
+            for i in range(len(tensor.dims))
+        ),
+        *(Param(space, "pointer", f"workspace.{space}") for table in tables for space in table.ends),
+        *(
+            Param(f"size_{dim}", "i32", f"size.{dim}")
+            for dim in dims
+            if isinstance(dim, str) and dim not in sizes
+        ),
+        *(
+            Param(f"arg_{scalar.name}", "f32" if scalar.type == "f32" else "i32", f"scalar.{scalar.name}")
+            for scalar in read.scalars.values()
+        ),
+    )
+
+
+def table_spaces(tables: tuple[Table, ...], block_m: int, block_n: int) -> tuple[Workspace, ...]:
+    """Device memory for the smallest and the largest value of each entry."""
+    return tuple(
+        Workspace(space, _shape(table, block_m, block_n)) for table in tables for space in table.ends
+    )
+
+
+def table_kernel(
+    attention: str, of_attention: tuple[Param, ...], tables: tuple[Table, ...], block_m: int, block_n: int
+) -> TableKernel | None:
+    """What fills the tables, if there are any."""
+    if not tables:
+        return None
+    entries = [product(1, *_shape(table, block_m, block_n)) for table in tables]
+    return TableKernel(f"{attention}_tables", of_attention, tables, maximum(*entries))
+
+
+def _shape(table: Table, block_m: int, block_n: int) -> tuple[Formula, ...]:
+    sizes: dict[str, Formula] = {
+        "b": "batch",
+        "h": "num_heads_q",
+        "h_kv": "num_heads_kv",
+        "q_tile": ceil_div("seqlen_q", block_m),
+        "kv_tile": ceil_div("seqlen_k", block_n),
+    }
+    return tuple(sizes[index.name] for index in table.indices)

@@ -1,0 +1,72 @@
+// An index of a tensor, kept within its dimension.
+DEV int clamp_index(int index, int size) { return max(0, min(index, size - 1)); }
+DEV int clamp_index(i64 index, int size) { return (int)max((i64)0, min(index, (i64)size - 1)); }
+
+// The quotient rounded down.
+DEV int floor_divide(int a, int b) { return a / b - ((a % b != 0) & ((a ^ b) < 0)); }
+DEV i64 floor_divide(i64 a, i64 b) { return a / b - ((a % b != 0) & ((a ^ b) < 0)); }
+
+// What floor_divide leaves; it has the sign of b.
+DEV int floor_modulo(int a, int b) { return a - floor_divide(a, b) * b; }
+DEV i64 floor_modulo(i64 a, i64 b) { return a - floor_divide(a, b) * b; }
+
+// -1, 0 or 1; 0 of a NaN.
+template <class T>
+DEV T sign(T x) { return (T)((x > 0) - (x < 0)); }
+
+// 1 / (1 + e^-x)
+DEV float sigmoid(float x) { return __fdiv_rn(1.f, __fadd_rn(1.f, expf(-x))); }
+
+// e^x by ex2.approx.
+DEV float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
+
+// ln(x) by lg2.approx.
+DEV float log_approx(float x) { return log2_approx(x) * 0.6931471805599453f; }
+
+// 1 / (1 + e^-x) by ex2.approx and rcp.approx.
+DEV float sigmoid_approx(float x) { return rcp_approx(1.f + exp_approx(-x)); }
+
+// tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx.
+DEV float fast_tanh(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
+
+// The smallest and the largest of the values that a block of threads takes; a NaN may be anything.
+template <class T>
+struct Extremes {
+  T lo = largest(T()), hi = smallest(T());
+  DEV bool largest(bool) { return true; }
+  DEV bool smallest(bool) { return false; }
+  DEV int largest(int) { return 0x7fffffff; }
+  DEV int smallest(int) { return 0x80000000; }
+  DEV float largest(float) { return infinity(); }
+  DEV float smallest(float) { return -infinity(); }
+  __device__ void take(T value) {
+    const bool is_number = value == value;
+    lo = min_of(lo, is_number ? value : smallest(T()));
+    hi = max_of(hi, is_number ? value : largest(T()));
+  }
+  DEV T min_of(T a, T b) { return b < a ? b : a; }
+  DEV T max_of(T a, T b) { return a < b ? b : a; }
+  __device__ void reduce() {
+    __shared__ T los[4], his[4];
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      lo = min_of(lo, (T)__shfl_xor_sync(~0u, lo, step));
+      hi = max_of(hi, (T)__shfl_xor_sync(~0u, hi, step));
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) los[threadIdx.x / 32] = lo, his[threadIdx.x / 32] = hi;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < 4; ++warp) lo = min_of(lo, los[warp]), hi = max_of(hi, his[warp]);
+  }
+};
+
+// A bf16 of a tensor as f32.
+DEV float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
+
+// An f16 of a tensor as f32.
+DEV float f16_to_float(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
