@@ -79,10 +79,15 @@ def wait_copies(step: WaitCopies, role: RoleRun) -> None:
     role.land_copies(step.pending)
 
 
-def copy_tile(step: CopyTile, role: RoleRun) -> None:
+def copy_tile(step: CopyTile | StageTile, role: RoleRun) -> None:
     """Round an accumulator and write it to shared memory."""
     dtype = step.dst.buffer.dtype
     role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
+
+
+def stage_tile(step: StageTile, role: RoleRun) -> None:
+    """As CopyTile: the layouts they write differ on the GPU alone, and the View knows whose rows it means."""
+    copy_tile(step, role)
 
 
 def store_tile(step: StoreTile, role: RoleRun) -> None:
@@ -90,12 +95,6 @@ def store_tile(step: StoreTile, role: RoleRun) -> None:
     buffer = step.src.buffer
     first = _first_row(role, step.dst, step.block, buffer.rows)
     role.device.write(step.dst, role.tile, first, role.read_shared(step.src), (buffer.rows, buffer.cols))
-
-
-def stage_tile(step: StageTile, role: RoleRun) -> None:
-    """Round an accumulator and write it to the warpgroup's own rows."""
-    dtype = step.dst.buffer.dtype
-    role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
 
 
 def tma_store(step: TmaStore, role: RoleRun) -> None:
