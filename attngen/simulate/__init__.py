@@ -10,9 +10,10 @@ from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction
 from attngen.simulate.run import STEPS_SIMULATED, count, simulate
 from attngen.simulate.tiles import BlockBounds, Sizes, block_bounds, tiles
-from attngen.simulate.timeline import UNITS, Interval, Prediction, Timeline, Unit, predict, timeline
+from attngen.simulate.timeline import Prediction, Timeline, predict, timeline
 from attngen.simulate.trace import Trace, trace
 from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
+from attngen.simulate.units import UNITS, Interval, Unit
 
 __all__ = [
     "COSTS",

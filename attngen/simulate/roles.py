@@ -76,7 +76,7 @@ class RoleRun:
 
     Attributes:
         name: for messages: "consumer 1".
-        warpgroup: which of the role's.
+        warpgroup: which of the role's; `warps` are those that it has.
         tile: the tile it works on; `tile_number`, which one is next to be taken up.
         variables: what block indices may start from, loops' indices included.
         loops: names of the loops around the present Step, outermost first.
@@ -92,6 +92,7 @@ class RoleRun:
         self.name = f"{role.name} {warpgroup}" if role.warpgroups > 1 else role.name
         self.program = role.program
         self.warpgroup, self.warpgroups = warpgroup, role.warpgroups
+        self.warps = role.warps // role.warpgroups
         self.block = block
         self.call = block.call
         self.device = block.call.device

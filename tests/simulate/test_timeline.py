@@ -22,7 +22,7 @@ from attngen.simulate import (
     predict,
     timeline,
 )
-from attngen.simulate.timeline import CHARGES
+from attngen.simulate.charges import CHARGES
 from attngen.spec import load
 
 H200 = COSTS["sm_90a"]

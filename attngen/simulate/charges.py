@@ -1,0 +1,243 @@
+"""What each Step costs on which unit: a charge for every Step that takes time.
+
+Rates and latencies are those of `costs.py`; a charge says which of them a Step pays, and for how much work. A GEMM
+lasts from its issue to its WaitGemm, a copy until its bytes are there. No charge computes a value.
+"""
+
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+from attngen.plan import RegTile, RegVec, Rows, Step, Tensor
+from attngen.plan.steps import (
+    Clear,
+    CommitCopies,
+    ConvertP,
+    CopyTile,
+    DrawTile,
+    Exponentiate,
+    FinishRows,
+    IssueOutputGemm,
+    IssueScoreGemm,
+    LoadFragment,
+    LoadRows,
+    LoadTile,
+    MaskScores,
+    MaskScoresEach,
+    NegateTile,
+    OutputGemm,
+    ReduceRows,
+    RowMax,
+    ScaleRows,
+    ScoreGemm,
+    StageTile,
+    StoreFragment,
+    StoreRows,
+    StoreTile,
+    SyncThreads,
+    SyncWarpgroup,
+    TakeTurn,
+    TmaLoad,
+    TmaStore,
+    WaitCopies,
+    WaitEmpty,
+    WaitFull,
+    WaitGemm,
+    WaitStores,
+)
+from attngen.simulate.roles import RoleRun, Wait
+from attngen.simulate.units import TIME, Unit, Units, now, when_due
+
+Paid = Generator[Wait, None, int | None]
+Charge = Callable[[Units, Any, RoleRun], Paid | int | None]
+"""Queues the work of a Step and leaves the role's time where the Step takes effect; a generator where other roles may
+have to go first. Returns when the role goes on; None where that is when the Step has been done."""
+
+SCHEDULERS = 4
+"""Warp schedulers of an SM. Source: CUDA C++ Programming Guide, "Compute Capability 9.0", "Architecture"."""
+
+
+def _scheduler_share(role: RoleRun) -> float:
+    """The share of the SM's schedulers on which the role has a warp."""
+    return min(SCHEDULERS, role.warps) / SCHEDULERS
+
+
+def _elements(place: RegTile | RegVec, role: RoleRun) -> int:
+    """Of a place, those that the role's own rows have."""
+    return place.rows // role.warpgroups * (place.cols if isinstance(place, RegTile) else 1)
+
+
+def _transfer_cycles(units: Units, size_bytes: int) -> float:
+    """Cycles in which so much passes between L2 and shared memory or registers."""
+    return size_bytes / units.costs.copy_bytes
+
+
+def _take_done(ends: list[int], pending: int) -> list[int]:
+    """Remove and return all but the `pending` newest."""
+    done = ends[: max(0, len(ends) - pending)]
+    del ends[: len(done)]
+    return done
+
+
+# ---- registers ------------------------------------------------------------------------------------------------------
+_OPERAND: dict[type[Step], str] = {
+    Clear: "dst",
+    MaskScores: "s",
+    MaskScoresEach: "s",
+    RowMax: "s",
+    Exponentiate: "s",
+    ConvertP: "s",
+    ScaleRows: "o",
+    ReduceRows: "part",
+    FinishRows: "row_sum",
+}
+"""The operand whose elements a Step on registers works through."""
+
+
+def _work_on_registers(units: Units, step: Any, role: RoleRun) -> Paid:
+    """Slots of the schedulers, for exponentials the unit beside."""
+    place: RegTile | RegVec = getattr(step, _OPERAND[type(step)])
+    costs, elements, share = units.costs, _elements(place, role), _scheduler_share(role)
+    work: dict[Unit, float] = {
+        "arithmetic": elements * costs.lane_slots.get(type(step), 1) / (costs.lanes * share)
+    }
+    if isinstance(step, Exponentiate):
+        work["exponential unit"] = elements / (costs.exponentials * share)
+    yield from units.queue_in_slices(work, step, role)
+    latency = costs.reduction_latency if isinstance(step, RowMax | ReduceRows) else costs.step_latency
+    return now(role) + (latency if not isinstance(step, Clear) else 0)
+
+
+# ---- GEMMs ----------------------------------------------------------------------------------------------------------
+def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
+    depth = step.b.buffer.rows if isinstance(step, OutputGemm | IssueOutputGemm) else step.a.buffer.cols
+    flops: int = 2 * _elements(step.acc, role) * depth
+    bits: int = step.b.buffer.dtype.bits
+    return flops * bits / (16 * units.costs.flops_of_16_bit)
+
+
+def _issue_gemm(units: Units, step: Any, role: RoleRun) -> Paid:
+    yield when_due(role)
+    end = units.queue("tensor core", _gemm_cycles(units, step, role), step, role)
+    units.in_flight[role].gemms.append(end)
+    return now(role) + units.costs.gemm_issue
+
+
+def _wait_gemm(units: Units, step: WaitGemm, role: RoleRun) -> int:
+    done = _take_done(units.in_flight[role].gemms, step.pending)
+    return max([now(role), *(end + units.costs.gemm_latency for end in done)])
+
+
+def _synchronous_gemm(units: Units, step: Any, role: RoleRun) -> Paid:
+    cycles = _gemm_cycles(units, step, role) / (units.costs.mma_share * _scheduler_share(role))
+    yield from units.queue_in_slices({"tensor core": cycles}, step, role)
+    return now(role) + units.costs.gemm_latency
+
+
+# ---- copies between device and shared memory ------------------------------------------------------------------------
+def _tma_load(units: Units, step: TmaLoad, role: RoleRun) -> Paid:
+    """The role arrives at `full` on behalf of the bytes: with the time when they are there."""
+    yield when_due(role)
+    goes_on = now(role) + units.costs.copy_issue
+    end = units.queue("copy engine", _transfer_cycles(units, step.dst.buffer.stage_bytes), step, role)
+    role.clock[TIME] = end + units.costs.copy_latency
+    return goes_on
+
+
+def _load_tile(units: Units, step: LoadTile, role: RoleRun) -> Paid:
+    size_bytes = step.dst.buffer.stage_bytes
+    slots = size_bytes / 16 * units.costs.chunk_slots
+    cycles = slots / (units.costs.lanes * _scheduler_share(role))
+    yield from units.queue_in_slices({"arithmetic": cycles}, step, role)
+    yield when_due(role)
+    end = units.queue("copy engine", _transfer_cycles(units, size_bytes), step, role)
+    units.in_flight[role].copies.append(end + units.costs.copy_latency)
+    return None
+
+
+def _commit_copies(units: Units, step: CommitCopies, role: RoleRun) -> None:
+    in_flight = units.in_flight[role]
+    in_flight.groups.append(max([now(role), *in_flight.copies]))
+    in_flight.copies.clear()
+
+
+def _wait_copies(units: Units, step: WaitCopies, role: RoleRun) -> int:
+    return max([now(role), *_take_done(units.in_flight[role].groups, step.pending)])
+
+
+def _tma_store(units: Units, step: TmaStore, role: RoleRun) -> Paid:
+    yield when_due(role)
+    cycles = _transfer_cycles(units, step.src.buffer.stage_bytes // role.warpgroups)
+    units.in_flight[role].stores.append(units.queue("copy engine", cycles, step, role))
+    return now(role) + units.costs.copy_issue
+
+
+def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
+    return max([now(role), *_take_done(units.in_flight[role].stores, 0)])
+
+
+# ---- loads and stores of the threads --------------------------------------------------------------------------------
+def _write_shared(units: Units, step: CopyTile | StageTile | NegateTile, role: RoleRun) -> int:
+    """Shared memory has no lane of its own."""
+    buffer = step.tile.buffer if isinstance(step, NegateTile) else step.dst.buffer
+    share = role.warpgroups if isinstance(step, StageTile) else 1
+    cycles = math.ceil(buffer.stage_bytes / share / units.costs.shared_bytes)
+    return now(role) + cycles + units.costs.step_latency
+
+
+def _access_device(units: Units, size_bytes: int, waits: bool, step: Step, role: RoleRun) -> Paid:
+    """Threads load from or store to device memory; nobody waits for a store."""
+    yield when_due(role)
+    end = units.queue("copy engine", _transfer_cycles(units, size_bytes), step, role)
+    return end + (units.costs.memory_latency if waits else 0)
+
+
+def _fragment(
+    units: Units, step: LoadFragment | StoreFragment | LoadRows | StoreRows, role: RoleRun
+) -> Paid | None:
+    registers: RegTile | RegVec
+    place: Tensor | Rows
+    if isinstance(step, LoadFragment | LoadRows):
+        registers, place, waits = step.dst, step.src, True
+    else:
+        registers, place, waits = step.src, step.dst, False
+    if isinstance(place, Rows) and not role.device.wants(place):
+        return None
+    return _access_device(units, 4 * _elements(registers, role), waits, step, role)
+
+
+def _store_tile(units: Units, step: StoreTile, role: RoleRun) -> Paid:
+    return _access_device(units, step.src.buffer.stage_bytes, False, step, role)
+
+
+def _draw_tile(units: Units, step: DrawTile, role: RoleRun) -> None:
+    role.clock[TIME] = now(role) + units.costs.memory_latency
+
+
+# ---- meetings -------------------------------------------------------------------------------------------------------
+MEETINGS = (WaitFull, WaitEmpty, TakeTurn, SyncThreads, SyncWarpgroup)
+"""Steps that end at the later of two times: the role's, and that of those it waits for."""
+
+
+def _meet(units: Units, step: Step, role: RoleRun) -> None:
+    """Nothing before they meet; the barrier's latency is added where the Step ends."""
+
+
+CHARGES: dict[type[Step], Charge] = {
+    **dict.fromkeys(_OPERAND, _work_on_registers),
+    **dict.fromkeys((IssueScoreGemm, IssueOutputGemm), _issue_gemm),
+    **dict.fromkeys((ScoreGemm, OutputGemm), _synchronous_gemm),
+    **dict.fromkeys(MEETINGS, _meet),
+    **dict.fromkeys((CopyTile, StageTile, NegateTile), _write_shared),
+    **dict.fromkeys((LoadFragment, StoreFragment, LoadRows, StoreRows), _fragment),
+    WaitGemm: _wait_gemm,
+    TmaLoad: _tma_load,
+    LoadTile: _load_tile,
+    CommitCopies: _commit_copies,
+    WaitCopies: _wait_copies,
+    TmaStore: _tma_store,
+    WaitStores: _wait_stores,
+    StoreTile: _store_tile,
+    DrawTile: _draw_tile,
+}
+"""What each Step costs; those that are missing (control, Release, Advance, ...) cost nothing."""
