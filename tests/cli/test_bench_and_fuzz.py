@@ -7,23 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from attngen import bench
-from attngen.cli import main, output
+from attngen.cli import output
 from attngen.cli.facts import SWEEP_COLUMNS
 from attngen.inputs import random_inputs
 
 Attngen = Callable[..., Result]
 SMALL = ("--seqlen", "64", "--tokens", "64", "--width", "64")
-
-
-@pytest.fixture
-def attngen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attngen:
-    """The command line with a cache of its own, in a directory of its own."""
-    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(main, arguments)
 
 
 @pytest.fixture

@@ -1,63 +1,22 @@
+"""The commands check, run, build, cache and schema, and what every command refuses."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import save_file
 
-from attngen.api import compile, resolve_arch
+from attngen.api import compile
 from attngen.arch import ARCHS
-from attngen.cli import main, output
 from attngen.cli.comparison import execute
-from attngen.cli.limits import MARGINS, binding, margins, occupancy
-from attngen.cli.shapes import shapes_of
 from attngen.inputs import Shape, random_inputs
 from attngen.lower import lower
-from attngen.plan import Plan, listing
-from attngen.plan.rules import RULES
-from attngen.plan.steps import walk
-from attngen.simulate import count
 from attngen.spec import load
 
 Attngen = Callable[..., Result]
-
-SPECIALISED = ("warp_specialized", "pingpong")
-
-GOOD_SPEC = (
-    "name: small\ntarget: sm_80\nproblem: {head_dim: 32}\ncheck:\n  - {heads: 2, seqlen_q: 5, seqlen_k: 70}\n"
-)
-
-
-@pytest.fixture
-def attngen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attngen:
-    """The command line with a cache of its own, in a directory of its own."""
-    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(main, arguments)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> str:
-    """A spec file that is good on every machine."""
-    path = tmp_path / "small.yaml"
-    path.write_text(GOOD_SPEC)
-    return str(path)
-
-
-@pytest.fixture
-def hopper(tmp_path: Path) -> str:
-    """A spec file that `auto` lowers to warp_specialized."""
-    path = tmp_path / "hopper.yaml"
-    path.write_text("name: hopper\ntarget: sm_90a\nproblem: {head_dim: 128}\n")
-    return str(path)
-
-
-@pytest.fixture
-def wide_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines so long that no cell is folded."""
-    monkeypatch.setattr(output, "_WIDTH_WITHOUT_TERMINAL", 400)
 
 
 def spec_file(tmp_path: Path, text: str) -> str:
@@ -320,16 +279,6 @@ def test_set_reads_truth_values(attngen: Attngen, hopper: str) -> None:
     assert result.stdout.count("refused [rule boolean]") == 2
 
 
-@pytest.mark.usefixtures("wide_lines")
-def test_a_sweep_of_warpgroups_names_them(attngen: Attngen, hopper: str) -> None:
-    """The tile of a row counts what the spec can set: warpgroups, not warps; what a rule refuses is a row."""
-    result = attngen("explain", hopper, "--set", "schedule.warpgroups=1,2,4")
-    assert result.exit_code == 0, result.output
-    assert "64x128, stages 2, warpgroups 1 " in result.stdout
-    assert "128x128, stages 2, warpgroups 2 " in result.stdout
-    assert "refused [rule warpgroups" in result.stdout
-
-
 def test_a_comma_in_brackets_does_not_cut(attngen: Attngen, small: str) -> None:
     """`--set` sweeps two masks here, not three, though one of them has a comma of its own."""
     result = attngen("explain", small, "--set", "mask=full,f(1,2)")
@@ -337,7 +286,7 @@ def test_a_comma_in_brackets_does_not_cut(attngen: Attngen, small: str) -> None:
     assert result.stdout.count("mask=") == 2
 
 
-# ---- build and explain
+# ---- build, cache and schema
 
 
 def test_build_writes_three_files_and_finds_them_cached(attngen: Attngen, small: str) -> None:
@@ -363,228 +312,6 @@ def test_cache_counts_and_clears(attngen: Attngen, small: str, tmp_path: Path) -
     assert attngen("cache", "size").stdout == "0 kernels, 0 B\n"
 
 
-def test_explain_shows_specs_side_by_side(attngen: Attngen, small: str) -> None:
-    """Both specs are columns of one table: tiles, memory, registers, occupancy, rules, counted and expected bytes."""
-    result = attngen("explain", small, "blackboard")
-    assert result.exit_code == 0, result.output
-    lines = {line[:24].strip(): line for line in result.stdout.splitlines()}
-    assert any(line.split() == ["small", "blackboard"] for line in result.stdout.splitlines())
-    for name in (
-        "tile",
-        "memory map",
-        "registers",
-        "occupancy",
-        "binds",
-        "bytes, counted",
-        "bytes, standard",
-    ):
-        assert name in lines
-    for rule in RULES:
-        assert any(name.startswith(f"rule {rule}") for name in lines)
-    plan = lower(load("blackboard"), ARCHS["simulator"])
-    shape = shapes_of(load("blackboard"))[0]
-    moved = count(plan, shape.seqlen_q, shape.seqlen_k, return_lse=True).bytes_moved
-    assert f"{moved} B (reads" in lines["bytes, counted"]
-
-
-def test_explain_program_prints_every_step(attngen: Attngen) -> None:
-    """--program has a line for each Step of the schedule, in order."""
-    result = attngen("explain", "blackboard", "--program")
-    spec = load("blackboard")
-    position = result.stdout.index("role warps, 1 warp:")
-    for step in walk(lower(spec, resolve_arch(spec)).kernel.worker.program):
-        position = result.stdout.index(str(step), position) + 1
-
-
-@pytest.mark.parametrize("kind", SPECIALISED)
-def test_explain_program_prints_every_role(attngen: Attngen, hopper: str, kind: str) -> None:
-    """Consumer and producer have a listing each, in order, under who runs it and with how many registers."""
-    result = attngen("explain", hopper, "--program", "--set", f"schedule.kind={kind}")
-    assert result.exit_code == 0, result.output
-    roles = lower(load(hopper).replace({"schedule.kind": kind}), ARCHS["sm_90a"]).kernel.roles
-    headings = (
-        "role consumer, 2 warpgroups of 4 warps, 240 registers:",
-        "role producer, 1 thread of 4 warps, 24 registers:",
-    )
-    position = 0
-    for role, heading in zip(roles, headings, strict=True):
-        position = result.stdout.index(heading, position)
-        assert listing(role.program, indent=1) in result.stdout[position:]
-    assert ("take turn" in result.stdout) == (kind == "pingpong")
-
-
-@pytest.mark.usefixtures("wide_lines")
-def test_explain_maps_panels_rings_and_the_tile_slot(attngen: Attngen, hopper: str) -> None:
-    """128x128 tiles of head_dim 128, worked out by hand: every byte of shared memory has its line."""
-    result = attngen("explain", hopper)
-    assert result.exit_code == 0, result.output
-    lines = {" ".join(line.removeprefix(" memory map").split()) for line in result.stdout.splitlines()}
-    assert lines >= {
-        "0 .. 32767 q: 128 x 128 bf16, 2 panels",
-        "32768 .. 98303 k: 128 x 128 bf16 x 2 stages, 2 panels",
-        "98304 .. 163839 v: 128 x 128 bf16 x 2 stages, 2 panels",
-        "163840 .. 196607 out: 128 x 128 bf16, 2 panels",
-        "196608 .. 196623 q ring: mbarriers full, empty",
-        "196624 .. 196655 k ring: mbarriers full, empty x 2 stages",
-        "196656 .. 196687 v ring: mbarriers full, empty x 2 stages",
-        "196688 .. 196703 tile ring: mbarriers full, empty",
-        "196704 .. 196719 number of the next tile",
-    }
-
-
-@pytest.mark.usefixtures("wide_lines")
-def test_explain_counts_what_setmaxnreg_hands_on(attngen: Attngen, hopper: str) -> None:
-    """Registers at launch and of each role; three warpgroups of 168 take all of a multiprocessor but 1024."""
-    result = attngen("explain", hopper)
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith(" registers ")]
-    expected = "168 a thread at launch, then consumer 240, producer 24 (160 a thread in tiles)"
-    assert " ".join(line.split()[1:]) == expected
-    assert "1 block, 12 warps (19%), by registers" in result.stdout
-    assert "160 of 216 tile registers (56 left)" in result.stdout
-
-
-def test_an_explain_sweep_keeps_refused_rows(attngen: Attngen, small: str) -> None:
-    """A value that breaks a rule is a row with its rule, beside the rows that do not; the sweep is good."""
-    result = attngen("explain", small, "--set", "tile.block_n=32,40")
-    assert result.exit_code == 0, result.output
-    assert "refused [rule mma-k-step" in result.stdout and "x32, stages" in result.stdout
-    assert attngen("explain", small, "--set", "tile.block_n=40").exit_code == 2
-
-
-def test_explain_without_a_compiler_says_what_it_does_not_know(
-    attngen: Attngen, small: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without NVRTC all but the registers is shown, and the cure is named."""
-    from attngen.api import DiskCache
-    from attngen.errors import ToolchainError
-
-    def refuse(*_: object, **__: object) -> None:
-        raise ToolchainError("NVRTC cannot be loaded", "install it")
-
-    monkeypatch.setattr(DiskCache, "get", refuse)
-    result = attngen("explain", small)
-    assert result.exit_code == 0, result.output
-    assert "registers are unknown: NVRTC cannot be loaded" in result.stderr
-    assert "unknown;" in result.stdout and "bytes, counted" in result.stdout
-
-
 def test_schema_prints_the_schema_and_nothing_else(attngen: Attngen) -> None:
     """The output of `schema` is JSON that knows the keys of a spec."""
     assert {"problem", "tile", "schedule", "mask"} <= set(json.loads(attngen("schema").stdout)["properties"])
-
-
-# ---- limits
-
-
-def test_every_rule_has_a_margin() -> None:
-    """A rule added to the table of the plan must be shown by explain."""
-    assert set(MARGINS) == set(RULES)
-
-
-def assert_margins_are_kept(plan: Plan) -> None:
-    for margin in margins(plan):
-        assert margin.used <= margin.limit if margin.is_amount else margin.used % margin.limit == 0, margin
-    tile_rules = ("registers", "shared-memory", "wgmma-columns")
-    assert binding(plan).share == max(m.share for m in margins(plan) if m.rule in tile_rules)
-
-
-@pytest.mark.parametrize("name", ["fa2_d128_causal", "fa2_d64", "serial_d64", "fa2_d192x128"])
-def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
-    """A plan that passed the rules is within every margin, and the margin says what binds."""
-    spec = load(name)
-    plan = lower(spec, resolve_arch(spec))
-    assert_margins_are_kept(plan)
-    assert {m.rule for m in margins(plan)} == set(RULES) - {"warpgroups", "wgmma-rows", "wgmma-columns"}
-
-
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
-@pytest.mark.parametrize("kind", SPECIALISED)
-def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
-    """The same where warpgroups compute; the rows of mma.sync say nothing there."""
-    plan = lower(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
-    assert_margins_are_kept(plan)
-    assert {m.rule for m in margins(plan)} == set(RULES) - {"mma-rows"}
-
-
-def hopper_margin(rule: str, **changes: object) -> str:
-    plan = lower(load({"problem": {"head_dim": 128}} | changes), ARCHS["sm_90a"])
-    (found,) = [str(margin) for margin in margins(plan) if margin.rule == rule]
-    return found
-
-
-def test_the_registers_of_a_consumer_are_those_that_setmaxnreg_gives() -> None:
-    """Two warpgroups hold 240 less 24, three 160 less 32, one what a launch may give; P has registers of its own."""
-    small: dict[str, object] = {"problem": {"head_dim": 64}}
-    assert hopper_margin("registers") == "160 of 216 tile registers (56 left)"
-    assert hopper_margin("registers", tile={"block_m": 64}) == "160 of 208 tile registers (48 left)"
-    assert hopper_margin("registers", **small) == "128 of 128 tile registers (0 left)"
-    assert (
-        hopper_margin("registers", **small, schedule={"warpgroups": 2})
-        == "128 of 216 tile registers (88 left)"
-    )
-    assert (
-        hopper_margin("registers", schedule={"kind": "fa2"}) == "192 of 208 accumulator registers (16 left)"
-    )
-
-
-def test_what_binds_warpgroups() -> None:
-    """A block_n of 256, the widest wgmma, binds before anything else where registers are left."""
-    plan = lower(
-        load({"problem": {"head_dim": 32}, "tile": {"block_m": 128, "block_n": 256}}), ARCHS["sm_90a"]
-    )
-    assert str(binding(plan)) == "256 of 256 keys (0 left)"
-    assert hopper_margin("wgmma-rows") == "128 = 1 x 128 rows"
-    assert hopper_margin("warpgroups") == "2 of 3 consumer warpgroups (1 left)"
-    assert hopper_margin("threads-per-block") == "384 of 1024 threads (640 left)"
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_pools_of_setmaxnreg_are_what_the_launch_gives(count: int) -> None:
-    """The roles' registers sum to the block's at launch: the largest number of eights that threads can get."""
-    spec = load({"problem": {"head_dim": 64}, "schedule": {"kind": "pingpong", "warpgroups": count}})
-    kernel = lower(spec, ARCHS["sm_90a"]).kernel
-    at_launch = ARCHS["sm_90a"].registers_per_sm // kernel.threads // 8 * 8
-    held = [role.registers for role in kernel.roles if role.registers is not None]
-    assert (
-        sum(32 * role.warps * n for role, n in zip(kernel.roles, held, strict=True))
-        == kernel.threads * at_launch
-    )
-    assert occupancy(ARCHS["sm_90a"], kernel.threads, at_launch, kernel.smem_bytes).blocks == 1
-
-
-def test_the_plan_at_the_limit_of_registers_is_bound_by_them() -> None:
-    """128x64 tiles of head_dim 128 fill 192 of 208 registers; one k-step more fits exactly, two are refused."""
-    from attngen.errors import PlanError
-
-    spec = load("fa2_d128_causal").replace({"tile.block_m": 128, "tile.block_n": 64, "schedule.warps": 4})
-    assert str(binding(lower(spec, ARCHS["sm_90a"]))) == "192 of 208 accumulator registers (16 left)"
-    assert binding(lower(spec.replace({"tile.block_n": 80}), ARCHS["sm_90a"])).share == 1.0
-    with pytest.raises(PlanError) as refused:
-        lower(spec.replace({"tile.block_n": 96}), ARCHS["sm_90a"])
-    assert [d.rule for d in refused.value.diagnostics] == ["registers"]
-
-
-@pytest.mark.parametrize(
-    ("threads", "registers", "smem", "blocks", "limit"),
-    [
-        (128, 128, 0, 4, "registers"),  # 65536 / (128 * 128)
-        (128, 121, 0, 4, "registers"),  # 121 is granted as 128
-        (128, 32, 64 * 1024, 3, "shared memory"),  # 228 KiB holds three of 65 KiB
-        (1024, 16, 0, 2, "threads"),  # 2048 threads
-        (384, 168, 0, 1, "registers"),  # two consumers and a producer: 64512 of 65536
-        (512, 128, 0, 1, "registers"),  # three and a producer: all of them
-        (
-            160,
-            200,
-            0,
-            1,
-            "registers",
-        ),  # each quarter of the multiprocessor holds two warps of 6400, a block has five
-    ],
-)
-def test_occupancy_on_hopper(threads: int, registers: int, smem: int, blocks: int, limit: str) -> None:
-    """Resident blocks of an sm_90a multiprocessor, worked out by hand."""
-    found = occupancy(ARCHS["sm_90a"], threads, registers, smem)
-    assert found.blocks == blocks
-    assert found.warps == blocks * threads // 32
-    assert found.limited_by == limit
