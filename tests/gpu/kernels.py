@@ -46,10 +46,15 @@ def runs_here(kind: str) -> bool:
     return kind not in WARPGROUP_KINDS or torch.cuda.get_device_capability() == (9, 0)
 
 
-def kernel(kind: str, *rest: Any, **more: Any) -> attngen.Kernel:
-    """One kernel, `rest` as of `Wanted`; the test is skipped where the GPU does not run the schedule."""
+def skip_unless_runs_here(kind: str) -> None:
+    """Skip the test where the GPU does not run the schedule."""
     if not runs_here(kind):
         pytest.skip(f"{kind} needs Hopper")
+
+
+def kernel(kind: str, *rest: Any, **more: Any) -> attngen.Kernel:
+    """One kernel, `rest` as of `Wanted`; the test is skipped where the GPU does not run the schedule."""
+    skip_unless_runs_here(kind)
     return Wanted(kind, *rest, **more).compile()
 
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, runs_here
+from kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, skip_unless_runs_here
 
 import attngen
 from attngen.accuracy import compare
@@ -28,8 +28,7 @@ DIMS = ((64, 64), (128, 128), (192, 128))
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_of_the_language_are_right(kind: str) -> None:
     """Windows have closed-form bounds on both sides, != has none, and each gives what the reference gives."""
-    if not runs_here(kind):
-        pytest.skip(f"{kind} needs Hopper")
+    skip_unless_runs_here(kind)
     bad = []
     for made in compile_all([Wanted(kind, mask) for mask in MASKS]):
         for lengths in ((113, 203), (300, 300), (203, 113), (500, 700)):
@@ -45,8 +44,7 @@ def test_masks_of_the_language_are_right(kind: str) -> None:
 @pytest.mark.parametrize("kind", WARPGROUP_KINDS)
 def test_variants_of_a_schedule_are_right(kind: str, dims: tuple[int, int]) -> None:
     """With and without overlap, drawn and launched tiles, in either order: right, and of one overlap bitwise equal."""
-    if not runs_here(kind):
-        pytest.skip(f"{kind} needs Hopper")
+    skip_unless_runs_here(kind)
     fields = [
         {"overlap": overlap, "persistent": persistent, "order": order}
         for overlap, (persistent, order) in product(
@@ -68,8 +66,7 @@ def test_variants_of_a_schedule_are_right(kind: str, dims: tuple[int, int]) -> N
 @pytest.mark.parametrize("kind", WARPGROUP_KINDS)
 def test_other_tiles_are_right(kind: str) -> None:
     """One, two and three warpgroups, one to four stages, narrow and wide blocks of keys."""
-    if not runs_here(kind):
-        pytest.skip(f"{kind} needs Hopper")
+    skip_unless_runs_here(kind)
     tiles = ((1, 16, 1), (1, 64, 4), (2, 48, 3), (2, 176, 2), (3, 32, 1), (3, 96, 2))
     every = [
         Wanted(kind, "causal", schedule={"warpgroups": n, "stages": stages}, tile={"block_n": block_n})
