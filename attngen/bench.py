@@ -1,10 +1,12 @@
 """Measuring kernels and their peers in one process, interleaved: medians of device time, raw samples kept.
 
 Protocol: randn inputs; every round runs each candidate once, `iterations` launches between two events; the median
-over the rounds counts. FLOPs: 2·seqlen_q·seqlen_k·(head_dim_qk + head_dim_v)·heads·batch, halved for causal.
+over the rounds counts. FLOPs: 2·seqlen_q·seqlen_k·(head_dim_qk + head_dim_v)·heads·batch, halved for causal. Which
+specs are measured, and against what, is said elsewhere: in `cli/bench.py` and in benchmarks/.
 """
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +29,31 @@ Run = Callable[[], Any]
 PEERS = ("flash", "cudnn", "efficient", "flex")
 """What `peer` knows by name."""
 CAUSAL = parse_mask("causal")
+
+TOKENS = 16384
+"""batch x seqlen of the field's grid. Source: FlashAttention-3, arXiv 2407.08608, section 4.1."""
+WIDTH = 2048
+"""heads x head_dim of the same grid: the hidden dimension of a model. Source: as of `TOKENS`."""
+GEMM_SIZE = 8192
+"""Rows and columns of the square GEMM that figures are related to."""
+GEMM_FLOPS = 2 * GEMM_SIZE**3
+"""Of one such GEMM, an addition and a multiplication counted each."""
+
+
+def grid_shape(
+    seqlen: int, head_dim: int, *, group: int = 1, tokens: int = TOKENS, width: int = WIDTH
+) -> Shape:
+    """The shape of a length on the field's grid, whose points all have about the same size.
+
+    Args:
+        seqlen: of queries and of keys.
+        head_dim: that of Q and K.
+        group: query heads that share a head of K and V.
+        tokens: batch x seqlen; the batch is rounded down, and at least 1.
+        width: heads x head_dim; the number of heads is rounded down, and at least 1.
+    """
+    heads = max(1, width // head_dim)
+    return Shape(max(1, tokens // seqlen), heads, heads // group, seqlen, seqlen)
 
 
 @dataclass(frozen=True)
@@ -162,9 +189,30 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
     return partial(compiled, q_, k_, v_, block_mask=block_mask, enable_gqa=group > 1)
 
 
+def cublas(dtype: torch.dtype) -> Run:
+    """torch.mm, which is cuBLAS, on random square matrices of `GEMM_SIZE`, of `GEMM_FLOPS` a call.
+
+    Args:
+        dtype: of both factors and of the product.
+    """
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))
+    return partial(torch.mm, a, b)
+
+
+def tflops(times: Iterable[float], flops: float) -> float:
+    """TFLOPS of one candidate, from the median of its samples in milliseconds."""
+    return flops / median(times) / 1e9
+
+
 def summary(samples: Mapping[str, list[float]], flops: float) -> dict[str, float]:
-    """TFLOPS of each candidate, from the median sample."""
-    return {name: flops / median(times) / 1e9 for name, times in samples.items()}
+    """`tflops` of each candidate; all of them do the same work."""
+    return {name: tflops(times, flops) for name, times in samples.items()}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers, such as ratios of times; NaN where there are none."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def machine() -> dict[str, Any]:

@@ -4,16 +4,13 @@ bf16, head_dim 64 and 128, full and causal, seqlen 1k to 16k, batch·seqlen = 16
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 
 import attngen
 from attngen import bench
-from attngen.inputs import Shape, random_inputs
-
-TOKENS, WIDTH = 16384, 2048
+from attngen.inputs import random_inputs
 
 
 def main(out: Path) -> None:
@@ -26,8 +23,7 @@ def main(out: Path) -> None:
                 {"problem": {"head_dim": head_dim}, "mask": mask, "schedule": {"kind": "fa2"}}
             )
             for seqlen in (1024, 2048, 4096, 8192, 16384):
-                heads = WIDTH // head_dim
-                shape = Shape(TOKENS // seqlen, heads, heads, seqlen, seqlen)
+                shape = bench.grid_shape(seqlen, head_dim)
                 q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
                 runs = {"attngen": lambda q=q, k=k, v=v, kernel=kernel: kernel(q, k, v)}
                 runs |= bench.peers(q, k, v, causal, ("flash", "cudnn"))
@@ -42,7 +38,7 @@ def main(out: Path) -> None:
                 )  # fmt: skip
                 shown = "  ".join(f"{name} {value:.0f}" for name, value in tflops.items())
                 print(f"d{head_dim} {mask} {seqlen}: {shown}  x{ratios[-1]:.3f} of flash", flush=True)
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    mean = bench.geometric_mean(ratios)
     print(f"geometric mean {mean:.3f} of flash, worst point {min(ratios):.3f}")
     bench.write_json(out / "fa2_vs_flash.json", rows, geometric_mean=mean, worst=min(ratios))
 

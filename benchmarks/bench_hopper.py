@@ -5,13 +5,11 @@ heads·head_dim = 2048), other head dims, GQA, f16, shapes off the grid. The num
 """
 
 import argparse
-import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -19,7 +17,6 @@ import attngen
 from attngen import bench
 from attngen.inputs import Shape, random_inputs
 
-TOKENS, WIDTH, GEMM = 16384, 2048, 8192
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -47,23 +44,17 @@ class Problem:
         return f"{dims} {self.mask} {lengths}, batch {s.batch}, heads {heads}, {self.inputs}"
 
 
-def square(length: int, head_dim: int, group: int = 1) -> Shape:
-    """The grid's shape of a length."""
-    heads = WIDTH // head_dim
-    return Shape(TOKENS // length, heads, heads // group, length, length)
-
-
 def problems(lengths: Iterable[int]) -> Iterator[Problem]:
     """The grid first, then what is beside it."""
     for mask in ("full", "causal"):
         for d in (64, 128, 256):
             for length in lengths:
-                yield Problem("grid", (d, d), mask, square(length, d))
+                yield Problem("grid", (d, d), mask, bench.grid_shape(length, d))
         for dims in ((80, 80), (96, 96), (192, 192), (192, 128)):
             for length in (4096, 16384):
-                yield Problem("other head dims", dims, mask, square(length, dims[0]))
-        yield Problem("GQA", (128, 128), mask, square(4096, 128, group=8))
-        yield Problem("f16", (128, 128), mask, square(4096, 128), "f16")
+                yield Problem("other head dims", dims, mask, bench.grid_shape(length, dims[0]))
+        yield Problem("GQA", (128, 128), mask, bench.grid_shape(4096, 128, group=8))
+        yield Problem("f16", (128, 128), mask, bench.grid_shape(4096, 128), "f16")
         yield Problem("off the grid", (128, 128), mask, Shape(5, 24, 24, 3000, 3000))
         yield Problem("off the grid", (128, 128), mask, Shape(4, 24, 4, 4096, 4096))
         yield Problem("off the grid", (128, 128), mask, Shape(3, 16, 16, 4096, 4096))
@@ -84,18 +75,6 @@ def flops(problem: Problem) -> float:
     return 2 * visible_pairs(problem) * sum(problem.dims) * shape.heads * shape.batch
 
 
-def gemm(inputs: str) -> bench.Run:
-    """cuBLAS on a square problem of the size that figures are related to."""
-    a, b = (torch.randn(GEMM, GEMM, device="cuda", dtype=DTYPES[inputs]) for _ in range(2))
-    return partial(torch.mm, a, b)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
 def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
     """Print a line a problem and the means of the classes; write the raw samples."""
     todo = list(problems(lengths))
@@ -110,7 +89,7 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
     }
     with ThreadPoolExecutor(8) as pool:
         kernels = dict(zip(specs, pool.map(attngen.compile, specs.values()), strict=True))
-    gemms = {inputs: gemm(inputs) for inputs in DTYPES}
+    gemms = {inputs: bench.cublas(dtype) for inputs, dtype in DTYPES.items()}
     rows = []
     for problem in todo:
         q, k, v = random_inputs(problem.shape, *problem.dims, DTYPES[problem.inputs], "cuda", 0)
@@ -121,7 +100,7 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
             runs |= bench.peers(q, k, v, problem.mask == "causal", ("cudnn",))
         samples = bench.measure(runs | {"cublas": gemms[problem.inputs]}, rounds, target_ms)
         tflops = bench.summary(samples, flops(problem))
-        tflops["cublas"] = 2 * GEMM**3 / median(samples["cublas"]) / 1e9
+        tflops["cublas"] = bench.tflops(samples["cublas"], bench.GEMM_FLOPS)
         served = kernel.serving(k)
         rows.append(
             {
@@ -136,8 +115,8 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
         print(f"{problem.group}: {problem}: {tflops['attngen']:.0f} TFLOPS  {ratios}", flush=True)
     grid = [(row["head_dim"][0], row["mask"], row["tflops"]) for row in rows if row["group"] == "grid"]
     ratio = [(f"d{d} {mask}", t["attngen"] / t["cudnn"]) for d, mask, t in grid]
-    means = {name: geometric_mean(x for n, x in ratio if n == name) for name, _ in ratio}
-    means["all"] = geometric_mean(x for _, x in ratio)
+    means = {name: bench.geometric_mean(x for n, x in ratio if n == name) for name, _ in ratio}
+    means["all"] = bench.geometric_mean(x for _, x in ratio)
     print("geometric means against cuDNN:", {name: round(mean, 3) for name, mean in means.items()})
     bench.write_json(out / "hopper.json", rows, geometric_means=means)
 

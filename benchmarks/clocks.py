@@ -15,10 +15,10 @@ import torch
 
 import attngen
 from attngen import bench
-from attngen.inputs import Shape, random_inputs
+from attngen.inputs import random_inputs
 
 SECONDS = 2.0
-LENGTH, WIDTH, GEMM = 16384, 2048, 8192
+LENGTH = 16384
 
 
 def sampled(run: bench.Run, seconds: float = SECONDS) -> dict[str, float]:
@@ -44,11 +44,10 @@ def sampled(run: bench.Run, seconds: float = SECONDS) -> dict[str, float]:
 
 def main(out: Path) -> None:
     """One row per head dim, mask and candidate."""
-    a, b = (torch.randn(GEMM, GEMM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    candidates: list[tuple[str, bench.Run, float]] = [("cublas", partial(torch.mm, a, b), 2 * GEMM**3)]
+    gemm = bench.cublas(torch.bfloat16)
+    candidates: list[tuple[str, bench.Run, float]] = [("cublas", gemm, bench.GEMM_FLOPS)]
     for head_dim in (64, 128, 256):
-        heads = WIDTH // head_dim
-        shape = Shape(1, heads, heads, LENGTH, LENGTH)
+        shape = bench.grid_shape(LENGTH, head_dim)
         q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
         for mask in ("full", "causal"):
             kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": head_dim}, "mask": mask})

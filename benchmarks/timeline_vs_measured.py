@@ -9,7 +9,6 @@ know of. `--clock` puts a measured clock in the table's place.
 import argparse
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,17 +21,15 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.bench import Point
+from attngen.bench import Point, geometric_mean, grid_shape
 from attngen.cli.facts import attention_resources
 from attngen.cli.output import console, table
 from attngen.cli.timeline import resident_blocks
 from attngen.errors import ToolchainError
-from attngen.inputs import Shape
 from attngen.lower import lower
 from attngen.simulate import costs_of, predict
 from attngen.spec import load
 
-TOKENS, WIDTH = 16384, 2048
 ARCH = ARCHS["sm_90a"]
 NAME = re.compile(
     r"attn_fwd_sm90a_(?P<inputs>[a-z0-9]+)_d(?P<qk>\d+)(x(?P<v>\d+))?_(?P<mask>full|causal)"
@@ -82,10 +79,10 @@ def main(files: list[Path], clock_hz: float | None) -> None:
             used = None
             with suppress(ToolchainError):
                 used = attention_resources(point.kernel)
-            heads = max(1, WIDTH // plan.head_dim_qk)
-            shape = Shape(max(1, TOKENS // point.seqlen), heads, heads, point.seqlen, point.seqlen)
+            shape = grid_shape(point.seqlen, plan.head_dim_qk)
             slots = resident_blocks(plan, used)
-            found = predict(plan, point.seqlen, point.seqlen, shape.batch, heads, costs=costs, slots=slots)
+            sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
+            found = predict(plan, *sizes, costs=costs, slots=slots)
             flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask_text == "causal").flops
             ratio = found.seconds * 1e3 / point.milliseconds
             ratios.append(ratio)
@@ -101,7 +98,7 @@ def main(files: list[Path], clock_hz: float | None) -> None:
     columns += ("predicted [TFLOPS]", "measured [TFLOPS]", "predicted / measured", "equal at [GHz]")
     console().print(table(columns, cells, numbers_from=4))
     if ratios:
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        mean = geometric_mean(ratios)
         print(f"predicted / measured at {costs.clock_hz / 1e9:.3f} GHz: geometric mean {mean:.3f}, ", end="")
         print(f"from {min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} points")
 

@@ -67,7 +67,7 @@ def main(out: Path, lengths: tuple[int, ...] = (1024, 4096, 16384)) -> None:
                     print("WRONG", head_dim, causal, name, accuracy, flush=True)
                     del kernels[name]
             for length in lengths:
-                shape = Shape(16384 // length, 2048 // head_dim, 2048 // head_dim, length, length)
+                shape = bench.grid_shape(length, head_dim)
                 q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
                 runs = {name: partial(kernel, q, k, v) for name, kernel in kernels.items()}
                 runs |= bench.peers(q, k, v, causal, ("flash", "cudnn"))

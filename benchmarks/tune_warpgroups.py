@@ -8,7 +8,6 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from attngen.inputs import Shape, random_inputs
 from attngen.lower.lower import build
 from attngen.lower.tiles import WarpgroupChoice
 
-TOKENS, WIDTH, GEMM = 16384, 2048, 8192
 W = WarpgroupChoice
 FLAGS = ("rescale_votes", "passes_late", "out_over_q")
 SCHEDULES = ("warp_specialized", "pingpong")
@@ -79,12 +77,6 @@ def label(schedule: str, choice: WarpgroupChoice) -> str:
     return "_".join([{"warp_specialized": "ws", "pingpong": "pp"}[schedule], tile, *flags])
 
 
-def cublas(dtype: torch.dtype) -> bench.Run:
-    """A square GEMM of the size that the figures are related to."""
-    a, b = (torch.randn(GEMM, GEMM, device="cuda", dtype=dtype) for _ in range(2))
-    return partial(torch.mm, a, b)
-
-
 def right(kernel: attngen.Kernel) -> bool:
     """Whether the kernel is within the bound on a small odd shape."""
     for seed, (seqlen_q, seqlen_k) in enumerate([(113, 203), (300, 515), (1, 1)]):
@@ -102,7 +94,7 @@ def right(kernel: attngen.Kernel) -> bool:
 def main(out: Path, head_dims: list[int], lengths: list[int], rounds: int, target_ms: float) -> None:
     """Print and write one row per head dim, mask and length."""
     rows = []
-    gemm = cublas(torch.bfloat16)
+    gemm = bench.cublas(torch.bfloat16)
     for dims in (dims for dims in CHOICES if dims[0] in head_dims):
         for mask in ("full", "causal"):
             head_dim = {"qk": dims[0], "v": dims[1]}
@@ -116,14 +108,13 @@ def main(out: Path, head_dims: list[int], lengths: list[int], rounds: int, targe
                 list(pool.map(lambda kernel: kernel.compiled, kernels.values()))
             kernels = {name: kernel for name, kernel in kernels.items() if right(kernel)}
             for length in lengths:
-                heads = WIDTH // dims[0]
-                shape = Shape(TOKENS // length, heads, heads, length, length)
+                shape = bench.grid_shape(length, dims[0])
                 q, k, v = random_inputs(shape, *dims, torch.bfloat16, "cuda", 0)
                 runs = {name: partial(kernel, q, k, v) for name, kernel in kernels.items()}
                 runs |= bench.peers(q, k, v, mask == "causal", ("cudnn",)) | {"cublas": gemm}
                 samples = bench.measure(runs, rounds, target_ms)
                 tflops = bench.summary(samples, bench.Point(shape, *dims, mask == "causal").flops)
-                tflops["cublas"] = 2 * GEMM**3 / median(samples["cublas"]) / 1e9
+                tflops["cublas"] = bench.tflops(samples["cublas"], bench.GEMM_FLOPS)
                 rows.append(dict(head_dim=dims, mask=mask, seqlen=length, tflops=tflops, ms=samples))
                 shown = {name: f"{x:.0f} ({x / tflops['cudnn']:.2f})" for name, x in tflops.items()}
                 best = dict(sorted(shown.items(), key=lambda item: -tflops[item[0]]))

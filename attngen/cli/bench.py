@@ -17,7 +17,7 @@ from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, 
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.dtypes import torch_dtype
 from attngen.errors import SpecError, ToolchainError
-from attngen.inputs import Shape, random_inputs
+from attngen.inputs import random_inputs
 
 OURS = "attngen"
 
@@ -46,8 +46,12 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
     help=f"Peers, all of them torch's: {', '.join(measuring.PEERS)}.",
 )
 @click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_lengths)
-@click.option("--tokens", type=click.IntRange(1), default=16384, show_default=True, help="batch x seqlen.")
-@click.option("--width", type=click.IntRange(1), default=2048, show_default=True, help="heads x head_dim.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=measuring.TOKENS, show_default=True, help="batch x seqlen."
+)
+@click.option(
+    "--width", type=click.IntRange(1), default=measuring.WIDTH, show_default=True, help="heads x head_dim."
+)
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
 @click.option(
     "--source",
@@ -128,8 +132,7 @@ def _measure(
     kernel: Kernel, seqlen: int, against: Iterable[str], tokens: int, width: int, rounds: int
 ) -> dict[str, Any]:
     plan = kernel.plan
-    heads = max(1, width // plan.head_dim_qk)
-    shape = Shape(max(1, tokens // seqlen), heads, heads, seqlen, seqlen)
+    shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
     runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v)}
     absent = {}

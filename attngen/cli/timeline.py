@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from attngen.bench import CAUSAL, Point
+from attngen.bench import CAUSAL, Point, grid_shape
 from attngen.cli.limits import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.shapes import shape_text
@@ -19,8 +19,6 @@ from attngen.simulate import UNITS, Interval, Prediction, Timeline
 SUFFIXES = (".svg", ".png")
 BLOCKS = 8
 """Blocks of keys of the sequence that is drawn where no length is given."""
-TOKENS, WIDTH = 16384, 2048
-"""batch x seqlen and heads x head_dim where no shape is given, as `attngen bench` has them."""
 MOST_CYCLES = 40_000
 """More than this is not drawn: bars would be thinner than a pixel."""
 
@@ -59,9 +57,7 @@ def shape_to_draw(plan: Plan, given: Shape | None) -> Shape:
     """The shape given, or one with `BLOCKS` blocks of keys that fills a GPU."""
     if given is not None:
         return given
-    length = BLOCKS * plan.block_n
-    heads = max(1, WIDTH // plan.head_dim_qk)
-    return Shape(max(1, TOKENS // length), heads, heads, length, length)
+    return grid_shape(BLOCKS * plan.block_n, plan.head_dim_qk)
 
 
 def resident_blocks(plan: Plan, used: KernelResources | None) -> int:

@@ -12,7 +12,7 @@ from click.testing import Result
 from attngen import bench
 from attngen.cli import output
 from attngen.cli.facts import SWEEP_COLUMNS
-from attngen.inputs import random_inputs
+from attngen.inputs import Shape, random_inputs
 
 Attngen = Callable[..., Result]
 SMALL = ("--seqlen", "64", "--tokens", "64", "--width", "64")
@@ -54,6 +54,13 @@ def test_bench_refuses_an_unknown_peer(attngen: Attngen) -> None:
     """The peers that exist are named."""
     result = attngen("bench", "fa2_d64", "--against", "flashy")
     assert result.exit_code == 2 and "flash, cudnn, efficient, flex" in result.stderr
+
+
+def test_the_grid_is_that_of_the_papers() -> None:
+    """16k tokens on a width of 2048; of what does not fit in there is still one element, with one head."""
+    assert bench.grid_shape(512, 64) == Shape(32, 32, 32, 512, 512)
+    assert bench.grid_shape(4096, 128, group=8) == Shape(4, 16, 2, 4096, 4096)
+    assert bench.grid_shape(100, 6, tokens=64, width=4) == Shape(1, 1, 1, 100, 100)
 
 
 @pytest.mark.usefixtures("no_clock")
