@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from attngen.api import Kernel
-from attngen.cli.facts import facts, role_text, sweep_facts
+from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import given_shape, shape_options, shapes_of
 from attngen.cli.timeline import draw, picture_path, prediction_line, resident_blocks, shape_to_draw
@@ -77,7 +77,7 @@ def explain(
         faults = compile_all(kernels)
     for text in dict.fromkeys(str(error) for error in faults.values() if error is not None):
         click.echo(f"registers are unknown: {text}", err=True)
-    used = {kernel: _resources(kernel) for kernel, error in faults.items() if error is None}
+    used = {kernel: attention_resources(kernel) for kernel, error in faults.items() if error is None}
     if sweep:
         _print_sweep(lowered, used)
     else:
@@ -94,13 +94,8 @@ def explain(
     ctx.exit(GOOD if is_good else USER_FAULT)
 
 
-def _resources(kernel: Kernel) -> KernelResources:
-    """What ptxas says of the attention kernel itself."""
-    return next(used for used in kernel.resources if used.name == kernel.plan.kernel.name)
-
-
 def _print_facts(
-    lowered: list[Lowered], resources: Mapping[Kernel, KernelResources], given: Shape | None
+    lowered: list[Lowered], resources: Mapping[Kernel, KernelResources | None], given: Shape | None
 ) -> None:
     columns = [
         (variant.label, facts(kernel, resources.get(kernel), shapes_of(kernel.spec, given)[0]))
@@ -114,30 +109,20 @@ def _print_facts(
         console().print(table(header, rows, numbers_from=len(header)))
 
 
-def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResources]) -> None:
+def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResources | None]) -> None:
     rows = []
     for variant, kernel in lowered:
         if isinstance(kernel, Kernel):
             rows.append((variant.label, *sweep_facts(kernel, resources.get(kernel))))
-            continue
-        first, *_ = kernel.diagnostics
-        rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in kernel.diagnostics))
-        rows.append((variant.label, "-", "-", "-", "-", "-", f"refused [rule {rules}] {first.message}"))
-    columns = (
-        "spec",
-        "tile",
-        "registers",
-        "spills [B]",
-        "shared memory",
-        "occupancy",
-        "binding or refusing rule",
-    )
+        else:
+            rows.append((variant.label, *refused_facts(kernel)))
+    columns = ("spec", *SWEEP_COLUMNS)
     console().print(table(columns, rows, numbers_from=len(columns)))
 
 
 def _draw_timelines(
     lowered: list[Lowered],
-    resources: Mapping[Kernel, KernelResources],
+    resources: Mapping[Kernel, KernelResources | None],
     given: Shape | None,
     path: Path,
 ) -> None:

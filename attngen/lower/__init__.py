@@ -1,5 +1,6 @@
 """Lowering: Spec x Arch -> Plan. Every number is decided here and nowhere later."""
 
-from attngen.lower.lower import build, candidates, lower
+from attngen.lower.given import candidates
+from attngen.lower.lower import build, lower
 
 __all__ = ["build", "candidates", "lower"]

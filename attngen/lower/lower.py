@@ -3,27 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
-from attngen.arch import ARCHS, Arch
+from attngen.arch import Arch
 from attngen.dtypes import DType, dtype
-from attngen.errors import Diagnostic, PlanError
-from attngen.expr import LARGEST_TILE, KeyRange, definitions, key_range, to_text
+from attngen.errors import PlanError
+from attngen.expr import KeyRange, definitions, key_range, to_text
 from attngen.lower import warpgroups
+from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
 from attngen.lower.places import key_blocks, params, places, workspaces
-from attngen.lower.tiles import Choice, WarpgroupChoice, choices, warpgroup_choices, warpgroup_table
+from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
+from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
-from attngen.plan.rules import Violation, verify
-from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
+from attngen.plan.rules import verify
+from attngen.schedules import SCHEDULES
 from attngen.spec import Spec
-
-_KNOBS = {
-    "tile.block_m": "block_m",
-    "tile.block_n": "block_n",
-    "schedule.stages": "stages",
-    "schedule.warps": "warps",
-    "schedule.warpgroups": "warpgroups",
-}
-_WARP_FIELDS = ("warps",)
-_WARPGROUP_FIELDS = ("warpgroups", "overlap", "persistent")
 
 
 def lower(spec: Spec, arch: Arch) -> Plan:
@@ -34,51 +26,39 @@ def lower(spec: Spec, arch: Arch) -> Plan:
         arch: where it shall run.
 
     Raises:
-        PlanError: no legal plan; one diagnostic for every rule broken, with the nearest values that pass.
+        PlanError: no legal plan; what breaks which rule, with the nearest values that pass.
     """
-    if wrong := _wrong_dtypes(spec, arch):
+    if wrong := wrong_dtypes(spec, arch):
         raise PlanError(wrong)
     if plan := _from_table(spec, arch):
         return plan
     schedule = _schedule(spec, arch)
-    if wrong := (*_wrong_target(spec, arch, schedule), *_wrong_fields(spec, schedule)):
+    if wrong := (*wrong_target(spec, arch, schedule), *wrong_fields(spec, schedule)):
         raise PlanError(wrong)
-    refused: tuple[Choice | WarpgroupChoice, tuple[Violation, ...]] | None = None
+    refused = []
     for choice in candidates(spec, arch, schedule):
         plan = build(spec, arch, schedule, choice)
         violations = verify(plan)
         if not violations:
             return plan
-        refused = refused or (choice, violations)
-    assert refused is not None  # every schedule has candidates
-    choice, violations = refused
-    raise PlanError(tuple(_diagnostic(spec, arch, schedule, choice, violation) for violation in violations))
+        refused.append(violations)
+
+    def passes(knob: str, value: int) -> bool:
+        others = candidates(spec, arch, schedule, {knob: value})
+        return any(not verify(build(spec, arch, schedule, choice)) for choice in others)
+
+    # The candidate that is nearest to legal; of several the smallest, whose costs no other undercuts.
+    raise PlanError(diagnostics(spec, arch, min(reversed(refused), key=len), passes))
 
 
 def _from_table(spec: Spec, arch: Arch) -> Plan | None:
     """The plan that measurement says is best, with those for shorter sequences, where the spec leaves all to `auto`."""
-    if (
-        not arch.wgmma
-        or not arch.emits
-        or _given(spec, "kind", "order", *_KNOBS.values(), *_WARPGROUP_FIELDS)
-    ):
+    if not arch.wgmma or not arch.emits or given(spec, "kind", "order", *KNOBS.values(), *WARPGROUP_FIELDS):
         return None
-    rows = warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, _is_bounded(spec))
+    rows = warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, is_bounded(spec))
     *shorter, plan = (build(spec, arch, row.schedule, row.choice, row.up_to) for row in rows)
     return (
         None if verify(plan) else replace(plan, shorter=tuple(each for each in shorter if not verify(each)))
-    )
-
-
-def candidates(spec: Spec, arch: Arch, schedule: str) -> tuple[Choice | WarpgroupChoice, ...]:
-    """What the tables offer, with what the spec says in its place."""
-    head_dim = spec.problem.head_dim
-    if schedule in WARPGROUP_SCHEDULES:
-        offers = warpgroup_choices(head_dim.qk, head_dim.v, _is_bounded(spec), arch)
-        return tuple(_with_given_warpgroups(offer, spec, arch) for offer in offers)
-    return tuple(
-        replace(offer, longest_first=_longest_first(spec), **_given(spec, *_KNOBS.values()))
-        for offer in choices(schedule, max(head_dim.qk, head_dim.v), arch)
     )
 
 
@@ -201,138 +181,4 @@ def _schedule(spec: Spec, arch: Arch) -> str:
         return spec.schedule.kind
     if not arch.wgmma or not arch.emits:
         return "fa2"
-    return warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, _is_bounded(spec))[-1].schedule
-
-
-def _is_bounded(spec: Spec) -> bool:
-    """Whether the mask has an upper bound in closed form."""
-    visible = key_range(spec.mask_expr)
-    return visible is not None and bool(visible.upper)
-
-
-def _longest_first(spec: Spec) -> bool:
-    """Whether the rows that see the most keys start first, unless the spec says.
-
-    Then the last blocks to run are short: +6 to 10 % for fa2 on an H200 at 4k and more, head_dim 64 and 128, causal
-    (benchmarks/results/tune_fa2.json). Without such a bound neighbours share K and V in L2 instead.
-    """
-    if spec.schedule.order != "auto":
-        return spec.schedule.order == "heads"
-    return _is_bounded(spec)
-
-
-def _given(spec: Spec, *fields: str) -> dict[str, Any]:
-    """The fields of a choice that the spec says, of those asked for."""
-    values = {**spec.tile.__dict__, **spec.schedule.__dict__}
-    return {field: values[field] for field in fields if field in values and values[field] != "auto"}
-
-
-def _with_given_warpgroups(offer: WarpgroupChoice, spec: Spec, arch: Arch) -> WarpgroupChoice:
-    """The candidate, with what the spec says; of block_m and warpgroups one follows from the other."""
-    given = _given(spec, "block_m", "block_n", "stages", "warpgroups", "overlap", "persistent")
-    if spec.schedule.order != "auto":
-        given["longest_first"] = spec.schedule.order == "heads"
-    assert arch.wgmma is not None
-    if arch.emits and "block_m" in given and "warpgroups" not in given:
-        given["warpgroups"] = max(1, given["block_m"] // arch.wgmma.m)
-    if arch.emits and "warpgroups" in given and "block_m" not in given:
-        given["block_m"] = given["warpgroups"] * arch.wgmma.m
-    return replace(offer, **given)
-
-
-def _diagnostic(
-    spec: Spec, arch: Arch, schedule: str, choice: Choice | WarpgroupChoice, broken: Violation
-) -> Diagnostic:
-    """A broken rule, drawn where the spec says the value, with the nearest values that pass every rule."""
-    return Diagnostic(
-        message=f"{broken.path} = {broken.value} {broken.must}",
-        rule=broken.rule,
-        location=spec.locate(broken.path),
-        path=broken.path,
-        value=broken.value,
-        note=broken.note,
-        nearest=tuple(str(value) for value in _nearest(spec, arch, schedule, choice, broken)),
-    )
-
-
-def _nearest(
-    spec: Spec, arch: Arch, schedule: str, choice: Choice | WarpgroupChoice, broken: Violation
-) -> list[int]:
-    """The next smaller and the next larger value of the knob that pass, where there are any."""
-    field = _KNOBS[broken.path]
-    step = {"block_m": arch.mma.m, "block_n": arch.mma.k}.get(field, 1)
-
-    given = _given(spec, "block_m", "warpgroups")
-
-    def passes(value: int) -> bool:
-        changes: dict[str, Any] = {field: value}
-        if isinstance(choice, WarpgroupChoice) and arch.wgmma and arch.emits:
-            if field == "block_m" and "warpgroups" not in given:
-                changes["warpgroups"] = max(1, value // arch.wgmma.m)
-            if field == "warpgroups" and "block_m" not in given:
-                changes["block_m"] = value * arch.wgmma.m
-        return not verify(build(spec, arch, schedule, replace(choice, **changes)))
-
-    below = min(broken.value - 1, LARGEST_TILE) // step * step
-    above = broken.value // step * step + step
-    smaller = [value for value in range(below, 0, -step) if passes(value)][:1]
-    return smaller + [value for value in range(above, LARGEST_TILE + 1, step) if passes(value)][:1]
-
-
-def _wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
-    if schedule not in WARPGROUP_SCHEDULES or arch.wgmma:
-        return ()
-    able = tuple(known.name for known in ARCHS.values() if known.wgmma)
-    return (
-        Diagnostic(
-            message=f"schedule.kind = {schedule} is not to be had on {arch.name}",
-            rule="schedule-target",
-            location=spec.locate("schedule.kind"),
-            path="schedule.kind",
-            value=schedule,
-            note=f"it is made of wgmma and the copy engine, which {' and '.join(able)} have",
-            nearest=tuple(SCHEDULES),
-        ),
-    )
-
-
-def _wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
-    """Fields that mean nothing to the schedule: they are not ignored in silence."""
-    fields, others = (
-        (_WARP_FIELDS, SCHEDULES)
-        if schedule in WARPGROUP_SCHEDULES
-        else (_WARPGROUP_FIELDS, WARPGROUP_SCHEDULES)
-    )
-    return tuple(
-        Diagnostic(
-            message=f"schedule.{field} = {str(value).lower()} means nothing to {schedule}",
-            rule="schedule-field",
-            location=spec.locate(f"schedule.{field}"),
-            path=f"schedule.{field}",
-            value=value,
-            note=f"it is for {' and '.join(others)}",
-            nearest=("auto",),
-        )
-        for field, value in _given(spec, *fields).items()
-    )
-
-
-def _wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
-    """Formats that the target has no instructions for."""
-    fields = (
-        ("inputs", "input-dtype", f"the matrix instruction of {arch.name} takes {' and '.join(arch.dtypes)}"),
-        ("output", "output-dtype", f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}"),
-    )
-    return tuple(
-        Diagnostic(
-            message=f"precision.{field} = {value} is not to be had on {arch.name}",
-            rule=rule,
-            location=spec.locate(f"precision.{field}"),
-            path=f"precision.{field}",
-            value=value,
-            note=note,
-            nearest=arch.dtypes,
-        )
-        for field, rule, note in fields
-        if (value := getattr(spec.precision, field)) not in ("auto", *arch.dtypes)
-    )
+    return warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, is_bounded(spec))[-1].schedule

@@ -1,5 +1,7 @@
 """Tiles, storage and the parameters of a kernel: from a choice of numbers to places."""
 
+from typing import Any
+
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
 from attngen.expr import Expr, KeyRange, extremes, name
@@ -11,6 +13,35 @@ from attngen.schedules import Places
 def round_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step
+
+
+def tile_places(
+    q: Buffer, k: Buffer, v: Buffer, out: Buffer, mask: Expr, visible: KeyRange | None
+) -> dict[str, Any]:
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
+    inputs, m, n = q.dtype, q.rows, k.rows
+    return dict(
+        mask=mask,
+        visible=visible,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
+        p=RegTile("p", inputs, m, n, n, "a_fragment"),
+        acc_o=RegTile("acc_o", F32, m, v.cols, v.valid_cols, "accumulator"),
+        row_max=RegVec("row_max", m),
+        row_sum=RegVec("row_sum", m, partial=True),
+        alpha=RegVec("alpha", m),
+        total=RegVec("total", m),
+        inv_sum=RegVec("inv_sum", m),
+        row_lse=RegVec("row_lse", m),
+        q_in=Tensor("q", inputs, q.valid_cols, "q", "q"),
+        k_in=Tensor("k", inputs, k.valid_cols, "k", "kv"),
+        v_in=Tensor("v", inputs, v.valid_cols, "k", "kv"),
+        result=Tensor("out", out.dtype, v.valid_cols, "q", "q"),
+        lse=Rows("lse", optional=True),
+    )
 
 
 def places(
@@ -32,31 +63,13 @@ def places(
     q_buffer = Buffer("q", inputs, m, qk_cols, qk)
     k_buffer = Buffer("k", inputs, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", inputs, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
+    out = Buffer("out", output, m, v_cols, v, overlays="q")
     return Places(
-        mask=mask,
-        visible=visible,
+        **tile_places(q_buffer, k_buffer, v_buffer, out, mask, visible),
         stages=stages,
         score_unroll=choice.score_unroll,
-        q=q_buffer,
-        k=k_buffer,
-        v=v_buffer,
-        out=Buffer("out", output, m, v_cols, v, overlays="q"),
         load_at=Cursor("load_at", stages),
         read_at=Cursor("read_at", stages),
-        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
-        p=RegTile("p", inputs, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, m, v_cols, v, "accumulator"),
-        row_max=RegVec("row_max", m),
-        row_sum=RegVec("row_sum", m, partial=True),
-        alpha=RegVec("alpha", m),
-        total=RegVec("total", m),
-        inv_sum=RegVec("inv_sum", m),
-        row_lse=RegVec("row_lse", m),
-        q_in=Tensor("q", inputs, qk, "q", "q"),
-        k_in=Tensor("k", inputs, qk, "k", "kv"),
-        v_in=Tensor("v", inputs, v, "k", "kv"),
-        result=Tensor("out", output, v, "q", "q"),
-        lse=Rows("lse", optional=True),
         o_acc=Tensor("o_acc", F32, v, "q", "q", workspace=True),
         saved_max=Rows("saved_max", workspace=True),
         saved_sum=Rows("saved_sum", workspace=True),

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from attngen.arch import Arch
-from attngen.dtypes import F32, DType
+from attngen.dtypes import DType
 from attngen.expr import Expr, KeyRange
-from attngen.lower.places import round_up
+from attngen.lower.places import round_up, tile_places
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
@@ -15,11 +15,8 @@ from attngen.plan import (
     Launch,
     NamedBarriers,
     Param,
-    RegTile,
-    RegVec,
     Ring,
     Role,
-    Rows,
     Scheduler,
     Tensor,
     TensorMap,
@@ -27,6 +24,7 @@ from attngen.plan import (
     minimum,
     product,
 )
+from attngen.plan.rules import WARPGROUP_REGISTERS
 from attngen.schedules import WARPGROUP_SCHEDULES, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
@@ -34,9 +32,6 @@ TILE_SLOT_BYTES = 16
 BUFFER_ALIGNMENT = 1024
 """The 128-byte swizzle repeats every eight rows. Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
 Layout"."""
-REGISTERS = {2: (240, 24), 3: (160, 32)}
-"""Registers of a consumer and of a producer thread by consumer warpgroups: 65536 are shared out in eights. A single
-consumer needs no more than the launch gives."""
 
 
 def places(
@@ -78,43 +73,24 @@ def places(
         )
 
     return WarpgroupPlaces(
-        mask=mask,
-        visible=visible,
+        **tile_places(q_buffer, k_buffer, v_buffer, out, mask, visible),
         overlap=choice.overlap,
         rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
         passes_late=choice.passes_late,
         persistent=choice.persistent,
         out_over_q=choice.out_over_q,
-        q=q_buffer,
-        k=k_buffer,
-        v=v_buffer,
-        out=out,
         producer=cursors(fills=True),
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
-        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
-        p=RegTile("p", inputs, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, m, v_cols, v, "accumulator"),
-        row_max=RegVec("row_max", m),
-        row_sum=RegVec("row_sum", m, partial=True),
-        alpha=RegVec("alpha", m),
-        total=RegVec("total", m),
-        inv_sum=RegVec("inv_sum", m),
-        row_lse=RegVec("row_lse", m),
-        q_in=Tensor("q", inputs, qk, "q", "q"),
-        k_in=Tensor("k", inputs, qk, "k", "kv"),
-        v_in=Tensor("v", inputs, v, "k", "kv"),
-        result=Tensor("out", output, v, "q", "q"),
-        lse=Rows("lse", optional=True),
     )
 
 
 def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> KernelPlan:
     """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last."""
     programs = WARPGROUP_SCHEDULES[schedule](at)
-    registers = REGISTERS.get(choice.warpgroups, (None, None))
+    share = WARPGROUP_REGISTERS.get(choice.warpgroups)
     rings = tuple(
         cursor.ring
         for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
@@ -138,14 +114,14 @@ def kernel(name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlace
                 (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
                 cursors(at.consumer),
                 choice.warpgroups,
-                registers[0],
+                share.consumer if share else None,
             ),
             Role(
                 "producer",
-                4 if choice.warpgroups in REGISTERS else 1,
+                4 if share else 1,
                 programs["producer"],
                 cursors=cursors(at.producer),
-                registers=registers[1],
+                registers=share.producer if share else None,
                 single_thread=True,
             ),
         ),

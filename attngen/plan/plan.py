@@ -18,11 +18,8 @@ Formula = int | str | dict[str, Any]
 """An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
 
 FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
     "ceil_div": lambda a, b: -(-a // b),
-    "max": max,
     "min": min,
 }
 

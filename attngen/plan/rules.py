@@ -5,7 +5,7 @@ value is lowering's to find, since only it can make another plan.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attngen.expr import LARGEST_TILE
 from attngen.plan.places import RegTile
@@ -16,9 +16,25 @@ SPARE_REGISTERS = 47
 
 128x64 tiles of head_dim 128 over 4 warps (208 - 16 in accumulators) compile without spills on NVRTC 13.0.88.
 """
-SPARE_WARPGROUP_REGISTERS = {240: 24, 160: 32}
-"""The same for a consumer warpgroup, whose P has registers of its own, by the registers it holds; 24 and 32 are also
-what FlashAttention-4's search on sm_90 keeps free."""
+
+
+@dataclass(frozen=True)
+class RegisterShare:
+    """How warpgroups share out the registers of a block.
+
+    Attributes:
+        consumer, producer: what a thread of each holds after setmaxnreg, in eights.
+        spare: of the consumer's, beside its tiles; here P has registers of its own.
+    """
+
+    consumer: int
+    producer: int
+    spare: int
+
+
+WARPGROUP_REGISTERS = {2: RegisterShare(240, 24, spare=24), 3: RegisterShare(160, 32, spare=32)}
+"""By consumer warpgroups: 65536 registers are there for all. A single consumer needs no more than the launch gives.
+24 and 32 are also what FlashAttention-4's search on sm_90 keeps free."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -27,13 +43,18 @@ MOST_WGMMA_COLUMNS = 256
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that a plan breaks, by the value of the spec that is most easily changed."""
+    """A rule that a plan breaks, by the value of the spec that is most easily changed.
+
+    Attributes:
+        others: the same, by other values that have a part in it; which of them a spec gives, a plan does not know.
+    """
 
     rule: str
     path: str
     value: int
     must: str
     note: str
+    others: tuple["Violation", ...] = ()
 
 
 def takes_warpgroups(plan: Plan) -> bool:
@@ -58,12 +79,15 @@ def _mma_rows(plan: Plan) -> Iterator[Violation]:
         return
     step = plan.arch.mma.m * plan.warps
     if plan.block_m % step:
+        note = f"each of {plan.warps} warps owns rows in steps of {plan.arch.mma.m}"
+        shares = f"must share the {plan.block_m} rows of a tile in steps of {plan.arch.mma.m}"
         yield Violation(
             "mma-rows",
             "tile.block_m",
             plan.block_m,
             f"must be a multiple of {step}",
-            f"each of {plan.warps} warps owns rows in steps of {plan.arch.mma.m}",
+            note,
+            (Violation("mma-rows", "schedule.warps", plan.warps, shares, note),),
         )
 
 
@@ -72,14 +96,21 @@ def _wgmma_rows(plan: Plan) -> Iterator[Violation]:
         return
     step, count = plan.arch.wgmma.m, plan.kernel.worker.warpgroups
     if plan.block_m % count or (plan.arch.has_mma_granularity and plan.block_m != step * count):
+        if step > 1:
+            must = f"must be {step} for each consumer warpgroup"
+            shares = f"must be one for every {step} of the {plan.block_m} rows of a tile"
+            note = f"{step * count} for {count}: each owns the rows of one wgmma"
+        else:
+            must = f"must be a multiple of {count}"
+            shares = f"must divide the {plan.block_m} rows of a tile"
+            note = "warpgroups share the rows"
         yield Violation(
             "wgmma-rows",
             "tile.block_m",
             plan.block_m,
-            f"must be {step} for each consumer warpgroup" if step > 1 else f"must be a multiple of {count}",
-            f"{step * count} for {count}: each owns the rows of one wgmma"
-            if step > 1
-            else "warpgroups share the rows",
+            must,
+            note,
+            (Violation("wgmma-rows", "schedule.warpgroups", count, shares, note),),
         )
 
 
@@ -95,14 +126,23 @@ def _wgmma_columns(plan: Plan) -> Iterator[Violation]:
 
 
 def _warpgroups(plan: Plan) -> Iterator[Violation]:
-    count = plan.kernel.worker.warpgroups
-    if count > MOST_WARPGROUPS:
+    count, wgmma = plan.kernel.worker.warpgroups, plan.arch.wgmma
+    if count > MOST_WARPGROUPS and wgmma is not None:
+        note = "a fourth would leave each thread fewer than 128 registers"
+        rows = Violation(
+            "warpgroups",
+            "tile.block_m",
+            plan.block_m,
+            f"must be at most {MOST_WARPGROUPS * wgmma.m}",
+            f"each consumer warpgroup owns {wgmma.m} rows, and {note}",
+        )
         yield Violation(
             "warpgroups",
             "schedule.warpgroups",
             count,
             f"must be at most {MOST_WARPGROUPS}",
-            "a fourth would leave each thread fewer than 128 registers",
+            note,
+            (rows,) if plan.arch.has_mma_granularity else (),
         )
 
 
@@ -118,6 +158,19 @@ def _mma_k_step(plan: Plan) -> Iterator[Violation]:
         )
 
 
+def _cost(rule: str, plan: Plan, must: str, note: str, *paths: str) -> Violation:
+    """A sum that is too large, by each of the values that it grows or shrinks with."""
+    values = {
+        "tile.block_m": plan.block_m,
+        "tile.block_n": plan.block_n,
+        "schedule.stages": plan.stages,
+        "schedule.warps": plan.warps,
+        "schedule.warpgroups": plan.kernel.worker.warpgroups,
+    }
+    first, *others = (Violation(rule, path, values[path], must, note) for path in paths)
+    return replace(first, others=tuple(others))
+
+
 def _shared_memory(plan: Plan) -> Iterator[Violation]:
     limit = plan.arch.smem_bytes_per_block
     for kernel in plan.kernels:
@@ -126,20 +179,21 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
             if rest := kernel.smem_bytes - sum(sizes.values()):
                 sizes["barriers"] = rest
             parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
-            yield Violation(
+            yield _cost(
                 "shared-memory",
-                "tile.block_n",
-                plan.block_n,
+                plan,
                 f"asks for {kernel.smem_bytes} bytes of shared memory and {plan.arch.name} has {limit}",
                 f"{parts} = {kernel.smem_bytes} bytes",
+                *("tile.block_n", "schedule.stages", "tile.block_m"),
+                *(("schedule.warpgroups",) if takes_warpgroups(plan) else ()),
             )
 
 
 def free_registers(plan: Plan) -> int:
     """Registers a thread of the computing role has for its tiles."""
-    held = plan.kernel.worker.registers
-    if held is not None and plan.arch.emits:
-        return held - SPARE_WARPGROUP_REGISTERS[held]
+    worker = plan.kernel.worker
+    if worker.registers is not None and plan.arch.emits:
+        return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
     return plan.arch.registers_per_thread - SPARE_REGISTERS
 
 
@@ -154,12 +208,13 @@ def _registers(plan: Plan) -> Iterator[Violation]:
     used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
     if sum(used.values()) > free:
         parts = " + ".join(f"{name} {count}" for name, count in used.items())
-        yield Violation(
+        yield _cost(
             "registers",
-            "tile.block_n",
-            plan.block_n,
+            plan,
             f"asks for {sum(used.values())} registers a thread in tiles and {free} are free",
             f"{parts} = {sum(used.values())}",
+            *("tile.block_n", "tile.block_m"),
+            "schedule.warpgroups" if takes_warpgroups(plan) else "schedule.warps",
         )
 
 
@@ -202,6 +257,10 @@ RULES: dict[str, Callable[[Plan], Iterator[Violation]]] = {
     "shared-memory": _shared_memory,
     "registers": _registers,
 }
+OWNERS_OF_ROWS = ("threads-per-block", "warpgroups", "mma-rows", "wgmma-rows")
+"""Rules of who owns which rows."""
+COSTS = ("shared-memory", "registers")
+"""Rules of what a tile costs. Where rows have no owner, that is the cost of a tile that nobody can run."""
 
 
 def verify(plan: Plan) -> tuple[Violation, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.serial import serial
-from attngen.schedules.tiles import Places
+from attngen.schedules.tiles import Places, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
@@ -17,4 +17,4 @@ WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] 
 }
 """Schedules of a producer and consumer warpgroups."""
 
-__all__ = ["SCHEDULES", "WARPGROUP_SCHEDULES", "Places", "RingCursors", "WarpgroupPlaces"]
+__all__ = ["SCHEDULES", "WARPGROUP_SCHEDULES", "Places", "RingCursors", "TilePlaces", "WarpgroupPlaces"]

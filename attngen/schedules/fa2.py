@@ -34,15 +34,7 @@ from attngen.plan.steps import (
     When,
     WhenBlock,
 )
-from attngen.schedules.tiles import Places
-
-M_BLOCK, N = BlockIndex("m_block"), BlockIndex("n")
-N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
-    BlockIndex("n_min"),
-    BlockIndex("n_full_begin"),
-    BlockIndex("n_full_end"),
-    BlockIndex("n_max"),
-)
+from attngen.schedules.tiles import M_BLOCK, N_MAX, N_MIN, N, Places
 
 
 def fa2(at: Places) -> Program:
@@ -63,7 +55,10 @@ def fa2(at: Places) -> Program:
                             "scale is negative",
                             (WaitCopies(0), SyncThreads(), NegateTile(at.q.at())),
                         ),
-                        *(ForBlocks(range_, "n", block(range_)) for range_ in _ranges(at)),
+                        *(
+                            ForBlocks(range_, "n", block(range_))
+                            for range_ in at.ranges(last_is_peeled=False)
+                        ),
                     ),
                 ),
                 Note("normalise once, at the end"),
@@ -79,16 +74,6 @@ def fa2(at: Places) -> Program:
             )
         ),
     )
-
-
-def _ranges(at: Places) -> tuple[Range, ...]:
-    """The blocks of keys from right to left: masked at both ends of what a row sees, unmasked between."""
-    if at.visible is None:
-        return (Range("every", N_MIN, N_MAX, descending=True, tile_class="any"),)
-    right = Range("right", N_FULL_END, N_MAX, descending=True, tile_class="partial")
-    full = Range("full", N_FULL_BEGIN, N_FULL_END, descending=True, tile_class="full")
-    left = Range("left", N_MIN, N_FULL_BEGIN, descending=True, tile_class="partial")
-    return (right, full, left) if at.visible.lower else (right, full)
 
 
 def _softmax(at: Places) -> Program:

@@ -9,7 +9,6 @@ Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, Algorithms 1 and 2.
 from dataclasses import dataclass
 from typing import Literal
 
-from attngen.expr import Expr, KeyRange
 from attngen.plan import (
     BlockIndex,
     Buffer,
@@ -17,9 +16,6 @@ from attngen.plan import (
     NamedBarriers,
     Program,
     Range,
-    RegTile,
-    RegVec,
-    Rows,
     Tensor,
 )
 from attngen.plan.steps import (
@@ -34,8 +30,6 @@ from attngen.plan.steps import (
     ForTiles,
     IssueOutputGemm,
     IssueScoreGemm,
-    MaskScores,
-    MaskScoresEach,
     NegateTile,
     Note,
     PassTurn,
@@ -44,7 +38,6 @@ from attngen.plan.steps import (
     RowMax,
     ScaleRows,
     StageTile,
-    Step,
     StoreRows,
     SyncWarpgroup,
     TakeTile,
@@ -57,16 +50,7 @@ from attngen.plan.steps import (
     WaitStores,
     When,
 )
-
-M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
-    BlockIndex("m_block"),
-    BlockIndex("n"),
-    BlockIndex("n_min"),
-    BlockIndex("n_full_begin"),
-    BlockIndex("n_full_end"),
-    BlockIndex("n_max"),
-)
-
+from attngen.schedules.tiles import M_BLOCK, N_MAX, N_MIN, N, TilePlaces
 
 Rescale = Literal["middle", "last"]
 
@@ -82,8 +66,8 @@ class RingCursors:
 
 
 @dataclass(frozen=True)
-class WarpgroupPlaces:
-    """What the schedules for warpgroups may name.
+class WarpgroupPlaces(TilePlaces):
+    """What the schedules for warpgroups may name; their tiles in shared memory are in panels.
 
     Attributes:
         overlap: the softmax of a block runs under the output GEMM of the one before.
@@ -93,43 +77,20 @@ class WarpgroupPlaces:
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
         persistent: a block of threads works on many tiles.
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
-        q, k, v, out: tiles in panels: (block_m or block_n, head dim).
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
-        acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
-        row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
     """
 
-    mask: Expr
-    visible: KeyRange | None
     overlap: bool
     rescale: Rescale
     rescale_votes: bool
     passes_late: bool
     persistent: bool
     out_over_q: bool
-    q: Buffer
-    k: Buffer
-    v: Buffer
-    out: Buffer
     producer: RingCursors
     consumer: RingCursors
     turn: NamedBarriers
     own: NamedBarriers
-    acc_s: RegTile
-    p: RegTile
-    acc_o: RegTile
-    row_max: RegVec
-    row_sum: RegVec
-    alpha: RegVec
-    total: RegVec
-    inv_sum: RegVec
-    row_lse: RegVec
-    q_in: Tensor
-    k_in: Tensor
-    v_in: Tensor
-    result: Tensor
-    lse: Rows
 
 
 def warp_specialized(at: WarpgroupPlaces) -> dict[str, Program]:
@@ -212,7 +173,10 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                     "tile has blocks",
                     (
                         *_first_block(at),
-                        *(ForBlocks(range_, "n", _block(at, range_, turns)) for range_ in _ranges(at)),
+                        *(
+                            ForBlocks(range_, "n", _block(at, range_, turns))
+                            for range_ in at.ranges(last_is_peeled=True)
+                        ),
                     ),
                 ),
                 *(() if at.out_over_q else (SyncWarpgroup(at.own), *release_q)),
@@ -226,23 +190,6 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
     )
 
 
-def _ranges(at: WarpgroupPlaces) -> tuple[Range, ...]:
-    """The blocks of keys but the last, from right to left: masked at both ends of what a row sees."""
-    if at.visible is None:
-        return (Range("every", N_MIN, N_MAX - 1, descending=True, tile_class="any"),)
-    right = Range("right", N_FULL_END, N_MAX - 1, descending=True, tile_class="partial")
-    full = Range("full", N_FULL_BEGIN, N_FULL_END, descending=True, tile_class="full")
-    left = Range("left", N_MIN, N_FULL_BEGIN, descending=True, tile_class="partial")
-    return (*((right,) if at.visible.upper else ()), full, *((left,) if at.visible.lower else ()))
-
-
-def _mask(at: WarpgroupPlaces, block: BlockIndex) -> Step:
-    """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""
-    if at.visible is None:
-        return MaskScoresEach(at.acc_s, M_BLOCK, block, at.mask)
-    return MaskScores(at.acc_s, M_BLOCK, block, at.visible)
-
-
 def _first_block(at: WarpgroupPlaces) -> Program:
     rings = at.consumer
     return (
@@ -252,7 +199,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         WaitGemm(0, (at.acc_s,)),
         Release(rings.k),
         Advance(rings.k),
-        _mask(at, N_MAX - 1),
+        at.mask_scores(M_BLOCK, N_MAX - 1),
         RowMax(at.acc_s, at.row_max, at.alpha),
         Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
         ConvertP(at.acc_s, at.p),
@@ -276,19 +223,18 @@ def _block(at: WarpgroupPlaces, range_: Range, turns: bool) -> Program:
     output_done = (Release(rings.v), Advance(rings.v))
     row_max = (
         Note("online softmax of block n"),
-        *((_mask(at, N),) if range_.tile_class != "full" else ()),
+        *((at.mask_scores(M_BLOCK, N),) if range_.tile_class != "full" else ()),
         RowMax(at.acc_s, at.row_max, at.alpha),
     )
     exponentiate = Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha)
+    land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
     land_output = (WaitGemm(0, (at.acc_o, at.p)), *output_done)
     if not at.overlap:
         land_both = (WaitGemm(0, (at.acc_s, at.acc_o, at.p)), *output_done, *scores_done)
         softmax = (*land_both, *row_max, *_rescale(at, "middle"), exponentiate)
     elif at.rescale == "middle":
-        land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
         softmax = (*land_scores, *row_max, *land_output, *_rescale(at, "middle"), exponentiate)
     else:
-        land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
         softmax = (*land_scores, *row_max, exponentiate, *land_output)
     return (
         *issue,

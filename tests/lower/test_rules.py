@@ -34,12 +34,98 @@ def only(arch: str = "sm_90a", **changes: object) -> Diagnostic:
 
 
 @pytest.mark.parametrize(
-    ("kind", "nearest"), [("fa2", "176"), ("warp_specialized", "144"), ("pingpong", "144")]
+    ("kind", "block_m", "nearest"),
+    [("fa2", 128, "176"), ("warp_specialized", 192, "144"), ("pingpong", 192, "144")],
 )
-def test_block_n_200_is_no_multiple_of_the_k_step(kind: str, nearest: str) -> None:
+def test_block_n_200_is_no_multiple_of_the_k_step(kind: str, block_m: int, nearest: str) -> None:
     """The nearest valid values pass every rule, not only the one that was broken."""
-    found = faults(tile={"block_n": 200}, problem={"head_dim": 32}, schedule={"kind": kind, "stages": 1})
+    tile = {"block_m": block_m, "block_n": 200}
+    found = faults(tile=tile, problem={"head_dim": 32}, schedule={"kind": kind, "stages": 1})
     assert found["mma-k-step"] == found["registers"] == (nearest,)
+
+
+@pytest.mark.parametrize("kind", SPECIALISED)
+def test_the_nearest_values_pass_with_any_tile_that_auto_may_take(kind: str) -> None:
+    """Two warpgroups have the registers for 192 and 208 keys of head_dim 32, though auto would start with three."""
+    changes: dict[str, object] = {"problem": {"head_dim": 32}, "schedule": {"kind": kind, "stages": 1}}
+    fault = only(tile={"block_n": 200}, **changes)
+    assert (fault.rule, fault.nearest) == ("mma-k-step", ("192", "208"))
+    for block_n in (192, 208):
+        plan = lower(attngen.load(changes | {"tile": {"block_n": block_n}}), ARCHS["sm_90a"])
+        assert (plan.block_n, plan.kernel.worker.warpgroups) == (block_n, 2)
+
+
+@pytest.mark.parametrize(("head_dim", "nearest"), [(64, "192"), (128, "192"), (256, "128")])
+@pytest.mark.parametrize("kind", ("auto", *SPECIALISED))
+def test_too_many_rows_are_told_of_block_m(kind: str, head_dim: int, nearest: str) -> None:
+    """A spec that says block_m alone reads nothing of the warpgroups that follow from it, nor of what those cost."""
+    fault = only(problem={"head_dim": head_dim}, tile={"block_m": 256}, schedule={"kind": kind})
+    assert fault.message == "tile.block_m = 256 must be at most 192"
+    assert (fault.rule, fault.path, fault.value) == ("warpgroups", "tile.block_m", 256)
+    assert fault.note.startswith("each consumer warpgroup owns 64 rows") and fault.nearest == (nearest,)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("arch", "rule"), [("sm_90a", "wgmma-rows"), ("sm_80", "mma-rows")])
+def test_rows_without_owner_have_no_cost(arch: str, rule: str, head_dim: int) -> None:
+    """block_m 100 breaks one rule: the registers of such a tile are no second fault."""
+    fault = only(arch, problem={"head_dim": head_dim}, tile={"block_m": 100})
+    assert (fault.rule, fault.path, fault.nearest) == (rule, "tile.block_m", ("64", "128"))
+
+
+def test_the_cost_is_told_where_no_other_rows_would_do() -> None:
+    """Beside block_m 100, 512 keys fit no tile: then both faults are told, each by its own value."""
+    found = diagnostics(problem={"head_dim": 64}, tile={"block_m": 100, "block_n": 512})
+    assert {fault.rule: fault.path for fault in found} == {
+        "wgmma-rows": "tile.block_m",
+        **dict.fromkeys(("wgmma-columns", "shared-memory", "registers"), "tile.block_n"),
+    }
+    assert all(not fault.nearest for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "rule", "path", "nearest"),
+    [
+        ("sm_90a", {"schedule": {"stages": 8}}, "shared-memory", "schedule.stages", ("6",)),
+        ("sm_86", {"schedule": {"stages": 6}}, "shared-memory", "schedule.stages", ("5",)),
+        (
+            "sm_90a",
+            {"problem": {"head_dim": 256}, "schedule": {"warpgroups": 3}},
+            "registers",
+            "schedule.warpgroups",
+            ("2",),
+        ),
+        ("sm_80", {"schedule": {"kind": "fa2", "warps": 3}}, "mma-rows", "schedule.warps", ("2", "4")),
+        (
+            "sm_90a",
+            {
+                "problem": {"head_dim": 256},
+                "tile": {"block_m": 128},
+                "schedule": {"kind": "pingpong", "warpgroups": 3},
+            },
+            "wgmma-rows",
+            "schedule.warpgroups",
+            ("2",),
+        ),
+        (
+            "simulator",
+            {"schedule": {"kind": "pingpong", "warpgroups": 3}},
+            "wgmma-rows",
+            "schedule.warpgroups",
+            ("2",),
+        ),
+    ],
+    ids=str,
+)
+def test_a_fault_is_told_of_a_value_that_the_spec_gives(
+    arch: str, changes: dict[str, dict[str, Any]], rule: str, path: str, nearest: tuple[str, ...]
+) -> None:
+    """Of the values that make a rule break, those left to auto are never blamed; what is named would do."""
+    fault = only(arch, **changes)
+    assert (fault.rule, fault.path, fault.nearest) == (rule, path, nearest)
+    section, field = path.split(".")
+    assert fault.value == changes[section][field] and fault.message.startswith(f"{path} = {fault.value} ")
+    assert_nearest_are_legal(arch, changes)
 
 
 KNOBS_THAT_BREAK: list[dict[str, dict[str, Any]]] = [

@@ -1,0 +1,84 @@
+"""Candidates: what the tables offer, with what the spec says in its place. Whether they are legal is not asked here."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from attngen.arch import Arch
+from attngen.expr import key_range
+from attngen.lower.tiles import Choice, WarpgroupChoice, choices, warpgroup_choices
+from attngen.schedules import WARPGROUP_SCHEDULES
+from attngen.spec import Spec
+
+KNOBS = {
+    "tile.block_m": "block_m",
+    "tile.block_n": "block_n",
+    "schedule.stages": "stages",
+    "schedule.warps": "warps",
+    "schedule.warpgroups": "warpgroups",
+}
+"""The numbers of a choice that a spec may say, by their paths in it."""
+WARP_FIELDS = ("warps",)
+WARPGROUP_FIELDS = ("warpgroups", "overlap", "persistent")
+
+
+def candidates(
+    spec: Spec, arch: Arch, schedule: str, instead: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Choice | WarpgroupChoice, ...]:
+    """What the tables offer, best first, with what the spec says, or would say with other numbers `instead`."""
+    head_dim = spec.problem.head_dim
+    offers: tuple[Choice | WarpgroupChoice, ...]
+    if schedule in WARPGROUP_SCHEDULES:
+        offers = warpgroup_choices(head_dim.qk, head_dim.v, is_bounded(spec), arch)
+    else:
+        offers = choices(schedule, max(head_dim.qk, head_dim.v), arch)
+    return tuple(_with_given(offer, spec, arch, instead) for offer in offers)
+
+
+def given(spec: Spec, *fields: str) -> dict[str, Any]:
+    """The fields of a choice that the spec says, of those asked for."""
+    values = {**spec.tile.__dict__, **spec.schedule.__dict__}
+    return {field: values[field] for field in fields if field in values and values[field] != "auto"}
+
+
+def _with_given(
+    offer: Choice | WarpgroupChoice, spec: Spec, arch: Arch, instead: Mapping[str, int]
+) -> Choice | WarpgroupChoice:
+    fields = WARPGROUP_FIELDS if isinstance(offer, WarpgroupChoice) else WARP_FIELDS
+    values = given(spec, "block_m", "block_n", "stages", *fields) | dict(instead)
+    if isinstance(offer, WarpgroupChoice):
+        values = _with_rows_of_warpgroups(values, arch)
+        if spec.schedule.order != "auto":
+            values["longest_first"] = spec.schedule.order == "heads"
+    else:
+        values["longest_first"] = _longest_first(spec)
+    return replace(offer, **values)
+
+
+def _with_rows_of_warpgroups(values: dict[str, Any], arch: Arch) -> dict[str, Any]:
+    """Of block_m and warpgroups one follows from the other where that alone is said."""
+    if not arch.emits or arch.wgmma is None:
+        return values
+    if "block_m" in values and "warpgroups" not in values:
+        return values | {"warpgroups": max(1, values["block_m"] // arch.wgmma.m)}
+    if "warpgroups" in values and "block_m" not in values:
+        return values | {"block_m": values["warpgroups"] * arch.wgmma.m}
+    return values
+
+
+def is_bounded(spec: Spec) -> bool:
+    """Whether the mask has an upper bound in closed form."""
+    visible = key_range(spec.mask_expr)
+    return visible is not None and bool(visible.upper)
+
+
+def _longest_first(spec: Spec) -> bool:
+    """Whether the rows that see the most keys start first, unless the spec says.
+
+    Then the last blocks to run are short: +6 to 10 % for fa2 on an H200 at 4k and more, head_dim 64 and 128, causal
+    (benchmarks/results/tune_fa2.json). Without such a bound neighbours share K and V in L2 instead.
+    """
+    if spec.schedule.order != "auto":
+        return spec.schedule.order == "heads"
+    return is_bounded(spec)

@@ -1,0 +1,130 @@
+"""Refusals: what a spec asks for that no plan can give, drawn where it is asked, with the nearest that would do.
+
+The rules are `plan.rules`'; here their violations become diagnostics, beside what is refused before there is a plan.
+"""
+
+from collections.abc import Callable
+
+from attngen.arch import ARCHS, Arch
+from attngen.errors import Diagnostic
+from attngen.expr import LARGEST_TILE
+from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
+from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Violation
+from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
+from attngen.spec import Spec
+
+Passes = Callable[[str, int], bool]
+"""Whether every rule passes with another value of one of the `KNOBS`."""
+
+
+def diagnostics(
+    spec: Spec, arch: Arch, violations: tuple[Violation, ...], passes: Passes
+) -> tuple[Diagnostic, ...]:
+    """The broken rules, each drawn where the spec says the value, with the nearest values that pass every rule.
+
+    What a tile costs whose rows have no owner is not told where other owners or rows would do: those mend it too.
+    """
+    told: list[Diagnostic] = []
+    for broken in violations:
+        is_mended = any(cause.rule in OWNERS_OF_ROWS and cause.nearest for cause in told)
+        if broken.rule not in COSTS or not is_mended:
+            told.append(_diagnostic(spec, arch, broken, passes))
+    return tuple(told)
+
+
+def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Diagnostic:
+    """By the first value that the spec gives and that has another that would do; values left to auto are nobody's."""
+    told = [
+        Diagnostic(
+            message=f"{each.path} = {each.value} {each.must}",
+            rule=each.rule,
+            location=spec.locate(each.path),
+            path=each.path,
+            value=each.value,
+            note=each.note,
+            nearest=tuple(str(value) for value in _nearest(arch, each, passes)),
+        )
+        for each in _by_given_values(spec, broken)
+    ]
+    return next((each for each in told if each.nearest), told[0])
+
+
+def _by_given_values(spec: Spec, broken: Violation) -> list[Violation]:
+    """The ways to tell of a broken rule that name a value of the spec, or its own where all are auto."""
+    ways = [way for way in (broken, *broken.others) if given(spec, KNOBS[way.path])]
+    return ways or [broken]
+
+
+def _nearest(arch: Arch, broken: Violation, passes: Passes) -> list[int]:
+    """The next smaller and the next larger value of the knob that pass, where there are any."""
+    knob = KNOBS[broken.path]
+    step = {"block_m": arch.mma.m, "block_n": arch.mma.k}.get(knob, 1)
+    most = {
+        "stages": MOST_STAGES,
+        "warps": arch.threads_per_block // 32,
+        "warpgroups": MOST_WARPGROUPS,
+    }.get(knob, LARGEST_TILE)
+    below = min(broken.value - 1, most) // step * step
+    above = broken.value // step * step + step
+    smaller = [value for value in range(below, 0, -step) if passes(knob, value)][:1]
+    return smaller + [value for value in range(above, most + 1, step) if passes(knob, value)][:1]
+
+
+def wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
+    """A schedule that the target has no instructions for."""
+    if schedule not in WARPGROUP_SCHEDULES or arch.wgmma:
+        return ()
+    able = tuple(known.name for known in ARCHS.values() if known.wgmma)
+    return (
+        Diagnostic(
+            message=f"schedule.kind = {schedule} is not to be had on {arch.name}",
+            rule="schedule-target",
+            location=spec.locate("schedule.kind"),
+            path="schedule.kind",
+            value=schedule,
+            note=f"it is made of wgmma and the copy engine, which {' and '.join(able)} have",
+            nearest=tuple(SCHEDULES),
+        ),
+    )
+
+
+def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
+    """Fields that mean nothing to the schedule: they are not ignored in silence."""
+    fields, others = (
+        (WARP_FIELDS, SCHEDULES)
+        if schedule in WARPGROUP_SCHEDULES
+        else (WARPGROUP_FIELDS, WARPGROUP_SCHEDULES)
+    )
+    return tuple(
+        Diagnostic(
+            message=f"schedule.{field} = {str(value).lower()} means nothing to {schedule}",
+            rule="schedule-field",
+            location=spec.locate(f"schedule.{field}"),
+            path=f"schedule.{field}",
+            value=value,
+            note=f"it is for {' and '.join(others)}",
+            nearest=("auto",),
+        )
+        for field, value in given(spec, *fields).items()
+    )
+
+
+def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
+    """Formats that the target has no instructions for."""
+    fields = (
+        ("inputs", "input-dtype", f"the matrix instruction of {arch.name} takes {' and '.join(arch.dtypes)}"),
+        ("output", "output-dtype", f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}"),
+    )
+    return tuple(
+        Diagnostic(
+            message=f"precision.{field} = {value} is not to be had on {arch.name}",
+            rule=rule,
+            location=spec.locate(f"precision.{field}"),
+            path=f"precision.{field}",
+            value=value,
+            note=note,
+            nearest=arch.dtypes,
+        )
+        for field, rule, note in fields
+        if (value := getattr(spec.precision, field)) not in ("auto", *arch.dtypes)
+    )
