@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.arch import ARCHS, Arch, arch_for_capability
-from attngen.emit import Manifest, emit, manifest
+from attngen.emit import Manifest, emit, manifest, serving
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
 from attngen.lower import lower
 from attngen.plan import Plan
@@ -20,6 +20,7 @@ from attngen.runtime import (
     Launcher,
     LaunchReport,
     check_arguments,
+    check_length,
     disassemble,
     explain_launch,
 )
@@ -85,13 +86,12 @@ class Kernel:
         return self.compiled.seconds
 
     def serving(self, k: torch.Tensor, layout: str = "bshd") -> "Kernel":
-        """Which kernel takes a call with this K: itself or one of `shorter`."""
-        if self.shorter and k.dim() == 4:
-            seqlen_k = k.shape[2 if layout == "bhsd" else 1]
-            for kernel in self.shorter:
-                if kernel.plan.up_to is not None and seqlen_k <= kernel.plan.up_to:
-                    return kernel
-        return self
+        """Which kernel takes a call with this K: itself or one of `shorter`.
+
+        Raises:
+            ArgumentError: k or layout is not what a call may pass.
+        """
+        return serving(self, self.shorter, check_length(k, layout))
 
     def compile(self) -> None:
         """Build what has not been built, `shorter` too and at the same time."""
@@ -142,9 +142,9 @@ class Kernel:
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
-            check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             result, lse = simulate(
-                self.serving(k, layout).plan,
+                serving(self, self.shorter, problem.seqlen_k).plan,
                 q,
                 k,
                 v,
@@ -163,8 +163,8 @@ class Kernel:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
         """What a call on these tensors (of any device, meta too) would launch."""
-        kernel = self.serving(k, layout)
-        return explain_launch(kernel.manifest, check_arguments(kernel.manifest, q, k, v, None, None, layout))
+        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        return explain_launch(serving(self, self.shorter, problem.seqlen_k).manifest, problem)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write NAME.cu, NAME.json and NAME.cubin, those of `shorter` too, and return their paths."""

@@ -4,8 +4,9 @@ It stands beside the .cu as .json. The Python runtime launches from it and from 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
 
@@ -117,6 +118,22 @@ class Manifest:
         launches = tuple(LaunchEntry(**launch) for launch in data.pop("launches"))
         data["shorter"] = tuple(data["shorter"])
         return cls(kernels=kernels, workspaces=workspaces, launches=launches, **data)
+
+
+class _HasManifest(Protocol):
+    @property
+    def manifest(self) -> Manifest: ...
+
+
+_Kernel = TypeVar("_Kernel", bound=_HasManifest)
+
+
+def serving(kernel: _Kernel, shorter: Sequence[_Kernel], seqlen_k: int) -> _Kernel:
+    """Which of a kernel and those for fewer keys, the fewest first, takes a call of that many keys."""
+    for each in shorter:
+        if each.manifest.up_to is not None and seqlen_k <= each.manifest.up_to:
+            return each
+    return kernel
 
 
 def _kernel_entry(data: dict[str, Any]) -> KernelEntry:

@@ -16,7 +16,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, Manifest
+from attngen.emit.manifest import KernelEntry, Manifest, serving
 from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
@@ -170,7 +170,7 @@ class Launcher:
         )  # fmt: skip
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._serving(k, layout)._prepare(q, k, v, softmax_scale, out, layout)
+            prepared = self._prepare(q, k, v, softmax_scale, out, layout)
             if len(self._prepared) >= MOST_SIGNATURES:
                 self._prepared.clear()
             self._prepared[key] = prepared
@@ -199,14 +199,6 @@ class Launcher:
                 self._launch(prepared, addresses, index, stream)
         return out, lse
 
-    def _serving(self, k: torch.Tensor, layout: str) -> "Launcher":
-        """Which launcher takes a call with this K."""
-        if k.dim() == 4:
-            for launcher in self._shorter:
-                if k.shape[2 if layout == "bhsd" else 1] <= (launcher.manifest.up_to or 0):
-                    return launcher
-        return self
-
     def _launch(self, prepared: _Prepared, addresses: tuple[int, ...], device: int, stream: int) -> None:
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
@@ -231,8 +223,10 @@ class Launcher:
         out: torch.Tensor | None,
         layout: str,
     ) -> _Prepared:
-        """Check a signature and work out its launches."""
+        """Check a signature and work out its launches, of the kernel that takes it."""
         problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+        if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
+            return launcher._prepare(q, k, v, softmax_scale, out, layout)
         if q.is_cuda:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)

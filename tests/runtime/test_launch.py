@@ -237,13 +237,31 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
     assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
 
 
-def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
+def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to its bound the shorter kernel is launched, beyond it the other; the manifest of each says so."""
+    SpecialisedRecorder(monkeypatch, True)
     kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}, "mask": "causal"})
     (short,) = kernel.shorter
     assert kernel.manifest.shorter == (short.manifest.name,) and kernel.manifest.up_to is None
     bound = short.manifest.up_to
     assert bound is not None
+    launched: list[str] = []
+
+    class Named:
+        """A module and the kernel of it that was asked for."""
+
+        def function(self, name: str, smem_bytes: int) -> "Named":
+            self.name = name
+            return self
+
+        def prepare(self, device: int) -> None:
+            pass
+
+    def start(function: Named, *rest: object) -> None:
+        launched.append(function.name)
+
+    short_launcher = Launcher(short.manifest, b"", load=lambda cubin: Named(), start=start)
+    launcher = Launcher(kernel.manifest, b"", (short_launcher,), load=lambda cubin: Named(), start=start)
     for seqlen_k, expected in ((bound, short), (bound + 1, kernel), (0, short)):
         q, k = torch.empty(1, 8, 4, 64, device="meta"), torch.empty(1, seqlen_k, 2, 64, device="meta")
         q, k = q.bfloat16(), k.bfloat16()
@@ -251,3 +269,5 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
         (report,) = kernel.explain_launch(q, k, k)
         assert report.kernel == expected.manifest.name
         assert kernel.serving(k.transpose(1, 2), "bhsd") is expected
+        launcher(*(torch.empty_like(x, device="cpu") for x in (q, k, k)))
+        assert launched.pop() == expected.manifest.name
