@@ -133,7 +133,11 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        if q.is_cuda:
+        try:
+            is_on_gpu = q.is_cuda
+        except AttributeError:
+            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
+        if is_on_gpu:
             if not self.plan.arch.emits:
                 raise ToolchainError(
                     f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
@@ -281,6 +285,9 @@ def attention(
         ArgumentError: a tensor that no kernel takes.
         SpecError: a fault in mask or score.
     """
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError(name, type(x).__name__, "a torch tensor")
     if q.dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
     if q.dim() != 4 or v.dim() != 4:

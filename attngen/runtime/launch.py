@@ -161,14 +161,19 @@ class Launcher:
         layout: str = "bshd",
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
-        device = q.device
-        if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
+        try:
+            device = q.device
+            if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
+                check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            key = (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+                device, k.device, v.device, layout, None if out is None else out.stride(),
+                None if softmax_scale is None else (softmax_scale, softmax_scale.__class__),  # True equals 1.0
+            )  # fmt: skip
+            prepared = self._prepared.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # None, no tensor, one without strides, a list
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            device, k.device, v.device, softmax_scale, layout, None if out is None else out.stride(),
-        )  # fmt: skip
-        prepared = self._prepared.get(key)
+            raise
         if prepared is None:
             prepared = self._prepare(q, k, v, softmax_scale, out, layout)
             if len(self._prepared) >= MOST_SIGNATURES:

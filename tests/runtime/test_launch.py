@@ -101,6 +101,53 @@ def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytes
     assert len(recorder.grids) == 1
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *((name, value) for name in "qkv" for value in (None, 1.0, [[1.0]], "q")),
+        *((name, torch.zeros(2, 8, 4, 64).bfloat16().to_sparse()) for name in "qkv"),
+        *((name, value) for name in ("layout", "out") for value in (3, ["bshd"], "sbhd")),
+        ("layout", None),
+        *(("softmax_scale", value) for value in ([1.0], "1", True, torch.ones(2), 1j)),
+    ],
+)
+def test_whatever_is_passed_in_its_place_an_argument_is_named(
+    monkeypatch: pytest.MonkeyPatch, argument: str, value: object
+) -> None:
+    """None, a list, a number, a sparse tensor: an ArgumentError of that argument, known signature or not."""
+    recorder = Recorder(monkeypatch)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    q = torch.zeros(2, 8, 4, 64).bfloat16()
+    good = {"q": q, "k": q, "v": q, "softmax_scale": 1.0, "layout": "bshd", "out": None}
+    for call in (launcher, KERNEL):  # the GPU's path and the CPU's
+        for _ in range(2):
+            with pytest.raises(attngen.ArgumentError) as caught:
+                call(**good | {argument: value})
+            assert caught.value.argument == argument
+            if call is launcher:
+                launcher(**good)
+    assert len(recorder.grids) == 2
+
+
+@pytest.mark.parametrize("argument", ["q", "k", "v"])
+def test_attention_names_what_is_no_tensor(argument: str) -> None:
+    """The call that picks its kernel by the tensors looks at them first."""
+    good = dict.fromkeys(("q", "k", "v"), torch.zeros(1, 4, 1, 32).bfloat16())
+    with pytest.raises(attngen.ArgumentError, match=f"argument {argument}: got NoneType"):
+        attngen.attention(**good | {argument: None})
+
+
+def test_the_serving_kernel_is_asked_for_with_a_length() -> None:
+    """A K without keys to count is refused where the kernel for it is looked for."""
+    for k, layout, argument in (
+        (None, "bshd", "k"),
+        (torch.zeros(2, 3), "bshd", "k"),
+        (None, "dhsb", "layout"),
+    ):
+        with pytest.raises(attngen.ArgumentError, match=f"argument {argument}"):
+            KERNEL.serving(k, layout)
+
+
 def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No queries: no grid. No keys: the kernel must still write zeros."""
     recorder = Recorder(monkeypatch)
