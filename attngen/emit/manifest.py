@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,16 @@ class WorkspaceEntry:
 
 @dataclass(frozen=True)
 class LaunchEntry:
-    """One launch, in order, on a one-dimensional grid."""
+    """One launch, in order, on a one-dimensional grid.
+
+    Attributes:
+        tiles: what the blocks work on, together. A kernel counts them in an i32: the last tile's number, plus the
+            grid's blocks where the kernel has a counter, must be at most 2^31 - 1.
+    """
 
     kernel: str
     grid: Formula
+    tiles: Formula
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def manifest(plan: Plan) -> Manifest:
             for k in plan.kernels
         ),
         workspaces=tuple(WorkspaceEntry(w.name, "f32", w.shape) for w in plan.workspaces),
-        launches=tuple(LaunchEntry(launch.kernel, launch.grid) for launch in plan.launches),
+        launches=tuple(LaunchEntry(launch.kernel, launch.grid, launch.tiles) for launch in plan.launches),
         up_to=plan.up_to,
         shorter=tuple(shorter.name for shorter in plan.shorter),
     )

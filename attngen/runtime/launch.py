@@ -27,6 +27,8 @@ from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode
 SMALLEST_SCALE = 2.0**-126
 """FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
 LARGEST_GRID = 2**31 - 1
+LARGEST_TILE_NUMBER = 2**31 - 1
+"""Kernels count tiles in an i32."""
 MOST_SIGNATURES = 4096
 """Signatures remembered per kernel; a program with more starts over."""
 _FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f", "tensor_map": "128s"}
@@ -143,7 +145,7 @@ class Launcher:
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
         self._output_is_input = manifest.output == manifest.inputs
-        self._draws_tiles = any(p.value == COUNTER for kernel in manifest.kernels for p in kernel.params)
+        self._draws_tiles = any(map(_draws_tiles, manifest.kernels))
         self._addresses = (
             *("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr"),
             *(f"workspace.{space.name}" for space in manifest.workspaces),
@@ -306,6 +308,10 @@ class Launcher:
         )
 
 
+def _draws_tiles(kernel: KernelEntry) -> bool:
+    return any(param.value == COUNTER for param in kernel.params)
+
+
 def _num_sms(manifest: Manifest, device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -323,7 +329,7 @@ def explain_launch(
         num_sms: of the GPU; the manifest's arch tells where None.
 
     Raises:
-        ArgumentError: the grid would be larger than CUDA allows.
+        ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
     kernels = {kernel.name: kernel for kernel in manifest.kernels}
     sizes = {**problem.sizes, "num_sms": num_sms or ARCHS[manifest.arch].num_sms}
@@ -337,5 +343,10 @@ def explain_launch(
         if grid > LARGEST_GRID:
             raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
         kernel = kernels[entry.kernel]
+        tiles = evaluate_formula(entry.tiles, sizes)
+        # Each block draws once more than there is work for it, so numbers run on by as many as there are blocks.
+        most = LARGEST_TILE_NUMBER + 1 - (grid if _draws_tiles(kernel) else 0)
+        if tiles > most:
+            raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
         reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
     return tuple(reports)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attngen
-from attngen.runtime import Launcher, tensor_maps
+from attngen.runtime import Launcher, LaunchReport, tensor_maps
 from attngen.runtime import launch as launch_module
 
 CAUSAL = {"problem": {"head_dim": 64}, "mask": "causal"}
@@ -282,6 +282,23 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
         found[persistent] = (recorder.grids, recorder.asked)
     assert found[True] == ([2, 132], [(None, 7)] * 2)  # sm_90a has 132 multiprocessors
     assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
+
+
+def test_more_tiles_than_a_kernel_can_count_are_refused() -> None:
+    """A persistent grid is small however many the tiles; their numbers, and a draw more for each block, stay i32."""
+    tile = SPECIALISED[True].plan.block_m
+
+    def reports(persistent: bool, heads: int, rows: int) -> tuple[LaunchReport, ...]:
+        zeros = torch.zeros(1, 1, 1, 64).bfloat16()
+        q, k = zeros.expand(2**15, rows, heads, 64), zeros.expand(2**15, 1, heads, 64)
+        return SPECIALISED[persistent].explain_launch(q, k, k)
+
+    (report,) = reports(True, 2**16 - 1, 1)  # 2^31 - 2^15 tiles
+    assert report.grid == 132
+    for persistent, heads, rows in ((True, 2**16, 1), (True, 2**15, tile + 1), (False, 2**16, 1)):
+        with pytest.raises(attngen.ArgumentError, match=f"argument q: got {2**31} .*of work") as caught:
+            reports(persistent, heads, rows)
+        assert caught.value.expected == f"at most {2**31 - (132 if persistent else 1)}"
 
 
 def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
