@@ -39,6 +39,12 @@ def _cure(code: str) -> str:
         return "build for this GPU's target: attngen build --arch"
     if code in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
         return "an earlier kernel of this process failed; run under compute-sanitizer to find which"
+    if code == "CUDA_ERROR_INVALID_VALUE":
+        return "this GPU or its driver takes no such number: see explain_launch for what was asked, update the driver"
+    if code == "CUDA_ERROR_INVALID_CONTEXT":
+        return "the GPU's context is gone, as after a reset or in a forked child: start a process anew, with spawn"
+    if code == "CUDA_ERROR_OUT_OF_MEMORY":
+        return "free memory of the GPU; what torch only keeps in reserve, torch.cuda.empty_cache() gives back"
     return "check that the GPU is free and its driver works (nvidia-smi)"
 
 
@@ -84,7 +90,7 @@ class Module:
 
 
 def encode_tensor_map(
-    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], element_bytes: int
+    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> bytes:
     """A descriptor of 16-bit elements with a 128-byte swizzle; out of bounds reads as zeros.
 
@@ -93,17 +99,14 @@ def encode_tensor_map(
         dims: extents, fastest first.
         strides: of all dimensions but the first, in bytes.
         box: extents of one copy.
-        element_bytes: of one element.
 
     Raises:
         ToolchainError: the driver refused.
     """
     driver = _driver()
-    types = driver.CUtensorMapDataType
-    formats = {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     encoded = driver.cuTensorMapEncodeTiled(
-        formats[element_bytes],
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
         len(dims),
         address,
         [u64(extent) for extent in dims],

@@ -181,8 +181,7 @@ class SpecialisedRecorder(Recorder):
         self.encoded: list[int] = []
         self.asked: list[tuple[int | None, int]] = []
 
-        def encode(address: int, dims: object, strides: object, box: object, element_bytes: int) -> bytes:
-            assert element_bytes == 2
+        def encode(address: int, dims: object, strides: object, box: object) -> bytes:
             self.encoded.append(address)
             data = MAP.pack(address, *dims, *strides, *box)  # type: ignore[misc]
             return (b"\0" * address_at + data).ljust(128, b"\0")
