@@ -1,6 +1,8 @@
 """The CUDA driver: loading a cubin and launching its kernels. The one module that calls it."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -46,6 +48,51 @@ def _cure(code: str) -> str:
     if code == "CUDA_ERROR_OUT_OF_MEMORY":
         return "free memory of the GPU; what torch only keeps in reserve, torch.cuda.empty_cache() gives back"
     return "check that the GPU is free and its driver works (nvidia-smi)"
+
+
+@cache
+def _primary_context(device: int) -> Any:
+    """The context of a device that torch uses too; held until the process ends."""
+    driver = _driver()
+    handle = _check(driver.cuDeviceGet(device), "finding the device")
+    return _check(driver.cuDevicePrimaryCtxRetain(handle), "taking the device's context")
+
+
+@contextmanager
+def preparing(device: int) -> Iterator[None]:
+    """Let this thread load kernels and allocate on a device, whatever its current one and whatever is being captured.
+
+    While a graph is captured the driver refuses what might synchronise, unless the thread says that it knows better;
+    none of what runs here becomes part of a graph.
+    """
+    driver = _driver()
+    exchange = driver.cuThreadExchangeStreamCaptureMode
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(driver.cuCtxPushCurrent(_primary_context(device)), "entering the device's context")
+    try:
+        mode = _check(exchange(relaxed), "stepping outside of captures")
+        try:
+            yield
+        finally:
+            _check(exchange(mode), "stepping back into captures")
+    finally:
+        _check(driver.cuCtxPopCurrent(), "leaving the device's context")
+
+
+def zeroed_memory(device: int, words: int) -> int:
+    """The address of as many 32-bit zeros on a device, there for every stream; never freed.
+
+    It does not come from torch, whose allocator would count it to the pool of a graph that is being captured.
+    """
+    driver = _driver()
+    with preparing(device):
+        address = _check(driver.cuMemAlloc(4 * words), f"allocating {4 * words} bytes")
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+        stream = _check(driver.cuStreamCreate(flags), "making a stream")
+        _check(driver.cuMemsetD32Async(address, 0, words, stream), "writing zeros")
+        _check(driver.cuStreamSynchronize(stream), "writing zeros")
+        _check(driver.cuStreamDestroy(stream), "giving a stream back")
+    return int(address)
 
 
 class Function:

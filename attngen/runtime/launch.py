@@ -9,6 +9,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
 from attngen.runtime.counters import COUNTERS
-from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch
+from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
 SMALLEST_SCALE = 2.0**-126
@@ -236,6 +237,18 @@ class Launcher:
             return launcher._prepare(q, k, v, softmax_scale, out, layout)
         if q.is_cuda:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
+        with preparing(q.device.index) if q.is_cuda else nullcontext():
+            return self._prepare_launches(problem, q, softmax_scale, out, layout)
+
+    def _prepare_launches(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        softmax_scale: float | None,
+        out: torch.Tensor | None,
+        layout: str,
+    ) -> _Prepared:
+        """Work out what a signature launches, and have at hand all that it needs."""
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)
         sample = torch.empty(out_shape, device="meta") if out is None else out
         scale = 1 / math.sqrt(self.manifest.head_dim_qk) if softmax_scale is None else softmax_scale
@@ -263,6 +276,9 @@ class Launcher:
         launches = tuple(
             self._prepare_launch(report, values, maps, q.device) for report in reports if report.grid
         )
+        draws_tiles = self._draws_tiles and bool(launches)
+        if draws_tiles:
+            COUNTERS.prepare(q.get_device())
         return _Prepared(
             out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
@@ -271,7 +287,7 @@ class Launcher:
                 for space in self.manifest.workspaces
             ),
             launches,
-            self._draws_tiles and bool(launches),
+            draws_tiles,
         )
 
     def _prepare_launch(

@@ -10,6 +10,8 @@ from kernels import KINDS, WARPGROUP_KINDS, counters_are_zero, kernel, wait_for_
 import attngen
 from attngen.accuracy import compare
 from attngen.inputs import Shape, random_inputs
+from attngen.runtime import launch as launch_module
+from attngen.runtime.counters import SLOTS, TileCounters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -99,6 +101,53 @@ def test_a_graph_replays_beside_other_launches(kind: str) -> None:
     wait_for_gpu()
     assert torch.equal(out, expected) and all(torch.equal(x, right) for x in found)
     assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_call_may_be_captured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the kernel and making counters in the middle of a capture does not break it; the replay is right."""
+    counters = TileCounters()
+    monkeypatch.setattr(launch_module, "COUNTERS", counters)
+    expected, made = kernel(kind), kernel(kind)
+    q, k, v = inputs(seed=6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = made(q, k, v, return_lse=True)
+    for seed in (6, 7):
+        for old, new in zip((q, k, v), inputs(seed=seed), strict=True):
+            old.copy_(new)
+        out.zero_()
+        graph.replay()
+        wait_for_gpu()
+        right, right_lse = expected(q, k, v, return_lse=True)
+        assert bool(right.any()) and torch.equal(out, right) and torch.equal(lse, right_lse)
+    assert len(counters.memory) == (kind in WARPGROUP_KINDS) and counters_are_zero(counters)
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_more_captured_launches_than_counters_are_made_at_a_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graph after graph, each launch keeps a counter; more are made when none is left, all replay."""
+    counters = TileCounters()
+    monkeypatch.setattr(launch_module, "COUNTERS", counters)
+    made = kernel(kind)
+    q, k, v = inputs(64, seed=8)
+    out, right = torch.empty_like(q), made(q, k, v)
+    graphs = []
+    for _ in range(3):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(SLOTS // 2):
+                made(q, k, v, out=out)
+        graphs.append(graph)
+    assert len(counters.memory) == 2
+    for graph in graphs:
+        out.zero_()
+        graph.replay()
+        wait_for_gpu()
+        assert torch.equal(out, right)
+    assert counters_are_zero(counters)
 
 
 @pytest.mark.parametrize("kind", WARPGROUP_KINDS)

@@ -1,6 +1,6 @@
 """The driver's calls, with a stand-in for the bindings: what is called, in which order, and what an error says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ class Bindings:
             "cuGetErrorString": lambda code: (RESULTS.CUDA_SUCCESS, b"words of the driver")
         }
         monkeypatch.setattr(driver, "_driver", lambda: self)
+        driver._primary_context.cache_clear()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu") or isinstance(getattr(bindings, name), type):
@@ -35,6 +36,13 @@ class Bindings:
     def names(self) -> list[str]:
         """What was called, in order."""
         return [call[0] for call in self.calls]
+
+
+@pytest.fixture(autouse=True)
+def forget_the_stand_in() -> Iterator[None]:
+    """No context of a stand-in outlives its test."""
+    yield
+    driver._primary_context.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -56,3 +64,50 @@ def test_an_error_of_the_driver_comes_with_words_and_a_cure(
         driver.Module(b"cubin")
     assert str(caught.value).startswith(f"loading the kernel: {code.name} (words of the driver)")
     assert cure in caught.value.cure
+
+
+CAPTURE_MODE = "a capture's mode"
+MEMORY_CALLS = ["cuMemAlloc", "cuStreamCreate", "cuMemsetD32Async", "cuStreamSynchronize", "cuStreamDestroy"]
+
+
+def answers_of_a_gpu(stand_in: Bindings) -> None:
+    """Device 3 has a context, and memory at 4096; the thread captures a graph."""
+    ok = RESULTS.CUDA_SUCCESS
+    stand_in.answers |= {
+        "cuDeviceGet": lambda device: (ok, f"device {device}"),
+        "cuDevicePrimaryCtxRetain": lambda handle: (ok, f"context of {handle}"),
+        "cuThreadExchangeStreamCaptureMode": lambda mode: (ok, CAPTURE_MODE),
+        "cuMemAlloc": lambda size: (ok, 4096),
+        "cuStreamCreate": lambda flags: (ok, "stream"),
+    }
+
+
+def test_zeroed_memory_is_made_outside_of_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the device's context, in a mode that captures allow, with zeros that have arrived; then all is as before."""
+    stand_in = Bindings(monkeypatch)
+    answers_of_a_gpu(stand_in)
+    assert driver.zeroed_memory(3, 64) == 4096
+    (push,) = (call for call in stand_in.calls if call[0] == "cuCtxPushCurrent")
+    assert push[1] == "context of device 3"
+    start = stand_in.calls.index(push)
+    assert stand_in.names()[start + 1 :] == [
+        "cuThreadExchangeStreamCaptureMode",
+        *MEMORY_CALLS,
+        "cuThreadExchangeStreamCaptureMode",
+        "cuCtxPopCurrent",
+    ]
+    modes = [call[1] for call in stand_in.calls if call[0] == "cuThreadExchangeStreamCaptureMode"]
+    assert modes == [bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED, CAPTURE_MODE]
+    assert ("cuMemsetD32Async", 4096, 0, 64, "stream") in stand_in.calls
+    driver.zeroed_memory(3, 64)
+    assert stand_in.names().count("cuDevicePrimaryCtxRetain") == 1
+
+
+def test_a_failed_preparation_leaves_the_thread_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory: the capture's mode and the context that was current come back."""
+    stand_in = Bindings(monkeypatch)
+    answers_of_a_gpu(stand_in)
+    stand_in.answers["cuMemAlloc"] = lambda size: (RESULTS.CUDA_ERROR_OUT_OF_MEMORY, None)
+    with pytest.raises(attngen.ToolchainError, match="allocating 256 bytes"):
+        driver.zeroed_memory(3, 64)
+    assert stand_in.calls[-2:] == [("cuThreadExchangeStreamCaptureMode", CAPTURE_MODE), ("cuCtxPopCurrent",)]

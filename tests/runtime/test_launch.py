@@ -180,6 +180,7 @@ class SpecialisedRecorder(Recorder):
         self.address_at = address_at
         self.encoded: list[int] = []
         self.asked: list[tuple[int | None, int]] = []
+        self.prepared: list[int] = []
 
         def encode(address: int, dims: object, strides: object, box: object) -> bytes:
             self.encoded.append(address)
@@ -187,6 +188,9 @@ class SpecialisedRecorder(Recorder):
             return (b"\0" * address_at + data).ljust(128, b"\0")
 
         class Counters:
+            def prepare(_, device: int) -> None:
+                self.prepared.append(len(self.structs))
+
             def address(_, device: int | None, stream: int) -> int:
                 self.asked.append((device, stream))
                 return COUNTER_ADDRESS
@@ -281,6 +285,18 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
         found[persistent] = (recorder.grids, recorder.asked)
     assert found[True] == ([2, 132], [(None, 7)] * 2)  # sm_90a has 132 multiprocessors
     assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
+
+
+def test_counters_are_at_hand_before_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made with what is prepared of a signature, not while it is launched, and only where tiles are drawn."""
+    q = torch.zeros(1, 64, 2, 64).bfloat16()
+    for persistent in (True, False):
+        recorder = SpecialisedRecorder(monkeypatch, persistent)
+        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher(q[:, :0], q, q)
+        for _ in range(2):
+            launcher(q, q, q)
+        assert recorder.prepared == ([0] if persistent else [])
 
 
 def test_more_tiles_than_a_kernel_can_count_are_refused() -> None:
