@@ -171,7 +171,9 @@ def encode_tensor_map(
     return ctypes.string_at(made.getPtr(), TENSOR_MAP_BYTES)
 
 
-def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int) -> None:
+def launch(
+    function: Function, grid: int, threads: int, smem_bytes: int, device: int, stream: int, arguments: int
+) -> None:
     """Start a kernel; `arguments` is the address of the array of pointers to its parameters.
 
     Raises:
@@ -179,7 +181,18 @@ def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream:
     """
     result = function.start(function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0)
     if result[0]:
-        _check(result, "launching the kernel")
+        _launch_again(result, function, device, (grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0))
+
+
+def _launch_again(
+    result: tuple[Any, ...], function: Function, device: int, launch_arguments: tuple[int, ...]
+) -> None:
+    """Mend what can be mended of a launch that failed: a thread that has not used the GPU before has no context."""
+    driver = _driver()
+    if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        _check(driver.cuCtxSetCurrent(_primary_context(device)), "entering the device's context")
+        result = function.start(function.launchable, *launch_arguments)
+    _check(result, "launching the kernel")
 
 
 def check_device(arch: str, capability: tuple[int, int]) -> None:

@@ -219,7 +219,13 @@ class Launcher:
                 start = ctypes.addressof(words) + word * _WORD
                 ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
             self._start(
-                ready.function, ready.grid, ready.threads, ready.smem_bytes, stream, arguments.address
+                ready.function,
+                ready.grid,
+                ready.threads,
+                ready.smem_bytes,
+                device,
+                stream,
+                arguments.address,
             )
 
     def _prepare(

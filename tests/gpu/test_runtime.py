@@ -1,7 +1,9 @@
 """Launching on a GPU: streams, graphs, tile counters, allocations, host time."""
 
 import random
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +20,29 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 SPEC = {"problem": {"head_dim": 64}, "mask": "causal"}
 
 
-def inputs(seqlen: int = 512, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return random_inputs(Shape(2, 8, 2, seqlen, seqlen), 64, 64, torch.bfloat16, "cuda", seed)
+def inputs(
+    seqlen: int = 512, seed: int = 0, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return random_inputs(Shape(2, 8, 2, seqlen, seqlen), 64, 64, torch.bfloat16, device, seed)
+
+
+def in_a_thread(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a call gives on a thread that has not used the GPU, when it has ended; its error, if it raises."""
+    found: list[torch.Tensor | BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:  # a thread would print it and the test would pass
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    wait_for_gpu()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,6 +80,49 @@ def test_two_streams_at_once(kind: str) -> None:
     wait_for_gpu()
     for found, right in zip(outs, expected, strict=True):
         assert bool((torch.stack(found) == right).all())
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_the_first_cuda_call_of_a_thread(kind: str, is_first: bool) -> None:
+    """A thread has no context before it uses the GPU: a launch makes one current, of a known signature or a new one.
+
+    With all tensors of the main thread the launch is the thread's first call; with its own, torch's allocator comes
+    first.
+    """
+    expected, made = kernel(kind), kernel(kind)
+    q, k, v = inputs(seed=9)
+    right = expected(q, k, v)
+    assert bool(right.any())
+    if not is_first:
+        made(q, k, v)
+    out = torch.zeros_like(q)
+    torch.cuda.synchronize()
+    assert torch.equal(in_a_thread(lambda: made(q, k, v, out=out)), right)
+    assert torch.equal(in_a_thread(lambda: made(q, k, v)), right)
+    assert torch.equal(in_a_thread(lambda: made(*inputs(seed=9))), right)
+    assert counters_are_zero()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_on_another_device_than_the_current_one(kind: str) -> None:
+    """The launch goes to the tensors' device and its current stream; the caller's current device stays what it was."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    made = kernel(kind)
+    here, there = inputs(seed=10), inputs(seed=10, device="cuda:1")
+    right = made(*here)
+    stream = torch.cuda.Stream("cuda:1")
+    stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+    with torch.cuda.stream(stream), torch.cuda.device(0):
+        found = [made(*there) for _ in range(3)]
+        found.append(in_a_thread(lambda: made(*there)))
+        assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize("cuda:1")
+    assert bool(right.any())
+    for out in found:
+        assert out.device.index == 1 and torch.equal(out.cpu(), right.cpu())
     assert counters_are_zero()
 
 

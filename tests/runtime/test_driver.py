@@ -111,3 +111,27 @@ def test_a_failed_preparation_leaves_the_thread_as_it_was(monkeypatch: pytest.Mo
     with pytest.raises(attngen.ToolchainError, match="allocating 256 bytes"):
         driver.zeroed_memory(3, 64)
     assert stand_in.calls[-2:] == [("cuThreadExchangeStreamCaptureMode", CAPTURE_MODE), ("cuCtxPopCurrent",)]
+
+
+def test_a_thread_without_a_context_gets_the_device_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On that error alone the context is made current and the launch tried once more, with the same arguments."""
+    stand_in = Bindings(monkeypatch)
+    answers_of_a_gpu(stand_in)
+    stand_in.answers["cuLibraryGetKernel"] = lambda library, name: (RESULTS.CUDA_SUCCESS, 64)
+    function = driver.Module(b"cubin").function("kernel", 1024)
+
+    def launch(*codes: Any) -> list[tuple[Any, ...]]:
+        left, before = list(codes), len(stand_in.calls)
+        stand_in.answers["cuLaunchKernel"] = lambda *_: (left.pop(0),)
+        driver.launch(function, 5, 128, 1024, 3, 7, 0x1000)
+        assert not left
+        return [call for call in stand_in.calls[before:] if call[0] in ("cuLaunchKernel", "cuCtxSetCurrent")]
+
+    ok, none = RESULTS.CUDA_SUCCESS, RESULTS.CUDA_ERROR_INVALID_CONTEXT
+    started = ("cuLaunchKernel", function.launchable, 5, 1, 1, 128, 1, 1, 1024, 7, 0x1000, 0)
+    assert launch(ok) == [started]
+    assert launch(none, ok) == [started, ("cuCtxSetCurrent", "context of device 3"), started]
+    with pytest.raises(attngen.ToolchainError, match="launching the kernel: CUDA_ERROR_INVALID_CONTEXT"):
+        launch(none, none)
+    with pytest.raises(attngen.ToolchainError, match="launching the kernel: CUDA_ERROR_INVALID_VALUE"):
+        launch(RESULTS.CUDA_ERROR_INVALID_VALUE)

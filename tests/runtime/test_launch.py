@@ -48,7 +48,14 @@ class Recorder:
         pass
 
     def start(
-        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+        self,
+        function: object,
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int | None,
+        stream: int,
+        arguments: int,
     ) -> None:
         assert (threads, stream) == (self.kernel.plan.kernel.threads, 7)
         address = ctypes.c_void_p.from_address(arguments).value
@@ -200,12 +207,19 @@ class SpecialisedRecorder(Recorder):
         tensor_maps.address_comes_first.cache_clear()
 
     def start(
-        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+        self,
+        function: object,
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int | None,
+        stream: int,
+        arguments: int,
     ) -> None:
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None and address % 64 == 0, "a tensor map stands on 64 bytes"
         assert smem == self.kernel.plan.kernel.smem_bytes
-        super().start(function, grid, threads, smem, stream, arguments)
+        super().start(function, grid, threads, smem, device, stream, arguments)
 
     def sent(self) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
         """The maps and the other fields of the last launch, by name."""
