@@ -100,6 +100,10 @@ class Kernel:
 
     @cached_property
     def _launcher(self) -> Launcher:
+        if not self.plan.arch.emits:
+            raise ToolchainError(
+                f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
+            )
         return Launcher(
             self.manifest, self.compiled.cubin, tuple(kernel._launcher for kernel in self.shorter)
         )
@@ -138,11 +142,7 @@ class Kernel:
         except AttributeError:
             raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         if is_on_gpu:
-            if not self.plan.arch.emits:
-                raise ToolchainError(
-                    f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
-                )
-            result, lse = self._launcher(q, k, v, softmax_scale, return_lse, out, layout)
+            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout)
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")

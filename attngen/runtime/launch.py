@@ -61,9 +61,12 @@ class _Arguments(threading.local):
         self._memory = ctypes.create_string_buffer(len(template) + alignment)
         start = -(-ctypes.addressof(self._memory) // alignment) * alignment
         ctypes.memmove(start, template, len(template))
-        self.words = (ctypes.c_uint64 * (len(template) // _WORD)).from_address(start)
-        self.array = (ctypes.c_void_p * 1)(start)
-        self.address = ctypes.addressof(self.array)
+        self._array = (ctypes.c_void_p * 1)(start)
+        words = (ctypes.c_uint64 * (len(template) // _WORD)).from_address(start)
+        self.words_and_address = (
+            words,
+            ctypes.addressof(self._array),
+        )  # one look into the thread's own a launch
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,11 @@ class _Prepared:
     """Everything about a signature that does not change from call to call.
 
     Attributes:
+        out_shape: of a fresh output; None where it has the shape, the strides and the type of q.
         draws_tiles: whether the kernels need a tile counter, whose address is then the last one.
     """
 
-    out_shape: tuple[int, ...]
+    out_shape: tuple[int, ...] | None
     lse_shape: tuple[int, ...]
     workspaces: tuple[tuple[int, ...], ...]
     launches: tuple[_PreparedLaunch, ...]
@@ -145,7 +149,6 @@ class Launcher:
         self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
-        self._output_is_input = manifest.output == manifest.inputs
         self._draws_tiles = any(map(_draws_tiles, manifest.kernels))
         self._addresses = (
             *("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr"),
@@ -153,7 +156,7 @@ class Launcher:
             *((COUNTER,) if self._draws_tiles else ()),
         )
 
-    def __call__(
+    def run(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -165,12 +168,12 @@ class Launcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
         try:
-            device = q.device
+            device = q.get_device()  # a number: as a part of the key it costs half of what q.device does
             if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
                 check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             key = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-                device, k.device, v.device, layout, None if out is None else out.stride(),
+                device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(),
                 None if softmax_scale is None else (softmax_scale, softmax_scale.__class__),  # True equals 1.0
             )  # fmt: skip
             prepared = self._prepared.get(key)
@@ -186,47 +189,33 @@ class Launcher:
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT:
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         if out is None:
-            shape = prepared.out_shape
-            out = q.new_empty(shape) if self._output_is_input else q.new_empty(shape, dtype=self._output)
+            shape = prepared.out_shape  # None where it is q's: not to spell it takes a third less
+            out = torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=self._output)
         lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
-        spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
-        addresses = (
-            q_pointer,
-            k_pointer,
-            v_pointer,
-            out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            *[space.data_ptr() for space in spaces],
-        )
-        index: int = device.index
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if torch._C._cuda_getDevice() == index:
-            self._launch(prepared, addresses, index, stream)
+        lse_pointer = 0 if lse is None else lse.data_ptr()
+        addresses: tuple[int, ...] = (q_pointer, k_pointer, v_pointer, out.data_ptr(), lse_pointer)
+        if prepared.workspaces:
+            spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
+            addresses += tuple(space.data_ptr() for space in spaces)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if torch._C._cuda_getDevice() == device:
+            self._launch(prepared, addresses, device, stream)
         else:
             with torch.cuda.device(device):
-                self._launch(prepared, addresses, index, stream)
+                self._launch(prepared, addresses, device, stream)
         return out, lse
 
     def _launch(self, prepared: _Prepared, addresses: tuple[int, ...], device: int, stream: int) -> None:
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
         for ready in prepared.launches:
-            arguments = ready.arguments
-            words = arguments.words
+            words, address = ready.arguments.words_and_address
             for word, number in ready.patches:
                 words[word] = addresses[number]
             for word, number, map_ in ready.encodings:
                 start = ctypes.addressof(words) + word * _WORD
                 ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
-            self._start(
-                ready.function,
-                ready.grid,
-                ready.threads,
-                ready.smem_bytes,
-                device,
-                stream,
-                arguments.address,
-            )
+            self._start(ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address)
 
     def _prepare(
         self,
@@ -286,7 +275,9 @@ class Launcher:
         if draws_tiles:
             COUNTERS.prepare(q.get_device())
         return _Prepared(
-            out_shape,
+            None
+            if (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), self._output)
+            else out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
             tuple(
                 tuple(evaluate_formula(size, sizes) for size in space.shape)

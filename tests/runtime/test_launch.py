@@ -36,7 +36,7 @@ class Recorder:
         self.structs: list[bytes] = []
         self.grids: list[int] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
 
     def load(self, cubin: bytes) -> "Recorder":
         return self
@@ -53,7 +53,7 @@ class Recorder:
         grid: int,
         threads: int,
         smem: int,
-        device: int | None,
+        device: int,
         stream: int,
         arguments: int,
     ) -> None:
@@ -74,7 +74,7 @@ def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPat
     recorder = Recorder(monkeypatch)
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
-    out, lse = launcher(q, k, k, softmax_scale=-0.5)
+    out, lse = launcher.run(q, k, k, softmax_scale=-0.5)
     sent = fields(recorder.structs[0])
     assert (sent["q"], sent["v"], sent["out"], sent["lse"]) == (q.data_ptr(), k.data_ptr(), out.data_ptr(), 0)
     assert (sent["q_stride_batch"], sent["k_stride_seqlen"], sent["out_stride_head"]) == (300 * 256, 128, 64)
@@ -90,10 +90,30 @@ def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: 
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     for _ in range(3):
         q = torch.randn(1, 64, 2, 64).bfloat16()
-        out, lse = launcher(q, q, q, return_lse=True)
+        out, lse = launcher.run(q, q, q, return_lse=True)
         sent = fields(recorder.structs[-1])
         assert (sent["q"], sent["out"]) == (q.data_ptr(), out.data_ptr())
         assert lse is not None and sent["lse"] == lse.data_ptr() and lse.shape == (1, 2, 64)
+
+
+def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has q's order of dimensions and v's head_dim, and never q's strides, types and sizes where they are others."""
+    recorder = Recorder(monkeypatch)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    packed = torch.randn(2, 64, 3, 4, 64).bfloat16()
+    plain = packed[:, :, 0].contiguous()
+    for q in (plain, packed[:, :, 1], plain.transpose(1, 2).contiguous().transpose(1, 2), plain[:1, :1]):
+        out, _ = launcher.run(q, q, q)
+        sent = fields(recorder.structs[-1])
+        assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
+        if q.shape == plain.shape:
+            steps = (sent["out_stride_batch"], sent["out_stride_seqlen"], sent["out_stride_head"])
+            assert (*steps, 1) == out.stride()
+    wide = attngen.compile({"problem": {"head_dim": {"qk": 192, "v": 128}}, "mask": "causal"}, arch="sm_90a")
+    other = SpecialisedRecorder(monkeypatch, True)
+    launcher = Launcher(wide.manifest, b"", load=other.load, start=lambda *arguments: None)
+    q = torch.zeros(1, 64, 2, 192).bfloat16()
+    assert launcher.run(q, q, q[..., :128].contiguous())[0].shape == (1, 64, 2, 128)
 
 
 def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +122,9 @@ def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytes
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     storage = torch.randn(64 * 2 * 64 + 1).bfloat16()
     good, bad = storage[:-1].view(1, 64, 2, 64), storage[1:].view(1, 64, 2, 64)
-    launcher(good, good, good)
+    launcher.run(good, good, good)
     with pytest.raises(attngen.ArgumentError, match="argument q"):
-        launcher(bad, good, good)
+        launcher.run(bad, good, good)
     assert len(recorder.grids) == 1
 
 
@@ -126,13 +146,13 @@ def test_whatever_is_passed_in_its_place_an_argument_is_named(
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q = torch.zeros(2, 8, 4, 64).bfloat16()
     good = {"q": q, "k": q, "v": q, "softmax_scale": 1.0, "layout": "bshd", "out": None}
-    for call in (launcher, KERNEL):  # the GPU's path and the CPU's
+    for call in (launcher.run, KERNEL):  # the GPU's path and the CPU's
         for _ in range(2):
             with pytest.raises(attngen.ArgumentError) as caught:
                 call(**good | {argument: value})
             assert caught.value.argument == argument
-            if call is launcher:
-                launcher(**good)
+            if call is not KERNEL:
+                launcher.run(**good)
     assert len(recorder.grids) == 2
 
 
@@ -160,9 +180,9 @@ def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     recorder = Recorder(monkeypatch)
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, none = torch.randn(1, 64, 2, 64).bfloat16(), torch.zeros(1, 0, 2, 64).bfloat16()
-    assert launcher(none, q, q)[0].shape == (1, 0, 2, 64)
+    assert launcher.run(none, q, q)[0].shape == (1, 0, 2, 64)
     assert recorder.grids == []
-    launcher(q, none, none)
+    launcher.run(q, none, none)
     assert recorder.grids == [2]
 
 
@@ -186,7 +206,7 @@ class SpecialisedRecorder(Recorder):
         self.pointers = pointers
         self.address_at = address_at
         self.encoded: list[int] = []
-        self.asked: list[tuple[int | None, int]] = []
+        self.asked: list[tuple[int, int]] = []
         self.prepared: list[int] = []
 
         def encode(address: int, dims: object, strides: object, box: object) -> bytes:
@@ -198,7 +218,7 @@ class SpecialisedRecorder(Recorder):
             def prepare(_, device: int) -> None:
                 self.prepared.append(len(self.structs))
 
-            def address(_, device: int | None, stream: int) -> int:
+            def address(_, device: int, stream: int) -> int:
                 self.asked.append((device, stream))
                 return COUNTER_ADDRESS
 
@@ -212,7 +232,7 @@ class SpecialisedRecorder(Recorder):
         grid: int,
         threads: int,
         smem: int,
-        device: int | None,
+        device: int,
         stream: int,
         arguments: int,
     ) -> None:
@@ -248,7 +268,7 @@ def test_tensor_maps_carry_address_extents_strides_and_box(
     for _ in range(2):  # the second call has the first's signature and addresses of its own
         q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
         v = torch.randn(2, 100, 2, 3, 64).bfloat16()[..., 1, :]
-        out, lse = launcher(q, k, v, softmax_scale=-0.5, return_lse=True)
+        out, lse = launcher.run(q, k, v, softmax_scale=-0.5, return_lse=True)
         maps, values = recorder.sent()
         block_m, block_n = recorder.kernel.plan.block_m, recorder.kernel.plan.block_n
         assert maps["q_map"] == (q.data_ptr(), 64, 300, 4, 2, 512, 128, 153600, 64, block_m, 1, 1)
@@ -268,9 +288,9 @@ def test_a_known_signature_makes_no_map_again(monkeypatch: pytest.MonkeyPatch) -
     for address_at, again in ((0, 0), (8, 4)):
         recorder = SpecialisedRecorder(monkeypatch, True, address_at)
         launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
-        launcher(q, q, q)
+        launcher.run(q, q, q)
         before = len(recorder.encoded)
-        launcher(q, q, q)
+        launcher.run(q, q, q)
         assert len(recorder.encoded) - before == again
 
 
@@ -279,7 +299,7 @@ def test_a_dimension_of_one_has_a_stride_that_the_copy_engine_takes(monkeypatch:
     recorder = SpecialisedRecorder(monkeypatch, True)
     launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
     q = torch.randn(1, 1, 1, 64).bfloat16().as_strided((1, 1, 1, 64), (3, 5, 7, 1))
-    launcher(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
+    launcher.run(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
     maps, values = recorder.sent()
     assert maps["q_map"][1:8] == maps["k_map"][1:8] == (64, 1, 1, 1, 16, 16, 16)
     assert values["seqlen_k"] == 0
@@ -294,10 +314,10 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
         assert recorder.kernel.plan.block_m == 192
         launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
         for q in (few, many):
-            launcher(q, q, q)
-        launcher(few[:, :0], few, few)
+            launcher.run(q, q, q)
+        launcher.run(few[:, :0], few, few)
         found[persistent] = (recorder.grids, recorder.asked)
-    assert found[True] == ([2, 132], [(None, 7)] * 2)  # sm_90a has 132 multiprocessors
+    assert found[True] == ([2, 132], [(-1, 7)] * 2)  # sm_90a has 132 multiprocessors
     assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
 
 
@@ -307,9 +327,9 @@ def test_counters_are_at_hand_before_the_first_launch(monkeypatch: pytest.Monkey
     for persistent in (True, False):
         recorder = SpecialisedRecorder(monkeypatch, persistent)
         launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
-        launcher(q[:, :0], q, q)
+        launcher.run(q[:, :0], q, q)
         for _ in range(2):
-            launcher(q, q, q)
+            launcher.run(q, q, q)
         assert recorder.prepared == ([0] if persistent else [])
 
 
@@ -362,5 +382,5 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.Monke
         (report,) = kernel.explain_launch(q, k, k)
         assert report.kernel == expected.manifest.name
         assert kernel.serving(k.transpose(1, 2), "bhsd") is expected
-        launcher(*(torch.empty_like(x, device="cpu") for x in (q, k, k)))
+        launcher.run(*(torch.empty_like(x, device="cpu") for x in (q, k, k)))
         assert launched.pop() == expected.manifest.name
