@@ -107,7 +107,10 @@ class Function:
         self._prepared: set[int] = set()
 
     def prepare(self, device: int) -> None:
-        """Allow the kernel its shared memory on a device; once is enough."""
+        """Load the kernel on a device whose context is current and allow it its shared memory; once is enough.
+
+        Left to itself the driver loads at the first launch, which may have to wait for whatever runs.
+        """
         if device in self._prepared:
             return
         driver = _driver()
@@ -117,6 +120,8 @@ class Function:
             driver.cuKernelSetAttribute(attribute, self._smem_bytes, self.handle, handle),
             f"asking for {self._smem_bytes} bytes of shared memory",
         )
+        loaded = _check(driver.cuKernelGetFunction(self.handle), "finding the kernel on the device")
+        _check(driver.cuFuncLoad(loaded), "loading the kernel on the device")
         self._prepared.add(device)
 
 

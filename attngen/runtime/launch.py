@@ -168,7 +168,7 @@ class Launcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
         try:
-            device = q.get_device()  # a number: as a part of the key it costs half of what q.device does
+            device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
             if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
                 check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             key = (

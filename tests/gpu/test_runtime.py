@@ -300,6 +300,28 @@ def test_host_time_of_a_call(record_property: object) -> None:
     assert sorted(samples)[2] <= 12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_argument_of_a_known_signature_is_named(kind: str) -> None:
+    """What was remembered of good calls lets no bad one through: nothing is launched, the next good call is right."""
+    made = kernel(kind)
+    q, k, v = inputs(seed=11)
+    right = made(q, k, v, softmax_scale=1.0)
+    bad = {
+        "q": (None, q[..., :32], q.float()),
+        "k": (None, k.cpu(), k.tolist(), k.to_sparse(), k.half(), k[:, :, :, 1:]),
+        "v": (None, v.cpu(), v[:, 1:], v.clone().requires_grad_()),
+        "out": (1, right.float(), q),
+        "layout": (None, ["bshd"], "dhsb"),
+        "softmax_scale": (True, "1", float("nan")),
+    }
+    for argument, values in bad.items():
+        for value in values:
+            with pytest.raises(attngen.ArgumentError) as caught:
+                made(**{"q": q, "k": k, "v": v, "softmax_scale": 1.0} | {argument: value})
+            assert caught.value.argument == argument
+    assert bool(right.any()) and torch.equal(made(q, k, v, softmax_scale=1.0), right)
+
+
 def test_a_kernel_for_another_gpu_says_so() -> None:
     """A cubin for an arch that this GPU is not gives an error naming both."""
     other = "sm_80" if torch.cuda.get_device_capability() >= (9, 0) else "sm_90a"

@@ -113,6 +113,20 @@ def test_a_failed_preparation_leaves_the_thread_as_it_was(monkeypatch: pytest.Mo
     assert stand_in.calls[-2:] == [("cuThreadExchangeStreamCaptureMode", CAPTURE_MODE), ("cuCtxPopCurrent",)]
 
 
+def test_a_kernel_is_prepared_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets its shared memory there and is loaded before any launch, so that a captured launch loads nothing."""
+    stand_in = Bindings(monkeypatch)
+    answers_of_a_gpu(stand_in)
+    stand_in.answers["cuLibraryGetKernel"] = lambda library, name: (RESULTS.CUDA_SUCCESS, 64)
+    stand_in.answers["cuKernelGetFunction"] = lambda kernel: (RESULTS.CUDA_SUCCESS, f"function of {kernel}")
+    function = driver.Module(b"cubin").function("kernel", 1024)
+    for device in (3, 3, 4):
+        function.prepare(device)
+    asked = [call for call in stand_in.calls if call[0] == "cuKernelSetAttribute"]
+    assert [call[2:] for call in asked] == [(1024, 64, "device 3"), (1024, 64, "device 4")]
+    assert stand_in.calls.count(("cuFuncLoad", "function of 64")) == 2
+
+
 def test_a_thread_without_a_context_gets_the_device_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On that error alone the context is made current and the launch tried once more, with the same arguments."""
     stand_in = Bindings(monkeypatch)
