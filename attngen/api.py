@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.arch import ARCHS, Arch, arch_for_capability
-from attngen.emit import Manifest, emit, manifest
+from attngen.emit import Manifest, emit, manifest, serving
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
 from attngen.lower import lower
 from attngen.plan import Plan
@@ -20,6 +20,7 @@ from attngen.runtime import (
     Launcher,
     LaunchReport,
     check_arguments,
+    check_length,
     disassemble,
     explain_launch,
 )
@@ -85,13 +86,12 @@ class Kernel:
         return self.compiled.seconds
 
     def serving(self, k: torch.Tensor, layout: str = "bshd") -> "Kernel":
-        """Which kernel takes a call with this K: itself or one of `shorter`."""
-        if self.shorter and k.dim() == 4:
-            seqlen_k = k.shape[2 if layout == "bhsd" else 1]
-            for kernel in self.shorter:
-                if kernel.plan.up_to is not None and seqlen_k <= kernel.plan.up_to:
-                    return kernel
-        return self
+        """Which kernel takes a call with this K: itself or one of `shorter`.
+
+        Raises:
+            ArgumentError: k or layout is not what a call may pass.
+        """
+        return serving(self, self.shorter, check_length(k, layout))
 
     def compile(self) -> None:
         """Build what has not been built, `shorter` too and at the same time."""
@@ -100,6 +100,10 @@ class Kernel:
 
     @cached_property
     def _launcher(self) -> Launcher:
+        if not self.plan.arch.emits:
+            raise ToolchainError(
+                f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
+            )
         return Launcher(
             self.manifest, self.compiled.cubin, tuple(kernel._launcher for kernel in self.shorter)
         )
@@ -133,18 +137,18 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        if q.is_cuda:
-            if not self.plan.arch.emits:
-                raise ToolchainError(
-                    f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
-                )
-            result, lse = self._launcher(q, k, v, softmax_scale, return_lse, out, layout)
+        try:
+            is_on_gpu = q.is_cuda
+        except AttributeError:
+            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
+        if is_on_gpu:
+            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout)
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
-            check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             result, lse = simulate(
-                self.serving(k, layout).plan,
+                serving(self, self.shorter, problem.seqlen_k).plan,
                 q,
                 k,
                 v,
@@ -163,8 +167,8 @@ class Kernel:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
         """What a call on these tensors (of any device, meta too) would launch."""
-        kernel = self.serving(k, layout)
-        return explain_launch(kernel.manifest, check_arguments(kernel.manifest, q, k, v, None, None, layout))
+        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        return explain_launch(serving(self, self.shorter, problem.seqlen_k).manifest, problem)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Write NAME.cu, NAME.json and NAME.cubin, those of `shorter` too, and return their paths."""
@@ -281,6 +285,9 @@ def attention(
         ArgumentError: a tensor that no kernel takes.
         SpecError: a fault in mask or score.
     """
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError(name, type(x).__name__, "a torch tensor")
     if q.dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
     if q.dim() != 4 or v.dim() != 4:

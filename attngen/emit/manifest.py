@@ -4,12 +4,13 @@ It stands beside the .cu as .json. The Python runtime launches from it and from 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,16 @@ class WorkspaceEntry:
 
 @dataclass(frozen=True)
 class LaunchEntry:
-    """One launch, in order, on a one-dimensional grid."""
+    """One launch, in order, on a one-dimensional grid.
+
+    Attributes:
+        tiles: what the blocks work on, together. A kernel counts them in an i32: the last tile's number, plus the
+            grid's blocks where the kernel has a counter, must be at most 2^31 - 1.
+    """
 
     kernel: str
     grid: Formula
+    tiles: Formula
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,22 @@ class Manifest:
         return cls(kernels=kernels, workspaces=workspaces, launches=launches, **data)
 
 
+class _HasManifest(Protocol):
+    @property
+    def manifest(self) -> Manifest: ...
+
+
+_Kernel = TypeVar("_Kernel", bound=_HasManifest)
+
+
+def serving(kernel: _Kernel, shorter: Sequence[_Kernel], seqlen_k: int) -> _Kernel:
+    """Which of a kernel and those for fewer keys, the fewest first, takes a call of that many keys."""
+    for each in shorter:
+        if each.manifest.up_to is not None and seqlen_k <= each.manifest.up_to:
+            return each
+    return kernel
+
+
 def _kernel_entry(data: dict[str, Any]) -> KernelEntry:
     maps = tuple(
         TensorMapEntry(**{**entry, "dims": tuple(entry["dims"]), "box": tuple(entry["box"])})
@@ -178,10 +201,10 @@ def manifest(plan: Plan) -> Manifest:
         KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)))
         for k in plan.kernels
     ]
-    launches = [LaunchEntry(launch.kernel, launch.grid) for launch in plan.launches]
+    launches = [LaunchEntry(launch.kernel, launch.grid, launch.tiles) for launch in plan.launches]
     if (tables := plan.table_kernel) is not None:  # its parameters are the attention kernel's, maps included
         kernels.append(KernelEntry(tables.name, tables.threads, 0, tables.params, kernels[0].tensor_maps))
-        launches.insert(0, LaunchEntry(tables.name, tables.grid))
+        launches.insert(0, LaunchEntry(tables.name, tables.grid, tables.grid))
     return Manifest(
         name=plan.name,
         arch=plan.arch.name,

@@ -1,6 +1,6 @@
 """The runtime: NVRTC, the disk cache, the driver and the launch. Imports no driver until one is needed."""
 
-from attngen.runtime.arguments import Problem, check_arguments
+from attngen.runtime.arguments import Problem, check_arguments, check_length
 from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
 from attngen.runtime.launch import Launcher, LaunchReport, explain_launch
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
@@ -16,6 +16,7 @@ __all__ = [
     "Launcher",
     "Problem",
     "check_arguments",
+    "check_length",
     "compile_source",
     "disassemble",
     "explain_launch",

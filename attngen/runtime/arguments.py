@@ -73,8 +73,7 @@ def check_arguments(
     Raises:
         ArgumentError: the first fault found.
     """
-    if layout not in ("bshd", "bhsd"):
-        raise ArgumentError("layout", repr(layout), "'bshd' or 'bhsd'")
+    _check_layout(layout)
     if softmax_scale is not None:
         is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
         if not is_number or not abs(softmax_scale) <= LARGEST_SCALE:  # the comparison is false of NaN
@@ -115,6 +114,17 @@ def check_arguments(
     )
 
 
+def check_length(k: torch.Tensor, layout: str) -> int:
+    """The number of keys, of a K of which nothing else need be right.
+
+    Raises:
+        ArgumentError: k has no such dimension, or there is no such layout.
+    """
+    _check_layout(layout)
+    _check_dimensions("k", k)
+    return _bshd(k.shape, layout)[1]
+
+
 def strides(x: torch.Tensor, layout: str) -> Strides:
     """Elements between batches, rows and heads; 0 where there is only one."""
     steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
@@ -151,16 +161,29 @@ def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, 
     return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
 
 
-def _check_tensor(manifest: Manifest, name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+def _check_layout(layout: str) -> None:
+    if not isinstance(layout, str) or layout not in ("bshd", "bhsd"):
+        raise ArgumentError("layout", repr(layout), "'bshd' or 'bhsd'")
+
+
+def _check_dimensions(name: str, x: torch.Tensor) -> None:
+    """Refuse what has no four dimensions with strides."""
     if not isinstance(x, torch.Tensor):
         raise ArgumentError(name, type(x).__name__, "a torch tensor")
+    if x.is_nested or x.layout != torch.strided:
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ArgumentError(name, got, "a dense tensor (torch.strided)")
+    if x.dim() != 4:
+        raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
+
+
+def _check_tensor(manifest: Manifest, name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    _check_dimensions(name, x)
     expected = torch_dtype(dtype(manifest.output if name == "out" else manifest.inputs))
     if x.dtype != expected:
         raise ArgumentError(name, f"dtype {x.dtype}", f"{expected}", f"pass {name}.to({expected})")
     if x.device != q.device:
         raise ArgumentError(name, f"device {x.device}", f"{q.device}, the device of q")
-    if x.dim() != 4:
-        raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
         raise ArgumentError(
             name,

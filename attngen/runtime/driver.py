@@ -1,6 +1,8 @@
 """The CUDA driver: loading a cubin and launching its kernels. The one module that calls it."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -39,7 +41,58 @@ def _cure(code: str) -> str:
         return "build for this GPU's target: attngen build --arch"
     if code in ("CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_ERROR_LAUNCH_FAILED"):
         return "an earlier kernel of this process failed; run under compute-sanitizer to find which"
+    if code == "CUDA_ERROR_INVALID_VALUE":
+        return "this GPU or its driver takes no such number: see explain_launch for what was asked, update the driver"
+    if code == "CUDA_ERROR_INVALID_CONTEXT":
+        return "the GPU's context is gone, as after a reset or in a forked child: start a process anew, with spawn"
+    if code == "CUDA_ERROR_OUT_OF_MEMORY":
+        return "free memory of the GPU; what torch only keeps in reserve, torch.cuda.empty_cache() gives back"
     return "check that the GPU is free and its driver works (nvidia-smi)"
+
+
+@cache
+def _primary_context(device: int) -> Any:
+    """The context of a device that torch uses too; held until the process ends."""
+    driver = _driver()
+    handle = _check(driver.cuDeviceGet(device), "finding the device")
+    return _check(driver.cuDevicePrimaryCtxRetain(handle), "taking the device's context")
+
+
+@contextmanager
+def preparing(device: int) -> Iterator[None]:
+    """Let this thread load kernels and allocate on a device, whatever its current one and whatever is being captured.
+
+    While a graph is captured the driver refuses what might synchronise, unless the thread says that it knows better;
+    none of what runs here becomes part of a graph.
+    """
+    driver = _driver()
+    exchange = driver.cuThreadExchangeStreamCaptureMode
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _check(driver.cuCtxPushCurrent(_primary_context(device)), "entering the device's context")
+    try:
+        mode = _check(exchange(relaxed), "stepping outside of captures")
+        try:
+            yield
+        finally:
+            _check(exchange(mode), "stepping back into captures")
+    finally:
+        _check(driver.cuCtxPopCurrent(), "leaving the device's context")
+
+
+def zeroed_memory(device: int, words: int) -> int:
+    """The address of as many 32-bit zeros on a device, there for every stream; never freed.
+
+    It does not come from torch, whose allocator would count it to the pool of a graph that is being captured.
+    """
+    driver = _driver()
+    with preparing(device):
+        address = _check(driver.cuMemAlloc(4 * words), f"allocating {4 * words} bytes")
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
+        stream = _check(driver.cuStreamCreate(flags), "making a stream")
+        _check(driver.cuMemsetD32Async(address, 0, words, stream), "writing zeros")
+        _check(driver.cuStreamSynchronize(stream), "writing zeros")
+        _check(driver.cuStreamDestroy(stream), "giving a stream back")
+    return int(address)
 
 
 class Function:
@@ -54,7 +107,10 @@ class Function:
         self._prepared: set[int] = set()
 
     def prepare(self, device: int) -> None:
-        """Allow the kernel its shared memory on a device; once is enough."""
+        """Load the kernel on a device whose context is current and allow it its shared memory; once is enough.
+
+        Left to itself the driver loads at the first launch, which may have to wait for whatever runs.
+        """
         if device in self._prepared:
             return
         driver = _driver()
@@ -64,6 +120,8 @@ class Function:
             driver.cuKernelSetAttribute(attribute, self._smem_bytes, self.handle, handle),
             f"asking for {self._smem_bytes} bytes of shared memory",
         )
+        loaded = _check(driver.cuKernelGetFunction(self.handle), "finding the kernel on the device")
+        _check(driver.cuFuncLoad(loaded), "loading the kernel on the device")
         self._prepared.add(device)
 
 
@@ -84,7 +142,7 @@ class Module:
 
 
 def encode_tensor_map(
-    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], element_bytes: int
+    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> bytes:
     """A descriptor of 16-bit elements with a 128-byte swizzle; out of bounds reads as zeros.
 
@@ -93,17 +151,14 @@ def encode_tensor_map(
         dims: extents, fastest first.
         strides: of all dimensions but the first, in bytes.
         box: extents of one copy.
-        element_bytes: of one element.
 
     Raises:
         ToolchainError: the driver refused.
     """
     driver = _driver()
-    types = driver.CUtensorMapDataType
-    formats = {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     encoded = driver.cuTensorMapEncodeTiled(
-        formats[element_bytes],
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
         len(dims),
         address,
         [u64(extent) for extent in dims],
@@ -121,7 +176,9 @@ def encode_tensor_map(
     return ctypes.string_at(made.getPtr(), TENSOR_MAP_BYTES)
 
 
-def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream: int, arguments: int) -> None:
+def launch(
+    function: Function, grid: int, threads: int, smem_bytes: int, device: int, stream: int, arguments: int
+) -> None:
     """Start a kernel; `arguments` is the address of the array of pointers to its parameters.
 
     Raises:
@@ -129,7 +186,18 @@ def launch(function: Function, grid: int, threads: int, smem_bytes: int, stream:
     """
     result = function.start(function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0)
     if result[0]:
-        _check(result, "launching the kernel")
+        _launch_again(result, function, device, (grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0))
+
+
+def _launch_again(
+    result: tuple[Any, ...], function: Function, device: int, launch_arguments: tuple[int, ...]
+) -> None:
+    """Mend what can be mended of a launch that failed: a thread that has not used the GPU before has no context."""
+    driver = _driver()
+    if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        _check(driver.cuCtxSetCurrent(_primary_context(device)), "entering the device's context")
+        result = function.start(function.launchable, *launch_arguments)
+    _check(result, "launching the kernel")
 
 
 def check_device(arch: str, capability: tuple[int, int]) -> None:

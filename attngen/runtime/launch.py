@@ -9,6 +9,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,19 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, Manifest
+from attngen.emit.manifest import KernelEntry, Manifest, serving
 from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
 from attngen.runtime.counters import COUNTERS
-from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch
+from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
 SMALLEST_SCALE = 2.0**-126
 """FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
 LARGEST_GRID = 2**31 - 1
+LARGEST_TILE_NUMBER = 2**31 - 1
+"""Kernels count tiles in an i32."""
 MOST_SIGNATURES = 4096
 """Signatures remembered per kernel; a program with more starts over."""
 _FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f", "tensor_map": "128s"}
@@ -58,9 +61,12 @@ class _Arguments(threading.local):
         self._memory = ctypes.create_string_buffer(len(template) + alignment)
         start = -(-ctypes.addressof(self._memory) // alignment) * alignment
         ctypes.memmove(start, template, len(template))
-        self.words = (ctypes.c_uint64 * (len(template) // _WORD)).from_address(start)
-        self.array = (ctypes.c_void_p * 1)(start)
-        self.address = ctypes.addressof(self.array)
+        self._array = (ctypes.c_void_p * 1)(start)
+        words = (ctypes.c_uint64 * (len(template) // _WORD)).from_address(start)
+        self.words_and_address = (
+            words,
+            ctypes.addressof(self._array),
+        )  # one look into the thread's own a launch
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,11 @@ class _Prepared:
     """Everything about a signature that does not change from call to call.
 
     Attributes:
+        out_shape: of a fresh output; None where it has the shape, the strides and the type of q.
         draws_tiles: whether the kernels need a tile counter, whose address is then the last one.
     """
 
-    out_shape: tuple[int, ...]
+    out_shape: tuple[int, ...] | None
     lse_shape: tuple[int, ...]
     workspaces: tuple[tuple[int, ...], ...]
     launches: tuple[_PreparedLaunch, ...]
@@ -142,15 +149,14 @@ class Launcher:
         self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
-        self._output_is_input = manifest.output == manifest.inputs
-        self._draws_tiles = any(p.value == COUNTER for kernel in manifest.kernels for p in kernel.params)
+        self._draws_tiles = any(map(_draws_tiles, manifest.kernels))
         self._addresses = (
             *("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr"),
             *(f"workspace.{space.name}" for space in manifest.workspaces),
             *((COUNTER,) if self._draws_tiles else ()),
         )
 
-    def __call__(
+    def run(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -161,16 +167,21 @@ class Launcher:
         layout: str = "bshd",
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
-        device = q.device
-        if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
+        try:
+            device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
+            if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
+                check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            key = (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+                device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(),
+                None if softmax_scale is None else (softmax_scale, softmax_scale.__class__),  # True equals 1.0
+            )  # fmt: skip
+            prepared = self._prepared.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # None, no tensor, one without strides, a list
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-        key = (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            device, k.device, v.device, softmax_scale, layout, None if out is None else out.stride(),
-        )  # fmt: skip
-        prepared = self._prepared.get(key)
+            raise
         if prepared is None:
-            prepared = self._serving(k, layout)._prepare(q, k, v, softmax_scale, out, layout)
+            prepared = self._prepare(q, k, v, softmax_scale, out, layout)
             if len(self._prepared) >= MOST_SIGNATURES:
                 self._prepared.clear()
             self._prepared[key] = prepared
@@ -178,49 +189,33 @@ class Launcher:
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT:
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         if out is None:
-            shape = prepared.out_shape
-            out = q.new_empty(shape) if self._output_is_input else q.new_empty(shape, dtype=self._output)
+            shape = prepared.out_shape  # None where it is q's: not to spell it takes a third less
+            out = torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=self._output)
         lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
-        spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
-        addresses = (
-            q_pointer,
-            k_pointer,
-            v_pointer,
-            out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            *[space.data_ptr() for space in spaces],
-        )
-        index: int = device.index
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if torch._C._cuda_getDevice() == index:
-            self._launch(prepared, addresses, index, stream)
+        lse_pointer = 0 if lse is None else lse.data_ptr()
+        addresses: tuple[int, ...] = (q_pointer, k_pointer, v_pointer, out.data_ptr(), lse_pointer)
+        if prepared.workspaces:
+            spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
+            addresses += tuple(space.data_ptr() for space in spaces)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if torch._C._cuda_getDevice() == device:
+            self._launch(prepared, addresses, device, stream)
         else:
             with torch.cuda.device(device):
-                self._launch(prepared, addresses, index, stream)
+                self._launch(prepared, addresses, device, stream)
         return out, lse
-
-    def _serving(self, k: torch.Tensor, layout: str) -> "Launcher":
-        """Which launcher takes a call with this K."""
-        if k.dim() == 4:
-            for launcher in self._shorter:
-                if k.shape[2 if layout == "bhsd" else 1] <= (launcher.manifest.up_to or 0):
-                    return launcher
-        return self
 
     def _launch(self, prepared: _Prepared, addresses: tuple[int, ...], device: int, stream: int) -> None:
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
         for ready in prepared.launches:
-            arguments = ready.arguments
-            words = arguments.words
+            words, address = ready.arguments.words_and_address
             for word, number in ready.patches:
                 words[word] = addresses[number]
             for word, number, map_ in ready.encodings:
                 start = ctypes.addressof(words) + word * _WORD
                 ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
-            self._start(
-                ready.function, ready.grid, ready.threads, ready.smem_bytes, stream, arguments.address
-            )
+            self._start(ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address)
 
     def _prepare(
         self,
@@ -231,10 +226,24 @@ class Launcher:
         out: torch.Tensor | None,
         layout: str,
     ) -> _Prepared:
-        """Check a signature and work out its launches."""
+        """Check a signature and work out its launches, of the kernel that takes it."""
         problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+        if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
+            return launcher._prepare(q, k, v, softmax_scale, out, layout)
         if q.is_cuda:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
+        with preparing(q.device.index) if q.is_cuda else nullcontext():
+            return self._prepare_launches(problem, q, softmax_scale, out, layout)
+
+    def _prepare_launches(
+        self,
+        problem: Problem,
+        q: torch.Tensor,
+        softmax_scale: float | None,
+        out: torch.Tensor | None,
+        layout: str,
+    ) -> _Prepared:
+        """Work out what a signature launches, and have at hand all that it needs."""
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)
         sample = torch.empty(out_shape, device="meta") if out is None else out
         scale = 1 / math.sqrt(self.manifest.head_dim_qk) if softmax_scale is None else softmax_scale
@@ -262,15 +271,20 @@ class Launcher:
         launches = tuple(
             self._prepare_launch(report, values, maps, q.device) for report in reports if report.grid
         )
+        draws_tiles = self._draws_tiles and bool(launches)
+        if draws_tiles:
+            COUNTERS.prepare(q.get_device())
         return _Prepared(
-            out_shape,
+            None
+            if (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), self._output)
+            else out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
             tuple(
                 tuple(evaluate_formula(size, sizes) for size in space.shape)
                 for space in self.manifest.workspaces
             ),
             launches,
-            self._draws_tiles and bool(launches),
+            draws_tiles,
         )
 
     def _prepare_launch(
@@ -307,6 +321,10 @@ class Launcher:
         )
 
 
+def _draws_tiles(kernel: KernelEntry) -> bool:
+    return any(param.value == COUNTER for param in kernel.params)
+
+
 def _num_sms(manifest: Manifest, device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -324,7 +342,7 @@ def explain_launch(
         num_sms: of the GPU; the manifest's arch tells where None.
 
     Raises:
-        ArgumentError: the grid would be larger than CUDA allows.
+        ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
     kernels = {kernel.name: kernel for kernel in manifest.kernels}
     sizes = {**problem.sizes, "num_sms": num_sms or ARCHS[manifest.arch].num_sms}
@@ -338,5 +356,10 @@ def explain_launch(
         if grid > LARGEST_GRID:
             raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
         kernel = kernels[entry.kernel]
+        tiles = evaluate_formula(entry.tiles, sizes)
+        # Each block draws once more than there is work for it, so numbers run on by as many as there are blocks.
+        most = LARGEST_TILE_NUMBER + 1 - (grid if _draws_tiles(kernel) else 0)
+        if tiles > most:
+            raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
         reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
     return tuple(reports)

@@ -21,7 +21,6 @@ class MapGeometry:
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
-    element_bytes: int
 
 
 def geometry(entry: TensorMapEntry, sizes: dict[str, int], strides: Strides) -> MapGeometry:
@@ -39,12 +38,12 @@ def geometry(entry: TensorMapEntry, sizes: dict[str, int], strides: Strides) -> 
         step if extent > 1 else LEAST_STRIDE
         for extent, step in zip(dims[1:], (seqlen, head, batch), strict=True)
     )
-    return MapGeometry(dims, steps, entry.box, element_bytes)
+    return MapGeometry(dims, steps, entry.box)
 
 
 def encode(map_: MapGeometry, address: int) -> bytes:
     """The 128 bytes of a descriptor."""
-    return encode_tensor_map(address or LEAST_STRIDE, map_.dims, map_.strides, map_.box, map_.element_bytes)
+    return encode_tensor_map(address or LEAST_STRIDE, map_.dims, map_.strides, map_.box)
 
 
 @cache
@@ -54,7 +53,7 @@ def address_comes_first() -> bool:
     CUDA does not promise it; it is tried once per process, and where it fails descriptors are encoded for every
     address anew.
     """
-    sample = MapGeometry((64, 128, 4, 2), (512, 128, 65536), (64, 64, 1, 1), 2)
+    sample = MapGeometry((64, 128, 4, 2), (512, 128, 65536), (64, 64, 1, 1))
     addresses = (0x7F0000000000, 0x7ABCDEF01200, 0x10)
     encoded = [encode(sample, address) for address in addresses]
     starts = [int.from_bytes(data[:ADDRESS_BYTES], "little") for data in encoded]

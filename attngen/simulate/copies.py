@@ -85,7 +85,9 @@ def copy_tile(step: CopyTile | StageTile, role: RoleRun) -> None:
     role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
 
 
-stage_tile = copy_tile  # the layouts they write differ on the GPU alone; the View knows whose rows it means
+def stage_tile(step: StageTile, role: RoleRun) -> None:
+    """As CopyTile: the layouts they write differ on the GPU alone, and the View knows whose rows it means."""
+    copy_tile(step, role)
 
 
 def store_tile(step: StoreTile, role: RoleRun) -> None:

@@ -1,5 +1,6 @@
 """Kernels for the GPU tests: of every schedule that this GPU runs, and many compiled at a time."""
 
+import ctypes
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import attngen
-from attngen.runtime.counters import COUNTERS
+from attngen.runtime.counters import COUNTERS, SLOTS, TileCounters
 
 WARPGROUP_KINDS = ("warp_specialized", "pingpong")
 KINDS = ("fa2", "serial", *WARPGROUP_KINDS)
@@ -74,6 +75,15 @@ def wait_for_gpu() -> None:
         time.sleep(0.001)
 
 
-def counters_are_zero() -> bool:
+def counters_are_zero(counters: TileCounters = COUNTERS) -> bool:
     """Whether every tile counter of this process is; nothing may be running."""
-    return not any(bool(memory.any()) for memory in COUNTERS._memory)
+    from cuda.bindings import driver
+
+    for device, address in counters.memory:
+        found = ctypes.create_string_buffer(b"\xff" * (4 * SLOTS), 4 * SLOTS)
+        with torch.cuda.device(device):
+            (code,) = driver.cuMemcpyDtoH(ctypes.addressof(found), address, 4 * SLOTS)
+        assert int(code) == 0, code
+        if any(found.raw):
+            return False
+    return True

@@ -1,8 +1,5 @@
 """Counters of persistent kernels: which launches share one. The memory is stood in for."""
 
-from collections.abc import Iterator
-from itertools import count
-
 import pytest
 import torch
 
@@ -15,11 +12,10 @@ class OnHost(TileCounters):
     def __init__(self) -> None:
         super().__init__()
         self.made = 0
-        self._addresses: Iterator[int] = count(4096, 4)
 
-    def _make(self, device: int) -> list[int]:
+    def _make(self, device: int) -> int:
         self.made += 1
-        return [next(self._addresses) for _ in range(SLOTS)]
+        return 4096 + 4 * SLOTS * self.made
 
 
 @pytest.fixture
@@ -51,8 +47,25 @@ def test_a_captured_launch_has_a_counter_of_its_own(capturing: dict[str, bool]) 
     assert counters.address(0, 7) == plain and counters.made == 1
 
 
-def test_more_streams_than_slots_get_fresh_memory(capturing: dict[str, bool]) -> None:
-    """No address is handed out twice."""
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_more_launches_than_slots_get_fresh_memory(capturing: dict[str, bool], is_captured: bool) -> None:
+    """No address is handed out twice, nor are there ever none left, be it in the middle of a capture."""
     counters = OnHost()
-    assert len({counters.address(0, stream) for stream in range(SLOTS + 1)}) == SLOTS + 1
+    capturing["now"] = is_captured
+    found = {counters.address(0, stream) for stream in range(2 * SLOTS + 1)}
+    assert len(found) == 2 * SLOTS + 1 and counters.made == 3
+    starts = [start for device, start in counters.memory if device == 0]
+    assert found <= {start + 4 * slot for start in starts for slot in range(SLOTS)}
+
+
+def test_prepared_counters_are_made_once(capturing: dict[str, bool]) -> None:
+    """Preparing makes what the next launch takes, and nothing where something is left."""
+    counters = OnHost()
+    for _ in range(3):
+        counters.prepare(0)
+    assert counters.made == 1
+    for stream in range(SLOTS):
+        counters.address(0, stream)
+    assert counters.made == 1
+    counters.prepare(0)
     assert counters.made == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attngen
-from attngen.runtime import Launcher, tensor_maps
+from attngen.runtime import Launcher, LaunchReport, tensor_maps
 from attngen.runtime import launch as launch_module
 
 CAUSAL = {"problem": {"head_dim": 64}, "mask": "causal"}
@@ -36,7 +36,7 @@ class Recorder:
         self.structs: list[bytes] = []
         self.grids: list[int] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
 
     def load(self, cubin: bytes) -> "Recorder":
         return self
@@ -48,7 +48,14 @@ class Recorder:
         pass
 
     def start(
-        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+        self,
+        function: object,
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int,
+        stream: int,
+        arguments: int,
     ) -> None:
         assert (threads, stream) == (self.kernel.plan.kernel.threads, 7)
         address = ctypes.c_void_p.from_address(arguments).value
@@ -67,7 +74,7 @@ def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPat
     recorder = Recorder(monkeypatch)
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
-    out, lse = launcher(q, k, k, softmax_scale=-0.5)
+    out, lse = launcher.run(q, k, k, softmax_scale=-0.5)
     sent = fields(recorder.structs[0])
     assert (sent["q"], sent["v"], sent["out"], sent["lse"]) == (q.data_ptr(), k.data_ptr(), out.data_ptr(), 0)
     assert (sent["q_stride_batch"], sent["k_stride_seqlen"], sent["out_stride_head"]) == (300 * 256, 128, 64)
@@ -83,10 +90,30 @@ def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: 
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     for _ in range(3):
         q = torch.randn(1, 64, 2, 64).bfloat16()
-        out, lse = launcher(q, q, q, return_lse=True)
+        out, lse = launcher.run(q, q, q, return_lse=True)
         sent = fields(recorder.structs[-1])
         assert (sent["q"], sent["out"]) == (q.data_ptr(), out.data_ptr())
         assert lse is not None and sent["lse"] == lse.data_ptr() and lse.shape == (1, 2, 64)
+
+
+def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has q's order of dimensions and v's head_dim, and never q's strides, types and sizes where they are others."""
+    recorder = Recorder(monkeypatch)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    packed = torch.randn(2, 64, 3, 4, 64).bfloat16()
+    plain = packed[:, :, 0].contiguous()
+    for q in (plain, packed[:, :, 1], plain.transpose(1, 2).contiguous().transpose(1, 2), plain[:1, :1]):
+        out, _ = launcher.run(q, q, q)
+        sent = fields(recorder.structs[-1])
+        assert out.shape == q.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
+        if q.shape == plain.shape:
+            steps = (sent["out_stride_batch"], sent["out_stride_seqlen"], sent["out_stride_head"])
+            assert (*steps, 1) == out.stride()
+    wide = attngen.compile({"problem": {"head_dim": {"qk": 192, "v": 128}}, "mask": "causal"}, arch="sm_90a")
+    other = SpecialisedRecorder(monkeypatch, True)
+    launcher = Launcher(wide.manifest, b"", load=other.load, start=lambda *arguments: None)
+    q = torch.zeros(1, 64, 2, 192).bfloat16()
+    assert launcher.run(q, q, q[..., :128].contiguous())[0].shape == (1, 64, 2, 128)
 
 
 def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +122,57 @@ def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytes
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     storage = torch.randn(64 * 2 * 64 + 1).bfloat16()
     good, bad = storage[:-1].view(1, 64, 2, 64), storage[1:].view(1, 64, 2, 64)
-    launcher(good, good, good)
+    launcher.run(good, good, good)
     with pytest.raises(attngen.ArgumentError, match="argument q"):
-        launcher(bad, good, good)
+        launcher.run(bad, good, good)
     assert len(recorder.grids) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *((name, value) for name in "qkv" for value in (None, 1.0, [[1.0]], "q")),
+        *((name, torch.zeros(2, 8, 4, 64).bfloat16().to_sparse()) for name in "qkv"),
+        *((name, value) for name in ("layout", "out") for value in (3, ["bshd"], "sbhd")),
+        ("layout", None),
+        *(("softmax_scale", value) for value in ([1.0], "1", True, torch.ones(2), 1j)),
+    ],
+)
+def test_whatever_is_passed_in_its_place_an_argument_is_named(
+    monkeypatch: pytest.MonkeyPatch, argument: str, value: object
+) -> None:
+    """None, a list, a number, a sparse tensor: an ArgumentError of that argument, known signature or not."""
+    recorder = Recorder(monkeypatch)
+    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    q = torch.zeros(2, 8, 4, 64).bfloat16()
+    good = {"q": q, "k": q, "v": q, "softmax_scale": 1.0, "layout": "bshd", "out": None}
+    for call in (launcher.run, KERNEL):  # the GPU's path and the CPU's
+        for _ in range(2):
+            with pytest.raises(attngen.ArgumentError) as caught:
+                call(**good | {argument: value})
+            assert caught.value.argument == argument
+            if call is not KERNEL:
+                launcher.run(**good)
+    assert len(recorder.grids) == 2
+
+
+@pytest.mark.parametrize("argument", ["q", "k", "v"])
+def test_attention_names_what_is_no_tensor(argument: str) -> None:
+    """The call that picks its kernel by the tensors looks at them first."""
+    good = dict.fromkeys(("q", "k", "v"), torch.zeros(1, 4, 1, 32).bfloat16())
+    with pytest.raises(attngen.ArgumentError, match=f"argument {argument}: got NoneType"):
+        attngen.attention(**good | {argument: None})
+
+
+def test_the_serving_kernel_is_asked_for_with_a_length() -> None:
+    """A K without keys to count is refused where the kernel for it is looked for."""
+    for k, layout, argument in (
+        (None, "bshd", "k"),
+        (torch.zeros(2, 3), "bshd", "k"),
+        (None, "dhsb", "layout"),
+    ):
+        with pytest.raises(attngen.ArgumentError, match=f"argument {argument}"):
+            KERNEL.serving(k, layout)
 
 
 def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +180,9 @@ def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     recorder = Recorder(monkeypatch)
     launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
     q, none = torch.randn(1, 64, 2, 64).bfloat16(), torch.zeros(1, 0, 2, 64).bfloat16()
-    assert launcher(none, q, q)[0].shape == (1, 0, 2, 64)
+    assert launcher.run(none, q, q)[0].shape == (1, 0, 2, 64)
     assert recorder.grids == []
-    launcher(q, none, none)
+    launcher.run(q, none, none)
     assert recorder.grids == [2]
 
 
@@ -132,16 +206,19 @@ class SpecialisedRecorder(Recorder):
         self.pointers = pointers
         self.address_at = address_at
         self.encoded: list[int] = []
-        self.asked: list[tuple[int | None, int]] = []
+        self.asked: list[tuple[int, int]] = []
+        self.prepared: list[int] = []
 
-        def encode(address: int, dims: object, strides: object, box: object, element_bytes: int) -> bytes:
-            assert element_bytes == 2
+        def encode(address: int, dims: object, strides: object, box: object) -> bytes:
             self.encoded.append(address)
             data = MAP.pack(address, *dims, *strides, *box)  # type: ignore[misc]
             return (b"\0" * address_at + data).ljust(128, b"\0")
 
         class Counters:
-            def address(_, device: int | None, stream: int) -> int:
+            def prepare(_, device: int) -> None:
+                self.prepared.append(len(self.structs))
+
+            def address(_, device: int, stream: int) -> int:
                 self.asked.append((device, stream))
                 return COUNTER_ADDRESS
 
@@ -150,12 +227,19 @@ class SpecialisedRecorder(Recorder):
         tensor_maps.address_comes_first.cache_clear()
 
     def start(
-        self, function: object, grid: int, threads: int, smem: int, stream: int, arguments: int
+        self,
+        function: object,
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int,
+        stream: int,
+        arguments: int,
     ) -> None:
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None and address % 64 == 0, "a tensor map stands on 64 bytes"
         assert smem == self.kernel.plan.kernel.smem_bytes
-        super().start(function, grid, threads, smem, stream, arguments)
+        super().start(function, grid, threads, smem, device, stream, arguments)
 
     def sent(self) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
         """The maps and the other fields of the last launch, by name."""
@@ -184,7 +268,7 @@ def test_tensor_maps_carry_address_extents_strides_and_box(
     for _ in range(2):  # the second call has the first's signature and addresses of its own
         q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
         v = torch.randn(2, 100, 2, 3, 64).bfloat16()[..., 1, :]
-        out, lse = launcher(q, k, v, softmax_scale=-0.5, return_lse=True)
+        out, lse = launcher.run(q, k, v, softmax_scale=-0.5, return_lse=True)
         maps, values = recorder.sent()
         block_m, block_n = recorder.kernel.plan.block_m, recorder.kernel.plan.block_n
         assert maps["q_map"] == (q.data_ptr(), 64, 300, 4, 2, 512, 128, 153600, 64, block_m, 1, 1)
@@ -204,9 +288,9 @@ def test_a_known_signature_makes_no_map_again(monkeypatch: pytest.MonkeyPatch) -
     for address_at, again in ((0, 0), (8, 4)):
         recorder = SpecialisedRecorder(monkeypatch, True, address_at)
         launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
-        launcher(q, q, q)
+        launcher.run(q, q, q)
         before = len(recorder.encoded)
-        launcher(q, q, q)
+        launcher.run(q, q, q)
         assert len(recorder.encoded) - before == again
 
 
@@ -215,7 +299,7 @@ def test_a_dimension_of_one_has_a_stride_that_the_copy_engine_takes(monkeypatch:
     recorder = SpecialisedRecorder(monkeypatch, True)
     launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
     q = torch.randn(1, 1, 1, 64).bfloat16().as_strided((1, 1, 1, 64), (3, 5, 7, 1))
-    launcher(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
+    launcher.run(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
     maps, values = recorder.sent()
     assert maps["q_map"][1:8] == maps["k_map"][1:8] == (64, 1, 1, 1, 16, 16, 16)
     assert values["seqlen_k"] == 0
@@ -230,20 +314,67 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
         assert recorder.kernel.plan.block_m == 192
         launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
         for q in (few, many):
-            launcher(q, q, q)
-        launcher(few[:, :0], few, few)
+            launcher.run(q, q, q)
+        launcher.run(few[:, :0], few, few)
         found[persistent] = (recorder.grids, recorder.asked)
-    assert found[True] == ([2, 132], [(None, 7)] * 2)  # sm_90a has 132 multiprocessors
+    assert found[True] == ([2, 132], [(-1, 7)] * 2)  # sm_90a has 132 multiprocessors
     assert found[False] == ([2, 2 * 4 * 37], [])  # ceil(7000 / 192) = 37 blocks of rows
 
 
-def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
+def test_counters_are_at_hand_before_the_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made with what is prepared of a signature, not while it is launched, and only where tiles are drawn."""
+    q = torch.zeros(1, 64, 2, 64).bfloat16()
+    for persistent in (True, False):
+        recorder = SpecialisedRecorder(monkeypatch, persistent)
+        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher.run(q[:, :0], q, q)
+        for _ in range(2):
+            launcher.run(q, q, q)
+        assert recorder.prepared == ([0] if persistent else [])
+
+
+def test_more_tiles_than_a_kernel_can_count_are_refused() -> None:
+    """A persistent grid is small however many the tiles; their numbers, and a draw more for each block, stay i32."""
+    tile = SPECIALISED[True].plan.block_m
+
+    def reports(persistent: bool, heads: int, rows: int) -> tuple[LaunchReport, ...]:
+        zeros = torch.zeros(1, 1, 1, 64).bfloat16()
+        q, k = zeros.expand(2**15, rows, heads, 64), zeros.expand(2**15, 1, heads, 64)
+        return SPECIALISED[persistent].explain_launch(q, k, k)
+
+    (report,) = reports(True, 2**16 - 1, 1)  # 2^31 - 2^15 tiles
+    assert report.grid == 132
+    for persistent, heads, rows in ((True, 2**16, 1), (True, 2**15, tile + 1), (False, 2**16, 1)):
+        with pytest.raises(attngen.ArgumentError, match=f"argument q: got {2**31} .*of work") as caught:
+            reports(persistent, heads, rows)
+        assert caught.value.expected == f"at most {2**31 - (132 if persistent else 1)}"
+
+
+def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to its bound the shorter kernel is launched, beyond it the other; the manifest of each says so."""
+    SpecialisedRecorder(monkeypatch, True)
     kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}, "mask": "causal"})
     (short,) = kernel.shorter
     assert kernel.manifest.shorter == (short.manifest.name,) and kernel.manifest.up_to is None
     bound = short.manifest.up_to
     assert bound is not None
+    launched: list[str] = []
+
+    class Named:
+        """A module and the kernel of it that was asked for."""
+
+        def function(self, name: str, smem_bytes: int) -> "Named":
+            self.name = name
+            return self
+
+        def prepare(self, device: int) -> None:
+            pass
+
+    def start(function: Named, *rest: object) -> None:
+        launched.append(function.name)
+
+    short_launcher = Launcher(short.manifest, b"", load=lambda cubin: Named(), start=start)
+    launcher = Launcher(kernel.manifest, b"", (short_launcher,), load=lambda cubin: Named(), start=start)
     for seqlen_k, expected in ((bound, short), (bound + 1, kernel), (0, short)):
         q, k = torch.empty(1, 8, 4, 64, device="meta"), torch.empty(1, seqlen_k, 2, 64, device="meta")
         q, k = q.bfloat16(), k.bfloat16()
@@ -251,3 +382,5 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel() -> None:
         (report,) = kernel.explain_launch(q, k, k)
         assert report.kernel == expected.manifest.name
         assert kernel.serving(k.transpose(1, 2), "bhsd") is expected
+        launcher.run(*(torch.empty_like(x, device="cpu") for x in (q, k, k)))
+        assert launched.pop() == expected.manifest.name
