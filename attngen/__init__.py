@@ -12,8 +12,11 @@ from attngen.errors import (
     InternalError,
     PlanError,
     SpecError,
+    SpecWarning,
     ToolchainError,
 )
+from attngen.expr.python import Expression, expression
+from attngen.expr.traced import functions, where
 from attngen.spec import Spec, load
 from attngen.version import __version__
 
@@ -21,15 +24,20 @@ __all__ = [
     "ArgumentError",
     "AttngenError",
     "CompileError",
+    "Expression",
     "ExpressionError",
     "InternalError",
     "Kernel",
     "PlanError",
     "Spec",
     "SpecError",
+    "SpecWarning",
     "ToolchainError",
     "__version__",
     "attention",
     "compile",
+    "expression",
+    "functions",
     "load",
+    "where",
 ]

@@ -136,6 +136,21 @@ class ExpressionError(SpecError):
     """A fault inside the text of a mask or a score."""
 
 
+class SpecWarning(UserWarning):
+    """Something in a legal spec that is rarely meant.
+
+    Attributes:
+        diagnostic: what, and where it stands.
+    """
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic)
+        self.diagnostic = diagnostic
+
+    def __str__(self) -> str:
+        return self.diagnostic.draw()
+
+
 class PlanError(SpecError):
     """A well-formed spec of which no legal plan can be made."""
 

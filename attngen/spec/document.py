@@ -1,8 +1,8 @@
 """YAML to plain data with marks: `compose`, and the part of YAML that a spec is written in.
 
 PyYAML's `safe_load` drops duplicate keys, turns `on` into True and leaves `1e-3` a string; here nothing is lost
-and a scalar is what it looks like. Tags, anchors, aliases and merge keys are refused, each with its cure. Nothing
-here knows the schema, except which fields hold text.
+and a scalar is what it looks like, except that some fields are texts whatever they look like. Tags, anchors, aliases
+and merge keys are refused, each with its cure. Nothing here knows the schema, except which fields hold text.
 """
 
 import re
@@ -16,11 +16,8 @@ import yaml
 from attngen.errors import Diagnostic, Location
 from attngen.spec.source import Mark, Source, scalar_offsets
 
-TEXT_PATHS = frozenset({"name", "mask", "score"})
-"""Fields read from their own text, whatever type YAML would give it."""
-
-EXPRESSION_PATHS = frozenset({"mask", "score"})
-
+_TEXT_PATHS = ("name", "mask", "score", "scalars.", "tensors.", "define.")
+_EXPRESSION_PATHS = ("mask", "score", "tensors.", "define.")
 MAX_NESTING = 16
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
 _REAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -60,6 +57,13 @@ class Document:
         """Record a fault."""
         value = location.text[location.column - 1 :][: location.length]
         self.diagnostics.append(Diagnostic(message, rule, location, path, value, note, nearest))
+
+    def locate(self, path: str, span: tuple[int, int] | None) -> Location | None:
+        """Where a stretch of the text at a path stands, or its key; None where neither was written."""
+        mark = self.marks.get(path)
+        if mark is None:
+            return None
+        return mark.key_location if span is None else mark.locate_span(*span)
 
 
 def read_document(source: Source) -> Document:
@@ -185,7 +189,7 @@ class _Reader:
         """The mapping without what had to be refused."""
         data: dict[str, Any] = {}
         for index, (key_node, value_node) in enumerate(node.value):
-            if key_node in self._torn:
+            if key_node in self._torn or self._refuse_torn_head(path, node, index):
                 continue
             span = (key_node.start_mark.index, key_node.end_mark.index)
             key = self._read_key(key_node, span, path)
@@ -193,7 +197,7 @@ class _Reader:
                 continue
             here = f"{path}.{key}" if path else key
             self._document.marks[here] = self._mark(span, value_node)
-            if here in EXPRESSION_PATHS and node.flow_style and _needs_quotes(value_node):
+            if _is_one_of(here, _EXPRESSION_PATHS) and node.flow_style and _needs_quotes(value_node):
                 self._refuse_unquoted(here, value_node, node.value[index + 1 :])
             elif self._may_stand(value_node, here):
                 data[key] = self._read(value_node, here)
@@ -232,12 +236,31 @@ class _Reader:
             nearest=(f'{path}: "{source.text[start:end]}"',),
         )
 
+    def _refuse_torn_head(self, path: str, node: yaml.MappingNode, index: int) -> bool:
+        """Refuse an unquoted `band(p, q):` inside {}, which YAML tore at the comma."""
+        keys = [key for key, _ in node.value[index:]]
+        heads = [key.value if isinstance(key, yaml.ScalarNode) and key.style is None else ")" for key in keys]
+        if path != "define" or not node.flow_style or "(" not in heads[0] or ")" in heads[0]:
+            return False
+        last = next((place for place, head in enumerate(heads) if ")" in head), 0)
+        source, start, end = self._document.source, keys[0].start_mark.index, keys[last].end_mark.index
+        self._torn += keys[1 : last + 1]
+        self._document.refuse(
+            "quoted-expressions",
+            "the name of a definition with parameters must be quoted inside {}",
+            source.location(start, end),
+            path,
+            note="YAML ends it at a comma",
+            nearest=(f'"{source.text[start:end]}": ...',),
+        )
+        return True
+
     def _read(self, node: Any, path: str) -> Any:
         if isinstance(node, yaml.MappingNode):
             return self.read_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._read_item(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
-        if node.style is not None or path in TEXT_PATHS:
+        if node.style is not None or _is_one_of(path, _TEXT_PATHS):
             return node.value
         return _plain_value(node.value)
 
@@ -256,6 +279,11 @@ class _Reader:
         if node in self._refused:
             self._document.faulty.add(path)
         return node not in self._refused
+
+
+def _is_one_of(path: str, fields: tuple[str, ...]) -> bool:
+    """Whether a path is one of the fields, or in one of the blocks, whose names end in a dot."""
+    return path in fields or f"{path.partition('.')[0]}." in fields and "." in path
 
 
 def _is_missing(node: yaml.Node) -> bool:

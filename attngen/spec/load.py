@@ -65,6 +65,8 @@ def _with_text_keys(value: Any, depth: int = 0) -> Any:
     """Plain data as YAML would give it, where every key is a text. Data that holds itself is not followed."""
     if isinstance(value, Mapping) and depth < MAX_NESTING:
         return {str(key): _with_text_keys(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, str):
+        return str(value)  # an attngen.Expression is a text and more
     is_list = isinstance(value, list | tuple) and depth < MAX_NESTING
     return [_with_text_keys(inner, depth + 1) for inner in value] if is_list else value
 

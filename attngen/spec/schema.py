@@ -13,8 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
+from attngen.expr.literals import nearest_declarations
 
 Nearest = tuple[str, ...]
+
+_TENSOR_EXAMPLES = ("i32[batch, seqlen_k]",)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,25 @@ Name = Annotated[
     Expects("spec-name", "letters, digits and _ . -, for files are named after it", _nearest_name),
 ]
 Text = Annotated[str, Expects("expression-text", "an expression, written as text")]
+ScalarText = Annotated[
+    str,
+    Expects(
+        "scalar-types",
+        "the text of a type, with or without a default",
+        lambda value: nearest_declarations(str(value).lower()),
+    ),
+    Field(json_schema_extra={"pattern": r"^\s*(f32|i32|bool)\s*(=.*)?$", "examples": ["f32 = 30.0"]}),
+]
+TensorText = Annotated[
+    str,
+    Expects("tensor-types", "the text of a number format and the dimensions", lambda value: _TENSOR_EXAMPLES),
+    Field(json_schema_extra={"pattern": r"^\s*\w+\s*\[.*\]\s*$", "examples": list(_TENSOR_EXAMPLES)}),
+]
+Scalars = Annotated[dict[str, ScalarText], Expects("spec-mapping", "a mapping of names to types")]
+Tensors = Annotated[
+    dict[str, TensorText], Expects("spec-mapping", "a mapping of names to formats and dimensions")
+]
+Definitions = Annotated[dict[str, Text], Expects("spec-mapping", "a mapping of names to expressions")]
 Target = Annotated[
     Literal["auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"],
     _one_of("known-targets", "auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"),
@@ -209,10 +231,17 @@ class SpecModel(_Model):
     """What is computed."""
     precision: Precision = Precision()
     """Number formats."""
+    scalars: Scalars = {}
+    """Numbers and truth values that a call passes by keyword, for mask and score to read: cap: f32 = 30.0."""
+    tensors: Tensors = {}
+    """Tensors that a call passes by keyword, for mask and score to read: doc: i32[batch, seqlen_k]. A dimension is
+    batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k, a positive integer, or a new name, bound by the tensor."""
+    define: Definitions = {}
+    """Names for expressions, to use in mask, score and each other: half: q_pos // 2, band(w): kv_idx > q_pos - w."""
     mask: Text = "full"
-    """Condition under which a query sees a key: full, causal, kv_idx <= q_idx + 3."""
+    """Condition under which a query sees a key: full, causal, window(128, 0), doc[b, q_pos] == doc[b, kv_idx]."""
     score: Text = "score"
-    """The score of a query and a key; it cannot be modified yet."""
+    """What takes the place of the scaled score of a query and a key: softcap(score, 30.0), score + alibi(slopes)."""
     tile: Tile = Tile()
     """The part of S that one step computes."""
     schedule: Schedule = Schedule()

@@ -73,8 +73,13 @@ class Mark:
 
     def locate(self, offset: int) -> Location:
         """The place of one character of a scalar; its length stands for its end."""
-        start = self.offsets[offset]
-        return self.source.location(start, start + 1)
+        return self.locate_span(offset, offset + 1)
+
+    def locate_span(self, start: int, end: int) -> Location:
+        """The place of a stretch of a scalar, as far as it stands in one line."""
+        first = self.offsets[start]
+        last = self.offsets[end - 1] if end > start else first
+        return self.source.location(first, last + 1)
 
 
 def scalar_offsets(source: Source, node: yaml.ScalarNode) -> tuple[int, ...]:

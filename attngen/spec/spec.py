@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from attngen.errors import Location
 from attngen.expr import Expr, parse_mask, parse_score, to_text
+from attngen.expr.declarations import Declarations
+from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
 from attngen.spec.schema import CheckShape, Precision, Problem, Schedule, SpecModel, Tile
 from attngen.spec.source import Mark
@@ -22,6 +24,7 @@ class Spec:
         name: of the spec, for people and files; may be empty.
         target: name of an arch, or "auto".
         problem, precision, tile, schedule, check: as in the schema.
+        scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
         marks: where each value was written, by its dotted path; empty for a spec that came from no text.
     """
@@ -30,6 +33,9 @@ class Spec:
     target: str
     problem: Problem
     precision: Precision
+    scalars: Mapping[str, str] = field(hash=False)
+    tensors: Mapping[str, str] = field(hash=False)
+    define: Mapping[str, str] = field(hash=False)
     mask: str
     score: str
     tile: Tile
@@ -46,14 +52,19 @@ class Spec:
         return cls(**{key: getattr(model, key) for key in SpecModel.model_fields}, marks=dict(marks))
 
     @cached_property
+    def declarations(self) -> Declarations:
+        """What the expressions may read besides the language's own names."""
+        return read_declarations(self.scalars, self.tensors, self.define).declarations
+
+    @cached_property
     def mask_expr(self) -> Expr:
         """The mask as a tree."""
-        return parse_mask(self.mask)
+        return parse_mask(self.mask, self.declarations)
 
     @cached_property
     def score_expr(self) -> Expr:
         """The score as a tree."""
-        return parse_score(self.score)
+        return parse_score(self.score, self.declarations)
 
     def locate(self, path: str) -> Location | None:
         """Where the value at a dotted path was written; None where it was not written, or not in a text."""
@@ -83,9 +94,16 @@ class Spec:
         return dump_text(self.to_dict())
 
     def digest(self) -> str:
-        """sha256 of what the kernel depends on: all but name and check, expressions by their meaning."""
-        data = self._model.model_dump(mode="json", exclude={"name", "check"})
+        """sha256 of what the kernel depends on: all but name and check, expressions by their meaning.
+
+        Definitions are part of that meaning; scalars and tensors count in the order in which they are declared.
+        """
+        data = self._model.model_dump(mode="json", exclude={"name", "check", "scalars", "tensors", "define"})
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
+        if self.scalars:
+            data["scalars"] = [astuple(scalar) for scalar in self.declarations.scalars.values()]
+        if self.tensors:
+            data["tensors"] = [astuple(tensor) for tensor in self.declarations.tensors.values()]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -10,8 +10,8 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from attngen.errors import Diagnostic, ExpressionError, Location, SpecError
-from attngen.expr import parse_mask, parse_score
 from attngen.spec.document import Document
+from attngen.spec.expressions import Expressions
 from attngen.spec.rules import check_rules
 from attngen.spec.schema import Expects, SpecModel
 from attngen.spec.spec import Spec
@@ -27,8 +27,9 @@ def validate(document: Document) -> Spec:
         SpecError: every violation, in the order of the text; an ExpressionError where all are in expressions.
     """
     model = None
-    faults = list(document.diagnostics)
-    expression_faults = list(_expression_faults(document))
+    expressions = Expressions(document)
+    faults = document.diagnostics + expressions.declaration_faults
+    expression_faults = expressions.text_faults
     if document.is_spec:
         try:
             model = SpecModel.model_validate(document.data)
@@ -45,17 +46,6 @@ def validate(document: Document) -> Spec:
 def _place(fault: Diagnostic) -> tuple[str, int, int]:
     location = fault.location
     return (location.file, location.line, location.column) if location else ("", 0, 0)
-
-
-def _expression_faults(document: Document) -> Iterator[Diagnostic]:
-    for path, parse in (("mask", parse_mask), ("score", parse_score)):
-        text = document.data.get(path)
-        if isinstance(text, str):
-            mark = document.marks.get(path)
-            try:
-                parse(text, mark.locate if mark else None)
-            except ExpressionError as error:
-                yield from error.diagnostics
 
 
 def _rule_faults(document: Document) -> Iterator[Diagnostic]:
@@ -117,6 +107,9 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place:
             field = inner.model_fields.get(part)
             place = _Place(f"{place.path}.{part}".lstrip("."), part, field, inner)
             data, inner = data.get(part), _model_of(field)
+        elif isinstance(part, str) and isinstance(data, dict) and (field := _value_of(place.field)):
+            place = _Place(f"{place.path}.{part}", part, field, place.block)
+            data = data.get(part)
         else:
             break
     return place
@@ -128,6 +121,12 @@ def _model_of(field: FieldInfo | None) -> type[pydantic.BaseModel] | None:
     if isinstance(annotation, GenericAlias):
         annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
+
+
+def _value_of(field: FieldInfo | None) -> FieldInfo | None:
+    """What a block of names holds: the field that each of its values is."""
+    arguments = get_args(field.annotation) if field else ()
+    return FieldInfo.from_annotation(arguments[1]) if arguments[:1] == (str,) else None
 
 
 def _wrong_value(document: Document, place: _Place, value: Any) -> Diagnostic:

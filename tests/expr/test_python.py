@@ -1,0 +1,216 @@
+"""Masks and scores written in Python: the text they give, and what Python cannot say."""
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import attngen
+from attngen.errors import Diagnostic
+from attngen.expr.declarations import Declarations, TensorType
+from attngen.expr.parse import parse_mask, parse_score
+
+SLOPES = {"slopes": "f32[num_heads_q]"}
+
+
+def only(function: Callable[..., Any], **declared: Any) -> Diagnostic:
+    with pytest.raises(attngen.ExpressionError) as caught:
+        attngen.expression(function, **declared)
+    (fault,) = caught.value.diagnostics
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, "q_idx >= kv_idx"),
+        (lambda kv_idx, q_pos: kv_idx <= q_pos, "kv_idx <= q_pos"),
+        (lambda q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < 128), "q_idx >= kv_idx and q_idx - kv_idx < 128"),
+        (lambda q_idx, kv_idx: 3 >= q_idx - (kv_idx - 1), "q_idx - (kv_idx - 1) <= 3"),  # noqa: SIM300
+        (lambda q_idx, kv_idx: (q_idx - kv_idx) - 1 == 0, "q_idx - kv_idx - 1 == 0"),
+        (lambda q_idx, kv_idx: (q_idx + kv_idx) * 2 % 3 != 0, "(q_idx + kv_idx) * 2 % 3 != 0"),
+        (lambda q_idx, kv_idx: q_idx // (2 * 3) == 7 - kv_idx // 2, "q_idx // 6 == 7 - kv_idx // 2"),
+        (lambda q_idx, h: -q_idx + -3 < -(q_idx + h), "-q_idx + -3 < -(q_idx + h)"),
+        (lambda h, b: ~(h < 1) | (b < 1) & ~((h < 2) | (b < 2)),
+         "not h < 1 or b < 1 and not (h < 2 or b < 2)"),
+        (lambda h, b: (h < 1) & ((b < 1) & (h < 2)), "h < 1 and (b < 1 and h < 2)"),
+        (lambda q_idx, kv_idx: attngen.where(q_idx < 5, kv_idx, q_idx) < 3, "where(q_idx < 5, kv_idx, q_idx) < 3"),
+        (lambda q_idx, kv_idx: abs(q_idx - kv_idx) < 9, "abs(q_idx - kv_idx) < 9"),
+        (lambda q_idx, kv_idx: (q_idx - kv_idx).abs() < 9, "abs(q_idx - kv_idx) < 9"),
+        (lambda kv_idx, seqlen_k: torch.minimum(kv_idx, seqlen_k) < 3, "min(kv_idx, seqlen_k) < 3"),
+        (lambda h, b: torch.logical_and(h < 1, torch.logical_not(b < 1)), "h < 1 and not b < 1"),
+        (lambda h, h_kv: True & (h < h_kv), "true and h < h_kv"),
+        (lambda: attngen.functions.causal & attngen.functions.window(128, 0), "causal and window(128, 0)"),
+        (lambda b, kv_idx, width=4: kv_idx < width, "kv_idx < 4"),
+    ],
+)  # fmt: skip
+def test_a_mask_is_written_as_its_function_is(function: Callable[..., Any], text: str) -> None:
+    """Operators, brackets where they are needed, functions of the language, of torch and of Python."""
+    written = attngen.expression(function)
+    assert str(written) == written == text and parse_mask(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda score, b, h, q_idx, kv_idx: score + 0.1 * (kv_idx - q_idx), "score + 0.1 * (kv_idx - q_idx)"),
+        (lambda score: 30 * torch.tanh(score / 30), "30 * tanh(score / 30)"),
+        (lambda score: attngen.functions.softcap(score, 30.0), "softcap(score, 30.0)"),
+        (lambda score, q_idx, kv_idx: torch.where(q_idx == kv_idx, score, -float("inf")),
+         "where(q_idx == kv_idx, score, -inf)"),
+        (lambda score: score - 1e-7 + 1e20, "score - 1e-07 + 1e+20"),
+        (lambda score: torch.clamp(score, -1.5, 2), "clamp(score, -1.5, 2)"),
+        (lambda score: score / (1 + score.exp()), "score / (1 + exp(score))"),
+        (lambda score, kv_idx: 1 / (kv_idx + 1) + score, "1 / (kv_idx + 1) + score"),
+        (lambda score: score * torch.tensor(0.5).item(), "score * 0.5"),
+    ],
+)  # fmt: skip
+def test_a_score_is_written_as_its_function_is(function: Callable[..., Any], text: str) -> None:
+    """A function that takes `score` is a score; constants are written so that they are read as they were."""
+    written = attngen.expression(function)
+    assert written == text and parse_score(text)
+
+
+def test_declared_tensors_and_scalars_are_handed_over_by_name() -> None:
+    """Indexed, used as numbers, and given to definitions of the prelude; in any order of the parameters."""
+    declared = Declarations(tensors={"slopes": TensorType("slopes", "f32", ("num_heads_q",))})
+    slope = attngen.expression(lambda slopes, score, h, kv_idx: score + slopes[h] * kv_idx, tensors=SLOPES)
+    assert slope == "score + slopes[h] * kv_idx" and parse_score(slope, declared)
+    alibi = attngen.expression(lambda score, slopes: score + attngen.functions.alibi(slopes), tensors=SLOPES)
+    assert alibi == "score + alibi(slopes)" and alibi.tensors == SLOPES and alibi.scalars == {}
+    table = attngen.expression(
+        lambda b, q_pos, kv_idx, ids, width: (ids[b, q_pos] == ids[b, kv_idx]) & (q_pos - kv_idx < width),
+        tensors={"ids": "i32[batch, seqlen_k]"},
+        scalars={"width": "i32 = 128"},
+    )
+    assert table == "ids[b, q_pos] == ids[b, kv_idx] and q_pos - kv_idx < width"
+
+
+def test_an_expression_is_a_text_wherever_a_text_is_read() -> None:
+    """In a dict, in `replace`, as a key, copied and pickled; faults beside it are drawn in the dict's YAML."""
+    causal = attngen.expression(lambda q_idx, kv_idx: q_idx >= kv_idx)
+    biased = attngen.expression(lambda score, h, slopes: score + slopes[h], tensors=SLOPES)
+    spec = attngen.load(
+        {"problem": {"head_dim": 64}, "tensors": biased.tensors, "mask": causal, "score": biased}
+    )
+    assert (
+        spec.mask == causal
+        and spec.replace({"mask": causal}) == spec
+        and attngen.load(spec.to_yaml()) == spec
+    )
+    assert hash(causal) == hash("q_idx >= kv_idx") and repr(causal) == "Expression('q_idx >= kv_idx')"
+    for twin in (pickle.loads(pickle.dumps(biased)), copy.copy(biased)):
+        assert twin == biased and twin.tensors == SLOPES
+    with pytest.raises(attngen.SpecError) as caught:
+        attngen.load({"problem": {"head_dim": 65}, "mask": causal})
+    assert str(caught.value.diagnostics[0].location) == "<dict>:2:13"
+
+
+def test_the_function_may_be_any_that_has_parameters() -> None:
+    """A partial, a method, an object that is called."""
+
+    class Band:
+        width = 8
+
+        def __call__(self, q_idx: Any, kv_idx: Any) -> Any:
+            return q_idx - kv_idx < self.width
+
+    def within(width: int, q_idx: Any, kv_idx: Any) -> Any:
+        return q_idx - kv_idx < width
+
+    for function in (
+        Band(),
+        Band().__call__,
+        functools.partial(within, 8),
+        functools.partial(within, width=8),
+    ):
+        assert attngen.expression(function) == "q_idx - kv_idx < 8"
+
+
+@pytest.mark.parametrize(
+    ("function", "rule", "said"),
+    [
+        (lambda q_idx, kv_idx: 0 < q_idx < kv_idx, "traced-truth", "(a < b) & (b < c)"),
+        (lambda q_idx, kv_idx: q_idx < 3 and kv_idx < 3, "traced-truth", "&"),
+        (lambda q_idx, kv_idx: not q_idx < 3, "traced-truth", "~"),
+        (lambda q_idx, kv_idx: kv_idx < (3 if q_idx < 2 else 4), "traced-truth", "attngen.where(c, x, y)"),
+        (lambda q_idx, kv_idx: max(q_idx, kv_idx) < 3, "traced-truth", "attngen.where"),
+        (lambda q_idx: q_idx in (1, 2), "traced-truth", "q_idx == 1"),
+        (lambda q_idx, kv_idx: [1, 2][q_idx] < 3, "traced-value", "tensors={...}"),
+        (lambda q_idx, kv_idx: torch.arange(9)[q_idx] < 3, "traced-operators", "tensors={...}"),
+        (lambda q_idx, kv_idx: torch.arange(9) < q_idx, "traced-operators", "tensors={...}"),
+        (lambda q_idx, kv_idx: int(q_idx) < 3, "traced-value", "only the kernel knows"),
+        (lambda q_idx, kv_idx: all(q_idx), "traced-value", "holds no others"),
+        (lambda q_idx, kv_idx: q_idx**2 < kv_idx, "traced-operators", "no such operation on `q_idx`"),
+        (lambda q_idx, kv_idx: (q_idx < 1) ^ (kv_idx < 1), "traced-operators", "& | ~"),
+        (lambda q_idx, kv_idx: torch.erf(q_idx) < 1, "traced-operators", "torch.erf"),
+        (lambda q_idx, kv_idx: q_idx < "3", "traced-operands", "no str '3'"),
+        (lambda q_idx, kv_idx: q_idx < None, "traced-operands", "no NoneType None"),
+        (lambda score: score + float("nan"), "traced-operands", "no float nan"),
+        (lambda q_idx: True, "traced-result", "returns True"),
+        (lambda q_idx: None, "traced-result", "returns None"),
+        (lambda score: 0.5, "traced-result", "returns 0.5"),
+        (lambda q_index, kv_idx: q_index < 3, "traced-parameters", "q_index"),
+        (lambda *names: names[0] < 3, "traced-parameters", "*names"),
+        (lambda q_idx, **names: q_idx < 3, "traced-parameters", "**names"),
+        (lambda slopes: slopes < 3, "traced-parameters", "tensors={...}"),
+        (max, "traced-parameters", "no function"),
+        (5, "traced-parameters", "no function"),
+    ],
+)  # fmt: skip
+def test_what_python_cannot_say_is_told_with_the_cure(function: Any, rule: str, said: str) -> None:
+    """Truth values, numbers, foreign operators and operands, wrong results and wrong parameters."""
+    fault = only(function)
+    assert fault.rule == rule and said in fault.draw()
+
+
+def test_a_parameter_that_is_misspelt_names_its_neighbour() -> None:
+    """The nearest of the language's names and of the declared ones."""
+    assert only(lambda q_index, kv_idx: q_index < kv_idx).nearest[0] == "q_idx"
+    assert only(lambda slope, score: score, tensors=SLOPES).nearest[0] == "slopes"
+
+
+def test_a_tensor_without_an_index_and_what_it_is_not() -> None:
+    """Arithmetic on the tensor itself, and a loop over it."""
+    assert only(lambda score, slopes: score + slopes, tensors=SLOPES).rule == "traced-operands"
+    assert only(lambda score, slopes: score + sum(slopes), tensors=SLOPES).rule == "traced-value"
+
+
+@pytest.mark.parametrize(
+    ("function", "declared", "rule"),
+    [
+        (lambda q_idx, kv_idx: (q_idx < 3) + kv_idx < 2, {}, "expression-types"),
+        (lambda q_idx, kv_idx: q_idx - kv_idx, {}, "expression-types"),
+        (lambda score, q_idx: score < q_idx, {}, "expression-types"),
+        (lambda score, slopes, h: score + slopes[h, h], {"tensors": SLOPES}, "tensor-index"),
+        (lambda score, slopes, h: score * slopes[h], {"tensors": {"slopes": "f33[batch]"}}, "tensor-types"),
+        (lambda score, h: score * h, {"scalars": {"h": "f32"}}, "reserved-names"),
+    ],
+)  # fmt: skip
+def test_what_the_language_refuses_is_told_in_the_text(
+    function: Callable[..., Any], declared: dict[str, Any], rule: str
+) -> None:
+    """Types, the number of indices, and declarations, by the rules that a spec is held to."""
+    assert only(function, **declared).rule == rule
+
+
+def test_an_expression_that_doubles_is_stopped() -> None:
+    """Not after minutes."""
+
+    def doubling(score: Any) -> Any:
+        for _ in range(60):
+            score = score * score
+        return score
+
+    assert only(doubling).rule == "expression-length"
+
+
+def test_a_function_that_is_no_function_of_the_language() -> None:
+    """An attribute error that knows the nearest."""
+    with pytest.raises(AttributeError, match="softcap"):
+        attngen.functions.softcapp  # noqa: B018
+    assert {"softcap", "where", "tanh", "causal"} <= set(dir(attngen.functions))
