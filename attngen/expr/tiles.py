@@ -10,7 +10,7 @@ not with 0..c-1. A conjunct about one index alone (`kv_idx >= n`) narrows the ti
 read as what it denies, so it must hold where no pair is left that every branch refuses.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from attngen.errors import InternalError
@@ -21,6 +21,8 @@ from attngen.expr.logic import conjunction, less_equal, negate
 from attngen.expr.ranges import index_range
 from attngen.expr.tables import Table, Tables
 from attngen.expr.tree import (
+    FALSE,
+    TRUE,
     Expr,
     add,
     affine,
@@ -71,10 +73,14 @@ class _Truth(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tile:
-    """The rows and keys for which something is read; where they are none, nothing that is said of them counts."""
+    """The rows and keys for which something is read, and what holds of them.
+
+    Where they are none, nothing that is said of them counts.
+    """
 
     q_idx: Bounds = Bounds(name("q_first"), name("q_last"))
     kv_idx: Bounds = Bounds(name("kv_first"), name("kv_last"))
+    known: frozenset[Expr] = frozenset()
 
 
 class _Reader:
@@ -96,6 +102,10 @@ class _Reader:
         """Whether a condition may and must hold."""
         if self.is_uniform(condition):
             return _Truth(condition, condition)
+        if condition in tile.known:
+            return _Truth(TRUE, TRUE)
+        if negate(condition) in tile.known:
+            return _Truth(FALSE, FALSE)
         key = (condition, tile)
         if key not in self._truths:
             self._truths[key] = self._truth(condition, tile)
@@ -127,20 +137,23 @@ class _Reader:
         return self._comparison(condition, tile)
 
     def _conjunction(self, condition: Expr, tile: _Tile) -> _Truth:
-        """All conjuncts hold of every pair, or of some pair that those about one index alone leave."""
-        must = conjunction(self.truth(part, tile).must for part in condition.args)
-        may, others = [], []
+        """Conjuncts about one index alone, then the others for what those leave of the tile."""
+        narrowed, truths, others = tile, [], []
         for part in condition.args:
-            narrowed = self._narrowed(part, tile)
-            if narrowed is None:
+            left = self._narrowed(part, narrowed)
+            if left is None:
                 others.append(part)
             else:
-                may.append(self.truth(part, tile).may)
-                tile = narrowed
-        return _Truth(conjunction(may + [self.truth(part, tile).may for part in others]), must)
+                truths.append(_Truth(self.truth(part, narrowed).may, self.truth(part, tile).must))
+                narrowed = left
+        whole = replace(tile, known=narrowed.known)  # where they must hold they leave all of it
+        truths += [_Truth(self.truth(part, narrowed).may, self.truth(part, whole).must) for part in others]
+        return _Truth(conjunction(each.may for each in truths), conjunction(each.must for each in truths))
 
     def _narrowed(self, part: Expr, tile: _Tile) -> _Tile | None:
         """The part of the tile where a comparison of one index with a uniform number holds; None for all others."""
+        if part in tile.known:
+            return tile
         if part.op not in ("le", "eq"):
             return None
         coefficients, constant = affine_parts(part.args[0])
@@ -153,7 +166,7 @@ class _Reader:
             _cut(bounds, factor, rest, part.op == "eq") if mixed[0].name == index else bounds
             for index, bounds in (("q_idx", tile.q_idx), ("kv_idx", tile.kv_idx))
         )
-        return _Tile(q_idx, kv_idx)
+        return _Tile(q_idx, kv_idx, tile.known | {part})
 
     def _comparison(self, condition: Expr, tile: _Tile) -> _Truth:
         """A comparison of an affine form with 0."""
