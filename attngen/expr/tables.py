@@ -38,6 +38,11 @@ class Table:
         """The greatest element of a tile; of bool, whether any is true."""
         return lookup(f"{self.name}_hi", self.indices, self.lookup.type)
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The names of its two tensors."""
+        return self.least.name, self.greatest.name
+
 
 class Tables:
     """The tables of one mask, one for each lookup."""

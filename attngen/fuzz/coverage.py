@@ -17,8 +17,9 @@ from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
-from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles
-from attngen.simulate.tiles import LOCKSTEP, SIMULATED_SMS
+from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
+from attngen.simulate.tiles import LOCKSTEP
+from attngen.simulate.visits import SIMULATED_SMS
 
 Met = tuple[str, str]
 """A dimension and a value of it: ("schedule", "fa2")."""
@@ -186,14 +187,14 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
     conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}
     m_max, n_end = -(-shape.seqlen_q // plan.block_m), -(-shape.seqlen_k // plan.block_n)
     for m_block in range(m_max):
-        bounds = block_bounds(plan, sizes, m_block)
-        visited = bounds.n_max - bounds.n_min
+        visited = len(visited_blocks(plan, sizes, m_block))
         yield ("blocks per row", BLOCKS_PER_ROW[min(max(visited, 0), 3)])
-        variables = {"zero": 0, "m_max": m_max, "n_end": n_end, "m_block": m_block, **bounds._asdict()}
+        bounds = block_bounds(plan, sizes, m_block)._asdict() if plan.key_blocks else {}
+        variables = {"zero": 0, "m_max": m_max, "n_end": n_end, "m_block": m_block, **bounds}
         for range_ in ranges:
             state = "filled" if _runs(range_, variables) else "empty"
             yield ("range", f"{plan.schedule} {range_.name} {state}")
-        for state in _states(conditions, bounds, n_end, plan.kernel.worker.warpgroups):
+        for state in _states(conditions, visited, n_end, plan.kernel.worker.warpgroups):
             yield ("condition", state)
     if "scale is negative" in conditions:
         yield ("condition", f"scale is negative: {'yes' if (case.softmax_scale or 0) < 0 else 'no'}")
@@ -206,8 +207,7 @@ def _runs(range_: Range, variables: dict[str, int]) -> bool:
     return value(range_.hi) > value(range_.lo)
 
 
-def _states(conditions: set[str], bounds: BlockBounds, n_end: int, warpgroups: int) -> Iterator[str]:
-    visited = bounds.n_max - bounds.n_min
+def _states(conditions: set[str], visited: int, n_end: int, warpgroups: int) -> Iterator[str]:
     if "tile has blocks" in conditions:
         yield f"tile has blocks: {'yes' if visited > 0 else 'no'}"
     if "last warpgroup" in conditions:

@@ -10,7 +10,7 @@ from attngen.expr import definitions, key_range, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
 from attngen.lower.places import key_blocks, params, places, workspaces
-from attngen.lower.pairs import pair_params, read_declarations, table_kernel, table_spaces
+from attngen.lower.pairs import pair_params, declarations_read_by, table_kernel, table_spaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
@@ -95,7 +95,7 @@ def build(
         mask_text=mask_name if masks else to_text(mask),
         score=pairs.score,
         tile_classes=None if pairs.visible else tile_classes(mask),
-        declarations=read_declarations(spec.declarations, mask, pairs.score),
+        declarations=declarations_read_by(spec.declarations, mask, pairs.score),
         schedule=schedule,
         block_m=choice.block_m,
         block_n=choice.block_n,

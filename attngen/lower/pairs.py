@@ -5,7 +5,7 @@ from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maxim
 from attngen.schedules import Pairs
 
 
-def read_declarations(declared: Declarations, *exprs: Expr) -> Declarations:
+def declarations_read_by(declared: Declarations, *exprs: Expr) -> Declarations:
     """What expressions read of a spec's scalars and tensors."""
     names = frozenset().union(*map(free_names, exprs))
     tensors = frozenset().union(*map(tensor_names, exprs))

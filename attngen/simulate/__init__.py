@@ -9,11 +9,12 @@ from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction
 from attngen.simulate.run import STEPS_SIMULATED, count, simulate
-from attngen.simulate.tiles import BlockBounds, Sizes, block_bounds, tiles
+from attngen.simulate.tiles import tiles
 from attngen.simulate.timeline import Prediction, Timeline, predict, timeline
 from attngen.simulate.trace import Trace, trace
 from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
 from attngen.simulate.units import UNITS, Interval, Unit
+from attngen.simulate.visits import BlockBounds, Sizes, block_bounds, visited_blocks
 
 __all__ = [
     "COSTS",
@@ -42,4 +43,5 @@ __all__ = [
     "tiles",
     "timeline",
     "trace",
+    "visited_blocks",
 ]

@@ -14,7 +14,8 @@ from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction, Wait
 from attngen.simulate.shared_memory import Cell, divided_buffers, lay_out
-from attngen.simulate.tiles import Sizes, TileSource
+from attngen.simulate.tiles import TileSource
+from attngen.simulate.visits import Sizes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Call:
     """What one call fixes for all its blocks.
 
     Attributes:
-        softmax_scale_log2: max(|softmax_scale|, FLT_MIN) * log2(e), rounded to f32.
+        softmax_scale: what a modified score is scaled by, rounded to f32.
+        softmax_scale_log2: max(|softmax_scale|, FLT_MIN) * log2(e), rounded to f32; log2(e) where scores are modified.
         scale_is_negative: whether Q must be negated to make up for that.
         device: the tensors; without values in them the program is only counted.
         steps: the function of every Step.
@@ -31,6 +33,7 @@ class Call:
 
     plan: Plan
     sizes: Sizes
+    softmax_scale: float
     softmax_scale_log2: float
     scale_is_negative: bool
     device: DeviceMemory

@@ -1,7 +1,23 @@
 """What the Steps of control and of the scheduler do."""
 
-from attngen.plan import BlockIndex
-from attngen.plan.steps import DrawTile, ForBlocks, ForTiles, Note, ReadTile, TakeTile, When, WhenBlock
+from collections import deque
+
+from attngen.plan import BlockIndex, Walk
+from attngen.plan.steps import (
+    DrawTile,
+    ForBlocks,
+    ForTiles,
+    ForVisited,
+    Note,
+    ReadTile,
+    StartWalk,
+    TakeTile,
+    When,
+    WhenBlock,
+    WhenNext,
+    WhenPartial,
+    WhenVisited,
+)
 from attngen.simulate.roles import RoleRun, Run
 
 
@@ -42,9 +58,54 @@ def _holds(step: When, role: RoleRun) -> bool:
     if step.condition == "tile has blocks":
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
-        return role.tile.bounds.n_max > role.tile.bounds.n_min
-    bounds = role.bounds(role.index(BlockIndex("m")))
-    return bounds.n_min <= role.index(BlockIndex("n")) < bounds.n_max
+        return role.tile.visits > 0
+    return role.visits(role.index(BlockIndex("m")), role.index(BlockIndex("n")))
+
+
+def start_walk(step: StartWalk, role: RoleRun) -> None:
+    """Stand before the first block."""
+    if role.tile.walk is None:
+        raise role.fault("undefined index", "the blocks of this tile are no walk", step.walk.name)
+    role.walks[step.walk.name] = deque(role.tile.walk)
+    role.variables[step.walk.n.base] = -1
+
+
+def _goes_on(walk: Walk, role: RoleRun) -> bool:
+    """Go to the next block, if there is one."""
+    if walk.name not in role.walks:
+        raise role.fault("undefined index", f"{walk} has not been started", walk.name)
+    if not role.walks[walk.name]:
+        return False
+    block = role.walks[walk.name].popleft()
+    if walk.name == "visit":
+        role.variables["visit.before"] = role.variables["visit.n"]
+    role.variables[walk.n.base] = block.n
+    role.is_partial[walk.name] = block.is_partial
+    return True
+
+
+def when_next(step: WhenNext, role: RoleRun) -> Run:
+    """Go on, and run the body if there was a next block."""
+    if _goes_on(step.walk, role):
+        yield from role.run(step.body)
+
+
+def for_visited(step: ForVisited, role: RoleRun) -> Run:
+    """Run the body for every block that is left."""
+    while _goes_on(step.walk, role):
+        yield from role.run(step.body)
+
+
+def when_visited(step: WhenVisited, role: RoleRun) -> Run:
+    """Run the body where the walk has come to a block."""
+    if role.index(step.walk.n) >= 0:
+        yield from role.run(step.body)
+
+
+def when_partial(step: WhenPartial, role: RoleRun) -> Run:
+    """Run the body where the block is not full."""
+    if role.is_partial[step.walk.name]:
+        yield from role.run(step.body)
 
 
 def when_block(step: WhenBlock, role: RoleRun) -> Run:

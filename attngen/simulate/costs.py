@@ -16,6 +16,7 @@ from attngen.plan.steps import (
     Exponentiate,
     MaskScores,
     MaskScoresEach,
+    ModifyScores,
     RowMax,
     ScaleRows,
     Step,
@@ -96,6 +97,7 @@ H200 = Costs(
             Exponentiate: 3,  # FFMA, MUFU, FADD
             ConvertP: 1,  # one F2FP packs two
             ScaleRows: 1,  # FMUL
+            ModifyScores: 12,  # a scale and a handful of operations
             MaskScores: 4,  # ISETP and FSEL
             MaskScoresEach: 12,  # the mask itself, then as above
         }

@@ -3,7 +3,8 @@
 import torch
 
 from attngen.plan import Plan, Rows, Tensor, evaluate_formula
-from attngen.simulate.tiles import Sizes, Tile, ceil_div
+from attngen.simulate.tiles import Tile
+from attngen.simulate.visits import Sizes, ceil_div
 from attngen.simulate.traffic import Traffic
 
 NOTHING = torch.empty(0)

@@ -14,8 +14,9 @@ from attngen.simulate.costs import Costs
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.roles import RoleRun, Run, StepFunction
 from attngen.simulate.run import STEPS_SIMULATED
-from attngen.simulate.tiles import Sizes, Tile, TileSource
+from attngen.simulate.tiles import Tile, TileSource
 from attngen.simulate.units import TIME, Units, now
+from attngen.simulate.visits import Sizes
 
 
 class Multiprocessor:
@@ -42,7 +43,7 @@ class Multiprocessor:
             kind: self._timed(kind, function, CHARGES[kind]) if kind in CHARGES else function
             for kind, function in simulated.items()
         }
-        self._call = Call(plan, sizes, 1.0, False, DeviceMemory(plan, sizes, None, None), timed)
+        self._call = Call(plan, sizes, 1.0, 1.0, False, DeviceMemory(plan, sizes, None, None), timed)
 
     def run(self, work: list[Tile]) -> None:
         """Let the slots work on these tiles.

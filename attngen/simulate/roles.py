@@ -17,7 +17,8 @@ from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
-from attngen.simulate.tiles import BlockBounds, Tile, block_bounds, ceil_div
+from attngen.simulate.tiles import Tile
+from attngen.simulate.visits import Visited, ceil_div, visited_blocks
 
 if TYPE_CHECKING:
     from attngen.simulate.blocks import Block
@@ -80,6 +81,7 @@ class RoleRun:
         tile: the tile it works on; `tile_number`, which one is next to be taken up.
         variables: what block indices may start from, loops' indices included.
         loops: names of the loops around the present Step, outermost first.
+        walks: the blocks that each walk still comes to; `is_partial`, whether it masks the one it stands at.
         registers: values by place, (members, rows, cols) or (members, rows), f32, of this warpgroup's rows; of
             partial sums the total.
         clock: what all its threads know.
@@ -114,7 +116,9 @@ class RoleRun:
         self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
         self._stores_issued = 0
         self._stores_in_flight: list[str] = []  # the buffers they read
-        self._bounds: dict[int, BlockBounds] = {}
+        self.walks: dict[str, deque[Visited]] = {}
+        self.is_partial: dict[str, bool] = {}
+        self._visited: dict[int, tuple[int, ...]] = {}
 
     def run(self, program: Program) -> Run:
         """The Steps of a program, one after another."""
@@ -125,29 +129,32 @@ class RoleRun:
             if inner is not None:
                 yield from inner
             if observer is not None:
-                observer(Event(step, self.tile, self, {name: self.variables[name] for name in self.loops}))
+                indices = {name: self.variables[name] for name in self.loops}
+                if "visit.n" in self.variables:
+                    indices["n"] = self.variables["visit.n"]
+                observer(Event(step, self.tile, self, indices))
 
     # ---- tiles and indices ------------------------------------------------------------------------------------------
     def start_tile(self, tile: Tile) -> None:
         """Take a tile up; its bounds become block indices."""
         sizes, plan = self.call.sizes, self.call.plan
         self.tile = tile
-        self._bounds.clear()
+        self.walks.clear()
+        self._visited.clear()
         self.variables = {
             "zero": 0,
             "m_max": ceil_div(sizes.seqlen_q, plan.block_m),
             "n_end": ceil_div(sizes.seqlen_k, plan.block_n),
         }
-        if tile.bounds is not None and tile.m_block is not None:
-            self.variables |= {"m_block": tile.m_block, **tile.bounds._asdict()}
+        if tile.m_block is not None:
+            self.variables |= {"m_block": tile.m_block, **(tile.bounds._asdict() if tile.bounds else {})}
 
-    def bounds(self, m_block: int) -> BlockBounds:
-        """The blocks of keys that a block of rows of this tile's head visits."""
-        if m_block not in self._bounds:
-            self._bounds[m_block] = block_bounds(
-                self.call.plan, self.call.sizes, m_block, self.tile.members[0]
-            )
-        return self._bounds[m_block]
+    def visits(self, m_block: int, n: int) -> bool:
+        """Whether a block of rows of this tile's head visits a block of keys."""
+        if m_block not in self._visited:
+            plan, sizes = self.call.plan, self.call.sizes
+            self._visited[m_block] = visited_blocks(plan, sizes, m_block, self.tile.members[0])
+        return n in self._visited[m_block]
 
     def index(self, block: BlockIndex) -> int:
         """The number a block index stands for here."""

@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -13,8 +15,9 @@ from attngen.simulate.blocks import Block, Call
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, StepFunction
-from attngen.simulate.tiles import LOCKSTEP, Sizes, TileSource, tiles
+from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
+from attngen.simulate.visits import Sizes, declared_values
 
 
 def _function_of(step: type[Step]) -> StepFunction:
@@ -44,6 +47,7 @@ def simulate(
     observer: Callable[[Event], None] | None = None,
     steps: Mapping[type[Step], StepFunction] | None = None,
     memory: Traffic | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention as the plan's kernels do: same tiles, same order, same roundings.
 
@@ -59,6 +63,7 @@ def simulate(
         observer: called after every Step; heads then run one by one.
         steps: functions to use instead of `STEPS_SIMULATED`'s, to see what a fault of theirs would do.
         memory: where to count FLOPs and bytes.
+        declared: the scalars and tensors of the spec, by name.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), the plan's output type.
@@ -70,6 +75,7 @@ def simulate(
     q_heads, k_heads, v_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k, v))
     batch, num_heads_q, seqlen_q, _ = q_heads.shape
     sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
+    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     out = torch.full((*q.shape[:3], plan.head_dim_v), math.nan, dtype=torch_dtype(plan.output))
     lse = torch.full((batch, num_heads_q, seqlen_q), math.nan) if return_lse else None
     tensors = {
@@ -81,10 +87,12 @@ def simulate(
     if lse is not None:
         tensors["lse"] = lse
     scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
+    scale_to_log2 = 1.0 if plan.modifies_scores else max(abs(scale), SMALLEST_SCALE)
     call = Call(
         plan,
         sizes,
-        softmax_scale_log2=torch.tensor(max(abs(scale), SMALLEST_SCALE) * math.log2(math.e)).item(),
+        softmax_scale=torch.tensor(float(scale)).item(),
+        softmax_scale_log2=torch.tensor(scale_to_log2 * math.log2(math.e)).item(),
         scale_is_negative=scale < 0,
         device=DeviceMemory(plan, sizes, tensors, memory),
         steps={**STEPS_SIMULATED, **(steps or {})},
@@ -110,9 +118,10 @@ def count(
     Heads that take the same way through the program are run once and counted as often as there are.
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    sizes = replace(sizes, declared=declared_values(plan, sizes, {}))
     traffic = Traffic()
     device = DeviceMemory(plan, sizes, None, traffic, wanted=("lse",) if return_lse else ())
-    _launch(Call(plan, sizes, 1.0, False, device, STEPS_SIMULATED), lockstep=batch * heads)
+    _launch(Call(plan, sizes, 1.0, 1.0, False, device, STEPS_SIMULATED), lockstep=batch * heads)
     return traffic
 
 

@@ -17,6 +17,7 @@ from attngen.plan.steps import (
     FinishRows,
     MaskScores,
     MaskScoresEach,
+    ModifyScores,
     NegateTile,
     ReduceRows,
     RowMax,
@@ -80,17 +81,31 @@ def negate_tile(step: NegateTile, role: RoleRun) -> None:
     role.write_shared(step.tile, torch.neg, values)
 
 
+def modify_scores(step: ModifyScores, role: RoleRun) -> None:
+    """What the spec makes of each scaled score."""
+    s = role.read(step.s)
+
+    def modified() -> torch.Tensor:
+        _, names = _indices(step, role)
+        names["score"] = s * role.call.softmax_scale
+        scores = evaluate(step.score, names, role.call.sizes.declared.tensors)
+        return torch.as_tensor(scores).expand_as(s).contiguous()
+
+    role.write(step.s, modified)
+
+
 def mask_scores(step: MaskScores, role: RoleRun) -> None:
     """Keep the scores of the keys in the row's interval and in the sequence; the others become -inf."""
     s = role.read(step.s)
 
     def masked() -> torch.Tensor:
         kv_idx, names = _indices(step, role)
+        tensors = role.call.sizes.declared.tensors
         keep = kv_idx < role.call.sizes.seqlen_k
         for bound in step.visible.lower:
-            keep = keep & (kv_idx >= evaluate(bound, names))
+            keep = keep & (kv_idx >= evaluate(bound, names, tensors))
         for bound in step.visible.upper:
-            keep = keep & (kv_idx < evaluate(bound, names))
+            keep = keep & (kv_idx < evaluate(bound, names, tensors))
         return torch.where(keep, s, -math.inf)
 
     role.write(step.s, masked)
@@ -102,14 +117,15 @@ def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
 
     def masked() -> torch.Tensor:
         kv_idx, names = _indices(step, role)
-        keep = (kv_idx < role.call.sizes.seqlen_k) & evaluate(step.mask, names)
+        tensors = role.call.sizes.declared.tensors
+        keep = (kv_idx < role.call.sizes.seqlen_k) & evaluate(step.mask, names, tensors)
         return torch.where(keep, s, -math.inf)
 
     role.write(step.s, masked)
 
 
 def _indices(
-    step: MaskScores | MaskScoresEach, role: RoleRun
+    step: MaskScores | MaskScoresEach | ModifyScores, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
     sizes = role.call.sizes
@@ -126,6 +142,7 @@ def _indices(
         "b": batch,
         "h": head,
         "h_kv": head_kv,
+        **sizes.declared.scalars,
     }
 
 

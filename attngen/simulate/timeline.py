@@ -8,7 +8,7 @@ out: bank conflicts, instruction caches, power, other SMs.
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
 
@@ -16,8 +16,9 @@ from attngen.plan import Plan, Step
 from attngen.simulate.costs import Costs, costs_of
 from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
-from attngen.simulate.tiles import Sizes, Tile, block_bounds, ceil_div, tiles
+from attngen.simulate.tiles import Tile, tiles
 from attngen.simulate.units import Interval, Unit
+from attngen.simulate.visits import Sizes, ceil_div, declared_values, visited_blocks
 
 MOST_PAIRS = 256
 """Pairs of blocks in a tile up to which a whole head is simulated; a longer one is scaled from a shorter."""
@@ -104,7 +105,7 @@ def timeline(
         ToolchainError: there is no table for the target.
         SimulationFault: a program broke a rule, or no role can go on.
     """
-    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv)
     kernel = plan.kernel
     first = next(tiles(plan, kernel, sizes, 1), None)
     rounds = 2 if kernel.scheduler.persistent else 1
@@ -142,7 +143,7 @@ def predict(
     What one more tile costs is the time of two rounds less that of one, for up to `SAMPLES` kinds of tiles by their
     pairs of blocks. Tiles go in the launch's order to whoever is free first.
     """
-    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv)
     costs, slots = costs or costs_of(plan.arch), slots or plan.kernel.blocks_per_sm
     launch = [(tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, plan.kernel, sizes, batch * heads)]
     kinds = {pairs: tile for tile, pairs in launch}
@@ -168,9 +169,9 @@ def _tile_cycles(plan: Plan, sizes: Sizes, tile: Tile, costs: Costs, slots: int)
         pairs, shorter = _pairs(plan, sizes, tile), sizes
         while _pairs(plan, shorter, tile) > MOST_PAIRS:
             lengths = max(1, shorter.seqlen_q // 2), max(1, shorter.seqlen_k // 2)
-            shorter = Sizes(1, *lengths, sizes.group, 1)
+            shorter = Sizes(1, *lengths, sizes.group, 1, declared=sizes.declared)
         scale, sizes = pairs / max(1, _pairs(plan, shorter, tile)), shorter
-    one = Tile(tile.m_block, tile.bounds, tile.members[:1])
+    one = Tile(tile.m_block, tile.bounds, tile.walk, tile.members[:1])
     once, twice = (
         _on_one_sm(plan, sizes, [one] * slots * rounds, costs, slots).cycles * scale for rounds in (1, 2)
     )
@@ -179,11 +180,17 @@ def _tile_cycles(plan: Plan, sizes: Sizes, tile: Tile, costs: Costs, slots: int)
 
 def _pairs(plan: Plan, sizes: Sizes, tile: Tile) -> int:
     """How many pairs of a block of rows and a block of keys a tile is made of."""
-    if tile.bounds is not None:
-        return tile.bounds.n_max - tile.bounds.n_min
+    if tile.m_block is not None:
+        return tile.visits
     rows = range(ceil_div(sizes.seqlen_q, plan.block_m))
-    bounds = (block_bounds(plan, sizes, m, tile.members[0]) for m in rows)
-    return sum(bound.n_max - bound.n_min for bound in bounds)
+    return sum(len(visited_blocks(plan, sizes, m, tile.members[0])) for m in rows)
+
+
+def _sizes(
+    plan: Plan, seqlen_q: int, seqlen_k: int, batch: int, heads: int, heads_kv: int | None
+) -> Sizes:
+    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    return replace(sizes, declared=declared_values(plan, sizes, {}))
 
 
 def _between(x: int, xs: list[int], ys: list[float]) -> float:

@@ -24,7 +24,7 @@ from attngen.plan.steps import (
 )
 from attngen.simulate.roles import Event, RoleRun
 from attngen.simulate.run import simulate
-from attngen.simulate.tiles import Member
+from attngen.simulate.visits import Member
 
 T = TypeVar("T")
 

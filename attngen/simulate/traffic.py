@@ -4,11 +4,11 @@ Bytes are those that Steps ask of device memory, valid rows and columns only; wh
 known here. The standard algorithm is the yardstick: S and P go to device memory and come back.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attngen.dtypes import DType
 from attngen.plan import Plan
-from attngen.simulate.tiles import Sizes, block_bounds, ceil_div
+from attngen.simulate.visits import Sizes, ceil_div, declared_values, visited_blocks
 
 
 @dataclass
@@ -71,16 +71,17 @@ def closed_form(
     Masks whose blocks of keys depend on the head are not covered.
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
+    sizes = replace(sizes, declared=declared_values(plan, sizes, {}))
     traffic = Traffic()
     if not batch * heads * seqlen_q:
         return traffic
     loads_q_anyway = bool(plan.kernel.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
     for m in range(ceil_div(seqlen_q, plan.block_m)):
-        bounds = block_bounds(plan, sizes, m)
+        visited = visited_blocks(plan, sizes, m)
         rows = min(plan.block_m, seqlen_q - m * plan.block_m)
-        blocks = bounds.n_max - bounds.n_min
-        keys = max(0, min(seqlen_k, bounds.n_max * plan.block_n) - bounds.n_min * plan.block_n)
+        blocks = len(visited)
+        keys = sum(min(plan.block_n, seqlen_k - n * plan.block_n) for n in visited)
         pairs += blocks
         rows_times_keys += rows * keys
         rows_loaded += rows if blocks or loads_q_anyway else 0

@@ -35,7 +35,8 @@ from attngen.plan.steps import (
 )
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
 from attngen.simulate.softmax import exponentials, log_sum_exp, rescale_factor, running_max
-from attngen.simulate.tiles import Member, Tile
+from attngen.simulate.tiles import Tile
+from attngen.simulate.visits import Member
 from attngen.spec import Spec
 
 Edit = Callable[[Step], Step | None]

@@ -7,7 +7,8 @@ from small_plans import lowered
 
 from attngen.expr import evaluate, parse_mask
 from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles
-from attngen.simulate.tiles import Member, TileSource
+from attngen.simulate.tiles import TileSource
+from attngen.simulate.visits import Member
 
 MASKS = [
     "full",
