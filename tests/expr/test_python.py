@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import attngen
 from attngen.errors import Diagnostic
@@ -73,6 +75,40 @@ def test_a_score_is_written_as_its_function_is(function: Callable[..., Any], tex
     """A function that takes `score` is a score; constants are written so that they are read as they were."""
     written = attngen.expression(function)
     assert written == text and parse_score(text)
+
+
+def pairs(parts: st.SearchStrategy[str], *signs: str) -> st.SearchStrategy[str]:
+    return st.tuples(parts, st.sampled_from(signs), parts).map(lambda each: f"({' '.join(each)})")
+
+
+NUMBERS = st.recursive(
+    st.sampled_from(["q_idx", "kv_idx", "h", "3", "-2"]),
+    lambda numbers: (
+        pairs(numbers, "+", "-")
+        | st.tuples(numbers, st.sampled_from(["* 3", "* -2", "// 3", "// -2", "% 3"])).map(
+            "({0[0]} {0[1]})".format
+        )
+        | numbers.map("(-{})".format)
+    ),
+    max_leaves=6,
+)
+CONDITIONS = st.recursive(
+    # Never of constants alone: Python would compare those itself.
+    pairs(NUMBERS, "<", "<=", ">", ">=", "==", "!=").map(lambda pair: f"(h - {pair[1:]}"),
+    lambda conditions: pairs(conditions, "&", "|") | conditions.map("(~{})".format),
+    max_leaves=5,
+)
+
+
+@given(CONDITIONS, st.tuples(*[st.integers(0, 9)] * 3))
+def test_the_text_means_what_the_function_means(condition: str, values: tuple[int, int, int]) -> None:
+    """The language is Python's here, so that Python itself says whether a bracket is missing."""
+    function = eval(f"lambda q_idx, kv_idx, h: (q_idx < 0) | {condition}")
+    written = attngen.expression(function)
+    names = dict(zip(("q_idx", "kv_idx", "h"), values, strict=True))
+    assert eval(written, names.copy()) == bool(
+        function(**{key: torch.tensor(value) for key, value in names.items()})
+    )
 
 
 def test_declared_tensors_and_scalars_are_handed_over_by_name() -> None:
