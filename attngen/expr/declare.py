@@ -40,7 +40,7 @@ _CALL_ARGUMENTS = ("self", "q", "k", "v", "softmax_scale", "return_lse", "out", 
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
-    **dict.fromkeys(KEYWORDS, "a word of the language"),
+    **dict.fromkeys((*KEYWORDS, "AND", "OR", "NOT"), "a word of the language"),
 }
 _RESERVED = {
     **dict.fromkeys(SIZE_NAMES, "a size of every call"),
