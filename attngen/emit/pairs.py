@@ -30,13 +30,6 @@ _NAMES = {
         )
     },
 }
-_TABLE_SIZES = {
-    "b": "params.size_batch",
-    "h": "params.num_heads_q",
-    "h_kv": "params.size_num_heads_kv",
-    "q_tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
-    "kv_tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
-}
 _C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
 _ELEMENTS = {
     "bool": ("bool", "__ldg({}) != 0"),
@@ -58,7 +51,7 @@ def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
 def table_function(plan: Plan, env: jinja2.Environment) -> str:
     """The kernel that fills the tables of a plan."""
     macros: Any = env.get_template("tables.cuh.j2").module
-    kernel = plan.table_kernel
+    kernel, sizes = plan.table_kernel, _table_sizes(plan)
     if kernel is None:
         return ""
     tables = [
@@ -66,7 +59,7 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
             "name": table.name,
             "lookup": str(table.lookup),
             "c_type": _C_TYPES[table.lookup.type],
-            "indices": [{"name": index.name, "size": _TABLE_SIZES[index.name]} for index in table.indices],
+            "indices": [{"name": index.name, "size": sizes[index.name]} for index in table.indices],
             "reads_q": "q" in table.reads,
             "reads_k": "k" in table.reads,
             "value": cuda_body([table.lookup], leaves(plan)),
@@ -89,10 +82,11 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
                 "element": element.format(" + ".join((f"params.arg_{name}", *steps))),
             }
         )
+    sizes = _table_sizes(plan)
     for table in _tables(plan):
         place = table.indices[0].name
         for index in table.indices[1:]:
-            place = f"({place}) * ({_TABLE_SIZES[index.name]}) + {index.name}"
+            place = f"({place}) * ({sizes[index.name]}) + {index.name}"
         for space in table.ends:
             element = f"__ldg(params.{space} + {place})"
             yield macros.lookup(
@@ -135,23 +129,37 @@ def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
         scalar.name: f"(params.arg_{scalar.name} != 0)" if scalar.type == "bool" else f"params.arg_{scalar.name}"
         for scalar in plan.declarations.scalars.values()
     }
-    params = {param.name for param in plan.kernel.params}
-
-    def size(dim: str | int) -> str:
-        if isinstance(dim, int):
-            return str(dim)
-        return f"params.{dim}" if dim in params else f"params.size_{dim}"
-
     sizes = {
-        tensor.name: [size(dim) for dim in tensor.dims] for tensor in plan.declarations.tensors.values()
+        tensor.name: [_size(plan, dim) for dim in tensor.dims]
+        for tensor in plan.declarations.tensors.values()
     }
+    of_tables = _table_sizes(plan)
     sizes |= {
-        space: [_TABLE_SIZES[index.name] for index in table.indices]
+        space: [of_tables[index.name] for index in table.indices]
         for table in _tables(plan)
         for space in table.ends
     }
     names = _NAMES | scalars
     return Leaves(names | {"kv_idx": "kv_first"} if key_step else names, sizes, exact, key_step)
+
+
+def _size(plan: Plan, dim: str | int) -> str:
+    """A dimension of a tensor, as the parameter that carries it."""
+    if isinstance(dim, int):
+        return str(dim)
+    has_own = any(param.name == dim for param in plan.kernel.params)
+    return f"params.{dim}" if has_own else f"params.size_{dim}"
+
+
+def _table_sizes(plan: Plan) -> dict[str, str]:
+    """How many values each index of a table takes."""
+    return {
+        "b": _size(plan, "batch"),
+        "h": "params.num_heads_q",
+        "h_kv": "params.size_num_heads_kv",
+        "q_tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
+        "kv_tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
+    }
 
 
 def _tables(plan: Plan) -> tuple[Table, ...]:

@@ -122,7 +122,7 @@ class _Writer:
             return f"{self.text(written.left, _SUM)} {written.symbol} {self.text(written.right, _SUM)}", own
         if expr.op in ("and", "or"):
             sign, own = (" && ", _AND) if expr.op == "and" else (" || ", _OR)
-            return sign.join(self.text(arg, _AND if expr.op == "and" else _AND) for arg in expr.args), own
+            return sign.join(self.text(arg, _AND) for arg in expr.args), own
         if expr.op == "const" and expr.type != "i32":
             return ("true" if expr.value else "false", _OPERAND) if expr.type == "bool" else self._real(expr)
         if expr.type == "i32" and expr.op in ("const", "mul", "add", "name"):
@@ -159,7 +159,8 @@ class _Writer:
         sizes = self._leaves.sizes.get(expr.name)
         if sizes is None:
             raise InternalError(f"{expr.name} has no CUDA text")
-        return f"read_{expr.name}(params, {', '.join(map(self._clamped, expr.args, sizes, strict=True))})"
+        places = (self._clamped(index, size) for index, size in zip(expr.args, sizes, strict=True))
+        return f"read_{expr.name}(params, {', '.join(places)})"
 
     def _clamped(self, index: Expr, size: str) -> str:
         is_inside = index.op == "name" and index.name in ("b", "h", "h_kv", "q_tile", "kv_tile")

@@ -1,7 +1,7 @@
 """What a kernel needs beside tiles for the spec's mask and score: parameters, and tables of extremes."""
 
 from attngen.expr import Declarations, Expr, Table, free_names, tensor_names
-from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, product
+from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
 from attngen.schedules import Pairs
 
 
@@ -73,7 +73,8 @@ def table_kernel(
     if not tables:
         return None
     entries = [product(1, *_shape(table, block_m, block_n)) for table in tables]
-    return TableKernel(f"{attention}_tables", of_attention, tables, maximum(*entries))
+    grid = product(maximum(*entries), minimum(1, "seqlen_k"))  # without keys there is nothing to look up
+    return TableKernel(f"{attention}_tables", of_attention, tables, grid)
 
 
 def _shape(table: Table, block_m: int, block_n: int) -> tuple[Formula, ...]:
