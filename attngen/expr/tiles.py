@@ -5,8 +5,8 @@ in a tile (`TILE_NAMES`, b, h, h_kv, lengths, scalars), so that they have every 
 never claim too much: what they cannot tell is partial, which costs time and no more. They are exact where each index
 is read once, and for the masks of tests/expr/test_tiles.py.
 
-Three things go beyond arithmetic on intervals. A remainder by a constant is compared with the stretches of a tile,
-not with 0..c-1. A conjunct about one index alone (`kv_idx >= n`) narrows the tile for the others. A disjunction is
+Three things go beyond arithmetic on intervals. The remainders of a tile by a constant are no interval
+(remainders.py). A conjunct about one index alone (`kv_idx >= n`) narrows the tile for the others. A disjunction is
 read as what it denies, so it must hold where no pair is left that every branch refuses.
 """
 
@@ -14,24 +14,23 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from attngen.errors import InternalError
-from attngen.expr import intervals
+from attngen.expr import intervals, real_intervals
 from attngen.expr.arithmetic import floor_divide, where
 from attngen.expr.intervals import Bounds, greater, lesser
 from attngen.expr.logic import conjunction, less_equal, negate
 from attngen.expr.ranges import index_range
+from attngen.expr.remainders import Band, band_of
 from attngen.expr.tables import Table, Tables
 from attngen.expr.tree import (
     FALSE,
     TRUE,
     Expr,
-    add,
     affine,
     affine_parts,
     const,
     free_names,
     name,
     scale,
-    sub,
 )
 
 
@@ -129,9 +128,11 @@ class _Reader:
             table = self.tables.of(condition)
             return _Truth(table.greatest, table.least)
         if condition.op == "compare":
-            of = {"<": intervals.is_less, "<=": intervals.is_at_most, "==": intervals.is_equal}[
-                condition.name
-            ]
+            of = {
+                "<": real_intervals.is_less,
+                "<=": real_intervals.is_at_most,
+                "==": real_intervals.is_equal,
+            }[condition.name]
             a, b = condition.args
             return _Truth(*of(self.bounds(a, tile), self.bounds(b, tile)))
         return self._comparison(condition, tile)
@@ -139,16 +140,22 @@ class _Reader:
     def _conjunction(self, condition: Expr, tile: _Tile) -> _Truth:
         """Conjuncts about one index alone, then the others for what those leave of the tile."""
         narrowed, truths, others = tile, [], []
+        bands: dict[Expr, Band] = {}
         for part in condition.args:
             left = self._narrowed(part, narrowed)
             if left is None:
                 others.append(part)
+                band = band_of(part, self.is_uniform)
+                if band:
+                    bands[band.remainder] = band.within(bands.get(band.remainder, band))
             else:
                 truths.append(_Truth(self.truth(part, narrowed).may, self.truth(part, tile).must))
                 narrowed = left
         whole = replace(tile, known=narrowed.known)  # where they must hold they leave all of it
         truths += [_Truth(self.truth(part, narrowed).may, self.truth(part, whole).must) for part in others]
-        return _Truth(conjunction(each.may for each in truths), conjunction(each.must for each in truths))
+        may = [band.may_meet(self.bounds(band.remainder.args[0], narrowed)) for band in bands.values()]
+        may += [each.may for each in truths]
+        return _Truth(conjunction(may), conjunction(each.must for each in truths))
 
     def _narrowed(self, part: Expr, tile: _Tile) -> _Tile | None:
         """The part of the tile where a comparison of one index with a uniform number holds; None for all others."""
@@ -170,36 +177,16 @@ class _Reader:
 
     def _comparison(self, condition: Expr, tile: _Tile) -> _Truth:
         """A comparison of an affine form with 0."""
-        form = condition.args[0]
-        coefficients, constant = affine_parts(form)
-        mixed = [atom for atom in coefficients if not self.is_uniform(atom)]
-        if len(mixed) == 1 and abs(coefficients[mixed[0]]) == 1 and _is_remainder(mixed[0]):
-            return self._remainder_comparison(condition, mixed[0], tile)
-        bounds = self.bounds(form, tile)
+        band = band_of(condition, self.is_uniform)
+        if band:
+            dividend = self.bounds(band.remainder.args[0], tile)
+            return _Truth(band.may_meet(dividend), band.must_hold(dividend))
+        bounds = self.bounds(condition.args[0], tile)
         zero = const(0)
         if condition.op == "le":
             return _Truth(less_equal(bounds.lo, zero), less_equal(bounds.hi, zero))
         meet = conjunction([less_equal(bounds.lo, zero), less_equal(zero, bounds.hi)])
         return _Truth(meet, conjunction([less_equal(zero, bounds.lo), less_equal(bounds.hi, zero)]))
-
-    def _remainder_comparison(self, condition: Expr, atom: Expr, tile: _Tile) -> _Truth:
-        """A comparison of x % c with a uniform number: which remainders do the stretches of x leave?"""
-        dividend, divisor = self.bounds(atom.args[0], tile), int(atom.args[1].value)
-        coefficients, constant = affine_parts(condition.args[0])
-        factor = coefficients.pop(atom)
-        limit = scale(-factor, affine(coefficients, constant))
-        after, before = add(limit, const(1)), sub(limit, const(1))
-
-        def may(least: Expr | None, most: Expr | None) -> Expr:
-            return intervals.may_leave_remainder(dividend, divisor, least, most)
-
-        if condition.op == "eq":
-            return _Truth(
-                may(limit, limit), conjunction([negate(may(None, before)), negate(may(after, None))])
-            )
-        if factor > 0:
-            return _Truth(may(None, limit), negate(may(after, None)))
-        return _Truth(may(limit, None), negate(may(None, before)))
 
     def _bounds_of(self, number: Expr, tile: _Tile) -> Bounds:
         if number.op == "name" and number.name != "score":
@@ -215,11 +202,11 @@ class _Reader:
         if number.op == "add":
             return intervals.total(parts)
         if number.op == "call":
-            return intervals.function(number.name, *parts)
+            return real_intervals.function(number.name, *parts)
         if number.op != "arith":
             raise InternalError(f"{number} has no bounds over a tile")
         if number.type == "f32":
-            return intervals.real_arithmetic(number.name, *parts)
+            return real_intervals.arithmetic(number.name, *parts)
         if number.name == "*":
             return intervals.product(*parts)
         divide = intervals.quotient if number.name == "//" else intervals.remainder
@@ -232,7 +219,9 @@ class _Reader:
         truth = self.truth(condition, tile)
         if_yes = self.bounds(yes, self._where_it_holds(condition, tile))
         if_no = self.bounds(no, self._where_it_holds(negate(condition), tile))
-        either = intervals.hull(if_yes, if_no)
+        if truth.may is truth.must:
+            return Bounds(where(truth.may, if_yes.lo, if_no.lo), where(truth.may, if_yes.hi, if_no.hi))
+        either = real_intervals.either(if_yes, if_no)
         return Bounds(
             where(truth.must, if_yes.lo, where(truth.may, either.lo, if_no.lo)),
             where(truth.must, if_yes.hi, where(truth.may, either.hi, if_no.hi)),
@@ -242,11 +231,6 @@ class _Reader:
         for part in condition.args if condition.op == "and" else (condition,):
             tile = self._narrowed(part, tile) or tile
         return tile
-
-
-def _is_remainder(atom: Expr) -> bool:
-    """Whether the atom is x % c, c a positive constant."""
-    return atom.op == "arith" and atom.name == "%" and atom.args[1].op == "const" and atom.args[1].value > 0
 
 
 def _cut(index: Bounds, factor: int, rest: Expr, is_equal: bool) -> Bounds:

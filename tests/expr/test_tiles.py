@@ -12,7 +12,7 @@ from attngen.expr.logic import conjunction, disjunction, negate
 from attngen.expr.tiles import tile_classes
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
-from attngen.expr.tree import Expr, const, lookup, name, real, scalar
+from attngen.expr.tree import Expr, const, lookup, name, real, scalar, tensor_names
 
 Q, K, B, H, LENGTH_Q, LENGTH_K = map(name, ("q_idx", "kv_idx", "b", "h", "seqlen_q", "seqlen_k"))
 Q_POS = minus(plus(Q, LENGTH_K), LENGTH_Q)
@@ -149,7 +149,7 @@ RATIOS = {
         1.05,
     ),
     "every other block before": (both(CAUSAL, compare("==", mod(BLOCKS_APART, 4), const(1))), 1.1),
-    "a band of remainders": (both(compare(">=", mod(K, 512), const(300)), compare("<", mod(K, 512), const(320))), 1.8),
+    "a band of remainders": (both(compare(">=", mod(K, 512), const(300)), compare("<", mod(K, 512), const(320))), 1.0),
     "scaled distance": (compare("<=", times(call("f32", minus(Q_POS, K)), X), real(40.0)), 1.0),
     "product": (compare("<=", times(plus(div(Q, 64), const(1)), div(K, 64)), const(40)), 1.0),
 }  # fmt: skip
@@ -164,6 +164,67 @@ def test_other_masks_visit_few_tiles_too_many(mask: str) -> None:
     )
     assert not (any_visible & ~may).any() and not (must & ~all_visible).any()
     assert 0 < may.sum() <= ratio * any_visible.sum()
+
+
+def test_the_conditions_of_common_masks_are_as_short_as_a_person_writes_them() -> None:
+    """A corner of the tile decides; nothing is said twice."""
+    q_first, q_last, kv_first, kv_last = map(name, ("q_first", "q_last", "kv_first", "kv_last"))
+    found = tile_classes(CAUSAL)
+    offset = minus(LENGTH_K, LENGTH_Q)
+    assert found.may is compare("<=", kv_first, plus(q_last, offset))
+    assert found.must is compare("<=", kv_last, plus(q_first, offset))
+    found = tile_classes(compare("==", mod(K, 256), const(0)))
+    assert found.may is compare("<=", kv_first, times(const(256), div(kv_last, 256)))
+    assert tile_classes(compare("<", B, H)).may is tile_classes(compare("<", B, H)).must is compare("<", B, H)
+
+
+def test_a_table_stands_for_each_lookup_that_differs_within_a_tile() -> None:
+    """One for each lookup, by first use, with the indices it depends on; what is uniform is read itself."""
+    nested = lookup("weights", (H, lookup("ids", (B, Q), "i32"), K), "f32")
+    uniform = lookup("limits", (B,), "f32")
+    classes = tile_classes(
+        both(compare("<", nested, uniform), same_document(Q), lookup("flags", (K,), "bool"))
+    )
+    tables = {table.lookup: table for table in classes.tables}
+    assert [table.name for table in classes.tables] == [f"extremes{place}" for place in range(4)]
+    q_tile, kv_tile = name("q_tile"), name("kv_tile")
+    assert tables[nested].reads == "qk" and tables[nested].indices == (B, H, q_tile, kv_tile)
+    assert tables[lookup("ids", (B, Q), "i32")].indices == (B, q_tile)
+    assert tables[lookup("ids", (B, K), "i32")].reads == "k"
+    flags = tables[lookup("flags", (K,), "bool")]
+    assert flags.greatest is lookup(f"{flags.name}_hi", (kv_tile,), "bool")
+    assert {"limits", flags.name + "_hi"} <= tensor_names(classes.may)
+    assert "weights" not in tensor_names(classes.may) | tensor_names(classes.must)
+
+
+BIAS = lookup("bias", (K,), "f32")
+INFINITY = real(float("inf"))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        compare("<=", BIAS, INFINITY),
+        compare("<=", real(-float("inf")), BIAS),
+        compare("==", BIAS, BIAS),
+        compare("<=", call("abs", BIAS), INFINITY),
+        compare("<=", real(0.0), call("abs", BIAS)),
+        compare("<=", call("exp", BIAS), INFINITY),
+        compare("<=", call("tanh", BIAS), real(1.0)),
+        compare("<=", times(real(0.0), BIAS), real(0.0)),
+        compare("<=", real(0.0), call("sqrt", BIAS)),
+        compare("<=", where(compare("<", Q, const(2)), BIAS, X), INFINITY),
+        compare("<=", times(call("tanh", call("f32", minus(K, const(2)))), X), real(0.5)),
+    ],
+)
+@pytest.mark.parametrize("element", [float("nan"), float("inf"), -float("inf"), -1.0])
+@pytest.mark.parametrize("x", [float("nan"), float("inf"), -1.0])
+def test_a_comparison_that_a_nan_makes_false_is_never_full(mask: Expr, element: float, x: float) -> None:
+    """Nor is the negation of one that a NaN makes true ever empty."""
+    tensors = {"bias": torch.tensor([1.0, element, 1.0, 0.0])}
+    for condition in (mask, negate(mask)):
+        may, must, any_visible, all_visible = classes_of_tiles(condition, (4, 4), (2, 2), {"x": x}, tensors)
+        assert not (any_visible & ~may).any() and not (must & ~all_visible).any()
 
 
 INTEGERS: st.SearchStrategy[Expr] = st.deferred(lambda: _integers)
