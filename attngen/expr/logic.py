@@ -60,6 +60,17 @@ def compare_reals(sign: str, a: Expr, b: Expr) -> Expr:
 
 def negate(condition: Expr) -> Expr:
     """Whether the condition does not hold."""
+    return _negate(condition, {})
+
+
+def _negate(condition: Expr, known: dict[Expr, Expr]) -> Expr:
+    """The negation; `known` holds those of the parts, since a part may be shared exponentially often."""
+    if condition not in known:
+        known[condition] = _negated(condition, known)
+    return known[condition]
+
+
+def _negated(condition: Expr, known: dict[Expr, Expr]) -> Expr:
     if condition.op == "const":
         return const(not condition.value)
     if condition.op == "le":
@@ -73,7 +84,7 @@ def negate(condition: Expr) -> Expr:
     if condition.op not in ("and", "or"):
         return node("not", (condition,), "", 0, "bool")
     # What is canonical stays so under De Morgan's law; only the order of the arguments changes.
-    return _sorted_node(_NEGATED[condition.op], map(negate, condition.args))
+    return _sorted_node(_NEGATED[condition.op], (_negate(arg, known) for arg in condition.args))
 
 
 def disjunction(conditions: Iterable[Expr]) -> Expr:

@@ -8,7 +8,8 @@ from attngen.expr.declarations import NO_DECLARATIONS, Declarations
 from attngen.expr.formulas import MAX_NODES, WORDS
 from attngen.expr.read import Reader, Work
 from attngen.expr.scope import LocateOf, Value, global_scope, prelude
-from attngen.expr.syntax import Fragment, Locate, Report, parse
+from attngen.expr.syntax import MAX_LENGTH, Fragment, Locate, Report, parse
+from attngen.expr.text import to_text
 from attngen.expr.tree import Expr, free_names, name, nodes
 
 
@@ -83,8 +84,11 @@ def _parse(
 
 
 def _check(title: str, expr: Expr, fragment: Fragment) -> None:
-    if len(nodes(expr)) > MAX_NODES:
-        fragment.fault("expression-size", f"means a tree of more than {MAX_NODES} nodes")
     expected = {"mask": "a condition", "score": "a number"}.get(title)
     if expected and (expr.type == "bool") != (title == "mask"):
         fragment.fault("expression-types", f"must be {expected}", note=f"this is {WORDS[expr.type]}")
+    if len(nodes(expr)) > MAX_NODES:
+        fragment.fault("expression-size", f"means a tree of more than {MAX_NODES} nodes")
+    elif (length := len(to_text(expr))) > MAX_LENGTH:  # every text that is written can be read
+        message = f"means {length} characters of canonical text; at most {MAX_LENGTH} are read"
+        fragment.fault("expression-size", message)

@@ -19,7 +19,7 @@ from attngen.expr.syntax import Fragment, Syntax
 from attngen.expr.tree import INDEX_NAMES, Expr
 
 MAX_NESTING = 100
-_MAX_READINGS = 10 * MAX_NODES
+_MAX_READINGS = 3 * MAX_NODES  # each makes a node or two, or none; a second's work
 _TAKES = {"f32": "number", "number": "number"}
 _KINDS = {"bool": "a condition", "i32": "a number", "f32": "a number"}
 
@@ -150,7 +150,7 @@ class Reader(Formulas):
         word = str(tree.children[0])
         indices = self._operands(tree.children[1:], depth, "i32", "an index")
         if word not in self._scope and word not in FUNCTIONS:
-            self._tell_unknown(word, _meta(tree), TensorType)
+            self._tell_unknown(word, _word(tree), TensorType)
             return None
         tensor = self._scope.get(word)
         if not isinstance(tensor, TensorType):
@@ -170,7 +170,7 @@ class Reader(Formulas):
             return self._call_function(word, arguments, tree, depth)
         values = [self._argument(each, depth) for each in arguments]
         if word not in self._scope:
-            self._tell_unknown(word, _meta(tree), Closure)
+            self._tell_unknown(word, _word(tree), Closure)
             return None
         callee = self._scope[word]
         if isinstance(callee, Closure) and callee.parameters:
@@ -224,7 +224,9 @@ class Reader(Formulas):
             self._work.open.pop()
         return closure.readings[values]
 
-    def _tell_unknown(self, word: str, at: Meta, kind: type | None = None) -> None:
+    def _tell_unknown(
+        self, word: str, at: Meta | Token, kind: type[Closure | TensorType] | None = None
+    ) -> None:
         if word == "score":
             note = "a definition reads no score: pass it as an argument" if self._caller else ""
             self.fault(
@@ -240,7 +242,7 @@ class Reader(Formulas):
         known |= {key: key for key in (() if kind else ("true", "false", "inf"))}
         close = get_close_matches(word.lower(), known, n=3)
         nearest = tuple(known[key] for key in close) or (() if kind else INDEX_NAMES)
-        verb = {None: "reads", Closure: "calls", TensorType: "indexes"}[kind]
+        verb = "calls" if kind is Closure else "indexes" if kind else "reads"
         self.fault("known-names", f"{verb} `{word}`", at, "nothing has this name", nearest)
 
 
@@ -249,8 +251,8 @@ def _tokens(parameters: Syntax | Token) -> list[Token]:
     return [each for each in parameters.children if isinstance(each, Token)]
 
 
-def _meta(tree: Syntax) -> Token:
-    """The place of the name that a call or a lookup starts with."""
+def _word(tree: Syntax) -> Token:
+    """The name that a call or a lookup starts with."""
     word = tree.children[0]
     assert isinstance(word, Token)
     return word

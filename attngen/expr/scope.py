@@ -8,7 +8,7 @@ reserved.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Union
 
@@ -69,24 +69,17 @@ def global_scope(declarations: Declarations, report: Report, locate_of: LocateOf
     prelude_scope: dict[str, Value] = {}
     for each in prelude().values():
         fragment = _fragment(each, report, None)
-        prelude_scope[each.name] = _closure(each, fragment, prelude_scope, _parse_of_prelude(each))
+        parse_body = partial(_prelude_syntax, each.name)
+        prelude_scope[each.name] = Closure(each.name, each.parameters, fragment, prelude_scope, parse_body)
     prelude_scope |= indices
     scope = prelude_scope.copy()
     for each in declarations.definitions.values():
         fragment = _fragment(each, report, locate_of)
-        scope[each.name] = _closure(each, fragment, scope, _parse_of(fragment))
-    return (
-        scope
-        | declarations.tensors
-        | {key: each.expr for key, each in declarations.scalars.items()}
-        | indices
-    )
-
-
-def _closure(
-    definition: Definition, fragment: Fragment, scope: Scope, parse: Callable[[], Syntax | None]
-) -> Closure:
-    return Closure(definition.name, definition.parameters, fragment, scope, parse)
+        scope[each.name] = Closure(each.name, each.parameters, fragment, scope, partial(parse, fragment))
+    scope.update(declarations.tensors)
+    scope.update({key: each.expr for key, each in declarations.scalars.items()})
+    scope.update(indices)
+    return scope
 
 
 @cache
@@ -121,14 +114,6 @@ def check_definitions(
 def _fragment(definition: Definition, report: Report, locate_of: LocateOf | None) -> Fragment:
     locate = locate_of(definition.name) if locate_of else None
     return Fragment(f"definition {definition.name}", definition.text, locate, report)
-
-
-def _parse_of(fragment: Fragment) -> Callable[[], Syntax | None]:
-    return lambda: parse(fragment)
-
-
-def _parse_of_prelude(definition: Definition) -> Callable[[], Syntax | None]:
-    return lambda: _prelude_syntax(definition.name)
 
 
 @cache

@@ -1,8 +1,7 @@
 """Tree to text of the language itself, and the way a comparison is written in any language.
 
-`parse_mask(to_text(e)) is e`, given the same declarations and as far as the text keeps to the parser's limit of
-length: the text is canonical, and the digest of a spec is taken from it. Whatever would make it long or deep by being
-repeated is named by a `let` before it.
+`parse_mask(to_text(e)) is e`, given the same scalars and tensors: the text is canonical, and the digest of a spec is
+taken from it. What would make it long by being repeated, or deep, is named by a `let` before it.
 """
 
 from collections import Counter

@@ -189,27 +189,36 @@ def add(a: Expr, b: Expr) -> Expr:
 
 
 def _without_remainders(coefficients: dict[Expr, int], constant: int) -> tuple[dict[Expr, int], int]:
-    """k · (x % c) - k · x is -k · c · (x // c), wherever the sum has both."""
-    for atom in list(coefficients):
-        factor = coefficients.get(atom, 0)
+    """k · (x % c) - k · x is -k · c · (x // c), wherever the sum has both and c is positive."""
+    for atom, factor in coefficients.items():
         if atom.op != "arith" or atom.name != "%" or atom.args[1].op != "const" or not factor:
             continue
-        dividend, divisor = atom.args
+        dividend, divisor = atom.args[0], int(atom.args[1].value)
         parts, rest = affine_parts(dividend)
-        if all(coefficients.get(part, 0) == -factor * count for part, count in parts.items()):
-            for part in parts:
-                del coefficients[part]
-            del coefficients[atom]
-            quotient = node("arith", (dividend, divisor), "//", 0, "i32")
-            coefficients[quotient] = coefficients.get(quotient, 0) - factor * int(divisor.value)
-            constant += factor * rest
+        if divisor > 0 and all(coefficients.get(part, 0) == -factor * count for part, count in parts.items()):
+            others = {
+                each: count for each, count in coefficients.items() if each is not atom and each not in parts
+            }
+            quotient = _quotient(dividend, divisor)
+            others[quotient] = others.get(quotient, 0) - factor * divisor
+            return _without_remainders(others, constant + factor * rest)
     return coefficients, constant
+
+
+def _quotient(dividend: Expr, divisor: int) -> Expr:
+    """The canonical x // c of the x of a canonical x % c: (x // s) // c is x // (s · c)."""
+    if dividend.op == "arith" and dividend.name == "//" and dividend.args[1].op == "const":
+        dividend, steps = dividend.args
+        divisor *= int(steps.value)
+    return node("arith", (dividend, const(divisor)), "//", 0, "i32")
 
 
 def scale(factor: int, a: Expr) -> Expr:
     """The product factor · a."""
     coefficients, constant = affine_parts(a)
-    return affine({atom: factor * coefficient for atom, coefficient in coefficients.items()}, factor * constant)
+    return affine(
+        {atom: factor * coefficient for atom, coefficient in coefficients.items()}, factor * constant
+    )
 
 
 def sub(a: Expr, b: Expr) -> Expr:
