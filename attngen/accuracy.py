@@ -29,8 +29,9 @@ whose matrix product sums pairwise, is no bound for a loop over blocks. They are
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,8 @@ def compare(
     *,
     rows: Sequence[int] | None = None,
     block_n: int | None = None,
+    score: Expr | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> Accuracy:
     """Hold an output against the fp64 reference on the same inputs, on the device they are on.
 
@@ -134,6 +137,8 @@ def compare(
         rows: Compare these queries alone, of every batch and head. For tensors of billions of elements, whose
             reference takes minutes; an error elsewhere then goes unseen.
         block_n: keys in a block of the kernel's loop; with f32 inputs each block is allowed its roundings.
+        score: what the kernel made of each scaled product; itself where None.
+        declared: what the call passed for the scalars and tensors that mask and score read.
 
     Raises:
         ArgumentError: out or lse has not the shape that q and v ask for.
@@ -147,10 +152,23 @@ def compare(
         lse = None if lse is None else lse.index_select(2, index)
     scores = q.shape[0] * q.shape[3 - sequence] * q.shape[sequence] * k.shape[sequence]
     if rows is None and scores <= NAIVE_SCORES:
-        ref, ref_lse = attention(q, k, v, mask, softmax_scale, layout)
+        ref, ref_lse = attention(q, k, v, mask, softmax_scale, layout, score=score, declared=declared)
     else:
-        ref, ref_lse = attention_chunked(q, k, v, mask, softmax_scale, layout, rows=rows)
-    standard, _ = standard_attention(q, k, v, mask, softmax_scale, layout, out_dtype=out.dtype, rows=rows)
+        ref, ref_lse = attention_chunked(
+            q, k, v, mask, softmax_scale, layout, rows=rows, score=score, declared=declared
+        )
+    standard, _ = standard_attention(
+        q,
+        k,
+        v,
+        mask,
+        softmax_scale,
+        layout,
+        out_dtype=out.dtype,
+        rows=rows,
+        score=score,
+        declared=declared,
+    )
 
     # From here on all is (batch, heads, rows, head_dim_v), with the worst index translated back at the end.
     if layout == "bshd":

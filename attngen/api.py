@@ -20,6 +20,7 @@ from attngen.runtime import (
     Launcher,
     LaunchReport,
     check_arguments,
+    check_declared,
     check_length,
     disassemble,
     explain_launch,
@@ -117,6 +118,7 @@ class Kernel:
         return_lse: bool = False,
         out: torch.Tensor | None = None,
         layout: str = "bshd",
+        **declared: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Compute attention.
 
@@ -129,6 +131,8 @@ class Kernel:
             return_lse: also return the natural log-sum-exp of every row.
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
             layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
+            **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
+                out.
 
         Returns:
             out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and -inf.
@@ -142,11 +146,12 @@ class Kernel:
         except AttributeError:
             raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         if is_on_gpu:
-            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout)
+            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared)
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
             problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            values = check_declared(self.manifest, declared, problem.sizes, q.device)
             result, lse = simulate(
                 serving(self, self.shorter, problem.seqlen_k).plan,
                 q,
@@ -155,6 +160,7 @@ class Kernel:
                 softmax_scale=softmax_scale,
                 return_lse=return_lse,
                 layout=layout,
+                declared=values.scalars | values.tensors,
             )
             result = result if out is None else out.copy_(result)
         return result if lse is None else (result, lse)
@@ -247,6 +253,8 @@ class _Wanted:
     head_dim_v: int
     mask: str
     score: str
+    scalars: tuple[tuple[str, str], ...]
+    tensors: tuple[tuple[str, str], ...]
     arch: str
 
 
@@ -259,6 +267,8 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
             "precision": {"inputs": wanted.inputs},
             "mask": wanted.mask,
             "score": wanted.score,
+            "scalars": dict(wanted.scalars),
+            "tensors": dict(wanted.tensors),
         }
     )
 

@@ -14,9 +14,9 @@ This module shares no code with the simulator or the kernels, checks no argument
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +36,11 @@ def attention(
     mask: Expr | None = None,
     softmax_scale: float | None = None,
     layout: Layout = "bshd",
+    *,
+    score: Expr | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax(softmax_scale * Q K^T, masked) V in fp64, naively.
+    """Compute softmax(softmax_scale * Q K^T, modified and masked) V in fp64, naively.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), any floating dtype.
@@ -47,20 +50,23 @@ def attention(
         mask: true where the query sees the key; None is the full mask.
         softmax_scale: any finite number, zero and negative included; 1/sqrt(head_dim_qk) where None.
         layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
+        score: what becomes of each scaled product, its `score`, before the mask; itself where None.
+        declared: a value for each scalar and tensor that mask and score read, by name.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; 0 in a row that sees no key, NaN in a row that
             sees a score of +inf or NaN.
         lse: (batch, num_heads_q, seqlen_q), fp64, natural logarithm; -inf and NaN for these rows.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows=None)
+    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     queries = problem.q.double()  # (batch, num_heads_q, seqlen_q, head_dim_qk)
     keys = problem.k.double().repeat_interleave(problem.group, dim=1)  # one for every head of q
     values = problem.v.double().repeat_interleave(problem.group, dim=1)
-    score = problem.softmax_scale * (queries @ keys.mT)  # (batch, num_heads_q, seqlen_q, seqlen_k)
-    score = score.masked_fill(~problem.sees(*problem.every_index()), -math.inf)
-    lse = score.logsumexp(dim=-1)
-    p = (score - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    every = problem.every_index()
+    scores = problem.softmax_scale * (queries @ keys.mT)  # (batch, num_heads_q, seqlen_q, seqlen_k)
+    scores = problem.modified(scores, *every).masked_fill(~problem.sees(*every), -math.inf)
+    lse = scores.logsumexp(dim=-1)
+    p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
     out = _weighted_sum(p, values)
     return problem.finish(out, lse)
 
@@ -79,7 +85,7 @@ def attention_as_fractions(
         numerator: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; layout as in `attention`.
         denominator: (batch, seqlen_q, num_heads_q, 1), fp64; 0 in a row that sees no key.
     """
-    problem = _Problem.read(q, k, v, mask, None, layout, rows=None)
+    problem = _Problem.read(q, k, v, mask, None, layout, None, None, None)
     keys, values = (x.double().repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
     weight = (problem.q.double() @ keys.mT).exp2()
     weight = weight.masked_fill(~problem.sees(*problem.every_index()), 0.0)
@@ -98,6 +104,8 @@ def attention_chunked(
     *,
     chunk: int = 2048,
     rows: Sequence[int] | None = None,
+    score: Expr | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same as `attention`, exactly, with memory linear in the lengths.
 
@@ -115,10 +123,12 @@ def attention_chunked(
         chunk: Queries and keys in one piece of the score matrix.
         rows: The queries to compute, ascending or not; out and lse then have len(rows) in place of seqlen_q.
             For inputs so long that even one pass in fp64 takes minutes.
+        score: As in `attention`.
+        declared: As in `attention`.
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", sections 2 and 3, in fp64.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows)
+    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
     out, lse = problem.empty_outputs(torch.float64, torch.float64)
     for b, h, here in problem.query_chunks(chunk):
         queries = problem.q[b, h, here].double()  # (chunk, head_dim_qk)
@@ -130,12 +140,13 @@ def attention_chunked(
             at = slice(start, min(start + chunk, problem.seqlen_k))
             kv_idx = torch.arange(at.start, at.stop, device=q.device)[None, :]
             keys, values = (x[b, h // problem.group, at].double() for x in (problem.k, problem.v))
-            score = problem.softmax_scale * (queries @ keys.mT)  # (chunk, chunk)
-            score.masked_fill_(~problem.sees(b, h, q_idx, kv_idx), -math.inf)
-            new_max = torch.maximum(row_max, score.amax(dim=-1, keepdim=True))
+            scores = problem.softmax_scale * (queries @ keys.mT)  # (chunk, chunk)
+            scores = problem.modified(scores, b, h, q_idx, kv_idx)
+            scores = scores.masked_fill(~problem.sees(b, h, q_idx, kv_idx), -math.inf)
+            new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
             origin = new_max.masked_fill(new_max.isneginf(), 0.0)
             alpha = (row_max - origin).exp()
-            p = score.sub_(origin).exp_()
+            p = scores.sub_(origin).exp_()
             row_sum = alpha * row_sum + p.sum(dim=-1, keepdim=True)
             acc_o = torch.where(alpha == 0, 0.0, alpha * acc_o) + _weighted_sum(p, values)
             row_max = new_max
@@ -154,6 +165,8 @@ def standard_attention(
     *,
     out_dtype: torch.dtype | None = None,
     rows: Sequence[int] | None = None,
+    score: Expr | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.accuracy`.
 
@@ -175,27 +188,33 @@ def standard_attention(
         layout: As in `attention`.
         out_dtype: q's dtype where None.
         rows: As in `attention_chunked`.
+        score: As in `attention`; its arithmetic is f32.
+        declared: As in `attention`.
 
     Returns:
         out in out_dtype and lse in f32, in the shapes of `attention`.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows)
+    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
     out, lse = problem.empty_outputs(out_dtype or q.dtype, torch.float32)
     out.zero_()
     lse.fill_(-math.inf)
     if problem.seqlen_k == 0:
         return problem.finish(out, lse)
-    scale_log2 = problem.softmax_scale * math.log2(math.e)
+    log2_e = math.log2(math.e)
     kv_idx = torch.arange(problem.seqlen_k, device=q.device)[None, :]
     for b, h, here in problem.query_chunks(max(1, STANDARD_SCORES // problem.seqlen_k)):
         h_kv = h // problem.group
         pieces = (problem.q[b, h, here], problem.k[b, h_kv], problem.v[b, h_kv])
         queries, keys, values = (x.float() for x in pieces)
-        score = scale_log2 * (queries @ keys.mT)  # (chunk, seqlen_k)
-        score.masked_fill_(~problem.sees(b, h, problem.rows[here][:, None], kv_idx), -math.inf)
-        row_max = score.amax(dim=-1, keepdim=True)
+        places = (b, h, problem.rows[here][:, None], kv_idx)
+        if score is None:
+            scores = problem.softmax_scale * log2_e * (queries @ keys.mT)  # (chunk, seqlen_k)
+        else:
+            scores = log2_e * problem.modified(problem.softmax_scale * (queries @ keys.mT), *places)
+        scores = scores.masked_fill(~problem.sees(*places), -math.inf)
+        row_max = scores.amax(dim=-1, keepdim=True)
         row_max.masked_fill_(row_max.isneginf(), 0.0)
-        p = score.sub_(row_max).exp2_()
+        p = scores.sub_(row_max).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
         acc_o = _weighted_sum(p.to(q.dtype).float(), values)
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)
@@ -215,6 +234,8 @@ class _Problem:
     layout: Layout
     seqlen_q: int
     rows: Tensor  # (rows,), int64: the q_idx of every row of q above
+    score: Expr | None
+    declared: Mapping[str, Any]
 
     @staticmethod
     def read(
@@ -225,6 +246,8 @@ class _Problem:
         softmax_scale: float | None,
         layout: Layout,
         rows: Sequence[int] | None,
+        score: Expr | None,
+        declared: Mapping[str, Any] | None,
     ) -> "_Problem":
         q, k, v = (x.detach() if layout == "bhsd" else x.detach().transpose(1, 2) for x in (q, k, v))
         seqlen_q = q.shape[2]
@@ -234,7 +257,7 @@ class _Problem:
             index = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
             q = q[:, :, index]
         scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-        return _Problem(q, k, v, mask, scale, layout, seqlen_q, index)
+        return _Problem(q, k, v, mask, scale, layout, seqlen_q, index, score, declared or {})
 
     @property
     def seqlen_k(self) -> int:
@@ -254,7 +277,22 @@ class _Problem:
         """True where the query sees the key, in a shape that broadcasts to the scores."""
         if self.mask is None:
             return torch.ones((), dtype=torch.bool, device=q_idx.device)
-        env: dict[str, int | Tensor] = {
+        found = evaluate(self.mask, self._names(b, h, q_idx, kv_idx), self._tensors)
+        return torch.as_tensor(found, dtype=torch.bool, device=q_idx.device)
+
+    def modified(
+        self, scores: Tensor, b: int | Tensor, h: int | Tensor, q_idx: Tensor, kv_idx: Tensor
+    ) -> Tensor:
+        """What becomes of scaled products, in their own precision."""
+        if self.score is None:
+            return scores
+        names = self._names(b, h, q_idx, kv_idx) | {"score": scores}
+        found = torch.as_tensor(evaluate(self.score, names, self._tensors, scores.dtype))
+        return found.to(scores.device).expand_as(scores)
+
+    def _names(self, b: int | Tensor, h: int | Tensor, q_idx: Tensor, kv_idx: Tensor) -> dict[str, Any]:
+        return {
+            **self.declared,
             "b": b,
             "h": h,
             "h_kv": h // max(1, self.group),
@@ -263,7 +301,10 @@ class _Problem:
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
         }
-        return torch.as_tensor(evaluate(self.mask, env), dtype=torch.bool, device=q_idx.device)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.declared.items() if isinstance(value, Tensor)}
 
     def query_chunks(self, chunk: int) -> Iterator[tuple[int, int, slice]]:
         for b in range(self.q.shape[0]):

@@ -32,7 +32,7 @@ def evaluate(
         A bool, int64 or `real` tensor of the broadcast shape; a bool or an int where no tensor is read, as in `full`.
 
     Raises:
-        InternalError: a name or a lookup has no value, or a tensor without elements is read.
+        InternalError: a name or a lookup has no value.
     """
     return _Evaluation(env, tensors or {}, real)(expr)
 
@@ -71,13 +71,16 @@ class _Evaluation:
 
     def _lookup(self, expr: Expr, *indices: Any) -> Any:
         tensor = self._tensors.get(expr.name)
-        if tensor is None or not tensor.numel():
-            raise InternalError(f"{expr.name} was given no {'value' if tensor is None else 'element'}")
-        places = (
-            self._torch.as_tensor(index, device=tensor.device).clamp(0, size - 1)
-            for index, size in zip(indices, tensor.shape, strict=True)
+        if tensor is None:
+            raise InternalError(f"{expr.name} was given no value")
+        places = self._torch.broadcast_tensors(
+            *(self._torch.as_tensor(index, device=tensor.device) for index in indices)
         )
-        element = tensor[tuple(self._torch.broadcast_tensors(*places))]
+        if tensor.numel():
+            inside = zip(places, tensor.shape, strict=True)
+            element = tensor[tuple(index.clamp(0, size - 1) for index, size in inside)]
+        else:  # of a call without keys or rows, where no pair is there to see it
+            element = tensor.new_zeros(places[0].shape)
         format = {"f32": self._real, "i32": self._torch.int64, "bool": self._torch.bool}[expr.type]
         return element.to(format)
 

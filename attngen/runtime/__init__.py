@@ -2,6 +2,7 @@
 
 from attngen.runtime.arguments import Problem, check_arguments, check_length
 from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
+from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.launch import Launcher, LaunchReport, explain_launch
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
 from attngen.runtime.sass import disassemble
@@ -10,12 +11,14 @@ __all__ = [
     "CacheWarning",
     "Compiled",
     "CompiledKernel",
+    "DeclaredValues",
     "DiskCache",
     "KernelResources",
     "LaunchReport",
     "Launcher",
     "Problem",
     "check_arguments",
+    "check_declared",
     "check_length",
     "compile_source",
     "disassemble",

@@ -22,6 +22,7 @@ from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, strides
 from attngen.runtime.counters import COUNTERS
+from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
@@ -37,6 +38,9 @@ _SIZES = {"pointer": 8, "i64": 8, "i32": 4, "f32": 4, "tensor_map": TENSOR_MAP_B
 _ALIGNMENTS = {**_SIZES, "tensor_map": 64}
 _WORD = 8
 COUNTER = "counter.ptr"
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,11 @@ class Launcher:
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
         self._draws_tiles = any(map(_draws_tiles, manifest.kernels))
+        self._tensors = tuple(tensor.name for tensor in manifest.tensors)
         self._addresses = (
             *("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr"),
             *(f"workspace.{space.name}" for space in manifest.workspaces),
+            *(f"tensor.{tensor.name}.ptr" for tensor in manifest.tensors),
             *((COUNTER,) if self._draws_tiles else ()),
         )
 
@@ -165,6 +171,7 @@ class Launcher:
         return_lse: bool = False,
         out: torch.Tensor | None = None,
         layout: str = "bshd",
+        declared: Mapping[str, Any] = _NOTHING,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
         try:
@@ -176,12 +183,18 @@ class Launcher:
                 device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(),
                 None if softmax_scale is None else (softmax_scale, softmax_scale.__class__),  # True equals 1.0
             )  # fmt: skip
+            if declared:
+                key += tuple(
+                    (name, x.__class__, (x.shape, x.stride(), x.dtype, x.get_device(), x.requires_grad)
+                    if isinstance(x, torch.Tensor) else x)
+                    for name, x in declared.items()
+                )  # fmt: skip
             prepared = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):  # None, no tensor, one without strides, a list
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             raise
         if prepared is None:
-            prepared = self._prepare(q, k, v, softmax_scale, out, layout)
+            prepared = self._prepare(q, k, v, softmax_scale, out, layout, declared)
             if len(self._prepared) >= MOST_SIGNATURES:
                 self._prepared.clear()
             self._prepared[key] = prepared
@@ -197,6 +210,8 @@ class Launcher:
         if prepared.workspaces:
             spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
             addresses += tuple(space.data_ptr() for space in spaces)
+        if declared:
+            addresses += tuple(declared[name].data_ptr() for name in self._tensors)
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_getDevice() == device:
             self._launch(prepared, addresses, device, stream)
@@ -225,15 +240,17 @@ class Launcher:
         softmax_scale: float | None,
         out: torch.Tensor | None,
         layout: str,
+        declared: Mapping[str, Any],
     ) -> _Prepared:
         """Check a signature and work out its launches, of the kernel that takes it."""
         problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
-            return launcher._prepare(q, k, v, softmax_scale, out, layout)
+            return launcher._prepare(q, k, v, softmax_scale, out, layout, declared)
+        values = check_declared(self.manifest, declared, problem.sizes, q.device)
         if q.is_cuda:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
         with preparing(q.device.index) if q.is_cuda else nullcontext():
-            return self._prepare_launches(problem, q, softmax_scale, out, layout)
+            return self._prepare_launches(problem, q, softmax_scale, out, layout, values)
 
     def _prepare_launches(
         self,
@@ -242,6 +259,7 @@ class Launcher:
         softmax_scale: float | None,
         out: torch.Tensor | None,
         layout: str,
+        declared: DeclaredValues,
     ) -> _Prepared:
         """Work out what a signature launches, and have at hand all that it needs."""
         out_shape = (*q.shape[:3], self.manifest.head_dim_v)
@@ -252,6 +270,9 @@ class Launcher:
             **sizes,
             "softmax_scale_log2": max(abs(scale), SMALLEST_SCALE) * math.log2(math.e),
             "scale_is_negative": int(scale < 0),
+            "softmax_scale": scale,
+            "log2_e": math.log2(math.e),
+            **declared.parameters,
             **dict.fromkeys(self._addresses, 0),
         }
         steps = {"q": problem.q, "k": problem.k, "v": problem.v, "out": strides(sample, layout)}

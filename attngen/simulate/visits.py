@@ -53,7 +53,8 @@ def declared_values(plan: Plan, sizes: Sizes, passed: Mapping[str, Any]) -> Decl
     scalars = {scalar.name: scalar.default for scalar in plan.declarations.scalars.values()}
     scalars |= {name: value for name, value in passed.items() if name in scalars}
     tensors = {name: passed[name] for name in plan.declarations.tensors if name in passed}
-    if plan.table_kernel is not None and len(tensors) == len(plan.declarations.tensors):
+    are_known = len(tensors) == len(plan.declarations.tensors) and sizes.seqlen_q and sizes.seqlen_k
+    if plan.table_kernel is not None and are_known:
         tensors |= fill_tables(
             plan.table_kernel.tables, sizes.values, scalars, tensors, plan.block_m, plan.block_n
         )

@@ -1,0 +1,134 @@
+"""What a call passes by name for the scalars and tensors of its spec: checked like every other argument."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from attngen.emit.manifest import Manifest, ScalarEntry, TensorEntry
+from attngen.errors import ArgumentError
+
+_DTYPES = {
+    "bool": torch.bool,
+    "u8": torch.uint8,
+    "i32": torch.int32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+}
+_LARGEST_I32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class DeclaredValues:
+    """What a call passes for what its spec declares.
+
+    Attributes:
+        scalars: a value each, defaults included.
+        tensors: in the manifest's order.
+        sizes: of the dimensions that tensors bind.
+    """
+
+    scalars: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    sizes: dict[str, int]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What kernels' parameters carry of it, addresses apart."""
+        strides = {
+            f"tensor.{name}.stride_{i}": stride
+            for name, tensor in self.tensors.items()
+            for i, stride in enumerate(tensor.stride())
+        }
+        scalars = {f"scalar.{name}": value for name, value in self.scalars.items()}
+        return strides | scalars | {f"size.{name}": size for name, size in self.sizes.items()}
+
+
+def check_declared(
+    manifest: Manifest, passed: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device
+) -> DeclaredValues:
+    """Check what a call passes by name.
+
+    Args:
+        manifest: of the kernel.
+        passed: by name.
+        sizes: of the call: batch, lengths, heads.
+        device: that tensors must be on.
+
+    Raises:
+        ArgumentError: the first fault found.
+    """
+    known = [entry.name for entry in (*manifest.tensors, *manifest.scalars)]
+    for name in passed:
+        if name not in known:
+            near = get_close_matches(name, known, n=1) or known
+            declared = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
+            raise ArgumentError(name, "an argument", declared)
+    scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
+    bound: dict[str, int] = {}
+    tensors = {
+        entry.name: _tensor(entry, passed, {**sizes, **bound}, bound, device) for entry in manifest.tensors
+    }
+    return DeclaredValues(scalars, tensors, {**sizes, **bound})
+
+
+def _scalar(entry: ScalarEntry, passed: Mapping[str, Any]) -> Any:
+    value = passed.get(entry.name, entry.default)
+    if value is None:
+        raise ArgumentError(entry.name, "nothing", f"a value: the spec declares {entry.type} without default")
+    if entry.type == "bool":
+        is_right, must = isinstance(value, bool), "True or False"
+    elif entry.type == "i32":
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        is_right, must = is_whole and abs(value) <= _LARGEST_I32, "an integer between -2^31 and 2^31"
+    else:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right, must = is_number and not math.isnan(value), "a number"
+        value = torch.tensor(float(value)).item() if is_right else value  # as the f32 that it becomes
+    if not is_right:
+        raise ArgumentError(entry.name, repr(value), must)
+    return value
+
+
+def _tensor(
+    entry: TensorEntry,
+    passed: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    bound: dict[str, int],
+    device: torch.device,
+) -> torch.Tensor:
+    """The tensor, whose dimensions of new names bind these."""
+    declared = f"{entry.dtype}[{', '.join(map(str, entry.dims))}]"
+    x = passed.get(entry.name)
+    if not isinstance(x, torch.Tensor):
+        got = "nothing" if x is None else type(x).__name__
+        raise ArgumentError(entry.name, got, f"a torch tensor: the spec declares {declared}")
+    if x.is_nested or x.layout != torch.strided:
+        raise ArgumentError(entry.name, "a tensor that is not dense", "a dense tensor (torch.strided)")
+    if x.dtype != _DTYPES[entry.dtype]:
+        cure = f"pass {entry.name}.to({_DTYPES[entry.dtype]})"
+        raise ArgumentError(entry.name, f"dtype {x.dtype}", f"{_DTYPES[entry.dtype]}", cure)
+    if x.device != device:
+        raise ArgumentError(entry.name, f"device {x.device}", f"{device}, the device of q")
+    if x.requires_grad and torch.is_grad_enabled():
+        must = "one that does not: there is no backward yet"
+        raise ArgumentError(
+            entry.name, "a tensor that requires grad", must, f"pass {entry.name}.detach()"
+        )
+    if x.dim() != len(entry.dims):
+        raise ArgumentError(entry.name, f"{x.dim()} dimensions", f"{len(entry.dims)}: {declared}")
+    for dim, size in zip(entry.dims, x.shape, strict=True):
+        if isinstance(dim, str) and dim not in sizes and dim not in bound:
+            bound[dim] = size
+        expected = dim if isinstance(dim, int) else bound.get(dim, sizes.get(dim))
+        if size != expected:
+            raise ArgumentError(
+                entry.name, f"shape {tuple(x.shape)}", f"{declared}, where {dim} is {expected}"
+            )
+        if not size and dim not in sizes:
+            raise ArgumentError(entry.name, f"shape {tuple(x.shape)}", f"at least one {dim}")
+    return x
