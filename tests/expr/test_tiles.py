@@ -121,6 +121,9 @@ EXACT = {
     "block diffusion, astride a tile": block_diffusion(const(500), 32),
     "block diffusion, scalar": block_diffusion(N, 32),
     "neighbourhood": NEIGHBOURS,
+    "limit that differs": compare("<=", where(compare("<", K, const(500)), const(900), const(300)), Q),
+    "remainders apart": compare(">=", minus(mod(Q, 40), mod(K, 300)), const(30)),
+    "remainders never that small": either(compare("<", mod(K, 256), const(0)), window(9, 9)),
     "score-like": compare("<", call("abs", times(real(0.5), call("f32", minus(Q, K)))), real(100.0)),
 }  # fmt: skip
 
@@ -213,7 +216,11 @@ INFINITY = real(float("inf"))
         compare("<=", call("tanh", BIAS), real(1.0)),
         compare("<=", times(real(0.0), BIAS), real(0.0)),
         compare("<=", real(0.0), call("sqrt", BIAS)),
-        compare("<=", where(compare("<", Q, const(2)), BIAS, X), INFINITY),
+        compare("<=", call("sqrt", BIAS), real(5.0)),
+        compare("<=", where(compare("<", Q, const(1)), BIAS, X), INFINITY),
+        compare("<=", real(-9.0), where(compare("<", Q, const(1)), BIAS, X)),
+        compare("<=", over(real(1.0), call("f32", minus(times(const(2), K), const(3)))), real(0.5)),
+        compare(">=", over(X, call("max", BIAS, real(1.0))), real(5.0)),
         compare("<=", times(call("tanh", call("f32", minus(K, const(2)))), X), real(0.5)),
     ],
 )
@@ -223,7 +230,7 @@ def test_a_comparison_that_a_nan_makes_false_is_never_full(mask: Expr, element: 
     """Nor is the negation of one that a NaN makes true ever empty."""
     tensors = {"bias": torch.tensor([1.0, element, 1.0, 0.0])}
     for condition in (mask, negate(mask)):
-        may, must, any_visible, all_visible = classes_of_tiles(condition, (4, 4), (2, 2), {"x": x}, tensors)
+        may, must, any_visible, all_visible = classes_of_tiles(condition, (4, 4), (2, 4), {"x": x}, tensors)
         assert not (any_visible & ~may).any() and not (must & ~all_visible).any()
 
 
