@@ -166,7 +166,8 @@ class _Writer:
     def _arithmetic(self, expr: Expr) -> _Written:
         a, b = expr.args
         if expr.type == "i32" and expr.name == "*":
-            return self._joined(_factors(expr), _FACTOR, " * ", _PRODUCT)
+            factors = sorted(_factors(expr), key=lambda factor: self._written[factor].level < _ATOM)
+            return self._joined(tuple(factors), _FACTOR, " * ", _PRODUCT)
         if expr.name == "*" and a.op == "const" and a.value == -1:
             operand = self._at(b, _FACTOR)
             return _Written(f"-{operand.text}", _FACTOR, operand.depth + 1)
@@ -177,6 +178,8 @@ class _Writer:
         return _Written(f" {expr.name} ".join(side.text for side in sides), level, depth)
 
     def _sum(self, form: Expr) -> _Written:
+        if form.op == "const":
+            return _constant(form)
         if form in self._written:
             return self._written[form]
         text, depth, terms = "", 1, written_terms(form)
@@ -246,14 +249,13 @@ def _integer(size: int) -> _Written:
     if size <= LARGEST_I32:
         return _Written(str(size), _ATOM)
     quotient, rest = divmod(size, LARGEST_I32)
-    return _Written(f"{quotient} * {LARGEST_I32} + {rest}", _SUM, 3)
+    multiple = f"{quotient} * {LARGEST_I32}" if quotient > 1 else str(LARGEST_I32)
+    return _Written(f"{multiple} + {rest}", _SUM, 3)
 
 
 def _real_text(value: float) -> str:
     """The shortest literal that rounds to this f32."""
     if value in (float("inf"), float("-inf")):
         return "inf" if value > 0 else "-inf"
-    text = next(
-        text for digits in range(1, 18) if round_to_f32(float(text := f"{value:.{digits}g}")) == value
-    )
-    return text if "." in text or "e" in text else f"{text}.0"
+    roundings = (float(f"{value:.{digits}g}") for digits in range(1, 18))
+    return repr(next(rounding for rounding in roundings if round_to_f32(rounding) == value))
