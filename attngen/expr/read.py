@@ -6,7 +6,6 @@ nothing. What grows all the same is stopped: by nesting, of the text and of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 from lark import Token, Tree
 from lark.tree import Meta
@@ -14,14 +13,12 @@ from lark.tree import Meta
 from attngen.expr.arithmetic import FUNCTIONS, call
 from attngen.expr.declarations import TensorType
 from attngen.expr.formulas import MAX_NODES, Formulas, child
-from attngen.expr.scope import RESERVED, Closure, Scope, Value
+from attngen.expr.scope import RESERVED, Closure, Scope, Value, describe, example, nearest_names
 from attngen.expr.syntax import Fragment, Syntax
-from attngen.expr.tree import INDEX_NAMES, Expr
+from attngen.expr.tree import Expr
 
 MAX_NESTING = 100
 _MAX_READINGS = 3 * MAX_NODES  # each makes a node or two, or none; a second's work
-_TAKES = {"f32": "number", "number": "number"}
-_KINDS = {"bool": "a condition", "i32": "a number", "f32": "a number"}
 
 
 @dataclass
@@ -134,7 +131,7 @@ class Reader(Formulas):
         value = self._scope[word]
         if isinstance(value, TensorType):
             message = f"takes tensor `{word}` for a value"
-            self.fault("tensor-value", message, tree.meta, f"{word} is {value}", (_example(word, value),))
+            self.fault("tensor-value", message, tree.meta, f"{word} is {value}", (example(word, value),))
             return None
         if not isinstance(value, Closure):
             return value
@@ -155,12 +152,12 @@ class Reader(Formulas):
         tensor = self._scope.get(word)
         if not isinstance(tensor, TensorType):
             if tensor is not None or word in FUNCTIONS:
-                self.fault("tensor-index", f"indexes `{word}`, which is {_kind(tensor)}", tree.meta)
+                self.fault("tensor-index", f"indexes `{word}`, which is {describe(tensor)}", tree.meta)
             return None
         if len(tree.children) - 1 != len(tensor.dims):
             message = f"gives {_count(len(tree.children) - 1, 'index')} to tensor `{word}`"
             note = f"{word} is {tensor}, of {_count(len(tensor.dims), 'dimension')}"
-            self.fault("tensor-index", message, tree.meta, note, (_example(word, tensor),))
+            self.fault("tensor-index", message, tree.meta, note, (example(word, tensor),))
             return None
         return None if indices is None else tensor.at(*indices)
 
@@ -179,8 +176,8 @@ class Reader(Formulas):
             return None if None in values else self._call(callee, tuple(values), tree, depth)
         if callee is not None:
             note = "it has no parameters" if isinstance(callee, Closure) else ""
-            nearest = (_example(word, callee),) if isinstance(callee, TensorType) else (word,)
-            self.fault("calls", f"calls `{word}`, which is {_kind(callee)}", tree.meta, note, nearest)
+            nearest = (example(word, callee),) if isinstance(callee, TensorType) else (word,)
+            self.fault("calls", f"calls `{word}`, which is {describe(callee)}", tree.meta, note, nearest)
         return None
 
     def _call_function(self, word: str, arguments: list[Syntax], tree: Syntax, depth: int) -> Expr | None:
@@ -233,15 +230,7 @@ class Reader(Formulas):
                 "known-names", "reads `score`", at, note or "a mask is decided before there is a score"
             )
             return
-        known = {
-            key.lower(): key
-            for key, value in self._scope.items()
-            if kind is None or isinstance(value, kind) or value is None
-        }
-        known |= {key: key for key in (() if kind is TensorType else FUNCTIONS)}
-        known |= {key: key for key in (() if kind else ("true", "false", "inf"))}
-        close = get_close_matches(word.lower(), known, n=3)
-        nearest = tuple(known[key] for key in close) or (() if kind else INDEX_NAMES)
+        nearest = nearest_names(word, self._scope, kind)
         verb = "calls" if kind is Closure else "indexes" if kind else "reads"
         self.fault("known-names", f"{verb} `{word}`", at, "nothing has this name", nearest)
 
@@ -256,26 +245,6 @@ def _word(tree: Syntax) -> Token:
     word = tree.children[0]
     assert isinstance(word, Token)
     return word
-
-
-def _kind(value: Value) -> str:
-    if isinstance(value, TensorType):
-        return f"a tensor, {value}"
-    if isinstance(value, Expr):
-        return _KINDS[value.type]
-    return "a definition" if isinstance(value, Closure) else "a function"
-
-
-def _example(word: str, tensor: TensorType) -> str:
-    """How a tensor is read, with the indices that its dimensions suggest."""
-    indices = {
-        "batch": "b",
-        "num_heads_q": "h",
-        "num_heads_kv": "h_kv",
-        "seqlen_q": "q_idx",
-        "seqlen_k": "kv_idx",
-    }
-    return f"{word}[{', '.join(indices.get(str(each), '0') for each in tensor.dims)}]"
 
 
 def _count(number: int, noun: str) -> str:

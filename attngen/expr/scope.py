@@ -8,6 +8,7 @@ reserved.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Union
@@ -109,6 +110,36 @@ def check_definitions(
     for definition in declarations.definitions.values():
         parse(_fragment(definition, report, locate_of))
     return report.faults
+
+
+def nearest_names(word: str, scope: Scope, kind: type[Closure | TensorType] | None = None) -> tuple[str, ...]:
+    """The known names that are spelt most like a word: of tensors, of what is called, or of all."""
+    known = {key.lower(): key for key, value in scope.items() if kind is None or isinstance(value, kind)}
+    known |= {key: key for key in (() if kind is TensorType else FUNCTIONS)}
+    known |= {key: key for key in (() if kind else ("true", "false", "inf"))}
+    close = get_close_matches(word.lower(), known, n=3)
+    return tuple(known[key] for key in close) or (() if kind else INDEX_NAMES)
+
+
+def describe(value: Value) -> str:
+    """What a name stands for, in words; of a function of the language its name stands for nothing."""
+    if isinstance(value, TensorType):
+        return f"a tensor, {value}"
+    if isinstance(value, Expr):
+        return "a condition" if value.type == "bool" else "a number"
+    return "a definition" if isinstance(value, Closure) else "a function"
+
+
+def example(word: str, tensor: TensorType) -> str:
+    """How a tensor is read, with the indices that its dimensions suggest."""
+    indices = {
+        "batch": "b",
+        "num_heads_q": "h",
+        "num_heads_kv": "h_kv",
+        "seqlen_q": "q_idx",
+        "seqlen_k": "kv_idx",
+    }
+    return f"{word}[{', '.join(indices.get(str(each), '0') for each in tensor.dims)}]"
 
 
 def _fragment(definition: Definition, report: Report, locate_of: LocateOf | None) -> Fragment:

@@ -49,6 +49,10 @@ from tests.expr.strategies import MASKS
         ("-b == -h", "h == b"),
         ("b < 3 and (h < 2 or h > 4)", "(h > 4 or h < 2) and 3 > b"),
         ("3 * (b - 2 * h) <= 7", "b - 2 * h < 3"),
+        ("q_idx - q_idx % 4 <= kv_idx", "4 * (q_idx // 4) <= kv_idx"),
+        ("(q_idx // 3) % 4 < q_idx // 3", "q_idx // 12 > 0"),
+        ("q_idx % 3 - q_idx + 3 * (q_idx // 3 % 4) < 0", "q_idx // 12 > 0"),
+        ("b < b % -4", "b % -4 > b"),
     ],
 )
 def test_equal_meanings_are_one_node(text: str, same: str) -> None:
@@ -115,7 +119,7 @@ def test_truth_and_one_are_two_constants() -> None:
 @given(st.integers(-9, 9), st.integers(-9, 9), st.integers(-9, 9))
 def test_affine_arithmetic_is_arithmetic(a: int, b: int, factor: int) -> None:
     """Sums, differences and multiples of forms have the values of the sums, differences and multiples."""
-    first, second = affine({"b": a, "q_idx": 1}, b), affine({"b": b, "h": a}, a)
+    first, second = affine({name("b"): a, name("q_idx"): 1}, b), affine({name("b"): b, name("h"): a}, a)
     env = {"b": 5, "h": 7, "q_idx": 11}
     left, right = evaluate(first, env), evaluate(second, env)
     assert evaluate(add(first, second), env) == left + right

@@ -1,12 +1,11 @@
-"""The expression language: every reading of one tree agrees with plain Python, and the prelude with drawn tables."""
+"""The expression language: every reading of one tree agrees with plain Python."""
 
 import re
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attngen.expr import definitions, evaluate, key_range, parse_mask, to_cuda, to_text
+from attngen.expr import evaluate, key_range, parse_mask, to_cuda, to_text
 from tests.expr.strategies import ENV, MASKS, NAMES, sums
 
 
@@ -61,32 +60,3 @@ def test_where_any_mask_has_a_key_range_it_is_exact(text: str, env: dict[str, in
             kv_idx < evaluate(upper, at) for upper in found.upper
         )
         assert inside == bool(eval(text, {}, at))
-
-
-@pytest.mark.parametrize(
-    ("mask", "table"),
-    [
-        ("full", ["11111", "11111", "11111"]),
-        ("causal", ["11100", "11110", "11111"]),
-        ("full", ["111", "111", "111", "111", "111"]),
-        ("causal", ["000", "000", "100", "110", "111"]),
-        ("causal", ["1"]),
-        ("causal", ["111111"]),
-        ("causal", ["0", "0", "1"]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{len(value)}x{len(value[0])}",
-)
-def test_the_prelude_by_tables_drawn_by_hand(mask: str, table: list[str]) -> None:
-    """Rows are queries, columns keys: causal is aligned to the bottom right, whichever length is larger."""
-    tree = parse_mask(mask)
-    lengths = {"seqlen_q": len(table), "seqlen_k": len(table[0])}
-    found = [
-        "".join(str(int(evaluate(tree, lengths | {"q_idx": i, "kv_idx": j}))) for j in range(len(row)))
-        for i, row in enumerate(table)
-    ]
-    assert found == table
-
-
-def test_every_mask_of_the_prelude_has_a_table() -> None:
-    """A definition without a truth table above is not done."""
-    assert {name for name, tree in definitions().items() if tree.type == "bool"} == {"full", "causal"}
