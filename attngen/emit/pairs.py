@@ -118,7 +118,7 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         yield macros.score(cuda_body([step.score], leaves(plan, exact=False, key_step="kv_step")))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
-        yield macros.row_bounds(*([to_cuda(key, leaves(plan).names) for key in keys] for keys in bounds))
+        yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield macros.predicate(cuda_body([step.mask], leaves(plan)))
 
@@ -175,6 +175,6 @@ def _bounds_text(plan: Plan) -> Mapping[str, object]:
         "tells_visits": plan.kernel.scheduler.kind == "heads",
     }
     return flags | {
-        name: [to_cuda(key, leaves(plan).names) for key in getattr(bounds, name)]
+        name: [to_cuda(key, leaves(plan)) for key in getattr(bounds, name)]
         for name in ("first_any", "first_all", "end_any", "end_all")
     }

@@ -8,7 +8,7 @@ may be contracted and approximated. Nodes that are used more than once become co
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from attngen.errors import InternalError
@@ -34,7 +34,7 @@ class Leaves:
     """
 
     names: Mapping[str, str]
-    sizes: Mapping[str, Sequence[str]]
+    sizes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     exact: bool = True
     key_step: str = ""
 
@@ -46,17 +46,13 @@ class Body(NamedTuple):
     results: tuple[str, ...]
 
 
-def to_cuda(expr: Expr, names: Mapping[str, str]) -> str:
-    """An expression of indices and lengths as one C++ expression.
-
-    Args:
-        expr: a condition or an i32.
-        names: the operand that holds each name the expression reads: `{"seqlen_q": "params.seqlen_q"}`.
+def to_cuda(expr: Expr, leaves: Leaves) -> str:
+    """An expression as one C++ expression.
 
     Raises:
-        InternalError: a name has no text.
+        InternalError: a name or a tensor has no text.
     """
-    return _Writer(Leaves(names, {})).text(expr)
+    return _Writer(leaves).text(expr)
 
 
 def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:

@@ -73,7 +73,7 @@ def table_kernel(
     if not tables:
         return None
     entries = [product(1, *_shape(table, block_m, block_n)) for table in tables]
-    grid = product(maximum(*entries), minimum(1, "seqlen_k"))  # without keys there is nothing to look up
+    grid = product(maximum(*entries), minimum(1, "seqlen_q", "seqlen_k"))  # of no pair, nothing is looked up
     return TableKernel(f"{attention}_tables", of_attention, tables, grid)
 
 

@@ -1,0 +1,208 @@
+"""The figures of the expression language: `python benchmarks/bench_language.py --out DIR`.
+
+bf16, head_dim 128, 16 heads, in one process: masks and scores at 16k against torch.compile'd FlexAttention with its block
+mask already built, and from nothing to the first result; windows at 64k by visited tile; what scores cost over the
+plain kernel. FlexAttention's functions are written as its users write them.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import attngen
+from attngen import bench
+from attngen.inputs import Shape, random_inputs
+from attngen.simulate import Sizes, visited_blocks
+
+HEADS, HEAD_DIM, SEQLEN = 16, 128, 16384
+DOCUMENTS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mask and a score, in both languages."""
+
+    mask: str = "full"
+    score: str = "score"
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    sees: Callable[..., Any] | None = None
+    modifies: Callable[..., Any] | None = None
+
+
+def values(seqlen: int) -> dict[str, torch.Tensor]:
+    """What the cases look up."""
+    ids = torch.arange(seqlen, device="cuda", dtype=torch.int32) * DOCUMENTS // seqlen
+    slopes = torch.exp2(-8.0 * torch.arange(1, HEADS + 1, device="cuda") / HEADS)
+    bias = torch.randn(HEADS, seqlen, seqlen, device="cuda", dtype=torch.bfloat16)
+    return {"doc": ids[None], "slopes": slopes, "bias": bias}
+
+
+def cases(held: Mapping[str, torch.Tensor]) -> dict[str, Case]:
+    """What FlashAttention has not, or not together."""
+    doc, slopes, bias = held["doc"][0], held["slopes"], held["bias"]
+
+    def window(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & (q - k <= 1024)
+
+    def soft(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return 30.0 * torch.tanh(score / 30.0)
+
+    return {
+        "window": Case("window(1024, 0)", sees=window),
+        "document": Case(
+            "document(doc)",
+            tensors={"doc": "i32[batch, seqlen_k]"},
+            sees=lambda b, h, q, k: doc[q] == doc[k],
+        ),
+        "prefix": Case("prefix(4096)", sees=lambda b, h, q, k: (k < 4096) | (k <= q)),
+        "alibi": Case(
+            "causal",
+            "score + alibi(slopes)",
+            {"slopes": "f32[num_heads_q]"},
+            lambda b, h, q, k: k <= q,
+            lambda score, b, h, q, k: score + slopes[h] * (k - q),
+        ),
+        "softcap": Case("causal", "softcap(score, 30.0)", {}, lambda b, h, q, k: k <= q, soft),
+        "window and softcap": Case("window(1024, 0)", "softcap(score, 30.0)", {}, window, soft),
+        "bias": Case(
+            "full",
+            "score + bias[h, q_idx, kv_idx]",
+            {"bias": "bf16[num_heads_q, seqlen_q, seqlen_k]"},
+            None,
+            lambda score, b, h, q, k: score + bias[h, q, k],
+        ),
+    }
+
+
+def spec(case: Case) -> dict[str, Any]:
+    """The case as a spec."""
+    return {
+        "target": "sm_90a",
+        "problem": {"head_dim": HEAD_DIM},
+        "mask": case.mask,
+        "score": case.score,
+        "tensors": dict(case.tensors),
+    }
+
+
+def flex(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bench.Run:
+    """FlexAttention on the case, block mask built, not yet compiled."""
+    seqlen = q.shape[1]
+    seen = case.sees and create_block_mask(case.sees, None, None, seqlen, seqlen, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return partial(
+        compiled, *(x.transpose(1, 2) for x in (q, k, v)), score_mod=case.modifies, block_mask=seen
+    )
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time until the GPU is done."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def against_flex(rounds: int, names: list[str]) -> list[dict[str, Any]]:
+    """Time of a call, and time from nothing to the first result, both with empty caches."""
+    held = values(SEQLEN)
+    q, k, v = random_inputs(Shape(1, HEADS, HEADS, SEQLEN, SEQLEN), HEAD_DIM, HEAD_DIM, torch.bfloat16, "cuda", 0)
+    rows = []
+    for name, case in cases(held).items():
+        if names and name not in names:
+            continue
+        passed = {tensor: held[tensor] for tensor in case.tensors}
+        made: dict[str, bench.Run] = {}
+
+        def first_attngen(case: Case = case, passed: Mapping[str, Any] = passed) -> None:
+            kernel = attngen.compile(spec(case))
+            made["attngen"] = partial(kernel, q, k, v, **passed)
+            made["attngen"]()
+
+        def first_flex(case: Case = case) -> None:
+            torch.compiler.reset()
+            made["flex"] = flex(case, q, k, v)
+            made["flex"]()
+
+        os.environ["ATTNGEN_CACHE_DIR"] = tempfile.mkdtemp()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        first = {"attngen": seconds(first_attngen), "flex": seconds(first_flex)}
+        ours, theirs = made["attngen"](), made["flex"]().transpose(1, 2)
+        error = (ours.float() - theirs.float()).abs().max().item()
+        samples = bench.measure(made, rounds)
+        ratio = median(samples["flex"]) / median(samples["attngen"])
+        rows.append({"case": name, "seqlen": SEQLEN, "first_result_s": first, "ms": samples, "difference": error})
+        print(
+            f"{name}: {median(samples['attngen']):.3f} ms, {ratio:.2f} times as fast as flex; first result "
+            f"{first['attngen']:.2f} s against {first['flex']:.2f} s ({first['flex'] / first['attngen']:.1f} times); "
+            f"largest difference {error:.1e}",
+            flush=True,
+        )
+    return rows
+
+
+def by_visited_tile(rounds: int) -> list[dict[str, Any]]:
+    """64k: the time of a window and of a window with sinks by visited tile, and of the dense kernel by tile."""
+    seqlen = 65536
+    q, k, v = random_inputs(Shape(1, HEADS, HEADS, seqlen, seqlen), HEAD_DIM, HEAD_DIM, torch.bfloat16, "cuda", 0)
+    masks = {"dense": "full", "window": "window(1024, 0)", "window and sinks": "window(1024, 0) or sinks(4) and causal"}
+    kernels = {name: attngen.compile(spec(Case(mask))) for name, mask in masks.items()}
+    samples = bench.measure({name: partial(kernel, q, k, v) for name, kernel in kernels.items()}, rounds)
+    rows = []
+    for name, kernel in kernels.items():
+        plan, sizes = kernel.plan, Sizes(1, seqlen, seqlen, HEADS, HEADS)
+        tiles = HEADS * sum(len(visited_blocks(plan, sizes, m)) for m in range(-(-seqlen // plan.block_m)))
+        ns = median(samples[name]) * 1e6 / tiles
+        rows.append({"case": name, "seqlen": seqlen, "tiles": tiles, "ms": samples[name], "ns_per_tile": ns})
+        print(f"64k {name}: {tiles} tiles, {median(samples[name]):.3f} ms, {ns:.2f} ns a tile", flush=True)
+    return rows
+
+
+def over_plain(rounds: int) -> list[dict[str, Any]]:
+    """What scores cost over the plain kernel, full and causal."""
+    held = {"slopes": torch.exp2(-8.0 * torch.arange(1, HEADS + 1, device="cuda") / HEADS)}
+    scores = {
+        "plain": Case(),
+        "alibi": Case(score="score + alibi(slopes)", tensors={"slopes": "f32[num_heads_q]"}),
+        "softcap": Case(score="softcap(score, 30.0)"),
+    }
+    rows = []
+    for seqlen in (4096, SEQLEN):
+        shape = bench.grid_shape(seqlen, HEAD_DIM)
+        q, k, v = random_inputs(shape, HEAD_DIM, HEAD_DIM, torch.bfloat16, "cuda", 0)
+        for mask in ("full", "causal"):
+            runs = {
+                name: partial(
+                    attngen.compile(spec(case) | {"mask": mask}), q, k, v, **{t: held[t] for t in case.tensors}
+                )
+                for name, case in scores.items()
+            }
+            samples = bench.measure(runs, rounds)
+            plain = median(samples["plain"])
+            cost = {name: median(times) / plain - 1 for name, times in samples.items()}
+            rows.append({"mask": mask, "seqlen": seqlen, "ms": samples, "cost": cost})
+            print(f"{mask} {seqlen}: alibi +{cost['alibi']:.1%}, softcap +{cost['softcap']:.1%}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="*", default=[])
+    given = parser.parse_args()
+    scores, windows = over_plain(given.rounds), by_visited_tile(given.rounds)
+    rows = against_flex(given.rounds, given.cases)
+    bench.write_json(given.out / "language.json", rows, over_plain=scores, by_visited_tile=windows)
