@@ -2,7 +2,8 @@
 
 import click
 
-from attngen.cli.comparison import Outcome, draw_inputs, execute, outcomes_table
+from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
+from attngen.cli.declared import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import shape_text, shapes_of
 from attngen.cli.variants import (
@@ -22,17 +23,26 @@ from attngen.errors import SpecError
 @arch_option
 @click.option("--run", is_flag=True, help="Run the check shapes on the simulator against the reference.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs of --run.")
+@declared_options
 @click.pass_context
 def check(
-    ctx: click.Context, specs: tuple[str, ...], sweep: Sweep, arch: str | None, run: bool, seed: int
+    ctx: click.Context,
+    specs: tuple[str, ...],
+    sweep: Sweep,
+    arch: str | None,
+    run: bool,
+    seed: int,
+    tensors: dict[str, str],
+    scalars: dict[str, str],
 ) -> None:
     """Load each SPEC, lower it and hold its plan against every rule."""
     rows: list[tuple[str, ...]] = []
     outcomes: list[Outcome] = []
     notes: dict[str, None] = {}
     refused = False
+    given, chosen = given_values(tensors, scalars, variants(specs, sweep))
     with console(err=True).status("checking") as status:
-        for variant in variants(specs, sweep):
+        for variant in chosen:
             try:
                 spec = variant.spec
                 kernel = kernel_of(spec, arch_without_gpu(spec, arch))
@@ -57,7 +67,9 @@ def check(
             )
             for shape in shapes_of(spec) if run else ():
                 status.update(f"simulating {variant.label}, {shape_text(shape)}")
-                outcomes.append(execute(kernel, draw_inputs(kernel, shape, "cpu", seed), variant.label))
+                inputs = draw_inputs(kernel, shape, "cpu", seed)
+                declared = draw_declared(kernel, inputs, seed, given)
+                outcomes.append(execute(kernel, inputs, variant.label, declared))
     out = console()
     for note in notes:
         click.echo(note)

@@ -1,9 +1,10 @@
 """Running one kernel on one input and holding the output against the reference."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -13,6 +14,7 @@ from attngen.api import Kernel
 from attngen.bench import Point, measure
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
+from attngen.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
 from attngen.dtypes import torch_dtype
 from attngen.inputs import Shape, random_inputs
 from attngen.simulate import trace
@@ -47,26 +49,71 @@ def draw_inputs(kernel: Kernel, shape: Shape, device: str, seed: int) -> Inputs:
     )
 
 
-def execute(kernel: Kernel, inputs: Inputs, label: str, *, with_trace: bool = False) -> Outcome:
-    """Call a kernel, compare, and time it.
+def shape_of(kernel: Kernel, inputs: Inputs) -> Shape:
+    """The shape of a call on these inputs.
 
     Raises:
         ArgumentError: inputs that the kernel does not take.
     """
     q, k, v = inputs
     kernel.explain_launch(q, k, v)  # refuses what the kernel does not take, before anything is read off it
-    shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
+    return Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
+
+
+def draw_declared(kernel: Kernel, inputs: Inputs, seed: int, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
+    """What a call on these inputs passes for what the spec declares.
+
+    Raises:
+        ArgumentError: as of `declared_inputs` and `shape_of`.
+    """
+    return declared_inputs(kernel.spec.declarations, shape_of(kernel, inputs), inputs[0].device, seed, given)
+
+
+def execute(
+    kernel: Kernel,
+    inputs: Inputs,
+    label: str,
+    declared: Mapping[str, Any] | None = None,
+    *,
+    with_trace: bool = False,
+) -> Outcome:
+    """Call a kernel, compare, and time it.
+
+    Args:
+        kernel: what is called.
+        inputs: q, k and v.
+        label: of the outcome.
+        declared: the scalars and tensors that the spec declares; scalars with a default may be left out.
+        with_trace: whether to run on the simulator and keep what it writes on the board.
+
+    Raises:
+        ArgumentError: inputs that the kernel does not take.
+    """
+    q, k, v = inputs
+    shape, passed = shape_of(kernel, inputs), dict(declared or {})
     board = ""
     started = time.perf_counter()
     if with_trace:
-        traced = trace(kernel.plan, q, k, v)
+        traced = trace(kernel.plan, q, k, v, declared=passed)
         out, lse, board = traced.out, traced.lse, str(traced)
     else:
-        out, lse = kernel(q, k, v, return_lse=True)
+        out, lse = kernel(q, k, v, return_lse=True, **passed)
     seconds, tflops = time.perf_counter() - started, None
-    accuracy = compare(out, lse, q, k, v, kernel.spec.mask_expr, block_n=kernel.plan.block_n)
+    spec = kernel.spec
+    defaults = {scalar.name: scalar.default for scalar in spec.declarations.scalars.values()}
+    accuracy = compare(
+        out,
+        lse,
+        q,
+        k,
+        v,
+        spec.mask_expr,
+        block_n=kernel.plan.block_n,
+        score=spec.score_expr,
+        declared=defaults | passed,
+    )
     if q.is_cuda:
-        seconds = median(measure({label: lambda: kernel(q, k, v)})[label]) / 1e3
+        seconds = median(measure({label: lambda: kernel(q, k, v, **passed)})[label]) / 1e3
         point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")
         tflops = point.flops / seconds / 1e12
     return Outcome(label, shape, accuracy, seconds, tflops, board)

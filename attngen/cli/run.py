@@ -6,7 +6,8 @@ import click
 import torch
 
 from attngen.api import Kernel, resolve_arch
-from attngen.cli.comparison import Inputs, Outcome, draw_inputs, execute, outcomes_table
+from attngen.cli.comparison import Inputs, Outcome, draw_declared, draw_inputs, execute, outcomes_table
+from attngen.cli.declared import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.variants import (
@@ -44,6 +45,7 @@ SIMULATED = (
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Take q, k and v (batch, seqlen, heads, head_dim) from this safetensors file.",
 )
+@declared_options
 @click.option("--lineinfo", is_flag=True, help="Keep line numbers in the cubin, for profilers.")
 @click.pass_context
 def run(
@@ -60,6 +62,8 @@ def run(
     seed: int,
     trace: bool,
     file: Path | None,
+    tensors: dict[str, str],
+    scalars: dict[str, str],
     lineinfo: bool,
 ) -> None:
     """Run each SPEC on its check shapes, or on the shape given, and compare with the reference in fp64.
@@ -78,7 +82,8 @@ def run(
     outcomes: dict[bool, list[Outcome]] = {True: [], False: []}  # by whether they are the simulator's
     refused = False
     progress = console(err=True)
-    for variant in variants(specs, sweep):
+    said, chosen = given_values(tensors, scalars, variants(specs, sweep))
+    for variant in chosen:
         try:
             spec = variant.spec
             on = "cpu" if trace else device or _default_device(spec, arch)
@@ -88,7 +93,8 @@ def run(
                 click.echo(f"{variant.label}: {note}")
             for inputs in _inputs(kernel, file, given, on, seed):
                 with progress.status(f"running {variant.label}"):
-                    outcome = execute(kernel, inputs, variant.label, with_trace=trace)
+                    declared = draw_declared(kernel, inputs, seed, said)
+                    outcome = execute(kernel, inputs, variant.label, declared, with_trace=trace)
                 outcomes[on == "cpu"].append(outcome)
                 if outcome.board:
                     click.echo(outcome.board)

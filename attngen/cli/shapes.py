@@ -18,15 +18,16 @@ _OPTIONS = {
     "--batch": "Batch size [1].",
     "--heads": "Query heads [1].",
     "--heads-kv": "Heads of K and V [as many as query heads].",
-    "--seqlen-q": f"Queries [as many as keys, or {DEFAULT_LENGTH}].",
+    "--seqlen-q": f"Queries [as many as keys, or {DEFAULT_LENGTH}]; also --seqlen.",
     "--seqlen-k": "Keys [as many as queries].",
 }
 
 
 def shape_options(command: Command) -> Command:
-    """`--batch`, `--heads`, `--heads-kv`, `--seqlen-q`, `--seqlen-k`."""
+    """`--batch`, `--heads`, `--heads-kv`, `--seqlen-q`, `--seqlen-k`; `--seqlen` is `--seqlen-q`, which gives both."""
     for name, text in reversed(_OPTIONS.items()):
-        command = click.option(name, type=click.IntRange(min=0), default=None, help=text)(command)
+        names = (name, "--seqlen", "seqlen_q") if name == "--seqlen-q" else (name,)
+        command = click.option(*names, type=click.IntRange(min=0), default=None, help=text)(command)
     return command
 
 

@@ -6,7 +6,7 @@ the maximum in units of log2. Read off a simulated run; nothing is computed agai
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,13 +102,22 @@ def trace(
     *,
     softmax_scale: float | None = None,
     layout: str = "bshd",
+    declared: Mapping[str, Any] | None = None,
 ) -> Trace:
     """Simulate a call and record every block of keys; arguments as of `simulate`."""
     scale = abs(1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale)
     seqlen_q, seqlen_k = (x.shape[1 if layout == "bshd" else 2] for x in (q, k))
     board = _Board(plan, scale, seqlen_q, seqlen_k)
     out, lse = simulate(
-        plan, q, k, v, softmax_scale=softmax_scale, return_lse=True, layout=layout, observer=board.observe
+        plan,
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        return_lse=True,
+        layout=layout,
+        observer=board.observe,
+        declared=declared,
     )
     return Trace(tuple(board.records), out, lse)
 
