@@ -75,7 +75,11 @@ class Given:
                 if name not in known:
                     near = get_close_matches(name, known, n=1) or sorted(known)
                     what = option.removeprefix("--")
-                    must = f"a {what} that the spec declares: {', '.join(near)}" if near else f"no {what}"
+                    must = (
+                        f"a {what} that is declared: {', '.join(near)}"
+                        if near
+                        else f"none: no {what} is declared"
+                    )
                     raise ArgumentError(f"{option} {name}", "a name that no spec declares", must)
 
 
@@ -155,7 +159,7 @@ def _read(name: str, path: str, device: torch.device | str) -> torch.Tensor:
     try:
         found = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ArgumentError(f"--tensor {name}", f"{path} ({reason})", "a file with a tensor", cure) from error
     if not isinstance(found, torch.Tensor):
         raise ArgumentError(

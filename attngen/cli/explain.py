@@ -6,9 +6,11 @@ from pathlib import Path
 import click
 
 from attngen.api import Kernel
+from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table
-from attngen.cli.shapes import given_shape, shape_options, shapes_of
+from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
+from attngen.cli.tiles import SHAPE_TO_DRAW, TileMap, draw_tiles, tile_map
 from attngen.cli.timeline import draw, picture_path, prediction_line, resident_blocks, shape_to_draw
 from attngen.cli.variants import (
     Sweep,
@@ -21,6 +23,7 @@ from attngen.cli.variants import (
     stand_in_note,
     variants,
 )
+from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import SpecError
 from attngen.inputs import Shape
 from attngen.plan import listing
@@ -41,6 +44,14 @@ Lowered = tuple[Variant, Kernel | SpecError]
     callback=picture_path,
     help="Draw who uses which unit of an SM when, to this .svg or .png, and predict the time of a call.",
 )
+@click.option(
+    "--tiles",
+    "tiles_picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=picture_path,
+    help="Draw which tiles a call skips, masks and takes whole, to this .svg or .png.",
+)
+@declared_options
 @shape_options
 @click.pass_context
 def explain(
@@ -50,6 +61,9 @@ def explain(
     arch: str | None,
     program: bool,
     picture: Path | None,
+    tiles_picture: Path | None,
+    tensors: dict[str, str],
+    scalars: dict[str, str],
     batch: int | None,
     heads: int | None,
     heads_kv: int | None,
@@ -58,12 +72,13 @@ def explain(
 ) -> None:
     """Show tiles, memory map, registers, occupancy, rules and traffic of each SPEC, side by side.
 
-    FLOPs and bytes are those of the first check shape, or of the shape given. With --set a table, one row a
-    combination; those that no legal kernel has show the rule that refuses them.
+    FLOPs and bytes are those of the first check shape, or of the shape given, without what declared tensors would
+    skip. With --set a table, one row a combination; those that no legal kernel has show the rule that refuses them.
     """
     given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
     lowered: list[Lowered] = []
-    for variant in variants(specs, sweep):
+    said, chosen = given_values(tensors, scalars, variants(specs, sweep))
+    for variant in chosen:
         try:
             spec = variant.spec
             lowered.append((variant, kernel_of(spec, arch_without_gpu(spec, arch))))
@@ -84,24 +99,30 @@ def explain(
         for _, refused in lowered:
             if isinstance(refused, SpecError):
                 report(refused)
-        _print_facts(lowered, used, given)
+        _print_facts(lowered, used, given, said)
     for kernel in kernels if program else ():
         _print_program(kernel)
     if picture is not None and kernels:
         _draw_timelines(lowered, used, given, picture)
+    if tiles_picture is not None and kernels:
+        _draw_tiles(lowered, given or SHAPE_TO_DRAW, said, tiles_picture)
     # A sweep is there to find what is refused; specs that are named are there to be good.
     is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
     ctx.exit(GOOD if is_good else USER_FAULT)
 
 
 def _print_facts(
-    lowered: list[Lowered], resources: Mapping[Kernel, KernelResources | None], given: Shape | None
+    lowered: list[Lowered],
+    resources: Mapping[Kernel, KernelResources | None],
+    given: Shape | None,
+    said: Given,
 ) -> None:
-    columns = [
-        (variant.label, facts(kernel, resources.get(kernel), shapes_of(kernel.spec, given)[0]))
-        for variant, kernel in lowered
-        if isinstance(kernel, Kernel)
-    ]
+    columns = []
+    for variant, kernel in lowered:
+        if isinstance(kernel, Kernel):
+            shape = shapes_of(kernel.spec, given)[0]
+            tiles = _tiles(kernel, shape, said) if _is_known(kernel, said) else None
+            columns.append((variant.label, facts(kernel, resources.get(kernel), shape, tiles)))
     names = dict.fromkeys(name for _, column in columns for name in column)
     rows = [(name, *(column.get(name, "-") for _, column in columns)) for name in names]
     if columns:
@@ -118,6 +139,29 @@ def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResour
             rows.append((variant.label, *refused_facts(kernel)))
     columns = ("spec", *SWEEP_COLUMNS)
     console().print(table(columns, rows, numbers_from=len(columns)))
+
+
+def _is_known(kernel: Kernel, said: Given) -> bool:
+    """Whether every scalar has a value."""
+    scalars = kernel.spec.declarations.scalars.values()
+    return all(scalar.default is not None or scalar.name in said.scalars for scalar in scalars)
+
+
+def _tiles(kernel: Kernel, shape: Shape, said: Given) -> TileMap:
+    return tile_map(kernel, shape, declared_inputs(kernel.spec.declarations, shape, given=said))
+
+
+def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -> None:
+    """One panel a kernel, and one line of figures."""
+    maps = {
+        variant.label: _tiles(kernel, shape, said)
+        for variant, kernel in lowered
+        if isinstance(kernel, Kernel)
+    }
+    for label, tiles in maps.items():
+        click.echo(f"{label}, {shape_text(shape)}: {tiles}")
+    draw_tiles(maps, path)
+    click.echo(f"tiles: {path}")
 
 
 def _draw_timelines(

@@ -4,6 +4,7 @@ from attngen.api import Kernel
 from attngen.cli.limits import MARGINS, binding, occupancy, tile_registers
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
+from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.inputs import Shape
 from attngen.plan import Buffer, Plan, Role
@@ -16,14 +17,26 @@ SWEEP_COLUMNS = ("tile", "registers", "spills [B]", "shared memory", "occupancy"
 """What `sweep_facts` and `refused_facts` tell."""
 
 
-def facts(kernel: Kernel, used: KernelResources | None, shape: Shape) -> dict[str, str]:
-    """Every line of the table, by its name; `used` is None where nothing was or could be compiled."""
+def facts(
+    kernel: Kernel, used: KernelResources | None, shape: Shape, tiles: TileMap | None = None
+) -> dict[str, str]:
+    """Every line of the table, by its name.
+
+    Args:
+        kernel: of a spec.
+        used: None where nothing was or could be compiled.
+        shape: of the call that is counted.
+        tiles: of that call; None where the values of scalars are not known.
+    """
     plan = kernel.plan
     lines = {
         "kernel": plan.name,
         "target": plan.arch.name,
         "schedule": _schedule(plan),
         "mask": plan.mask_text,
+        "score": kernel.spec.score,
+        "a call passes": _declared(plan),
+        "blocks of keys": _key_blocks(plan),
         "inputs -> output": f"{plan.inputs.name} -> {plan.output.name}",
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
@@ -37,7 +50,12 @@ def facts(kernel: Kernel, used: KernelResources | None, shape: Shape) -> dict[st
         # The simulator's limits are numbers for the rules, not facts for people.
         lines[f"rule {rule}"] = str(margin(plan) or "-") if plan.arch.emits else "-"
     lines["binds"] = _binding(plan) if plan.arch.emits else "nothing: the simulator has no limits"
-    return lines | _traffic(plan, shape)
+    lines |= _traffic(plan, shape)
+    if tiles is not None:
+        lines["tiles of head 0"] = str(tiles)
+        if waste := over_approximated(tiles):
+            lines["over-approximated"] = waste
+    return lines
 
 
 def role_text(role: Role) -> str:
@@ -74,6 +92,35 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
     first, *_ = fault.diagnostics
     rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in fault.diagnostics))
     return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
+
+
+def _declared(plan: Plan) -> str:
+    """The tensors and scalars that every call passes by name, one a line."""
+    scalars = plan.declarations.scalars.values()
+    lines = [f"{tensor.name}: {tensor}" for tensor in plan.declarations.tensors.values()]
+    lines += [
+        f"{each.name}: {each.type}" + ("" if each.default is None else f" = {_text(each.default)}")
+        for each in scalars
+    ]
+    return "\n".join(lines) or "-"
+
+
+def _text(default: int | float | bool) -> str:
+    """A default as a spec writes it."""
+    return str(default).lower()
+
+
+def _key_blocks(plan: Plan) -> str:
+    """How those that a row sees are found, and what is worked out for it before."""
+    if plan.key_blocks is not None:
+        return "from bounds in closed form"
+    lines = ["by a walk, each block classed empty, partial or full"]
+    tables = plan.table_kernel.tables if plan.table_kernel else ()
+    blocks = {"q": f"{plan.block_m} rows", "k": f"{plan.block_n} keys"}
+    for table in tables:
+        over = " and ".join(blocks[letter] for letter in table.reads)
+        lines.append(f"table {table.name}: extremes of {table.lookup} over blocks of {over}")
+    return "\n".join(lines)
 
 
 def _block(plan: Plan) -> str:

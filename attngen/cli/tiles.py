@@ -1,0 +1,202 @@
+"""The tiles of a call: which blocks of keys each block of rows skips, masks, or takes whole; drawn in SVG or PNG."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attngen.api import Kernel
+from attngen.cli.shapes import shape_text
+from attngen.emit import serving
+from attngen.expr import evaluate
+from attngen.inputs import Shape
+from attngen.plan import Plan
+from attngen.runtime import check_declared
+from attngen.simulate import Sizes, block_bounds
+from attngen.simulate.visits import ANY_HEAD, ceil_div, declared_values, heads_differ, walk_of
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+CLASSES = ("empty", "partial", "full")
+"""What a tile is: skipped, masked, taken without a mask."""
+SHAPE_TO_DRAW = Shape(batch=1, heads=1, heads_kv=1, seqlen_q=4096, seqlen_k=4096)
+"""Where no shape is given."""
+MOST_PAIRS = 2**28
+"""Pairs of query and key that are asked one by one: 16k x 16k, which takes some seconds."""
+TOO_MANY = 1.3
+"""Visited tiles over those that hold a visible pair, from which on it is worth a line."""
+
+_COLOURS = ("#F0F0F0", "#E69F00", "#0072B2")  # Okabe and Ito's, which differ for every eye
+_PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """The classes of the tiles of one head.
+
+    Attributes:
+        mask: as the spec writes it.
+        plan: which takes the call.
+        shape: of the call.
+        classes: (blocks of rows, blocks of keys), indices into `CLASSES`.
+        needed: tiles that hold a visible pair, by asking each pair; None where those are more than `MOST_PAIRS`.
+    """
+
+    mask: str
+    plan: Plan
+    shape: Shape
+    classes: torch.Tensor
+    needed: int | None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tiles are of each class."""
+        return {name: int((self.classes == i).sum()) for i, name in enumerate(CLASSES)}
+
+    @property
+    def visited(self) -> int:
+        """Tiles that the kernel does not skip."""
+        return int((self.classes != EMPTY).sum())
+
+    @property
+    def excess(self) -> float | None:
+        """Visited tiles over those needed; None where that is not known, or nothing is needed."""
+        return self.visited / self.needed if self.needed else None
+
+    def __str__(self) -> str:
+        tiles = self.classes.numel()
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        share = f" ({self.visited / tiles:.1%})" if tiles else ""
+        least = "" if self.needed is None else f", {self.needed} hold a visible pair"
+        return f"{counts}: {self.visited} of {tiles} tiles visited{share}{least}"
+
+
+def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileMap:
+    """The classes of the tiles of the first head of a call's first batch element.
+
+    Args:
+        kernel: of the call; the one of its shorter plans that takes it is shown.
+        shape: of the call.
+        declared: what the call passes for what the spec declares, on the CPU.
+
+    Raises:
+        ArgumentError: a declared value that the kernel does not take.
+    """
+    serves = serving(kernel, kernel.shorter, shape.seqlen_k)
+    plan = serves.plan
+    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    values = check_declared(serves.manifest, declared, sizes.values, torch.device("cpu"))
+    is_empty = shape.batch * shape.heads * shape.seqlen_q == 0
+    rows = 0 if is_empty else ceil_div(shape.seqlen_q, plan.block_m)
+    classes = torch.zeros(rows, ceil_div(shape.seqlen_k, plan.block_n), dtype=torch.int64)
+    if is_empty:
+        return TileMap(kernel.spec.mask, plan, shape, classes, needed=0)
+    sizes = replace(sizes, declared=declared_values(plan, sizes, values.scalars | values.tensors))
+    for m in range(rows):
+        _class_row(classes[m], plan, sizes, m)
+    is_short = shape.seqlen_q * shape.seqlen_k <= MOST_PAIRS
+    return TileMap(kernel.spec.mask, plan, shape, classes, _needed(plan, sizes) if is_short else None)
+
+
+def over_approximated(tiles: TileMap) -> str | None:
+    """What to tell where many tiles are visited for nothing."""
+    if tiles.excess is None or tiles.excess <= TOO_MANY:
+        return None
+    return (
+        f"{tiles.excess:.2f} times as many tiles as hold a visible pair ({tiles.visited} for {tiles.needed}): "
+        "what bounds do not tell apart is visited and masked"
+    )
+
+
+def draw_tiles(maps: Mapping[str, TileMap], path: Path) -> None:
+    """Draw maps of tiles side by side; the same maps give the same bytes.
+
+    Args:
+        maps: by their titles; at least one.
+        path: ends in .svg or .png; folders are made.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(_PANELS_A_ROW, len(maps))
+    rows = ceil_div(len(maps), columns)
+    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none"}):
+        size = (6.5 * columns, 7.2 * rows)
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        panels = list(grid.flat)
+        for axes, (title, tiles) in zip(panels, maps.items(), strict=False):
+            _panel(axes, title, tiles)
+        for axes in panels[len(maps) :]:
+            axes.axis("off")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=120, metadata=metadata)
+        pyplot.close(figure)
+
+
+def _class_row(row: torch.Tensor, plan: Plan, sizes: Sizes, m: int) -> None:
+    """Fill in the classes of a block of rows."""
+    if plan.key_blocks is None:
+        for block in walk_of(plan, sizes, m):
+            row[block.n] = PARTIAL if block.is_partial else FULL
+    else:
+        bounds = block_bounds(plan, sizes, m)
+        row[bounds.n_min : bounds.n_max] = PARTIAL
+        row[bounds.n_full_begin : bounds.n_full_end] = FULL
+
+
+def _needed(plan: Plan, sizes: Sizes) -> int:
+    """How many tiles hold a visible pair."""
+    keys = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n) * plan.block_n)
+    first_head = {"b": ANY_HEAD.batch, "h": ANY_HEAD.head, "h_kv": ANY_HEAD.head_kv}
+    names = {**sizes.values, **sizes.declared.scalars, **first_head, "kv_idx": keys}
+    count = 0
+    for first in range(0, sizes.seqlen_q, plan.block_m):
+        rows = torch.arange(first, min(first + plan.block_m, sizes.seqlen_q))[:, None]
+        seen = torch.as_tensor(evaluate(plan.mask, names | {"q_idx": rows}, sizes.declared.tensors))
+        pairs = (seen & (keys < sizes.seqlen_k)).expand(len(rows), -1)
+        count += int(pairs.any(0).reshape(-1, plan.block_n).any(1).sum())
+    return count
+
+
+def _panel(axes: Any, title: str, tiles: TileMap) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    plan = tiles.plan
+    height, width = tiles.classes.shape
+    if tiles.classes.numel():
+        axes.imshow(
+            tiles.classes.numpy(),
+            cmap=ListedColormap(_COLOURS),
+            vmin=EMPTY,
+            vmax=FULL,
+            extent=(0, width * plan.block_n, height * plan.block_m, 0),
+            aspect="auto",
+            interpolation="nearest",
+        )
+    axes.set_xlabel(f"key (tiles of {plan.block_n})")
+    axes.set_ylabel(f"query (tiles of {plan.block_m})")
+    needed = "not counted" if tiles.needed is None else tiles.needed
+    lines = (
+        title,
+        f"mask: {_short(tiles.mask)}",
+        shape_text(tiles.shape) + (", head 0 of batch 0" if heads_differ(plan) else ""),
+        f"{tiles.visited} of {tiles.classes.numel()} tiles visited; with a visible pair: {needed}",
+    )
+    axes.set_title("\n".join(lines), loc="left", fontsize="small")
+    patches = [
+        Patch(facecolor=colour, edgecolor="#808080", label=f"{name}: {count}")
+        for colour, (name, count) in zip(_COLOURS, tiles.counts.items(), strict=True)
+    ]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09)}
+    axes.legend(handles=patches, **place, ncols=len(patches), fontsize="small", frameon=False)
+
+
+def _short(text: str, most: int = 70) -> str:
+    """A mask in one line that a panel has room for, and without what matplotlib reads a formula into."""
+    line = " ".join(text.split()).replace("$", "")
+    return line if len(line) <= most else f"{line[: most - 1]}…"
