@@ -16,19 +16,22 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from attngen.errors import ToolchainError
-from attngen.expr import TRUE, Expr, evaluate, free_names, parse_mask
+from attngen.expr import TRUE, Expr, evaluate, free_names, parse_mask, parse_score
 from attngen.inputs import Shape
 
 Run = Callable[[], Any]
 PEERS = ("flash", "cudnn", "efficient", "flex")
 """What `peer` knows by name."""
 CAUSAL = parse_mask("causal")
+SCORE = parse_score("score")
+"""The score that leaves every scaled product as it is."""
 
 TOKENS = 16384
 """batch x seqlen of the field's grid. Source: FlashAttention-3, arXiv 2407.08608, section 4.1."""
@@ -104,7 +107,15 @@ def _timed(run: Run, iterations: int) -> float:
     return float(start.elapsed_time(end)) / iterations
 
 
-def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
+def peer(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Expr,
+    score: Expr = SCORE,
+    declared: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """One of `PEERS` on (batch, seqlen, heads, head_dim) tensors, already run once: what it compiles is compiled.
 
     Args:
@@ -114,6 +125,8 @@ def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Exp
         k: see q.
         v: see q.
         mask: flex takes any; the others take full, and causal where lengths are equal (theirs is top-left).
+        score: flex takes any; the others take `SCORE`.
+        declared: a value for each scalar and tensor that mask and score read.
 
     Returns:
         A call that gives out as (batch, heads, seqlen, head_dim).
@@ -122,7 +135,8 @@ def peer(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Exp
         ToolchainError: the peer is not present here, or does not take this problem.
     """
     try:
-        run = _flex(q, k, v, mask) if name == "flex" else _sdpa(name, q, k, v, mask)
+        flex = partial(_flex, declared=declared)
+        run = flex(q, k, v, mask, score) if name == "flex" else _sdpa(name, q, k, v, mask, score)
         run()
     except (RuntimeError, ValueError, ImportError) as error:  # what torch and its compilers refuse with
         reason = str(error).strip().partition("\n")[0]
@@ -143,11 +157,13 @@ def peers(
     return found
 
 
-def _sdpa(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
+def _sdpa(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr, score: Expr) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if mask is not TRUE and not (mask is CAUSAL and q.shape[1] == k.shape[1]):
         raise ValueError("it knows the masks full and, of equal lengths, causal")
+    if score is not SCORE:
+        raise ValueError("it knows no modified scores")
     backend = {
         "flash": SDPBackend.FLASH_ATTENTION,
         "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -163,18 +179,34 @@ def _sdpa(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Ex
     return run
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
+def _flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Expr,
+    score: Expr,
+    declared: Mapping[str, Any],
+) -> Run:
     """flex_attention as its users call it: compiled for the shape, with a block mask made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
 
+    tensors = {name: x for name, x in declared.items() if isinstance(x, torch.Tensor)}
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    constants = sizes | {name: x for name, x in declared.items() if name not in tensors}
+
+    def names(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> dict[str, Any]:
+        return {"b": b, "h": h, "h_kv": h // group, "q_idx": q_idx, "kv_idx": kv_idx, **constants}
+
     def sees(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
         if mask is CAUSAL:  # in flex's own i32, as its users write it; the language's reading is in i64
             return kv_idx <= q_idx + (seqlen_k - seqlen_q)
-        indices = {"b": b, "h": h, "h_kv": h // group, "q_idx": q_idx, "kv_idx": kv_idx}
-        seen = evaluate(mask, indices | {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k})
+        seen = evaluate(mask, names(b, h, q_idx, kv_idx), tensors)
         return q_idx.new_ones((), dtype=torch.bool) & seen  # a mask that reads no index is a bool
+
+    def modified(s: torch.Tensor, *indices: torch.Tensor) -> Any:
+        return evaluate(score, names(*indices) | {"score": s}, tensors)
 
     block_mask = None
     if mask is not TRUE:
@@ -186,7 +218,8 @@ def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Expr) -> Run:
     # Past a number of shapes torch gives up compiling; it shall forget the others, and not run uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return partial(compiled, q_, k_, v_, block_mask=block_mask, enable_gqa=group > 1)
+    score_mod = None if score is SCORE else modified
+    return partial(compiled, q_, k_, v_, score_mod, block_mask, enable_gqa=group > 1)
 
 
 def cublas(dtype: torch.dtype) -> Run:

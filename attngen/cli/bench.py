@@ -12,9 +12,11 @@ from rich.table import Table
 
 from attngen import bench as measuring
 from attngen.api import Kernel, resolve_arch
+from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
+from attngen.declared_inputs import Given, declared_inputs
 from attngen.dtypes import torch_dtype
 from attngen.errors import SpecError, ToolchainError
 from attngen.inputs import random_inputs
@@ -53,6 +55,7 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
     "--width", type=click.IntRange(1), default=measuring.WIDTH, show_default=True, help="heads x head_dim."
 )
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@declared_options
 @click.option(
     "--source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -72,6 +75,8 @@ def bench(
     tokens: int,
     width: int,
     rounds: int,
+    tensors: dict[str, str],
+    scalars: dict[str, str],
     source: Path | None,
     out: Path | None,
 ) -> None:
@@ -83,7 +88,8 @@ def bench(
     if not torch.cuda.is_available():
         raise ToolchainError("bench times a GPU and this machine has none", "attngen explain needs no GPU")
     edited = None if source is None else source.read_text(encoding="utf-8")
-    lowered = [(variant, _lower(variant, arch, edited)) for variant in variants(specs, sweep)]
+    said, chosen = given_values(tensors, scalars, variants(specs, sweep))
+    lowered = [(variant, _lower(variant, arch, edited)) for variant in chosen]
     kernels = [kernel for _, kernel in lowered if isinstance(kernel, Kernel)]
     with console(err=True).status(f"compiling {len(kernels)} kernels"):
         for fault in filter(None, compile_all(kernels).values()):
@@ -101,7 +107,7 @@ def bench(
         try:
             for length in seqlen:
                 with console(err=True).status(f"timing {variant.label}, seqlen {length}"):
-                    rows.append(facts | _measure(kernel, length, against, tokens, width, rounds))
+                    rows.append(facts | _measure(kernel, length, against, tokens, width, rounds, said))
         except ToolchainError as fault:  # a kernel for another GPU hides none of the others
             faults = True
             report(fault)
@@ -129,16 +135,25 @@ def _lower(variant: Variant, arch: str | None, edited: str | None) -> Kernel | S
 
 
 def _measure(
-    kernel: Kernel, seqlen: int, against: Iterable[str], tokens: int, width: int, rounds: int
+    kernel: Kernel,
+    seqlen: int,
+    against: Iterable[str],
+    tokens: int,
+    width: int,
+    rounds: int,
+    said: Given,
 ) -> dict[str, Any]:
     plan = kernel.plan
     shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
-    runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v)}
+    declarations = kernel.spec.declarations
+    passed = declared_inputs(declarations, shape, q.device, given=said)
+    defaults = {scalar.name: scalar.default for scalar in declarations.scalars.values()}
+    runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v, **passed)}
     absent = {}
     for name in against:
         try:
-            runs[name] = measuring.peer(name, q, k, v, plan.mask)
+            runs[name] = measuring.peer(name, q, k, v, plan.mask, kernel.spec.score_expr, defaults | passed)
         except ToolchainError as fault:
             absent[name] = fault.message
     samples = measuring.measure(runs, rounds)

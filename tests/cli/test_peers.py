@@ -7,8 +7,9 @@ import torch
 
 from attngen import bench
 from attngen.accuracy import compare
+from attngen.declared_inputs import declared_inputs
 from attngen.errors import ToolchainError
-from attngen.expr import parse_mask
+from attngen.expr import parse_mask, parse_score, read_declarations
 from attngen.inputs import Shape, random_inputs
 
 MASKS = [
@@ -41,6 +42,29 @@ def test_flex_computes_what_the_mask_says(mask: str) -> None:
     out = bench.peer("flex", q, k, v, expr)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, expr)
     assert accuracy.ok, str(accuracy)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("uncompiled")
+def test_flex_reads_what_is_declared() -> None:
+    """A mask that looks up documents and a scalar, and a score with slopes and a cap, give the reference's values."""
+    scalars, tensors = {"cap": "f32 = 2.0"}, {"doc": "i32[batch, seqlen_k]", "slopes": "f32[num_heads_q]"}
+    declarations = read_declarations(scalars, tensors, {}).declarations
+    mask = parse_mask("document(doc) or kv_idx < 3", declarations)
+    score = parse_score("softcap(score, cap) + alibi(slopes)", declarations)
+    shape = Shape(2, 4, 2, 33, 70)
+    q, k, v = random_inputs(shape, 32, 48, torch.bfloat16)
+    declared = {"cap": 2.0, **declared_inputs(declarations, shape)}
+    out = bench.peer("flex", q, k, v, mask, score, declared)().transpose(1, 2)
+    accuracy = compare(out, None, q, k, v, mask, score=score, declared=declared)
+    assert accuracy.ok, str(accuracy)
+
+
+def test_the_back_ends_of_torch_know_no_scores() -> None:
+    """A modified score is refused by name, so that no figure stands beside another problem's."""
+    q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
+    with pytest.raises(ToolchainError, match="^flash does not take part: it knows no modified scores"):
+        bench.peer("flash", q, k, v, bench.CAUSAL, parse_score("softcap(score, 30.0)"))
 
 
 def test_a_peer_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
