@@ -1,5 +1,6 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,6 +12,7 @@ import torch
 from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.emit import Manifest, emit, manifest, serving
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
+from attngen.expr.python import Expression
 from attngen.lower import lower
 from attngen.plan import Plan
 from attngen.runtime import (
@@ -279,6 +281,9 @@ def attention(
     v: torch.Tensor,
     mask: str = "full",
     score: str = "score",
+    *,
+    scalars: Mapping[str, str] | None = None,
+    tensors: Mapping[str, str] | None = None,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with the kernel that the tensors and the mask ask for, compiled once and remembered.
@@ -287,12 +292,15 @@ def attention(
         q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator.
         k: see q.
         v: see q.
-        mask: an expression of the mask language, or a name of its prelude.
-        score: a score expression.
-        **options: the other arguments of `Kernel.__call__`.
+        mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
+            brings what it declares.
+        score: a score expression, likewise.
+        scalars: types of scalars by name, as in a spec: `{"cap": "f32 = 30.0"}`.
+        tensors: formats and dimensions of tensors by name, as in a spec: `{"slopes": "f32[num_heads_q]"}`.
+        **options: the other arguments of `Kernel.__call__`, with a value for each scalar and tensor.
 
     Raises:
-        ArgumentError: a tensor that no kernel takes.
+        ArgumentError: a tensor that no kernel takes, or two declarations of one name that are not the same.
         SpecError: a fault in mask or score.
     """
     for name, x in (("q", q), ("v", v)):
@@ -304,6 +312,26 @@ def attention(
         raise ArgumentError("q" if q.dim() != 4 else "v", "another number of dimensions", "4")
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     arch = arch_for_capability(capability).name if capability else "simulator"
-    return _kernel_for(_Wanted(_INPUTS[q.dtype], q.shape[-1], v.shape[-1], mask, score, arch))(
-        q, k, v, **options
+    wanted = _Wanted(
+        _INPUTS[q.dtype],
+        q.shape[-1],
+        v.shape[-1],
+        str(mask),
+        str(score),
+        _joined("scalars", scalars, mask, score),
+        _joined("tensors", tensors, mask, score),
+        arch,
     )
+    return _kernel_for(wanted)(q, k, v, **options)
+
+
+def _joined(kind: str, given: Mapping[str, str] | None, *texts: str) -> tuple[tuple[str, str], ...]:
+    """The declarations of a kind that are given, and those that expressions bring."""
+    joined: dict[str, str] = {}
+    for brought in (given or {}, *(getattr(text, kind) for text in texts if isinstance(text, Expression))):
+        for name, declared in brought.items():
+            if joined.setdefault(name, declared) != declared:
+                raise ArgumentError(
+                    kind, f"{name}: {declared}", f"{name}: {joined[name]}, as declared before"
+                )
+    return tuple(joined.items())

@@ -62,7 +62,7 @@ def check_declared(
     Raises:
         ArgumentError: the first fault found.
     """
-    known = [entry.name for entry in (*manifest.tensors, *manifest.scalars)]
+    known = [tensor.name for tensor in manifest.tensors] + [scalar.name for scalar in manifest.scalars]
     for name in passed:
         if name not in known:
             near = get_close_matches(name, known, n=1) or known
@@ -116,9 +116,7 @@ def _tensor(
         raise ArgumentError(entry.name, f"device {x.device}", f"{device}, the device of q")
     if x.requires_grad and torch.is_grad_enabled():
         must = "one that does not: there is no backward yet"
-        raise ArgumentError(
-            entry.name, "a tensor that requires grad", must, f"pass {entry.name}.detach()"
-        )
+        raise ArgumentError(entry.name, "a tensor that requires grad", must, f"pass {entry.name}.detach()")
     if x.dim() != len(entry.dims):
         raise ArgumentError(entry.name, f"{x.dim()} dimensions", f"{len(entry.dims)}: {declared}")
     for dim, size in zip(entry.dims, x.shape, strict=True):

@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attngen.expr import evaluate, key_range, parse_mask, to_cuda, to_text
+from attngen.expr import Leaves, evaluate, key_range, parse_mask, to_cuda, to_text
 from tests.expr.strategies import ENV, MASKS, NAMES, sums
 
 
@@ -18,7 +18,7 @@ def test_every_reading_agrees_with_python(text: str, env: dict[str, int]) -> Non
     assert bool(evaluate(tree, env)) == expected
     assert bool(evaluate(parse_mask(to_text(tree)), env)) == expected
     python = re.sub(
-        r"\b(\d+)LL\b", r"\1", to_cuda(tree, {key: key for key in env}).replace("(long long)", "")
+        r"\b(\d+)LL\b", r"\1", to_cuda(tree, Leaves({key: key for key in env})).replace("(long long)", "")
     )
     python = re.sub(r"!(?!=)", " not ", python.replace("&&", " and ").replace("||", " or "))
     python = re.sub(r"\btrue\b", "True", re.sub(r"\bfalse\b", "False", python))

@@ -14,6 +14,7 @@ from attngen.expr import (
     LARGEST_INDEX,
     LARGEST_LENGTH,
     KeyRange,
+    Leaves,
     affine,
     const,
     evaluate,
@@ -83,7 +84,7 @@ def run_c(text: str, env: dict[str, int]) -> bool:
 @example("5 * q_idx - 5 * kv_idx < 3", LARGEST)
 def test_cuda_text_overflows_nowhere(text: str, env: dict[str, int]) -> None:
     """With the widths C gives its parts, no partial sum overflows at the largest indices, and the value is right."""
-    assert run_c(to_cuda(parse_mask(text), PLAIN), env) == bool(evaluate(parse_mask(text), env))
+    assert run_c(to_cuda(parse_mask(text), Leaves(PLAIN)), env) == bool(evaluate(parse_mask(text), env))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_cuda_text_overflows_nowhere(text: str, env: dict[str, int]) -> None:
 def test_cuda_text_is_what_an_expert_would_write(text: str, cuda: str) -> None:
     """No bracket that C does not need, and 64 bits only where 32 may not do."""
     names = PLAIN | {"seqlen_q": "p.seqlen_q", "seqlen_k": "p.seqlen_k"}
-    assert to_cuda(parse_mask(text), names) == cuda
+    assert to_cuda(parse_mask(text), Leaves(names)) == cuda
 
 
 @pytest.mark.parametrize(
@@ -122,14 +123,15 @@ def test_cuda_text_is_what_an_expert_would_write(text: str, cuda: str) -> None:
 def test_an_operand_that_is_a_sum_is_put_in_brackets(operand: str, written: str) -> None:
     """A name may stand for any int expression, and the result binds as the tree does."""
     assert (
-        to_cuda(parse_mask("kv_idx < 5 - q_idx"), {"kv_idx": "k", "q_idx": operand}) == f"k <= 4 - {written}"
+        to_cuda(parse_mask("kv_idx < 5 - q_idx"), Leaves({"kv_idx": "k", "q_idx": operand}))
+        == f"k <= 4 - {written}"
     )
 
 
 def test_a_name_without_a_value_is_our_fault() -> None:
     """Neither reading invents one."""
     with pytest.raises(InternalError, match="q_idx"):
-        to_cuda(parse_mask("q_idx < 3"), {})
+        to_cuda(parse_mask("q_idx < 3"), Leaves({}))
     with pytest.raises(InternalError, match="q_idx"):
         evaluate(parse_mask("q_idx < 3"), {"kv_idx": 1})
 

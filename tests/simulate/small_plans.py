@@ -12,7 +12,7 @@ from typing import Any
 
 from attngen.arch import ARCHS
 from attngen.dtypes import F32, DType
-from attngen.expr import TRUE, Expr, KeyRange
+from attngen.expr import TRUE, Declarations, Expr, name
 from attngen.lower import build, candidates, warpgroups
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
@@ -34,16 +34,17 @@ from attngen.plan import (
     product,
 )
 from attngen.plan.rules import verify
-from attngen.schedules import Places, WarpgroupPlaces
+from attngen.schedules import Pairs, Places, WarpgroupPlaces
 from attngen.spec import load
+
+FULL = Pairs.of(TRUE, name("score"))
 
 
 def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dtype: DType = F32) -> Places:
     """Places for tiles of the given sizes; `out` has the bytes of `q`."""
     q_bytes, kv_bytes = block_m * dim * 4, stages * block_n * dim * 4
     return Places(
-        mask=TRUE,
-        visible=KeyRange((), ()),
+        pairs=FULL,
         stages=stages,
         score_unroll=1,
         q=Buffer("q", dtype, block_m, dim, dim),
@@ -107,6 +108,10 @@ def plan_of(
         head_dim_v=dim,
         mask=mask,
         mask_text="full",
+        score=name("score"),
+        score_factor=1.0,
+        tile_classes=None,
+        declarations=Declarations(),
         schedule=schedule,
         block_m=rows,
         block_n=at.k.rows,
@@ -134,7 +139,7 @@ TINY_WARPGROUPS = WarpgroupChoice(block_m=4, block_n=4, stages=2, warpgroups=2)
 
 def warpgroup_places() -> WarpgroupPlaces:
     """Places of two consumer warpgroups, of two rows each, and their producer; f32, head dim 2."""
-    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), TRUE, KeyRange((), ()))
+    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), FULL)
 
 
 def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
