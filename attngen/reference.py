@@ -72,20 +72,25 @@ def attention(
 
 
 def attention_as_fractions(
-    q: Tensor, k: Tensor, v: Tensor, mask: Expr | None = None, layout: Layout = "bshd"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Expr | None = None,
+    layout: Layout = "bshd",
+    declared: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention on `inputs` of kind "integers" with softmax_scale = log 2, without any rounding.
 
     Each weight is 2^(q.k), a power of two, so that out is a quotient of two sums that are exact in fp64. The
     same sums are exact in a kernel's f32: its out is numerator / denominator but for one division and the
     rounding to the output dtype, hence within one unit in the last place of it, and equal where the
-    denominator is a power of two.
+    denominator is a power of two. `declared` has a value for each scalar and tensor that the mask reads.
 
     Returns:
         numerator: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; layout as in `attention`.
         denominator: (batch, seqlen_q, num_heads_q, 1), fp64; 0 in a row that sees no key.
     """
-    problem = _Problem.read(q, k, v, mask, None, layout, None, None, None)
+    problem = _Problem.read(q, k, v, mask, None, layout, None, None, declared)
     keys, values = (x.double().repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
     weight = (problem.q.double() @ keys.mT).exp2()
     weight = weight.masked_fill(~problem.sees(*problem.every_index()), 0.0)

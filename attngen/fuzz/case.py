@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from attngen.declared_inputs import declared_inputs
 from attngen.dtypes import dtype, torch_dtype
 from attngen.inputs import KINDS, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
 from attngen.spec import Spec, load
@@ -75,6 +76,10 @@ class Case:
         memory: MemoryLayout = "contiguous" if self.memory == "far" else self.memory
         drawn = random_inputs(self.shape, dims.qk, dims.v, number, device, self.seed, memory, self.kind)
         return far_apart(drawn) if self.memory == "far" else drawn
+
+    def declared(self, device: str) -> dict[str, Any]:
+        """What the call passes for what the spec declares; scalars have their defaults."""
+        return declared_inputs(self.spec.declarations, self.shape, device, self.seed)
 
 
 def far_apart(inputs: Tensors) -> Tensors:

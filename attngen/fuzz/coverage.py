@@ -5,6 +5,7 @@ Read from the plan and the arithmetic of its scheduler, without running anything
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
@@ -12,14 +13,14 @@ from attngen.arch import ARCHS
 from attngen.expr import free_names, key_range
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
-from attngen.inputs import KINDS, Shape
+from attngen.inputs import KINDS
 from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
 from attngen.simulate.tiles import LOCKSTEP
-from attngen.simulate.visits import SIMULATED_SMS
+from attngen.simulate.visits import SIMULATED_SMS, declared_values
 
 Met = tuple[str, str]
 """A dimension and a value of it: ("schedule", "fa2")."""
@@ -127,7 +128,7 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
     yield ("stages", str(plan.stages))
     yield ("order", case.spec.schedule.order)
     if takes_warpgroups(plan):
-        yield from _met_by_warpgroups(plan, shape, num_sms)
+        yield from _met_by_warpgroups(plan, case, num_sms)
     yield ("mask", _mask_class(plan))
     for axis, length, block in (
         ("seqlen_q", shape.seqlen_q, plan.block_m),
@@ -155,15 +156,22 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
         yield from _met_by_blocks(plan, case)
 
 
-def _met_by_warpgroups(plan: Plan, shape: Shape, num_sms: int | None) -> Iterator[Met]:
+def _sizes(plan: Plan, case: Case, num_sms: int | None = None) -> Sizes:
+    """The sizes of the case's call, and what it passes."""
+    shape = case.shape
+    sizes = Sizes(
+        shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv, num_sms or SIMULATED_SMS
+    )
+    return replace(sizes, declared=declared_values(plan, sizes, case.declared("cpu")))
+
+
+def _met_by_warpgroups(plan: Plan, case: Case, num_sms: int | None) -> Iterator[Met]:
     """What only the schedules of warpgroups leave open."""
     is_persistent = plan.kernel.scheduler.persistent
     yield ("warpgroups", str(plan.kernel.worker.warpgroups))
     yield ("overlap", "yes" if plan.overlap else "no")
     yield ("persistent", "yes" if is_persistent else "no")
-    sizes = Sizes(
-        shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv, num_sms or SIMULATED_SMS
-    )
+    sizes = _sizes(plan, case, num_sms)
     drawn = sum(1 for _ in tiles(plan, plan.kernel, sizes, 1 if num_sms else LOCKSTEP))
     blocks = evaluate_formula(plan.launches[0].grid, sizes.values)
     if is_persistent and drawn:
@@ -181,7 +189,7 @@ def _mask_class(plan: Plan) -> str:
 def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
     """Blocks per row, ranges and conditions, over all blocks of rows of the first head."""
     shape = case.shape
-    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    sizes = _sizes(plan, case)
     steps = list(walk(plan.kernel.worker.program))
     ranges = {step.range for step in steps if isinstance(step, ForBlocks)}
     conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}

@@ -14,7 +14,7 @@ import torch
 
 from attngen.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy, compare
 from attngen.errors import AttngenError
-from attngen.expr import TRUE
+from attngen.expr import TRUE, free_names
 from attngen.fuzz.case import Case
 from attngen.inputs import Canary, poison
 from attngen.plan import Plan
@@ -46,6 +46,7 @@ class Subject(Protocol):
         return_lse: bool = False,
         out: torch.Tensor | None = None,
         layout: str = "bshd",
+        **declared: Any,
     ) -> Any:
         """As `attngen.Kernel.__call__`."""
 
@@ -74,6 +75,7 @@ class Trial:
 
     Attributes:
         q, k, v: its inputs, (batch, seqlen, heads, head_dim).
+        declared: what it passes for what the spec declares.
         out, lse: what the subject made of them.
     """
 
@@ -84,6 +86,7 @@ class Trial:
         self.mask = self.subject.plan.mask
         self.device = device
         self.q, self.k, self.v = case.inputs(device)
+        self.declared = case.declared(device)
         self.out, self.lse = self.run(self.q, self.k, self.v)
 
     def run(
@@ -103,6 +106,7 @@ class Trial:
             return_lse=True,
             out=None if out is None else self.turned(out),
             layout=self.case.layout,
+            **(self.declared if subject is None else {}),
         )
         return self.turned(result), lse
 
@@ -121,7 +125,24 @@ class Trial:
         """How outputs stand to the reference on the case's inputs, or on those given."""
         q, k, v = (self.q if q is None else q, self.k if k is None else k, self.v if v is None else v)
         block_n = self.subject.plan.block_n
-        return compare(out, lse, q, k, v, self.mask, self.case.softmax_scale, block_n=block_n)
+        return compare(
+            out,
+            lse,
+            q,
+            k,
+            v,
+            self.mask,
+            self.case.softmax_scale,
+            block_n=block_n,
+            score=self.case.spec.score_expr,
+            declared=self.values,
+        )
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What mask and score read of the call, defaults filled in."""
+        scalars = self.case.spec.declarations.scalars.values()
+        return {scalar.name: scalar.default for scalar in scalars} | self.declared
 
     @property
     def scale(self) -> float:
@@ -159,8 +180,10 @@ def error(trial: Trial) -> Complaint:
         return complaint
     if trial.case.kind != "integers" or trial.q.dtype == torch.float32:
         return None  # f32: a product by a reciprocal, and serial's normalising at each block, cost more than a unit
+    if trial.subject.plan.modifies_scores:
+        return None  # the weights of plain scores alone are powers of two
     q = trial.q if trial.scale > 0 else -trial.q
-    numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask)
+    numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask, declared=trial.values)
     exact = torch.where(denominator == 0, 0.0, numerator / denominator)
     _, exponent = torch.frexp(exact)
     unit = torch.ldexp(torch.full_like(exact, torch.finfo(trial.out.dtype).eps), exponent - 1)
@@ -175,7 +198,9 @@ def repeat(trial: Trial) -> Complaint:
     """A second call, on the same inputs, gives the same bits; so does one that asks for out alone."""
     q, k, v = (trial.turned(x) for x in (trial.q, trial.k, trial.v))
     out = trial.turned(
-        trial.subject(q, k, v, softmax_scale=trial.case.softmax_scale, layout=trial.case.layout)
+        trial.subject(
+            q, k, v, softmax_scale=trial.case.softmax_scale, layout=trial.case.layout, **trial.declared
+        )
     )
     return trial.differs(*trial.run(trial.q, trial.k, trial.v)) or trial.differs(out, trial.lse)
 
@@ -291,7 +316,7 @@ class Rule:
 
     Attributes:
         check: the property; its docstring says what it claims.
-        applies: whether it holds for a plan with such a mask, which uses such names.
+        applies: whether it holds for a plan whose mask and score use such names.
         is_rare: few masks allow it; where one does, it is drawn four times as often.
     """
 
@@ -300,20 +325,27 @@ class Rule:
     is_rare: bool = False
 
 
-def _is_full(plan: Plan, names: Set[str]) -> bool:
-    return plan.mask is TRUE
+def names_of(plan: Plan) -> Set[str]:
+    """What mask and score read, and the sizes that declared tensors have."""
+    sizes = (dim for tensor in plan.declarations.tensors.values() for dim in tensor.dims)
+    return {*free_names(plan.mask), *free_names(plan.score), *map(str, sizes)}
+
+
+def _is_plain(plan: Plan, names: Set[str]) -> bool:
+    """Whether every query sees every key, by its plain score."""
+    return plan.mask is TRUE and not plan.modifies_scores
 
 
 RULES: dict[str, Rule] = {
     "error": Rule(error),
     "repeat": Rule(repeat),
     "surroundings": Rule(surroundings),
-    "batch-slice": Rule(batch_slice, lambda plan, names: "b" not in names),
-    "repeated-heads": Rule(repeated_heads, lambda plan, names: "h_kv" not in names),
-    "shifted-scores": Rule(shifted_scores),
-    "permuted-keys": Rule(permuted_keys, _is_full, is_rare=True),
-    "split-keys": Rule(split_keys, _is_full, is_rare=True),
-    "wide-window": Rule(wide_window, _is_full, is_rare=True),
+    "batch-slice": Rule(batch_slice, lambda plan, names: names.isdisjoint(("b", "batch"))),
+    "repeated-heads": Rule(repeated_heads, lambda plan, names: names.isdisjoint(("h_kv", "num_heads_kv"))),
+    "shifted-scores": Rule(shifted_scores, lambda plan, names: not plan.modifies_scores),
+    "permuted-keys": Rule(permuted_keys, _is_plain, is_rare=True),
+    "split-keys": Rule(split_keys, _is_plain, is_rare=True),
+    "wide-window": Rule(wide_window, _is_plain, is_rare=True),
 }
 
 

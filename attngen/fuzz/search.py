@@ -20,7 +20,7 @@ from rich.text import Text
 
 from attngen.api import Kernel, compile, resolve_arch
 from attngen.arch import arch_for_capability
-from attngen.errors import ToolchainError
+from attngen.errors import ArgumentError, ToolchainError
 from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
@@ -185,12 +185,14 @@ def fuzz(
     Raises:
         ToolchainError: no such device.
         PlanError: the spec has no legal plan.
+        ArgumentError: a scalar of the spec has no default.
     """
     started = time.monotonic()
     build = make or kernels()
     if spec is not None:
         stand_in = ARCH_WITHOUT_GPU if device == "cpu" and spec.target == "auto" else None
         spec = spec.replace({"target": resolve_arch(spec, stand_in).name})
+        _refuse_without_default(spec)
         build(spec)  # what is wrong with it is the user's to hear, before anything is drawn
         drawn_specs: SearchStrategy[Spec] = st.just(spec)
     else:
@@ -239,6 +241,14 @@ def kernels() -> Make:
         return made[spec]
 
     return make
+
+
+def _refuse_without_default(spec: Spec) -> None:
+    """A case says nothing of scalars: what they are is for the spec to say."""
+    for scalar in spec.declarations.scalars.values():
+        if scalar.default is None:
+            cure = f"--set 'scalars.{scalar.name}={scalar.type} = VALUE'"
+            raise ArgumentError(f"scalars.{scalar.name}", "no default", "one, which every case takes", cure)
 
 
 def _num_sms(device: str) -> int | None:

@@ -11,9 +11,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from attngen.arch import ARCHS, Arch
 from attngen.errors import SpecError
-from attngen.expr import free_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
-from attngen.fuzz.properties import RULES
+from attngen.fuzz.properties import RULES, names_of
 from attngen.inputs import EXACT_SCALE, KINDS, Shape
 from attngen.lower import lower
 from attngen.plan import Plan
@@ -198,7 +197,7 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     memories: tuple[Memory, ...] = tuple(
         memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits == 16)
     )
-    names = free_names(plan.mask)
+    names = names_of(plan)
     applicable = [name for name in rules if RULES[name].applies(plan, names)]
     applicable += 3 * [name for name in applicable if RULES[name].is_rare]
     return Case(
