@@ -54,6 +54,11 @@ def scores(declarations: Declarations = NO_DECLARATIONS, depth: int = _DEPTH) ->
     return _texts("f32", declarations, depth)
 
 
+def integers(declarations: Declarations = NO_DECLARATIONS, depth: int = _DEPTH) -> st.SearchStrategy[str]:
+    """Texts of i32, each as the argument of `f32`, so that it can stand for a score."""
+    return _texts("i32", declarations, depth)
+
+
 @st.composite
 def _texts(draw: st.DrawFn, type: str, declarations: Declarations, depth: int) -> str:
     """Perhaps a few names by `let`, then an expression that may read them."""
@@ -63,7 +68,8 @@ def _texts(draw: st.DrawFn, type: str, declarations: Declarations, depth: int) -
         kind = draw(st.sampled_from(["bool", "i32", "f32"]))
         lets += f"let v{number} = {writer.write(kind, 1)} in "
         writer.names[kind].append(f"v{number}")
-    return lets + writer.write(type, depth)
+    text = writer.write(type, depth)
+    return lets + (f"f32({text})" if type == "i32" else text)
 
 
 class _Writer:

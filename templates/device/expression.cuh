@@ -7,8 +7,8 @@ DEV int floor_divide(int a, int b) { return a / b - ((a % b != 0) & ((a ^ b) < 0
 DEV i64 floor_divide(i64 a, i64 b) { return a / b - ((a % b != 0) & ((a ^ b) < 0)); }
 
 // What floor_divide leaves; it has the sign of b.
-DEV int floor_modulo(int a, int b) { return a - floor_divide(a, b) * b; }
-DEV i64 floor_modulo(i64 a, i64 b) { return a - floor_divide(a, b) * b; }
+DEV int floor_modulo(int a, int b) { return a % b + ((a % b != 0) & ((a ^ b) < 0) ? b : 0); }
+DEV i64 floor_modulo(i64 a, i64 b) { return a % b + ((a % b != 0) & ((a ^ b) < 0) ? b : 0); }
 
 // -1, 0 or 1; 0 of a NaN.
 template <class T>

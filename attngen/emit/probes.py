@@ -1,0 +1,61 @@
+"""CUDA files that ask what a kernel's expressions come to: their values element by element, and classes of tiles.
+
+They hold the very functions that a kernel of the plan would, so that what is said of them is said of the kernel. For
+`attngen fuzz`; nothing here computes attention.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attngen.emit.device import used_by
+from attngen.emit.environment import emission_environment
+from attngen.emit.pairs import leaves, pair_functions, table_function
+from attngen.expr import Expr, cuda_body
+from attngen.plan import Plan
+
+PROBE_THREADS = 128
+"""Threads of a block of every probe."""
+
+
+def elementwise_source(plan: Plan, kernels: Mapping[str, Sequence[Expr]], exact: bool = True) -> str:
+    """A kernel each for some expressions, whose results it writes one after the other.
+
+    Args:
+        plan: of a kernel that reads every scalar and tensor that the expressions read.
+        kernels: the expressions, by the kernel's name.
+        exact: f32 arithmetic as in a mask, rather than as in a score.
+    """
+    macros = _macros(plan)
+    known = leaves(plan, exact)
+    texts = [macros.samples()]
+    first = 0
+    for name, exprs in kernels.items():
+        texts.append(macros.expression(name, PROBE_THREADS, first, cuda_body(exprs, known)))
+        first += len(exprs)
+    return _with_library([_functions(plan), *map(str, texts)])
+
+
+def classes_source(plans: Mapping[str, Plan]) -> str:
+    """A kernel each that classes all tiles of a call, by its name, with the kernels that fill the plans' tables."""
+    texts = []
+    for name, plan in plans.items():
+        probe = _macros(plan).classes(name, PROBE_THREADS, plan.key_blocks is not None)
+        texts.append(f"namespace of_{name} {{\n{_functions(plan)}\n{probe}}}\n")
+    return _with_library(texts)
+
+
+def _macros(plan: Plan) -> Any:
+    return emission_environment(plan).get_template("elementwise.cu.j2").module
+
+
+def _functions(plan: Plan) -> str:
+    """The constants, the parameters and the functions of a plan."""
+    env = emission_environment(plan)
+    constants = (("kBlockM", plan.block_m), ("kBlockN", plan.block_n))
+    pairs, tables = pair_functions(plan, env), table_function(plan, env)
+    return str(_macros(plan).functions(plan, constants, pairs, tables))
+
+
+def _with_library(texts: Sequence[str]) -> str:
+    text = "\n".join(texts)
+    return "\n\n".join([*used_by(text), text])
