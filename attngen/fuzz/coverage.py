@@ -20,14 +20,14 @@ from attngen.plan.steps import ForBlocks, When, walk
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
 from attngen.simulate.tiles import LOCKSTEP
-from attngen.simulate.visits import SIMULATED_SMS, declared_values
+from attngen.simulate.visits import SIMULATED_SMS, declared_values, walk_of
 
 Met = tuple[str, str]
 """A dimension and a value of it: ("schedule", "fa2")."""
 
 ORDERS = ("auto", "heads", "rows")
 BLOCKS_PER_ROW = ("0", "1", "2", "many")
-_KEY_RANGES = ("right", "full", "left", "every")
+_KEY_RANGES = ("right", "full", "left")
 RANGES = {
     "serial": ("rows", "keys"),
     "fa2": _KEY_RANGES,
@@ -35,8 +35,12 @@ RANGES = {
     "pingpong": _KEY_RANGES,
 }
 """Ranges of the computing role's program, by schedule."""
+WALKS = ("no block", "some partial", "some full")
+"""What a walk over blocks of keys comes to."""
 CONDITIONS = ("scale is negative", "tile has blocks", "m sees n")
-_WARPGROUP_CONDITIONS = ("last warpgroup",)
+_WARPGROUP_WALKS = ("no block", "some partial", "some full")
+"""What a walk over blocks of keys comes to."""
+CONDITIONS = ("last warpgroup",)
 _SHOWN_HEAD_DIMS = ("32", "40", "64", "80", "96", "128", "192", "256", "192/128")
 
 
@@ -93,6 +97,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     ranges = [f"{kind} {name}" for kind in schedules for name in RANGES[kind]]
     yield from (("range", f"{name} filled") for name in ranges)
     yield from (("range", f"{name} empty") for name in ranges if name != "serial rows")  # nothing is launched
+    yield from (("walk", f"{kind}: {found}") for kind in schedules if kind != "serial" for found in WALKS)
     conditions = (*CONDITIONS, *(_WARPGROUP_CONDITIONS if has_warpgroups else ()))
     yield from (("condition", f"{name}: {state}") for name in conditions for state in ("yes", "no"))
     if has_warpgroups:
@@ -197,6 +202,8 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
     for m_block in range(m_max):
         visited = len(visited_blocks(plan, sizes, m_block))
         yield ("blocks per row", BLOCKS_PER_ROW[min(max(visited, 0), 3)])
+        if plan.key_blocks is None and plan.schedule != "serial":
+            yield from (("walk", f"{plan.schedule}: {found}") for found in _met_by_walk(plan, sizes, m_block))
         bounds = block_bounds(plan, sizes, m_block)._asdict() if plan.key_blocks else {}
         variables = {"zero": 0, "m_max": m_max, "n_end": n_end, "m_block": m_block, **bounds}
         for range_ in ranges:
@@ -206,6 +213,12 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
             yield ("condition", state)
     if "scale is negative" in conditions:
         yield ("condition", f"scale is negative: {'yes' if (case.softmax_scale or 0) < 0 else 'no'}")
+
+
+def _met_by_walk(plan: Plan, sizes: Sizes, m_block: int) -> Iterator[str]:
+    """The kinds of blocks that a walk comes to, or that it comes to none."""
+    found = {"some partial" if block.is_partial else "some full" for block in walk_of(plan, sizes, m_block)}
+    yield from found or {"no block"}
 
 
 def _runs(range_: Range, variables: dict[str, int]) -> bool:

@@ -163,11 +163,14 @@ def lowered(
     inputs: str = "f32",
     target: str = "simulator",
     fields: Mapping[str, Any] = MappingProxyType({}),
+    score: str = "score",
+    declarations: Mapping[str, Any] = MappingProxyType({}),
     **choices: Any,
 ) -> Plan:
     """The plan of a spec, with tiles small enough for every range of a program to hold many blocks.
 
-    `fields` is more of the spec's `schedule`; `choices` is what no spec says and lowering would decide.
+    `fields` is more of the spec's `schedule`, `declarations` its tensors and scalars; `choices` is what no spec says
+    and lowering would decide.
     """
     spec = load(
         {
@@ -175,6 +178,8 @@ def lowered(
             "problem": {"head_dim": {"qk": head_dim, "v": head_dim_v or head_dim}},
             "precision": {"inputs": inputs},
             "mask": mask,
+            "score": score,
+            **declarations,
             "tile": {"block_m": block_m, "block_n": block_n},
             "schedule": {"kind": schedule, "stages": 1 if schedule == "serial" else stages, **fields},
         }

@@ -70,12 +70,6 @@ def test_bounds_hold_every_visible_pair(schedule: str, mask: str) -> None:
                         assert any(sees(bounds.n_min)) and any(sees(bounds.n_max - 1))
 
 
-def test_masks_without_a_closed_form_visit_everything() -> None:
-    """Where nothing is known of the mask every block is visited and none is full."""
-    plan = lowered("fa2", "kv_idx != q_idx", 1, block_n=4)
-    assert block_bounds(plan, Sizes(1, 8, 13, 1, 1), 0) == (0, 0, 0, 4)
-
-
 def test_every_head_and_block_of_rows_has_one_tile() -> None:
     """The tiles of a launch are all (block of rows, batch, head), once, whether stacked or alone."""
     plan = lowered("fa2", "causal", 1, block_m=4)
