@@ -38,9 +38,7 @@ RANGES = {
 WALKS = ("no block", "some partial", "some full")
 """What a walk over blocks of keys comes to."""
 CONDITIONS = ("scale is negative", "tile has blocks", "m sees n")
-_WARPGROUP_WALKS = ("no block", "some partial", "some full")
-"""What a walk over blocks of keys comes to."""
-CONDITIONS = ("last warpgroup",)
+_WARPGROUP_CONDITIONS = ("last warpgroup",)
 _SHOWN_HEAD_DIMS = ("32", "40", "64", "80", "96", "128", "192", "256", "192/128")
 
 
