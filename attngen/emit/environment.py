@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from attngen.emit.pairs import score_terms
 from attngen.errors import InternalError
 from attngen.plan import (
     BlockIndex,
@@ -26,7 +27,7 @@ from attngen.plan import (
     View,
     walk,
 )
-from attngen.plan.steps import PassTurn
+from attngen.plan.steps import ModifyScores, PassTurn
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16"}
@@ -114,6 +115,9 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
     env.filters.update(
         program=program,
         role=role,
+        reads_score_terms=lambda of: (
+            bool(score_terms(plan.score)) and any(isinstance(step, ModifyScores) for step in walk(of))
+        ),
         takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         element=lambda dtype: _ELEMENTS[dtype.name],
         condition=lambda condition: conditions[condition],
@@ -128,7 +132,11 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
-    env.globals.update(scheduler=plan.kernel.scheduler, walks=plan.tile_classes is not None)
+    env.globals.update(
+        scheduler=plan.kernel.scheduler,
+        walks=plan.tile_classes is not None,
+        has_score_terms=bool(score_terms(plan.score)),
+    )
     macros = step_macros(env)
     return env
 

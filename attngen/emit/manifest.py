@@ -108,6 +108,7 @@ class Manifest:
     """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`.
 
     Attributes:
+        score_factor: times log2(e), what the parameter of value "score_factor_log2" carries.
         up_to: most keys of the calls that this kernel is for; None for any.
         shorter: names of the kernels for calls of fewer keys, the fewest first, each with a manifest of its own: the
             first whose `up_to` is at least seqlen_k takes the call, and this one takes it if none does.
@@ -122,6 +123,7 @@ class Manifest:
     output: str
     mask: str
     score: str
+    score_factor: float
     tensors: tuple[TensorEntry, ...]
     scalars: tuple[ScalarEntry, ...]
     schedule: str
@@ -215,6 +217,7 @@ def manifest(plan: Plan) -> Manifest:
         output=plan.output.name,
         mask=plan.mask_text,
         score=str(plan.score),
+        score_factor=plan.score_factor,
         tensors=tuple(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
         scalars=tuple(ScalarEntry(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
         schedule=plan.schedule,

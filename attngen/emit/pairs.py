@@ -1,11 +1,12 @@
 """The device functions by which a kernel asks the spec: which keys are seen, and what a score is."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
-from attngen.expr import Leaves, Table, cuda_body, to_cuda
+from attngen.expr import Expr, Leaves, Table, c_type, cuda_body, free_names, nodes, scalar, to_cuda, with_nodes
 from attngen.plan import Plan, walk
 from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores
 
@@ -115,12 +116,34 @@ def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
 def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
     steps = {type(step): step for step in walk(plan.kernel.worker.program)}
     if isinstance(step := steps.get(ModifyScores), ModifyScores):
-        yield macros.score(cuda_body([step.score], leaves(plan, exact=False, key_step="kv_step")))
+        terms = score_terms(step.score)
+        if terms:
+            found = cuda_body(list(terms), leaves(plan))
+            types = ("int" if each.type == "bool" else c_type(each) for each in terms)
+            named = zip(terms.values(), types, found.results, strict=True)
+            yield macros.terms([{"name": name, "c_type": of, "value": value} for name, of, value in named], found)
+        score = with_nodes(step.score, {each: scalar(f"terms.{name}", each.type) for each, name in terms.items()})
+        known = replace(leaves(plan, exact=False, key_step="kv_step"), score_scale="params.softmax_scale")
+        known = replace(known, names={**known.names, **{f"terms.{name}": f"terms.{name}" for name in terms.values()}})
+        yield macros.score(cuda_body([score], known), bool(terms))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield macros.predicate(cuda_body([step.mask], leaves(plan)))
+
+
+def score_terms(score: Expr) -> dict[Expr, str]:
+    """What a score looks up that is the same for all pairs of a tile, as a field each of the tile's terms.
+
+    A load in the loop would stand between the GEMMs.
+    """
+    found: dict[Expr, str] = {}
+    for each in nodes(score):
+        if each.op == "lookup" and not free_names(each) & {"q_idx", "kv_idx", "score"}:
+            found[each] = f"{each.name}{len(found)}"
+    inner = {arg for each in found for arg in nodes(*each.args)}
+    return {each: name for each, name in found.items() if each not in inner}
 
 
 def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
@@ -140,7 +163,7 @@ def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
         for space in table.ends
     }
     names = _NAMES | scalars
-    return Leaves(names | {"kv_idx": "kv_first"} if key_step else names, sizes, exact, key_step)
+    return Leaves(names | {"kv_idx": "kv_first"} if key_step else names, sizes, of_tables, exact, key_step)
 
 
 def _size(plan: Plan, dim: str | int) -> str:

@@ -7,6 +7,8 @@ They hold the very functions that a kernel of the plan would, so that what is sa
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
+
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
 from attngen.emit.pairs import leaves, pair_functions, table_function
@@ -25,35 +27,35 @@ def elementwise_source(plan: Plan, kernels: Mapping[str, Sequence[Expr]], exact:
         kernels: the expressions, by the kernel's name.
         exact: f32 arithmetic as in a mask, rather than as in a score.
     """
-    macros = _macros(plan)
+    env = emission_environment(plan)
+    macros = _macros(env)
     known = leaves(plan, exact)
-    texts = [macros.samples()]
+    texts = [_functions(plan, env), macros.samples()]
     first = 0
     for name, exprs in kernels.items():
         texts.append(macros.expression(name, PROBE_THREADS, first, cuda_body(exprs, known)))
         first += len(exprs)
-    return _with_library([_functions(plan), *map(str, texts)])
+    return _with_library([str(text) for text in texts])
 
 
 def classes_source(plans: Mapping[str, Plan]) -> str:
     """A kernel each that classes all tiles of a call, by its name, with the kernels that fill the plans' tables."""
     texts = []
     for name, plan in plans.items():
-        probe = _macros(plan).classes(name, PROBE_THREADS, plan.key_blocks is not None)
-        texts.append(f"namespace of_{name} {{\n{_functions(plan)}\n{probe}}}\n")
+        env = emission_environment(plan)
+        probe = _macros(env).classes(name, PROBE_THREADS, plan.key_blocks is not None)
+        texts.append(f"namespace of_{name} {{\n{_functions(plan, env)}\n{probe}}}\n")
     return _with_library(texts)
 
 
-def _macros(plan: Plan) -> Any:
-    return emission_environment(plan).get_template("elementwise.cu.j2").module
+def _macros(env: jinja2.Environment) -> Any:
+    return env.get_template("elementwise.cu.j2").module
 
 
-def _functions(plan: Plan) -> str:
+def _functions(plan: Plan, env: jinja2.Environment) -> str:
     """The constants, the parameters and the functions of a plan."""
-    env = emission_environment(plan)
     constants = (("kBlockM", plan.block_m), ("kBlockN", plan.block_n))
-    pairs, tables = pair_functions(plan, env), table_function(plan, env)
-    return str(_macros(plan).functions(plan, constants, pairs, tables))
+    return str(_macros(env).functions(plan, constants, pair_functions(plan, env), table_function(plan, env)))
 
 
 def _with_library(texts: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 conditions over a tile (`tile_classes`).
 """
 
-from attngen.expr.cuda import Leaves, cuda_body, to_cuda
+from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
     SIZE_NAMES,
@@ -42,10 +42,13 @@ from attngen.expr.tree import (
     const,
     free_names,
     name,
+    nodes,
+    scalar,
     scale,
     sub,
     substitute,
     tensor_names,
+    with_nodes,
 )
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "TILE_NAMES",
     "TRUE",
     "VALUE_TYPES",
+    "Body",
     "Declarations",
     "Definition",
     "Expr",
@@ -73,6 +77,7 @@ __all__ = [
     "add",
     "affine",
     "affine_parts",
+    "c_type",
     "check_definitions",
     "conjunction",
     "const",
@@ -91,10 +96,12 @@ __all__ = [
     "less_equal",
     "name",
     "negate",
+    "nodes",
     "parse_mask",
     "parse_score",
     "prelude",
     "read_declarations",
+    "scalar",
     "scale",
     "sub",
     "substitute",
@@ -102,4 +109,5 @@ __all__ = [
     "tile_classes",
     "to_cuda",
     "to_text",
+    "with_nodes",
 ]

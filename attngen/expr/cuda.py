@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from attngen.errors import InternalError
+from attngen.expr.arithmetic import times
 from attngen.expr.ranges import index_range
 from attngen.expr.text import write_comparison, written_terms
-from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, scale, scalar, sub
+from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, real, scale, scalar, sub
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
@@ -28,15 +29,20 @@ class Leaves:
     Attributes:
         names: an operand for each name, `{"seqlen_q": "params.seqlen_q"}`; of indices an int.
         sizes: an int for each dimension of a tensor, by the tensor's name.
+        extents: how many values an index takes, by its name; it needs no clamp in a dimension of that very text.
         exact: f32 arithmetic as the language defines it, rather than fast.
         key_step: the part of kv_idx that the compiler knows, with `names["kv_idx"]` the rest; a conversion to f32 is
             then done once a thread and not once a key. Empty: there is no such part.
+        score_scale: what `names["score"]` is still to be multiplied by; a constant that a score is multiplied by joins
+            it. Empty: the score is scaled.
     """
 
     names: Mapping[str, str]
     sizes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    extents: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
     key_step: str = ""
+    score_scale: str = ""
 
 
 class Body(NamedTuple):
@@ -63,7 +69,7 @@ def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:
     """
     writer = _Writer(leaves)
     uses = Counter(arg for each in nodes(*exprs) for arg in each.args) + Counter(exprs)
-    lines = []
+    lines: list[str] = []
     for each in nodes(*exprs):
         if uses[each] > 1 and each.op not in ("const", "name", "mul"):
             text = writer.text(each)
@@ -77,7 +83,8 @@ def c_type(expr: Expr) -> str:
     """The C++ type that holds every value of an expression."""
     if expr.type != "i32":
         return {"bool": "bool", "f32": "float"}[expr.type]
-    return "int" if _fits_int(*index_range(expr)) else "i64"
+    lowest, highest = index_range(expr)
+    return "int" if lowest >= -_INT_MAX - 1 and highest <= _INT_MAX else "i64"
 
 
 def f32_literal(value: float) -> str:
@@ -125,6 +132,8 @@ class _Writer:
             return self._sum(expr)
         if expr.op == "not":
             return f"!{self.text(expr.args[0], _UNARY)}", _UNARY
+        if expr.name == "score" and self._leaves.score_scale:
+            return f"{self._name('score')} * {self._leaves.score_scale}", _PRODUCT
         if expr.op == "name":
             return self._name(expr.name), _OPERAND
         if expr.op == "lookup":
@@ -159,7 +168,7 @@ class _Writer:
         return f"read_{expr.name}(params, {', '.join(places)})"
 
     def _clamped(self, index: Expr, size: str) -> str:
-        is_inside = index.op == "name" and index.name in ("b", "h", "h_kv", "q_tile", "kv_tile")
+        is_inside = index.op == "name" and self._leaves.extents.get(index.name) == size
         return self.text(index) if is_inside else f"clamp_index({self.text(index)}, {size})"
 
     def _where(self, expr: Expr) -> str:
@@ -168,10 +177,22 @@ class _Writer:
         return f"{self.text(condition, _OR)} ? {yes} : {no}"
 
     def _as_type(self, expr: Expr, type: str, binds: int = _TERNARY) -> str:
-        """The text of an i32 as int or i64; of another type as it is."""
-        if expr.type != "i32" or c_type(expr) == type:
+        """The text of an i32, whose value fits, as int or i64; of another type as it is."""
+        if expr.type != "i32" or self._type_of_text(expr) == type:
             return self.text(expr, binds)
         return f"({type}){self.text(expr, _UNARY)}"
+
+    def _type_of_text(self, number: Expr) -> str:
+        """The type that C++ gives to the text of an i32: it may be wider than the values, or narrower than their range."""
+        if number in self._known or number.op == "where":
+            return c_type(number)
+        if number.op in ("name", "lookup") or number.name == "i32":
+            return "int"
+        if number.op in ("arith", "call"):
+            return _operation_type(number)
+        terms = written_terms(number)
+        is_wide = any(atom and self._type_of_text(atom) == "i64" for _, atom in terms)
+        return "i64" if is_wide or not _sums_fit_int(terms) else "int"
 
     # ---- i32 ----------------------------------------------------------------------------------------------------
     def _sum(self, form: Expr) -> tuple[str, int]:
@@ -201,9 +222,9 @@ class _Writer:
 
     def _index_arithmetic(self, expr: Expr) -> tuple[str, int]:
         a, b = expr.args
+        wide = _operation_type(expr)
         if expr.name == "*":
-            return f"{self._as_type(a, c_type(expr), _PRODUCT)} * {self._as_type(b, c_type(expr), _UNARY)}", _PRODUCT
-        wide = "i64" if "i64" in (c_type(a), c_type(b)) else "int"
+            return f"{self._as_type(a, wide, _PRODUCT)} * {self._as_type(b, wide, _UNARY)}", _PRODUCT
         floors_as_c = index_range(a)[0] >= 0 and index_range(b)[0] > 0
         if floors_as_c:
             sign = expr.name[0]
@@ -218,8 +239,12 @@ class _Writer:
             return f"{_EXACT_ARITHMETIC[expr.name]}({self.text(a)}, {self.text(b)})", _OPERAND
         if expr.name == "/":
             if b.op == "const" and b.value:
-                return f"{self.text(a, _PRODUCT)} * {f32_literal(_reciprocal(float(b.value)))}", _PRODUCT
+                return self._real_arithmetic(times(a, real(1 / float(b.value))))
             return f"__fdividef({self.text(a)}, {self.text(b)})", _OPERAND
+        if expr.name == "*" and (split := self._split_product(a, b)):
+            return split, _OPERAND
+        if expr.name == "*" and (scaled := self._scaled_score(a, b)):
+            return scaled, _PRODUCT
         own = _PRODUCT if expr.name == "*" else _SUM
         return f"{self.text(a, own)} {expr.name} {self.text(b, own + 1)}", own
 
@@ -227,25 +252,43 @@ class _Writer:
         if expr.name == "f32":
             return self._to_real(expr.args[0])
         if expr.args[0].type == "i32":
-            args = ", ".join(self._as_type(arg, c_type(expr)) for arg in expr.args)
+            args = ", ".join(self._as_type(arg, _operation_type(expr)) for arg in expr.args)
             return f"{_INDEX_FUNCTIONS[expr.name]}({args})", _OPERAND
         functions = _EXACT_FUNCTIONS if self._leaves.exact else _FAST_FUNCTIONS
         return f"{functions[expr.name]}({', '.join(map(self.text, expr.args))})", _OPERAND
 
     def _to_real(self, number: Expr) -> tuple[str, int]:
+        if split := self._split(number):
+            return " + ".join(split), _SUM
+        return f"(float){self.text(number, _UNARY)}", _UNARY
+
+    def _split(self, number: Expr) -> tuple[str, str] | None:
+        """An i32 as f32 in two parts, of which the compiler knows the second; their sum is rounded once more."""
         factor = affine_parts(number)[0].get(_KEY, 0)
         rest = sub(number, scale(factor, _KEY))
         if not self._leaves.key_step or not factor or "kv_idx" in free_names(rest):
-            return f"(float){self.text(number, _UNARY)}", _UNARY
-        first = add(rest, scale(factor, scalar("kv_first", "i32")))
-        step = self.text(const(factor)) + " * " if factor != 1 else ""
-        return f"(float){self.text(first, _UNARY)} + (float)({step}{self._leaves.key_step})", _SUM
+            return None
+        first = self.text(add(rest, scale(factor, scalar("kv_first", "i32"))), _UNARY)
+        step = f"{self.text(const(factor))} * {self._leaves.key_step}" if factor != 1 else self._leaves.key_step
+        return f"(float){first}", f"(float)({step})"
 
+    def _split_product(self, a: Expr, b: Expr) -> str:
+        """x · (first + step) as one fma a key, its last operand computed once a thread; empty where nothing is split."""
+        for number, factor in ((a, b), (b, a)):
+            if number.op == "call" and number.name == "f32" and number not in self._known:
+                if split := self._split(number.args[0]):
+                    first, step = split
+                    text = self.text(factor, _PRODUCT)
+                    return f"__fmaf_rn({self.text(factor)}, {step}, {text} * {first})"
+        return ""
 
-def _reciprocal(value: float) -> float:
-    from attngen.expr.tree import round_to_f32
-
-    return round_to_f32(1 / value)
+    def _scaled_score(self, a: Expr, b: Expr) -> str:
+        """The raw score times what it is still to be multiplied by and a constant; empty where it is nothing of the kind."""
+        scale = self._leaves.score_scale
+        for score, factor in ((a, b), (b, a)):
+            if scale and score.name == "score" and factor.op == "const":
+                return f"{self._name('score')} * ({scale} * {self.text(factor, _UNARY)})"
+        return ""
 
 
 _EXACT_ARITHMETIC = {"+": "__fadd_rn", "-": "__fsub_rn", "*": "__fmul_rn", "/": "__fdiv_rn"}
@@ -278,13 +321,24 @@ _FAST_FUNCTIONS = _EXACT_FUNCTIONS | {
 }
 
 
+def _operation_type(operation: Expr) -> str:
+    """The type in which an operation on i32 is computed: it holds the result and every operand."""
+    numbers = (operation, *operation.args)
+    if operation.name == "%" and index_range(operation.args[1])[0] < 0:
+        numbers = (*numbers, scale(-1, operation.args[0]))  # the quotient by -1 is computed too
+    return "i64" if "i64" in map(c_type, numbers) else "int"
+
+
 def _fits_int(lowest: int, highest: int) -> bool:
+    """Whether an int holds these numbers and their negatives."""
     return -_INT_MAX <= lowest and highest <= _INT_MAX
 
 
 def _sums_fit_int(terms: Sequence[tuple[int, Expr | None]]) -> bool:
     """Whether every partial sum, from the left, stays within 32 bits for all values of the atoms."""
     lowest = highest = 0
+    if len(terms) == 1 and terms[0][0] == 1 and terms[0][1]:
+        return True  # nothing is computed
     for coefficient, atom in terms:
         ends = [coefficient * end for end in (index_range(atom) if atom else (1, 1))]
         lowest, highest = lowest + min(ends), highest + max(ends)

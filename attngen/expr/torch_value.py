@@ -34,7 +34,8 @@ def evaluate(
     Raises:
         InternalError: a name or a lookup has no value.
     """
-    return _Evaluation(env, tensors or {}, real)(expr)
+    value: Value = _Evaluation(env, tensors or {}, real)(expr)
+    return value
 
 
 class _Evaluation:
@@ -73,7 +74,7 @@ class _Evaluation:
         tensor = self._tensors.get(expr.name)
         if tensor is None:
             raise InternalError(f"{expr.name} was given no value")
-        places = self._torch.broadcast_tensors(
+        places = self._torch.broadcast_tensors(  # type: ignore[no-untyped-call]
             *(self._torch.as_tensor(index, device=tensor.device) for index in indices)
         )
         if tensor.numel():
@@ -108,9 +109,11 @@ class _Evaluation:
             lowest, highest = -(2.0**31), 2.0**31 - 1
             whole = torch.nan_to_num(args[0].to(torch.float64), 0.0, highest, lowest)
             return whole.clamp(lowest, highest).trunc().to(torch.int64)
-        numbers = torch.broadcast_tensors(*(torch.as_tensor(arg) for arg in args))
+        numbers = [torch.as_tensor(arg) for arg in args]
         if expr.name == "sign":
             return (numbers[0] > 0).to(numbers[0].dtype) - (numbers[0] < 0).to(numbers[0].dtype)
+        if expr.name == "sqrt":  # of f32 torch's own is a unit in the last place off now and then
+            return torch.sqrt(numbers[0].to(torch.float64)).to(self._real)
         function = _FUNCTIONS.get(expr.name, expr.name)
         return getattr(torch, function)(*numbers)
 

@@ -249,6 +249,16 @@ def nodes(*exprs: Expr) -> tuple[Expr, ...]:
     return tuple(found)
 
 
+def with_nodes(expr: Expr, by: Mapping[Expr, Expr]) -> Expr:
+    """The tree with other nodes in the place of some, each of the same type; for printing only: the form may not be
+    canonical."""
+    made: dict[Expr, Expr] = {}
+    for each in nodes(expr):
+        args = tuple(made[arg] for arg in each.args)
+        made[each] = by.get(each) or node(each.op, args, each.name, each.value, each.type)
+    return made[expr]
+
+
 def free_names(expr: Expr) -> frozenset[str]:
     """The names an expression reads, without those of tensors."""
     return frozenset(each.name for each in nodes(expr) if each.op == "name")

@@ -6,7 +6,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import DType, dtype
 from attngen.errors import PlanError
-from attngen.expr import definitions, key_range, tile_classes, to_text
+from attngen.expr import definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
 from attngen.lower.places import key_blocks, params, places, workspaces
@@ -74,7 +74,7 @@ def build(
     head_dims = (spec.problem.head_dim.qk, spec.problem.head_dim.v)
     inputs = dtype(spec.precision.inputs)
     output = inputs if spec.precision.output == "auto" else dtype(spec.precision.output)
-    pairs = Pairs(spec.mask_expr, key_range(spec.mask_expr), spec.score_expr)
+    pairs = Pairs.of(spec.mask_expr, spec.score_expr)
     mask = pairs.mask
     masks = [name for name, definition in definitions().items() if definition is mask]
     mask_name = masks[0] if masks else "masked"
@@ -93,7 +93,8 @@ def build(
         head_dim_v=head_dims[1],
         mask=mask,
         mask_text=mask_name if masks else to_text(mask),
-        score=pairs.score,
+        score=spec.score_expr,
+        score_factor=pairs.score_factor,
         tile_classes=None if pairs.visible else tile_classes(mask),
         declarations=declarations_read_by(spec.declarations, mask, pairs.score),
         schedule=schedule,

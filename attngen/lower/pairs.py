@@ -29,7 +29,7 @@ def pair_params(
     if pairs.modifies_scores:
         scale = (
             Param("softmax_scale", "f32", "softmax_scale"),
-            Param("softmax_scale_log2", "f32", "log2_e"),
+            Param("softmax_scale_log2", "f32", "score_factor_log2"),
         )
     else:
         scale = (

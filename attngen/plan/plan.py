@@ -233,6 +233,7 @@ class Plan:
         name: entry name of the attention kernel; facts first, digest last.
         spec_name, spec_digest, mask_text: of the spec it came from.
         mask, score: what is computed of each pair of query and key.
+        score_factor: the constant factor of the score that ModifyScores leaves to the exponentials.
         tile_classes: how blocks of keys are classed; None where `key_blocks` has them in closed form.
         key_blocks: see `tile_classes`.
         declarations: the spec's scalars and tensors that mask and score read.
@@ -256,6 +257,7 @@ class Plan:
     mask: Expr
     mask_text: str
     score: Expr
+    score_factor: float
     tile_classes: TileClasses | None
     declarations: Declarations
     schedule: str

@@ -178,7 +178,7 @@ class Launcher:
             device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
             if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
                 check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-            key = (
+            key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                 device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(),
                 None if softmax_scale is None else (softmax_scale, softmax_scale.__class__),  # True equals 1.0
@@ -271,7 +271,7 @@ class Launcher:
             "softmax_scale_log2": max(abs(scale), SMALLEST_SCALE) * math.log2(math.e),
             "scale_is_negative": int(scale < 0),
             "softmax_scale": scale,
-            "log2_e": math.log2(math.e),
+            "score_factor_log2": self.manifest.score_factor * math.log2(math.e),
             **declared.parameters,
             **dict.fromkeys(self._addresses, 0),
         }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, KeyRange, name
+from attngen.expr import Expr, KeyRange, key_range, name
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, RegVec, Rows, Tensor, View, Walk
 from attngen.plan.steps import (
     ForBlocks,
@@ -55,17 +55,29 @@ class Pairs:
     Attributes:
         mask: whether the query sees the key.
         visible: the keys that a row sees, where they have a closed form.
-        score: in natural units, out of `score`, the scaled product.
+        score: out of `score`, the scaled product; times `score_factor` it is in natural units.
+        score_factor: positive; a factor that the exponentials take for nothing.
     """
 
     mask: Expr
     visible: KeyRange | None
     score: Expr
+    score_factor: float = 1.0
+
+    @classmethod
+    def of(cls, mask: Expr, score: Expr) -> "Pairs":
+        """What a mask and a score say; a constant factor of the score is taken off it, unless it might overflow or vanish."""
+        if score.op == "arith" and score.name == "*":
+            a, b = score.args
+            for factor, rest in ((a, b), (b, a)):
+                if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
+                    return cls(mask, key_range(mask), rest, float(factor.value))
+        return cls(mask, key_range(mask), score)
 
     @property
     def modifies_scores(self) -> bool:
         """Whether the score is anything but the scaled product."""
-        return self.score is not name("score")
+        return self.score is not name("score") or self.score_factor != 1
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def simulate(
     if lse is not None:
         tensors["lse"] = lse
     scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
-    scale_to_log2 = 1.0 if plan.modifies_scores else max(abs(scale), SMALLEST_SCALE)
+    scale_to_log2 = plan.score_factor if plan.modifies_scores else max(abs(scale), SMALLEST_SCALE)
     call = Call(
         plan,
         sizes,

@@ -16,3 +16,12 @@ DEV u32 stay_in_loop(u32 x) {
 // A value that is the same in all threads of a warp, so that the compiler knows: it keeps what follows from it in uniform
 // registers, where wgmma wants its descriptors.
 DEV u32 same_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
+
+// A value in registers from here on, not loaded where it is used.
+template <class T>
+DEV T keep(T x) {
+  static_assert(sizeof(T) % 4 == 0, "made of registers");
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 4; ++i) asm volatile("" : "+r"(((u32*)&x)[i]));
+  return x;
+}
