@@ -1,4 +1,4 @@
-"""What is said of expressions without running them: ranges hold every value, and no tile is empty or full that is not."""
+"""What is said of expressions without running them: ranges hold every value, tiles are what they are called."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +112,9 @@ def _range_complaint(mask: Expr, problem: Problem, scalars: dict[str, Any], tens
     for each in nodes(mask):
         if each.type == "i32":
             found = torch.as_tensor(evaluate(each, env, tensors))
-            lowest, highest = index_range(each)
-            if int(found.min()) < lowest or int(found.max()) > highest:
-                return f"{each} is said to lie in {lowest} .. {highest}, and reaches {int(found.min())} and {int(found.max())}"
+            (lowest, highest), least, greatest = index_range(each), int(found.min()), int(found.max())
+            if least < lowest or greatest > highest:
+                return f"{each} is said to lie in {lowest} .. {highest}, and reaches {least} and {greatest}"
     return None
 
 
@@ -134,7 +134,8 @@ def _tile_complaint(mask: Expr, problem: Problem, scalars: dict[str, Any], tenso
     def tiled(value: bool) -> torch.Tensor:
         padding = (0, -problem.seqlen_k % problem.block_n, 0, -problem.seqlen_q % problem.block_m)
         padded = torch.nn.functional.pad(visible, padding, value=value)
-        return padded.unflatten(3, (-1, problem.block_n)).unflatten(2, (-1, problem.block_m))
+        blocks = (padded.shape[2] // problem.block_m, padded.shape[3] // problem.block_n)
+        return padded.reshape(BATCH, HEADS, blocks[0], problem.block_m, blocks[1], problem.block_n)
 
     for word, wrong in (
         ("empty", tiled(False).any(5).any(3) & ~may),

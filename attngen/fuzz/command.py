@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from attngen.errors import AttngenError, InternalError
 from attngen.fuzz import search
 from attngen.fuzz.case import Case
+from attngen.fuzz.language import EXPRESSIONS, fuzz_language
 from attngen.fuzz.properties import RULES
 from attngen.spec import Spec, load
 
@@ -20,6 +21,13 @@ from attngen.spec import Spec, load
     "--examples", type=click.IntRange(1), help=f"Cases to try; {search.EXAMPLES} unless --minutes is given."
 )
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Try cases for so long.")
+@click.option(
+    "--expressions",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=EXPRESSIONS,
+    help=f"Try random expressions of the language, {EXPRESSIONS} unless told; and no cases unless these are asked for.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--arch", help="Target in place of the spec's; without SPEC, of the specs that are drawn.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a value of SPEC.")
@@ -30,6 +38,7 @@ def fuzz(
     spec: str | None,
     examples: int | None,
     minutes: float | None,
+    expressions: int | None,
     device: str,
     arch: str | None,
     changes: tuple[str, ...],
@@ -42,11 +51,18 @@ def fuzz(
     Draws problems for SPEC, or specs too where none is given: lengths beside the tiles' edges, GQA, strides,
     scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
     line that shows it again. Exit code 1 where a property does not hold.
+
+    With --expressions: on cpu, ranges and classes of tiles against all pairs; on cuda also values bit by bit, classes
+    and tables against the simulator's, and the largest error of every function.
     """
     console = Console(soft_wrap=True)
     try:
         if repro is not None:
             sys.exit(_repeat_case(console, repro, device))
+        if expressions is not None:
+            is_ok = _try_expressions(console, expressions, device, arch, seed)
+            if not is_ok or (examples is None and minutes is None):
+                sys.exit(0 if is_ok else 1)
         chosen = None if spec is None else _changed(load(spec), arch, changes)
         columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         total = examples or (search.EXAMPLES if minutes is None else None)
@@ -69,6 +85,13 @@ def fuzz(
         sys.exit(2)
     console.print(report)
     sys.exit(0 if report.ok else 1)
+
+
+def _try_expressions(console: Console, count: int, device: str, arch: str | None, seed: int) -> bool:
+    (target,) = search.targets_for(device, arch) if device != "cpu" else ("",)
+    report = fuzz_language(count, device, seed, target)
+    console.print(str(report), markup=False, highlight=False)
+    return report.ok
 
 
 def _repeat_case(console: Console, text: str, device: str) -> int:

@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 
 from attngen.emit.probes import PROBE_THREADS, elementwise_source
 from attngen.errors import ExpressionError
-from attngen.expr import LARGEST_INDEX, LARGEST_LENGTH, Expr, evaluate, nodes, parse_mask, parse_score, scalar, with_nodes
+from attngen.expr import (
+    LARGEST_INDEX,
+    LARGEST_LENGTH,
+    Expr,
+    evaluate,
+    nodes,
+    parse_mask,
+    parse_score,
+    scalar,
+    with_nodes,
+)
 from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.expressions import DECLARATIONS, integers, masks, scores
 from attngen.fuzz.functions import EXACT, excess
@@ -90,9 +100,8 @@ class _Cut:
 def draw_expressions(count: int, seed: int = 0) -> list[Drawn]:
     """Different expressions of all three types, over `expressions.DECLARATIONS`."""
     found: dict[Expr, Drawn] = {}
-    texts = st.one_of(
-        *(st.tuples(st.just(type), of(DECLARATIONS)) for type, of in (("bool", masks), ("i32", integers), ("f32", scores)))
-    )
+    kinds = (("bool", masks), ("i32", integers), ("f32", scores))
+    texts = st.one_of(*(st.tuples(st.just(type), of(DECLARATIONS)) for type, of in kinds))
 
     def collect(drawn: tuple[str, str]) -> None:
         type, text = drawn
@@ -126,13 +135,13 @@ def modules(drawn: Sequence[Drawn]) -> list[Sequence[Drawn]]:
 
 def source_of(drawn: Sequence[Drawn], plan: Plan) -> str:
     """The file of a kernel for each expression."""
-    cuts = [_Cut.of(each.expr) for each in drawn]
-    return elementwise_source(
-        plan, {_kernel(i): (each.expr, *cut.calls) for i, (each, cut) in enumerate(zip(drawn, cuts, strict=True))}
-    )
+    kernels = {_kernel(i): (each.expr, *_Cut.of(each.expr).calls) for i, each in enumerate(drawn)}
+    return elementwise_source(plan, kernels)
 
 
-def check_elementwise(drawn: Sequence[Drawn], target: str, seed: int = 0, device: str = "cuda") -> list[Mismatch]:
+def check_elementwise(
+    drawn: Sequence[Drawn], target: str, seed: int = 0, device: str = "cuda"
+) -> list[Mismatch]:
     """Evaluate the expressions of one module on a GPU; where each that is wrong is so first."""
     plan = plan_that_reads_all(DECLARATIONS, target)
     probe = Probe(source_of(drawn, plan), target, device)
@@ -141,7 +150,9 @@ def check_elementwise(drawn: Sequence[Drawn], target: str, seed: int = 0, device
     scalars = random_scalars(DECLARATIONS, generator, is_wild=True)
     samples = draw_samples(generator)
     cuts = [_Cut.of(each.expr) for each in drawn]
-    found = torch.zeros(sum(1 + len(cut.calls) for cut in cuts), SAMPLES, dtype=torch.int64, device=probe.device)
+    found = torch.zeros(
+        sum(1 + len(cut.calls) for cut in cuts), SAMPLES, dtype=torch.int64, device=probe.device
+    )
     on_gpu = {name: x.to(probe.device) for name, x in tensors.items()}
     given_ = parameters(plan, SIZES, scalars, on_gpu)
     there = {name: x.to(probe.device) for name, x in samples.items()}

@@ -125,7 +125,7 @@ def unit(right: Tensor) -> Tensor:
 
 def excess(bound: Bound, x: Tensor, got: Tensor) -> Tensor:
     """How much each value is over what is allowed, as a fraction of that; infinite where only one is NaN."""
-    taken, right = _truth(bound, x)
+    taken, right = truth(bound, x)
     allowed = bound.allowed(taken.nan_to_num(0.0, 0.0, 0.0), right.nan_to_num(0.0, _BEYOND, -_BEYOND))
     over = _error(got, right) / allowed - 1
     same = (got.double() == right) | (got.isnan() & right.isnan())
@@ -134,7 +134,7 @@ def excess(bound: Bound, x: Tensor, got: Tensor) -> Tensor:
     return torch.where(same, -1.0, over.nan_to_num(torch.inf, torch.inf))
 
 
-def _truth(bound: Bound, x: Tensor) -> tuple[Tensor, Tensor]:
+def truth(bound: Bound, x: Tensor) -> tuple[Tensor, Tensor]:
     """The arguments as the function takes them and the true values, in f64."""
     taken = x.double()
     if bound.flushes:
@@ -149,10 +149,11 @@ def _error(got: Tensor, right: Tensor) -> Tensor:
 
 def measure(name: str, bound: Bound, x: Tensor, got: Tensor) -> Measured:
     """The largest errors of a function over a sample."""
-    _, right = _truth(bound, x)
+    _, right = truth(bound, x)
     error, over = _error(got, right), excess(bound, x, got)
     least, greatest = bound.magnitudes
-    is_normal = (x.abs() >= least) & (x.abs() <= greatest) & right.isfinite() & (right.abs() >= _SMALLEST_NORMAL) & got.isfinite()
+    is_normal = right.isfinite() & (right.abs() >= _SMALLEST_NORMAL) & got.isfinite()
+    is_normal &= (x.abs() >= least) & (x.abs() <= greatest)
     error_of_normal, normal = error[is_normal], right[is_normal]
     at = int(over.argmax())
     return Measured(

@@ -32,10 +32,14 @@ class Probe:
     """A compiled file of probes, loaded on a GPU."""
 
     def __init__(self, source: str, arch: str, device: str) -> None:
-        self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-        self._module = Module(compile_source(source, arch).cubin)  # type: ignore[no-untyped-call]
+        self.device = (
+            torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+        )
+        self._module = Module(compile_source(source, arch).cubin)
 
-    def run(self, kernel: str, blocks: int, *arguments: Iterable[Field], threads: int = PROBE_THREADS) -> None:
+    def run(
+        self, kernel: str, blocks: int, *arguments: Iterable[Field], threads: int = PROBE_THREADS
+    ) -> None:
         """Launch a kernel on torch's stream with some structs for arguments."""
         device = self.device.index
         with preparing(device):
@@ -84,7 +88,11 @@ def parameters(
     """
     sizes = dict(sizes)
     for name, tensor in plan.declarations.tensors.items():
-        sizes |= {dim: size for dim, size in zip(tensor.dims, tensors[name].shape, strict=True) if isinstance(dim, str)}
+        sizes |= {
+            dim: size
+            for dim, size in zip(tensor.dims, tensors[name].shape, strict=True)
+            if isinstance(dim, str)
+        }
     values: dict[str, Any] = {**sizes, **{f"size.{name}": size for name, size in sizes.items()}}
     values |= {f"scalar.{name}": value for name, value in scalars.items()}
     for name, x in tensors.items():
@@ -102,11 +110,13 @@ def spec_of(
         {
             "target": target,
             "problem": {"head_dim": 64},
-            "scalars": {each.name: _scalar_text(each.type, each.default) for each in declarations.scalars.values()},
+            "scalars": {
+                each.name: _scalar_text(each.type, each.default) for each in declarations.scalars.values()
+            },
             "tensors": {each.name: str(each) for each in declarations.tensors.values()},
             "mask": mask,
             "tile": {"block_m": tile[0], "block_n": tile[1]},
-            "schedule": {"kind": kind, "warps": 4},
+            "schedule": {"kind": kind, "warps": tile[0] // 16},
         }
     )
 

@@ -1,0 +1,106 @@
+"""The fuzzing of expressions fuzzes: it compiles for a GPU, and finds what is planted."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from attngen.emit.pairs import leaves
+from attngen.expr import parse_mask, tile_classes, to_cuda
+from attngen.expr.tiles import TileClasses
+from attngen.expr.tree import FALSE, TRUE, Expr
+from attngen.fuzz import classes
+from attngen.fuzz.classes import Problem, check_classes, fuzz_classes
+from attngen.fuzz.command import fuzz as command
+from attngen.fuzz.elementwise import MODULE_SIZE, draw_expressions, source_of
+from attngen.fuzz.expressions import DECLARATIONS
+from attngen.fuzz.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
+from attngen.fuzz.language import masks_among
+from attngen.fuzz.probe import plan_that_reads_all
+from attngen.fuzz.tiles_on_gpu import plan_of_mask, source_of_classes
+from attngen.runtime.nvrtc import compile_source
+
+TARGET = "sm_90a"
+
+
+def test_the_module_of_a_run_compiles() -> None:
+    """200 expressions of all types, each a kernel, without a call that C++ finds ambiguous."""
+    drawn = draw_expressions(MODULE_SIZE, seed=1)
+    assert len({each.expr for each in drawn}) == MODULE_SIZE
+    assert {each.expr.type for each in drawn} == {"bool", "i32", "f32"}
+    compiled = compile_source(source_of(drawn, plan_that_reads_all(DECLARATIONS, TARGET)), TARGET)
+    assert len(compiled.resources) == MODULE_SIZE
+
+
+def test_the_module_of_classes_compiles() -> None:
+    """The classes of random masks, with the kernels that fill their tables."""
+    plans = [plan_of_mask(mask, TARGET) for mask in masks_among(draw_expressions(60, seed=2))[:12]]
+    assert any(plan.table_kernel for plan in plans)
+    compiled = compile_source(source_of_classes(plans), TARGET)
+    assert len(compiled.resources) == len(plans) + sum(plan.table_kernel is not None for plan in plans)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_modules_of_functions_compile(exact: bool) -> None:
+    """Each function has a kernel."""
+    source, _ = source_of_functions(TARGET, exact)
+    assert len(compile_source(source, TARGET).resources) == len(EXACT if exact else FAST)
+
+
+def test_no_tile_is_called_what_it_is_not() -> None:
+    """Random masks of the language over random declarations, shapes and tiles."""
+    failure = fuzz_classes(300, seed=1)
+    assert failure is None, str(failure)
+
+
+def _claims(classes: TileClasses, may: Expr | None = None, must: Expr | None = None) -> TileClasses:
+    return replace(classes, may=may or classes.may, must=must or classes.must, tables=classes.tables)
+
+
+@pytest.mark.parametrize(("word", "claim"), [("empty", {"may": FALSE}), ("full", {"must": TRUE})])
+def test_a_tile_that_is_called_what_it_is_not_is_found(
+    word: str, claim: dict[str, Expr], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes that always claim so are found within a hundred masks, and the mask is made small."""
+    monkeypatch.setattr(classes, "tile_classes", lambda mask: _claims(tile_classes(mask), **claim))
+    failure = fuzz_classes(100, seed=1)
+    assert failure is not None and f"is called {word} and is not" in str(failure)
+    assert len(failure.text) < 60 and failure.problem.seqlen_q <= 2
+
+
+def test_a_range_without_a_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range that ends too early, for every node."""
+    monkeypatch.setattr(classes, "index_range", lambda expr: (0, 5))
+    with pytest.raises(classes.ClassFailure, match="is said to lie in 0 .. 5"):
+        check_classes("q_idx < 3", Problem(9, 9, 2, 2, seed=0))
+
+
+@pytest.mark.parametrize("bounds", [EXACT, FAST], ids=["in masks", "in scores"])
+def test_bounds_hold_for_the_right_value_and_not_for_much_more(bounds: Mapping[str, Bound]) -> None:
+    """The nearest f32 is within every bound, and twice the stated error is not."""
+    x = every_exponent(step=65_521)
+    for name, bound in bounds.items():
+        taken, right = truth(bound, x)
+        assert measure(name, bound, x, right.float()).ok, name
+        off = right + 2 * bound.allowed(taken, right) + torch.finfo(torch.float32).eps * right.abs()
+        assert not measure(name, bound, x, off.float()).ok, name
+
+
+def test_the_command_tries_expressions_alone() -> None:
+    """`--expressions` asks for no cases."""
+    result = CliRunner().invoke(command, ["--expressions", "20", "--seed", "2"])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == "ok: 20 expressions on cpu, seed 2"
+
+
+def test_integers_of_mixed_widths_have_one_type_in_cuda() -> None:
+    """Not `min` of an int and an i64, nor of what an int does not hold; an index is clamped where it may be outside."""
+    plan = plan_that_reads_all(DECLARATIONS, TARGET)
+    text = to_cuda(parse_mask("min(q_idx * q_idx, 5) < kv_idx"), leaves(plan))
+    assert text == "kv_idx > min((i64)q_idx * (i64)q_idx, (i64)5)"
+    text = to_cuda(parse_mask("min(ids[b, kv_idx], 5) < kv_idx", DECLARATIONS), leaves(plan))
+    assert text == "kv_idx > min(read_ids(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)), 5)"
+    text = to_cuda(parse_mask("links[h, b]", DECLARATIONS), leaves(plan))
+    assert text == "read_links(params, clamp_index(tile.head, 4), clamp_index(tile.batch, 4))"
