@@ -15,7 +15,7 @@ from attngen.errors import InternalError
 from attngen.expr.arithmetic import times
 from attngen.expr.ranges import index_range
 from attngen.expr.text import write_comparison, written_terms
-from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, real, scale, scalar, sub
+from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, real, scale, scalar, sub, tensor_names
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
@@ -96,7 +96,7 @@ def f32_literal(value: float) -> str:
 
 
 # How tightly C binds what stands at the top of a text.
-_TERNARY, _OR, _AND, _EQUALITY, _RELATION, _SUM, _PRODUCT, _UNARY, _OPERAND = range(9)
+_TERNARY, _OR, _AND, _BITS, _EQUALITY, _RELATION, _SUM, _PRODUCT, _UNARY, _OPERAND = range(10)
 
 
 class _Writer:
@@ -124,8 +124,7 @@ class _Writer:
             own = _RELATION if expr.op == "le" else _EQUALITY
             return f"{self.text(written.left, _SUM)} {written.symbol} {self.text(written.right, _SUM)}", own
         if expr.op in ("and", "or"):
-            sign, own = (" && ", _AND) if expr.op == "and" else (" || ", _OR)
-            return sign.join(self.text(arg, _AND) for arg in expr.args), own
+            return self._logic(expr)
         if expr.op == "const" and expr.type != "i32":
             return ("true" if expr.value else "false", _OPERAND) if expr.type == "bool" else self._real(expr)
         if expr.type == "i32" and expr.op in ("const", "mul", "add", "name"):
@@ -170,6 +169,14 @@ class _Writer:
     def _clamped(self, index: Expr, size: str) -> str:
         is_inside = index.op == "name" and self._leaves.extents.get(index.name) == size
         return self.text(index) if is_inside else f"clamp_index({self.text(index)}, {size})"
+
+    def _logic(self, expr: Expr) -> tuple[str, int]:
+        """Operands with lookups are joined bit by bit: what they load is wanted anyway, and a branch each is not."""
+        if tensor_names(expr):
+            sign, own = (" & ", _BITS) if expr.op == "and" else (" | ", _BITS)
+            return sign.join(self.text(arg, _UNARY) for arg in expr.args), own
+        sign, own = (" && ", _AND) if expr.op == "and" else (" || ", _OR)
+        return sign.join(self.text(arg, _AND) for arg in expr.args), own
 
     def _where(self, expr: Expr) -> str:
         condition, *values = expr.args

@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.expr import key_range
-from attngen.lower.tiles import Choice, WarpgroupChoice, choices, warpgroup_choices
+from attngen.expr import Expr, free_names, key_range, name, nodes
+from attngen.lower.tiles import Choice, Demands, WarpgroupChoice, choices, warpgroup_choices
 from attngen.schedules import WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
@@ -30,9 +30,9 @@ def candidates(
     head_dim = spec.problem.head_dim
     offers: tuple[Choice | WarpgroupChoice, ...]
     if schedule in WARPGROUP_SCHEDULES:
-        offers = warpgroup_choices(head_dim.qk, head_dim.v, is_bounded(spec), arch)
+        offers = warpgroup_choices(head_dim.qk, head_dim.v, demands(spec), arch)
     else:
-        offers = choices(schedule, max(head_dim.qk, head_dim.v), arch)
+        offers = choices(schedule, max(head_dim.qk, head_dim.v), demands(spec), arch)
     return tuple(_with_given(offer, spec, arch, instead) for offer in offers)
 
 
@@ -67,10 +67,22 @@ def _with_rows_of_warpgroups(values: dict[str, Any], arch: Arch) -> dict[str, An
     return values
 
 
-def is_bounded(spec: Spec) -> bool:
-    """Whether the mask has an upper bound in closed form."""
-    visible = key_range(spec.mask_expr)
-    return visible is not None and bool(visible.upper)
+def demands(spec: Spec) -> Demands:
+    """What the spec's mask and score ask of a tile."""
+    mask, score = spec.mask_expr, spec.score_expr
+
+    def loads(expr: Expr) -> bool:
+        return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
+
+    visible = key_range(mask)
+    return Demands(
+        bounded=visible is not None and bool(visible.upper),
+        lower=visible is not None and bool(visible.lower),
+        walks=visible is None,
+        modified=score is not name("score"),
+        mask_loads=visible is None and loads(mask),
+        score_loads=loads(score),
+    )
 
 
 def _longest_first(spec: Spec) -> bool:
@@ -81,4 +93,4 @@ def _longest_first(spec: Spec) -> bool:
     """
     if spec.schedule.order != "auto":
         return spec.schedule.order == "heads"
-    return is_bounded(spec)
+    return demands(spec).bounded

@@ -8,11 +8,11 @@ from attngen.dtypes import DType, dtype
 from attngen.errors import PlanError
 from attngen.expr import definitions, tile_classes, to_text
 from attngen.lower import warpgroups
-from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, is_bounded
+from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, demands, given
 from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.pairs import pair_params, declarations_read_by, table_kernel, table_spaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
-from attngen.lower.tiles import Choice, WarpgroupChoice, warpgroup_table
+from attngen.lower.tiles import Choice, Row, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs
@@ -60,11 +60,16 @@ def _from_table(spec: Spec, arch: Arch) -> Plan | None:
     """The plan that measurement says is best, with those for shorter sequences, where the spec leaves all to `auto`."""
     if not arch.wgmma or not arch.emits or given(spec, "kind", "order", *KNOBS.values(), *WARPGROUP_FIELDS):
         return None
-    rows = warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, is_bounded(spec))
+    rows = _table(spec)
     *shorter, plan = (build(spec, arch, row.schedule, row.choice, row.up_to) for row in rows)
     return (
         None if verify(plan) else replace(plan, shorter=tuple(each for each in shorter if not verify(each)))
     )
+
+
+def _table(spec: Spec) -> tuple[Row, ...]:
+    head_dim = spec.problem.head_dim
+    return warpgroup_table(head_dim.qk, head_dim.v, demands(spec))
 
 
 def build(
@@ -196,4 +201,4 @@ def _schedule(spec: Spec, arch: Arch) -> str:
         return spec.schedule.kind
     if not arch.wgmma or not arch.emits:
         return "fa2"
-    return warpgroup_table(spec.problem.head_dim.qk, spec.problem.head_dim.v, is_bounded(spec))[-1].schedule
+    return _table(spec)[-1].schedule

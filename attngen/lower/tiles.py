@@ -62,7 +62,28 @@ class Row:
     choice: WarpgroupChoice
 
 
-def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[Row, ...]:
+@dataclass(frozen=True)
+class Demands:
+    """What a mask and a score ask of a tile, besides the GEMMs.
+
+    Attributes:
+        bounded: the mask has an upper bound, so that rows of a head see more and more keys.
+        lower: the mask has a lower bound, as windows have.
+        walks: blocks of keys are classed one by one.
+        modified: scores are modified.
+        mask_loads: the mask looks something up for each pair, in partial blocks.
+        score_loads: the score does, in every block.
+    """
+
+    bounded: bool = False
+    lower: bool = False
+    walks: bool = False
+    modified: bool = False
+    mask_loads: bool = False
+    score_loads: bool = False
+
+
+def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demands()) -> tuple[Row, ...]:
     """The rows for a head dim on sm_90a, shortest sequences first.
 
     Source: benchmarks/results/tune_warpgroups.json (H200, 2026-11-21), bf16; head dims between follow the next larger.
@@ -70,13 +91,24 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[R
     Args:
         head_dim_qk: of Q and K.
         head_dim_v: of V.
-        bounded: whether the mask has an upper bound, so that rows of a head see more and more keys.
+        demands: of the mask and the score. What is looked up for each pair takes registers: tiles are those that
+            compile without spills; scores that load nothing as measured in the same file, rows "scores".
     """
     widest = max(head_dim_qk, head_dim_v)
+    loads = demands.mask_loads or demands.score_loads
+    if loads and widest <= 64:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
+    if loads and widest <= 96:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),)
+    if demands.score_loads and widest <= 128:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2)),)
+    if loads and widest > 128:
+        narrow = WarpgroupChoice(128, 48, 2, 2, rescale="last", out_over_q=widest > 192)
+        return (Row(None, "warp_specialized", narrow),)
     if widest <= 64:
         small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
         return (
-            *((Row(4096, "warp_specialized", small),) if bounded else ()),
+            *((Row(4096, "warp_specialized", small),) if demands.bounded else ()),
             Row(None, "pingpong", WarpgroupChoice(192, 128, 3, 3, passes_late=True, q_stages=2)),
         )
     if widest <= 96:
@@ -85,6 +117,8 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[R
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
             Row(None, "pingpong", long),
         )
+    if 96 < widest <= 128 and demands.modified:  # a third softmax hides what two leave in the open
+        return (Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),)
     if widest <= 128:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
     if head_dim_v <= 128 and head_dim_qk <= 192:
@@ -102,12 +136,12 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, bounded: bool) -> tuple[R
 
 
 def warpgroup_choices(
-    head_dim_qk: int, head_dim_v: int, bounded: bool, arch: Arch
+    head_dim_qk: int, head_dim_v: int, demands: Demands, arch: Arch
 ) -> tuple[WarpgroupChoice, ...]:
     """Candidates for warp_specialized and pingpong where the spec fixes some of the numbers, from best to smallest."""
     if not arch.emits:
         return (WarpgroupChoice(64, 64, 2, 2),)
-    best = warpgroup_table(head_dim_qk, head_dim_v, bounded)[-1].choice
+    best = warpgroup_table(head_dim_qk, head_dim_v, demands)[-1].choice
     return (
         best,
         WarpgroupChoice(128, 64, 2, 2, out_over_q=True),
@@ -115,7 +149,7 @@ def warpgroup_choices(
     )
 
 
-def choices(schedule: str, head_dim: int, arch: Arch) -> tuple[Choice, ...]:
+def choices(schedule: str, head_dim: int, demands: Demands, arch: Arch) -> tuple[Choice, ...]:
     """Candidates from best to smallest; lowering takes the first that passes the rules.
 
     fa2 at head_dim 64 and 128: benchmarks/results/tune_fa2.json (H200, 2026-11-21). The other head dims follow the
@@ -126,8 +160,12 @@ def choices(schedule: str, head_dim: int, arch: Arch) -> tuple[Choice, ...]:
     if schedule == "serial":
         wide = (Choice(64, 64, 1, 4),) if head_dim <= 192 else ()
         return (*wide, Choice(64, 32, 1, 4), Choice(32, 32, 1, 2))
-    if head_dim <= 64:
+    if head_dim <= 64 and not demands.score_loads:
         return (Choice(128, 64, 2, 4), Choice(128, 64, 1, 4))
+    needs_more = demands.lower or demands.walks or demands.modified
+    if demands.score_loads or (head_dim > 64 and needs_more):  # 128 rows spill
+        small = Choice(64, 32, 1, 4)
+        return (small,) if head_dim > 128 and demands.score_loads else (Choice(64, 64, 1, 4), small)
     if 80 < head_dim <= 96:  # 128x64 spills 8 bytes (NVRTC 13.0.88)
         return (Choice(128, 48, 2, 4), Choice(64, 48, 1, 4))
     if head_dim <= 128:
