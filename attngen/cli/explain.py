@@ -10,7 +10,7 @@ from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
-from attngen.cli.tiles import SHAPE_TO_DRAW, TileMap, draw_tiles, tile_map
+from attngen.cli.tiles import SHAPE_TO_DRAW, draw_tiles, tile_map
 from attngen.cli.timeline import draw, picture_path, prediction_line, resident_blocks, shape_to_draw
 from attngen.cli.variants import (
     Sweep,
@@ -72,8 +72,8 @@ def explain(
 ) -> None:
     """Show tiles, memory map, registers, occupancy, rules and traffic of each SPEC, side by side.
 
-    FLOPs and bytes are those of the first check shape, or of the shape given, without what declared tensors would
-    skip. With --set a table, one row a combination; those that no legal kernel has show the rule that refuses them.
+    FLOPs, bytes and tiles are those of the first check shape, or of the shape given. With --set a table, one row a
+    combination; those that no legal kernel has show the rule that refuses them.
     """
     given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
     lowered: list[Lowered] = []
@@ -121,8 +121,11 @@ def _print_facts(
     for variant, kernel in lowered:
         if isinstance(kernel, Kernel):
             shape = shapes_of(kernel.spec, given)[0]
-            tiles = _tiles(kernel, shape, said) if _is_known(kernel, said) else None
-            columns.append((variant.label, facts(kernel, resources.get(kernel), shape, tiles)))
+            passed, tiles = {}, None
+            if _is_known(kernel, said):
+                passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+                tiles = tile_map(kernel, shape, passed)
+            columns.append((variant.label, facts(kernel, resources.get(kernel), shape, passed, tiles)))
     names = dict.fromkeys(name for _, column in columns for name in column)
     rows = [(name, *(column.get(name, "-") for _, column in columns)) for name in names]
     if columns:
@@ -147,14 +150,10 @@ def _is_known(kernel: Kernel, said: Given) -> bool:
     return all(scalar.default is not None or scalar.name in said.scalars for scalar in scalars)
 
 
-def _tiles(kernel: Kernel, shape: Shape, said: Given) -> TileMap:
-    return tile_map(kernel, shape, declared_inputs(kernel.spec.declarations, shape, given=said))
-
-
 def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -> None:
     """One panel a kernel, and one line of figures."""
     maps = {
-        variant.label: _tiles(kernel, shape, said)
+        variant.label: tile_map(kernel, shape, declared_inputs(kernel.spec.declarations, shape, given=said))
         for variant, kernel in lowered
         if isinstance(kernel, Kernel)
     }

@@ -1,5 +1,8 @@
 """What `explain` knows of a kernel, as named lines of text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from attngen.api import Kernel
 from attngen.cli.limits import MARGINS, binding, occupancy, tile_registers
 from attngen.cli.output import seconds_text, size_text
@@ -11,6 +14,7 @@ from attngen.plan import Buffer, Plan, Role
 from attngen.plan.rules import takes_warpgroups
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
+from attngen.simulate.visits import heads_differ
 
 UNKNOWN = "unknown"
 SWEEP_COLUMNS = ("tile", "registers", "spills [B]", "shared memory", "occupancy", "binding or refusing rule")
@@ -18,7 +22,11 @@ SWEEP_COLUMNS = ("tile", "registers", "spills [B]", "shared memory", "occupancy"
 
 
 def facts(
-    kernel: Kernel, used: KernelResources | None, shape: Shape, tiles: TileMap | None = None
+    kernel: Kernel,
+    used: KernelResources | None,
+    shape: Shape,
+    declared: Mapping[str, Any],
+    tiles: TileMap | None = None,
 ) -> dict[str, str]:
     """Every line of the table, by its name.
 
@@ -26,6 +34,7 @@ def facts(
         kernel: of a spec.
         used: None where nothing was or could be compiled.
         shape: of the call that is counted.
+        declared: what it passes; blocks of keys that depend on more are all counted.
         tiles: of that call; None where the values of scalars are not known.
     """
     plan = kernel.plan
@@ -50,7 +59,7 @@ def facts(
         # The simulator's limits are numbers for the rules, not facts for people.
         lines[f"rule {rule}"] = str(margin(plan) or "-") if plan.arch.emits else "-"
     lines["binds"] = _binding(plan) if plan.arch.emits else "nothing: the simulator has no limits"
-    lines |= _traffic(plan, shape)
+    lines |= _traffic(plan, shape, declared)
     if tiles is not None:
         lines["tiles of head 0"] = str(tiles)
         if waste := over_approximated(tiles):
@@ -206,19 +215,20 @@ def _contents(buffer: Buffer) -> str:
     return f"{buffer.name}: {buffer.rows} x {buffer.cols} {buffer.dtype.name}{stages}{panels}{over}"
 
 
-def _traffic(plan: Plan, shape: Shape) -> dict[str, str]:
+def _traffic(plan: Plan, shape: Shape, declared: Mapping[str, Any]) -> dict[str, str]:
     """FLOPs and bytes of one call: counted, by formula, and of the standard algorithm."""
     sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
-    counted = count(plan, *sizes, shape.heads_kv, return_lse=True)
-    formula = closed_form(plan, *sizes, shape.heads_kv, return_lse=True)
+    counted = count(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
+    formula = closed_form(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
+    has_form = not heads_differ(plan)
     standard = standard_algorithm(plan.inputs, plan.head_dim_qk, plan.head_dim_v, *sizes)
     return {
         "for one call of": shape_text(shape),
         "FLOPs, counted": f"{counted.flops:.4g}, of which {counted.useful_flops:.4g} on rows and keys that exist",
-        "FLOPs, closed form": f"{formula.flops:.4g}",
+        "FLOPs, closed form": f"{formula.flops:.4g}" if has_form else "-",
         "FLOPs, standard": f"{standard.flops:.4g}",
         "bytes, counted": f"{size_text(counted.bytes_moved)} ({_moved(counted)})",
-        "bytes, closed form": size_text(formula.bytes_moved),
+        "bytes, closed form": size_text(formula.bytes_moved) if has_form else "-",
         "bytes, standard": f"{size_text(standard.bytes_moved)} ({_moved(standard)})",
     }
 

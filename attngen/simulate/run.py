@@ -112,13 +112,15 @@ def count(
     heads_kv: int | None = None,
     *,
     return_lse: bool = False,
+    declared: Mapping[str, Any] | None = None,
 ) -> Traffic:
     """The FLOPs and bytes of a call, by running its programs without values.
 
-    Heads that take the same way through the program are run once and counted as often as there are.
+    Heads that take the same way through the program are run once and counted as often as there are. Blocks of keys
+    that depend on what `declared` does not hold are all visited.
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    sizes = replace(sizes, declared=declared_values(plan, sizes, {}))
+    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
     device = DeviceMemory(plan, sizes, None, traffic, wanted=("lse",) if return_lse else ())
     _launch(Call(plan, sizes, 1.0, 1.0, False, device, STEPS_SIMULATED), lockstep=batch * heads)

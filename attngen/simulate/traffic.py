@@ -4,7 +4,9 @@ Bytes are those that Steps ask of device memory, valid rows and columns only; wh
 known here. The standard algorithm is the yardstick: S and P go to device memory and come back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import Plan
@@ -65,13 +67,14 @@ def closed_form(
     heads_kv: int | None = None,
     *,
     return_lse: bool = False,
+    declared: Mapping[str, Any] | None = None,
 ) -> Traffic:
     """What `count` counts, from the numbers of blocks alone: what the schedule's authors say it costs.
 
-    Masks whose blocks of keys depend on the head are not covered.
+    Masks whose blocks of keys depend on the head are not covered; of what `declared` does not hold all is visited.
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    sizes = replace(sizes, declared=declared_values(plan, sizes, {}))
+    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
     if not batch * heads * seqlen_q:
         return traffic

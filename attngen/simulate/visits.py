@@ -103,19 +103,25 @@ def clamp(x: int, low: int, high: int) -> int:
 
 
 def block_bounds(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> BlockBounds:
-    """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form."""
+    """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form.
+
+    Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
+    """
     block_n, keys = plan.block_n, plan.key_blocks
     assert keys is not None
     names = _names_of_tile(plan, sizes, m_block, member)
 
-    def values(texts: tuple[Expr, ...]) -> tuple[int, ...]:
-        return tuple(int(evaluate(text, names, sizes.declared.tensors)) for text in texts)
+    def values(bounds: tuple[Expr, ...], unknown: int) -> tuple[int, ...]:
+        return tuple(
+            int(evaluate(bound, names, sizes.declared.tensors)) if _is_known(bound, names, sizes) else unknown
+            for bound in bounds
+        )
 
-    n_max = ceil_div(max(0, min((sizes.seqlen_k, *values(keys.end_any)))), block_n)
-    n_min = min(max((0, *values(keys.first_any))) // block_n, n_max)
+    n_max = ceil_div(max(0, min((sizes.seqlen_k, *values(keys.end_any, sizes.seqlen_k)))), block_n)
+    n_min = min(max((0, *values(keys.first_any, 0))) // block_n, n_max)
     n_last = max(n_max - 1, n_min) if keys.last_is_masked else n_max
-    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all))), block_n), n_min, n_last)
-    end_full = max(0, min((sizes.seqlen_k, *values(keys.end_all)))) // block_n
+    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all, sizes.seqlen_k))), block_n), n_min, n_last)
+    end_full = max(0, min((sizes.seqlen_k, *values(keys.end_all, 0)))) // block_n
     return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_last), n_max)
 
 
@@ -136,9 +142,7 @@ def walk_of(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -
     tensors = sizes.declared.tensors
 
     def hold(condition: Expr, otherwise: bool) -> torch.Tensor:
-        known = tensor_names(condition) <= tensors.keys() and None not in (
-            names[name] for name in free_names(condition)
-        )
+        known = _is_known(condition, names, sizes)
         found = evaluate(condition, names, tensors) if known else otherwise
         return torch.as_tensor(found).expand(len(numbers))
 
@@ -164,6 +168,12 @@ def heads_differ(plan: Plan) -> bool:
         assert classes is not None
         conditions = (classes.may, classes.must)
     return any(free_names(condition) & {"b", "h", "h_kv"} for condition in conditions)
+
+
+def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
+    """Whether the call says all that an expression reads."""
+    has_tensors = tensor_names(expr) <= sizes.declared.tensors.keys()
+    return has_tensors and None not in (names[name] for name in free_names(expr))
 
 
 def _names_of_tile(plan: Plan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:

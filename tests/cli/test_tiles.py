@@ -145,11 +145,22 @@ def test_explain_tells_how_blocks_are_found(attngen: Attngen) -> None:
     assert "528 of 1024 tiles visited" in lines["tiles of head 0"]
 
 
-def test_explain_does_without_a_scalar_that_nobody_gave(attngen: Attngen) -> None:
+def test_explain_counts_what_declared_values_leave(attngen: Attngen) -> None:
+    """FLOPs are those of the tiles that documents leave: one document for all is causal, of many there are fewer."""
+    found = {}
+    for kind in ("zeros", "sorted"):
+        result = attngen("explain", "documents.yaml", "--tensor", f"doc={kind}", "--seqlen", "4096")
+        lines = {line[:24].strip(): line.split() for line in result.stdout.splitlines()}
+        found[kind] = float(lines["FLOPs, counted"][2].rstrip(","))
+        standard = float(lines["FLOPs, standard"][2])
+    assert 0.5 < found["zeros"] / standard < 0.6 and found["sorted"] < found["zeros"] / 3
+
+
+@pytest.mark.parametrize("mask", ["window(width, 0)", "causal and chunked(max(width, 1))"])
+def test_explain_does_without_a_scalar_that_nobody_gave(attngen: Attngen, mask: str) -> None:
     """The table has no line of tiles then; a picture is refused with the option that would do."""
     Path("width.yaml").write_text(
-        "name: w\ntarget: sm_90a\nproblem: {head_dim: 64}\nscalars:\n  width: i32\n"
-        "mask: causal and chunked(max(width, 1))\n"
+        f"name: w\ntarget: sm_90a\nproblem: {{head_dim: 64}}\nscalars:\n  width: i32\nmask: {mask}\n"
     )
     result = attngen("explain", "width.yaml")
     assert result.exit_code == 0 and "tiles of head 0" not in result.stdout, result.output
