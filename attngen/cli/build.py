@@ -79,7 +79,7 @@ def _kernel_to_build(spec: Spec, arch: str | None, lineinfo: bool) -> Kernel:
 def _report(kernels: list[tuple[str, Kernel]]) -> Table:
     rows = []
     for label, kernel in ((label, each) for label, whole in kernels for each in (whole, *whole.shorter)):
-        plans = {plan.name: plan for plan in kernel.plan.kernels}
+        of_launch = {plan.name: plan.smem_bytes for plan in kernel.plan.kernels}  # a table kernel has none
         for used in kernel.resources:
             rows.append(
                 (
@@ -88,7 +88,7 @@ def _report(kernels: list[tuple[str, Kernel]]) -> Table:
                     str(used.registers),
                     f"{used.spill_stores} + {used.spill_loads}",
                     str(used.stack_bytes),
-                    size_text(plans[used.name].smem_bytes + used.static_smem_bytes),
+                    size_text(of_launch.get(used.name, 0) + used.static_smem_bytes),
                     "cached" if kernel.was_cached else seconds_text(kernel.compile_seconds),
                 )
             )

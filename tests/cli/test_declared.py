@@ -113,6 +113,17 @@ def test_fuzz_finds_nothing_wrong_with_declared_values(attngen: Attngen, declare
     assert result.exit_code == 0 and "ok: 30 cases" in result.stdout, result.output
 
 
+@pytest.mark.usefixtures("wide_lines")
+def test_build_reports_the_kernel_that_fills_tables(attngen: Attngen) -> None:
+    """A mask that looks up by key has two kernels, and the one that fills tables has no tiles in shared memory."""
+    result = attngen("build", "h100_document")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("h100_document ")]
+    attention, tables = sorted(rows, key=lambda row: row[1])
+    assert tables[1] == f"{attention[1]}_tables"
+    assert float(tables[tables.index("KiB") - 1]) < 8 < float(attention[attention.index("KiB") - 1])
+
+
 def test_bench_passes_what_is_declared(
     attngen: Attngen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
