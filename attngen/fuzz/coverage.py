@@ -10,7 +10,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from attngen.arch import ARCHS
-from attngen.expr import free_names, key_range
+from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
 from attngen.inputs import KINDS
@@ -91,6 +91,8 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     yield from (("stages", str(stages)) for stages in (1, 2, 3, 4))
     yield from (("order", order) for order in ORDERS)
     yield from (("mask", name) for name in ("full", "causal", "one range", "no closed form", "by head"))
+    yield from (("score", kind) for kind in ("plain", "modified", "looks up"))
+    yield from (("declared", kind) for kind in ("nothing", "scalars", "tensors"))
     yield from (("blocks per row", count) for count in BLOCKS_PER_ROW)
     ranges = [f"{kind} {name}" for kind in schedules for name in RANGES[kind]]
     yield from (("range", f"{name} filled") for name in ranges)
@@ -133,6 +135,12 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
     if takes_warpgroups(plan):
         yield from _met_by_warpgroups(plan, case, num_sms)
     yield ("mask", _mask_class(plan))
+    yield (
+        "score",
+        "plain" if not plan.modifies_scores else "looks up" if tensor_names(plan.score) else "modified",
+    )
+    declared = {"scalars": plan.declarations.scalars, "tensors": plan.declarations.tensors}
+    yield from (("declared", kind) for kind in [kind for kind in declared if declared[kind]] or ["nothing"])
     for axis, length, block in (
         ("seqlen_q", shape.seqlen_q, plan.block_m),
         ("seqlen_k", shape.seqlen_k, plan.block_n),

@@ -9,6 +9,7 @@ import torch
 from attngen.api import resolve_arch
 from attngen.emit.probes import PROBE_THREADS
 from attngen.expr import VALUE_TYPES, Declarations
+from attngen.fuzz.declared import declaration_texts
 from attngen.lower import lower
 from attngen.plan import Plan
 from attngen.runtime.driver import Module, launch, preparing
@@ -110,10 +111,7 @@ def spec_of(
         {
             "target": target,
             "problem": {"head_dim": 64},
-            "scalars": {
-                each.name: _scalar_text(each.type, each.default) for each in declarations.scalars.values()
-            },
-            "tensors": {each.name: str(each) for each in declarations.tensors.values()},
+            **declaration_texts(declarations),
             "mask": mask,
             "tile": {"block_m": tile[0], "block_n": tile[1]},
             "schedule": {"kind": kind, "warps": tile[0] // 16},
@@ -129,9 +127,3 @@ def plan_that_reads_all(declarations: Declarations, target: str) -> Plan:
         reads.append(_INDEX[VALUE_TYPES[tensor.dtype]].format(element))
     spec = spec_of(" and ".join(["b == 0", "h_kv == 0", *reads]), declarations, target)
     return lower(spec, resolve_arch(spec))
-
-
-def _scalar_text(type: str, default: Any) -> str:
-    if default is None:
-        return type
-    return f"{type} = {str(default).lower() if isinstance(default, bool) else default}"

@@ -12,6 +12,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from attngen.arch import ARCHS, Arch
 from attngen.errors import SpecError
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
+from attngen.fuzz.pairs import pair_texts
 from attngen.fuzz.properties import RULES, names_of
 from attngen.inputs import EXACT_SCALE, KINDS, Shape
 from attngen.lower import lower
@@ -48,53 +49,6 @@ def plan_of(spec: Spec) -> Plan | None:
         return lower(spec, ARCHS[spec.target])
     except SpecError:
         return None
-
-
-# ---- masks --------------------------------------------------------------------------------------------
-_OFFSETS = st.integers(-9, 9)
-
-
-def _affine(offset: int) -> str:
-    return f"{'-' if offset < 0 else '+'} {abs(offset)}"
-
-
-@st.composite
-def _comparisons(draw: DrawFn) -> str:
-    """One comparison of the index names with small coefficients."""
-    kind = draw(st.sampled_from(("diagonal", "column", "row", "head", "steep")))
-    compare = draw(st.sampled_from(("<=", ">=", "<", ">", "==", "!=")))
-    offset = _affine(draw(_OFFSETS))
-    if kind == "diagonal":
-        return f"kv_idx {compare} {draw(st.sampled_from(('q_pos', 'q_idx')))} {offset}"
-    if kind == "column":
-        return f"kv_idx {compare} {draw(st.sampled_from(('seqlen_k', 'seqlen_q')))} {offset}"
-    if kind == "row":
-        return f"{draw(st.sampled_from(('q_idx', 'q_pos')))} {compare} {abs(int(offset[2:]))}"
-    if kind == "head":
-        return f"kv_idx {compare} q_pos + {draw(st.sampled_from(('h', 'h_kv', 'b')))} {offset}"
-    return f"{draw(st.integers(1, 3))} * kv_idx {compare} {draw(st.integers(-2, 3))} * q_idx {offset}"
-
-
-@st.composite
-def _windows(draw: DrawFn) -> str:
-    """The keys from some steps before the query to some after."""
-    left, right = draw(st.integers(0, 20)), draw(st.integers(0, 9))
-    return f"kv_idx >= q_pos - {left} and kv_idx <= q_pos + {right}"
-
-
-@st.composite
-def _formulas(draw: DrawFn) -> str:
-    """Up to three comparisons, joined."""
-    parts = draw(st.lists(_comparisons(), min_size=1, max_size=3))
-    text = parts[0]
-    for part in parts[1:]:
-        text = f"({text}) {draw(st.sampled_from(('and', 'or')))} ({part})"
-    return f"not ({text})" if draw(st.booleans()) else text
-
-
-def masks() -> SearchStrategy[str]:
-    """`full`, `causal`, windows, and formulas that have a closed form or none."""
-    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas(), _formulas())
 
 
 # ---- specs --------------------------------------------------------------------------------------------
@@ -152,7 +106,7 @@ def _specs_of(draw: DrawFn, target: str) -> Spec:
             "target": target,
             "problem": {"head_dim": {"qk": qk, "v": v}},
             "precision": {"inputs": inputs},
-            "mask": draw(masks()),
+            **draw(pair_texts()),
             **numbers,
         }
     )

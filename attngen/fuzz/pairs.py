@@ -1,0 +1,141 @@
+"""What a drawn spec says of a query and a key: its mask, its score, and declarations of what they read.
+
+Scores are sums of bounded terms, so that the bound on errors means something, and where they choose they choose by
+indices alone: a choice by a rounded number may fall otherwise in the kernel than in the reference. For the same
+reason no mask has a function that CUDA approximates.
+"""
+
+from collections.abc import Mapping
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from attngen.errors import ExpressionError
+from attngen.expr import Expr, free_names, nodes, parse_mask, parse_score, tensor_names
+from attngen.fuzz import expressions
+from attngen.fuzz.declared import declaration_texts
+from attngen.fuzz.functions import EXACT
+
+PairTexts = dict[str, str | dict[str, str]]
+"""The keys of a spec from `scalars` to `score`."""
+
+_DECLARED = expressions.DECLARATIONS
+_DEPTH = 2
+_OFFSETS = st.integers(-9, 9)
+_TERMS = (
+    "score",
+    "0.5 * score",
+    "1.25 * score",
+    "score / 3",
+    "softcap(score, 2.0)",
+    "2.0 * sin(score)",
+    "max(score, -1.5)",
+    "clamp(score, -2.0, 2.0)",
+    "score * (0.5 if flag else 1.0)",
+    "min(score, cap)",
+)
+"""What becomes of a score."""
+_ADDED = (
+    "slopes[h]",
+    "bias[h_kv, q_idx, kv_idx]",
+    "table[kv_idx % 8, h]",
+    "-0.125 * abs(q_pos - kv_idx)",
+    "0.0625 * (kv_idx - q_pos)",
+    "0.5 * kinds[b, q_idx]",
+    "(ids[b, kv_idx] - ids[b, q_pos]) / 8",
+    "min(cap, 1.0)",
+    "cos(q_idx * 0.1)",
+)
+"""What may be added to it."""
+
+
+def _affine(offset: int) -> str:
+    return f"{'-' if offset < 0 else '+'} {abs(offset)}"
+
+
+@st.composite
+def _comparisons(draw: DrawFn) -> str:
+    """One comparison of the index names with small coefficients."""
+    kind = draw(st.sampled_from(("diagonal", "column", "row", "head", "steep")))
+    compare = draw(st.sampled_from(("<=", ">=", "<", ">", "==", "!=")))
+    offset = _affine(draw(_OFFSETS))
+    if kind == "diagonal":
+        return f"kv_idx {compare} {draw(st.sampled_from(('q_pos', 'q_idx')))} {offset}"
+    if kind == "column":
+        return f"kv_idx {compare} {draw(st.sampled_from(('seqlen_k', 'seqlen_q')))} {offset}"
+    if kind == "row":
+        return f"{draw(st.sampled_from(('q_idx', 'q_pos')))} {compare} {abs(int(offset[2:]))}"
+    if kind == "head":
+        return f"kv_idx {compare} q_pos + {draw(st.sampled_from(('h', 'h_kv', 'b')))} {offset}"
+    return f"{draw(st.integers(1, 3))} * kv_idx {compare} {draw(st.integers(-2, 3))} * q_idx {offset}"
+
+
+@st.composite
+def _windows(draw: DrawFn) -> str:
+    """The keys from some steps before the query to some after."""
+    left, right = draw(st.integers(0, 20)), draw(st.integers(0, 9))
+    return f"kv_idx >= q_pos - {left} and kv_idx <= q_pos + {right}"
+
+
+@st.composite
+def _formulas(draw: DrawFn) -> str:
+    """Up to three comparisons, joined."""
+    parts = draw(st.lists(_comparisons(), min_size=1, max_size=3))
+    text = parts[0]
+    for part in parts[1:]:
+        text = f"({text}) {draw(st.sampled_from(('and', 'or')))} ({part})"
+    return f"not ({text})" if draw(st.booleans()) else text
+
+
+def plain_masks() -> SearchStrategy[str]:
+    """`full`, `causal`, windows, and formulas that have a closed form or none."""
+    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas(), _formulas())
+
+
+@st.composite
+def _scores(draw: DrawFn) -> str:
+    """A bounded function of the score, terms that are added, and perhaps a condition."""
+    text = " + ".join([draw(st.sampled_from(_TERMS)), *draw(st.lists(st.sampled_from(_ADDED), max_size=2))])
+    if draw(st.integers(0, 2)) == 2:
+        otherwise = draw(st.sampled_from(("-inf", "score", "0.5 * score - 1")))
+        text = f"({text} if {draw(_formulas())} else {otherwise})"
+    return text
+
+
+def _is_exact(mask: Expr) -> bool:
+    return not any(each.op == "call" and each.name in EXACT for each in nodes(mask))
+
+
+@st.composite
+def pair_texts(draw: DrawFn) -> PairTexts:
+    """A mask, plain more often than not, a score, likewise, and declarations of what they read, of nothing else."""
+    mask = draw(st.one_of(*3 * [plain_masks()], expressions.masks(_DECLARED, _DEPTH)))
+    score = draw(st.one_of(*3 * [st.just("score")], _scores()))
+    trees = _trees(mask, score)
+    if trees is None or not _is_exact(trees[0]) or "score" not in free_names(trees[1]):
+        mask, score = "full", "score"
+        trees = _trees(mask, score)
+    assert trees is not None
+    return {**_declarations_read_by(*trees), "mask": _written(mask, trees[0]), "score": _written(score, trees[1])}
+
+
+def _trees(mask: str, score: str) -> tuple[Expr, Expr] | None:
+    """Both as trees; None where a mask's range exceeds what the language takes."""
+    try:
+        return parse_mask(mask, _DECLARED), parse_score(score, _DECLARED)
+    except ExpressionError:
+        return None
+
+
+def _written(text: str, tree: Expr) -> str:
+    """The text of a tree, written anew where it may name what the tree no longer reads."""
+    return str(tree) if any(name in text for name in (*_DECLARED.scalars, *_DECLARED.tensors)) else text
+
+
+def _declarations_read_by(*trees: Expr) -> Mapping[str, dict[str, str]]:
+    """Texts of the declarations that are read."""
+    names = {name for tree in trees for name in (*free_names(tree), *tensor_names(tree))}
+    return {
+        block: {name: text for name, text in texts.items() if name in names}
+        for block, texts in declaration_texts(_DECLARED).items()
+    }
