@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from small_plans import lowered
 
+from attngen.inputs import Shape
 from attngen.plan import Plan, Program, Role, Step, body_of, walk
 from attngen.plan.steps import (
     Advance,
     CommitCopies,
     CopyTile,
     ForBlocks,
+    ForVisited,
     Note,
     ReadTile,
     Release,
@@ -26,10 +29,14 @@ from attngen.plan.steps import (
 )
 from attngen.simulate import SimulationFault, simulate
 from attngen.simulate.tiles import LOCKSTEP
+from attngen.simulate.visits import heads_differ
+from tests.reference.language_cases import LanguageCase
 
 Path = tuple[int, ...]
 """Where a Step stands: its number in the program, then in the body it is in, and so on."""
 WINDOW = "kv_idx > q_pos - 12 and kv_idx <= q_pos + 5"
+SINKS = "kv_idx > q_pos - 6 and kv_idx <= q_pos or kv_idx < 3"
+DOCUMENT = "document(doc)"
 
 
 @dataclass(frozen=True)
@@ -43,20 +50,27 @@ class Case:
     persistent: bool | None = None
     out_over_q: bool = False
     rescale: str = "middle"
+    score: str = "score"
+
+    @property
+    def language(self) -> LanguageCase:
+        """The mask and the score, with values for what they declare."""
+        return LanguageCase(self.mask, self.score)
 
     def plan(self) -> Plan:
         """Small enough for every range of a program to hold many blocks."""
+        pairs: dict[str, Any] = {"score": self.score, "declarations": self.language.declarations}
         if self.overlap is None:
-            return lowered(self.schedule, self.mask, self.stages)
+            return lowered(self.schedule, self.mask, self.stages, **pairs)
         fields = {"overlap": self.overlap, "persistent": self.persistent}
         variant = {"out_over_q": self.out_over_q, "rescale": self.rescale}
-        return lowered(self.schedule, self.mask, self.stages, fields=fields, **variant)
+        return lowered(self.schedule, self.mask, self.stages, fields=fields, **pairs, **variant)
 
     def __str__(self) -> str:
         overlap = {None: "", True: ", overlap", False: ", no overlap"}[self.overlap]
         persistent = {None: "", True: ", persistent", False: ", one tile a block"}[self.persistent]
         numbers = f"{self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}, {self.rescale}"
-        return f"{self.schedule}, {self.mask}, {numbers}"
+        return f"{self.schedule}, {self.language}, {numbers}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,10 @@ class Site:
 
     @property
     def range(self) -> str:
-        """Name of the innermost range it runs over."""
-        return next((s.range.name for s in reversed(self.around) if isinstance(s, ForBlocks)), "")
+        """Name of the innermost range it runs over, or of the walk."""
+        loops = (step for step in reversed(self.around) if isinstance(step, ForBlocks | ForVisited))
+        inner = next(loops, None)
+        return "" if inner is None else inner.range.name if isinstance(inner, ForBlocks) else inner.walk.name
 
     def __str__(self) -> str:
         number = ".".join(map(str, self.path))
@@ -127,6 +143,25 @@ CASES = [
     Case("pingpong", "full", 2, overlap=False, persistent=False, out_over_q=True),
     Case("pingpong", "causal", 2, overlap=True, persistent=True, rescale="last"),
     Case("pingpong", WINDOW, 2, overlap=True, persistent=True, out_over_q=True, rescale="last"),
+    *(
+        Case(schedule, mask, stages, score=score)
+        for schedule, stages in (("serial", 1), ("fa2", 1), ("fa2", 2), ("fa2", 3))
+        for mask, score in (
+            (SINKS, "softcap(score, 2.0)"),
+            (DOCUMENT, "score"),
+            (WINDOW, "score + alibi(slopes)"),
+        )
+    ),
+    *(
+        Case(schedule, mask, 2, overlap, persistent, out_over_q, rescale, score)
+        for schedule in ("warp_specialized", "pingpong")
+        for mask, overlap, persistent, out_over_q, rescale, score in (
+            (SINKS, True, True, False, "middle", "softcap(score, 2.0)"),
+            (DOCUMENT, False, False, True, "middle", "score"),
+            (SINKS, True, True, True, "last", "score"),
+            ("causal", True, True, False, "middle", "score + bias[h, q_idx, kv_idx]"),
+        )
+    ),
 ]
 
 
@@ -137,10 +172,10 @@ def is_first_rescale(site: Site) -> bool:
 
 
 def lands_keys_of_serial(site: Site) -> bool:
-    """Before the loop over rows. With a window some blocks of keys have no rows, and Q does not follow."""
+    """Before the loop over rows. With other masks some blocks of keys have no rows, and Q does not follow."""
     in_loop_over_keys = site.case.schedule == "serial" and site.range == "keys" and len(site.around) == 2
     if isinstance(site.step, CommitCopies | WaitCopies):
-        return in_loop_over_keys and site.case.mask != WINDOW
+        return in_loop_over_keys and site.case.mask in ("full", "causal")
     return in_loop_over_keys and isinstance(site.step, SyncThreads) and site.path[-1] > 0
 
 
@@ -211,7 +246,7 @@ def without_step(plan: Plan, site: Site) -> Plan:
     return replace(plan, kernels=(replace(plan.kernel, roles=tuple(roles)), *plan.kernels[1:]))
 
 
-def results(plan: Plan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def results(plan: Plan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Out and lse of every one of the fixed inputs."""
     for i, x in enumerate(INPUTS):
         generator = torch.Generator().manual_seed(i)
@@ -220,10 +255,14 @@ def results(plan: Plan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             values = torch.randn(2, seqlen, heads, cols, generator=generator)
             return (2 * values).to(getattr(torch, plan.inputs.torch_name))
 
-        q = randn(x.seqlen_q, x.heads, plan.head_dim_qk)
-        k = randn(x.seqlen_k, x.heads_kv, plan.head_dim_qk)
-        v = randn(x.seqlen_k, x.heads_kv, plan.head_dim_v)
-        out, lse = simulate(plan, q, k, v, softmax_scale=x.softmax_scale, return_lse=True)
+        many = LOCKSTEP if heads_differ(plan) and x.heads > LOCKSTEP else 1  # such heads run one by one
+        heads, heads_kv = x.heads // many, max(1, x.heads_kv // many)
+        shape = Shape(2, heads, heads_kv, x.seqlen_q, x.seqlen_k)
+        q = randn(x.seqlen_q, heads, plan.head_dim_qk)
+        k = randn(x.seqlen_k, heads_kv, plan.head_dim_qk)
+        v = randn(x.seqlen_k, heads_kv, plan.head_dim_v)
+        declared = case.language.arguments(shape)
+        out, lse = simulate(plan, q, k, v, softmax_scale=x.softmax_scale, return_lse=True, declared=declared)
         assert lse is not None
         yield out, lse
 
@@ -236,10 +275,10 @@ def differ(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
     )
 
 
-def is_noticed(plan: Plan, expected: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def is_noticed(plan: Plan, case: Case, expected: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """Whether some input makes the plan fault or give something else than expected."""
     try:
-        return any(differ(found, right) for found, right in zip(results(plan), expected, strict=True))
+        return any(differ(found, right) for found, right in zip(results(plan, case), expected, strict=True))
     except SimulationFault:
         return True
 
@@ -248,12 +287,12 @@ def is_noticed(plan: Plan, expected: list[tuple[torch.Tensor, torch.Tensor]]) ->
 def test_every_step_is_needed(case: Case) -> None:
     """Without one of its Steps a program faults or differs, or the Step is listed, and none in vain."""
     plan = case.plan()
-    expected = list(results(plan))
+    expected = list(results(plan, case))
     unnoticed, listed = [], []
     for site in (site for role in plan.kernel.roles for site in sites(case, role)):
         if any(claims(site) for claims in REDUNDANT.values()):
             listed.append(str(site))
-        if not is_noticed(without_step(plan, site), expected):
+        if not is_noticed(without_step(plan, site), case, expected):
             unnoticed.append(str(site))
     assert unnoticed == listed
 
@@ -274,8 +313,9 @@ def test_deletion_finds_nested_steps(case: Case) -> None:
 def test_barrier_before_a_wide_output_is_needed() -> None:
     """Where O is wider than Q it takes bytes of K and V too, which the last block of keys has just read."""
     plan = lowered("fa2", "causal", 1, head_dim=4, head_dim_v=12)
-    every = sites(Case("fa2", "causal", 1), plan.kernel.worker)
+    case = Case("fa2", "causal", 1)
+    every = sites(case, plan.kernel.worker)
     (site,) = (site for site in every if is_before_copy_of_out(site))
     with pytest.raises(SimulationFault, match="CopyTile") as caught:
-        list(results(without_step(plan, site)))
+        list(results(without_step(plan, site), case))
     assert (caught.value.rule, caught.value.place) == ("race", "out")

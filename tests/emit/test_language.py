@@ -1,0 +1,127 @@
+"""What is emitted for walks, modified scores and tables of extremes, and what NVRTC makes of it. Needs no GPU."""
+
+import re
+from typing import Any
+
+import pytest
+
+import attngen
+from attngen.arch import ARCHS
+from attngen.emit import Manifest, emit, manifest
+from attngen.lower import lower
+from attngen.runtime import compile_source
+from tests.emit.test_compiled import assert_compiles_as_planned
+from tests.reference.language_cases import CASES, LanguageCase
+
+SINKS = "window(128, 0) or sinks(4)"
+COMPILED = (
+    LanguageCase(SINKS),
+    LanguageCase("document(doc)"),
+    LanguageCase("causal", "softcap(score, 30.0)"),
+    LanguageCase("causal", "score + alibi(slopes)"),
+    LanguageCase("window(128, 0)"),
+    LanguageCase("window(128, 0)", "softcap(score, 30.0)"),
+)
+ON = (
+    *(("sm_90a", kind, dim) for kind in ("warp_specialized", "pingpong") for dim in (64, 128, 256)),
+    *((arch, "fa2", dim) for arch in ("sm_90a", "sm_80") for dim in (64, 128)),
+)
+
+
+def kernel(case: LanguageCase, kind: str = "fa2", arch: str = "sm_90a", dim: int = 64) -> attngen.Kernel:
+    return attngen.compile(case.spec(problem={"head_dim": dim}, schedule={"kind": kind}), arch=arch)
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.parametrize(("arch", "kind", "dim"), ON)
+def test_masks_and_scores_compile_without_spills(arch: str, kind: str, dim: int, case: LanguageCase) -> None:
+    """No spill, no stack, no serialised wgmma, and registers for as many blocks as planned; the tables' kernel too."""
+    assert_compiles_as_planned(kernel(case, kind, arch, dim))
+
+
+@pytest.mark.parametrize("kind", ["serial", "fa2", "warp_specialized"])
+def test_every_case_compiles(kind: str) -> None:
+    """All masks, scores and types of tensors that the other tests run give C++ that NVRTC takes without a warning."""
+    for case in {(case.mask, case.score): case for case in CASES}.values():
+        made = kernel(case, kind)
+        compiled = compile_source(made.source, "sm_90a")
+        assert compiled.warnings == (), str(case)
+        names = {made.plan.name} | ({made.plan.table_kernel.name} if made.plan.table_kernel else set())
+        assert {used.name for used in compiled.resources} == names
+
+
+def nameless(plan: Any) -> str:
+    """The emitted text without what says whence the plan came."""
+    text = emit(plan)
+    for known in (plan.name, plan.spec_digest):
+        text = text.replace(known, "")
+    return re.sub(r"^// .*\n", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["serial", "fa2", "warp_specialized", "pingpong"])
+def test_a_mask_written_out_emits_what_its_definition_does(kind: str) -> None:
+    """A definition of the prelude, its text, a definition of the spec and a Python function: one kernel."""
+    texts: list[dict[str, Any]] = [
+        {"mask": "causal"},
+        {"mask": "kv_idx <= q_idx + seqlen_k - seqlen_q"},
+        {"mask": "mine(0)", "define": {"mine(n)": "kv_idx <= q_pos + n"}},
+        {"mask": attngen.expression(lambda q_pos, kv_idx: q_pos >= kv_idx)},
+    ]
+    plans = [
+        lower(
+            attngen.load({"problem": {"head_dim": 64}, "schedule": {"kind": kind}, **text}), ARCHS["sm_90a"]
+        )
+        for text in texts
+    ]
+    assert len({nameless(plan) for plan in plans}) == 1
+    assert len({plan.name for plan in plans}) == 1
+    other = attngen.load({"problem": {"head_dim": 64}, "schedule": {"kind": kind}, "mask": "kv_idx < q_pos"})
+    assert nameless(lower(other, ARCHS["sm_90a"])) != nameless(plans[0])
+
+
+def test_a_score_that_is_the_product_adds_nothing() -> None:
+    """`score`, and `score` through a definition that changes nothing, emit what a spec without a score emits."""
+    spec = {"problem": {"head_dim": 64}, "mask": "causal"}
+    plain, named, same = (
+        nameless(lower(attngen.load(spec | more), ARCHS["sm_90a"]))
+        for more in ({}, {"score": "score"}, {"score": "mine(score)", "define": {"mine(x)": "x"}})
+    )
+    assert plain == named == same and "modify_score" not in plain
+
+
+@pytest.mark.parametrize("kind", ["serial", "fa2", "warp_specialized", "pingpong"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_manifest_of_the_language_survives_its_json(kind: str, case: LanguageCase) -> None:
+    """Tensors, scalars, workspaces and the kernel of tables come back from the .json unchanged."""
+    made = kernel(case, kind)
+    found = Manifest.from_json(made.manifest.to_json())
+    assert found == made.manifest == manifest(made.plan)
+    declared = case.declarations
+    assert {entry.name for entry in found.tensors} == set(declared["tensors"])
+    assert {entry.name for entry in found.scalars} == set(declared["scalars"])
+    for entry in found.tensors:
+        assert f"{entry.dtype}[{', '.join(map(str, entry.dims))}]" == declared["tensors"][entry.name]
+
+
+def test_parameters_are_those_that_are_read() -> None:
+    """A tensor brings its address, its strides and the sizes it binds, and a score the scale that it takes itself."""
+    case = LanguageCase("causal", "score + t[0, min(kv_idx, 3)]")
+    values = {param.value for param in kernel(case).manifest.kernels[0].params}
+    plain = {param.value for param in kernel(LanguageCase("causal")).manifest.kernels[0].params}
+    of_tensor = {"tensor.t.ptr", "tensor.t.stride_0", "tensor.t.stride_1", "size.n"}
+    of_score = {"softmax_scale", "score_factor_log2"}
+    assert values - plain == of_tensor | of_score
+    assert plain - values == {"scale_is_negative", "softmax_scale_log2"}
+
+
+def test_tables_are_filled_before_they_are_read() -> None:
+    """The kernel of tables is launched first, has the parameters of the other and a workspace for each extreme."""
+    made = kernel(LanguageCase("document(doc)"), "warp_specialized").manifest
+    assert [entry.kernel for entry in made.launches] == [f"{made.name}_tables", made.name]
+    spaces = [space.name for space in made.workspaces]
+    assert spaces and {name[-3:] for name in spaces} == {"_lo", "_hi"}
+    tables, attention = (
+        {param.name: param.value for param in entry.params}
+        for entry in sorted(made.kernels, key=lambda entry: entry.name, reverse=True)
+    )
+    assert tables == attention
