@@ -21,6 +21,7 @@ from attngen.runtime import (
     KernelResources,
     Launcher,
     LaunchReport,
+    TileTables,
     check_arguments,
     check_declared,
     check_length,
@@ -120,6 +121,7 @@ class Kernel:
         return_lse: bool = False,
         out: torch.Tensor | None = None,
         layout: str = "bshd",
+        tables: TileTables | None = None,
         **declared: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Compute attention.
@@ -133,6 +135,7 @@ class Kernel:
             return_lse: also return the natural log-sum-exp of every row.
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
             layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
+            tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
                 out.
 
@@ -148,12 +151,15 @@ class Kernel:
         except AttributeError:
             raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         if is_on_gpu:
-            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared)
+            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
             problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             values = check_declared(self.manifest, declared, problem.sizes, q.device)
+            if tables is not None:
+                served = serving(self, self.shorter, problem.seqlen_k)
+                TileTables.check(tables, served.manifest, problem.sizes, declared)
             result, lse = simulate(
                 serving(self, self.shorter, problem.seqlen_k).plan,
                 q,
@@ -166,6 +172,31 @@ class Kernel:
             )
             result = result if out is None else out.copy_(result)
         return result if lse is None else (result, lse)
+
+    def tables(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str = "bshd",
+        **declared: Any,
+    ) -> TileTables:
+        """What a mask wants to know of declared tensors, by tile: worked out once for many calls.
+
+        Calls may pass it as long as their sizes are these, and the tensors and their values too; a tensor that was
+        written to in between is refused. Arguments are those of a call.
+
+        Raises:
+            ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
+        """
+        if not self.manifest.tables:
+            raise ArgumentError("self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair")
+        if isinstance(q, torch.Tensor) and q.is_cuda:
+            return self._launcher.tables(q, k, v, layout, declared)
+        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        check_declared(self.manifest, declared, problem.sizes, q.device)
+        served = serving(self, self.shorter, problem.seqlen_k)
+        return TileTables.of(served.manifest, problem.sizes, declared, {})  # the simulator makes its own
 
     def sass(self) -> str:
         """The machine code, disassembled."""

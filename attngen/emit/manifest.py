@@ -109,6 +109,9 @@ class Manifest:
 
     Attributes:
         score_factor: times log2(e), what the parameter of value "score_factor_log2" carries.
+        table_kernel: the kernel that fills the tables that the others read, if they read any; a call with the same
+            tensors may leave it out.
+        tables: the workspaces that it fills.
         up_to: most keys of the calls that this kernel is for; None for any.
         shorter: names of the kernels for calls of fewer keys, the fewest first, each with a manifest of its own: the
             first whose `up_to` is at least seqlen_k takes the call, and this one takes it if none does.
@@ -124,6 +127,8 @@ class Manifest:
     mask: str
     score: str
     score_factor: float
+    table_kernel: str | None
+    tables: tuple[str, ...]
     tensors: tuple[TensorEntry, ...]
     scalars: tuple[ScalarEntry, ...]
     schedule: str
@@ -156,7 +161,7 @@ class Manifest:
             WorkspaceEntry(w["name"], w["dtype"], tuple(w["shape"])) for w in data.pop("workspaces")
         )
         launches = tuple(LaunchEntry(**launch) for launch in data.pop("launches"))
-        data["shorter"] = tuple(data["shorter"])
+        data["shorter"], data["tables"] = tuple(data["shorter"]), tuple(data["tables"])
         data["tensors"] = tuple(
             TensorEntry(**{**entry, "dims": tuple(entry["dims"])}) for entry in data["tensors"]
         )
@@ -218,6 +223,10 @@ def manifest(plan: Plan) -> Manifest:
         mask=plan.mask_text,
         score=str(plan.score),
         score_factor=plan.score_factor,
+        table_kernel=plan.table_kernel.name if plan.table_kernel else None,
+        tables=tuple(end for table in plan.table_kernel.tables for end in table.ends)
+        if plan.table_kernel
+        else (),
         tensors=tuple(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
         scalars=tuple(ScalarEntry(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
         schedule=plan.schedule,

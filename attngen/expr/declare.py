@@ -36,7 +36,7 @@ Span = tuple[int, int]
 LocateSpan = Callable[[str, Span | None], Location | None]
 """Where a stretch of the text at a path stands, `("scalars.cap", (0, 3))`; with None, where its key stands."""
 
-_CALL_ARGUMENTS = ("self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "mask")
+_CALL_ARGUMENTS = ("self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "tables", "mask")
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),

@@ -6,6 +6,7 @@ from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.launch import Launcher, LaunchReport, explain_launch
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
 from attngen.runtime.sass import disassemble
+from attngen.runtime.tables import TileTables
 
 __all__ = [
     "CacheWarning",
@@ -17,6 +18,7 @@ __all__ = [
     "LaunchReport",
     "Launcher",
     "Problem",
+    "TileTables",
     "check_arguments",
     "check_declared",
     "check_length",

@@ -24,6 +24,7 @@ from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, s
 from attngen.runtime.counters import COUNTERS
 from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
+from attngen.runtime.tables import TileTables
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
 SMALLEST_SCALE = 2.0**-126
@@ -80,6 +81,7 @@ class _PreparedLaunch:
     Attributes:
         patches: (word of the struct, number of the address that goes there).
         encodings: the same for tensor maps that must be encoded anew for every address.
+        fills_tables: it is the table kernel's, which a call with tables leaves out.
     """
 
     function: Function
@@ -89,6 +91,7 @@ class _PreparedLaunch:
     arguments: _Arguments
     patches: tuple[tuple[int, int], ...]
     encodings: tuple[tuple[int, int, MapGeometry], ...]
+    fills_tables: bool
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class _Prepared:
 
     out_shape: tuple[int, ...] | None
     lse_shape: tuple[int, ...]
-    workspaces: tuple[tuple[int, ...], ...]
+    workspaces: dict[str, tuple[int, ...]]
     launches: tuple[_PreparedLaunch, ...]
     draws_tiles: bool
 
@@ -172,6 +175,7 @@ class Launcher:
         out: torch.Tensor | None = None,
         layout: str = "bshd",
         declared: Mapping[str, Any] = _NOTHING,
+        tables: TileTables | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
         try:
@@ -191,7 +195,8 @@ class Launcher:
                 )  # fmt: skip
             prepared = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):  # None, no tensor, one without strides, a list
-            check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+            check_declared(self.manifest, declared, problem.sizes, q.device)
             raise
         if prepared is None:
             prepared = self._prepare(q, k, v, softmax_scale, out, layout, declared)
@@ -208,22 +213,70 @@ class Launcher:
         lse_pointer = 0 if lse is None else lse.data_ptr()
         addresses: tuple[int, ...] = (q_pointer, k_pointer, v_pointer, out.data_ptr(), lse_pointer)
         if prepared.workspaces:
-            spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces]
+            spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces.values()]
+            if tables is not None:
+                self._check_tables(tables, q, k, v, layout, declared)
+                known = tables.workspaces
+                spaces = [known.get(*pair) for pair in zip(prepared.workspaces, spaces, strict=True)]
             addresses += tuple(space.data_ptr() for space in spaces)
+        elif tables is not None:
+            raise ArgumentError("tables", "tables", "None: this kernel reads none")
         if declared:
             addresses += tuple(declared[name].data_ptr() for name in self._tensors)
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_getDevice() == device:
-            self._launch(prepared, addresses, device, stream)
+            self._launch(prepared, addresses, device, stream, tables is None, True)
         else:
             with torch.cuda.device(device):
-                self._launch(prepared, addresses, device, stream)
+                self._launch(prepared, addresses, device, stream, tables is None, True)
         return out, lse
 
-    def _launch(self, prepared: _Prepared, addresses: tuple[int, ...], device: int, stream: int) -> None:
+    def tables(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, declared: Mapping[str, Any]
+    ) -> TileTables:
+        """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
+        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
+            return launcher.tables(q, k, v, layout, declared)
+        prepared = self._prepare(q, k, v, None, None, layout, declared)
+        spaces = {
+            name: q.new_empty(shape, dtype=torch.float32) for name, shape in prepared.workspaces.items()
+        }
+        pointers = [space.data_ptr() for space in spaces.values()]
+        addresses = (*(0,) * 5, *pointers, *(declared[name].data_ptr() for name in self._tensors))
+        with torch.cuda.device(q.device):
+            stream = torch._C._cuda_getCurrentRawStream(q.get_device())
+            self._launch(prepared, addresses, q.get_device(), stream, True, False)
+        filled = {name: space for name, space in spaces.items() if name in self.manifest.tables}
+        return TileTables.of(self.manifest, problem.sizes, declared, filled)
+
+    def _check_tables(
+        self,
+        tables: TileTables,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str,
+        declared: Mapping[str, Any],
+    ) -> None:
+        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        launcher = serving(self, self._shorter, problem.seqlen_k)
+        TileTables.check(tables, launcher.manifest, problem.sizes, declared)
+
+    def _launch(
+        self,
+        prepared: _Prepared,
+        addresses: tuple[int, ...],
+        device: int,
+        stream: int,
+        fills_tables: bool,
+        attends: bool,
+    ) -> None:
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
         for ready in prepared.launches:
+            if not (fills_tables if ready.fills_tables else attends):
+                continue
             words, address = ready.arguments.words_and_address
             for word, number in ready.patches:
                 words[word] = addresses[number]
@@ -300,10 +353,10 @@ class Launcher:
             if (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), self._output)
             else out_shape,
             (problem.batch, problem.num_heads_q, problem.seqlen_q),
-            tuple(
-                tuple(evaluate_formula(size, sizes) for size in space.shape)
+            {
+                space.name: tuple(evaluate_formula(size, sizes) for size in space.shape)
                 for space in self.manifest.workspaces
-            ),
+            },
             launches,
             draws_tiles,
         )
@@ -339,6 +392,7 @@ class Launcher:
             tuple(
                 (word, self._addresses.index(name), maps[tensors[word]]) for word, name in encodings.items()
             ),
+            kernel.name == self.manifest.table_kernel,
         )
 
 
