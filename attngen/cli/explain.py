@@ -103,7 +103,7 @@ def explain(
     for kernel in kernels if program else ():
         _print_program(kernel)
     if picture is not None and kernels:
-        _draw_timelines(lowered, used, given, picture)
+        _draw_timelines(lowered, used, given, said, picture)
     if tiles_picture is not None and kernels:
         _draw_tiles(lowered, given or SHAPE_TO_DRAW, said, tiles_picture)
     # A sweep is there to find what is refused; specs that are named are there to be good.
@@ -167,6 +167,7 @@ def _draw_timelines(
     lowered: list[Lowered],
     resources: Mapping[Kernel, KernelResources | None],
     given: Shape | None,
+    said: Given,
     path: Path,
 ) -> None:
     """One panel a kernel, and one line of figures."""
@@ -176,8 +177,10 @@ def _draw_timelines(
             plan, shape = kernel.plan, shape_to_draw(kernel.plan, given)
             sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
             slots = resident_blocks(plan, resources.get(kernel))
-            timelines[variant.label] = timeline(plan, *sizes, slots=slots)
-            line = prediction_line(plan, shape, timelines[variant.label], predict(plan, *sizes, slots=slots))
+            passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+            timelines[variant.label] = timeline(plan, *sizes, slots=slots, declared=passed)
+            prediction = predict(plan, *sizes, slots=slots, declared=passed)
+            line = prediction_line(plan, shape, timelines[variant.label], prediction)
             click.echo(f"{variant.label}: {line}")
     draw(timelines, path)
     click.echo(f"timeline: {path}")

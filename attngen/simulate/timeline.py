@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
+from typing import Any
 
 from attngen.plan import Plan, Step
 from attngen.simulate.costs import Costs, costs_of
@@ -87,6 +88,7 @@ def timeline(
     costs: Costs | None = None,
     slots: int | None = None,
     steps: Mapping[type[Step], StepFunction] | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> Timeline:
     """The first tile of a launch on one SM, and where blocks are persistent the same once more.
 
@@ -100,12 +102,13 @@ def timeline(
         costs: the table to use; that of the plan's target where None.
         slots: blocks of threads that share the SM; as many as the plan asks for where None.
         steps: as of `simulate`.
+        declared: as of `simulate`; blocks of keys that depend on what it does not hold are all visited.
 
     Raises:
         ToolchainError: there is no table for the target.
         SimulationFault: a program broke a rule, or no role can go on.
     """
-    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv)
+    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
     kernel = plan.kernel
     first = next(tiles(plan, kernel, sizes, 1), None)
     rounds = 2 if kernel.scheduler.persistent else 1
@@ -137,13 +140,14 @@ def predict(
     *,
     costs: Costs | None = None,
     slots: int | None = None,
+    declared: Mapping[str, Any] | None = None,
 ) -> Prediction:
     """How long a whole launch takes; arguments as of `timeline`.
 
     What one more tile costs is the time of two rounds less that of one, for up to `SAMPLES` kinds of tiles by their
     pairs of blocks. Tiles go in the launch's order to whoever is free first.
     """
-    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv)
+    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
     costs, slots = costs or costs_of(plan.arch), slots or plan.kernel.blocks_per_sm
     launch = [(tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, plan.kernel, sizes, batch * heads)]
     kinds = {pairs: tile for tile, pairs in launch}
@@ -187,10 +191,16 @@ def _pairs(plan: Plan, sizes: Sizes, tile: Tile) -> int:
 
 
 def _sizes(
-    plan: Plan, seqlen_q: int, seqlen_k: int, batch: int, heads: int, heads_kv: int | None
+    plan: Plan,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int,
+    heads: int,
+    heads_kv: int | None,
+    declared: Mapping[str, Any] | None,
 ) -> Sizes:
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    return replace(sizes, declared=declared_values(plan, sizes, {}))
+    return replace(sizes, declared=declared_values(plan, sizes, declared or {}))
 
 
 def _between(x: int, xs: list[int], ys: list[float]) -> float:

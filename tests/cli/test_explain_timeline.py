@@ -1,5 +1,6 @@
 """`attngen explain --timeline`: the picture, the line of figures, and what is refused."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -98,3 +99,17 @@ def test_a_refused_spec_leaves_no_picture(attngen: Attngen) -> None:
     """Where no kernel is legal there is nothing to draw."""
     result = attngen("explain", "small.yaml", "--set", "tile.block_n=200,201", "--timeline", "out.svg")
     assert result.exit_code == 2 and not Path("out.svg").exists()
+
+
+def test_declared_values_decide_what_is_predicted(attngen: Attngen) -> None:
+    """Of many documents a call takes less time than of one, since their tiles are skipped."""
+    Path("doc.yaml").write_text(
+        SPEC.replace("mask: causal", "tensors:\n  doc: i32[batch, seqlen_k]\nmask: causal and document(doc)")
+    )
+    seconds = {}
+    for kind in ("zeros", "sorted"):
+        options = ("--timeline", "x.png", "--seqlen", "4096", "--tensor", f"doc={kind}")
+        result = attngen("explain", "doc.yaml", *options)
+        (found,) = re.findall(r"4096x4096: ([0-9.]+) us at", result.output)
+        seconds[kind] = float(found)
+    assert seconds["sorted"] < seconds["zeros"] / 2
