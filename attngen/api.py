@@ -151,7 +151,9 @@ class Kernel:
         except AttributeError:
             raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         if is_on_gpu:
-            result, lse = self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
+            result, lse = self._launcher.run(
+                q, k, v, softmax_scale, return_lse, out, layout, declared, tables
+            )
         else:
             if q.device.type != "cpu":
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
@@ -190,7 +192,9 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
         """
         if not self.manifest.tables:
-            raise ArgumentError("self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair")
+            raise ArgumentError(
+                "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
+            )
         if isinstance(q, torch.Tensor) and q.is_cuda:
             return self._launcher.tables(q, k, v, layout, declared)
         problem = check_arguments(self.manifest, q, k, v, None, None, layout)

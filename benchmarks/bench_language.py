@@ -1,7 +1,8 @@
 """The figures of the expression language: `python benchmarks/bench_language.py --out DIR`.
 
-bf16, head_dim 128, 16 heads, in one process: masks and scores at 16k against torch.compile'd FlexAttention with its block
-mask already built, and from nothing to the first result; windows at 64k by visited tile; what scores cost over plain. FlexAttention's functions are written as its users write them.
+bf16, head_dim 128, 16 heads: masks and scores at 16k against torch.compile'd FlexAttention with its block mask already
+built, and from nothing to the first result; windows at 64k by visited tile; what scores cost over the plain kernel.
+FlexAttention's functions are written as its users write them.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from attngen.plan import Plan, walk
 from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm
 from attngen.version import __version__
 
+
 class Constant(NamedTuple):
     """A `constexpr int` of the emitted file and the field it comes from."""
 

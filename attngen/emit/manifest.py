@@ -78,7 +78,7 @@ class LaunchEntry:
 class TensorEntry:
     """A tensor that the mask or the score reads; every call passes it by name.
 
-    Parameters of value "tensor.<name>.ptr" and "tensor.<name>.stride_<i>" carry its address and its strides in elements.
+    Parameters of value "tensor.<name>.ptr" and "tensor.<name>.stride_<i>" carry its address and strides in elements.
 
     Attributes:
         dtype: "bool", "u8", "i32", "f16", "bf16" or "f32".

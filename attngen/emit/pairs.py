@@ -6,7 +6,18 @@ from typing import Any
 
 import jinja2
 
-from attngen.expr import Expr, Leaves, Table, c_type, cuda_body, free_names, nodes, scalar, to_cuda, with_nodes
+from attngen.expr import (
+    Expr,
+    Leaves,
+    Table,
+    c_type,
+    cuda_body,
+    free_names,
+    nodes,
+    scalar,
+    to_cuda,
+    with_nodes,
+)
 from attngen.plan import Plan, walk
 from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores
 
@@ -121,10 +132,16 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
             found = cuda_body(list(terms), leaves(plan))
             types = ("int" if each.type == "bool" else c_type(each) for each in terms)
             named = zip(terms.values(), types, found.results, strict=True)
-            yield macros.terms([{"name": name, "c_type": of, "value": value} for name, of, value in named], found)
-        score = with_nodes(step.score, {each: scalar(f"terms.{name}", each.type) for each, name in terms.items()})
+            yield macros.terms(
+                [{"name": name, "c_type": of, "value": value} for name, of, value in named], found
+            )
+        score = with_nodes(
+            step.score, {each: scalar(f"terms.{name}", each.type) for each, name in terms.items()}
+        )
         known = replace(leaves(plan, exact=False, key_step="kv_step"), score_scale="params.softmax_scale")
-        known = replace(known, names={**known.names, **{f"terms.{name}": f"terms.{name}" for name in terms.values()}})
+        known = replace(
+            known, names={**known.names, **{f"terms.{name}": f"terms.{name}" for name in terms.values()}}
+        )
         yield macros.score(cuda_body([score], known), bool(terms))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
@@ -149,7 +166,9 @@ def score_terms(score: Expr) -> dict[Expr, str]:
 def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
     """How names and tensors are written in the functions of a plan."""
     scalars = {
-        scalar.name: f"(params.arg_{scalar.name} != 0)" if scalar.type == "bool" else f"params.arg_{scalar.name}"
+        scalar.name: f"(params.arg_{scalar.name} != 0)"
+        if scalar.type == "bool"
+        else f"params.arg_{scalar.name}"
         for scalar in plan.declarations.scalars.values()
     }
     sizes = {

@@ -293,4 +293,3 @@ _VALUES: dict[str, Callable[..., float]] = {
 def _expect(holds: bool, *exprs: Expr) -> None:
     if not holds:
         raise InternalError(f"no such operation on {', '.join(map(str, exprs))}")
-

@@ -15,7 +15,20 @@ from attngen.errors import InternalError
 from attngen.expr.arithmetic import times
 from attngen.expr.ranges import index_range
 from attngen.expr.text import write_comparison, written_terms
-from attngen.expr.tree import Expr, add, affine_parts, const, free_names, name, nodes, real, scale, scalar, sub, tensor_names
+from attngen.expr.tree import (
+    Expr,
+    add,
+    affine_parts,
+    const,
+    free_names,
+    name,
+    nodes,
+    real,
+    scalar,
+    scale,
+    sub,
+    tensor_names,
+)
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
@@ -190,7 +203,7 @@ class _Writer:
         return f"({type}){self.text(expr, _UNARY)}"
 
     def _type_of_text(self, number: Expr) -> str:
-        """The type that C++ gives to the text of an i32: it may be wider than the values, or narrower than their range."""
+        """The type that C++ gives to the text of an i32: wider than the values may be, or narrower than their range."""
         if number in self._known or number.op == "where":
             return c_type(number)
         if number.op in ("name", "lookup") or number.name == "i32":
@@ -220,7 +233,9 @@ class _Writer:
     def _term(self, size: int, atom: Expr | None, cast: str) -> str:
         if atom is None:
             return f"{size}LL" if size > _INT_MAX or cast else str(size)
-        operand = self.text(atom, _UNARY) if atom in self._known or atom.op != "name" else self._name(atom.name)
+        operand = (
+            self.text(atom, _UNARY) if atom in self._known or atom.op != "name" else self._name(atom.name)
+        )
         if size == 1:
             return f"{cast}{operand}"
         # A product is computed before it is added, so each that may pass 32 bits is widened by its own factor.
@@ -276,21 +291,22 @@ class _Writer:
         if not self._leaves.key_step or not factor or "kv_idx" in free_names(rest):
             return None
         first = self.text(add(rest, scale(factor, scalar("kv_first", "i32"))), _UNARY)
-        step = f"{self.text(const(factor))} * {self._leaves.key_step}" if factor != 1 else self._leaves.key_step
+        step = (
+            f"{self.text(const(factor))} * {self._leaves.key_step}" if factor != 1 else self._leaves.key_step
+        )
         return f"(float){first}", f"(float)({step})"
 
     def _split_product(self, a: Expr, b: Expr) -> str:
-        """x · (first + step) as one fma a key, its last operand computed once a thread; empty where nothing is split."""
+        """x · (first + step) as one fma a key, whose last operand a thread computes once; empty if nothing is split."""
         for number, factor in ((a, b), (b, a)):
-            if number.op == "call" and number.name == "f32" and number not in self._known:
-                if split := self._split(number.args[0]):
-                    first, step = split
-                    text = self.text(factor, _PRODUCT)
-                    return f"__fmaf_rn({self.text(factor)}, {step}, {text} * {first})"
+            is_conversion = number.op == "call" and number.name == "f32" and number not in self._known
+            if is_conversion and (split := self._split(number.args[0])):
+                first, step = split
+                return f"__fmaf_rn({self.text(factor)}, {step}, {self.text(factor, _PRODUCT)} * {first})"
         return ""
 
     def _scaled_score(self, a: Expr, b: Expr) -> str:
-        """The raw score times what it is still to be multiplied by and a constant; empty where it is nothing of the kind."""
+        """The raw score times its scale and a constant; empty where it is nothing of the kind."""
         scale = self._leaves.score_scale
         for score, factor in ((a, b), (b, a)):
             if scale and score.name == "score" and factor.op == "const":
@@ -338,7 +354,7 @@ def _operation_type(operation: Expr) -> str:
 
 def _fits_int(lowest: int, highest: int) -> bool:
     """Whether an int holds these numbers and their negatives."""
-    return -_INT_MAX <= lowest and highest <= _INT_MAX
+    return lowest >= -_INT_MAX and highest <= _INT_MAX
 
 
 def _sums_fit_int(terms: Sequence[tuple[int, Expr | None]]) -> bool:

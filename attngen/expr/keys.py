@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from attngen.expr.tree import FALSE, TRUE, Expr, add, affine_parts, const, free_names, scale, sub, substitute
 from attngen.expr.tree import name as index
 
-
 _KEY = index("kv_idx")
 _PLACES = {"q_idx", "kv_idx"}
 
@@ -27,7 +26,8 @@ def key_range(mask: Expr) -> KeyRange | None:
     """The one range of keys that a mask is, or None where it is anything else.
 
     It is one where it is a conjunction of comparisons in each of which kv_idx stands with factor 1 or -1, beside names
-    and what is the same for all rows. The lengths themselves are not among the bounds: that keys end at seqlen_k is the kernel's business.
+    and what is the same for all rows. The lengths themselves are not among the bounds: that keys end at seqlen_k is the
+    kernel's business.
     """
     if mask is TRUE:
         return KeyRange((), ())

@@ -251,7 +251,8 @@ def nodes(*exprs: Expr) -> tuple[Expr, ...]:
 
 def with_nodes(expr: Expr, by: Mapping[Expr, Expr]) -> Expr:
     """The tree with other nodes in the place of some, each of the same type; for printing only: the form may not be
-    canonical."""
+    canonical.
+    """
     made: dict[Expr, Expr] = {}
     for each in nodes(expr):
         args = tuple(made[arg] for arg in each.args)

@@ -116,7 +116,11 @@ def pair_texts(draw: DrawFn) -> PairTexts:
         mask, score = "full", "score"
         trees = _trees(mask, score)
     assert trees is not None
-    return {**_declarations_read_by(*trees), "mask": _written(mask, trees[0]), "score": _written(score, trees[1])}
+    return {
+        **_declarations_read_by(*trees),
+        "mask": _written(mask, trees[0]),
+        "score": _written(score, trees[1]),
+    }
 
 
 def _trees(mask: str, score: str) -> tuple[Expr, Expr] | None:

@@ -9,15 +9,14 @@ from attngen.errors import PlanError
 from attngen.expr import definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, demands, given
+from attngen.lower.pairs import declarations_read_by, pair_params, table_kernel, table_spaces
 from attngen.lower.places import key_blocks, params, places, workspaces
-from attngen.lower.pairs import pair_params, declarations_read_by, table_kernel, table_spaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.tiles import Choice, Row, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs
 from attngen.spec import Spec
-
 
 _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q")
 """Sizes that every kernel has among its parameters."""

@@ -258,7 +258,7 @@ class RegVec:
 
 @dataclass(frozen=True)
 class Walk:
-    """A role's walk over the blocks of keys that a tile visits, from right to left, each classed as the walk comes to it.
+    """A role's walk over the blocks of keys that a tile visits, from right to left, classed as it comes to them.
 
     Past the last block it stays there.
 

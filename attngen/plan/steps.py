@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from attngen.expr import Expr, KeyRange
-from attngen.plan.places import BlockIndex, Cursor, NamedBarriers, Range, RegTile, RegVec, Rows, Tensor, View, Walk
+from attngen.plan.places import (
+    BlockIndex,
+    Cursor,
+    NamedBarriers,
+    Range,
+    RegTile,
+    RegVec,
+    Rows,
+    Tensor,
+    View,
+    Walk,
+)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class TileTables:
         if scalars != self.scalars:
             raise ArgumentError("tables", f"tables made with {dict(self.scalars)}", str(dict(scalars)), cure)
         for made, now in zip(self.sources, sources, strict=True):
-            for what, was, has in zip(("name", "address", "shape", "strides", "version"), made, now, strict=True):
+            for what, was, has in zip(
+                ("name", "address", "shape", "strides", "version"), made, now, strict=True
+            ):
                 if was != has:
                     must = f"{what} {has}, as {now[0]} has now"
                     raise ArgumentError("tables", f"tables of {now[0]} with {what} {was}", must, cure)

@@ -17,4 +17,12 @@ WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] 
 }
 """Schedules of a producer and consumer warpgroups."""
 
-__all__ = ["SCHEDULES", "WARPGROUP_SCHEDULES", "Pairs", "Places", "RingCursors", "TilePlaces", "WarpgroupPlaces"]
+__all__ = [
+    "SCHEDULES",
+    "WARPGROUP_SCHEDULES",
+    "Pairs",
+    "Places",
+    "RingCursors",
+    "TilePlaces",
+    "WarpgroupPlaces",
+]

@@ -66,7 +66,7 @@ class Pairs:
 
     @classmethod
     def of(cls, mask: Expr, score: Expr) -> "Pairs":
-        """What a mask and a score say; a constant factor of the score is taken off it, unless it might overflow or vanish."""
+        """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
         if score.op == "arith" and score.name == "*":
             a, b = score.args
             for factor, rest in ((a, b), (b, a)):
@@ -130,13 +130,13 @@ class TilePlaces:
         return (MaskScores(self.acc_s, rows, block, self.pairs.visible),)
 
     def negate_q(self, q: View, around: tuple[Program, Program]) -> Program:
-        """What a negative softmax_scale asks of Q, between two programs; a modified score is scaled in its own right."""
+        """What a negative softmax_scale asks of Q, between two programs; a modified score is scaled by itself."""
         if self.pairs.modifies_scores:
             return ()
         before, after = around
         return (When("scale is negative", (*before, NegateTile(q), *after)),)
 
-    # ---- the blocks of keys of a tile, from right to left -------------------------------------------------------------
+    # ---- the blocks of keys of a tile, from right to left -----------------------------------------------------------
     def start_keys(self, *walks: Walk) -> Program:
         """What must be done before the first block is asked for."""
         return tuple(map(StartWalk, walks)) if self.walks else ()
@@ -189,9 +189,7 @@ class TilePlaces:
             ForBlocks(
                 range_,
                 "n",
-                body(
-                    KeyBlock(N, N + 1, () if range_ is full else self.mask(M_BLOCK, N), range_ is not full)
-                ),
+                body(KeyBlock(N, N + 1, () if range_ is full else self.mask(M_BLOCK, N), range_ is not full)),
             )
             for range_ in (*((right,) if has_right else ()), full, *((left,) if visible.lower else ()))
         )

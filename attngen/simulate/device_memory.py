@@ -4,8 +4,8 @@ import torch
 
 from attngen.plan import Plan, Rows, Tensor, evaluate_formula
 from attngen.simulate.tiles import Tile
-from attngen.simulate.visits import Sizes, ceil_div
 from attngen.simulate.traffic import Traffic
+from attngen.simulate.visits import Sizes, ceil_div
 
 NOTHING = torch.empty(0)
 """Stands for every value when a program is only counted."""
