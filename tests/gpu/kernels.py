@@ -31,16 +31,18 @@ class Wanted:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     tile: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {
+            "problem": {"head_dim": {"qk": self.dims[0], "v": self.dims[1]}},
+            "mask": self.mask,
+            "precision": {"inputs": self.inputs},
+            "tile": dict(self.tile),
+            "schedule": {"kind": self.kind, **self.schedule},
+        }
+
     def compile(self) -> attngen.Kernel:
-        return attngen.compile(
-            {
-                "problem": {"head_dim": {"qk": self.dims[0], "v": self.dims[1]}},
-                "mask": self.mask,
-                "precision": {"inputs": self.inputs},
-                "tile": dict(self.tile),
-                "schedule": {"kind": self.kind, **self.schedule},
-            }
-        )
+        return attngen.compile(self.spec)
 
 
 def runs_here(kind: str) -> bool:
@@ -61,8 +63,13 @@ def kernel(kind: str, *rest: Any, **more: Any) -> attngen.Kernel:
 
 def compile_all(wanted: Sequence[Wanted]) -> list[attngen.Kernel]:
     """All of them, several at a time."""
+    return compile_specs([each.spec for each in wanted])
+
+
+def compile_specs(specs: Sequence[Mapping[str, Any]]) -> list[attngen.Kernel]:
+    """Kernels of specs, several compiled at a time."""
     with ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(Wanted.compile, wanted))
+        return list(pool.map(attngen.compile, specs))
 
 
 def wait_for_gpu() -> None:
