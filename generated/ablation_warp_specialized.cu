@@ -545,11 +545,6 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
   return base + ((i64)stay_in_loop(tile.batch) * params.num_heads_q + stay_in_loop(tile.head)) * params.seqlen_q * cols;
 }
 
-// Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
-struct KeyBlocks {
-  int n_min, n_full_begin, n_full_end, n_max;
-};
-
 // Blocks of rows of all heads; a block of threads works on its own number first, then on those it draws.
 DEV int num_tiles(const Params& params) { return params.batch * params.num_heads_q * ((params.seqlen_q + kBlockM - 1) / kBlockM); }
 
@@ -568,8 +563,13 @@ DEV Tile decode_tile(const Params& params, int index) {
   return tile;
 }
 
+// Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
+struct KeyBlocks {
+  int n_min, n_full_begin, n_full_end, n_max;
+};
+
 // Which blocks of keys block m of rows visits, and which of them no row masks.
-DEV KeyBlocks key_blocks(const Tile& tile, int m) {
+DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
   int first_any = 0, first_all = 0, end_any = tile.seqlen_k, end_all = tile.seqlen_k;
   KeyBlocks seen;
@@ -582,7 +582,7 @@ DEV KeyBlocks key_blocks(const Tile& tile, int m) {
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
-DEV int end_key(const Tile& tile, int q_idx) {
+DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
   int end = tile.seqlen_k;
   return end;
 }
@@ -621,7 +621,7 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_de8561d7(const __grid_constant__ P
       Cursor tile_at = {0, 1};
 
       for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
-        const KeyBlocks seen = key_blocks(tile, tile.m_block);
+        const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
         if (seen.n_max > seen.n_min) {
           mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
@@ -669,7 +669,7 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_de8561d7(const __grid_constant__ P
     float row_lse[2 * kRowTiles];
 
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
-      const KeyBlocks seen = key_blocks(tile, tile.m_block);
+      const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       fill(acc_o, 0.f);
       fill(row_max, -infinity());
       fill(row_sum, 0.f);
@@ -692,7 +692,7 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_de8561d7(const __grid_constant__ P
         #pragma unroll
           for (int i = 0; i < 2 * kRowTiles; ++i) {
             const int q_idx = tile.m_block * kBlockM + row_in_tile<kRowTiles>(i), column = (seen.n_max - 1) * kBlockN + lane_column();
-            end[i] = end_key(tile, q_idx) - column;
+            end[i] = end_key(params, tile, q_idx) - column;
           }
           mask_scores(acc_s, end);
         }

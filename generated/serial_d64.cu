@@ -478,12 +478,6 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
   return base + ((i64)stay_in_loop(tile.batch) * params.num_heads_q + stay_in_loop(tile.head)) * params.seqlen_q * cols;
 }
 
-// Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
-struct KeyBlocks {
-  int n_min, n_full_begin, n_full_end, n_max;
-  __device__ bool visits(int n) const { return n_min <= n && n < n_max; }
-};
-
 // One whole head.
 DEV Tile decode_tile(const Params& params, int index) {
   Tile tile;
@@ -495,8 +489,14 @@ DEV Tile decode_tile(const Params& params, int index) {
   return tile;
 }
 
+// Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
+struct KeyBlocks {
+  int n_min, n_full_begin, n_full_end, n_max;
+  __device__ bool visits(int n) const { return n_min <= n && n < n_max; }
+};
+
 // Which blocks of keys block m of rows visits, and which of them no row masks.
-DEV KeyBlocks key_blocks(const Tile& tile, int m) {
+DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
   int first_any = 0, first_all = 0, end_any = tile.seqlen_k, end_all = tile.seqlen_k;
   end_any = clamp_key(q_last + tile.seqlen_k - tile.seqlen_q + 1, end_any);
@@ -510,7 +510,7 @@ DEV KeyBlocks key_blocks(const Tile& tile, int m) {
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
-DEV int end_key(const Tile& tile, int q_idx) {
+DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
   int end = tile.seqlen_k;
   end = clamp_key(q_idx + tile.seqlen_k - tile.seqlen_q + 1, end);
   return end;
@@ -557,7 +557,7 @@ attn_fwd_sm90a_bf16_d64_causal_serial_bc036e8e(const __grid_constant__ Params pa
     // line 7: every block of rows that sees it
     #pragma unroll 1
     for (int m = 0; m < m_max; ++m) {  // any tiles
-      if (key_blocks(tile, m).visits(n)) {
+      if (key_blocks(params, tile, m).visits(n)) {
         __syncthreads();
         // line 8: load Q, O, row_sum, row_max
         load_tile<QTile, kThreads>(q_smem, head_of(params.q, tile.batch, params.q_stride_batch, tile.head, params.q_stride_head), params.q_stride_seqlen, m * kBlockM, tile.seqlen_q);
@@ -579,7 +579,7 @@ attn_fwd_sm90a_bf16_d64_causal_serial_bc036e8e(const __grid_constant__ Params pa
         #pragma unroll
           for (int i = 0; i < 2 * kRowTiles; ++i) {
             const int q_idx = m * kBlockM + row_in_tile<kRowTiles>(i), column = n * kBlockN + lane_column();
-            end[i] = end_key(tile, q_idx) - column;
+            end[i] = end_key(params, tile, q_idx) - column;
           }
           mask_scores(acc_s, end);
         }

@@ -19,7 +19,7 @@ DEV u32 same_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 
 // A value in registers from here on, not loaded where it is used.
 template <class T>
-DEV T keep(T x) {
+DEV T in_registers(T x) {
   static_assert(sizeof(T) % 4 == 0, "made of registers");
 #pragma unroll
   for (unsigned i = 0; i < sizeof(T) / 4; ++i) asm volatile("" : "+r"(((u32*)&x)[i]));
