@@ -29,6 +29,7 @@ TOO_MANY = 1.3
 
 _COLOURS = ("#F0F0F0", "#E69F00", "#0072B2")  # Okabe and Ito's, which differ for every eye
 _PANELS_A_ROW = 3
+_MARGIN = 0.01  # so that the frame hides no tile: one of 512 is as wide as its line
 
 
 @dataclass(frozen=True)
@@ -169,15 +170,18 @@ def _panel(axes: Any, title: str, tiles: TileMap) -> None:
     plan = tiles.plan
     height, width = tiles.classes.shape
     if tiles.classes.numel():
+        right, bottom = width * plan.block_n, height * plan.block_m
         axes.imshow(
             tiles.classes.numpy(),
             cmap=ListedColormap(_COLOURS),
             vmin=EMPTY,
             vmax=FULL,
-            extent=(0, width * plan.block_n, height * plan.block_m, 0),
+            extent=(0, right, bottom, 0),
             aspect="auto",
             interpolation="nearest",
         )
+        axes.set_xlim(-_MARGIN * right, (1 + _MARGIN) * right)
+        axes.set_ylim((1 + _MARGIN) * bottom, -_MARGIN * bottom)
     axes.set_xlabel(f"key (tiles of {plan.block_n})")
     axes.set_ylabel(f"query (tiles of {plan.block_m})")
     needed = "not counted" if tiles.needed is None else tiles.needed
