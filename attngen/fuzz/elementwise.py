@@ -33,7 +33,7 @@ from attngen.expr import (
 from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.expressions import DECLARATIONS, integers, masks, scores
 from attngen.fuzz.functions import EXACT, excess
-from attngen.fuzz.probe import INDICES, Probe, as_f32, parameters, plan_that_reads_all, sample_fields
+from attngen.fuzz.probe import INDICES, Probe, as_f32, moved, parameters, plan_that_reads_all, sample_fields
 from attngen.plan import Plan
 
 MODULE_SIZE = 200
@@ -153,7 +153,7 @@ def check_elementwise(
     found = torch.zeros(
         sum(1 + len(cut.calls) for cut in cuts), SAMPLES, dtype=torch.int64, device=probe.device
     )
-    on_gpu = {name: x.to(probe.device) for name, x in tensors.items()}
+    on_gpu = moved(tensors, probe.device)
     given_ = parameters(plan, SIZES, scalars, on_gpu)
     there = {name: x.to(probe.device) for name, x in samples.items()}
     for i in range(len(drawn)):

@@ -59,6 +59,14 @@ def sample_fields(samples: Mapping[str, torch.Tensor], found: torch.Tensor) -> l
     return [*(("pointer", pointer) for pointer in pointers), ("i32", found.shape[1])]
 
 
+def moved(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors on a device, with the strides that they have."""
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+        for name, x in tensors.items()
+    }
+
+
 def as_f32(bits: torch.Tensor) -> torch.Tensor:
     """The f32 whose bits a probe wrote as an i64."""
     return bits.to(torch.int32).view(torch.float32)

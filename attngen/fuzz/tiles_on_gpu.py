@@ -16,7 +16,7 @@ from attngen.expr import Declarations, Expr, fill_tables, free_names, tensor_nam
 from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.elementwise import Drawn
 from attngen.fuzz.expressions import DECLARATIONS
-from attngen.fuzz.probe import Field, Probe, parameters, spec_of
+from attngen.fuzz.probe import Field, Probe, moved, parameters, spec_of
 from attngen.lower import lower
 from attngen.plan import Plan, evaluate_formula
 from attngen.simulate import Sizes, block_bounds
@@ -87,7 +87,7 @@ def _complaint(
     scalars: dict[str, Any],
     tensors: dict[str, torch.Tensor],
 ) -> str | None:
-    on_gpu = {name: x.to(probe.device) for name, x in tensors.items()}
+    on_gpu = moved(tensors, probe.device)
     expected: Mapping[str, torch.Tensor] = {}
     spaces: dict[str, torch.Tensor] = {}
     if plan.table_kernel is not None:

@@ -1,17 +1,19 @@
 """The fuzzing of expressions fuzzes: it compiles for a GPU, and finds what is planted."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from cpu_probe import CpuProbe
 
 from attngen.emit.pairs import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
 from attngen.expr.tiles import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
-from attngen.fuzz import classes
+from attngen.fuzz import classes, elementwise
 from attngen.fuzz.classes import Problem, check_classes, fuzz_classes
 from attngen.fuzz.command import fuzz as command
 from attngen.fuzz.elementwise import MODULE_SIZE, draw_expressions, source_of
@@ -32,6 +34,14 @@ def test_the_module_of_a_run_compiles() -> None:
     assert {each.expr.type for each in drawn} == {"bool", "i32", "f32"}
     compiled = compile_source(source_of(drawn, plan_that_reads_all(DECLARATIONS, TARGET)), TARGET)
     assert len(compiled.resources) == MODULE_SIZE
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_text_means_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by g++, which stops where an int overflows: 100 expressions, bit by bit."""
+    monkeypatch.setattr(elementwise, "Probe", CpuProbe)
+    wrong = elementwise.check_elementwise(draw_expressions(100, seed=3), TARGET, seed=3)
+    assert not wrong, "\n\n".join(map(str, wrong[:3]))
 
 
 def test_the_module_of_classes_compiles() -> None:
