@@ -35,7 +35,6 @@ from attngen.plan.steps import (
 )
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
 from attngen.simulate.softmax import exponentials, log_sum_exp, rescale_factor, running_max
-from attngen.simulate.tiles import Tile
 from attngen.simulate.visits import Member
 from attngen.spec import Spec
 
@@ -71,6 +70,7 @@ class Planted:
         return_lse: bool = False,
         out: torch.Tensor | None = None,
         layout: str = "bshd",
+        **declared: Any,
     ) -> Any:
         result, lse = simulate(
             self.plan,
@@ -80,6 +80,7 @@ class Planted:
             softmax_scale=softmax_scale,
             return_lse=return_lse,
             layout=layout,
+            declared=declared,
             steps=self.fault.steps,
         )
         result = result if out is None else out.copy_(result)
@@ -201,7 +202,7 @@ def _of_members(change: Callable[[Member, RoleRun], Member]) -> Mapping[type[Ste
     def load(step: LoadTile | TmaLoad, role: RoleRun) -> None:
         tile = role.tile
         if step.src.heads == "kv":
-            role.tile = Tile(tile.m_block, tile.bounds, tuple(change(m, role) for m in tile.members))
+            role.tile = replace(tile, members=tuple(change(m, role) for m in tile.members))
         STEPS_SIMULATED[type(step)](step, role)
         role.tile = tile
 

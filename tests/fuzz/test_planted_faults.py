@@ -17,6 +17,7 @@ ELSEWHERE = ("swapped stages", "mask without a closed form ignored")
 def assert_a_race_if(is_race: bool, failure: PropertyFailure) -> None:
     raced = failure.rule == "crash" and failure.complaint.startswith("SimulationFault: race")
     assert raced or not is_race, failure
+    assert "TypeError" not in failure.complaint, failure
 
 
 @pytest.mark.parametrize("name", FAULTS)
