@@ -12,13 +12,6 @@ DEV float log2_approx(float x) {
   return y;
 }
 
-// tanh(x), relative error at most 2^-11. PTX ISA: tanh.approx.
-DEV float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // 1 / x, at most 1 ulp off. PTX ISA: rcp.approx.ftz.
 DEV float rcp_approx(float x) {
   float y;
