@@ -92,7 +92,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         head_dim_qk: of Q and K.
         head_dim_v: of V.
         demands: of the mask and the score. What is looked up for each pair takes registers: tiles are those that
-            compile without spills; scores that load nothing as measured in the same file, rows "scores".
+            compile without spills; scores that load nothing: tune_scores.json.
     """
     widest = max(head_dim_qk, head_dim_v)
     loads = demands.mask_loads or demands.score_loads
