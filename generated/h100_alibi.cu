@@ -524,7 +524,7 @@ struct Params {
   float softmax_scale;
   float softmax_scale_log2;
   float* arg_slopes;
-  i64 arg_slopes_stride_0;
+  i64 stride_0_of_slopes;
 };
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
@@ -559,7 +559,7 @@ DEV Tile decode_tile(const Params& params, int index) {
 
 // slopes: f32[num_heads_q]
 DEV float read_slopes(const Params& params, int i0) {
-  return __ldg(params.arg_slopes + i0 * params.arg_slopes_stride_0);
+  return __ldg(params.arg_slopes + i0 * params.stride_0_of_slopes);
 }
 
 // Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.

@@ -515,9 +515,9 @@ struct Params {
   float softmax_scale;
   float softmax_scale_log2;
   u16* arg_bias;
-  i64 arg_bias_stride_0;
-  i64 arg_bias_stride_1;
-  i64 arg_bias_stride_2;
+  i64 stride_0_of_bias;
+  i64 stride_1_of_bias;
+  i64 stride_2_of_bias;
 };
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
@@ -552,7 +552,7 @@ DEV Tile decode_tile(const Params& params, int index) {
 
 // bias: bf16[num_heads_q, seqlen_q, seqlen_k]
 DEV float read_bias(const Params& params, int i0, int i1, int i2) {
-  return bf16_to_float(__ldg(params.arg_bias + i0 * params.arg_bias_stride_0 + i1 * params.arg_bias_stride_1 + i2 * params.arg_bias_stride_2));
+  return bf16_to_float(__ldg(params.arg_bias + i0 * params.stride_0_of_bias + i1 * params.stride_1_of_bias + i2 * params.stride_2_of_bias));
 }
 
 // Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.

@@ -549,8 +549,8 @@ struct Params {
   int scale_is_negative;
   float softmax_scale_log2;
   int* arg_doc;
-  i64 arg_doc_stride_0;
-  i64 arg_doc_stride_1;
+  i64 stride_0_of_doc;
+  i64 stride_1_of_doc;
   int* extremes0_lo;
   int* extremes0_hi;
   int* extremes1_lo;
@@ -590,7 +590,7 @@ DEV Tile decode_tile(const Params& params, int index) {
 
 // doc: i32[batch, seqlen_k]
 DEV int read_doc(const Params& params, int i0, int i1) {
-  return __ldg(params.arg_doc + i0 * params.arg_doc_stride_0 + i1 * params.arg_doc_stride_1);
+  return __ldg(params.arg_doc + i0 * params.stride_0_of_doc + i1 * params.stride_1_of_doc);
 }
 
 // The smallest doc[b, q_idx + seqlen_k - seqlen_q] of a block.

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from attngen.expr import (
+    SIZE_NAMES,
     Expr,
     Leaves,
     Table,
@@ -84,7 +85,7 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
 def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
     for name, tensor in plan.declarations.tensors.items():
         c_type, element = _ELEMENTS[tensor.dtype]
-        steps = [f"i{i} * params.arg_{name}_stride_{i}" for i in range(len(tensor.dims))]
+        steps = [f"i{i} * params.stride_{i}_of_{name}" for i in range(len(tensor.dims))]
         yield macros.lookup(
             {
                 "name": name,
@@ -189,7 +190,7 @@ def _size(plan: Plan, dim: str | int) -> str:
     """A dimension of a tensor, as the parameter that carries it."""
     if isinstance(dim, int):
         return str(dim)
-    has_own = any(param.name == dim for param in plan.kernel.params)
+    has_own = dim in SIZE_NAMES and any(param.name == dim for param in plan.kernel.params)
     return f"params.{dim}" if has_own else f"params.size_{dim}"
 
 

@@ -42,7 +42,7 @@ def pair_params(
         *scale,
         *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
         *(
-            Param(f"arg_{name}_stride_{i}", "i64", f"tensor.{name}.stride_{i}")
+            Param(f"stride_{i}_of_{name}", "i64", f"tensor.{name}.stride_{i}")
             for name, tensor in read.tensors.items()
             for i in range(len(tensor.dims))
         ),

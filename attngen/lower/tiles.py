@@ -118,7 +118,10 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(None, "pingpong", long),
         )
     if 96 < widest <= 128 and demands.modified:  # a third softmax hides what two leave in the open
-        return (Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),)
+        return (
+            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
+        )
     if widest <= 128:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
     if head_dim_v <= 128 and head_dim_qk <= 192:
