@@ -8,6 +8,7 @@ from kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, skip_un
 
 import attngen
 from attngen.accuracy import compare
+from attngen.declared_inputs import declared_inputs
 from attngen.inputs import Canary, MemoryLayout, Shape, poison, random_inputs
 from tests.reference.length_grid import INPUTS, Point, judge
 
@@ -195,7 +196,9 @@ def test_shipped_specs_pass_their_check_shapes() -> None:
             )
             dims = (made.plan.head_dim_qk, made.plan.head_dim_v)
             q, k, v = random_inputs(shape, *dims, INPUTS[made.plan.inputs.name], "cuda", 8)
-            out, lse = made(q, k, v, return_lse=True)
-            assert compare(out, lse, q, k, v, made_for.mask_expr).ok, path.name
+            passed = declared_inputs(made_for.declarations, shape, device="cuda", seed=8)
+            out, lse = made(q, k, v, return_lse=True, **passed)
+            about = {"score": made_for.score_expr, "declared": passed}
+            assert compare(out, lse, q, k, v, made_for.mask_expr, **about).ok, path.name
             ran += 1
     assert ran >= 3
