@@ -3,7 +3,7 @@
 A tile is empty where `may` does not hold and full where `must` does. Both are ordinary trees over what is one value
 in a tile (`TILE_NAMES`, b, h, h_kv, lengths, scalars), so that they have every reading that a mask has. They
 never claim too much: what they cannot tell is partial, which costs time and no more. They are exact where each index
-is read once, and for the masks of tests/expr/test_tiles.py.
+is read once, and for the masks of tests/expr/test_tile_classes.py.
 
 Three things go beyond arithmetic on intervals. The remainders of a tile by a constant are no interval
 (remainders.py). A conjunct about one index alone (`kv_idx >= n`) narrows the tile for the others. A disjunction is
