@@ -8,6 +8,7 @@ import jinja2
 
 from attngen.expr import (
     SIZE_NAMES,
+    TILE_NAMES,
     Expr,
     Leaves,
     Table,
@@ -28,20 +29,7 @@ _NAMES = {
     "h_kv": "tile.kv_head",
     "seqlen_q": "tile.seqlen_q",
     "seqlen_k": "tile.seqlen_k",
-    **{
-        name: name
-        for name in (
-            "score",
-            "q_idx",
-            "kv_idx",
-            "q_first",
-            "q_last",
-            "kv_first",
-            "kv_last",
-            "q_tile",
-            "kv_tile",
-        )
-    },
+    **{name: name for name in ("score", "q_idx", "kv_idx", *TILE_NAMES)},
 }
 _C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
 _ELEMENTS = {
