@@ -16,6 +16,7 @@ from attngen.expr.declarations import (
     TensorType,
 )
 from attngen.expr.declare import read_declarations
+from attngen.expr.derivative import derivative
 from attngen.expr.keys import KeyRange, extremes, key_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
@@ -83,6 +84,7 @@ __all__ = [
     "const",
     "cuda_body",
     "definitions",
+    "derivative",
     "disjunction",
     "equal",
     "evaluate",

@@ -214,3 +214,15 @@ def test_wrong_declared_values_leave_the_gpu_alone(kind: str) -> None:
     with pytest.raises(attngen.ArgumentError, match="argument doc: .*device cpu"):
         made(q, k, v, **declared | {"doc": declared["doc"].cpu()})
     assert torch.equal(made(q, k, v, **declared), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_of_one_call_serve_others(kind: str) -> None:
+    """A call that is given tables computes the same, and fills none."""
+    made = kernel(DOCUMENT, kind)
+    tensors, declared = call_of(DOCUMENT, (300, 515))
+    tables = made.tables(*tensors, **declared)
+    before = {name: space.clone() for name, space in tables.workspaces.items()}
+    assert torch.equal(made(*tensors, **declared, tables=tables), made(*tensors, **declared))
+    assert before.keys() == set(made.manifest.tables)
+    assert all(torch.equal(space, tables.workspaces[name]) for name, space in before.items())
