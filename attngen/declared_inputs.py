@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
@@ -34,14 +35,6 @@ NEW_DIMENSION = 16
 MOST_DRAWN = 2**26
 """Numbers drawn of a tensor; a larger one repeats them, since a bias over all pairs has billions."""
 
-_DTYPES = {
-    "bool": torch.bool,
-    "u8": torch.uint8,
-    "i32": torch.int32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-}
 _INTEGERS = {"u8": 2**8, "i32": 2**31}
 """How many numbers of these formats are not negative."""
 _HASH = 2_654_435_761
@@ -173,7 +166,7 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     dims = [dim if isinstance(dim, int) else sizes.get(dim, NEW_DIMENSION) for dim in tensor.dims]
     kind = kind or ("sorted" if tensor.dtype in _INTEGERS else "random")
     if kind == "zeros":
-        return torch.zeros(dims, dtype=_DTYPES[tensor.dtype])
+        return torch.zeros(dims, dtype=element_dtype(tensor.dtype))
     if kind == "hashed" and tensor.dtype not in _INTEGERS:
         must = f"sorted, random or zeros: the spec declares {tensor}"
         raise ArgumentError(f"--tensor {tensor.name}", "hashed, which is for integers", must)
@@ -187,10 +180,10 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     else:
         numbers = torch.randn(few, generator=generator)
     if few[0] < count:
-        numbers = numbers.to(_DTYPES[tensor.dtype]).repeat(-(-count // few[0]))[:count]
+        numbers = numbers.to(element_dtype(tensor.dtype)).repeat(-(-count // few[0]))[:count]
     numbers = numbers.reshape(dims)
     if kind != "random" and numbers.numel():
         numbers = numbers.sort(dim=-1).values
     if kind == "hashed":
         numbers = (numbers + 1) * _HASH % _INTEGERS[tensor.dtype]
-    return numbers.to(_DTYPES[tensor.dtype])
+    return numbers.to(element_dtype(tensor.dtype))

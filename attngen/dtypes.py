@@ -72,3 +72,21 @@ def torch_dtype(dtype: DType) -> "torch.dtype":
     found = getattr(torch, dtype.torch_name)
     assert isinstance(found, torch.dtype)  # a slip in the table above, caught by its test
     return found
+
+
+ELEMENTS = {
+    "bool": "bool",
+    "u8": "uint8",
+    "i32": "int32",
+    **{name: DTYPES[name].torch_name for name in ("f16", "bf16", "f32")},
+}
+"""What a tensor that a spec declares may hold, by its name there: torch's name for it."""
+
+
+def element_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a key of `ELEMENTS`."""
+    import torch
+
+    found = getattr(torch, ELEMENTS[name])
+    assert isinstance(found, torch.dtype)
+    return found

@@ -6,7 +6,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import DType, dtype
 from attngen.errors import PlanError
-from attngen.expr import definitions, tile_classes, to_text
+from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, demands, given
 from attngen.lower.pairs import declarations_read_by, pair_params, table_kernel, table_spaces
@@ -122,7 +122,7 @@ def _warp_plan(
 ) -> Plan:
     """The plan of a schedule that every warp runs alike."""
     name, schedule = common["name"], common["schedule"]
-    tables = common["tile_classes"].tables if common["tile_classes"] else ()
+    tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
     at = places(choice, arch, *dtypes, head_dims, pairs)
     spaces = workspaces(at) if schedule == "serial" else ()
@@ -174,7 +174,7 @@ def _warpgroup_plan(
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
     at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs)
-    tables = common["tile_classes"].tables if common["tile_classes"] else ()
+    tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))
     kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)
     return Plan(
@@ -192,6 +192,12 @@ def _warpgroup_plan(
         launches=(warpgroups.launch(name, choice),),
         table_kernel=table_kernel(name, kernel.params, tables, common["block_m"], common["block_n"]),
     )
+
+
+def _tables(common: dict[str, Any]) -> tuple[Table, ...]:
+    """What the classes of blocks read, if they are classed."""
+    classes = common["tile_classes"]
+    return classes.tables if classes else ()
 
 
 def _schedule(spec: Spec, arch: Arch) -> str:

@@ -8,17 +8,10 @@ from typing import Any
 
 import torch
 
+from attngen.dtypes import element_dtype
 from attngen.emit.manifest import Manifest, ScalarEntry, TensorEntry
 from attngen.errors import ArgumentError
 
-_DTYPES = {
-    "bool": torch.bool,
-    "u8": torch.uint8,
-    "i32": torch.int32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-}
 _LARGEST_I32 = 2**31 - 1
 
 
@@ -109,9 +102,9 @@ def _tensor(
         raise ArgumentError(entry.name, got, f"a torch tensor: the spec declares {declared}")
     if x.is_nested or x.layout != torch.strided:
         raise ArgumentError(entry.name, "a tensor that is not dense", "a dense tensor (torch.strided)")
-    if x.dtype != _DTYPES[entry.dtype]:
-        cure = f"pass {entry.name}.to({_DTYPES[entry.dtype]})"
-        raise ArgumentError(entry.name, f"dtype {x.dtype}", f"{_DTYPES[entry.dtype]}", cure)
+    if x.dtype != element_dtype(entry.dtype):
+        cure = f"pass {entry.name}.to({element_dtype(entry.dtype)})"
+        raise ArgumentError(entry.name, f"dtype {x.dtype}", f"{element_dtype(entry.dtype)}", cure)
     if x.device != device:
         raise ArgumentError(entry.name, f"device {x.device}", f"{device}, the device of q")
     if x.requires_grad and torch.is_grad_enabled():

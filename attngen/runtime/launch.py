@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ class _Prepared:
     Attributes:
         out_shape: of a fresh output; None where it has the shape, the strides and the type of q.
         draws_tiles: whether the kernels need a tile counter, whose address is then the last one.
+        manifest: of the kernel that takes the call; `sizes`, of the call.
     """
 
     out_shape: tuple[int, ...] | None
@@ -108,6 +110,13 @@ class _Prepared:
     workspaces: dict[str, tuple[int, ...]]
     launches: tuple[_PreparedLaunch, ...]
     draws_tiles: bool
+    manifest: Manifest
+    sizes: Mapping[str, int]
+
+    @cached_property
+    def without_tables(self) -> tuple[_PreparedLaunch, ...]:
+        """The launches of a call that brings its tables."""
+        return tuple(ready for ready in self.launches if not ready.fills_tables)
 
 
 def _offsets(kernel: KernelEntry) -> dict[str, int]:
@@ -213,22 +222,25 @@ class Launcher:
         lse_pointer = 0 if lse is None else lse.data_ptr()
         addresses: tuple[int, ...] = (q_pointer, k_pointer, v_pointer, out.data_ptr(), lse_pointer)
         if prepared.workspaces:
-            spaces = [q.new_empty(shape, dtype=torch.float32) for shape in prepared.workspaces.values()]
             if tables is not None:
-                self._check_tables(tables, q, k, v, layout, declared)
-                known = tables.workspaces
-                spaces = [known.get(*pair) for pair in zip(prepared.workspaces, spaces, strict=True)]
+                TileTables.check(tables, prepared.manifest, prepared.sizes, declared)
+            known = _NOTHING if tables is None else tables.workspaces
+            spaces = [
+                known[name] if name in known else q.new_empty(shape, dtype=torch.float32)
+                for name, shape in prepared.workspaces.items()
+            ]
             addresses += tuple(space.data_ptr() for space in spaces)
         elif tables is not None:
             raise ArgumentError("tables", "tables", "None: this kernel reads none")
         if declared:
             addresses += tuple(declared[name].data_ptr() for name in self._tensors)
+        launches = prepared.launches if tables is None else prepared.without_tables
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_getDevice() == device:
-            self._launch(prepared, addresses, device, stream, tables is None, True)
+            self._launch(prepared, launches, addresses, device, stream)
         else:
             with torch.cuda.device(device):
-                self._launch(prepared, addresses, device, stream, tables is None, True)
+                self._launch(prepared, launches, addresses, device, stream)
         return out, lse
 
     def tables(
@@ -246,37 +258,22 @@ class Launcher:
         addresses = (*(0,) * 5, *pointers, *(declared[name].data_ptr() for name in self._tensors))
         with torch.cuda.device(q.device):
             stream = torch._C._cuda_getCurrentRawStream(q.get_device())
-            self._launch(prepared, addresses, q.get_device(), stream, True, False)
+            fills = tuple(ready for ready in prepared.launches if ready.fills_tables)
+            self._launch(prepared, fills, addresses, q.get_device(), stream)
         filled = {name: space for name, space in spaces.items() if name in self.manifest.tables}
         return TileTables.of(self.manifest, problem.sizes, declared, filled)
-
-    def _check_tables(
-        self,
-        tables: TileTables,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: str,
-        declared: Mapping[str, Any],
-    ) -> None:
-        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
-        launcher = serving(self, self._shorter, problem.seqlen_k)
-        TileTables.check(tables, launcher.manifest, problem.sizes, declared)
 
     def _launch(
         self,
         prepared: _Prepared,
+        launches: tuple[_PreparedLaunch, ...],
         addresses: tuple[int, ...],
         device: int,
         stream: int,
-        fills_tables: bool,
-        attends: bool,
     ) -> None:
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
-        for ready in prepared.launches:
-            if not (fills_tables if ready.fills_tables else attends):
-                continue
+        for ready in launches:
             words, address = ready.arguments.words_and_address
             for word, number in ready.patches:
                 words[word] = addresses[number]
@@ -359,6 +356,8 @@ class Launcher:
             },
             launches,
             draws_tiles,
+            self.manifest,
+            problem.sizes,
         )
 
     def _prepare_launch(
