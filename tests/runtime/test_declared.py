@@ -4,6 +4,7 @@ import ctypes
 import math
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -325,3 +326,16 @@ def test_attention_refuses_two_declarations_of_one_name() -> None:
     with pytest.raises(attngen.ArgumentError, match="argument scalars: .*n: i32 = 3.*n: i32 = 4") as caught:
         attngen.attention(q, q, q, mask, scalars={"n": "i32 = 4"})
     assert caught.value.argument == "scalars"
+
+
+def test_a_call_with_tables_fills_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making tables launches their kernel alone; a call that brings them launches the other, on their addresses."""
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    recorder, passed = Recorder(monkeypatch, KERNEL), good()
+    tables = recorder.launcher.tables(*tensors(), "bshd", passed)
+    recorder.launcher.run(*tensors(), declared=passed, tables=tables)
+    assert [name for name, *_ in recorder.sent] == [f"{KERNEL.plan.name}_tables", KERNEL.plan.name]
+    made, used = (sent for *_, sent in recorder.sent)
+    for name in KERNEL.manifest.tables:
+        address = tables.workspaces[name].data_ptr()
+        assert made[f"workspace.{name}"] == used[f"workspace.{name}"] == address
