@@ -1,40 +1,68 @@
-"""Small launches of every schedule and dtype, to run under compute-sanitizer: `python benchmarks/sanitize.py`.
+"""Small launches of every schedule, to run under compute-sanitizer: `python benchmarks/sanitize.py [plain] [language]`.
 
-head_dim 64 and 128, lengths (1, 1), (113, 203) and (128, 217), full and causal, GQA 3:1, lse asked for.
+Lengths (1, 1), (113, 203) and (128, 217), GQA 3:1, lse asked for. `plain`: f16 and bf16, head_dim 64 and 128, full and
+causal. `language`: walks, modified scores, declared tensors and tables of extremes, head_dim 64.
 """
 
-import torch
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import attngen
 from attngen.accuracy import compare
+from attngen.declared_inputs import declared_inputs
+from attngen.dtypes import torch_dtype
 from attngen.inputs import Shape, random_inputs
 
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+KINDS = ("fa2", "serial", "warp_specialized", "pingpong", "auto")
 LENGTHS = ((1, 1), (113, 203), (128, 217))
+LANGUAGE: tuple[dict[str, Any], ...] = (
+    {"mask": "window(100, 0) or sinks(4)", "score": "softcap(score, 2.0)"},
+    {"mask": "document(doc) and causal", "tensors": {"doc": "i32[batch, seqlen_k]"}},
+    {"mask": "prefix(9)", "score": "score + alibi(slopes)", "tensors": {"slopes": "f32[num_heads_q]"}},
+    {
+        "score": "score + bias[h, q_idx, kv_idx]",
+        "tensors": {"bias": "bf16[num_heads_q, seqlen_q, seqlen_k]"},
+    },
+)
+
+
+def plain() -> Iterator[dict[str, Any]]:
+    """Specs without the language."""
+    for inputs in ("f16", "bf16"):
+        for head_dim in (64, 128):
+            for mask in ("full", "causal"):
+                yield {"problem": {"head_dim": head_dim}, "precision": {"inputs": inputs}, "mask": mask}
+
+
+def language() -> Iterator[dict[str, Any]]:
+    """Specs of walks, scores and tables."""
+    for fields in LANGUAGE:
+        yield {"problem": {"head_dim": 64}, **fields}
+
+
+def is_right(kernel: attngen.Kernel, shape: Shape) -> bool:
+    """Run, and hold the result against the reference on the CPU."""
+    spec, plan = kernel.spec, kernel.plan
+    q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
+    declared = declared_inputs(spec.declarations, shape, "cuda")
+    out, lse = kernel(q, k, v, return_lse=True, **declared)
+    passed = {name: x.cpu() if hasattr(x, "cpu") else x for name, x in declared.items()}
+    on_cpu = [x.cpu() for x in (out, lse, q, k, v)]
+    return compare(*on_cpu, spec.mask_expr, score=spec.score_expr, declared=passed).ok
 
 
 def main() -> None:
     """Run and compare; print how many launches were right."""
+    sets = {"plain": plain, "language": language}
     right = launched = 0
-    for kind in ("fa2", "serial", "warp_specialized", "pingpong", "auto"):
-        for inputs, dtype in DTYPES.items():
-            for head_dim in (64, 128):
-                for mask in ("full", "causal"):
-                    kernel = attngen.compile(
-                        {
-                            "problem": {"head_dim": head_dim},
-                            "precision": {"inputs": inputs},
-                            "mask": mask,
-                            "schedule": {"kind": kind},
-                        }
-                    )
-                    for lengths in LENGTHS:
-                        shape = Shape(1, 3, 1, *lengths)
-                        q, k, v = random_inputs(shape, head_dim, head_dim, dtype, "cuda", 0)
-                        out, lse = kernel(q, k, v, return_lse=True)
-                        on_cpu = [x.cpu() for x in (out, lse, q, k, v)]
-                        right += compare(*on_cpu, kernel.spec.mask_expr).ok
-                        launched += 1
+    for name in sys.argv[1:] or sets:
+        for fields in sets[name]():
+            for kind in KINDS:
+                kernel = attngen.compile({**fields, "schedule": {"kind": kind}})
+                for lengths in LENGTHS:
+                    right += is_right(kernel, Shape(1, 3, 1, *lengths))
+                    launched += 1
     print(f"{right} of {launched} launches right")
 
 
