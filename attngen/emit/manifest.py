@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
-from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
+from attngen.plan import KEYS_PADDED_TO, PANEL_BYTES, Formula, Param, Plan, TensorMap, ceil_div, product
 
 SCHEMA_VERSION = 4
 
@@ -197,7 +197,10 @@ def _kernel_entry(data: dict[str, Any]) -> KernelEntry:
 def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     tensor = entry.tensor
     heads = "num_heads_kv" if tensor.heads == "kv" else "num_heads_q"
-    dims = (tensor.cols, f"seqlen_{tensor.axis}", heads, "batch")
+    rows: tuple[Formula, Formula] = (tensor.cols, f"seqlen_{tensor.axis}")
+    if tensor.transposed:
+        rows = (product(KEYS_PADDED_TO, ceil_div(rows[1], KEYS_PADDED_TO)), tensor.cols)
+    dims = (*rows, heads, "batch")
     box = (entry.box_cols, entry.box_rows, 1, 1)
     return TensorMapEntry(tensor.name, tensor.dtype.name, dims, box, PANEL_BYTES)
 

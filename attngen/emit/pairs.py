@@ -45,7 +45,7 @@ _ELEMENTS = {
 def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     macros: Any = env.get_template("mask.cuh.j2").module
-    texts = (*_lookups(plan, macros), *_blocks(plan, macros), *_pairs(plan, macros))
+    texts = (*_descales(plan, env), *_lookups(plan, macros), *_blocks(plan, macros), *_pairs(plan, macros))
     return [str(text).strip("\n") for text in texts]
 
 
@@ -68,6 +68,12 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
         for table in kernel.tables
     ]
     return str(macros.fill_tables(kernel, tables)).strip("\n")
+
+
+def _descales(plan: Plan, env: jinja2.Environment) -> Iterator[str]:
+    macros: Any = env.get_template("scales.cuh.j2").module
+    yield from map(macros.descale, plan.scales)
+    yield from (macros.largest(of) for of in plan.scales if of.name == "v_descale" and of.granule)
 
 
 def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
@@ -127,7 +133,10 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         score = with_nodes(
             step.score, {each: scalar(f"terms.{name}", each.type) for each, name in terms.items()}
         )
-        known = replace(leaves(plan, exact=False, key_step="kv_step"), score_scale="params.softmax_scale")
+        known = replace(
+            leaves(plan, exact=False, key_step="kv_step"),
+            score_scale="" if step.scale else "params.softmax_scale",
+        )
         known = replace(
             known, names={**known.names, **{f"terms.{name}": f"terms.{name}" for name in terms.values()}}
         )

@@ -36,6 +36,7 @@ class WarpgroupChoice:
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
         out_over_q: the result is staged over Q, for want of shared memory of its own.
         q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
+        promotes: O is added up in true f32, block by block.
     """
 
     block_m: int
@@ -51,6 +52,7 @@ class WarpgroupChoice:
     out_over_q: bool = False
     q_stages: int = 1
     blocks_per_sm: int = 1
+    promotes: bool = False
 
 
 @dataclass(frozen=True)

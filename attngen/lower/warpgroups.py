@@ -5,6 +5,7 @@ from dataclasses import replace
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.lower.places import round_up, tile_places
+from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
@@ -14,6 +15,7 @@ from attngen.plan import (
     Launch,
     NamedBarriers,
     Param,
+    RegVec,
     Ring,
     Role,
     Scheduler,
@@ -24,7 +26,7 @@ from attngen.plan import (
     product,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
-from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, WarpgroupPlaces
+from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, Scales, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
@@ -40,11 +42,12 @@ def places(
     output: DType,
     head_dims: tuple[int, int],
     pairs: Pairs,
+    scales: Scales | None,
 ) -> WarpgroupPlaces:
     """Every place the schedules may name, at its offset in shared memory."""
     assert arch.wgmma is not None
     qk, v = head_dims
-    qk_cols, v_cols = round_up(qk, arch.wgmma.k), v
+    qk_cols, v_cols = round_up(qk, arch.k_step(inputs)), v
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     panels = arch.emits
 
@@ -61,6 +64,8 @@ def places(
     first = max(q_buffer, out, key=lambda each: each.size_bytes) if choice.out_over_q else q_buffer
     k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, first)
     v_buffer = buffer("v", inputs, n, v_cols, v, stages, k_buffer)
+    if scales:  # 8-bit wgmma contracts over columns alone
+        v_buffer = replace(v_buffer, rows=v_cols, cols=n, valid_cols=n, transposed=True)
     if not choice.out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
@@ -70,8 +75,9 @@ def places(
             **{name: Cursor(f"{name}_at", count, Ring(name, count), fills) for name, count in depth.items()}
         )
 
+    common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales)
     return WarpgroupPlaces(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
+        **common,
         overlap=choice.overlap,
         rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
@@ -82,6 +88,8 @@ def places(
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+        part=replace(common["acc_o"], name="part_o") if choice.promotes else None,
+        alpha_before=RegVec("alpha_before", m),
     )
 
 
@@ -101,6 +109,7 @@ def kernel(
     )
     end = max(buffer.offset + buffer.size_bytes for buffer in (at.q, at.k, at.v, at.out))
     barrier_bytes = sum(ring.size_bytes for ring in rings)
+    of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
 
     def cursors(of: RingCursors) -> tuple[Cursor, ...]:
         return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
@@ -113,8 +122,12 @@ def kernel(
                 "consumer",
                 4 * choice.warpgroups,
                 programs["consumer"],
-                (at.acc_s, at.p, at.acc_o),
-                (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                (at.acc_s, at.p, at.acc_o, *of_promotion[0]),
+                (
+                    *(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                    *of_promotion[1],
+                    *(at.scales.vectors if at.scales else ()),
+                ),
                 cursors(at.consumer),
                 choice.warpgroups,
                 share.consumer if share else None,
@@ -129,7 +142,11 @@ def kernel(
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=(*_params(choice.persistent), *of_pairs),
+        params=(
+            *_params(choice.persistent),
+            *of_pairs,
+            *(scale_params(at.scales) if at.scales else ()),
+        ),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0),
         rings=rings,
@@ -154,7 +171,7 @@ def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMa
     return (
         box(at.q_in, choice.block_m),
         box(at.k_in, choice.block_n),
-        box(at.v_in, choice.block_n),
+        box(at.v_in, at.v.rows if at.v.transposed else choice.block_n),
         box(at.result, choice.block_m // choice.warpgroups),
     )
 

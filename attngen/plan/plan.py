@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
-from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.places import Buffer, Cursor, Descales, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
 
 Formula = int | str | dict[str, Any]
@@ -241,6 +241,7 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
+        scales: of 8-bit Q, K and V; empty for others.
         table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
         up_to: most keys of the calls that this plan is for; None for any.
         shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
@@ -275,6 +276,7 @@ class Plan:
     kernels: tuple[KernelPlan, ...]
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
+    scales: tuple[Descales, ...] = ()
     table_kernel: TableKernel | None = None
     up_to: int | None = None
     shorter: tuple["Plan", ...] = ()

@@ -12,6 +12,7 @@ from attngen.expr import Expr, KeyRange
 from attngen.plan.places import (
     BlockIndex,
     Cursor,
+    Descales,
     NamedBarriers,
     Range,
     RegTile,
@@ -440,14 +441,19 @@ class IssueScoreGemm(Step):
 
 @dataclass(frozen=True)
 class IssueOutputGemm(Step):
-    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group."""
+    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group.
+
+    Attributes:
+        starts_at_zero: acc = a b instead.
+    """
 
     acc: RegTile
     a: RegTile
     b: View
+    starts_at_zero: bool = False
 
     def __str__(self) -> str:
-        return f"issue {self.acc} += {self.a} {self.b}"
+        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}"
 
 
 @dataclass(frozen=True)
@@ -464,6 +470,98 @@ class WaitGemm(Step):
     def __str__(self) -> str:
         newest = f", {self.pending} newest may be in flight" if self.pending else ""
         return f"wait for {', '.join(map(str, self.lands))}{newest}"
+
+
+# ---- scales of 8-bit operands -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ReadRowScales(Step):
+    """dst = the scale of scores, times Q's descale of each row, and times K's where a whole head has one.
+
+    Attributes:
+        in_natural_units: the scale is softmax_scale, as modified scores want it, else that in log2 units.
+    """
+
+    dst: RegVec
+    q: Descales
+    k: Descales | None
+    rows: BlockIndex
+    in_natural_units: bool
+
+    def __str__(self) -> str:
+        scale = "softmax_scale" if self.in_natural_units else "softmax_scale log2(e)"
+        return f"{self.dst} = {' '.join(map(str, (scale, self.q, self.k) if self.k else (scale, self.q)))}"
+
+
+@dataclass(frozen=True)
+class ReadScoreScale(Step):
+    """dst = src times K's descale of a block of keys."""
+
+    dst: RegVec
+    src: RegVec
+    k: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.src} {self.k}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class ScaleKeys(Step):
+    """s = s times K's descale of each key."""
+
+    s: RegTile
+    k: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.s} = {self.s} times {self.k} of each key"
+
+
+@dataclass(frozen=True)
+class ReadTopScale(Step):
+    """top = V's largest descale of this head."""
+
+    top: RegVec
+    v: Descales
+
+    def __str__(self) -> str:
+        return f"{self.top} = largest {self.v}"
+
+
+@dataclass(frozen=True)
+class ReadValueWeight(Step):
+    """weight = V's descale of a block of keys in relation to the largest, at least 2^-32; P takes it up."""
+
+    weight: RegVec
+    top: RegVec
+    v: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.weight} = {self.v}[{self.block}] / {self.top}"
+
+
+@dataclass(frozen=True)
+class CopyRows(Step):
+    """dst = src, a value per row."""
+
+    dst: RegVec
+    src: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.src}"
+
+
+@dataclass(frozen=True)
+class Promote(Step):
+    """o = o times a factor per row, plus what the tensor core added up: its own sums keep fewer bits than f32."""
+
+    o: RegTile
+    part: RegTile
+    by: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.o} = {self.by} {self.o} + {self.part}"
 
 
 # ---- softmax ----------------------------------------------------------------------------------------------------
@@ -490,12 +588,13 @@ class NegateTile(Step):
 
 @dataclass(frozen=True)
 class ModifyScores(Step):
-    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale."""
+    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`."""
 
     s: RegTile
     rows: BlockIndex
     block: BlockIndex
     score: Expr
+    scale: RegVec | None = None
 
     def __str__(self) -> str:
         return f"{self.s} = score of each pair, from scaled {self.s}"
@@ -529,11 +628,16 @@ class MaskScoresEach(Step):
 
 @dataclass(frozen=True)
 class RowMax(Step):
-    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled."""
+    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled.
+
+    Attributes:
+        scale: of each row; the call's softmax_scale where None.
+    """
 
     s: RegTile
     row_max: RegVec
     alpha: RegVec
+    scale: RegVec | None = None
 
     def __str__(self) -> str:
         return f"{self.row_max}, {self.alpha} = running maximum of {self.s}, rescale factor"
@@ -541,12 +645,21 @@ class RowMax(Step):
 
 @dataclass(frozen=True)
 class Exponentiate(Step):
-    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s."""
+    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s.
+
+    Attributes:
+        scale: as in `RowMax`.
+        lift: s = 2^lift times that, and so are the sums.
+        weight: s is multiplied by that as well; the sums are not.
+    """
 
     s: RegTile
     row_max: RegVec
     row_sum: RegVec
     alpha: RegVec
+    scale: RegVec | None = None
+    lift: int = 0
+    weight: RegVec | None = None
 
     def __str__(self) -> str:
         return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
@@ -594,15 +707,22 @@ class ReduceRows(Step):
 
 @dataclass(frozen=True)
 class FinishRows(Step):
-    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf."""
+    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
+
+    Attributes:
+        lift: the sums are 2^lift times what they mean.
+        top: what inv_sum is multiplied by; 1 where None.
+    """
 
     row_max: RegVec
     row_sum: RegVec
     inv_sum: RegVec
     lse: RegVec
+    lift: int = 0
+    top: RegVec | None = None
 
     def __str__(self) -> str:
-        return f"{self.inv_sum}, {self.lse} = 1 / {self.row_sum}, log-sum-exp"
+        return f"{self.inv_sum}, {self.lse} = {self.top or 1} / {self.row_sum}, log-sum-exp"
 
 
 # ---- scheduler --------------------------------------------------------------------------------------------------
