@@ -21,6 +21,7 @@ from attngen.runtime import (
     KernelResources,
     Launcher,
     LaunchReport,
+    TableSignature,
     TileTables,
     check_arguments,
     check_declared,
@@ -159,11 +160,12 @@ class Kernel:
                 raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
             problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
             values = check_declared(self.manifest, declared, problem.sizes, q.device)
+            served = serving(self, self.shorter, problem.seqlen_k)
             if tables is not None:
-                served = serving(self, self.shorter, problem.seqlen_k)
-                TileTables.check(tables, served.manifest, problem.sizes, declared)
+                signature = TableSignature.of(served.manifest, problem.sizes, values)
+                TileTables.check(tables, signature, values.tensors.values())
             result, lse = simulate(
-                serving(self, self.shorter, problem.seqlen_k).plan,
+                served.plan,
                 q,
                 k,
                 v,
@@ -198,9 +200,10 @@ class Kernel:
         if isinstance(q, torch.Tensor) and q.is_cuda:
             return self._launcher.tables(q, k, v, layout, declared)
         problem = check_arguments(self.manifest, q, k, v, None, None, layout)
-        check_declared(self.manifest, declared, problem.sizes, q.device)
+        values = check_declared(self.manifest, declared, problem.sizes, q.device)
         served = serving(self, self.shorter, problem.seqlen_k)
-        return TileTables.of(served.manifest, problem.sizes, declared, {})  # the simulator makes its own
+        signature = TableSignature.of(served.manifest, problem.sizes, values)
+        return TileTables.of(signature, values.tensors.values())  # the simulator makes its own
 
     def sass(self) -> str:
         """The machine code, disassembled."""

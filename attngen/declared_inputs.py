@@ -97,7 +97,7 @@ def declared_inputs(
     seed: int = 0,
     given: Given = NOTHING_GIVEN,
 ) -> dict[str, Any]:
-    """A value for everything that is declared, scalars with a default apart, by name.
+    """A value for everything that is declared, by name: what a call passes, and what a reference reads.
 
     Args:
         declarations: of a spec.
@@ -112,7 +112,6 @@ def declared_inputs(
     scalars = {
         scalar.name: _scalar(scalar, given.scalars.get(scalar.name))
         for scalar in declarations.scalars.values()
-        if scalar.name in given.scalars or scalar.default is None
     }
     files = {
         name: _read(name, given.tensors[name], device)
@@ -131,7 +130,10 @@ def declared_inputs(
 
 
 def _scalar(scalar: Scalar, text: str | None) -> Any:
+    """The value that a text means, or the default."""
     cure = f"--scalar {scalar.name}=VALUE"
+    if text is None and scalar.default is not None:
+        return scalar.default
     if text is None:
         must = f"a value: the spec declares {scalar.type} without default"
         raise ArgumentError(scalar.name, "nothing", must, cure)

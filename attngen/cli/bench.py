@@ -146,14 +146,12 @@ def _measure(
     plan = kernel.plan
     shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
-    declarations = kernel.spec.declarations
-    passed = declared_inputs(declarations, shape, q.device, given=said)
-    defaults = {scalar.name: scalar.default for scalar in declarations.scalars.values()}
+    passed = declared_inputs(kernel.spec.declarations, shape, q.device, given=said)
     runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v, **passed)}
     absent = {}
     for name in against:
         try:
-            runs[name] = measuring.peer(name, q, k, v, plan.mask, kernel.spec.score_expr, defaults | passed)
+            runs[name] = measuring.peer(name, q, k, v, plan.mask, kernel.spec.score_expr, passed)
         except ToolchainError as fault:
             absent[name] = fault.message
     samples = measuring.measure(runs, rounds)

@@ -83,7 +83,7 @@ def execute(
         kernel: what is called.
         inputs: q, k and v.
         label: of the outcome.
-        declared: the scalars and tensors that the spec declares; scalars with a default may be left out.
+        declared: of `draw_declared`; a value for each scalar and tensor that the spec declares.
         with_trace: whether to run on the simulator and keep what it writes on the board.
 
     Raises:
@@ -100,7 +100,6 @@ def execute(
         out, lse = kernel(q, k, v, return_lse=True, **passed)
     seconds, tflops = time.perf_counter() - started, None
     spec = kernel.spec
-    defaults = {scalar.name: scalar.default for scalar in spec.declarations.scalars.values()}
     accuracy = compare(
         out,
         lse,
@@ -110,7 +109,7 @@ def execute(
         spec.mask_expr,
         block_n=kernel.plan.block_n,
         score=spec.score_expr,
-        declared=defaults | passed,
+        declared=passed,
     )
     if q.is_cuda:
         seconds = median(measure({label: lambda: kernel(q, k, v, **passed)})[label]) / 1e3

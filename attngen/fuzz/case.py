@@ -78,7 +78,7 @@ class Case:
         return far_apart(drawn) if self.memory == "far" else drawn
 
     def declared(self, device: str) -> dict[str, Any]:
-        """What the call passes for what the spec declares; scalars have their defaults."""
+        """What the call passes for what the spec declares, and mask and score read."""
         return declared_inputs(self.spec.declarations, self.shape, device, self.seed)
 
 

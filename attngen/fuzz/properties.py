@@ -135,14 +135,8 @@ class Trial:
             self.case.softmax_scale,
             block_n=block_n,
             score=self.case.spec.score_expr,
-            declared=self.values,
+            declared=self.declared,
         )
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """What mask and score read of the call, defaults filled in."""
-        scalars = self.case.spec.declarations.scalars.values()
-        return {scalar.name: scalar.default for scalar in scalars} | self.declared
 
     @property
     def scale(self) -> float:
@@ -183,7 +177,7 @@ def error(trial: Trial) -> Complaint:
     if trial.subject.plan.modifies_scores:
         return None  # the weights of plain scores alone are powers of two
     q = trial.q if trial.scale > 0 else -trial.q
-    numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask, declared=trial.values)
+    numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask, declared=trial.declared)
     exact = torch.where(denominator == 0, 0.0, numerator / denominator)
     _, exponent = torch.frexp(exact)
     unit = torch.ldexp(torch.full_like(exact, torch.finfo(trial.out.dtype).eps), exponent - 1)

@@ -3,10 +3,11 @@
 from attngen.runtime.arguments import Problem, check_arguments, check_length
 from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
 from attngen.runtime.declared import DeclaredValues, check_declared
-from attngen.runtime.launch import Launcher, LaunchReport, explain_launch
+from attngen.runtime.launch import Launcher
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
+from attngen.runtime.prepared import LaunchReport, explain_launch
 from attngen.runtime.sass import disassemble
-from attngen.runtime.tables import TileTables
+from attngen.runtime.tables import TableSignature, TileTables
 
 __all__ = [
     "CacheWarning",
@@ -18,6 +19,7 @@ __all__ = [
     "LaunchReport",
     "Launcher",
     "Problem",
+    "TableSignature",
     "TileTables",
     "check_arguments",
     "check_declared",

@@ -1,15 +1,42 @@
 """Tables of extremes that outlive a call: what they were made of is remembered, and a call that differs is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
+from attngen.runtime.declared import DeclaredValues
 
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
+
+
+class TableSignature(NamedTuple):
+    """What calls that share tables have in common, but for where tensors are and what they hold.
+
+    Attributes:
+        kernel: name of the kernel that reads the tables, which fixes the grid of tiles.
+        sizes: of the call.
+        tensors: name, shape and strides of each declared tensor.
+        scalars: name and value of each declared scalar; lookups may have read it.
+    """
+
+    kernel: str
+    sizes: tuple[int, ...]
+    tensors: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    scalars: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, sizes: Mapping[str, int], declared: DeclaredValues) -> "TableSignature":
+        """The signature of a call."""
+        return cls(
+            manifest.name,
+            tuple(sizes[name] for name in _SIZES),
+            tuple((name, tuple(x.shape), x.stride()) for name, x in declared.tensors.items()),
+            tuple(declared.scalars.items()),
+        )
 
 
 @dataclass(frozen=True)
@@ -17,60 +44,55 @@ class TileTables:
     """Extremes of declared tensors by tile, made by `attngen.Kernel.tables` and passed to calls as `tables`.
 
     Attributes:
-        kernel: name of the kernel that reads them, which fixes the grid of tiles.
-        sizes: of the calls that may use them.
-        sources: name, address, shape, strides and version of each tensor they were made of.
-        scalars: what lookups may have read.
-        workspaces: the tables, by name.
+        signature: of the calls that may use them.
+        contents: address and version of each tensor they were made of.
+        memory: the tables, one after another; None where the simulator makes its own.
     """
 
-    kernel: str
-    sizes: tuple[int, ...]
-    sources: tuple[tuple[Any, ...], ...]
-    scalars: tuple[tuple[str, Any], ...]
-    workspaces: Mapping[str, torch.Tensor]
+    signature: TableSignature
+    contents: tuple[tuple[int, int], ...]
+    memory: torch.Tensor | None
 
     @classmethod
     def of(
-        cls,
-        manifest: Manifest,
-        sizes: Mapping[str, int],
-        declared: Mapping[str, Any],
-        workspaces: Mapping[str, torch.Tensor],
+        cls, signature: TableSignature, tensors: Iterable[torch.Tensor], memory: torch.Tensor | None = None
     ) -> "TileTables":
-        """The tables of a call, or what tables of it would have to be."""
-        return cls(manifest.name, *_signature(manifest, sizes, declared), workspaces)
+        """The tables of a call that passes these tensors."""
+        return cls(signature, _contents(tensors), memory)
 
-    def check(self, manifest: Manifest, sizes: Mapping[str, int], declared: Mapping[str, Any]) -> None:
-        """Refuse tables that are not of this call.
+    def check(self, signature: TableSignature, tensors: Iterable[torch.Tensor]) -> None:
+        """Refuse tables that are not of the call that has this signature and passes these tensors.
 
         Raises:
             ArgumentError: names what differs.
         """
         if not isinstance(self, TileTables):  # whatever a caller passed
             raise ArgumentError("tables", type(self).__name__, "what kernel.tables(...) made")
+        contents = _contents(tensors)
+        if self.signature != signature or self.contents != contents:
+            self._refuse(signature, contents)
+
+    def _refuse(self, now: TableSignature, contents: tuple[tuple[int, int], ...]) -> None:
+        made = self.signature
         cure = "make them anew with kernel.tables(...)"
-        if self.kernel != manifest.name:
-            raise ArgumentError("tables", f"tables of {self.kernel}", f"tables of {manifest.name}", cure)
-        at, sources, scalars = _signature(manifest, sizes, declared)
-        if at != self.sizes:
-            got, must = (", ".join(map("{} {}".format, _SIZES, found)) for found in (self.sizes, at))
+        if made.kernel != now.kernel:
+            raise ArgumentError("tables", f"tables of {made.kernel}", f"tables of {now.kernel}", cure)
+        if made.sizes != now.sizes:
+            got, must = (", ".join(map("{} {}".format, _SIZES, each.sizes)) for each in (made, now))
             raise ArgumentError("tables", f"tables of {got}", must, cure)
-        if scalars != self.scalars:
-            raise ArgumentError("tables", f"tables made with {dict(self.scalars)}", str(dict(scalars)), cure)
-        for made, now in zip(self.sources, sources, strict=True):
-            for what, was, has in zip(
-                ("name", "address", "shape", "strides", "version"), made, now, strict=True
+        if made.scalars != now.scalars:
+            got, must = (str(dict(each.scalars)) for each in (made, now))
+            raise ArgumentError("tables", f"tables made with {got}", must, cure)
+        for (name, *was), (_, *has), was_in, is_in in zip(
+            made.tensors, now.tensors, self.contents, contents, strict=True
+        ):
+            for what, old, new in zip(
+                ("address", "version", "shape", "strides"), (*was_in, *was), (*is_in, *has), strict=True
             ):
-                if was != has:
-                    must = f"{what} {has}, as {now[0]} has now"
-                    raise ArgumentError("tables", f"tables of {now[0]} with {what} {was}", must, cure)
+                if old != new:
+                    must = f"{what} {new}, as {name} has now"
+                    raise ArgumentError("tables", f"tables of {name} with {what} {old}", must, cure)
 
 
-def _signature(
-    manifest: Manifest, sizes: Mapping[str, int], declared: Mapping[str, Any]
-) -> tuple[tuple[int, ...], tuple[tuple[Any, ...], ...], tuple[tuple[str, Any], ...]]:
-    tensors = [(entry.name, declared[entry.name]) for entry in manifest.tensors]
-    sources = tuple((name, x.data_ptr(), tuple(x.shape), x.stride(), x._version) for name, x in tensors)
-    scalars = tuple((entry.name, declared.get(entry.name, entry.default)) for entry in manifest.scalars)
-    return tuple(sizes[name] for name in _SIZES), sources, scalars
+def _contents(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple([(x.data_ptr(), x._version) for x in tensors])

@@ -54,7 +54,7 @@ def test_flex_reads_what_is_declared() -> None:
     score = parse_score("softcap(score, cap) + alibi(slopes)", declarations)
     shape = Shape(2, 4, 2, 33, 70)
     q, k, v = random_inputs(shape, 32, 48, torch.bfloat16)
-    declared = {"cap": 2.0, **declared_inputs(declarations, shape)}
+    declared = declared_inputs(declarations, shape)
     out = bench.peer("flex", q, k, v, mask, score, declared)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, mask, score=score, declared=declared)
     assert accuracy.ok, str(accuracy)

@@ -75,10 +75,11 @@ def test_large_tensors_repeat_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     assert x.is_contiguous() and torch.equal(x.flatten()[:100], x.flatten()[100:200])
 
 
-def test_scalars_with_a_default_are_left_to_it() -> None:
-    """Values that are given are read as a spec's are; a default is not repeated."""
+def test_scalars_have_a_value_given_or_by_default() -> None:
+    """Values that are given are read as a spec's are; a default is one too, so that a reference never lacks it."""
     declarations = declared(scalars={"n": "i32 = 4", "cap": "f32", "on": "bool = true"})
     assert declared_inputs(declarations, SHAPE, given=Given(scalars={"cap": "2.5", "on": "false"})) == {
+        "n": 4,
         "cap": 2.5,
         "on": False,
     }

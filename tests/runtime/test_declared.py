@@ -165,7 +165,7 @@ class Recorder:
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
         monkeypatch.setattr("attngen.runtime.launch.COUNTERS", _Counters())
         monkeypatch.setattr("attngen.runtime.tensor_maps.encode_tensor_map", lambda *map_: bytes(128))
-        monkeypatch.setattr("attngen.runtime.launch.address_comes_first", lambda: True)
+        monkeypatch.setattr("attngen.runtime.prepared.address_comes_first", lambda: True)
         self.launcher = Launcher(kernel.manifest, b"", load=lambda cubin: _Module(), start=self._start)
 
     def run(self, *tensors: torch.Tensor, softmax_scale: float | None = None, **declared: Any) -> Any:
@@ -336,6 +336,59 @@ def test_a_call_with_tables_fills_none(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder.launcher.run(*tensors(), declared=passed, tables=tables)
     assert [name for name, *_ in recorder.sent] == [f"{KERNEL.plan.name}_tables", KERNEL.plan.name]
     made, used = (sent for *_, sent in recorder.sent)
+    assert tables.memory is not None
+    start = tables.memory.data_ptr()
     for name in KERNEL.manifest.tables:
-        address = tables.workspaces[name].data_ptr()
-        assert made[f"workspace.{name}"] == used[f"workspace.{name}"] == address
+        address = made[f"workspace.{name}"]
+        assert start <= address == used[f"workspace.{name}"] < start + tables.memory.nbytes
+
+
+def test_tables_of_another_call_are_refused_of_a_known_signature_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor elsewhere, one written to since, another scalar: nothing is launched."""
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    recorder, passed = Recorder(monkeypatch, KERNEL), good()
+    tables = recorder.launcher.tables(*tensors(), "bshd", passed)
+    recorder.run(*tensors(), **passed)
+    launched = len(recorder.sent)
+    for other, words in (
+        (passed | {"doc": passed["doc"].clone()}, "tables of doc with address"),
+        (passed | {"reach": 5}, "tables made with .*'reach': -7"),
+        (passed | {"doc": passed["doc"].add_(1)}, "tables of doc with version 0"),
+    ):
+        for _ in range(2):
+            with pytest.raises(attngen.ArgumentError, match=words):
+                recorder.launcher.run(*tensors(), declared=other, tables=tables)
+    assert len(recorder.sent) == launched
+
+
+def test_a_scalar_that_is_none_is_refused_after_a_call_that_leaves_it_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A default stands for what is not passed, and for nothing that is."""
+    recorder = Recorder(monkeypatch, KERNEL)
+    recorder.run(*tensors(), **good())
+    with pytest.raises(attngen.ArgumentError, match="argument cap: got nothing"):
+        recorder.run(*tensors(), **good() | {"cap": None})
+
+
+def test_workspaces_of_a_call_lie_side_by_side_in_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None overlaps the next, each starts on 256 bytes of what is allocated, and no call has another's."""
+    made, fresh = [], torch.Tensor.new_empty
+
+    def keep(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        made.append(fresh(q, *args, **options))
+        return made[-1]
+
+    recorder = Recorder(monkeypatch, KERNEL)
+    monkeypatch.setattr(torch.Tensor, "new_empty", keep)
+    for calls in (1, 2):
+        recorder.run(*tensors(), **good())
+        assert len(made) == calls
+        _, _, sent = recorder.sent[-1]
+        starts = [
+            sent[f"workspace.{space.name}"] - made[-1].data_ptr() for space in KERNEL.manifest.workspaces
+        ]
+        assert starts[0] == 0 and not any(start % 256 for start in starts)
+        (report, *_) = KERNEL.explain_launch(*tensors())
+        ends = [start + size for start, size in zip(starts, report.workspace_bytes.values(), strict=True)]
+        assert all(end <= start for end, start in zip(ends, [*starts[1:], made[-1].nbytes], strict=True))
