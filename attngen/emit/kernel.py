@@ -80,6 +80,5 @@ def _wgmmas(plan: Plan, env: jinja2.Environment) -> list[str]:
         if isinstance(step, IssueScoreGemm):
             found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, plan.inputs)
         elif isinstance(step, IssueOutputGemm):
-            output = macros.registers_shared_8bit if step.b.buffer.transposed else macros.registers_shared
-            found["output", step.acc.cols] = output(step.acc.cols, plan.inputs)
+            found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, plan.inputs)
     return [str(text).strip("\n") for text in found.values()]

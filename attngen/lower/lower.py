@@ -193,6 +193,7 @@ def _warpgroup_plan(
         tensors=(at.q_in, at.k_in, at.v_in, at.result),
         rows=(at.lse,),
         scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
+        scale_kind=scaled.kind if scaled else None,
         kernels=(kernel,),
         workspaces=table_spaces(tables, common["block_m"], common["block_n"]),
         launches=(warpgroups.launch(name, choice),),

@@ -23,6 +23,7 @@ def scales(kind: ScaleKind, block_m: int) -> Scales:
     }[kind]
     of_rows = RegVec("row_scale", block_m)
     return Scales(
+        kind=kind,
         q=Descales("q_descale", "q", "kv" if q is None else "q", q),
         k=Descales("k_descale", "k", "kv", k),
         v=Descales("v_descale", "k", "kv", v),
@@ -35,16 +36,16 @@ def scales(kind: ScaleKind, block_m: int) -> Scales:
 
 
 def scale_params(of: Scales) -> tuple[Param, ...]:
-    """The fields of the parameter struct: addresses, and strides in elements; granules of a head are contiguous."""
+    """The fields of the parameter struct: addresses, and strides in elements."""
     return tuple(
-        Param(f"{each.name}{field}", ctype, f"{each.name}.{value}")
+        Param(field, ctype, f"tensor.{each.name}.{value}")
         for each in (of.q, of.k, of.v)
-        for field, ctype, value in _FIELDS
+        for field, ctype, value in _fields(each)
     )
 
 
-_FIELDS: tuple[tuple[str, Literal["pointer", "i64"], str], ...] = (
-    ("", "pointer", "ptr"),
-    ("_stride_batch", "i64", "stride_batch"),
-    ("_stride_head", "i64", "stride_head"),
-)
+def _fields(of: Descales) -> tuple[tuple[str, Literal["pointer", "i64"], str], ...]:
+    return (
+        (of.name, "pointer", "ptr"),
+        *((f"{of.name}_stride_{axis}", "i64", f"stride_{i}") for i, axis in enumerate(of.axes)),
+    )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from attngen.arch import Arch
-from attngen.dtypes import DType
+from attngen.dtypes import F32, DType
 from attngen.lower.places import round_up, tile_places
 from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
@@ -15,6 +15,7 @@ from attngen.plan import (
     Launch,
     NamedBarriers,
     Param,
+    RegTile,
     RegVec,
     Ring,
     Role,
@@ -88,7 +89,9 @@ def places(
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
-        part=replace(common["acc_o"], name="part_o") if choice.promotes else None,
+        part=RegTile("part_o", F32, m, choice.part_cols, choice.part_cols, "accumulator")
+        if choice.part_cols
+        else None,
         alpha_before=RegVec("alpha_before", m),
     )
 

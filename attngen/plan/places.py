@@ -228,6 +228,11 @@ class Descales:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What its dimensions are."""
+        return ("batch", "head") if self.granule is None else ("batch", "head", "granule")
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -40,6 +40,13 @@ def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
     return first
 
 
+def formula_text(formula: Formula) -> str:
+    """A formula as people read it: ceil_div(seqlen_k, 128)."""
+    if isinstance(formula, dict):
+        return f"{formula['op']}({', '.join(map(formula_text, formula['args']))})"
+    return str(formula)
+
+
 def product(*factors: Formula) -> Formula:
     """The formula that multiplies its arguments."""
     return {"op": "mul", "args": list(factors)}
@@ -241,7 +248,7 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
-        scales: of 8-bit Q, K and V; empty for others.
+        scales, scale_kind: of 8-bit Q, K and V, and what shares one; empty and None for others.
         table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
         up_to: most keys of the calls that this plan is for; None for any.
         shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
@@ -277,6 +284,7 @@ class Plan:
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
     scales: tuple[Descales, ...] = ()
+    scale_kind: str | None = None
     table_kernel: TableKernel | None = None
     up_to: int | None = None
     shorter: tuple["Plan", ...] = ()

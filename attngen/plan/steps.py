@@ -445,15 +445,18 @@ class IssueOutputGemm(Step):
 
     Attributes:
         starts_at_zero: acc = a b instead.
+        first_column: of b, where it has more columns than acc.
     """
 
     acc: RegTile
     a: RegTile
     b: View
     starts_at_zero: bool = False
+    first_column: int = 0
 
     def __str__(self) -> str:
-        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}"
+        some = f", columns from {self.first_column} on" if self.first_column else ""
+        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}{some}"
 
 
 @dataclass(frozen=True)
@@ -554,14 +557,20 @@ class CopyRows(Step):
 
 @dataclass(frozen=True)
 class Promote(Step):
-    """o = o times a factor per row, plus what the tensor core added up: its own sums keep fewer bits than f32."""
+    """o = o times a factor per row, plus what the tensor core added up: its own sums keep fewer bits than f32.
+
+    Attributes:
+        first_column: of o, where it has more columns than the part.
+    """
 
     o: RegTile
     part: RegTile
     by: RegVec
+    first_column: int = 0
 
     def __str__(self) -> str:
-        return f"{self.o} = {self.by} {self.o} + {self.part}"
+        some = f", columns from {self.first_column} on" if self.first_column else ""
+        return f"{self.o} = {self.by} {self.o} + {self.part}{some}"
 
 
 # ---- softmax ----------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from attngen.plan.steps import (
     Release,
     ScaleRows,
     StageTile,
+    Step,
     StoreRows,
     SyncWarpgroup,
     TakeTile,
@@ -78,7 +79,8 @@ class WarpgroupPlaces(TilePlaces):
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
-        part: what the tensor core adds up of one block where O itself is kept in true f32; None where it adds to O.
+        part: what the tensor core adds up of one block where O itself is kept in true f32; None where it adds to O. With
+            fewer columns than O it is worked out slice by slice.
         alpha_before: the rescale factor of the block before, which `part` is behind.
     """
 
@@ -218,7 +220,6 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         *(() if at.passes_late else pass_turn),
     )
     scores_done = (Release(rings.k), Advance(rings.k))
-    output_done = (Release(rings.v), Advance(rings.v))
     row_max = (
         Note("online softmax of block n"),
         *at.modify(M_BLOCK, block.n),
@@ -226,17 +227,17 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         *((CopyRows(at.alpha_before, at.alpha),) if at.part else ()),
         *at.row_max_of_scores,
     )
-    output, exponentiate = at.part or at.acc_o, at.exponentials
-    promote = (Promote(at.acc_o, at.part, at.alpha_before),) if at.part else ()
+    exponentiate = at.exponentials
     land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
-    land_output = (WaitGemm(0, (output, at.p)), *output_done, *promote)
     if not at.overlap:
-        land_both = (WaitGemm(0, (at.acc_s, output, at.p)), *output_done, *scores_done)
-        softmax = (*land_both, *row_max, *promote, *_rescale(at, "middle"), *exponentiate)
+        land_both = (WaitGemm(0, (at.acc_s, at.part or at.acc_o)), *scores_done)
+        output = _land_output(at, at.alpha_before)
+        softmax = (*land_both, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
     elif at.rescale == "middle":
-        softmax = (*land_scores, *row_max, *land_output, *_rescale(at, "middle"), *exponentiate)
+        output = _land_output(at, at.alpha_before)
+        softmax = (*land_scores, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
     else:
-        softmax = (*land_scores, *row_max, *exponentiate, *land_output)
+        softmax = (*land_scores, *row_max, *_land_output(at, at.alpha_before, meanwhile=exponentiate))
     return (
         *issue,
         *softmax,
@@ -252,20 +253,38 @@ def _rescale(at: WarpgroupPlaces, where: Rescale) -> Program:
     return (ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if is_here else ()
 
 
-def _issue_output(at: WarpgroupPlaces) -> IssueOutputGemm:
-    return IssueOutputGemm(at.part or at.acc_o, at.p, at.v.at(at.consumer.v), starts_at_zero=bool(at.part))
+def _issue_output(at: WarpgroupPlaces, first_column: int = 0) -> IssueOutputGemm:
+    v = at.v.at(at.consumer.v)
+    return IssueOutputGemm(at.part or at.acc_o, at.p, v, at.part is not None, first_column)
+
+
+def _land_output(at: WarpgroupPlaces, alpha: RegVec, meanwhile: Program = ()) -> Program:
+    """Wait for O of the block before and hand V back; a part is added to what alpha rescales, slice by slice.
+
+    Args:
+        at: the places.
+        alpha: the rescale factor of the block before.
+        meanwhile: what is done before the last wait.
+    """
+    v, part, last = at.consumer.v, at.part or at.acc_o, at.acc_o.cols - (at.part or at.acc_o).cols
+    steps: list[Step] = []
+    for first in range(0, last + 1, part.cols):
+        steps += (
+            *((_issue_output(at, first),) if first else ()),
+            *(meanwhile if first == last else ()),
+            WaitGemm(0, (part, at.p)),
+            *((Release(v), Advance(v)) if first == last else ()),
+            *((Promote(at.acc_o, part, alpha, first),) if at.part else ()),
+        )
+    return tuple(steps)
 
 
 def _last_output(at: WarpgroupPlaces) -> Program:
-    v = at.consumer.v
     return (
         Note("O of the first block of keys"),
-        WaitFull(v),
+        WaitFull(at.consumer.v),
         _issue_output(at),
-        WaitGemm(0, (at.part or at.acc_o, at.p)),
-        Release(v),
-        Advance(v),
-        *((Promote(at.acc_o, at.part, at.alpha),) if at.part else ()),
+        *_land_output(at, at.alpha),
     )
 
 

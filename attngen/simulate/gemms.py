@@ -37,6 +37,8 @@ def issue_score_gemm(step: IssueScoreGemm, role: RoleRun) -> None:
 def issue_output_gemm(step: IssueOutputGemm, role: RoleRun) -> None:
     """Start acc += a b."""
     a, b = role.read(step.a), role.read_by_gemm(step.b)
+    if step.b.buffer.transposed and role.device.holds_values:
+        b = b[:, step.first_column : step.first_column + step.acc.cols]
     product = _product_of_transposed if step.b.buffer.transposed else torch.bmm
     if step.starts_at_zero:
         role.write(step.acc, product, a, b)

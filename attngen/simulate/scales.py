@@ -63,8 +63,15 @@ def copy_rows(step: CopyRows, role: RoleRun) -> None:
 
 def promote(step: Promote, role: RoleRun) -> None:
     """Rescale what was added up before, and add the newest part."""
-    o, part, by = role.read(step.o), role.read(step.part), role.read(step.by)
-    role.write(step.o, lambda: o * by.unsqueeze(-1) + part)
+    o, part, by = role.read(step.o), role.read(step.part), role.read(step.by).unsqueeze(-1)
+    columns = slice(step.first_column, step.first_column + step.part.cols)
+
+    def joined() -> torch.Tensor:
+        result = o.clone()
+        result[..., columns] = o[..., columns] * by + part
+        return result
+
+    role.write(step.o, joined)
 
 
 _SMALLEST = torch.tensor(SMALLEST_WEIGHT)

@@ -5,6 +5,8 @@ struct PanelTile {
   static constexpr int kRows = kRows_, kPanelCols = 128 / kElementBytes, kPanels = (kCols + kPanelCols - 1) / kPanelCols;
   static constexpr int kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes, kStepCols = 32 / kElementBytes;
   static constexpr u32 kSignBits = kElementBytes == 2 ? 0x80008000u : 0x80808080u;
+  // Byte offset of the panel that column `column` begins, or of the row of that number of a tile that is transposed.
+  DEV constexpr u32 columns_at(int column) { return kElementBytes == 1 ? column * 128 : column / kPanelCols * kPanelBytes; }
   // Byte offset of a chunk from the start of the tile.
   DEV u32 address(u32 row, u32 chunk) { return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16; }
 };

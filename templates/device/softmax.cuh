@@ -92,13 +92,13 @@ DEV void scale_rows(float (&acc)[kRowTiles][kColTiles][4], const float (&by)[2 *
   }
 }
 
-// o = o times a factor per row, plus a part.
-template <int kColTiles>
-DEV void promote(float (&o)[1][kColTiles][4], const float (&part)[1][kColTiles][4], const float (&by)[2]) {
+// o = o times a factor per row, plus a part, in the columns of the part.
+template <int kFirstColumn, int kColTiles, int kPartTiles>
+DEV void promote(float (&o)[1][kColTiles][4], const float (&part)[1][kPartTiles][4], const float (&by)[2]) {
 #pragma unroll
-  for (int j = 0; j < kColTiles; ++j) {
+  for (int j = 0; j < kPartTiles; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) o[0][j][e] = __fmaf_rn(o[0][j][e], by[e / 2], part[0][j][e]);
+    for (int e = 0; e < 4; ++e) o[0][kFirstColumn / 8 + j][e] = __fmaf_rn(o[0][kFirstColumn / 8 + j][e], by[e / 2], part[0][j][e]);
   }
 }
 
