@@ -7,7 +7,17 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.expr import Expr, free_names, key_range, name, nodes
-from attngen.lower.tiles import Choice, Demands, WarpgroupChoice, choices, warpgroup_choices
+from attngen.lower.scales import ScaleKind
+from attngen.lower.tiles import (
+    Choice,
+    Demands,
+    Row,
+    WarpgroupChoice,
+    choices,
+    warpgroup_choices,
+    warpgroup_table,
+)
+from attngen.lower.tiles_8bit import table_8bit
 from attngen.schedules import WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
@@ -30,10 +40,26 @@ def candidates(
     head_dim = spec.problem.head_dim
     offers: tuple[Choice | WarpgroupChoice, ...]
     if schedule in WARPGROUP_SCHEDULES:
-        offers = warpgroup_choices(head_dim.qk, head_dim.v, demands(spec), arch)
+        offers = warpgroup_choices(table(spec)[-1].choice, arch)
     else:
         offers = choices(schedule, max(head_dim.qk, head_dim.v), demands(spec), arch)
     return tuple(_with_given(offer, spec, arch, instead) for offer in offers)
+
+
+def table(spec: Spec) -> tuple[Row, ...]:
+    """What measurement says is best for a spec's head dims and demands on sm_90a, the shortest sequences first."""
+    dims = spec.problem.head_dim
+    if (kind := scale_kind(spec)) is None:
+        return warpgroup_table(dims.qk, dims.v, demands(spec))
+    has_granules = kind in ("per_block", "per_token")
+    return table_8bit(dims.qk, dims.v, demands(spec), has_granules, spec.precision.promote != 0)
+
+
+def scale_kind(spec: Spec) -> ScaleKind | None:
+    """What shares a scale of e4m3 inputs; None for others."""
+    if spec.precision.inputs != "e4m3":
+        return None
+    return "per_block" if spec.precision.scales == "auto" else spec.precision.scales
 
 
 def given(spec: Spec, *fields: str) -> dict[str, Any]:

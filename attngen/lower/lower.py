@@ -8,12 +8,12 @@ from attngen.dtypes import BF16, E4M3, DType, dtype
 from attngen.errors import PlanError
 from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
-from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, demands, given
+from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
 from attngen.lower.pairs import declarations_read_by, pair_params, table_kernel, table_spaces
 from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.scales import scales
-from attngen.lower.tiles import Choice, Row, WarpgroupChoice, warpgroup_table
+from attngen.lower.tiles import Choice, WarpgroupChoice
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs, Scales
@@ -60,16 +60,11 @@ def _from_table(spec: Spec, arch: Arch) -> Plan | None:
     """The plan that measurement says is best, with those for shorter sequences, where the spec leaves all to `auto`."""
     if not arch.wgmma or not arch.emits or given(spec, "kind", "order", *KNOBS.values(), *WARPGROUP_FIELDS):
         return None
-    rows = _table(spec)
+    rows = table(spec)
     *shorter, plan = (build(spec, arch, row.schedule, row.choice, row.up_to) for row in rows)
     return (
         None if verify(plan) else replace(plan, shorter=tuple(each for each in shorter if not verify(each)))
     )
-
-
-def _table(spec: Spec) -> tuple[Row, ...]:
-    head_dim = spec.problem.head_dim
-    return warpgroup_table(head_dim.qk, head_dim.v, demands(spec))
 
 
 def build(
@@ -110,8 +105,8 @@ def build(
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        kind = "per_block" if spec.precision.scales == "auto" else spec.precision.scales
-        scaled = scales(kind, choice.block_m) if inputs is E4M3 else None
+        kind = scale_kind(spec)
+        scaled = scales(kind, choice.block_m, choice.block_n) if kind else None
         return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
 
@@ -213,4 +208,4 @@ def _schedule(spec: Spec, arch: Arch) -> str:
         return spec.schedule.kind
     if not arch.wgmma or not arch.emits:
         return "fa2"
-    return _table(spec)[-1].schedule
+    return table(spec)[-1].schedule

@@ -1,5 +1,6 @@
 """Scales of 8-bit operands: which rows share one, and where a warpgroup keeps it."""
 
+from math import gcd
 from typing import Literal
 
 from attngen.plan import Descales, Param, RegVec
@@ -13,24 +14,25 @@ LIFT = 8
 """P lies in 0 .. 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6."""
 
 
-def scales(kind: ScaleKind, block_m: int) -> Scales:
-    """The scales of a kind. A tensor's scale is a head's that all heads share."""
+def scales(kind: ScaleKind, block_m: int, block_n: int) -> Scales:
+    """The scales of a kind, for tiles of some size. A tensor's scale is a head's that all heads share."""
     q, k, v = {
         "per_tensor": (None, None, None),
         "per_head": (None, None, None),
         "per_block": (QUERY_GRANULE, KEY_GRANULE, KEY_GRANULE),
         "per_token": (1, 1, KEY_GRANULE),
     }[kind]
-    of_rows = RegVec("row_scale", block_m)
+    groups = block_n // gcd(block_n, KEY_GRANULE)  # of columns in which no other granule begins
+    of_rows = RegVec("row_scale", block_m, groups=1)
     return Scales(
         kind=kind,
         q=Descales("q_descale", "q", "kv" if q is None else "q", q),
         k=Descales("k_descale", "k", "kv", k),
         v=Descales("v_descale", "k", "kv", v),
         of_rows=of_rows,
-        of_scores=RegVec("score_scale", block_m) if k == KEY_GRANULE else of_rows,
+        of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_GRANULE else of_rows,
         top=RegVec("top_scale", block_m),
-        weight=RegVec("value_weight", block_m) if v else None,
+        weight=RegVec("value_weight", block_m, groups=groups) if v else None,
         lift=LIFT,
     )
 

@@ -36,8 +36,8 @@ class WarpgroupChoice:
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
         out_over_q: the result is staged over Q, for want of shared memory of its own.
         q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
-        part_cols: columns of O that the tensor core adds up at a time, before they join O in true f32; 0 where it adds to
-            O itself.
+        part_cols: columns of O that the tensor core adds up at a time, before they join O in true f32; 0 where it adds
+            to O itself.
     """
 
     block_m: int
@@ -141,17 +141,15 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
     )
 
 
-def warpgroup_choices(
-    head_dim_qk: int, head_dim_v: int, demands: Demands, arch: Arch
-) -> tuple[WarpgroupChoice, ...]:
+def warpgroup_choices(best: WarpgroupChoice, arch: Arch) -> tuple[WarpgroupChoice, ...]:
     """Candidates for warp_specialized and pingpong where the spec fixes some of the numbers, from best to smallest."""
+    part_cols = best.part_cols
     if not arch.emits:
-        return (WarpgroupChoice(64, 64, 2, 2),)
-    best = warpgroup_table(head_dim_qk, head_dim_v, demands)[-1].choice
+        return (WarpgroupChoice(64, 64, 2, 2, part_cols=part_cols),)
     return (
         best,
-        WarpgroupChoice(128, 64, 2, 2, out_over_q=True),
-        WarpgroupChoice(64, 64, 2, 1, out_over_q=True),
+        WarpgroupChoice(128, 64, 2, 2, out_over_q=True, part_cols=part_cols),
+        WarpgroupChoice(64, 64, 2, 1, out_over_q=True, part_cols=part_cols),
     )
 
 

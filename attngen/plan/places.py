@@ -281,11 +281,13 @@ class RegVec:
 
     Attributes:
         partial: each of the four lanes that share a row holds its own part, and their sum is meant.
+        groups: of a tile's columns that have each a value of their own; None where a row has one for all of them.
     """
 
     name: str
     rows: int
     partial: bool = False
+    groups: int | None = None
 
     def __str__(self) -> str:
         return self.name

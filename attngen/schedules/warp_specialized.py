@@ -79,8 +79,8 @@ class WarpgroupPlaces(TilePlaces):
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
-        part: what the tensor core adds up of one block where O itself is kept in true f32; None where it adds to O. With
-            fewer columns than O it is worked out slice by slice.
+        part: what the tensor core adds up of one block where O itself is kept in true f32; None where it adds to O.
+            With fewer columns than O it is worked out slice by slice.
         alpha_before: the rescale factor of the block before, which `part` is behind.
     """
 

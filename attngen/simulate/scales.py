@@ -1,4 +1,8 @@
-"""What the Steps compute that read the scales of 8-bit operands."""
+"""What the Steps compute that read the scales of 8-bit operands.
+
+Scales of scores and weights of V are kept for every key, (members, rows, keys), where kernels keep them for groups of
+keys; one for all keys is (members, rows, 1).
+"""
 
 import torch
 
@@ -26,21 +30,19 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
     rows = torch.arange(len(own)) + role.index(step.rows) * step.dst.rows + own.start
     scale = call.softmax_scale if step.in_natural_units else call.softmax_scale_log2
     q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else torch.ones(())
-    role.write(step.dst, lambda: (scale * q * k).expand(-1, len(own)))
+    role.write(step.dst, lambda: (scale * q * k).expand(-1, len(own)).unsqueeze(-1))
 
 
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
-    """The same times K's descale of a block."""
-    k = _of_block(step.k, step.block, role)
-    role.write(step.dst, lambda src: src * k, role.read(step.src))
+    """The same times K's descale of each key of a block."""
+    k = _of_keys(step.k, step.block, role)
+    role.write(step.dst, lambda src: src * k.unsqueeze(1), role.read(step.src))
 
 
 def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
     """Every score times the descale of its key."""
-    s = role.read(step.s)
-    keys = torch.arange(step.s.cols) + role.index(step.block) * step.s.cols
-    descales = _descales(step.k, keys, role)
-    role.write(step.s, lambda: s * descales.unsqueeze(1))
+    s, k = role.read(step.s), _of_keys(step.k, step.block, role)
+    role.write(step.s, lambda: s * k.unsqueeze(1))
 
 
 def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
@@ -50,9 +52,11 @@ def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
 
 
 def read_value_weight(step: ReadValueWeight, role: RoleRun) -> None:
-    """V's descale of a block in relation to the largest."""
-    descale = _of_block(step.v, step.block, role)
-    role.write(step.weight, lambda top: torch.fmax(descale / top, _SMALLEST), role.read(step.top))
+    """V's descale of each key of a block in relation to the largest."""
+    v = _of_keys(step.v, step.block, role)
+    role.write(
+        step.weight, lambda top: torch.fmax(v / top[:, :1], _SMALLEST).unsqueeze(1), role.read(step.top)
+    )
 
 
 def copy_rows(step: CopyRows, role: RoleRun) -> None:
@@ -77,9 +81,10 @@ def promote(step: Promote, role: RoleRun) -> None:
 _SMALLEST = torch.tensor(SMALLEST_WEIGHT)
 
 
-def _of_block(of: Descales, block: BlockIndex, role: RoleRun) -> torch.Tensor:
-    """The descale that a block of keys shares, (members, 1)."""
-    return _descales(of, torch.tensor([role.index(block) * role.call.plan.block_n]), role)
+def _of_keys(of: Descales, block: BlockIndex, role: RoleRun) -> torch.Tensor:
+    """The descales of the keys of a block, (members, keys)."""
+    block_n = role.call.plan.block_n
+    return _descales(of, torch.arange(block_n) + role.index(block) * block_n, role)
 
 
 def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:

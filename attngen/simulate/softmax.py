@@ -30,13 +30,13 @@ LN_2 = math.log(2)
 
 
 Scale = torch.Tensor | float
-"""What scores are multiplied by: a number of the call, or (members, rows)."""
+"""What scores are multiplied by: a number of the call, or (members, rows, keys or 1)."""
 
 
 def running_max(s: torch.Tensor, row_max: torch.Tensor, scale: Scale) -> torch.Tensor:
     """max(row_max, scaled maximum of s). NaN is passed over here; it comes back through the exponential."""
-    top = torch.nan_to_num(s, nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1)
-    return torch.fmax(row_max, top * scale)
+    top = torch.nan_to_num(s * scale, nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1)
+    return torch.fmax(row_max, top)
 
 
 def exponent_reference(row_max: torch.Tensor) -> torch.Tensor:
@@ -51,8 +51,7 @@ def rescale_factor(old_max: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor
 
 def exponentials(s: torch.Tensor, row_max: torch.Tensor, scale: Scale, lift: Scale = 0) -> torch.Tensor:
     """2^(scaled s - row_max + lift), the exponent rounded once, as a fused multiply-add does."""
-    by = scale.double().unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale
-    exact = s.double().mul_(by).sub_((exponent_reference(row_max) - lift).unsqueeze(-1))
+    exact = s.double().mul_(scale).sub_(exponent_reference(row_max).unsqueeze(-1) - lift)
     return torch.exp2_(exact.float())
 
 
@@ -92,9 +91,7 @@ def modify_scores(step: ModifyScores, role: RoleRun) -> None:
 
     def modified() -> torch.Tensor:
         _, names = _indices(step, role)
-        names["score"] = s * (
-            role.call.softmax_scale if step.scale is None else role.read(step.scale).unsqueeze(-1)
-        )
+        names["score"] = s * (role.call.softmax_scale if step.scale is None else role.read(step.scale))
         scores = evaluate(step.score, names, role.call.sizes.declared.tensors)
         return torch.as_tensor(scores).expand_as(s).contiguous()
 
@@ -170,7 +167,7 @@ def exponentiate(step: Exponentiate, role: RoleRun) -> None:
     else:
         weight = role.read(step.weight)
         s = role.write(step.s, lambda: exponentials(s, top, scale, step.lift + torch.log2(weight)))
-        role.write(step.row_sum, lambda: alpha * total + s.sum(-1) / weight)
+        role.write(step.row_sum, lambda: alpha * total + (s / weight).sum(-1))
 
 
 def _scale(step: RowMax | Exponentiate, role: RoleRun) -> Scale:

@@ -39,43 +39,84 @@ DEV void mask_scores_before(float (&s)[kRowTiles][kColTiles][4], const int (&fir
   }
 }
 
-// What row `i` is scaled by, where all rows share one number, and where each has its own.
-DEV float of_row(float scale, int i) { return scale; }
-template <int N>
-DEV float of_row(const float (&scale)[N], int i) { return scale[i]; }
+// How many groups of columns have a scale of their own: one where all share a number.
+template <class Scale>
+struct GroupsOf {
+  static constexpr int kCount = 1;
+};
+template <int kGroups, int N>
+struct GroupsOf<float[kGroups][N]> {
+  static constexpr int kCount = kGroups;
+};
+
+// The scale of a group of columns and a row.
+DEV float scale_of(float scale, int, int) { return scale; }
+template <int kGroups, int N>
+DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     float top = -infinity();
 #pragma unroll
-    for (int j = 0; j < kColTiles; ++j) top = fmaxf(top, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+    for (int g = 0; g < kGroups; ++g) {
+      float largest = -infinity();
+#pragma unroll
+      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) largest = fmaxf(largest, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    }
     const float old = row_max[i];
-    row_max[i] = fmaxf(old, quad_max(top) * of_row(scale_log2, i));
+    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
     alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
   }
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s; then s *= weight, in the exponents.
+// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
-                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f, float weight = 1.f) {
+                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - (weight == 1.f ? lift : lift + log2_approx(weight));
+    const float reference = exponent_reference(row_max[i]) - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], of_row(scale_log2, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
         sum += s[i / 2][j][e];
       }
     }
-    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], weight == 1.f ? sum : sum * __frcp_rn(weight));
+    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], sum);
+  }
+}
+
+// The same, and s times a weight of its group of columns, in the exponents; the sums are without it.
+template <int kColTiles, class Scale, int kGroups>
+DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const float (&row_max)[2], const float (&alpha)[2],
+                               const Scale& scale_log2, float lift, const float (&weight)[kGroups][2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = 0.f;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float reference = exponent_reference(row_max[i]) - lift - log2_approx(weight[g][i]);
+      float of_group = 0.f;
+#pragma unroll
+      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) {
+#pragma unroll
+        for (int e = i * 2; e < i * 2 + 2; ++e) {
+          s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+          of_group += s[0][j][e];
+        }
+      }
+      sum = __fmaf_rn(of_group, __frcp_rn(weight[g][i]), sum);
+    }
+    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], sum);
   }
 }
 
