@@ -20,6 +20,7 @@ def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs) -> d
     inputs, m, n = q.dtype, q.rows, k.rows
     return dict(
         pairs=pairs,
+        ahead=(),
         q=q,
         k=k,
         v=v,

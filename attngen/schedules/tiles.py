@@ -8,6 +8,7 @@ from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, Re
 from attngen.plan.steps import (
     ForBlocks,
     ForVisited,
+    LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
@@ -86,6 +87,7 @@ class TilePlaces:
 
     Attributes:
         pairs: what the spec says of a query and a key.
+        ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
@@ -93,6 +95,7 @@ class TilePlaces:
     """
 
     pairs: Pairs
+    ahead: tuple[tuple[Expr, RegTile], ...]
     q: Buffer
     k: Buffer
     v: Buffer
@@ -118,10 +121,15 @@ class TilePlaces:
         return self.pairs.visible is None
 
     # ---- scores of a block ------------------------------------------------------------------------------------------
+    def look_up(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """Load what can be loaded before there are scores."""
+        return tuple(LookUp(place, rows, block, lookup) for lookup, place in self.ahead)
+
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
-        pairs = self.pairs
-        return (ModifyScores(self.acc_s, rows, block, pairs.score),) if pairs.modifies_scores else ()
+        if not self.pairs.modifies_scores:
+            return ()
+        return (ModifyScores(self.acc_s, rows, block, self.pairs.score, self.ahead),)
 
     def mask(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""
