@@ -6,6 +6,7 @@ Capability". Instruction shapes: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 
 from dataclasses import dataclass
 
+from attngen.dtypes import DType
 from attngen.errors import ToolchainError
 
 
@@ -35,7 +36,7 @@ class Arch:
         mma: the matrix instruction of the schedules `serial` and `fa2`; 1x1x1 on the simulator, where any
             tile is legal.
         wgmma: the matrix instruction of a warpgroup, for schedules that specialise warps; None where there is none.
-        dtypes: names of the precisions Q, K, V and the output may have.
+        dtypes, input_dtypes: names of the formats that the output, and that Q, K and V may have.
         num_sms: multiprocessors of the largest part; what is assumed where no GPU is at hand.
         emits: whether CUDA text can be made for it.
     """
@@ -52,6 +53,7 @@ class Arch:
     mma: Mma = Mma(16, 8, 16)
     wgmma: Mma | None = None
     dtypes: tuple[str, ...] = ("f16", "bf16")
+    input_dtypes: tuple[str, ...] = ("f16", "bf16")
     num_sms: int = 108
     emits: bool = True
 
@@ -59,6 +61,10 @@ class Arch:
     def has_mma_granularity(self) -> bool:
         """Whether tiles must be multiples of a matrix instruction."""
         return self.mma != Mma(1, 1, 1)
+
+    def k_step(self, dtype: DType) -> int:
+        """Numbers of a format that one matrix instruction contracts; `mma.k` is of 16 bits."""
+        return self.mma.k * 16 // dtype.bits if self.has_mma_granularity else 1
 
     @property
     def token(self) -> str:
@@ -91,6 +97,7 @@ ARCHS: dict[str, Arch] = {
             228 * _KB,
             runs_on_later_minor=False,
             wgmma=Mma(64, 8, 16),
+            input_dtypes=("f16", "bf16", "e4m3"),
             num_sms=132,
         ),
         Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, threads_per_sm=1536, num_sms=188),
@@ -105,6 +112,7 @@ ARCHS: dict[str, Arch] = {
             wgmma=Mma(1, 1, 1),
             num_sms=2,
             dtypes=("f16", "bf16", "f32"),
+            input_dtypes=("f16", "bf16", "e4m3", "f32"),
             emits=False,
         ),
     )

@@ -49,9 +49,12 @@ _PTX_ALTERNATE = "PTX ISA, Alternate Floating-Point Data Formats"
 F16 = DType("f16", 16, "float16", "unsigned short", 65504.0, 10, _IEEE)
 BF16 = DType("bf16", 16, "bfloat16", "unsigned short", (2 - 2.0**-7) * 2.0**127, 7, _PTX_ALTERNATE)
 F32 = DType("f32", 32, "float32", "float", (2 - 2.0**-23) * 2.0**127, 23, _IEEE)
+E4M3 = DType(
+    "e4m3", 8, "float8_e4m3fn", "unsigned char", 448.0, 3, "OCP 8-bit Floating Point Specification 1.0, E4M3"
+)
 F64 = DType("f64", 64, "float64", "double", (2 - 2.0**-52) * 2.0**1023, 52, _IEEE)
 
-DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in (F16, BF16, F32, F64)}
+DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in (F16, BF16, E4M3, F32, F64)}
 
 
 def dtype(name: str) -> DType:

@@ -30,7 +30,7 @@ from attngen.plan import (
 from attngen.plan.steps import ModifyScores, PassTurn
 from attngen.resources import templates_dir
 
-_ELEMENTS = {"f16": "F16", "bf16": "Bf16"}
+_ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
 _POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "counter.ptr": "u32"}
 _TENSOR_POINTEES = {
@@ -80,7 +80,7 @@ def strict_environment() -> jinja2.Environment:
     )
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "warpgroups")
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "scales", "warpgroups")
 
 
 def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
@@ -120,6 +120,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         ),
         takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         element=lambda dtype: _ELEMENTS[dtype.name],
+        score_scale=lambda step: step.scale.name if step.scale else "params.softmax_scale_log2",
         condition=lambda condition: conditions[condition],
         barrier=_barrier,
         tile_type=_tile_type,
@@ -128,8 +129,8 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         first_row=_first_row,
         head=_head,
         declaration=lambda place: _declaration(place, pointees),
-        rows_name=lambda buffer: "kBlockN" if buffer.name in ("k", "v") else "kBlockM",
-        cols_name=lambda buffer: "kQkCols" if buffer.name in ("q", "k") else "kVCols",
+        rows_name=_rows_name,
+        cols_name=_cols_name,
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
     env.globals.update(
@@ -144,6 +145,18 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
 def _tile_type(place: Buffer | View) -> str:
     buffer = place.buffer if isinstance(place, View) else place
     return f"{buffer.name.capitalize()}Tile"
+
+
+def _rows_name(buffer: Buffer) -> str:
+    if buffer.transposed:
+        return "kVCols"
+    return "kBlockN" if buffer.name in ("k", "v") else "kBlockM"
+
+
+def _cols_name(buffer: Buffer) -> str:
+    if buffer.transposed:
+        return "kBlockN"
+    return "kQkCols" if buffer.name in ("q", "k") else "kVCols"
 
 
 def _smem(view: View) -> str:
@@ -184,7 +197,7 @@ def _head(place: Tensor | Rows) -> str:
 def _declaration(place: Param | RegTile, pointees: Mapping[str, str]) -> str:
     if isinstance(place, RegTile):
         if place.layout == "a_fragment":
-            return f"u32 {place.name}[kRowTiles][{place.cols // 16}][4]"
+            return f"u32 {place.name}[kRowTiles][{place.cols * place.dtype.bits // 256}][4]"
         return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
     if place.ctype == "pointer":
         return f"{pointees.get(place.value, 'float')}* {place.name}"

@@ -53,7 +53,7 @@ def _constants(plan: Plan) -> tuple[Constant, ...]:
     worker = plan.kernel.worker
     is_specialised = len(plan.kernel.roles) > 1
     if is_specialised:
-        padding = (f"padded to {plan.arch.mma.k}, the k of wgmma", "columns of O")
+        padding = (f"padded to {plan.arch.k_step(plan.inputs)}, the k of wgmma", "columns of O")
         producers = plan.kernel.roles[1].warps
         threads = f"{worker.warpgroups} consumer warpgroups of 128, and the producer's {producers} warps"
     else:
@@ -75,10 +75,10 @@ def _constants(plan: Plan) -> tuple[Constant, ...]:
 def _wgmmas(plan: Plan, env: jinja2.Environment) -> list[str]:
     """One function for every shape of wgmma that the plan's Steps issue."""
     macros: Any = env.get_template("wgmma.cuh.j2").module
-    dtype, found = plan.inputs.name, {}
+    found = {}
     for step in walk(plan.kernel.worker.program):
         if isinstance(step, IssueScoreGemm):
-            found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, dtype)
+            found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, plan.inputs)
         elif isinstance(step, IssueOutputGemm):
-            found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, dtype)
+            found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, plan.inputs)
     return [str(text).strip("\n") for text in found.values()]

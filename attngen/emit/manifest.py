@@ -8,9 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
-from attngen.plan import PANEL_BYTES, Formula, Param, Plan, TensorMap
+from attngen.plan import (
+    KEYS_PADDED_TO,
+    PANEL_BYTES,
+    Descales,
+    Formula,
+    Param,
+    Plan,
+    TensorMap,
+    ceil_div,
+    product,
+)
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -76,18 +86,18 @@ class LaunchEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor that the mask or the score reads; every call passes it by name.
+    """A tensor that the mask or the score reads, or the scales of 8-bit q, k or v; every call passes it by name.
 
     Parameters of value "tensor.<name>.ptr" and "tensor.<name>.stride_<i>" carry its address and strides in elements.
 
     Attributes:
         dtype: "bool", "u8", "i32", "f16", "bf16" or "f32".
-        dims: each a run-time size, a number, or a name that the tensor binds; "size.<name>" carries what it binds.
+        dims: each a formula, or a name that the tensor binds; "size.<name>" carries what it binds.
     """
 
     name: str
     dtype: str
-    dims: tuple[str | int, ...]
+    dims: tuple[Formula, ...]
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,9 @@ class Manifest:
     """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`.
 
     Attributes:
+        scales: what shares a scale of 8-bit q, k and v; None for others. v is then (batch, num_heads_kv, head_dim_v,
+            keys), its keys padded with zeros to a multiple of 128, and of every 16 of them these follow one another:
+            0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15.
         score_factor: times log2(e), what the parameter of value "score_factor_log2" carries.
         table_kernel: the kernel that fills the tables that the others read, if they read any; a call with the same
             tensors may leave it out.
@@ -124,6 +137,7 @@ class Manifest:
     head_dim_v: int
     inputs: str
     output: str
+    scales: str | None
     mask: str
     score: str
     score_factor: float
@@ -197,9 +211,18 @@ def _kernel_entry(data: dict[str, Any]) -> KernelEntry:
 def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     tensor = entry.tensor
     heads = "num_heads_kv" if tensor.heads == "kv" else "num_heads_q"
-    dims = (tensor.cols, f"seqlen_{tensor.axis}", heads, "batch")
+    rows: tuple[Formula, Formula] = (tensor.cols, f"seqlen_{tensor.axis}")
+    if tensor.transposed:
+        rows = (product(KEYS_PADDED_TO, ceil_div(rows[1], KEYS_PADDED_TO)), tensor.cols)
+    dims = (*rows, heads, "batch")
     box = (entry.box_cols, entry.box_rows, 1, 1)
     return TensorMapEntry(tensor.name, tensor.dtype.name, dims, box, PANEL_BYTES)
+
+
+def _descales(of: Descales) -> TensorEntry:
+    heads = "num_heads_kv" if of.heads == "kv" else "num_heads_q"
+    granules = () if of.granule is None else (ceil_div(f"seqlen_{of.axis}", of.granule),)
+    return TensorEntry(of.name, "f32", ("batch", heads, *granules))
 
 
 def manifest(plan: Plan) -> Manifest:
@@ -220,6 +243,7 @@ def manifest(plan: Plan) -> Manifest:
         head_dim_v=plan.head_dim_v,
         inputs=plan.inputs.name,
         output=plan.output.name,
+        scales=plan.scale_kind,
         mask=plan.mask_text,
         score=str(plan.score),
         score_factor=plan.score_factor,
@@ -227,7 +251,10 @@ def manifest(plan: Plan) -> Manifest:
         tables=tuple(end for table in plan.table_kernel.tables for end in table.ends)
         if plan.table_kernel
         else (),
-        tensors=tuple(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
+        tensors=(
+            *(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
+            *map(_descales, plan.scales),
+        ),
         scalars=tuple(ScalarEntry(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
         schedule=plan.schedule,
         spec_digest=plan.spec_digest,

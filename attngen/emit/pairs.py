@@ -46,7 +46,13 @@ _ELEMENTS = {
 def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     macros: Any = env.get_template("mask.cuh.j2").module
-    texts = (*_lookups(plan, macros), *_blocks(plan, macros), *_ahead(plan, macros), *_pairs(plan, macros))
+    texts = (
+        *_descales(plan, env),
+        *_lookups(plan, macros),
+        *_blocks(plan, macros),
+        *_ahead(plan, macros),
+        *_pairs(plan, macros),
+    )
     return [str(text).strip("\n") for text in texts]
 
 
@@ -69,6 +75,12 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
         for table in kernel.tables
     ]
     return str(macros.fill_tables(kernel, tables)).strip("\n")
+
+
+def _descales(plan: Plan, env: jinja2.Environment) -> Iterator[str]:
+    macros: Any = env.get_template("scales.cuh.j2").module
+    yield from map(macros.descale, plan.scales)
+    yield from (macros.largest(of) for of in plan.scales if of.name == "v_descale" and of.granule)
 
 
 def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
@@ -157,7 +169,10 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
             )
         names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
         score = with_nodes(step.score, {each: scalar(name, each.type) for each, name in names.items()})
-        known = replace(leaves(plan, exact=False, key_step="kv_step"), score_scale="params.softmax_scale")
+        known = replace(
+            leaves(plan, exact=False, key_step="kv_step"),
+            score_scale="" if step.scale else "params.softmax_scale",
+        )
         known = replace(known, names={**known.names, **{name: name for name in names.values()}})
         yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
     if isinstance(step := steps.get(MaskScores), MaskScores):

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.dtypes import DType, dtype
+from attngen.dtypes import BF16, E4M3, DType, dtype
 from attngen.errors import PlanError
 from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
@@ -12,10 +12,11 @@ from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, demands, gi
 from attngen.lower.pairs import declarations_read_by, lookups_by_key, pair_params, table_kernel, table_spaces
 from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
+from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, Row, WarpgroupChoice, warpgroup_table
 from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import verify
-from attngen.schedules import SCHEDULES, Pairs
+from attngen.schedules import SCHEDULES, Pairs, Scales
 from attngen.spec import Spec
 
 _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q")
@@ -77,7 +78,8 @@ def build(
     """The plan of a choice, whether or not it passes the rules; `up_to` as of `Plan`."""
     head_dims = (spec.problem.head_dim.qk, spec.problem.head_dim.v)
     inputs = dtype(spec.precision.inputs)
-    output = inputs if spec.precision.output == "auto" else dtype(spec.precision.output)
+    natural = BF16 if inputs is E4M3 else inputs
+    output = natural if spec.precision.output == "auto" else dtype(spec.precision.output)
     pairs = Pairs.of(spec.mask_expr, spec.score_expr)
     mask = pairs.mask
     masks = [name for name, definition in definitions().items() if definition is mask]
@@ -108,7 +110,9 @@ def build(
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs)
+        kind = "per_block" if spec.precision.scales == "auto" else spec.precision.scales
+        scaled = scales(kind, choice.block_m) if inputs is E4M3 else None
+        return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
 
 
@@ -170,11 +174,12 @@ def _warpgroup_plan(
     dtypes: tuple[DType, DType],
     head_dims: tuple[int, int],
     pairs: Pairs,
+    scaled: Scales | None,
 ) -> Plan:
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
     by_key = lookups_by_key(pairs.score, common["declarations"])
-    at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, by_key)
+    at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, scaled, by_key)
     tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))
     kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)
@@ -182,12 +187,14 @@ def _warpgroup_plan(
         **common,
         warps=kernel.worker.warps,
         qk_cols=at.q.cols,
-        v_cols=at.v.cols,
+        v_cols=at.out.cols,
         row_tiles=1,
         overlap=choice.overlap,
         key_blocks=key_blocks(pairs.visible, last_is_masked=True),
         tensors=(at.q_in, at.k_in, at.v_in, at.result),
         rows=(at.lse,),
+        scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
+        scale_kind=scaled.kind if scaled else None,
         kernels=(kernel,),
         workspaces=table_spaces(tables, common["block_m"], common["block_n"]),
         launches=(warpgroups.launch(name, choice),),

@@ -7,7 +7,7 @@ from attngen.dtypes import F32, DType
 from attngen.expr import KeyRange, extremes, name
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
-from attngen.schedules import Pairs, Places
+from attngen.schedules import Pairs, Places, Scales
 
 
 def round_up(value: int, step: int) -> int:
@@ -15,9 +15,12 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs) -> dict[str, Any]:
+def tile_places(
+    q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs, scales: Scales | None = None
+) -> dict[str, Any]:
     """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
     inputs, m, n = q.dtype, q.rows, k.rows
+    head_dim_v = out.valid_cols
     return dict(
         pairs=pairs,
         ahead=(),
@@ -27,7 +30,7 @@ def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs) -> d
         out=out,
         acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
         p=RegTile("p", inputs, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, m, v.cols, v.valid_cols, "accumulator"),
+        acc_o=RegTile("acc_o", F32, m, out.cols, head_dim_v, "accumulator"),
         row_max=RegVec("row_max", m),
         row_sum=RegVec("row_sum", m, partial=True),
         alpha=RegVec("alpha", m),
@@ -36,9 +39,10 @@ def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs) -> d
         row_lse=RegVec("row_lse", m),
         q_in=Tensor("q", inputs, q.valid_cols, "q", "q"),
         k_in=Tensor("k", inputs, k.valid_cols, "k", "kv"),
-        v_in=Tensor("v", inputs, v.valid_cols, "k", "kv"),
-        result=Tensor("out", out.dtype, v.valid_cols, "q", "q"),
+        v_in=Tensor("v", inputs, head_dim_v, "k", "kv", transposed=v.transposed),
+        result=Tensor("out", out.dtype, head_dim_v, "q", "q"),
         lse=Rows("lse", optional=True),
+        scales=scales,
     )
 
 

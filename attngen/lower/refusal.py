@@ -111,8 +111,13 @@ def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
 
 def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
     """Formats that the target has no instructions for."""
+    formats = {"inputs": arch.input_dtypes, "output": arch.dtypes}
     fields = (
-        ("inputs", "input-dtype", f"the matrix instruction of {arch.name} takes {' and '.join(arch.dtypes)}"),
+        (
+            "inputs",
+            "input-dtype",
+            f"the matrix instruction of {arch.name} takes {' and '.join(arch.input_dtypes)}",
+        ),
         ("output", "output-dtype", f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}"),
     )
     return tuple(
@@ -123,8 +128,8 @@ def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
             path=f"precision.{field}",
             value=value,
             note=note,
-            nearest=arch.dtypes,
+            nearest=formats[field],
         )
         for field, rule, note in fields
-        if (value := getattr(spec.precision, field)) not in ("auto", *arch.dtypes)
+        if (value := getattr(spec.precision, field)) not in ("auto", *formats[field])
     )

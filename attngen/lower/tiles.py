@@ -36,6 +36,8 @@ class WarpgroupChoice:
         passes_late: the turn is passed when the GEMMs have landed, not when they have been issued.
         out_over_q: the result is staged over Q, for want of shared memory of its own.
         q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
+        part_cols: columns of O that the tensor core adds up at a time, before they join O in true f32; 0 where it adds to
+            O itself.
     """
 
     block_m: int
@@ -51,6 +53,7 @@ class WarpgroupChoice:
     out_over_q: bool = False
     q_stages: int = 1
     blocks_per_sm: int = 1
+    part_cols: int = 0
 
 
 @dataclass(frozen=True)

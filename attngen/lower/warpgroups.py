@@ -5,9 +5,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from attngen.arch import Arch
-from attngen.dtypes import DType
+from attngen.dtypes import F32, DType
 from attngen.expr import Expr
 from attngen.lower.places import round_up, tile_places
+from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
@@ -18,6 +19,7 @@ from attngen.plan import (
     NamedBarriers,
     Param,
     RegTile,
+    RegVec,
     Ring,
     Role,
     Scheduler,
@@ -28,7 +30,7 @@ from attngen.plan import (
     product,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
-from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, WarpgroupPlaces
+from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, Scales, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
@@ -46,6 +48,7 @@ def places(
     output: DType,
     head_dims: tuple[int, int],
     pairs: Pairs,
+    scales: Scales | None,
     by_key: Mapping[Expr, DType] = MappingProxyType({}),
 ) -> WarpgroupPlaces:
     """Every place the schedules may name, at its offset in shared memory.
@@ -54,7 +57,7 @@ def places(
     """
     assert arch.wgmma is not None
     qk, v = head_dims
-    qk_cols, v_cols = round_up(qk, arch.wgmma.k), v
+    qk_cols, v_cols = round_up(qk, arch.k_step(inputs)), v
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     panels = arch.emits
 
@@ -71,6 +74,8 @@ def places(
     first = max(q_buffer, out, key=lambda each: each.size_bytes) if choice.out_over_q else q_buffer
     k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, first)
     v_buffer = buffer("v", inputs, n, v_cols, v, stages, k_buffer)
+    if scales:  # 8-bit wgmma contracts over columns alone
+        v_buffer = replace(v_buffer, rows=v_cols, cols=n, valid_cols=n, transposed=True)
     if not choice.out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
@@ -80,16 +85,22 @@ def places(
             **{name: Cursor(f"{name}_at", count, Ring(name, count), fills) for name, count in depth.items()}
         )
 
-    tiles = tile_places(q_buffer, k_buffer, v_buffer, out, pairs)
+    common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales)
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
         for i, (lookup, format) in enumerate(by_key.items())
     )
-    held = (tiles["acc_s"], tiles["p"], tiles["acc_o"], *(tile for _, tile in ahead))
+    part = (
+        RegTile("part_o", F32, m, choice.part_cols, choice.part_cols, "accumulator")
+        if choice.part_cols
+        else None
+    )
+    tiles = (common["acc_s"], common["p"], common["acc_o"], *((part,) if part else ()))
+    held = (*tiles, *(tile for _, tile in ahead))
     if _fit(arch, choice.warpgroups, held):  # all or none: what stays in the loop wants registers too
-        tiles["ahead"] = ahead
+        common["ahead"] = ahead
     return WarpgroupPlaces(
-        **tiles,
+        **common,
         overlap=choice.overlap,
         rescale=choice.rescale,
         rescale_votes=choice.rescale_votes,
@@ -100,6 +111,8 @@ def places(
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+        part=part,
+        alpha_before=RegVec("alpha_before", m),
     )
 
 
@@ -126,6 +139,7 @@ def kernel(
     )
     end = max(buffer.offset + buffer.size_bytes for buffer in (at.q, at.k, at.v, at.out))
     barrier_bytes = sum(ring.size_bytes for ring in rings)
+    of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
 
     def cursors(of: RingCursors) -> tuple[Cursor, ...]:
         return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
@@ -138,8 +152,12 @@ def kernel(
                 "consumer",
                 4 * choice.warpgroups,
                 programs["consumer"],
-                (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead)),
-                (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
+                (
+                    *(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                    *of_promotion[1],
+                    *(at.scales.vectors if at.scales else ()),
+                ),
                 cursors(at.consumer),
                 choice.warpgroups,
                 share.consumer if share else None,
@@ -154,7 +172,11 @@ def kernel(
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=(*_params(choice.persistent), *of_pairs),
+        params=(
+            *_params(choice.persistent),
+            *of_pairs,
+            *(scale_params(at.scales) if at.scales else ()),
+        ),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0),
         rings=rings,
@@ -179,7 +201,7 @@ def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMa
     return (
         box(at.q_in, choice.block_m),
         box(at.k_in, choice.block_n),
-        box(at.v_in, choice.block_n),
+        box(at.v_in, at.v.rows if at.v.transposed else choice.block_n),
         box(at.result, choice.block_m // choice.warpgroups),
     )
 

@@ -17,6 +17,12 @@ BANK_BYTES = 128
 """What shared memory serves in one clock: 32 banks of 4 bytes."""
 MBARRIER_BYTES = 8
 WARPGROUP_THREADS = 128
+FRAGMENT_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+"""Of every 16 keys of a transposed tensor, which stands where. An accumulator's lane holds keys 2c, 2c + 1, 8 + 2c and
+9 + 2c of 16, and an 8-bit A operand's lane four that follow one another; in this order they are the same. PTX ISA,
+fragments of wgmma.mma_async, .k32 against the accumulator."""
+KEYS_PADDED_TO = 128
+"""A transposed tensor has so many keys, or a multiple."""
 PANEL_BYTES = 128
 """The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
@@ -111,6 +117,7 @@ class Buffer:
         overlays: name of the buffer whose bytes this one reuses after that one's last use, or None.
         in_panels: columns in panels of 128 bytes one after another, as the copy engine and wgmma want them, rather
             than row after row. Eight rows of a panel exchange their chunks.
+        transposed: a row is a column of the tensor, and keys run along it.
     """
 
     name: str
@@ -122,6 +129,7 @@ class Buffer:
     offset: int = 0
     overlays: str | None = None
     in_panels: bool = False
+    transposed: bool = False
 
     @property
     def stage_bytes(self) -> int:
@@ -186,6 +194,8 @@ class Tensor:
         axis: whose length its rows have, "q" or "k".
         heads: whose heads it has, "q" or "kv".
         workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
+        transposed: (batch, heads, cols, keys) instead, zeros after the last key up to a multiple of `KEYS_PADDED_TO`,
+            every 16 keys in the order of `FRAGMENT_ORDER`; a tile is a block of keys of all columns.
     """
 
     name: str
@@ -194,9 +204,34 @@ class Tensor:
     axis: Literal["q", "k"]
     heads: Literal["q", "kv"]
     workspace: bool = False
+    transposed: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True)
+class Descales:
+    """What the numbers of an 8-bit tensor are multiplied by to be real ones: f32 in device memory.
+
+    Attributes:
+        axis: whose rows they are for, "q" or "k".
+        heads: whose heads have their own, "q" or "kv".
+        granule: rows of a head that share one; None where all do.
+    """
+
+    name: str
+    axis: Literal["q", "k"]
+    heads: Literal["q", "kv"]
+    granule: int | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What its dimensions are."""
+        return ("batch", "head") if self.granule is None else ("batch", "head", "granule")
 
 
 @dataclass(frozen=True)

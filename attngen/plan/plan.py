@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
-from attngen.plan.places import Buffer, Cursor, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.places import Buffer, Cursor, Descales, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
 
 Formula = int | str | dict[str, Any]
@@ -38,6 +38,13 @@ def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
     for argument in rest:
         first = FORMULA_OPS[formula["op"]](first, argument)
     return first
+
+
+def formula_text(formula: Formula) -> str:
+    """A formula as people read it: ceil_div(seqlen_k, 128)."""
+    if isinstance(formula, dict):
+        return f"{formula['op']}({', '.join(map(formula_text, formula['args']))})"
+    return str(formula)
 
 
 def product(*factors: Formula) -> Formula:
@@ -241,6 +248,7 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
+        scales, scale_kind: of 8-bit Q, K and V, and what shares one; empty and None for others.
         table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
         up_to: most keys of the calls that this plan is for; None for any.
         shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
@@ -275,6 +283,8 @@ class Plan:
     kernels: tuple[KernelPlan, ...]
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
+    scales: tuple[Descales, ...] = ()
+    scale_kind: str | None = None
     table_kernel: TableKernel | None = None
     up_to: int | None = None
     shorter: tuple["Plan", ...] = ()

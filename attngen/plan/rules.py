@@ -147,7 +147,7 @@ def _warpgroups(plan: Plan) -> Iterator[Violation]:
 
 
 def _mma_k_step(plan: Plan) -> Iterator[Violation]:
-    step = plan.arch.mma.k
+    step = plan.arch.k_step(plan.inputs)
     if plan.block_n % step:
         yield Violation(
             "mma-k-step",

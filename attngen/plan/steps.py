@@ -12,6 +12,7 @@ from attngen.expr import Expr, KeyRange
 from attngen.plan.places import (
     BlockIndex,
     Cursor,
+    Descales,
     NamedBarriers,
     Range,
     RegTile,
@@ -440,14 +441,22 @@ class IssueScoreGemm(Step):
 
 @dataclass(frozen=True)
 class IssueOutputGemm(Step):
-    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group."""
+    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group.
+
+    Attributes:
+        starts_at_zero: acc = a b instead.
+        first_column: of b, where it has more columns than acc.
+    """
 
     acc: RegTile
     a: RegTile
     b: View
+    starts_at_zero: bool = False
+    first_column: int = 0
 
     def __str__(self) -> str:
-        return f"issue {self.acc} += {self.a} {self.b}"
+        some = f", columns from {self.first_column} on" if self.first_column else ""
+        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}{some}"
 
 
 @dataclass(frozen=True)
@@ -464,6 +473,104 @@ class WaitGemm(Step):
     def __str__(self) -> str:
         newest = f", {self.pending} newest may be in flight" if self.pending else ""
         return f"wait for {', '.join(map(str, self.lands))}{newest}"
+
+
+# ---- scales of 8-bit operands -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ReadRowScales(Step):
+    """dst = the scale of scores, times Q's descale of each row, and times K's where a whole head has one.
+
+    Attributes:
+        in_natural_units: the scale is softmax_scale, as modified scores want it, else that in log2 units.
+    """
+
+    dst: RegVec
+    q: Descales
+    k: Descales | None
+    rows: BlockIndex
+    in_natural_units: bool
+
+    def __str__(self) -> str:
+        scale = "softmax_scale" if self.in_natural_units else "softmax_scale log2(e)"
+        return f"{self.dst} = {' '.join(map(str, (scale, self.q, self.k) if self.k else (scale, self.q)))}"
+
+
+@dataclass(frozen=True)
+class ReadScoreScale(Step):
+    """dst = src times K's descale of a block of keys."""
+
+    dst: RegVec
+    src: RegVec
+    k: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.src} {self.k}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class ScaleKeys(Step):
+    """s = s times K's descale of each key."""
+
+    s: RegTile
+    k: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.s} = {self.s} times {self.k} of each key"
+
+
+@dataclass(frozen=True)
+class ReadTopScale(Step):
+    """top = V's largest descale of this head."""
+
+    top: RegVec
+    v: Descales
+
+    def __str__(self) -> str:
+        return f"{self.top} = largest {self.v}"
+
+
+@dataclass(frozen=True)
+class ReadValueWeight(Step):
+    """weight = V's descale of a block of keys in relation to the largest, at least 2^-32; P takes it up."""
+
+    weight: RegVec
+    top: RegVec
+    v: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.weight} = {self.v}[{self.block}] / {self.top}"
+
+
+@dataclass(frozen=True)
+class CopyRows(Step):
+    """dst = src, a value per row."""
+
+    dst: RegVec
+    src: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.src}"
+
+
+@dataclass(frozen=True)
+class Promote(Step):
+    """o = o times a factor per row, plus what the tensor core added up: its own sums keep fewer bits than f32.
+
+    Attributes:
+        first_column: of o, where it has more columns than the part.
+    """
+
+    o: RegTile
+    part: RegTile
+    by: RegVec
+    first_column: int = 0
+
+    def __str__(self) -> str:
+        some = f", columns from {self.first_column} on" if self.first_column else ""
+        return f"{self.o} = {self.by} {self.o} + {self.part}{some}"
 
 
 # ---- softmax ----------------------------------------------------------------------------------------------------
@@ -503,7 +610,7 @@ class LookUp(Step):
 
 @dataclass(frozen=True)
 class ModifyScores(Step):
-    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale.
+    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`.
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
@@ -513,6 +620,7 @@ class ModifyScores(Step):
     rows: BlockIndex
     block: BlockIndex
     score: Expr
+    scale: RegVec | None = None
     looked_up: tuple[tuple[Expr, RegTile], ...] = ()
 
     def __str__(self) -> str:
@@ -547,11 +655,16 @@ class MaskScoresEach(Step):
 
 @dataclass(frozen=True)
 class RowMax(Step):
-    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled."""
+    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled.
+
+    Attributes:
+        scale: of each row; the call's softmax_scale where None.
+    """
 
     s: RegTile
     row_max: RegVec
     alpha: RegVec
+    scale: RegVec | None = None
 
     def __str__(self) -> str:
         return f"{self.row_max}, {self.alpha} = running maximum of {self.s}, rescale factor"
@@ -559,12 +672,21 @@ class RowMax(Step):
 
 @dataclass(frozen=True)
 class Exponentiate(Step):
-    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s."""
+    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s.
+
+    Attributes:
+        scale: as in `RowMax`.
+        lift: s = 2^lift times that, and so are the sums.
+        weight: s is multiplied by that as well; the sums are not.
+    """
 
     s: RegTile
     row_max: RegVec
     row_sum: RegVec
     alpha: RegVec
+    scale: RegVec | None = None
+    lift: int = 0
+    weight: RegVec | None = None
 
     def __str__(self) -> str:
         return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
@@ -612,15 +734,22 @@ class ReduceRows(Step):
 
 @dataclass(frozen=True)
 class FinishRows(Step):
-    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf."""
+    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
+
+    Attributes:
+        lift: the sums are 2^lift times what they mean.
+        top: what inv_sum is multiplied by; 1 where None.
+    """
 
     row_max: RegVec
     row_sum: RegVec
     inv_sum: RegVec
     lse: RegVec
+    lift: int = 0
+    top: RegVec | None = None
 
     def __str__(self) -> str:
-        return f"{self.inv_sum}, {self.lse} = 1 / {self.row_sum}, log-sum-exp"
+        return f"{self.inv_sum}, {self.lse} = {self.top or 1} / {self.row_sum}, log-sum-exp"
 
 
 # ---- scheduler --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
+from attngen.plan import KEYS_PADDED_TO
 
 Layout = Literal["bshd", "bhsd"]
 LARGEST_SCALE = 2.0**127
@@ -88,7 +89,12 @@ def check_arguments(
     dims = {"q": manifest.head_dim_qk, "k": manifest.head_dim_qk, "v": manifest.head_dim_v}
     _check_shape("q", q, layout, (batch, seqlen_q, num_heads_q, dims["q"]))
     _check_shape("k", k, layout, (batch, seqlen_k, num_heads_kv, dims["k"]))
-    _check_shape("v", v, layout, (batch, seqlen_k, num_heads_kv, dims["v"]))
+    if manifest.scales is None:
+        _check_shape("v", v, layout, (batch, seqlen_k, num_heads_kv, dims["v"]))
+    else:
+        _check_packed_values(
+            v, (batch, num_heads_kv, dims["v"], -(-seqlen_k // KEYS_PADDED_TO) * KEYS_PADDED_TO)
+        )
     if num_heads_kv == 0 and num_heads_q > 0:
         raise ArgumentError("k", "0 heads", f"a divisor of q's {num_heads_q} heads")
     if num_heads_kv and num_heads_q % num_heads_kv:
@@ -110,7 +116,8 @@ def check_arguments(
         seqlen_k,
         num_heads_q,
         num_heads_kv,
-        *(strides(x, layout) for x in (q, k, v)),
+        *(strides(x, layout) for x in (q, k)),
+        strides(v, layout if manifest.scales is None else "bhsd"),
     )
 
 
@@ -209,6 +216,13 @@ def _check_shape(name: str, x: torch.Tensor, layout: str, expected: tuple[int, i
             "(batch, seqlen, heads, head_dim)" if layout == "bshd" else "(batch, heads, seqlen, head_dim)"
         )
         raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{shown} = {letters}")
+
+
+def _check_packed_values(v: torch.Tensor, expected: tuple[int, int, int, int]) -> None:
+    """Refuse a V of 8 bits that has not been transposed."""
+    if tuple(v.shape) != expected:
+        must = f"{expected} = (batch, heads, head_dim, keys padded to {KEYS_PADDED_TO})"
+        raise ArgumentError("v", f"shape {tuple(v.shape)}", must, "pass attngen.pack_values(v)")
 
 
 def _check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from attngen.dtypes import element_dtype
 from attngen.emit.manifest import Manifest, ScalarEntry, TensorEntry
 from attngen.errors import ArgumentError
+from attngen.plan import evaluate_formula, formula_text
 
 _LARGEST_I32 = 2**31 - 1
 
@@ -95,7 +96,7 @@ def _tensor(
     device: torch.device,
 ) -> torch.Tensor:
     """The tensor, whose dimensions of new names bind these."""
-    declared = f"{entry.dtype}[{', '.join(map(str, entry.dims))}]"
+    declared = f"{entry.dtype}[{', '.join(map(formula_text, entry.dims))}]"
     x = passed.get(entry.name)
     if not isinstance(x, torch.Tensor):
         got = "nothing" if x is None else type(x).__name__
@@ -113,13 +114,14 @@ def _tensor(
     if x.dim() != len(entry.dims):
         raise ArgumentError(entry.name, f"{x.dim()} dimensions", f"{len(entry.dims)}: {declared}")
     for dim, size in zip(entry.dims, x.shape, strict=True):
-        if isinstance(dim, str) and dim not in sizes and dim not in bound:
-            bound[dim] = size
-        expected = dim if isinstance(dim, int) else bound.get(dim, sizes.get(dim))
+        is_bound_here = isinstance(dim, str) and dim not in sizes
+        if isinstance(dim, str) and is_bound_here:
+            bound.setdefault(dim, size)
+        expected = evaluate_formula(dim, {**sizes, **bound})
         if size != expected:
             raise ArgumentError(
-                entry.name, f"shape {tuple(x.shape)}", f"{declared}, where {dim} is {expected}"
+                entry.name, f"shape {tuple(x.shape)}", f"{declared}, where {formula_text(dim)} is {expected}"
             )
-        if not size and dim not in sizes:
+        if not size and (is_bound_here or isinstance(dim, int)):
             raise ArgumentError(entry.name, f"shape {tuple(x.shape)}", f"at least one {dim}")
     return x

@@ -142,23 +142,29 @@ class Module:
 
 
 def encode_tensor_map(
-    address: int, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    address: int,
+    dims: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    element_bytes: int,
 ) -> bytes:
-    """A descriptor of 16-bit elements with a 128-byte swizzle; out of bounds reads as zeros.
+    """A descriptor with a 128-byte swizzle; out of bounds reads as zeros.
 
     Args:
         address: of the first element, a multiple of 16.
         dims: extents, fastest first.
         strides: of all dimensions but the first, in bytes.
         box: extents of one copy.
+        element_bytes: 1 or 2.
 
     Raises:
         ToolchainError: the driver refused.
     """
     driver = _driver()
+    types = driver.CUtensorMapDataType
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     encoded = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}[element_bytes],
         len(dims),
         address,
         [u64(extent) for extent in dims],

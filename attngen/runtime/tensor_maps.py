@@ -16,11 +16,12 @@ LEAST_STRIDE = 16
 
 @dataclass(frozen=True)
 class MapGeometry:
-    """What a descriptor says besides the address: extents and strides in bytes, cols first."""
+    """What a descriptor says besides the address: extents, and strides in bytes, cols first."""
 
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
+    element_bytes: int = 2
 
 
 def geometry(entry: TensorMapEntry, sizes: dict[str, int], strides: Strides) -> MapGeometry:
@@ -38,12 +39,12 @@ def geometry(entry: TensorMapEntry, sizes: dict[str, int], strides: Strides) -> 
         step if extent > 1 else LEAST_STRIDE
         for extent, step in zip(dims[1:], (seqlen, head, batch), strict=True)
     )
-    return MapGeometry(dims, steps, entry.box)
+    return MapGeometry(dims, steps, entry.box, element_bytes)
 
 
 def encode(map_: MapGeometry, address: int) -> bytes:
     """The 128 bytes of a descriptor."""
-    return encode_tensor_map(address or LEAST_STRIDE, map_.dims, map_.strides, map_.box)
+    return encode_tensor_map(address or LEAST_STRIDE, map_.dims, map_.strides, map_.box, map_.element_bytes)
 
 
 @cache

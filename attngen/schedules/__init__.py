@@ -5,7 +5,7 @@ from collections.abc import Callable
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.serial import serial
-from attngen.schedules.tiles import Pairs, Places, TilePlaces
+from attngen.schedules.tiles import Pairs, Places, Scales, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
@@ -23,6 +23,7 @@ __all__ = [
     "Pairs",
     "Places",
     "RingCursors",
+    "Scales",
     "TilePlaces",
     "WarpgroupPlaces",
 ]

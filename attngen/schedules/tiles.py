@@ -4,8 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attngen.expr import Expr, KeyRange, key_range, name
-from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, RegVec, Rows, Tensor, View, Walk
+from attngen.plan import (
+    BlockIndex,
+    Buffer,
+    Cursor,
+    Descales,
+    Program,
+    Range,
+    RegTile,
+    RegVec,
+    Rows,
+    Tensor,
+    View,
+    Walk,
+)
 from attngen.plan.steps import (
+    Exponentiate,
     ForBlocks,
     ForVisited,
     LookUp,
@@ -13,6 +27,12 @@ from attngen.plan.steps import (
     MaskScoresEach,
     ModifyScores,
     NegateTile,
+    ReadRowScales,
+    ReadScoreScale,
+    ReadTopScale,
+    ReadValueWeight,
+    RowMax,
+    ScaleKeys,
     StartWalk,
     Step,
     When,
@@ -82,6 +102,37 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What 8-bit operands are scaled by, in device memory and in registers.
+
+    Attributes:
+        kind: what shares one.
+        q, k, v: descales.
+        of_rows: of the scores of a row, without what K's descale changes from block to block.
+        of_scores: of those of a block; `of_rows` itself where blocks of keys share one descale.
+        top: V's largest descale of the head.
+        weight: that of a block of V in relation to it; None where blocks share one descale.
+        lift: P is 2^lift times what it means, to use the whole range of its format.
+    """
+
+    kind: str
+    q: Descales
+    k: Descales
+    v: Descales
+    of_rows: RegVec
+    of_scores: RegVec
+    top: RegVec
+    weight: RegVec | None
+    lift: int
+
+    @property
+    def vectors(self) -> tuple[RegVec, ...]:
+        """What of it is kept in registers."""
+        known = (self.of_rows, self.of_scores, self.top, self.weight)
+        return tuple(dict.fromkeys(vector for vector in known if vector))
+
+
+@dataclass(frozen=True)
 class TilePlaces:
     """What a schedule of any family may name.
 
@@ -92,6 +143,7 @@ class TilePlaces:
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
         q_in, k_in, v_in, result, lse: tensors in device memory.
+        scales: of 8-bit operands; None for others.
     """
 
     pairs: Pairs
@@ -114,11 +166,33 @@ class TilePlaces:
     v_in: Tensor
     result: Tensor
     lse: Rows
+    scales: Scales | None
 
     @property
     def walks(self) -> bool:
         """Whether blocks of keys are classed one by one, for want of a closed form."""
         return self.pairs.visible is None
+
+    # ---- scales of 8-bit operands -----------------------------------------------------------------------------------
+    def start_scales(self, rows: BlockIndex) -> Program:
+        """What a tile needs to know of scales before its first block."""
+        if (at := self.scales) is None:
+            return ()
+        k = at.k if at.k.granule is None else None
+        return (
+            ReadRowScales(at.of_rows, at.q, k, rows, self.pairs.modifies_scores),
+            ReadTopScale(at.top, at.v),
+        )
+
+    def read_scales(self, block: BlockIndex) -> Program:
+        """What a block of keys and values needs to know of scales."""
+        if (at := self.scales) is None:
+            return ()
+        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, at.k, block),)
+        return (
+            *(() if at.of_scores is at.of_rows else of_scores),
+            *((ReadValueWeight(at.weight, at.top, at.v, block),) if at.weight else ()),
+        )
 
     # ---- scores of a block ------------------------------------------------------------------------------------------
     def look_up(self, rows: BlockIndex, block: BlockIndex) -> Program:
@@ -127,9 +201,33 @@ class TilePlaces:
 
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
-        if not self.pairs.modifies_scores:
-            return ()
-        return (ModifyScores(self.acc_s, rows, block, self.pairs.score, self.ahead),)
+        scales, pairs = self.scales, self.pairs
+        has_key_scales = scales is not None and scales.k.granule == 1
+        scale = scales.of_scores if scales else None
+        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead)
+        return (
+            *((ScaleKeys(self.acc_s, scales.k, block),) if scales and has_key_scales else ()),
+            *((modified,) if pairs.modifies_scores else ()),
+        )
+
+    @property
+    def row_max_of_scores(self) -> Program:
+        """The running maximum of a row, and what it does to all before."""
+        return (RowMax(self.acc_s, self.row_max, self.alpha, self._score_scale),)
+
+    @property
+    def exponentials(self) -> Program:
+        """P, unrounded, and its sums."""
+        at = self.scales
+        lift, weight = (at.lift, at.weight) if at else (0, None)
+        return (
+            Exponentiate(self.acc_s, self.row_max, self.row_sum, self.alpha, self._score_scale, lift, weight),
+        )
+
+    @property
+    def _score_scale(self) -> RegVec | None:
+        """What the softmax multiplies scores by, if not a number of the call; modified ones have it behind them."""
+        return self.scales.of_scores if self.scales and not self.pairs.modifies_scores else None
 
     def mask(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """The masking Step that this mask allows: by interval where there is a closed form, else one by one."""

@@ -15,14 +15,16 @@ from attngen.plan import (
     Cursor,
     NamedBarriers,
     Program,
+    RegTile,
+    RegVec,
     Tensor,
 )
 from attngen.plan.steps import (
     Advance,
     Clear,
     ConvertP,
+    CopyRows,
     DrawTile,
-    Exponentiate,
     FenceAsync,
     FinishRows,
     ForTiles,
@@ -30,11 +32,12 @@ from attngen.plan.steps import (
     IssueScoreGemm,
     Note,
     PassTurn,
+    Promote,
     ReduceRows,
     Release,
-    RowMax,
     ScaleRows,
     StageTile,
+    Step,
     StoreRows,
     SyncWarpgroup,
     TakeTile,
@@ -76,6 +79,9 @@ class WarpgroupPlaces(TilePlaces):
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
+        part: what the tensor core adds up of one block where O itself is kept in true f32; None where it adds to O. With
+            fewer columns than O it is worked out slice by slice.
+        alpha_before: the rescale factor of the block before, which `part` is behind.
     """
 
     overlap: bool
@@ -88,6 +94,8 @@ class WarpgroupPlaces(TilePlaces):
     consumer: RingCursors
     turn: NamedBarriers
     own: NamedBarriers
+    part: RegTile | None
+    alpha_before: RegVec
 
 
 def warp_specialized(at: WarpgroupPlaces) -> dict[str, Program]:
@@ -162,6 +170,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 Clear(at.row_max, "-inf"),
                 Clear(at.row_sum),
                 *at.start_keys(VISIT),
+                *at.start_scales(M_BLOCK),
                 WaitFull(rings.q, together=True),
                 *at.negate_q(at.q.at(rings.q).own, ((), (FenceAsync(), SyncWarpgroup(at.own)))),
                 at.when_first(
@@ -183,6 +192,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
     return (
         Note("the last block of keys: scores only, O follows one block behind"),
         *at.look_up(M_BLOCK, at.first_block.n),
+        *at.read_scales(at.first_block.n),
         WaitFull(rings.k),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
         WaitGemm(0, (at.acc_s,)),
@@ -190,8 +200,8 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         Advance(rings.k),
         *at.modify(M_BLOCK, at.first_block.n),
         *at.first_block.mask,
-        RowMax(at.acc_s, at.row_max, at.alpha),
-        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
+        *at.row_max_of_scores,
+        *at.exponentials,
         ConvertP(at.acc_s, at.p),
     )
 
@@ -202,32 +212,34 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     pass_turn = (PassTurn(at.turn),) if turns else ()
     issue = (
         *at.look_up(M_BLOCK, block.n),
+        *at.read_scales(block.n),
         WaitFull(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),
         Note(f"S = Q K[{block.n}]ᵀ, and behind it O += P V[{block.before}]"),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
         WaitFull(rings.v),
-        IssueOutputGemm(at.acc_o, at.p, at.v.at(rings.v)),
+        _issue_output(at),
         *(() if at.passes_late else pass_turn),
     )
     scores_done = (Release(rings.k), Advance(rings.k))
-    output_done = (Release(rings.v), Advance(rings.v))
     row_max = (
         Note("online softmax of block n"),
         *at.modify(M_BLOCK, block.n),
         *block.mask,
-        RowMax(at.acc_s, at.row_max, at.alpha),
+        *((CopyRows(at.alpha_before, at.alpha),) if at.part else ()),
+        *at.row_max_of_scores,
     )
-    exponentiate = Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha)
+    exponentiate = at.exponentials
     land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
-    land_output = (WaitGemm(0, (at.acc_o, at.p)), *output_done)
     if not at.overlap:
-        land_both = (WaitGemm(0, (at.acc_s, at.acc_o, at.p)), *output_done, *scores_done)
-        softmax = (*land_both, *row_max, *_rescale(at, "middle"), exponentiate)
+        land_both = (WaitGemm(0, (at.acc_s, at.part or at.acc_o)), *scores_done)
+        output = _land_output(at, at.alpha_before)
+        softmax = (*land_both, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
     elif at.rescale == "middle":
-        softmax = (*land_scores, *row_max, *land_output, *_rescale(at, "middle"), exponentiate)
+        output = _land_output(at, at.alpha_before)
+        softmax = (*land_scores, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
     else:
-        softmax = (*land_scores, *row_max, exponentiate, *land_output)
+        softmax = (*land_scores, *row_max, *_land_output(at, at.alpha_before, meanwhile=exponentiate))
     return (
         *issue,
         *softmax,
@@ -238,19 +250,43 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
 
 
 def _rescale(at: WarpgroupPlaces, where: Rescale) -> Program:
-    """O under the new maximum, if this is the place for it."""
-    return (ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if at.rescale == where else ()
+    """O under the new maximum, if this is the place for it; a promotion does it one block later."""
+    is_here = at.rescale == where and at.part is None
+    return (ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if is_here else ()
+
+
+def _issue_output(at: WarpgroupPlaces, first_column: int = 0) -> IssueOutputGemm:
+    v = at.v.at(at.consumer.v)
+    return IssueOutputGemm(at.part or at.acc_o, at.p, v, at.part is not None, first_column)
+
+
+def _land_output(at: WarpgroupPlaces, alpha: RegVec, meanwhile: Program = ()) -> Program:
+    """Wait for O of the block before and hand V back; a part is added to what alpha rescales, slice by slice.
+
+    Args:
+        at: the places.
+        alpha: the rescale factor of the block before.
+        meanwhile: what is done before the last wait.
+    """
+    v, part, last = at.consumer.v, at.part or at.acc_o, at.acc_o.cols - (at.part or at.acc_o).cols
+    steps: list[Step] = []
+    for first in range(0, last + 1, part.cols):
+        steps += (
+            *((_issue_output(at, first),) if first else ()),
+            *(meanwhile if first == last else ()),
+            WaitGemm(0, (part, at.p)),
+            *((Release(v), Advance(v)) if first == last else ()),
+            *((Promote(at.acc_o, part, alpha, first),) if at.part else ()),
+        )
+    return tuple(steps)
 
 
 def _last_output(at: WarpgroupPlaces) -> Program:
-    v = at.consumer.v
     return (
         Note("O of the first block of keys"),
-        WaitFull(v),
-        IssueOutputGemm(at.acc_o, at.p, at.v.at(v)),
-        WaitGemm(0, (at.acc_o, at.p)),
-        Release(v),
-        Advance(v),
+        WaitFull(at.consumer.v),
+        _issue_output(at),
+        *_land_output(at, at.alpha),
     )
 
 
@@ -259,7 +295,13 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
     return (
         Note("normalise once, at the end"),
         ReduceRows(at.total, at.row_sum),
-        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        FinishRows(
+            at.row_max,
+            at.total,
+            at.inv_sum,
+            at.row_lse,
+            *((at.scales.lift, at.scales.top) if at.scales else ()),
+        ),
         ScaleRows(at.acc_o, at.inv_sum),
         StoreRows(at.row_lse, at.lse, M_BLOCK),
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),

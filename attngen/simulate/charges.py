@@ -28,8 +28,10 @@ from attngen.plan.steps import (
     ModifyScores,
     NegateTile,
     OutputGemm,
+    Promote,
     ReduceRows,
     RowMax,
+    ScaleKeys,
     ScaleRows,
     ScoreGemm,
     StageTile,
@@ -91,6 +93,8 @@ _OPERAND: dict[type[Step], str] = {
     Exponentiate: "s",
     ConvertP: "s",
     ScaleRows: "o",
+    ScaleKeys: "s",
+    Promote: "o",
     ReduceRows: "part",
     FinishRows: "row_sum",
 }
@@ -113,7 +117,7 @@ def _work_on_registers(units: Units, step: Any, role: RoleRun) -> Paid:
 
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
 def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
-    depth = step.b.buffer.rows if isinstance(step, OutputGemm | IssueOutputGemm) else step.a.buffer.cols
+    depth = step.a.cols if isinstance(step, OutputGemm | IssueOutputGemm) else step.a.buffer.cols
     flops: int = 2 * _elements(step.acc, role) * depth
     bits: int = step.b.buffer.dtype.bits
     return flops * bits / (16 * units.costs.flops_of_16_bit)

@@ -2,7 +2,7 @@
 
 import torch
 
-from attngen.dtypes import DType, torch_dtype
+from attngen.dtypes import E4M3, DType, torch_dtype
 from attngen.plan import Tensor
 from attngen.plan.places import BlockIndex, Rows
 from attngen.plan.steps import (
@@ -26,7 +26,9 @@ from attngen.simulate.roles import RoleRun
 
 
 def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """The nearest numbers of a format, kept as f32."""
+    """The nearest numbers of a format, kept as f32; e4m3, which has no infinity, ends at its largest."""
+    if dtype is E4M3:
+        values = values.clamp(-E4M3.max_finite, E4M3.max_finite)
     return values.to(torch_dtype(dtype)).float()
 
 
@@ -55,9 +57,10 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
 def tma_load(step: TmaLoad, role: RoleRun) -> None:
     """Have the copy engine fill a stage; `full` completes when the bytes have landed, which is as late as may be."""
     buffer = step.dst.buffer
-    first = _first_row(role, step.src, step.block, buffer.rows)
+    rows = buffer.cols if buffer.transposed else buffer.rows
+    first = _first_row(role, step.src, step.block, rows)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, buffer.rows))
+    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, rows))
     assert step.dst.cursor is not None
     full = role.stage_barriers(step.dst.cursor).full
 

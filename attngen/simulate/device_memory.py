@@ -60,7 +60,7 @@ class DeviceMemory:
         return max(0, min(rows, self.seqlen(place) - first))
 
     def read(self, place: Tensor | Rows, tile: Tile, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Rows first, first + 1, ... of the tile's heads as f32, zero beyond what exists.
+        """Rows first, first + 1, ... of the tile's heads as f32, zero beyond what exists; of a transposed tensor keys.
 
         Args:
             place: where.
@@ -71,14 +71,19 @@ class DeviceMemory:
         Returns:
             (members, *shape), f32.
         """
-        valid = self.valid_rows(place, first, shape[0])
+        is_transposed = isinstance(place, Tensor) and place.transposed
+        valid = self.valid_rows(place, first, shape[-1] if is_transposed else shape[0])
         if self.traffic:
             self.traffic.count_read(place.name, len(tile.members) * valid * _row_bytes(place))
         if not self.holds_values:
             return NOTHING
         batch, head, head_kv = tile.columns
         heads = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
-        found = self.tensors[place.name][batch, heads, first : first + valid].float()
+        of_heads = self.tensors[place.name][batch, heads]
+        if is_transposed:  # zeros follow the last key
+            found = of_heads[..., first : first + shape[-1]].float()
+        else:
+            found = of_heads[:, first : first + valid].float()
         if found.shape[1:] == shape:
             return found
         result = found.new_zeros((found.shape[0], *shape))

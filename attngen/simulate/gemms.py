@@ -7,7 +7,7 @@ nobody may change an operand, and nobody sees it before it lands.
 
 import torch
 
-from attngen.plan import View
+from attngen.plan import FRAGMENT_ORDER, View
 from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm, OutputGemm, ScoreGemm, WaitGemm
 from attngen.simulate.roles import RoleRun
 
@@ -36,8 +36,15 @@ def issue_score_gemm(step: IssueScoreGemm, role: RoleRun) -> None:
 
 def issue_output_gemm(step: IssueOutputGemm, role: RoleRun) -> None:
     """Start acc += a b."""
-    acc, a, b = role.read(step.acc), role.read(step.a), role.read_by_gemm(step.b)
-    role.write(step.acc, torch.baddbmm, acc, a, b)
+    a, b = role.read(step.a), role.read_by_gemm(step.b)
+    if step.b.buffer.transposed and role.device.holds_values:
+        b = b[:, step.first_column : step.first_column + step.acc.cols]
+    product = _product_of_transposed if step.b.buffer.transposed else torch.bmm
+    if step.starts_at_zero:
+        role.write(step.acc, product, a, b)
+    else:
+        acc = role.read(step.acc)
+        role.write(step.acc, lambda: acc + product(a, b))
     role.issue_gemm(step.acc, step.a)
     _count_output(step, role)
 
@@ -45,6 +52,13 @@ def issue_output_gemm(step: IssueOutputGemm, role: RoleRun) -> None:
 def wait_gemm(step: WaitGemm, role: RoleRun) -> None:
     """Give back the registers that are named, of all GEMMs but the newest `pending`."""
     role.land_gemms(step.pending, step.lands)
+
+
+def _product_of_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product with what columns of b stand for; each register of a lies over the keys of its lane."""
+    keys = a.shape[-1]
+    order = torch.tensor(FRAGMENT_ORDER) + torch.arange(0, keys, len(FRAGMENT_ORDER)).unsqueeze(1)
+    return torch.bmm(a[..., order.flatten()], b.transpose(1, 2))
 
 
 def _scores(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -58,7 +72,7 @@ def _count_scores(step: ScoreGemm | IssueScoreGemm, role: RoleRun) -> None:
 
 
 def _count_output(step: OutputGemm | IssueOutputGemm, role: RoleRun) -> None:
-    _count(role, (step.acc.rows, step.acc.cols, step.b.buffer.rows), (None, step.b, step.acc.valid_cols))
+    _count(role, (step.acc.rows, step.acc.cols, step.a.cols), (None, step.b, step.acc.valid_cols))
 
 
 def _count(role: RoleRun, padded: tuple[int, int, int], useful: tuple[View | None, View, int]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from attngen.dtypes import torch_dtype
 from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
-from attngen.simulate import control, copies, gemms, softmax, sync
+from attngen.simulate import control, copies, gemms, scales, softmax, sync
 from attngen.simulate.blocks import Block, Call
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
@@ -27,7 +27,7 @@ def _function_of(step: type[Step]) -> StepFunction:
     return found
 
 
-_STEP_MODULES = (control, sync, copies, gemms, softmax)
+_STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
 STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for step in STEPS}
 """What each Step does."""
 
@@ -48,6 +48,7 @@ def simulate(
     steps: Mapping[type[Step], StepFunction] | None = None,
     memory: Traffic | None = None,
     declared: Mapping[str, Any] | None = None,
+    descales: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention as the plan's kernels do: same tiles, same order, same roundings.
 
@@ -64,6 +65,8 @@ def simulate(
         steps: functions to use instead of `STEPS_SIMULATED`'s, to see what a fault of theirs would do.
         memory: where to count FLOPs and bytes.
         declared: the scalars and tensors of the spec, by name.
+        descales: of 8-bit q, k and v, by the names of `Plan.scales`: (batch, heads), or (batch, heads, granules). v is
+            then transposed, (batch, num_heads_kv, head_dim_v, keys), in the order of `FRAGMENT_ORDER`.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), the plan's output type.
@@ -72,7 +75,8 @@ def simulate(
     Raises:
         SimulationFault: a program broke a rule.
     """
-    q_heads, k_heads, v_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k, v))
+    q_heads, k_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k))
+    v_heads = v if layout == "bhsd" or plan.scales else v.transpose(1, 2)
     batch, num_heads_q, seqlen_q, _ = q_heads.shape
     sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
@@ -83,6 +87,7 @@ def simulate(
         "k": k_heads,
         "v": v_heads,
         "out": out if layout == "bhsd" else out.transpose(1, 2),
+        **(descales or {}),
     }
     if lse is not None:
         tensors["lse"] = lse

@@ -30,7 +30,11 @@ from attngen.simulate.roles import RoleRun
 LN_2 = math.log(2)
 
 
-def running_max(s: torch.Tensor, row_max: torch.Tensor, scale: float) -> torch.Tensor:
+Scale = torch.Tensor | float
+"""What scores are multiplied by: a number of the call, or (members, rows)."""
+
+
+def running_max(s: torch.Tensor, row_max: torch.Tensor, scale: Scale) -> torch.Tensor:
     """max(row_max, scaled maximum of s). NaN is passed over here; it comes back through the exponential."""
     top = torch.nan_to_num(s, nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1)
     return torch.fmax(row_max, top * scale)
@@ -46,9 +50,10 @@ def rescale_factor(old_max: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor
     return torch.exp2(old_max - exponent_reference(row_max))
 
 
-def exponentials(s: torch.Tensor, row_max: torch.Tensor, scale: float) -> torch.Tensor:
-    """2^(scaled s - row_max), the exponent rounded once, as a fused multiply-add does."""
-    exact = s.double().mul_(scale).sub_(exponent_reference(row_max).unsqueeze(-1))
+def exponentials(s: torch.Tensor, row_max: torch.Tensor, scale: Scale, lift: Scale = 0) -> torch.Tensor:
+    """2^(scaled s - row_max + lift), the exponent rounded once, as a fused multiply-add does."""
+    by = scale.double().unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale
+    exact = s.double().mul_(by).sub_((exponent_reference(row_max) - lift).unsqueeze(-1))
     return torch.exp2_(exact.float())
 
 
@@ -57,9 +62,9 @@ def inverse_sum(row_sum: torch.Tensor) -> torch.Tensor:
     return torch.where(row_sum == 0, 0.0, row_sum.reciprocal())
 
 
-def log_sum_exp(row_max: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
-    """The natural logarithm of the sum of exponentials, or -inf for a row that saw no key."""
-    return torch.where(row_sum == 0, -math.inf, (row_max + torch.log2(row_sum)) * LN_2)
+def log_sum_exp(row_max: torch.Tensor, row_sum: torch.Tensor, lift: int = 0) -> torch.Tensor:
+    """The natural logarithm of the sum of exponentials that are lifted, or -inf for a row that saw no key."""
+    return torch.where(row_sum == 0, -math.inf, (row_max - lift + torch.log2(row_sum)) * LN_2)
 
 
 def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -101,7 +106,8 @@ def modify_scores(step: ModifyScores, role: RoleRun) -> None:
 
     def modified() -> torch.Tensor:
         _, names = _indices(step, step.s, role)
-        names |= {"score": s * role.call.softmax_scale, **looked_up}
+        scale = role.call.softmax_scale if step.scale is None else role.read(step.scale).unsqueeze(-1)
+        names |= {"score": s * scale, **looked_up}
         score = with_nodes(step.score, {each: scalar(place.name, "f32") for each, place in step.looked_up})
         scores = evaluate(score, names, role.call.sizes.declared.tensors)
         return torch.as_tensor(scores).expand_as(s).contiguous()
@@ -164,15 +170,25 @@ def _indices(
 def row_max(step: RowMax, role: RoleRun) -> None:
     """Raise the running maximum, and say what the sums so far are worth under it."""
     s, old = role.read(step.s), role.read(step.row_max)
-    new = role.write(step.row_max, running_max, s, old, role.call.softmax_scale_log2)
+    new = role.write(step.row_max, running_max, s, old, _scale(step, role))
     role.write(step.alpha, rescale_factor, old, new)
 
 
 def exponentiate(step: Exponentiate, role: RoleRun) -> None:
     """Scores to unnormalised probabilities, which are added to the rescaled sum."""
     top, alpha, total = role.read(step.row_max), role.read(step.alpha), role.read(step.row_sum, partial=True)
-    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.softmax_scale_log2)
-    role.write(step.row_sum, lambda: alpha * total + s.sum(-1))
+    s, scale = role.read(step.s), _scale(step, role)
+    if step.weight is None:
+        s = role.write(step.s, exponentials, s, top, scale, step.lift)
+        role.write(step.row_sum, lambda: alpha * total + s.sum(-1))
+    else:
+        weight = role.read(step.weight)
+        s = role.write(step.s, lambda: exponentials(s, top, scale, step.lift + torch.log2(weight)))
+        role.write(step.row_sum, lambda: alpha * total + s.sum(-1) / weight)
+
+
+def _scale(step: RowMax | Exponentiate, role: RoleRun) -> Scale:
+    return role.call.softmax_scale_log2 if step.scale is None else role.read(step.scale)
 
 
 def convert_p(step: ConvertP, role: RoleRun) -> None:
@@ -194,5 +210,6 @@ def reduce_rows(step: ReduceRows, role: RoleRun) -> None:
 def finish_rows(step: FinishRows, role: RoleRun) -> None:
     """The factor that normalises a row, and its log-sum-exp."""
     top, total = role.read(step.row_max), role.read(step.row_sum)
-    role.write(step.inv_sum, inverse_sum, total)
-    role.write(step.lse, log_sum_exp, top, total)
+    by = role.read(step.top) if step.top else None
+    role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
+    role.write(step.lse, log_sum_exp, top, total, step.lift)

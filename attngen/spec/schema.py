@@ -160,12 +160,35 @@ class Problem(_Model):
 class Precision(_Model):
     """Number formats."""
 
-    inputs: Annotated[Literal["f16", "bf16", "f32"], _one_of("known-formats", "f16", "bf16", "f32")] = "bf16"
-    """Of Q, K and V; f32 on the simulator only."""
+    inputs: Annotated[
+        Literal["f16", "bf16", "e4m3", "f32"], _one_of("known-formats", "f16", "bf16", "e4m3", "f32")
+    ] = "bf16"
+    """Of Q, K and V, and of P; f32 on the simulator only."""
     output: Annotated[
         Literal["auto", "f16", "bf16", "f32"], _one_of("known-formats", "auto", "f16", "bf16", "f32")
     ] = "auto"
-    """Of the output; auto is that of the inputs, f32 on the simulator only."""
+    """Of the output; auto is that of the inputs, bf16 for e4m3; f32 on the simulator only."""
+    scales: Annotated[
+        Literal["auto", "per_tensor", "per_head", "per_block", "per_token"],
+        _one_of("known-scales", "auto", "per_tensor", "per_head", "per_block", "per_token"),
+    ] = "auto"
+    """What shares a scale of e4m3 inputs: all of a tensor, a head of K and V, 64 rows of Q and 128 of K and V, or each
+    row of Q and K; auto is per_block."""
+    incoherent: Annotated[Literal["none", "hadamard"], _one_of("known-transforms", "none", "hadamard")] = (
+        "none"
+    )
+    """What Q and K are multiplied by before they become e4m3: a Hadamard matrix with random signs spreads outliers."""
+    seed: Annotated[
+        Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_integer)],
+        Expects("seed", "an integer from 0 to 2^63 - 1", _nearest_integer(0, 2**63 - 1)),
+    ] = 0
+    """Of the signs of the Hadamard matrix."""
+    promote: Annotated[
+        Annotated[int, Field(ge=0), BeforeValidator(_integer)] | _Auto,
+        Expects("promotion", "0 (never), 1 (every block of keys) or auto", lambda value: ("0", "1", "auto")),
+    ] = "auto"
+    """After how many blocks of keys the tensor core's sums of e4m3 products, which keep some 14 bits, are added to O in
+    true f32; 0 is never."""
 
 
 class Tile(_Model):

@@ -100,6 +100,8 @@ class Spec:
         """
         data = self._model.model_dump(mode="json", exclude={"name", "check", "scalars", "tensors", "define"})
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
+        if self.precision.inputs != "e4m3":  # whose fields these are
+            data["precision"] = {name: data["precision"][name] for name in ("inputs", "output")}
         if self.scalars:
             data["scalars"] = [astuple(scalar) for scalar in self.declarations.scalars.values()]
         if self.tensors:

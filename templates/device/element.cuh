@@ -27,3 +27,18 @@ struct F16 {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 };
+
+// e4m3: four packed in a register.
+struct E4m3 {
+  // Rounded to the nearest, ends at 448. PTX ISA: cvt.rn.satfinite.e4m3x2.f32; its first source is the upper half.
+  DEV u32 pack(float a, float b, float c, float d) {
+    u32 r;
+    asm("{\n"
+        ".reg .b16 lo, hi;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+        "mov.b32 %0, {lo, hi};\n"
+        "}" : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+  }
+};

@@ -57,3 +57,20 @@ DEV void convert_p(u32 (&p)[kRowTiles][kColTiles / 2][4], const float (&s)[kRowT
     }
   }
 }
+
+
+// Round an accumulator to 8 bits: four neighbouring column tiles of D are one A operand, lane by lane, of keys in the order
+// in which a transposed V holds them.
+template <class Element, int kRowTiles, int kColTiles>
+DEV void convert_p_8bit(u32 (&p)[kRowTiles][kColTiles / 4][4], const float (&s)[kRowTiles][kColTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; j += 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        p[r][j / 4][j / 2 % 2 * 2 + half] = Element::pack(s[r][j][2 * half], s[r][j][2 * half + 1], s[r][j + 1][2 * half], s[r][j + 1][2 * half + 1]);
+      }
+    }
+  }
+}

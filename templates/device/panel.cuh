@@ -1,18 +1,22 @@
-// A tile of 16-bit elements in panels of 64 columns (128 bytes), as the copy engine writes and wgmma reads them: the
-// 16-byte chunks of a row are exchanged with the row's number, and the pattern repeats every eight rows (1024 bytes).
-template <int kRows_, int kCols>
+// A tile in panels of 128 bytes, as the copy engine writes and wgmma reads them: the 16-byte chunks of a row are exchanged
+// with the row's number, and the pattern repeats every eight rows (1024 bytes).
+template <int kRows_, int kCols, int kElementBytes = 2>
 struct PanelTile {
-  static constexpr int kRows = kRows_, kPanels = (kCols + 63) / 64, kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
+  static constexpr int kRows = kRows_, kPanelCols = 128 / kElementBytes, kPanels = (kCols + kPanelCols - 1) / kPanelCols;
+  static constexpr int kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes, kStepCols = 32 / kElementBytes;
+  static constexpr u32 kSignBits = kElementBytes == 2 ? 0x80008000u : 0x80808080u;
+  // Byte offset of the panel that column `column` begins, or of the row of that number of a tile that is transposed.
+  DEV constexpr u32 columns_at(int column) { return kElementBytes == 1 ? column * 128 : column / kPanelCols * kPanelBytes; }
   // Byte offset of a chunk from the start of the tile.
   DEV u32 address(u32 row, u32 chunk) { return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16; }
 };
 
-// Start filling a tile with rows first_row .. of a head; `full` completes when they have landed.
+// Start filling a tile with what lies at first_column, first_row of a head; `full` completes when it has landed.
 template <class Tile>
-DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_row, int head, int batch, u64 keep) {
+DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_column, int first_row, int head, int batch, u64 keep) {
   mbarrier_arrive_expect(full, Tile::kBytes);
 #pragma unroll
-  for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, i * 64, first_row, head, batch, keep);
+  for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, first_column + i * Tile::kPanelCols, first_row, head, batch, keep);
 }
 
 // Round an accumulator and write it to this warpgroup's 64 rows of a tile, each warp its sixteen.
@@ -35,7 +39,7 @@ DEV void stage_tile(u32 dst, const float (&acc)[1][kColTiles][4]) {
 template <class Tile>
 DEV void store_panels(const TensorMap& map, u32 src, int warpgroup, int first_row, int head, int batch) {
 #pragma unroll
-  for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * 64, first_row + warpgroup * 64, head, batch);
+  for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * Tile::kPanelCols, first_row + warpgroup * 64, head, batch);
   tma_store_commit();
 }
 
@@ -46,7 +50,7 @@ DEV void negate_own_rows(u32 tile, int warpgroup) {
   for (int index = threadIdx.x % 128; index < Tile::kPanels * 512; index += 128) {
     const u32 address = tile + index / 512 * Tile::kPanelBytes + warpgroup * 64 * 128 + index % 512 * 16;
     uint4 x = load_shared_16(address);
-    x.x ^= 0x80008000u, x.y ^= 0x80008000u, x.z ^= 0x80008000u, x.w ^= 0x80008000u;
+    x.x ^= Tile::kSignBits, x.y ^= Tile::kSignBits, x.z ^= Tile::kSignBits, x.w ^= Tile::kSignBits;
     store_shared_16(address, x);
   }
 }

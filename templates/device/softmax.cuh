@@ -39,38 +39,43 @@ DEV void mask_scores_before(float (&s)[kRowTiles][kColTiles][4], const int (&fir
   }
 }
 
+// What row `i` is scaled by, where all rows share one number, and where each has its own.
+DEV float of_row(float scale, int i) { return scale; }
+template <int N>
+DEV float of_row(const float (&scale)[N], int i) { return scale[i]; }
+
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
-template <int kRowTiles, int kColTiles>
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        float softmax_scale_log2) {
+                        const Scale& scale_log2) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     float top = -infinity();
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) top = fmaxf(top, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
     const float old = row_max[i];
-    row_max[i] = fmaxf(old, quad_max(top) * softmax_scale_log2);
+    row_max[i] = fmaxf(old, quad_max(top) * of_row(scale_log2, i));
     alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
   }
 }
 
-// s = 2^(scaled s - row_max), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles>
+// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s; then s *= weight, in the exponents.
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
-                      const float (&alpha)[2 * kRowTiles], float softmax_scale_log2) {
+                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f, float weight = 1.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]);
+    const float reference = exponent_reference(row_max[i]) - (weight == 1.f ? lift : lift + log2_approx(weight));
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], softmax_scale_log2, -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], of_row(scale_log2, i), -reference));
         sum += s[i / 2][j][e];
       }
     }
-    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], sum);
+    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], weight == 1.f ? sum : sum * __frcp_rn(weight));
   }
 }
 
@@ -84,6 +89,16 @@ DEV void scale_rows(float (&acc)[kRowTiles][kColTiles][4], const float (&by)[2 *
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[r][j][e] *= by[2 * r + e / 2];
     }
+  }
+}
+
+// o = o times a factor per row, plus a part, in the columns of the part.
+template <int kFirstColumn, int kColTiles, int kPartTiles>
+DEV void promote(float (&o)[1][kColTiles][4], const float (&part)[1][kPartTiles][4], const float (&by)[2]) {
+#pragma unroll
+  for (int j = 0; j < kPartTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[0][kFirstColumn / 8 + j][e] = __fmaf_rn(o[0][kFirstColumn / 8 + j][e], by[e / 2], part[0][j][e]);
   }
 }
 
@@ -103,13 +118,13 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = 1 / row_sum, lse = natural log-sum-exp; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
 template <int N>
-DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N]) {
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const bool sees_none = row_sum[i] == 0.f;
-    inv_sum[i] = sees_none ? 0.f : __frcp_rn(row_sum[i]);
-    lse[i] = sees_none ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
+    inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
+    lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
 }

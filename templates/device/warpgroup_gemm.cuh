@@ -26,22 +26,35 @@ DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpg
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {  // 16 columns are 32 bytes, 4 times to a panel; addresses are in 16 bytes
+  for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
     wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
   }
   wgmma_commit();
   pin(acc);
 }
 
-// Start acc += A B, A in registers, the rows of B contracted.
-template <class BTile, int kColTiles, int kSteps>
+// Start acc = A B, A in registers, + acc unless that is to start at zero: rows of B contracted.
+template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
 DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();
   const u64 b_matrix = mn_major<BTile::kPanelBytes>(b);
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + k * 16 * 128 / 16);
+  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + k * 16 * 128 / 16, k > 0 || !kStartsAtZero);
+  wgmma_commit();
+  pin(acc);
+}
+
+// Start acc = A Bᵀ, A in registers, + acc unless that is to start at zero: columns of B contracted, which are keys.
+template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
+DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+  pin(acc);
+  pin(a);
+  wgmma_fence();
+  const u64 b_matrix = k_major(b);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   wgmma_commit();
   pin(acc);
 }

@@ -1,0 +1,99 @@
+"""What the Steps compute that read the scales of 8-bit operands."""
+
+import torch
+
+from attngen.plan import BlockIndex, Descales, RegTile, RegVec
+from attngen.plan.steps import (
+    CopyRows,
+    Promote,
+    ReadRowScales,
+    ReadScoreScale,
+    ReadTopScale,
+    ReadValueWeight,
+    ScaleKeys,
+)
+from attngen.simulate.device_memory import NOTHING
+from attngen.simulate.roles import RoleRun
+
+SMALLEST_WEIGHT = 2.0**-32
+"""Of a block of V against the largest; e4m3 rounds P to zero long before."""
+
+
+def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
+    """The scale of the call times the descale of each row, and K's where a whole head has one."""
+    call = role.call
+    own = role.own_rows(step.dst.rows)
+    rows = torch.arange(len(own)) + role.index(step.rows) * step.dst.rows + own.start
+    scale = call.softmax_scale if step.in_natural_units else call.softmax_scale_log2
+    q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else torch.ones(())
+    role.write(step.dst, lambda: (scale * q * k).expand(-1, len(own)))
+
+
+def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
+    """The same times K's descale of a block."""
+    k = _of_block(step.k, step.block, role)
+    role.write(step.dst, lambda src: src * k, role.read(step.src))
+
+
+def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
+    """Every score times the descale of its key."""
+    s = role.read(step.s)
+    keys = torch.arange(step.s.cols) + role.index(step.block) * step.s.cols
+    descales = _descales(step.k, keys, role)
+    role.write(step.s, lambda: s * descales.unsqueeze(1))
+
+
+def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
+    """V's largest descale of the head."""
+    every = _descales(step.v, torch.arange(max(1, role.call.sizes.seqlen_k)), role)
+    role.write(step.top, lambda: every.amax(-1, keepdim=True).expand(-1, _rows(step.top, role)))
+
+
+def read_value_weight(step: ReadValueWeight, role: RoleRun) -> None:
+    """V's descale of a block in relation to the largest."""
+    descale = _of_block(step.v, step.block, role)
+    role.write(step.weight, lambda top: torch.fmax(descale / top, _SMALLEST), role.read(step.top))
+
+
+def copy_rows(step: CopyRows, role: RoleRun) -> None:
+    """Keep a value per row."""
+    src = role.read(step.src)
+    role.write(step.dst, lambda: src)
+
+
+def promote(step: Promote, role: RoleRun) -> None:
+    """Rescale what was added up before, and add the newest part."""
+    o, part, by = role.read(step.o), role.read(step.part), role.read(step.by).unsqueeze(-1)
+    columns = slice(step.first_column, step.first_column + step.part.cols)
+
+    def joined() -> torch.Tensor:
+        result = o.clone()
+        result[..., columns] = o[..., columns] * by + part
+        return result
+
+    role.write(step.o, joined)
+
+
+_SMALLEST = torch.tensor(SMALLEST_WEIGHT)
+
+
+def _of_block(of: Descales, block: BlockIndex, role: RoleRun) -> torch.Tensor:
+    """The descale that a block of keys shares, (members, 1)."""
+    return _descales(of, torch.tensor([role.index(block) * role.call.plan.block_n]), role)
+
+
+def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:
+    """The descales of some rows of the tile's heads, (members, rows); of a row past the end the last one's."""
+    if not role.device.holds_values:
+        return NOTHING
+    batch, head, head_kv = role.tile.columns
+    found = role.device.tensors[of.name][batch, head if of.heads == "q" else head_kv]
+    if of.granule is None:
+        return found.reshape(-1, 1)
+    sizes = role.call.sizes
+    length = sizes.seqlen_q if of.axis == "q" else sizes.seqlen_k
+    return found[:, rows.clamp(0, max(0, length - 1)) // of.granule]
+
+
+def _rows(place: RegTile | RegVec, role: RoleRun) -> int:
+    return len(role.own_rows(place.rows))
