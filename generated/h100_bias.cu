@@ -49,6 +49,20 @@ DEV u32 load_shared(u32 address) {
   return x;
 }
 
+// PTX ISA: ld.global.nc.u32; volatile, so that it stays where it is written: ahead of what it shall hide under.
+DEV u32 load_u32(const u16* address) {
+  u32 x;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(address));
+  return x;
+}
+
+// PTX ISA: ld.global.nc.u16; likewise.
+DEV u32 load_u16(const u16* address) {
+  u16 x;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(address));
+  return x;
+}
+
 // 2^x, at most 2 ulp off; -inf gives 0. PTX ISA: ex2.approx.ftz.
 DEV float exp2_approx(float x) {
   float y;
@@ -479,8 +493,27 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
 DEV int clamp_index(int index, int size) { return max(0, min(index, size - 1)); }
 DEV int clamp_index(i64 index, int size) { return (int)max((i64)0, min(index, (i64)size - 1)); }
 
-// A bf16 of a tensor as f32.
-DEV float bf16_to_float(u16 x) { return __uint_as_float((u32)x << 16); }
+// One of two bf16 in a register as f32.
+DEV float bf16_of_pair(u32 pair, int which) { return __uint_as_float(which ? pair & 0xffff0000 : pair << 16); }
+
+// Whether 16-bit elements of two neighbouring keys, the first even, lie in 4 bytes on a multiple of 4, in every row.
+DEV bool lies_in_pairs(const u16* base, i64 to_rows, i64 to_key) { return to_key == 1 && !(to_rows & 1) && !((u64)base & 3); }
+
+// Elements of a row at the pairs of keys that a thread has scores of: those of rows 0 .. 7 of its tile, or of rows 8 .. 15.
+template <int kColumns>
+DEV void look_up_row(u32 (&found)[kColumns][4], int half, const u16* row, i64 to_key, int kv_first, int size, bool in_pairs) {
+  if (in_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) found[i / 2][i % 2 * 2 + half] = load_u32(row + kv_first + 8 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) {
+      const int kv_idx = kv_first + 8 * i;
+      const u32 even = load_u16(row + clamp_index(kv_idx, size) * to_key), odd = load_u16(row + clamp_index(kv_idx + 1, size) * to_key);
+      found[i / 2][i % 2 * 2 + half] = even | odd << 16;
+    }
+  }
+}
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
@@ -550,11 +583,6 @@ DEV Tile decode_tile(const Params& params, int index) {
   return tile;
 }
 
-// bias: bf16[num_heads_q, seqlen_q, seqlen_k]
-DEV float read_bias(const Params& params, int i0, int i1, int i2) {
-  return bf16_to_float(__ldg(params.arg_bias + i0 * params.stride_0_of_bias + i1 * params.stride_1_of_bias + i2 * params.stride_2_of_bias));
-}
-
 // Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
 struct KeyBlocks {
   int n_min, n_full_begin, n_full_end, n_max;
@@ -573,9 +601,19 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   return seen;
 }
 
+// bias[h, q_idx, kv_idx] of the pairs that a thread has scores of, two keys to a register, as P has them.
+DEV void look_up_ahead0_bias(u32 (&found)[kRowTiles][kBlockN / 16][4], const Params& params, const Tile& tile, int q_first, int kv_first) {
+  const bool in_pairs = lies_in_pairs(params.arg_bias, params.stride_0_of_bias | params.stride_1_of_bias, params.stride_2_of_bias) && kv_first + kBlockN <= params.seqlen_k;
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+    const int q_idx = stay_in_loop(q_first + row_in_tile<kRowTiles>(r));
+    look_up_row(found[r / 2], r % 2, params.arg_bias + tile.head * params.stride_0_of_bias + clamp_index(q_idx, params.seqlen_q) * params.stride_1_of_bias, params.stride_2_of_bias, kv_first + lane_column(), params.seqlen_k, in_pairs);
+  }
+}
+
 // What becomes of a score, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
-DEV float modified_score(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return score * params.softmax_scale + read_bias(params, tile.head, clamp_index(q_idx, params.seqlen_q), clamp_index((kv_first + kv_step), params.seqlen_k));
+DEV float modified_score(const Params& params, const Tile& tile, float score, float ahead0_bias, int q_idx, int kv_first, int kv_step) {
+  return score * params.softmax_scale + ahead0_bias;
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -658,6 +696,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
     float acc_s[kRowTiles][12][4];
     u32 p[kRowTiles][6][4];
     float acc_o[kRowTiles][16][4];
+    u32 ahead0_bias[kRowTiles][6][4];
     float row_max[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
@@ -673,6 +712,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
       mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
+        look_up_ahead0_bias(ahead0_bias, params, tile, tile.m_block * kBlockM, (seen.n_max - 1) * kBlockN);
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
@@ -689,7 +729,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
         #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = modified_score(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              s = modified_score(params, tile, s, bf16_of_pair(ahead0_bias[r / 2][i / 4][i / 2 % 2 * 2 + r % 2], i % 2), rows[r], kv_first, i / 2 * 8 + i % 2);
             }
           }
         }
@@ -707,6 +747,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
+          look_up_ahead0_bias(ahead0_bias, params, tile, tile.m_block * kBlockM, n * kBlockN);
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
@@ -727,7 +768,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
           #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = modified_score(params, tile, s, bf16_of_pair(ahead0_bias[r / 2][i / 4][i / 2 % 2 * 2 + r % 2], i % 2), rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
           }

@@ -6,6 +6,7 @@ import click
 import torch
 
 from attngen.api import Kernel, resolve_arch
+from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Inputs, Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
@@ -80,6 +81,7 @@ def run(
             "this machine has no CUDA GPU that torch can use", "--device cpu runs the simulator"
         )
     outcomes: dict[bool, list[Outcome]] = {True: [], False: []}  # by whether they are the simulator's
+    clamped: list[str] = []
     refused = False
     progress = console(err=True)
     said, chosen = given_values(tensors, scalars, variants(specs, sweep))
@@ -95,6 +97,8 @@ def run(
                 with progress.status(f"running {variant.label}"):
                     declared = draw_declared(kernel, inputs, seed, said)
                     outcome = execute(kernel, inputs, variant.label, declared, with_trace=trace)
+                    found = clamps(spec, outcome.shape, declared)
+                    clamped += [f"{variant.label}, {shape_text(outcome.shape)}: {each}" for each in found]
                 outcomes[on == "cpu"].append(outcome)
                 if outcome.board:
                     click.echo(outcome.board)
@@ -107,6 +111,8 @@ def run(
         if done:
             click.echo(SIMULATED if simulated else f"on {torch.cuda.get_device_name()}")
             console().print(outcomes_table(done, on_simulator=simulated))
+    for line in clamped:
+        click.echo(f"warning: {line}", err=True)
     failed = [outcome for done in outcomes.values() for outcome in done if not outcome.accuracy.ok]
     for outcome in failed:
         click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")

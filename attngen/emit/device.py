@@ -18,6 +18,7 @@ INSTRUCTIONS = (
     "ptx/ldmatrix.cuh",
     "ptx/stmatrix.cuh",
     "ptx/shared.cuh",
+    "ptx/global.cuh",
     "ptx/math.cuh",
     "ptx/mbarrier.cuh",
     "ptx/barrier.cuh",

@@ -16,12 +16,13 @@ from attngen.expr import (
     cuda_body,
     free_names,
     nodes,
+    places_of,
     scalar,
     to_cuda,
     with_nodes,
 )
 from attngen.plan import Plan, walk
-from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores
+from attngen.plan.steps import LookUp, MaskScores, MaskScoresEach, ModifyScores
 
 _NAMES = {
     "b": "tile.batch",
@@ -45,7 +46,13 @@ _ELEMENTS = {
 def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     macros: Any = env.get_template("mask.cuh.j2").module
-    texts = (*_descales(plan, env), *_lookups(plan, macros), *_blocks(plan, macros), *_pairs(plan, macros))
+    texts = (
+        *_descales(plan, env),
+        *_lookups(plan, macros),
+        *_blocks(plan, macros),
+        *_ahead(plan, macros),
+        *_pairs(plan, macros),
+    )
     return [str(text).strip("\n") for text in texts]
 
 
@@ -77,7 +84,8 @@ def _descales(plan: Plan, env: jinja2.Environment) -> Iterator[str]:
 
 
 def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
-    for name, tensor in plan.declarations.tensors.items():
+    for name in _read_one_by_one(plan):
+        tensor = plan.declarations.tensors[name]
         c_type, element = _ELEMENTS[tensor.dtype]
         steps = [f"i{i} * params.stride_{i}_of_{name}" for i in range(len(tensor.dims))]
         yield macros.lookup(
@@ -107,6 +115,14 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
             )
 
 
+def _read_one_by_one(plan: Plan) -> list[str]:
+    """The tensors of which some lookup is not loaded ahead, as declared."""
+    ahead = {step.lookup for step in walk(plan.kernel.worker.program) if isinstance(step, LookUp)}
+    lookups = (each for each in nodes(plan.mask, plan.score) if each.op == "lookup" and each not in ahead)
+    names = {each.name for each in lookups}
+    return [name for name in plan.declarations.tensors if name in names]
+
+
 def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
     if plan.key_blocks is not None:
         yield macros.key_blocks(_bounds_text(plan))
@@ -119,9 +135,30 @@ def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
         yield macros.walk(not classes.tables)
 
 
+def _ahead(plan: Plan, macros: Any) -> Iterator[str]:
+    steps = {step.dst: step.lookup for step in walk(plan.kernel.worker.program) if isinstance(step, LookUp)}
+    for tile, lookup in steps.items():
+        *places, _ = places_of(lookup, leaves(plan))
+        strides = [f"params.stride_{i}_of_{lookup.name}" for i in range(len(lookup.args))]
+        steps_to_row = map("{} * {}".format, places, strides)
+        yield macros.look_up(
+            {
+                "name": tile.name,
+                "lookup": str(lookup),
+                "tensor": f"arg_{lookup.name}",
+                "row": " + ".join((f"params.arg_{lookup.name}", *steps_to_row)),
+                "to_rows": " | ".join(strides[:-1]) or "0",
+                "to_key": strides[-1],
+                "size": leaves(plan).sizes[lookup.name][-1],
+                "reads_rows": "q_idx" in free_names(lookup),
+            }
+        )
+
+
 def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
     steps = {type(step): step for step in walk(plan.kernel.worker.program)}
     if isinstance(step := steps.get(ModifyScores), ModifyScores):
+        ahead = {lookup: tile.name for lookup, tile in step.looked_up}
         terms = score_terms(step.score)
         if terms:
             found = cuda_body(list(terms), leaves(plan))
@@ -130,17 +167,14 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
             yield macros.terms(
                 [{"name": name, "c_type": of, "value": value} for name, of, value in named], found
             )
-        score = with_nodes(
-            step.score, {each: scalar(f"terms.{name}", each.type) for each, name in terms.items()}
-        )
+        names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
+        score = with_nodes(step.score, {each: scalar(name, each.type) for each, name in names.items()})
         known = replace(
             leaves(plan, exact=False, key_step="kv_step"),
             score_scale="" if step.scale else "params.softmax_scale",
         )
-        known = replace(
-            known, names={**known.names, **{f"terms.{name}": f"terms.{name}" for name in terms.values()}}
-        )
-        yield macros.score(cuda_body([score], known), bool(terms))
+        known = replace(known, names={**known.names, **{name: name for name in names.values()}})
+        yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))

@@ -5,7 +5,7 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 conditions over a tile (`tile_classes`).
 """
 
-from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, to_cuda
+from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
     SIZE_NAMES,
@@ -101,6 +101,7 @@ __all__ = [
     "nodes",
     "parse_mask",
     "parse_score",
+    "places_of",
     "prelude",
     "read_declarations",
     "scalar",

@@ -74,6 +74,15 @@ def to_cuda(expr: Expr, leaves: Leaves) -> str:
     return _Writer(leaves).text(expr)
 
 
+def places_of(lookup: Expr, leaves: Leaves) -> tuple[str, ...]:
+    """The indices of a lookup, each kept within its dimension, as C++ expressions.
+
+    Raises:
+        InternalError: a name or a tensor has no text.
+    """
+    return _Writer(leaves).places(lookup)
+
+
 def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:
     """Expressions as C++ text, in which what is shared stands once.
 
@@ -172,12 +181,15 @@ class _Writer:
         text = f32_literal(float(expr.value))
         return text, _UNARY if text.startswith("-") else _OPERAND
 
-    def _lookup(self, expr: Expr) -> str:
-        sizes = self._leaves.sizes.get(expr.name)
+    def places(self, lookup: Expr) -> tuple[str, ...]:
+        """The indices of a lookup, clamped."""
+        sizes = self._leaves.sizes.get(lookup.name)
         if sizes is None:
-            raise InternalError(f"{expr.name} has no CUDA text")
-        places = (self._clamped(index, size) for index, size in zip(expr.args, sizes, strict=True))
-        return f"read_{expr.name}(params, {', '.join(places)})"
+            raise InternalError(f"{lookup.name} has no CUDA text")
+        return tuple(self._clamped(index, size) for index, size in zip(lookup.args, sizes, strict=True))
+
+    def _lookup(self, expr: Expr) -> str:
+        return f"read_{expr.name}(params, {', '.join(self.places(expr))})"
 
     def _clamped(self, index: Expr, size: str) -> str:
         is_inside = index.op == "name" and self._leaves.extents.get(index.name) == size

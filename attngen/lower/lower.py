@@ -9,7 +9,7 @@ from attngen.errors import PlanError
 from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
-from attngen.lower.pairs import declarations_read_by, pair_params, table_kernel, table_spaces
+from attngen.lower.pairs import declarations_read_by, lookups_by_key, pair_params, table_kernel, table_spaces
 from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.scales import scales
@@ -173,7 +173,8 @@ def _warpgroup_plan(
 ) -> Plan:
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
-    at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, scaled)
+    by_key = lookups_by_key(pairs.score, common["declarations"])
+    at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, scaled, by_key)
     tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))
     kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)

@@ -1,6 +1,7 @@
 """What a kernel needs beside tiles for the spec's mask and score: parameters, and tables of extremes."""
 
-from attngen.expr import Declarations, Expr, Table, free_names, tensor_names
+from attngen.dtypes import DType, dtype
+from attngen.expr import Declarations, Expr, Table, free_names, name, nodes, tensor_names
 from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
 from attngen.schedules import Pairs
 
@@ -57,6 +58,21 @@ def pair_params(
             for scalar in read.scalars.values()
         ),
     )
+
+
+def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
+    """Lookups of a score whose 16-bit elements two neighbouring keys may find side by side, and their formats.
+
+    The last index is the key itself, and nothing else of them depends on the key or the product.
+    """
+    return {
+        each: dtype(declared.tensors[each.name].dtype)
+        for each in nodes(score)
+        if each.op == "lookup"
+        and each.args[-1] is name("kv_idx")
+        and declared.tensors[each.name].dtype in ("f16", "bf16")
+        and not any(free_names(index) & {"kv_idx", "score"} for index in each.args[:-1])
+    }
 
 
 def table_spaces(tables: tuple[Table, ...], block_m: int, block_n: int) -> tuple[Workspace, ...]:

@@ -23,6 +23,7 @@ def tile_places(
     head_dim_v = out.valid_cols
     return dict(
         pairs=pairs,
+        ahead=(),
         q=q,
         k=k,
         v=v,

@@ -1,9 +1,12 @@
 """Places and storage of the schedules for warpgroups: from a choice of numbers to a kernel plan."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
+from attngen.expr import Expr
 from attngen.lower.places import round_up, tile_places
 from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
@@ -31,6 +34,8 @@ from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, Scales, W
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
+LOADING_REGISTERS = 48
+"""What a thread needs beside its tiles when it loads ahead; with fewer NVRTC 13.0.88 spills."""
 BUFFER_ALIGNMENT = 1024
 """The 128-byte swizzle repeats every eight rows. Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
 Layout"."""
@@ -44,8 +49,12 @@ def places(
     head_dims: tuple[int, int],
     pairs: Pairs,
     scales: Scales | None,
+    by_key: Mapping[Expr, DType] = MappingProxyType({}),
 ) -> WarpgroupPlaces:
-    """Every place the schedules may name, at its offset in shared memory."""
+    """Every place the schedules may name, at its offset in shared memory.
+
+    `by_key` are lookups of the score that may be loaded ahead, by their formats; so they are where registers allow.
+    """
     assert arch.wgmma is not None
     qk, v = head_dims
     qk_cols, v_cols = round_up(qk, arch.k_step(inputs)), v
@@ -77,6 +86,19 @@ def places(
         )
 
     common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales)
+    ahead = tuple(
+        (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
+        for i, (lookup, format) in enumerate(by_key.items())
+    )
+    part = (
+        RegTile("part_o", F32, m, choice.part_cols, choice.part_cols, "accumulator")
+        if choice.part_cols
+        else None
+    )
+    tiles = (common["acc_s"], common["p"], common["acc_o"], *((part,) if part else ()))
+    held = (*tiles, *(tile for _, tile in ahead))
+    if _fit(arch, choice.warpgroups, held):  # all or none: what stays in the loop wants registers too
+        common["ahead"] = ahead
     return WarpgroupPlaces(
         **common,
         overlap=choice.overlap,
@@ -89,11 +111,16 @@ def places(
         consumer=cursors(fills=False),
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
-        part=RegTile("part_o", F32, m, choice.part_cols, choice.part_cols, "accumulator")
-        if choice.part_cols
-        else None,
+        part=part,
         alpha_before=RegVec("alpha_before", m),
     )
+
+
+def _fit(arch: Arch, warpgroups: int, tiles: Iterable[RegTile]) -> bool:
+    """Whether a consumer's thread has registers for all of these, and for the addresses of what is loaded."""
+    share = WARPGROUP_REGISTERS.get(warpgroups)
+    most = share.consumer if share and arch.emits else arch.registers_per_thread
+    return sum(tile.registers_per_thread(4 * warpgroups) for tile in tiles) + LOADING_REGISTERS <= most
 
 
 def kernel(
@@ -125,7 +152,7 @@ def kernel(
                 "consumer",
                 4 * choice.warpgroups,
                 programs["consumer"],
-                (at.acc_s, at.p, at.acc_o, *of_promotion[0]),
+                (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
                 (
                     *(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
                     *of_promotion[1],

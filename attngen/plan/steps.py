@@ -596,14 +596,32 @@ class NegateTile(Step):
 
 
 @dataclass(frozen=True)
+class LookUp(Step):
+    """Load an element of a tensor for each pair of a block, in the layout of P; memory answers under what follows."""
+
+    dst: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    lookup: Expr
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.lookup} of each pair"
+
+
+@dataclass(frozen=True)
 class ModifyScores(Step):
-    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`."""
+    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`.
+
+    Attributes:
+        looked_up: lookups of the score that a LookUp has put into registers.
+    """
 
     s: RegTile
     rows: BlockIndex
     block: BlockIndex
     score: Expr
     scale: RegVec | None = None
+    looked_up: tuple[tuple[Expr, RegTile], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.s} = score of each pair, from scaled {self.s}"

@@ -22,6 +22,7 @@ from attngen.plan.steps import (
     Exponentiate,
     ForBlocks,
     ForVisited,
+    LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
@@ -137,6 +138,7 @@ class TilePlaces:
 
     Attributes:
         pairs: what the spec says of a query and a key.
+        ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
@@ -145,6 +147,7 @@ class TilePlaces:
     """
 
     pairs: Pairs
+    ahead: tuple[tuple[Expr, RegTile], ...]
     q: Buffer
     k: Buffer
     v: Buffer
@@ -192,11 +195,16 @@ class TilePlaces:
         )
 
     # ---- scores of a block ------------------------------------------------------------------------------------------
+    def look_up(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """Load what can be loaded before there are scores."""
+        return tuple(LookUp(place, rows, block, lookup) for lookup, place in self.ahead)
+
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
         scales, pairs = self.scales, self.pairs
         has_key_scales = scales is not None and scales.k.granule == 1
-        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scales.of_scores if scales else None)
+        scale = scales.of_scores if scales else None
+        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead)
         return (
             *((ScaleKeys(self.acc_s, scales.k, block),) if scales and has_key_scales else ()),
             *((modified,) if pairs.modifies_scores else ()),

@@ -191,6 +191,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
     rings = at.consumer
     return (
         Note("the last block of keys: scores only, O follows one block behind"),
+        *at.look_up(M_BLOCK, at.first_block.n),
         *at.read_scales(at.first_block.n),
         WaitFull(rings.k),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
@@ -210,6 +211,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     rings = at.consumer
     pass_turn = (PassTurn(at.turn),) if turns else ()
     issue = (
+        *at.look_up(M_BLOCK, block.n),
         *at.read_scales(block.n),
         WaitFull(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),

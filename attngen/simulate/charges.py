@@ -22,6 +22,7 @@ from attngen.plan.steps import (
     LoadFragment,
     LoadRows,
     LoadTile,
+    LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
@@ -212,6 +213,10 @@ def _fragment(
     return _access_device(units, 4 * _elements(registers, role), waits, step, role)
 
 
+def _look_up(units: Units, step: LookUp, role: RoleRun) -> Paid:
+    return _access_device(units, step.dst.dtype.bits // 8 * _elements(step.dst, role), False, step, role)
+
+
 def _store_tile(units: Units, step: StoreTile, role: RoleRun) -> Paid:
     return _access_device(units, step.src.buffer.stage_bytes, False, step, role)
 
@@ -236,6 +241,7 @@ CHARGES: dict[type[Step], Charge] = {
     **dict.fromkeys(MEETINGS, _meet),
     **dict.fromkeys((CopyTile, StageTile, NegateTile), _write_shared),
     **dict.fromkeys((LoadFragment, StoreFragment, LoadRows, StoreRows), _fragment),
+    LookUp: _look_up,
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,
     LoadTile: _load_tile,

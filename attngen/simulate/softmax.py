@@ -8,13 +8,14 @@ import math
 
 import torch
 
-from attngen.expr import evaluate
+from attngen.expr import evaluate, scalar, with_nodes
 from attngen.plan import RegTile
 from attngen.plan.steps import (
     Clear,
     ConvertP,
     Exponentiate,
     FinishRows,
+    LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
@@ -85,14 +86,29 @@ def negate_tile(step: NegateTile, role: RoleRun) -> None:
     role.write_shared(step.tile, torch.neg, values)
 
 
+def look_up(step: LookUp, role: RoleRun) -> None:
+    """An element of a tensor for each pair."""
+
+    def found() -> torch.Tensor:
+        _, names = _indices(step, step.dst, role)
+        elements = torch.as_tensor(evaluate(step.lookup, names, role.call.sizes.declared.tensors))
+        rows = len(role.own_rows(step.dst.rows))
+        return elements.expand(len(role.tile.members), rows, step.dst.cols)
+
+    role.write(step.dst, found)
+
+
 def modify_scores(step: ModifyScores, role: RoleRun) -> None:
     """What the spec makes of each scaled score."""
     s = role.read(step.s)
+    looked_up = {place.name: role.read(place) for _, place in step.looked_up}
 
     def modified() -> torch.Tensor:
-        _, names = _indices(step, role)
-        names["score"] = s * (role.call.softmax_scale if step.scale is None else role.read(step.scale))
-        scores = evaluate(step.score, names, role.call.sizes.declared.tensors)
+        _, names = _indices(step, step.s, role)
+        scale = role.call.softmax_scale if step.scale is None else role.read(step.scale)
+        names |= {"score": s * scale, **looked_up}
+        score = with_nodes(step.score, {each: scalar(place.name, "f32") for each, place in step.looked_up})
+        scores = evaluate(score, names, role.call.sizes.declared.tensors)
         return torch.as_tensor(scores).expand_as(s).contiguous()
 
     role.write(step.s, modified)
@@ -103,7 +119,7 @@ def mask_scores(step: MaskScores, role: RoleRun) -> None:
     s = role.read(step.s)
 
     def masked() -> torch.Tensor:
-        kv_idx, names = _indices(step, role)
+        kv_idx, names = _indices(step, step.s, role)
         tensors = role.call.sizes.declared.tensors
         keep = kv_idx < role.call.sizes.seqlen_k
         for bound in step.visible.lower:
@@ -120,7 +136,7 @@ def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
     s = role.read(step.s)
 
     def masked() -> torch.Tensor:
-        kv_idx, names = _indices(step, role)
+        kv_idx, names = _indices(step, step.s, role)
         tensors = role.call.sizes.declared.tensors
         keep = (kv_idx < role.call.sizes.seqlen_k) & evaluate(step.mask, names, tensors)
         return torch.where(keep, s, -math.inf)
@@ -129,15 +145,15 @@ def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
 
 
 def _indices(
-    step: MaskScores | MaskScoresEach | ModifyScores, role: RoleRun
+    step: LookUp | MaskScores | MaskScoresEach | ModifyScores, tile: RegTile, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
     sizes = role.call.sizes
     batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
-    own = role.own_rows(step.s.rows)
-    first_row = role.index(step.rows) * step.s.rows + own.start
-    first_key = role.index(step.block) * step.s.cols
-    kv_idx = torch.arange(first_key, first_key + step.s.cols).view(1, 1, -1)
+    own = role.own_rows(tile.rows)
+    first_row = role.index(step.rows) * tile.rows + own.start
+    first_key = role.index(step.block) * tile.cols
+    kv_idx = torch.arange(first_key, first_key + tile.cols).view(1, 1, -1)
     return kv_idx, {
         "q_idx": torch.arange(first_row, first_row + len(own)).view(1, -1, 1),
         "kv_idx": kv_idx,

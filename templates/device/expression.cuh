@@ -70,3 +70,28 @@ DEV float f16_to_float(u16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
 }
+
+// One of two bf16 in a register as f32.
+DEV float bf16_of_pair(u32 pair, int which) { return __uint_as_float(which ? pair & 0xffff0000 : pair << 16); }
+
+// One of two f16 in a register as f32.
+DEV float f16_of_pair(u32 pair, int which) { return f16_to_float(which ? pair >> 16 : pair); }
+
+// Whether 16-bit elements of two neighbouring keys, the first even, lie in 4 bytes on a multiple of 4, in every row.
+DEV bool lies_in_pairs(const u16* base, i64 to_rows, i64 to_key) { return to_key == 1 && !(to_rows & 1) && !((u64)base & 3); }
+
+// Elements of a row at the pairs of keys that a thread has scores of: those of rows 0 .. 7 of its tile, or of rows 8 .. 15.
+template <int kColumns>
+DEV void look_up_row(u32 (&found)[kColumns][4], int half, const u16* row, i64 to_key, int kv_first, int size, bool in_pairs) {
+  if (in_pairs) {
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) found[i / 2][i % 2 * 2 + half] = load_u32(row + kv_first + 8 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) {
+      const int kv_idx = kv_first + 8 * i;
+      const u32 even = load_u16(row + clamp_index(kv_idx, size) * to_key), odd = load_u16(row + clamp_index(kv_idx + 1, size) * to_key);
+      found[i / 2][i % 2 * 2 + half] = even | odd << 16;
+    }
+  }
+}

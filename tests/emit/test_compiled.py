@@ -104,3 +104,34 @@ def test_every_target_compiles(arch: str) -> None:
 def test_the_table_of_sass_is_in_step() -> None:
     """docs/sass.md shows what a change of template does; `python tests/emit/regenerate.py` rewrites it."""
     assert committed_cells() == [line.cells for line in rows()]
+
+
+BIASES = {
+    "one": ("score + bias[h, q_idx, kv_idx]", {"bias": "bf16[num_heads_q, seqlen_q, seqlen_k]"}),
+    "two, of a walk": (
+        "softcap(score, 20.0) + bias[h, q_idx, kv_idx] + key[kv_idx]",
+        {
+            "bias": "f16[num_heads_q, seqlen_q, seqlen_k]",
+            "key": "bf16[seqlen_k]",
+            "doc": "i32[batch, seqlen_k]",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("which", BIASES)
+def test_a_bias_is_loaded_in_pairs_and_under_no_gemm(which: str, head_dim: int) -> None:
+    """Two keys a load where they lie in pairs, one where they do not; all ahead of the score GEMM, and none spilt."""
+    score, tensors = BIASES[which]
+    mask = "document(doc)" if "doc" in tensors else "full"
+    spec = {"problem": {"head_dim": head_dim}, "mask": mask, "score": score, "tensors": tensors}
+    kernel = attngen.compile(spec, arch="sm_90a")
+    assert_compiles_as_planned(kernel)
+    sass = disassemble(compile_source(kernel.source, "sm_90a").cubin)
+    lookups, blocks, rows = score.count("kv_idx"), 2, 2  # blocks: the first, and those after it
+    pairs = lookups * blocks * rows * kernel.plan.block_n // 8
+    assert len(re.findall(r"\bLDG\.E\.U16\.CONSTANT\b", sass)) == 2 * pairs
+    assert len(re.findall(r"\bLDG\.E\.CONSTANT\b", sass)) >= pairs  # documents are read likewise
+    under_gemms = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR", sass, re.DOTALL)
+    assert len(under_gemms) == 3 and not any("LDG" in text for text in under_gemms)

@@ -45,6 +45,7 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
     q_bytes, kv_bytes = block_m * dim * 4, stages * block_n * dim * 4
     return Places(
         pairs=FULL,
+        ahead=(),
         stages=stages,
         score_unroll=1,
         q=Buffer("q", dtype, block_m, dim, dim),
