@@ -51,8 +51,7 @@ def table(spec: Spec) -> tuple[Row, ...]:
     dims = spec.problem.head_dim
     if (kind := scale_kind(spec)) is None:
         return warpgroup_table(dims.qk, dims.v, demands(spec))
-    has_granules = kind in ("per_block", "per_token")
-    return table_8bit(dims.qk, dims.v, demands(spec), has_granules, spec.precision.promote != 0)
+    return table_8bit(dims.qk, dims.v, demands(spec), kind, spec.precision.promote != 0)
 
 
 def scale_kind(spec: Spec) -> ScaleKind | None:

@@ -1,10 +1,11 @@
 """What `auto` stands for with e4m3 inputs: tile, slices of O and turns per head dim, scales and promotion."""
 
+from attngen.lower.scales import ScaleKind
 from attngen.lower.tiles import Demands, Row, WarpgroupChoice
 
 
 def table_8bit(
-    head_dim_qk: int, head_dim_v: int, demands: Demands, has_granules: bool, promotes: bool
+    head_dim_qk: int, head_dim_v: int, demands: Demands, scales: ScaleKind, promotes: bool
 ) -> tuple[Row, ...]:
     """The rows for a head dim on sm_90a; head dims between follow the next larger.
 
@@ -14,51 +15,50 @@ def table_8bit(
         head_dim_qk: of Q and K.
         head_dim_v: of V.
         demands: of the mask and the score.
-        has_granules: blocks of keys have scales of their own, which take registers.
+        scales: what shares one.
         promotes: O is added up in true f32, in slices of a half or a quarter where registers are scarce.
     """
-    widest, half = max(head_dim_qk, head_dim_v), head_dim_v // 2
-    is_plain = not (demands.modified or demands.walks)
-
-    def late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:
-        """Turns passed when GEMMs have landed: 20 to 30 % over passing them at once, with wide tiles."""
-        choice = WarpgroupChoice(
-            block_m,
-            block_n,
-            2,
-            block_m // 64,
-            rescale="last",
-            passes_late=True,
-            q_stages=q_stages,
-            part_cols=part_cols,
-        )
-        return (Row(None, "pingpong", choice),)
-
-    def free(block_m: int, block_n: int, part_cols: int = 0) -> tuple[Row, ...]:
-        choice = WarpgroupChoice(
-            block_m,
-            block_n,
-            2,
-            block_m // 64,
-            rescale="last" if part_cols else "middle",
-            out_over_q=widest > 128,
-            part_cols=part_cols,
-        )
-        return (Row(None, "warp_specialized", choice),)
-
+    widest, half, quarter = max(head_dim_qk, head_dim_v), head_dim_v // 2, head_dim_v // 32 * 8
+    has_granules, for_keys = scales in ("per_block", "per_token"), scales == "per_token"
+    is_plain = not (demands.modified or demands.walks or demands.lower or for_keys)
+    loads = demands.score_loads or demands.mask_loads or (for_keys and demands.modified)
     if widest <= 64:
         if not is_plain:
-            return free(128, 128, head_dim_v if promotes else 0)
+            return _free(128, 128, head_dim_v if promotes else 0)
         if not promotes:
-            return free(192, 160)
-        return free(192, 128, half) if has_granules else late(192, 128, head_dim_v)
+            return _free(192, 160)
+        return _free(192, 128, half) if has_granules else _late(192, 128, head_dim_v)
     if widest <= 128:
         if not is_plain:
-            return free(128, 128, half if promotes else 0)
+            return _free(128, 64 if loads else 128, half if promotes else 0)
         if not promotes:
-            return free(128, 160) if has_granules else late(128, 224, 0)
-        return late(128, 160, half) if has_granules else late(128, 192, half, q_stages=2)
+            return _free(128, 160) if has_granules else _late(128, 224, 0)
+        return _late(128, 160, half) if has_granules else _late(128, 192, half, q_stages=2)
+    over_q = widest > 128
     if not promotes:
-        return free(128, 128 if is_plain else 64)
-    quarter = head_dim_v // 32 * 8
-    return free(128, 64, quarter) if has_granules or not is_plain else free(128, 96, quarter)
+        return _free(128, 128 if is_plain else 64, out_over_q=over_q)
+    narrow = has_granules or not is_plain
+    return _free(128, 64 if narrow else 96, quarter, out_over_q=over_q)
+
+
+def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:
+    """Turns that are passed when the GEMMs have landed."""
+    choice = WarpgroupChoice(
+        *(block_m, block_n, 2, block_m // 64),
+        rescale="last",
+        passes_late=True,
+        q_stages=q_stages,
+        part_cols=part_cols,
+    )
+    return (Row(None, "pingpong", choice),)
+
+
+def _free(block_m: int, block_n: int, part_cols: int = 0, out_over_q: bool = False) -> tuple[Row, ...]:
+    """No turns."""
+    choice = WarpgroupChoice(
+        *(block_m, block_n, 2, block_m // 64),
+        rescale="last" if part_cols else "middle",
+        out_over_q=out_over_q,
+        part_cols=part_cols,
+    )
+    return (Row(None, "warp_specialized", choice),)
