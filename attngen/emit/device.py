@@ -18,6 +18,7 @@ INSTRUCTIONS = (
     "ptx/ldmatrix.cuh",
     "ptx/stmatrix.cuh",
     "ptx/shared.cuh",
+    "ptx/global.cuh",
     "ptx/math.cuh",
     "ptx/mbarrier.cuh",
     "ptx/barrier.cuh",
@@ -36,6 +37,7 @@ FUNCTIONS = (
     "warpgroup_gemm.cuh",
     "softmax.cuh",
     "expression.cuh",
+    "quantize.cuh",
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)
