@@ -21,7 +21,7 @@ TENSORS = ("q", "k", "v")
 _OUTPUTS = tuple(f"{name}{what}.ptr" for what in ("8", "_descale") for name in TENSORS)
 _STRIDES = ("batch", "seqlen", "head")
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
-_BOOKKEEPING_REGISTERS = 32
+_BOOKKEEPING_REGISTERS = 24
 """Registers a thread has beside the elements it holds."""
 
 
@@ -80,7 +80,8 @@ class Quantizer:
     @property
     def blocks_per_sm(self) -> int:
         """Blocks of threads that registers shall leave room for on one multiprocessor."""
-        of_row = 4 * self.row_vectors * (1 if self.hadamard_seed is None else 2)  # 16 bits, or f32
+        packed = 4 * self.row_vectors
+        of_row = packed if self.hadamard_seed is None else 2 * packed + 8  # butterflies are in f32
         registers = max(of_row, 16 * self.value_units) + _BOOKKEEPING_REGISTERS
         fits = self.arch.registers_per_sm // (self.threads * registers)
         return max(1, min(fits, self.arch.threads_per_sm // self.threads))
