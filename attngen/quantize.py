@@ -22,8 +22,9 @@ Q_BLOCK, KEY_BLOCK = 64, 128
 FRAGMENT_ORDER = tuple(8 * (i // 2) + 2 * q + i % 2 for q in range(4) for i in range(4))
 """Which of 16 consecutive keys stands at each position of packed V.
 
-Lane q of a quad holds keys 2q, 2q + 1, 8 + 2q and 9 + 2q of a row of P after the score GEMM, and the 8-bit A operand wants
-four consecutive ones of it: in this order they are. Source: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk32".
+Lane q of a quad holds keys 2q, 2q + 1, 8 + 2q and 9 + 2q of a row of P after the score GEMM, and the 8-bit A operand
+wants four consecutive ones of it: in this order they are. Source: PTX ISA, "Register Fragments for
+wgmma.mma_async.m64nNk32".
 """
 
 
@@ -34,11 +35,11 @@ class Operands:
     Attributes:
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), e4m3; times the Hadamard matrix where `hadamard`.
         k: (batch, seqlen_k, num_heads_kv, head_dim_qk), e4m3; likewise.
-        v: (batch, num_heads_kv, head_dim_v, seqlen_pad), e4m3: transposed, keys in `FRAGMENT_ORDER`, seqlen_k rounded up
-            to a multiple of 128 with zeros.
-        q_descale: f32. Per tensor and per head (batch, num_heads_kv), where a group of query heads shares one, per tensor
-            the same for all; per block (batch, num_heads_q, seqlen_q / 64 rounded up); per token (batch, num_heads_q,
-            seqlen_q).
+        v: (batch, num_heads_kv, head_dim_v, seqlen_pad), e4m3: transposed, keys in `FRAGMENT_ORDER`, seqlen_k rounded
+            up to a multiple of 128 with zeros.
+        q_descale: f32. Per tensor and per head (batch, num_heads_kv), where a group of query heads shares one, per
+            tensor one number expanded; per block (batch, num_heads_q, seqlen_q / 64 rounded up); per token (batch,
+            num_heads_q, seqlen_q).
         k_descale: like it, of num_heads_kv heads and seqlen_k rows, 128 in a block.
         v_descale: like k_descale, and per block where Q and K have theirs per token.
         scales: what shares a scale.
@@ -117,14 +118,15 @@ def pack_values(v: torch.Tensor) -> torch.Tensor:
     batch, seqlen, heads, dim = v.shape
     padded = v.new_zeros(batch, heads, dim, -(-seqlen // KEY_BLOCK) * KEY_BLOCK, dtype=torch.uint8)
     padded[..., :seqlen] = v.view(torch.uint8).permute(0, 2, 3, 1)
-    groups = padded.unflatten(-1, (-1, 16))[..., list(FRAGMENT_ORDER)]
+    groups = padded.view(batch, heads, dim, padded.shape[-1] // 16, 16)[..., list(FRAGMENT_ORDER)]
     return groups.flatten(-2).view(torch.float8_e4m3fn)
 
 
 def unpack_values(v: torch.Tensor, seqlen: int) -> torch.Tensor:
     """Undo `pack_values`: (batch, seqlen, num_heads_kv, head_dim_v), e4m3."""
     keys = sorted(range(16), key=FRAGMENT_ORDER.__getitem__)  # where each key stands
-    rows = v.view(torch.uint8).unflatten(-1, (-1, 16))[..., keys].flatten(-2)[..., :seqlen]
+    groups = v.view(torch.uint8).view(*v.shape[:3], v.shape[3] // 16, 16)
+    rows = groups[..., keys].flatten(-2)[..., :seqlen]
     return rows.permute(0, 3, 1, 2).contiguous().view(torch.float8_e4m3fn)
 
 
@@ -154,7 +156,7 @@ def _hadamard(x: torch.Tensor, seed: int) -> torch.Tensor:
     x = x * torch.tensor(signs(seed, dim), device=x.device, dtype=x.dtype)
     stride = 1
     while stride < dim:
-        low, high = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        low, high = x.reshape(*x.shape[:3], dim // (2 * stride), 2, stride).unbind(-2)
         x = torch.stack((low + high, low - high), -2).flatten(-3)
         stride *= 2
     x = x * dim**-0.5
@@ -184,11 +186,11 @@ def _amax(x: torch.Tensor, scales: ScaleKind, block: int, num_heads_kv: int) -> 
     if scales == "per_block":
         blocks = -(-seqlen // block)
         padded = torch.cat((rows, rows.new_zeros(batch, heads, blocks * block - seqlen)), -1)
-        return padded.unflatten(-1, (blocks, block)).amax(-1)
+        return padded.view(batch, heads, blocks, block).amax(-1)
     # A zero more, for where there are no rows.
     if scales == "per_tensor":
         return torch.cat((rows.flatten(), rows.new_zeros(1))).amax().expand(batch, num_heads_kv)
-    groups = rows.unflatten(1, (num_heads_kv, heads // max(1, num_heads_kv))).flatten(2)
+    groups = rows.reshape(batch, num_heads_kv, heads // max(1, num_heads_kv) * seqlen)
     return torch.cat((groups, groups.new_zeros(batch, num_heads_kv, 1)), -1).amax(-1)
 
 

@@ -1,4 +1,4 @@
-"""Quantizer -> the text of its kernels, for the end of an attention kernel's file or a file of its own, and its manifest."""
+"""Quantizer -> the text of its kernels, for the end of an attention kernel's file or one of its own; its manifest."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,8 @@
 """The Quantizer: the kernels that turn Q, K and V into the operands of an e4m3 attention kernel, with every number.
 
-Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors: its first blocks of threads
-take blocks of rows of Q, the next of K, the last of V. Where a scale spans more than a block, a launch before it finds
-the maxima. Nothing is emitted here.
+Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors: its first blocks of
+threads take blocks of rows of Q, the next of K, the last of V. Where a scale spans more than a block, a launch before
+it finds the maxima. Nothing is emitted here.
 """
 
 from dataclasses import dataclass
@@ -124,15 +124,23 @@ class Quantizer:
     @property
     def outputs(self) -> tuple[Workspace, ...]:
         """What the kernels write, dense: e4m3 operands, then f32 descales, one for all of a tensor where per tensor."""
-        of_row: tuple[Formula, ...] = ("seqlen_q",), ("seqlen_k",)
-        of_block = (ceil_div("seqlen_q", Q_BLOCK),), (ceil_div("seqlen_k", KEY_BLOCK),)
-        q_tail, k_tail = {"per_token": of_row, "per_block": of_block}.get(self.scales, ((), ()))
-        v_tail = of_block[1] if not self.finds_maxima else ()
-        q_heads = "num_heads_kv" if self.finds_maxima else "num_heads_q"
-        seqlen_pad = product(KEY_BLOCK, ceil_div("seqlen_k", KEY_BLOCK))
-        descales = (("batch", q_heads, *q_tail), ("batch", "num_heads_kv", *k_tail), ("batch", "num_heads_kv", *v_tail))
-        if self.scales == "per_tensor":
-            descales = ((1,),) * 3
+        q_blocks, k_blocks = ceil_div("seqlen_q", Q_BLOCK), ceil_div("seqlen_k", KEY_BLOCK)
+        per_block: tuple[tuple[Formula, ...], ...] = (
+            ("batch", "num_heads_q", q_blocks),
+            ("batch", "num_heads_kv", k_blocks),
+            ("batch", "num_heads_kv", k_blocks),
+        )
+        descales = {
+            "per_tensor": ((1,), (1,), (1,)),
+            "per_head": (("batch", "num_heads_kv"),) * 3,
+            "per_block": per_block,
+            "per_token": (
+                ("batch", "num_heads_q", "seqlen_q"),
+                ("batch", "num_heads_kv", "seqlen_k"),
+                per_block[2],
+            ),
+        }[self.scales]
+        seqlen_pad = product(KEY_BLOCK, k_blocks)
         return (
             Workspace("q8", ("batch", "seqlen_q", "num_heads_q", self.head_dim_qk)),
             Workspace("k8", ("batch", "seqlen_k", "num_heads_kv", self.head_dim_qk)),

@@ -7,19 +7,13 @@ import ctypes
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from attngen.emit.manifest import KernelEntry
-from attngen.runtime.structs import pack
 
 _SHIM = Path(__file__).with_name("threads_on_cpu.hpp")
 _KERNEL = re.compile(r'extern "C" __global__ void [^\n]*\n(\w+)\(')
 _ASM = re.compile(r"asm( volatile)?\((?:[^()]|\([^()]*\))*\);")
-_BODIES = {
+_IN_CPP = {
     "f16_to_float": "float f16_to_float(u16 x) { return half_to_float(x); }",
     "smem_address": "u32 smem_address(const void* p) { return shared_address(p); }",
     "store_shared": "void store_shared(u32 address, u32 x) { at_shared<u32>(address) = x; }",
@@ -29,18 +23,21 @@ _BODIES = {
     "pack": "u32 pack(float a, float b, float c, float d) "
     "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
 }
-"""In C++, what the text has in PTX."""
+"""What the text has in PTX."""
 
 
 class CpuKernels:
-    """The kernels of a file, by name, each with one struct of parameters."""
+    """A file's kernels in the place of a module and of the driver; tensors are on the CPU."""
 
     def __init__(self, source: str) -> None:
         text = source
-        for name, body in _BODIES.items():
-            pattern = rf"DEV [^\n]* {name}\([^\n]*\) \{{(?:[^\n]*\}}|.*?\n *\}})(?=\n)"
-            text, count = re.subn(pattern, lambda _, body=body: f"DEV {body}", text, flags=re.DOTALL)  # type: ignore[misc]
-            assert count <= 1, name
+        for name, body in _IN_CPP.items():
+            of_one_line, of_more = (
+                rf"[^\n]*\bDEV [\w ]+\b{name}\([^\n]*\}}\n",
+                rf"[^\n]*\bDEV [\w ]+\b{name}\(.*?\n *\}}\n",
+            )
+            pattern = of_one_line if re.search(of_one_line, text) else of_more
+            text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL)
         text = _ASM.sub("", text)
         runs = "\n".join(
             f'extern "C" void run_{name}(quantizer::Params* p, int blocks, int threads)'
@@ -54,7 +51,30 @@ class CpuKernels:
             subprocess.run(["g++", *flags, "-o", str(library), str(file)], check=True)
             self._library = ctypes.CDLL(str(library))
 
-    def run(self, kernel: KernelEntry, grid: int, values: Mapping[str, Any]) -> None:
-        """Launch, in order."""
-        params = ctypes.create_string_buffer(pack(kernel, values))
-        getattr(self._library, f"run_{kernel.name}")(params, grid, kernel.threads)
+    def load(self, cubin: bytes) -> "CpuKernels":
+        return self
+
+    def function(self, name: str, smem_bytes: int) -> "CpuFunction":
+        return CpuFunction(getattr(self._library, f"run_{name}"))
+
+    def start(
+        self,
+        function: "CpuFunction",
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int,
+        stream: int,
+        address: int,
+    ) -> None:
+        function.run(ctypes.c_void_p(ctypes.c_void_p.from_address(address).value), grid, threads)
+
+
+class CpuFunction:
+    """A kernel, ready on any device."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def prepare(self, device: int) -> None:
+        pass

@@ -14,7 +14,7 @@
 #define __grid_constant__
 #define __constant__ static const
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static
 using std::max;
 
