@@ -8,7 +8,6 @@ from kernels import wait_for_gpu
 
 from attngen.arch import arch_for_capability
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
-from attngen.errors import ArgumentError
 from attngen.inputs import Shape
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind, pack_values, quantize
@@ -129,15 +128,3 @@ def test_captured_and_on_a_side_stream(scales: ScaleKind) -> None:
 def _cubin(scales: ScaleKind) -> bytes:
     arch = arch_for_capability(torch.cuda.get_device_capability())
     return compile_source(quantizer_text(Quantizer("some", arch, 128, 128, scales, SEED)), arch.name).cubin
-
-
-def test_what_is_refused() -> None:
-    """Errors name the argument and the cure, and nothing is launched."""
-    run = launcher((64, 64), "per_block", None)
-    q, k, v = (x.cuda() for x in outlying_inputs(SHAPES[0], (64, 64), torch.bfloat16))
-    with pytest.raises(ArgumentError, match=r"argument q: got dtype torch.float32"):
-        run.quantize(q.float(), k, v)
-    with pytest.raises(ArgumentError, match=r"argument k: got dtype torch.float16"):
-        run.quantize(q, k.half(), v)
-    with pytest.raises(ArgumentError, match=r"argument v: got dtype torch.bfloat16"):
-        run.pack_v(v)

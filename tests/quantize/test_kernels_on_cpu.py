@@ -7,6 +7,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
+from attngen.errors import ArgumentError
 from attngen.inputs import Shape
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind, pack_values, quantize
@@ -78,3 +79,29 @@ def test_packing(dim: int) -> None:
     found = run.pack_v(codes, "bhsd")
     assert torch.equal(found.view(torch.uint8), pack_values(codes.transpose(1, 2)).view(torch.uint8))
     assert run.pack_v(codes[:, :, :0], "bhsd").shape == (2, 3, dim, 0)
+
+
+def test_what_is_refused() -> None:
+    """Errors name the argument, what is wrong with it and the cure; known signatures are looked at again."""
+    run = launcher((64, 64), "per_block", None)
+    q, k, v = outlying_inputs(Shape(1, 2, 2, 10, 10), (64, 64), torch.bfloat16)
+    run.quantize(q, k, v)
+    off = torch.empty(v.numel() * 2, dtype=v.dtype)[1:].as_strided(v.shape, v.stride())
+    e4m3 = v.to(torch.float8_e4m3fn)
+    for call, message in (
+        (lambda: run.quantize(q.float(), k, v), "argument q: got dtype torch.float32"),
+        (lambda: run.quantize(None, k, v), "argument q: got NoneType"),  # type: ignore[arg-type]
+        (lambda: run.quantize(q, k.half(), v), "argument k: got dtype torch.float16"),
+        (lambda: run.quantize(q, k, v[:, :9]), "argument v: got shape"),
+        (lambda: run.quantize(q, k, off), "argument v: got an address"),
+        (lambda: run.quantize(q.requires_grad_(), k, v), "argument q: got a tensor that requires grad"),
+        (lambda: run.quantize(q, k, v, "sbhd"), "argument layout: got 'sbhd'"),  # type: ignore[arg-type]
+        (lambda: run.pack_v(v), "argument v: got dtype torch.bfloat16"),
+        (lambda: run.pack_v(e4m3[..., :32]), "argument v: got shape"),
+        (lambda: run.pack_v(e4m3.transpose(1, 3), "bshd"), "argument v: got "),
+        (lambda: run.pack_v([]), "argument v: got list"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ArgumentError) as refusal:
+            call()
+        assert message in str(refusal.value)
+        q.requires_grad_(False)
