@@ -102,12 +102,12 @@ DEV float max_of_warps(float x) {
 }
 
 // What elements are multiplied by, and what undoes it.
-struct Scale {
+struct GranuleScale {
   float reciprocal, descale;
 };
 
 // The scale of elements whose largest magnitude is amax: that becomes 448. 448 * 2^-126 keeps both factors normal.
-DEV Scale scale_of(float amax) {
+DEV GranuleScale granule_scale(float amax) {
   amax = amax == 0.f ? 448.f : fmaxf(amax, 0x1.cp-118f);
   return {__fdiv_rn(448.f, amax), __fdiv_rn(amax, 448.f)};
 }
