@@ -55,6 +55,7 @@ class _Expected:
     output: str
     head_dim_qk: int
     head_dim_v: int
+    scales: None = None  # they are 16-bit tensors
 
 
 @dataclass(frozen=True)
