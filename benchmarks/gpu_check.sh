@@ -18,6 +18,7 @@ python3 -m attngen fuzz --device cuda --examples 500 2>&1 | tee "$results/fuzz.l
 python3 -m attngen fuzz --device cuda --expressions 2>&1 | tee "$results/fuzz_expressions.log"
 python3 benchmarks/bench_hopper.py --out "$results" | tee "$results/hopper.log"
 python3 benchmarks/bench_language.py --out "$results" | tee "$results/language.log"
+python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.log"
 python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
 for tool in memcheck racecheck synccheck; do
   echo "== compute-sanitizer $tool"

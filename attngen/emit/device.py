@@ -37,6 +37,7 @@ FUNCTIONS = (
     "warpgroup_gemm.cuh",
     "softmax.cuh",
     "expression.cuh",
+    "quantize.cuh",
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)

@@ -41,7 +41,9 @@ from attngen.plan.plan import (
     maximum,
     minimum,
     product,
+    total,
 )
+from attngen.plan.quantizer import Quantizer
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "Param",
     "Plan",
     "Program",
+    "Quantizer",
     "Range",
     "RegTile",
     "RegVec",
@@ -88,5 +91,6 @@ __all__ = [
     "maximum",
     "minimum",
     "product",
+    "total",
     "walk",
 ]

@@ -18,6 +18,7 @@ Formula = int | str | dict[str, Any]
 """An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
 
 FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
     "ceil_div": lambda a, b: -(-a // b),
     "max": max,
@@ -50,6 +51,11 @@ def formula_text(formula: Formula) -> str:
 def product(*factors: Formula) -> Formula:
     """The formula that multiplies its arguments."""
     return {"op": "mul", "args": list(factors)}
+
+
+def total(*terms: Formula) -> Formula:
+    """The formula that adds its arguments."""
+    return {"op": "add", "args": list(terms)}
 
 
 def minimum(*values: Formula) -> Formula:

@@ -4,13 +4,12 @@ The checks look at shapes, strides, types and addresses, so they serve the GPU a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.plan import KEYS_PADDED_TO
@@ -23,6 +22,23 @@ ROW_ALIGNMENT = 16
 
 Strides = tuple[int, int, int]
 """Elements between batches, rows and heads."""
+
+
+class _Expectations(Protocol):
+    """What of a manifest says which tensors a call may pass."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def inputs(self) -> str: ...
+    @property
+    def output(self) -> str: ...
+    @property
+    def head_dim_qk(self) -> int: ...
+    @property
+    def head_dim_v(self) -> int: ...
+    @property
+    def scales(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,7 @@ class Problem:
 
 
 def check_arguments(
-    manifest: Manifest,
+    manifest: _Expectations,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -121,15 +137,15 @@ def check_arguments(
     )
 
 
-def check_length(k: torch.Tensor, layout: str) -> int:
-    """The number of keys, of a K of which nothing else need be right.
+def check_length(x: torch.Tensor, layout: str, name: str = "k") -> int:
+    """The number of keys, of a K or V of which nothing else need be right.
 
     Raises:
-        ArgumentError: k has no such dimension, or there is no such layout.
+        ArgumentError: x has no such dimension, or there is no such layout.
     """
     _check_layout(layout)
-    _check_dimensions("k", k)
-    return _bshd(k.shape, layout)[1]
+    _check_dimensions(name, x)
+    return _bshd(x.shape, layout)[1]
 
 
 def strides(x: torch.Tensor, layout: str) -> Strides:
@@ -184,7 +200,7 @@ def _check_dimensions(name: str, x: torch.Tensor) -> None:
         raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
 
 
-def _check_tensor(manifest: Manifest, name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+def _check_tensor(manifest: _Expectations, name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     _check_dimensions(name, x)
     expected = torch_dtype(dtype(manifest.output if name == "out" else manifest.inputs))
     if x.dtype != expected:

@@ -262,7 +262,7 @@ def _struct(
         numbers: of the addresses, by name.
         spaces: of the fields that are workspaces: in which memory, and how many bytes from its start.
     """
-    words = {name: offset // WORD for name, offset in _offsets(kernel).items()}
+    words = {name: offset // WORD for name, offset in offsets(kernel).items()}
     patches = [(words[name], number) for name, number in numbers.items() if name in words]
     mapped = [
         (words[f"map.{entry.tensor}"], numbers[f"{entry.tensor}.ptr"], maps[entry.tensor])
@@ -272,7 +272,7 @@ def _struct(
         patches += [(word, number) for word, number, _ in mapped]
         mapped = []
     return PreparedStruct(
-        Arguments(_pack(kernel, values)),
+        Arguments(pack(kernel, values)),
         tuple(patches),
         tuple(
             (words[name], numbers[memory], beyond)
@@ -284,23 +284,23 @@ def _struct(
     )
 
 
-def _offsets(kernel: KernelEntry) -> dict[str, int]:
+def offsets(kernel: KernelEntry) -> dict[str, int]:
     """Where each field of the kernel's parameter struct starts, in bytes, by its value's name."""
-    offsets, end = {}, 0
+    starts, end = {}, 0
     for param in kernel.params:
-        offsets[param.value] = end + -end % _ALIGNMENTS[param.ctype]
-        end = offsets[param.value] + _SIZES[param.ctype]
-    return offsets
+        starts[param.value] = end + -end % _ALIGNMENTS[param.ctype]
+        end = starts[param.value] + _SIZES[param.ctype]
+    return starts
 
 
-def _pack(kernel: KernelEntry, values: Mapping[str, Any]) -> bytes:
+def pack(kernel: KernelEntry, values: Mapping[str, Any]) -> bytes:
     """The kernel's parameter struct, up to a multiple of its widest alignment."""
-    offsets = _offsets(kernel)
+    starts = offsets(kernel)
     widest = max(_ALIGNMENTS[param.ctype] for param in kernel.params)
-    end = max(offsets[param.value] + _SIZES[param.ctype] for param in kernel.params)
+    end = max(starts[param.value] + _SIZES[param.ctype] for param in kernel.params)
     data = bytearray(end + -end % widest)
     for param in kernel.params:
-        struct.pack_into(f"={_FORMATS[param.ctype]}", data, offsets[param.value], values[param.value])
+        struct.pack_into(f"={_FORMATS[param.ctype]}", data, starts[param.value], values[param.value])
     return bytes(data)
 
 

@@ -1,0 +1,177 @@
+"""The Quantizer: the kernels that turn Q, K and V into the operands of an e4m3 attention kernel, with every number.
+
+Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors: its first blocks of
+threads take blocks of rows of Q, the next of K, the last of V. Where a scale spans more than a block, a launch before
+it finds the maxima. Nothing is emitted here.
+"""
+
+from dataclasses import dataclass
+
+from attngen.arch import Arch
+from attngen.plan.plan import Formula, Launch, Param, Workspace, ceil_div, maximum, product, total
+from attngen.quantize import KEY_BLOCK, Q_BLOCK, ScaleKind, signs
+
+ROW_LANES = 4
+"""Lanes that share a row of Q or K: together they write 32 bytes at a time, a whole sector."""
+CHUNK = 8
+"""Elements of 16 bits that one load moves."""
+SOURCES = ("bf16", "f16")
+"""Formats that the kernels read."""
+TENSORS = ("q", "k", "v")
+_OUTPUTS = tuple(f"{name}{what}.ptr" for what in ("8", "_descale") for name in TENSORS)
+_STRIDES = ("batch", "seqlen", "head")
+_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
+_BOOKKEEPING_REGISTERS = 24
+"""Registers a thread has beside the elements it holds."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """The kernels `<name>_quantize_<source>`, `<name>_amax_<source>` and `<name>_pack_v`.
+
+    Attributes:
+        name: prefix of the kernels' names; that of the attention kernel they serve.
+        head_dim_qk, head_dim_v: multiples of 16 up to 256; head_dim_qk is 64, 128 or 256 with a Hadamard matrix.
+        scales: what shares a scale.
+        hadamard_seed: of the signs of the matrix that Q and K are multiplied by; None for no matrix.
+    """
+
+    name: str
+    arch: Arch
+    head_dim_qk: int
+    head_dim_v: int
+    scales: ScaleKind
+    hadamard_seed: int | None = None
+
+    @property
+    def finds_maxima(self) -> bool:
+        """Whether a scale spans more than what a block of threads sees, so that a launch before finds the maxima."""
+        return self.scales in ("per_tensor", "per_head")
+
+    @property
+    def rows(self) -> int:
+        """Rows of Q or K that a block of threads takes: with scales per block, those that share a scale of K."""
+        return KEY_BLOCK if self.scales == "per_block" else Q_BLOCK
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return ROW_LANES * self.rows
+
+    @property
+    def row_vectors(self) -> int:
+        """Loads of 16 bytes by which a lane gets its part of a row of Q or K."""
+        return -(-self.head_dim_qk // (CHUNK * ROW_LANES))
+
+    @property
+    def value_units(self) -> int:
+        """How often a thread loads four keys' 16 bytes of V: a warp takes 16 keys by 8 loads, all warps 128 keys."""
+        return self._units(CHUNK)
+
+    @property
+    def packed_units(self) -> int:
+        """The same where V is of 8 bits."""
+        return self._units(2 * CHUNK)
+
+    def _units(self, chunk: int) -> int:
+        chunks = -(-self.head_dim_v // chunk)
+        return -(-(-(-chunks // 8) * 8) // (self.threads // 32))
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks of threads that registers shall leave room for on one multiprocessor."""
+        packed = 4 * self.row_vectors
+        of_row = packed if self.hadamard_seed is None else 2 * packed + 8  # butterflies are in f32
+        registers = max(of_row, 16 * self.value_units) + _BOOKKEEPING_REGISTERS
+        fits = self.arch.registers_per_sm // (self.threads * registers)
+        return max(1, min(fits, self.arch.threads_per_sm // self.threads))
+
+    @property
+    def sign_words(self) -> tuple[tuple[int, ...], ...]:
+        """For each lane of a row the signs of its columns, 32 in a word.
+
+        Bit 15 - p of word w is set where the lower element of its register 16 w + p changes sign, bit 31 - p where the
+        upper one does. Lane l holds the chunks l, l + 4, l + 8 ... of a row, 4 registers each.
+        """
+        assert self.hadamard_seed is not None
+        of_column = signs(self.hadamard_seed, self.head_dim_qk)
+        lanes = []
+        for lane in range(ROW_LANES):
+            words = [0] * -(-self.row_vectors // 4)
+            for register in range(4 * self.row_vectors):
+                column = CHUNK * (lane + ROW_LANES * (register // 4)) + register % 4 * 2
+                for half in range(2):
+                    if of_column[column + half] < 0:
+                        words[register // 16] |= 1 << 15 + 16 * half - register % 16
+            lanes.append(tuple(words))
+        return tuple(lanes)
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Of each of the kernels; pointers first."""
+        pointers = (*(f"{name}.ptr" for name in TENSORS), *_OUTPUTS)
+        pointers += ("maxima.ptr",) if self.finds_maxima else ()
+        return (
+            *(Param(pointer.removesuffix(".ptr"), "pointer", pointer) for pointer in pointers),
+            *(
+                Param(f"{name}_stride_{dim}", "i64", f"{name}.stride_{dim}")
+                for name in TENSORS
+                for dim in _STRIDES
+            ),
+            *(Param(size, "i32", size) for size in _SIZES),
+        )
+
+    @property
+    def outputs(self) -> tuple[Workspace, ...]:
+        """What the kernels write, dense: e4m3 operands, then f32 descales, one for all of a tensor where per tensor."""
+        q_blocks, k_blocks = ceil_div("seqlen_q", Q_BLOCK), ceil_div("seqlen_k", KEY_BLOCK)
+        per_block: tuple[tuple[Formula, ...], ...] = (
+            ("batch", "num_heads_q", q_blocks),
+            ("batch", "num_heads_kv", k_blocks),
+            ("batch", "num_heads_kv", k_blocks),
+        )
+        descales = {
+            "per_tensor": ((1,), (1,), (1,)),
+            "per_head": (("batch", "num_heads_kv"),) * 3,
+            "per_block": per_block,
+            "per_token": (
+                ("batch", "num_heads_q", "seqlen_q"),
+                ("batch", "num_heads_kv", "seqlen_k"),
+                per_block[2],
+            ),
+        }[self.scales]
+        seqlen_pad = product(KEY_BLOCK, k_blocks)
+        return (
+            Workspace("q8", ("batch", "seqlen_q", "num_heads_q", self.head_dim_qk)),
+            Workspace("k8", ("batch", "seqlen_k", "num_heads_kv", self.head_dim_qk)),
+            Workspace("v8", ("batch", "num_heads_kv", self.head_dim_v, seqlen_pad)),
+            *(Workspace(f"{name}_descale", shape) for name, shape in zip(TENSORS, descales, strict=True)),
+        )
+
+    @property
+    def maxima(self) -> Workspace | None:
+        """The largest magnitudes of Q, of K and of V, f32, zero at first; where a launch finds them."""
+        if not self.finds_maxima:
+            return None
+        return Workspace("maxima", (3,) if self.scales == "per_tensor" else (3, "batch", "num_heads_kv"))
+
+    def launches(self, source: str) -> tuple[Launch, ...]:
+        """What quantises Q, K and V of a format, in order."""
+        blocks = total(
+            product("batch", "num_heads_q", self._blocks("seqlen_q", self.rows)),
+            product("batch", "num_heads_kv", self._blocks("seqlen_k", self.rows)),
+            product("batch", "num_heads_kv", self._blocks("seqlen_k", KEY_BLOCK)),
+        )
+        parts = ("amax", "quantize") if self.finds_maxima else ("quantize",)
+        return tuple(Launch(f"{self.name}_{part}_{source}", blocks, blocks) for part in parts)
+
+    @property
+    def pack_launch(self) -> Launch:
+        """What lays out V that is e4m3 already."""
+        blocks = product("batch", "num_heads_kv", ceil_div("seqlen_k", KEY_BLOCK))
+        return Launch(f"{self.name}_pack_v", blocks, blocks)
+
+    def _blocks(self, seqlen: str, rows: int) -> Formula:
+        """Blocks of rows of a head; one at least where it has a descale though it has no rows."""
+        blocks = ceil_div(seqlen, rows)
+        return maximum(1, blocks) if self.finds_maxima else blocks

@@ -1,0 +1,281 @@
+"""Launching a quantizer's kernels on torch tensors, from its entries: as `Launcher` does, it does little twice.
+
+Outputs are allocated by torch on its current stream, which the kernels run on; nothing is synchronised, and all of it
+may be captured in a graph.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attngen.dtypes import dtype, torch_dtype
+from attngen.emit.manifest import KernelEntry, LaunchEntry, WorkspaceEntry
+from attngen.emit.quantizer import QuantizerEntries
+from attngen.errors import ArgumentError
+from attngen.plan import evaluate_formula
+from attngen.quantize import Operands
+from attngen.runtime.arguments import (
+    ROW_ALIGNMENT,
+    Layout,
+    Problem,
+    Strides,
+    check_alignment,
+    check_arguments,
+    check_length,
+    strides,
+)
+from attngen.runtime.driver import Function, Module, check_device, launch, preparing
+from attngen.runtime.prepared import (
+    LARGEST_GRID,
+    WORD,
+    Arguments,
+    PreparedLaunch,
+    PreparedStruct,
+    offsets,
+    pack,
+)
+
+MOST_SIGNATURES = 4096
+"""Signatures remembered; a program with more starts over."""
+_SOURCES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_OPERANDS = ("q", "k", "v", "q_descale", "k_descale", "v_descale")
+"""What the entries' outputs are in `Operands`, in order."""
+_NO_STRIDES: Strides = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What q, k and v must be, for `check_arguments`."""
+
+    arch: str
+    inputs: str
+    output: str
+    head_dim_qk: int
+    head_dim_v: int
+    scales: None = None  # they are 16-bit tensors
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything about a signature that does not change from call to call.
+
+    Addresses are those of the tensors passed, then of the outputs, then of the maxima.
+
+    Attributes:
+        outputs: shape and type of each.
+        maxima_shape: None where there are none.
+    """
+
+    problem: Problem
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    maxima_shape: tuple[int, ...] | None
+    struct: PreparedStruct
+
+
+class QuantizeLauncher:
+    """Runs the kernels of one quantizer on CUDA tensors.
+
+    Args:
+        entries: what to launch and with what.
+        cubin: the machine code, which may hold other kernels too.
+        load: makes a module of a cubin; tests pass a recorder.
+        start: launches; tests pass a recorder.
+    """
+
+    def __init__(
+        self,
+        entries: QuantizerEntries,
+        cubin: bytes,
+        load: Callable[[bytes], Any] = Module,
+        start: Callable[..., None] = launch,
+    ) -> None:
+        self.entries = entries
+        self._load = lambda: load(cubin)
+        self._start = start
+        self._functions: dict[str, Function] = {}
+        self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+
+    def quantize(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout = "bshd"
+    ) -> Operands:
+        """Quantise on torch's current stream of q's device.
+
+        Args:
+            q: (batch, seqlen_q, num_heads_q, head_dim_qk), bf16 or f16, last dimension contiguous, rows on 16 bytes.
+            k: (batch, seqlen_k, num_heads_kv, head_dim_qk), of the same type; num_heads_kv divides num_heads_q.
+            v: (batch, seqlen_k, num_heads_kv, head_dim_v), likewise.
+            layout: "bhsd" exchanges seqlen and heads in q, k and v; the operands are the same.
+
+        Raises:
+            ArgumentError: an argument the kernels cannot take; nothing was touched.
+            ToolchainError: this machine cannot run the kernels.
+        """
+        try:
+            device = q.get_device()
+            if q.requires_grad or k.requires_grad or v.requires_grad:
+                self._check(q, k, v, layout)
+            key: tuple[Any, ...] = (
+                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+                device, k.get_device(), v.get_device(), layout,
+            )  # fmt: skip
+            prepared = self._prepared.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # no tensor, no strides
+            self._check(q, k, v, layout)
+            raise
+        if prepared is None:
+            prepared = self._remember(key, self._prepare(q, k, v, layout))
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        if (pointers[0] | pointers[1] | pointers[2]) % ROW_ALIGNMENT:
+            self._check(q, k, v, layout)
+        made = [q.new_empty(shape, dtype=dtype) for shape, dtype in prepared.outputs]
+        addresses = (*pointers, *[x.data_ptr() for x in made])
+        if prepared.maxima_shape is not None:
+            maxima = q.new_zeros(prepared.maxima_shape, dtype=torch.float32)
+            addresses += (maxima.data_ptr(),)
+        self._launch(prepared.struct, addresses, device)
+        entries, sizes = self.entries, prepared.problem
+        if entries.scales == "per_tensor":
+            made[3:] = [descale.expand(sizes.batch, sizes.num_heads_kv) for descale in made[3:]]
+        operands = dict(zip(_OPERANDS, made, strict=True))
+        return Operands(
+            **operands,
+            scales=entries.scales,
+            hadamard=entries.hadamard,
+            seqlen_q=sizes.seqlen_q,
+            seqlen_k=sizes.seqlen_k,
+        )
+
+    def pack_v(self, v: torch.Tensor, layout: Layout = "bshd") -> torch.Tensor:
+        """Lay e4m3 V out as the attention kernel reads it; see `attngen.quantize.pack_values`.
+
+        Args:
+            v: (batch, seqlen_k, num_heads_kv, head_dim_v), e4m3, last dimension contiguous, rows on 16 bytes.
+            layout: "bhsd" exchanges seqlen and heads.
+
+        Raises:
+            ArgumentError: a tensor the kernel cannot take; nothing was touched.
+            ToolchainError: this machine cannot run the kernel.
+        """
+        try:
+            key = (v.shape, v.stride(), v.dtype, v.get_device(), layout)
+            prepared = self._prepared.get(key)
+        except (AttributeError, TypeError, RuntimeError):
+            self._check_values(v, layout)
+            raise
+        if prepared is None:
+            prepared = self._remember(key, self._prepare_pack(v, layout))
+        pointer = v.data_ptr()
+        if pointer % ROW_ALIGNMENT:
+            self._check_values(v, layout)
+        ((shape, dtype),) = prepared.outputs
+        packed = v.new_empty(shape, dtype=dtype)
+        self._launch(prepared.struct, (pointer, packed.data_ptr()), v.get_device())
+        return packed
+
+    def _launch(self, struct: PreparedStruct, addresses: tuple[int, ...], device: int) -> None:
+        words, address = struct.arguments.words_and_address
+        for word, number in struct.patches:
+            words[word] = addresses[number]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        with nullcontext() if torch._C._cuda_getDevice() == device else torch.cuda.device(device):
+            for ready in struct.launches:
+                self._start(
+                    ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address
+                )
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> Problem:
+        if isinstance(q, torch.Tensor) and q.dtype not in _SOURCES:
+            must = " or ".join(map(str, _SOURCES))
+            raise ArgumentError("q", f"dtype {q.dtype}", must, "pass q.to(torch.bfloat16)")
+        source = _SOURCES[q.dtype] if isinstance(q, torch.Tensor) else "bf16"
+        of = self.entries
+        expected = _Expected(of.arch, source, source, of.head_dim_qk, of.head_dim_v)
+        return check_arguments(expected, q, k, v, None, None, layout)
+
+    def _check_values(self, v: torch.Tensor, layout: str) -> Problem:
+        seqlen = check_length(v, layout, "v")
+        if v.dtype != torch.float8_e4m3fn:
+            raise ArgumentError(
+                "v", f"dtype {v.dtype}", "torch.float8_e4m3fn", "quantise it: kernel.quantize(q, k, v)"
+            )
+        if v.shape[-1] != self.entries.head_dim_v:
+            raise ArgumentError("v", f"shape {tuple(v.shape)}", f"head_dim {self.entries.head_dim_v}")
+        if v.stride(-1) != 1 and v.numel():
+            must = "1 (contiguous head_dim)"
+            raise ArgumentError(
+                "v", f"stride {v.stride(-1)} in the last dimension", must, "pass v.contiguous()"
+            )
+        check_alignment("v", v)
+        heads = v.shape[2 if layout == "bshd" else 1]
+        return Problem(v.shape[0], 0, seqlen, heads, heads, _NO_STRIDES, _NO_STRIDES, strides(v, layout))
+
+    def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> _Prepared:
+        problem, entries = self._check(q, k, v, layout), self.entries
+        spaces = entries.outputs + ((entries.maxima,) if entries.maxima else ())
+        names = ("q.ptr", "k.ptr", "v.ptr", *(f"{space.name}.ptr" for space in spaces))
+        struct = self._struct(entries.quantize[_SOURCES[q.dtype]], problem, names, q.device)
+        outputs = tuple(_allocation(space, problem) for space in entries.outputs)
+        return _Prepared(
+            problem, outputs, _allocation(entries.maxima, problem)[0] if entries.maxima else None, struct
+        )
+
+    def _prepare_pack(self, v: torch.Tensor, layout: str) -> _Prepared:
+        problem = self._check_values(v, layout)
+        (space,) = (space for space in self.entries.outputs if space.name == "v8")
+        struct = self._struct((self.entries.pack,), problem, ("v.ptr", "v8.ptr"), v.device)
+        return _Prepared(problem, (_allocation(space, problem),), None, struct)
+
+    def _struct(
+        self,
+        launches: tuple[LaunchEntry, ...],
+        problem: Problem,
+        names: tuple[str, ...],
+        device: torch.device,
+    ) -> PreparedStruct:
+        """What launches share: every field but the addresses, which are those of `names`, in order; others are 0."""
+        kernels = {kernel.name: kernel for kernel in self.entries.kernels}
+        first = kernels[launches[0].kernel]
+        values: dict[str, Any] = {param.value: 0 for param in first.params} | problem.sizes
+        for tensor, steps in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
+            for dim, step in zip(("batch", "seqlen", "head"), steps, strict=True):
+                values[f"{tensor}.stride_{dim}"] = step
+        if device.type == "cuda":
+            check_device(self.entries.arch, torch.cuda.get_device_capability(device))
+        ready = []
+        with preparing(device.index) if device.type == "cuda" else nullcontext():
+            for entry in launches:
+                grid = evaluate_formula(entry.grid, problem.sizes)
+                if grid > LARGEST_GRID:
+                    raise ArgumentError(
+                        "q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch"
+                    )
+                kernel = kernels[entry.kernel]
+                if grid:
+                    function = self._function(kernel, device)
+                    ready.append(PreparedLaunch(function, grid, kernel.threads, kernel.smem_bytes, False))
+        words = {name: offset // WORD for name, offset in offsets(first).items()}
+        patches = tuple((words[name], number) for number, name in enumerate(names))
+        return PreparedStruct(Arguments(pack(first, values)), patches, (), (), tuple(ready))
+
+    def _function(self, kernel: KernelEntry, device: torch.device) -> Function:
+        """A kernel, loaded and ready on a device."""
+        if not self._functions:
+            module = self._load()  # type: ignore[no-untyped-call]
+            self._functions = {each.name: module.function(each.name, 0) for each in self.entries.kernels}
+        function = self._functions[kernel.name]
+        function.prepare(device.index)
+        return function
+
+    def _remember(self, key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
+        if len(self._prepared) >= MOST_SIGNATURES:
+            self._prepared.clear()
+        self._prepared[key] = prepared
+        return prepared
+
+
+def _allocation(space: WorkspaceEntry, problem: Problem) -> tuple[tuple[int, ...], torch.dtype]:
+    sizes: Mapping[str, int] = problem.sizes
+    return tuple(evaluate_formula(size, sizes) for size in space.shape), torch_dtype(dtype(space.dtype))

@@ -1,0 +1,80 @@
+"""The quantisation kernels on the CPU: g++ compiles the emitted text, whose threads take turns.
+
+It tells what the text says, bit by bit, but not what NVRTC or a GPU makes of it; that is for tests/gpu.
+"""
+
+import ctypes
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_SHIM = Path(__file__).with_name("threads_on_cpu.hpp")
+_KERNEL = re.compile(r'extern "C" __global__ void [^\n]*\n(\w+)\(')
+_ASM = re.compile(r"asm( volatile)?\((?:[^()]|\([^()]*\))*\);")
+_IN_CPP = {
+    "f16_to_float": "float f16_to_float(u16 x) { return half_to_float(x); }",
+    "smem_address": "u32 smem_address(const void* p) { return shared_address(p); }",
+    "store_shared": "void store_shared(u32 address, u32 x) { at_shared<u32>(address) = x; }",
+    "load_shared_16": "uint4 load_shared_16(u32 address) { return at_shared<uint4>(address); }",
+    "load_global_16": "uint4 load_global_16(const void* p, bool exists) "
+    "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
+    "pack": "u32 pack(float a, float b, float c, float d) "
+    "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
+}
+"""What the text has in PTX."""
+
+
+class CpuKernels:
+    """A file's kernels in the place of a module and of the driver; tensors are on the CPU."""
+
+    def __init__(self, source: str) -> None:
+        text = source
+        for name, body in _IN_CPP.items():
+            of_one_line, of_more = (
+                rf"[^\n]*\bDEV [\w ]+\b{name}\([^\n]*\}}\n",
+                rf"[^\n]*\bDEV [\w ]+\b{name}\(.*?\n *\}}\n",
+            )
+            pattern = of_one_line if re.search(of_one_line, text) else of_more
+            text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL)
+        text = _ASM.sub("", text)
+        runs = "\n".join(
+            f'extern "C" void run_{name}(quantizer::Params* p, int blocks, int threads)'
+            f" {{ for_each_thread(blocks, threads, [=] {{ quantizer::{name}(*p); }}); }}"
+            for name in _KERNEL.findall(source)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+            file.write_text(f"{_SHIM.read_text()}\n{text}\n{runs}\n")
+            flags = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off")
+            subprocess.run(["g++", *flags, "-o", str(library), str(file)], check=True)
+            self._library = ctypes.CDLL(str(library))
+
+    def load(self, cubin: bytes) -> "CpuKernels":
+        return self
+
+    def function(self, name: str, smem_bytes: int) -> "CpuFunction":
+        return CpuFunction(getattr(self._library, f"run_{name}"))
+
+    def start(
+        self,
+        function: "CpuFunction",
+        grid: int,
+        threads: int,
+        smem: int,
+        device: int,
+        stream: int,
+        address: int,
+    ) -> None:
+        function.run(ctypes.c_void_p(ctypes.c_void_p.from_address(address).value), grid, threads)
+
+
+class CpuFunction:
+    """A kernel, ready on any device."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def prepare(self, device: int) -> None:
+        pass

@@ -1,0 +1,121 @@
+// Enough of CUDA for g++ to run the quantisation kernels: the threads of a block take turns, each from one meeting of its
+// warp or block to the next. Right for kernels all of whose threads meet equally often.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __constant__ static const
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static
+using std::max;
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct Index { int x; };
+static Index blockIdx, threadIdx;
+
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<char> ended;
+static uint32_t posted[2][1024];
+static int turn[1024];
+
+static void meet() {
+  const int self = threadIdx.x;
+  swapcontext(&fibers[self], &scheduler);
+}
+static void __syncthreads() { meet(); }
+
+static uint32_t bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
+static float __uint_as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
+static float __int_as_float(int x) { return __uint_as_float(x); }
+static uint32_t __float_as_uint(float x) { return bits(x); }
+
+// Post a value and wait for the warp; posts alternate, so that the next one does not overtake a reader.
+static const uint32_t* post(uint32_t x) {
+  const int self = threadIdx.x;
+  uint32_t* of_warp = posted[turn[self]++ % 2];
+  of_warp[self] = x;
+  meet();
+  return of_warp + self / 32 * 32;
+}
+static float __shfl_xor_sync(unsigned, float x, int mask) {
+  const uint32_t* warp = post(bits(x));
+  return __uint_as_float(warp[threadIdx.x % 32 ^ mask]);
+}
+static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
+  const uint32_t* warp = post(x);
+  return *std::max_element(warp, warp + 32);
+}
+static void atomicMax(uint32_t* p, uint32_t x) { *p = std::max(*p, x); }
+static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= (both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return found;
+}
+static float __fadd_rn(float a, float b) { return a + b; }
+static float __fsub_rn(float a, float b) { return a - b; }
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+
+static float half_to_float(unsigned short x) {
+  _Float16 y;
+  memcpy(&y, &x, 2);
+  return (float)y;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32 of one number: the nearest of all 127 magnitudes, the even one of two.
+static unsigned to_e4m3(float x) {
+  if (x != x) return 0x7f;
+  unsigned best = 0;
+  for (unsigned code = 0; code < 0x7f; ++code) {
+    const auto value = [](unsigned c) { return c < 8 ? ldexp(c, -9) : ldexp(8 + c % 8, (int)(c / 8) - 10); };
+    const double off = fabs(value(code) - fabs((double)x)), least = fabs(value(best) - fabs((double)x));
+    if (off < least || (off == least && code % 2 == 0)) best = code;
+  }
+  return best | (std::signbit(x) ? 0x80 : 0);
+}
+
+// Shared memory has 32-bit addresses: here, from some object with static storage.
+static char origin;
+static uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - &origin); }
+template <class T>
+static T& at_shared(uint32_t address) { return *(T*)(&origin + (int32_t)address); }
+
+static std::function<void()> body;
+static void run_fiber() {
+  body();
+  ended[threadIdx.x] = 1;
+  swapcontext(&fibers[threadIdx.x], &scheduler);
+}
+
+static void for_each_thread(int blocks, int threads, std::function<void()> kernel) {
+  static std::vector<char> stacks(1024 * 65536);
+  body = kernel;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    fibers.assign(threads, {}), ended.assign(threads, 0);
+    std::fill(turn, turn + 1024, 0);
+    for (int t = 0; t < threads; ++t) {
+      getcontext(&fibers[t]);
+      fibers[t].uc_stack.ss_sp = &stacks[t * 65536], fibers[t].uc_stack.ss_size = 65536;
+      makecontext(&fibers[t], run_fiber, 0);
+    }
+    for (bool any = true; any;) {
+      any = false;
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {
+        if (!ended[threadIdx.x]) swapcontext(&scheduler, &fibers[threadIdx.x]), any = true;
+      }
+    }
+  }
+}
