@@ -15,6 +15,8 @@ from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
 from attngen.expr.python import Expression
 from attngen.lower import lower
 from attngen.plan import Plan
+from attngen.quantization import Quantization
+from attngen.quantize import Operands
 from attngen.runtime import (
     CompiledKernel,
     DiskCache,
@@ -43,6 +45,7 @@ class Kernel:
         spec: what was asked for.
         plan: every number that was decided.
         shorter: kernels that take the calls of fewer keys, the fewest first; an edited source takes all calls.
+        quantization: the kernels that make e4m3 operands; None where inputs are none.
     """
 
     def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, source: str | None = None) -> None:
@@ -52,6 +55,7 @@ class Kernel:
         self._edited = source
         plans = plan.shorter if source is None else ()
         self.shorter = tuple(Kernel(spec, shorter, lineinfo) for shorter in plans)
+        self.quantization = Quantization(plan.quantizer) if plan.quantizer else None
 
     def __repr__(self) -> str:
         return f"<attngen.Kernel {self.plan.name}>"
@@ -100,8 +104,9 @@ class Kernel:
 
     def compile(self) -> None:
         """Build what has not been built, `shorter` too and at the same time."""
+        parts = (self, *self.shorter, *((self.quantization,) if self.quantization else ()))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda kernel: kernel.compiled, (self, *self.shorter)))
+            list(pool.map(lambda part: part.compiled, parts))
 
     @cached_property
     def _launcher(self) -> Launcher:
@@ -115,9 +120,9 @@ class Kernel:
 
     def __call__(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: torch.Tensor | Operands,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         return_lse: bool = False,
         out: torch.Tensor | None = None,
@@ -129,7 +134,8 @@ class Kernel:
 
         Args:
             q: (batch, seqlen_q, num_heads_q, head_dim_qk), the spec's input type, last dimension contiguous,
-                rows on 16 bytes.
+                rows on 16 bytes. Of a kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the
+                operands of `quantize`, in place of all three.
             k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
             v: (batch, seqlen_k, num_heads_kv, head_dim_v).
             softmax_scale: any finite number; 1/sqrt(head_dim_qk) where None.
@@ -138,7 +144,8 @@ class Kernel:
             layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
-                out.
+                out. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are multiplied
+                by, of the shapes that `Operands` has; they are trusted to be positive.
 
         Returns:
             out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and -inf.
@@ -147,41 +154,57 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
+        operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
+        if self.quantization is not None:
+            operands = self.quantization.operands_of(q, k, v, layout, declared)
+        result, lse = self._compute(*operands, softmax_scale, return_lse, out, layout, tables)
+        return result if lse is None else (result, lse)
+
+    def _compute(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        declared: Mapping[str, Any],
+        softmax_scale: float | None,
+        return_lse: bool,
+        out: torch.Tensor | None,
+        layout: str,
+        tables: TileTables | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Out and, if it is asked for, lse of tensors of the kernel's input type."""
         try:
             is_on_gpu = q.is_cuda
         except AttributeError:
             raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         if is_on_gpu:
-            result, lse = self._launcher.run(
-                q, k, v, softmax_scale, return_lse, out, layout, declared, tables
-            )
-        else:
-            if q.device.type != "cpu":
-                raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
-            problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-            values = check_declared(self.manifest, declared, problem.sizes, q.device)
-            served = serving(self, self.shorter, problem.seqlen_k)
-            if tables is not None:
-                signature = TableSignature.of(served.manifest, problem.sizes, values)
-                TileTables.check(tables, signature, values.tensors.values())
-            result, lse = simulate(
-                served.plan,
-                q,
-                k,
-                v,
-                softmax_scale=softmax_scale,
-                return_lse=return_lse,
-                layout=layout,
-                declared=values.scalars | values.tensors,
-            )
-            result = result if out is None else out.copy_(result)
-        return result if lse is None else (result, lse)
+            return self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
+        if q.device.type != "cpu":
+            raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
+        problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+        values = check_declared(self.manifest, declared, problem.sizes, q.device)
+        served = serving(self, self.shorter, problem.seqlen_k)
+        if tables is not None:
+            signature = TableSignature.of(served.manifest, problem.sizes, values)
+            TileTables.check(tables, signature, values.tensors.values())
+        result, lse = simulate(
+            served.plan,
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            return_lse=return_lse,
+            layout=layout,
+            declared=values.scalars | values.tensors,
+            descales=values.descales,
+        )
+        return result if out is None else out.copy_(result), lse
 
     def tables(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: torch.Tensor | Operands,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         layout: str = "bshd",
         **declared: Any,
     ) -> TileTables:
@@ -197,13 +220,33 @@ class Kernel:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
-        if isinstance(q, torch.Tensor) and q.is_cuda:
-            return self._launcher.tables(q, k, v, layout, declared)
-        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
-        values = check_declared(self.manifest, declared, problem.sizes, q.device)
+        operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
+        if self.quantization is not None:
+            operands = self.quantization.operands_of(q, k, v, layout, declared)
+        *tensors, passed = operands
+        if isinstance(tensors[0], torch.Tensor) and tensors[0].is_cuda:
+            return self._launcher.tables(*tensors, layout, passed)
+        problem = check_arguments(self.manifest, *tensors, None, None, layout)
+        values = check_declared(self.manifest, passed, problem.sizes, tensors[0].device)
         served = serving(self, self.shorter, problem.seqlen_k)
         signature = TableSignature.of(served.manifest, problem.sizes, values)
         return TileTables.of(signature, values.tensors.values())  # the simulator makes its own
+
+    def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
+        """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
+
+        Args:
+            q: (batch, seqlen_q, num_heads_q, head_dim_qk), bf16 or f16, last dimension contiguous, rows on 16 bytes.
+            k: (batch, seqlen_k, num_heads_kv, head_dim_qk), of the same type.
+            v: (batch, seqlen_k, num_heads_kv, head_dim_v), of the same type.
+            layout: "bhsd" exchanges seqlen and heads; the operands are the same.
+
+        Raises:
+            ArgumentError: the kernel's inputs are not e4m3, or an argument is not what it takes.
+        """
+        if self.quantization is None:
+            raise ArgumentError("self", f"a kernel of {self.plan.inputs.name} inputs", "one of e4m3 inputs")
+        return self.quantization.quantize(q, k, v, layout)
 
     def sass(self) -> str:
         """The machine code, disassembled."""
@@ -213,11 +256,14 @@ class Kernel:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
         """What a call on these tensors (of any device, meta too) would launch."""
-        problem = check_arguments(self.manifest, q, k, v, None, None, layout)
+        if self.quantization is not None:
+            problem = self.quantization.check_sources(q, k, v, layout)
+        else:
+            problem = check_arguments(self.manifest, q, k, v, None, None, layout)
         return explain_launch(serving(self, self.shorter, problem.seqlen_k).manifest, problem)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
-        """Write NAME.cu, NAME.json and NAME.cubin, those of `shorter` too, and return their paths."""
+        """Write NAME.cu, .json and .cubin, those of `shorter` and NAME_quantize.* too, and return their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = []
@@ -226,6 +272,10 @@ class Kernel:
             ".json": self.manifest.to_json().encode(),
             ".cubin": self.compiled.cubin,
         }
+        if self.quantization is not None:
+            contents["_quantize.cu"] = self.quantization.source.encode()
+            contents["_quantize.json"] = self.quantization.manifest.encode()
+            contents["_quantize.cubin"] = self.quantization.compiled.cubin
         for suffix, data in contents.items():
             path = folder / f"{self.plan.name}{suffix}"
             path.write_bytes(data)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from attngen.plan import (
-    KEYS_PADDED_TO,
     PANEL_BYTES,
     Descales,
     Formula,
@@ -19,6 +18,7 @@ from attngen.plan import (
     ceil_div,
     product,
 )
+from attngen.quantize import KEY_BLOCK
 
 SCHEMA_VERSION = 5
 
@@ -118,6 +118,7 @@ class Manifest:
     """Everything a launch needs. Formulas are over `attngen.plan.RUNTIME_SIZES`.
 
     Attributes:
+        descales: of 8-bit q, k and v, which a call passes like tensors.
         scales: what shares a scale of 8-bit q, k and v; None for others. v is then (batch, num_heads_kv, head_dim_v,
             keys), its keys padded with zeros to a multiple of 128, and of every 16 of them these follow one another:
             0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15.
@@ -144,6 +145,7 @@ class Manifest:
     table_kernel: str | None
     tables: tuple[str, ...]
     tensors: tuple[TensorEntry, ...]
+    descales: tuple[TensorEntry, ...]
     scalars: tuple[ScalarEntry, ...]
     schedule: str
     spec_digest: str
@@ -179,6 +181,9 @@ class Manifest:
         data["tensors"] = tuple(
             TensorEntry(**{**entry, "dims": tuple(entry["dims"])}) for entry in data["tensors"]
         )
+        data["descales"] = tuple(
+            TensorEntry(**{**entry, "dims": tuple(entry["dims"])}) for entry in data["descales"]
+        )
         data["scalars"] = tuple(ScalarEntry(**entry) for entry in data["scalars"])
         return cls(kernels=kernels, workspaces=workspaces, launches=launches, **data)
 
@@ -213,7 +218,7 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     heads = "num_heads_kv" if tensor.heads == "kv" else "num_heads_q"
     rows: tuple[Formula, Formula] = (tensor.cols, f"seqlen_{tensor.axis}")
     if tensor.transposed:
-        rows = (product(KEYS_PADDED_TO, ceil_div(rows[1], KEYS_PADDED_TO)), tensor.cols)
+        rows = (product(KEY_BLOCK, ceil_div(rows[1], KEY_BLOCK)), tensor.cols)
     dims = (*rows, heads, "batch")
     box = (entry.box_cols, entry.box_rows, 1, 1)
     return TensorMapEntry(tensor.name, tensor.dtype.name, dims, box, PANEL_BYTES)
@@ -243,7 +248,7 @@ def manifest(plan: Plan) -> Manifest:
         head_dim_v=plan.head_dim_v,
         inputs=plan.inputs.name,
         output=plan.output.name,
-        scales=plan.scale_kind,
+        scales=plan.quantizer.scales if plan.quantizer else None,
         mask=plan.mask_text,
         score=str(plan.score),
         score_factor=plan.score_factor,
@@ -251,10 +256,8 @@ def manifest(plan: Plan) -> Manifest:
         tables=tuple(end for table in plan.table_kernel.tables for end in table.ends)
         if plan.table_kernel
         else (),
-        tensors=(
-            *(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
-            *map(_descales, plan.scales),
-        ),
+        tensors=tuple(TensorEntry(t.name, t.dtype, t.dims) for t in plan.declarations.tensors.values()),
+        descales=tuple(map(_descales, plan.scales)),
         scalars=tuple(ScalarEntry(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
         schedule=plan.schedule,
         spec_digest=plan.spec_digest,

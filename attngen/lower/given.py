@@ -7,7 +7,6 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.expr import Expr, free_names, key_range, name, nodes
-from attngen.lower.scales import ScaleKind
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -18,6 +17,7 @@ from attngen.lower.tiles import (
     warpgroup_table,
 )
 from attngen.lower.tiles_8bit import table_8bit
+from attngen.quantize import ScaleKind
 from attngen.schedules import WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 

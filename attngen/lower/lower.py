@@ -14,7 +14,7 @@ from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
 from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, WarpgroupChoice
-from attngen.plan import KernelPlan, Launch, Plan, Role, Scheduler, ceil_div, product
+from attngen.plan import KernelPlan, Launch, Plan, Quantizer, Role, Scheduler, ceil_div, product
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs, Scales
 from attngen.spec import Spec
@@ -75,7 +75,7 @@ def build(
     inputs = dtype(spec.precision.inputs)
     natural = BF16 if inputs is E4M3 else inputs
     output = natural if spec.precision.output == "auto" else dtype(spec.precision.output)
-    pairs = Pairs.of(spec.mask_expr, spec.score_expr)
+    pairs, kind = Pairs.of(spec.mask_expr, spec.score_expr), scale_kind(spec)
     mask = pairs.mask
     masks = [name for name, definition in definitions().items() if definition is mask]
     mask_name = masks[0] if masks else "masked"
@@ -102,13 +102,17 @@ def build(
         block_m=choice.block_m,
         block_n=choice.block_n,
         stages=choice.stages,
+        quantizer=Quantizer(name, arch, *head_dims, kind, _hadamard_seed(spec)) if kind else None,
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        kind = scale_kind(spec)
         scaled = scales(kind, choice.block_m, choice.block_n) if kind else None
         return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
+
+
+def _hadamard_seed(spec: Spec) -> int | None:
+    return spec.precision.seed if spec.precision.incoherent == "hadamard" else None
 
 
 def _warp_plan(
@@ -189,7 +193,6 @@ def _warpgroup_plan(
         tensors=(at.q_in, at.k_in, at.v_in, at.result),
         rows=(at.lse,),
         scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
-        scale_kind=scaled.kind if scaled else None,
         kernels=(kernel,),
         workspaces=table_spaces(tables, common["block_m"], common["block_n"]),
         launches=(warpgroups.launch(name, choice),),

@@ -4,12 +4,9 @@ from math import gcd
 from typing import Literal
 
 from attngen.plan import Descales, Param, RegVec
+from attngen.quantize import KEY_BLOCK, Q_BLOCK, ScaleKind
 from attngen.schedules import Scales
 
-ScaleKind = Literal["per_tensor", "per_head", "per_block", "per_token"]
-QUERY_GRANULE, KEY_GRANULE = 64, 128
-"""Rows of Q, and of K and V, that share a scale where blocks have their own, whatever the tile. Source: Shah et al.,
-"FlashAttention-3", arXiv 2407.08608, section 3.3."""
 LIFT = 8
 """P lies in 0 .. 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6."""
 
@@ -19,18 +16,17 @@ def scales(kind: ScaleKind, block_m: int, block_n: int) -> Scales:
     q, k, v = {
         "per_tensor": (None, None, None),
         "per_head": (None, None, None),
-        "per_block": (QUERY_GRANULE, KEY_GRANULE, KEY_GRANULE),
-        "per_token": (1, 1, KEY_GRANULE),
+        "per_block": (Q_BLOCK, KEY_BLOCK, KEY_BLOCK),
+        "per_token": (1, 1, KEY_BLOCK),
     }[kind]
-    groups = block_n // gcd(block_n, KEY_GRANULE)  # of columns in which no other granule begins
+    groups = block_n // gcd(block_n, KEY_BLOCK)  # of columns in which no other granule begins
     of_rows = RegVec("row_scale", block_m, groups=1)
     return Scales(
-        kind=kind,
         q=Descales("q_descale", "q", "kv" if q is None else "q", q),
         k=Descales("k_descale", "k", "kv", k),
         v=Descales("v_descale", "k", "kv", v),
         of_rows=of_rows,
-        of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_GRANULE else of_rows,
+        of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_BLOCK else of_rows,
         top=RegVec("top_scale", block_m),
         weight=RegVec("value_weight", block_m, groups=groups) if v else None,
         lift=LIFT,

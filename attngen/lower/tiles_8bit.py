@@ -1,7 +1,7 @@
 """What `auto` stands for with e4m3 inputs: tile, slices of O and turns per head dim, scales and promotion."""
 
-from attngen.lower.scales import ScaleKind
 from attngen.lower.tiles import Demands, Row, WarpgroupChoice
+from attngen.quantize import ScaleKind
 
 
 def table_8bit(

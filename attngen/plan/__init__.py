@@ -3,8 +3,6 @@
 from attngen.plan.places import (
     BANK_BYTES,
     CHUNK_BYTES,
-    FRAGMENT_ORDER,
-    KEYS_PADDED_TO,
     PANEL_BYTES,
     BlockIndex,
     Buffer,
@@ -49,8 +47,6 @@ from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
 __all__ = [
     "BANK_BYTES",
     "CHUNK_BYTES",
-    "FRAGMENT_ORDER",
-    "KEYS_PADDED_TO",
     "FORMULA_OPS",
     "PANEL_BYTES",
     "RUNTIME_SIZES",

@@ -17,12 +17,6 @@ BANK_BYTES = 128
 """What shared memory serves in one clock: 32 banks of 4 bytes."""
 MBARRIER_BYTES = 8
 WARPGROUP_THREADS = 128
-FRAGMENT_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
-"""Of every 16 keys of a transposed tensor, which stands where. An accumulator's lane holds keys 2c, 2c + 1, 8 + 2c and
-9 + 2c of 16, and an 8-bit A operand's lane four that follow one another; in this order they are the same. PTX ISA,
-fragments of wgmma.mma_async, .k32 against the accumulator."""
-KEYS_PADDED_TO = 128
-"""A transposed tensor has so many keys, or a multiple."""
 PANEL_BYTES = 128
 """The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
@@ -194,8 +188,8 @@ class Tensor:
         axis: whose length its rows have, "q" or "k".
         heads: whose heads it has, "q" or "kv".
         workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
-        transposed: (batch, heads, cols, keys) instead, zeros after the last key up to a multiple of `KEYS_PADDED_TO`,
-            every 16 keys in the order of `FRAGMENT_ORDER`; a tile is a block of keys of all columns.
+        transposed: (batch, heads, cols, keys) instead, as `attngen.quantize.Operands` has V; a tile is a block of keys
+            of all columns.
     """
 
     name: str

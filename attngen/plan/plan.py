@@ -6,13 +6,16 @@ to call appear as `Formula`s over the run-time values of `RUNTIME_SIZES`; all ot
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.places import Buffer, Cursor, Descales, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.steps import Program
+
+if TYPE_CHECKING:
+    from attngen.plan.quantizer import Quantizer
 
 Formula = int | str | dict[str, Any]
 """An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
@@ -254,7 +257,8 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
-        scales, scale_kind: of 8-bit Q, K and V, and what shares one; empty and None for others.
+        scales: of e4m3 Q, K and V; empty for others.
+        quantizer: the kernels that make e4m3 operands of 16-bit tensors.
         table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
         up_to: most keys of the calls that this plan is for; None for any.
         shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
@@ -290,7 +294,7 @@ class Plan:
     workspaces: tuple[Workspace, ...]
     launches: tuple[Launch, ...]
     scales: tuple[Descales, ...] = ()
-    scale_kind: str | None = None
+    quantizer: "Quantizer | None" = None
     table_kernel: TableKernel | None = None
     up_to: int | None = None
     shorter: tuple["Plan", ...] = ()

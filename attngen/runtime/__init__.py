@@ -6,6 +6,7 @@ from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.launch import Launcher
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
 from attngen.runtime.prepared import LaunchReport, explain_launch
+from attngen.runtime.quantizer import QuantizeLauncher, check_sources, check_values
 from attngen.runtime.sass import disassemble
 from attngen.runtime.tables import TableSignature, TileTables
 
@@ -19,11 +20,14 @@ __all__ = [
     "LaunchReport",
     "Launcher",
     "Problem",
+    "QuantizeLauncher",
     "TableSignature",
     "TileTables",
     "check_arguments",
     "check_declared",
     "check_length",
+    "check_sources",
+    "check_values",
     "compile_source",
     "disassemble",
     "explain_launch",

@@ -12,7 +12,7 @@ from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
-from attngen.plan import KEYS_PADDED_TO
+from attngen.quantize import KEY_BLOCK
 
 Layout = Literal["bshd", "bhsd"]
 LARGEST_SCALE = 2.0**127
@@ -108,9 +108,7 @@ def check_arguments(
     if manifest.scales is None:
         _check_shape("v", v, layout, (batch, seqlen_k, num_heads_kv, dims["v"]))
     else:
-        _check_packed_values(
-            v, (batch, num_heads_kv, dims["v"], -(-seqlen_k // KEYS_PADDED_TO) * KEYS_PADDED_TO)
-        )
+        _check_packed_values(v, (batch, num_heads_kv, dims["v"], -(-seqlen_k // KEY_BLOCK) * KEY_BLOCK))
     if num_heads_kv == 0 and num_heads_q > 0:
         raise ArgumentError("k", "0 heads", f"a divisor of q's {num_heads_q} heads")
     if num_heads_kv and num_heads_q % num_heads_kv:
@@ -132,7 +130,8 @@ def check_arguments(
         seqlen_k,
         num_heads_q,
         num_heads_kv,
-        *(strides(x, layout) for x in (q, k)),
+        strides(q, layout),
+        strides(k, layout),
         strides(v, layout if manifest.scales is None else "bhsd"),
     )
 
@@ -237,7 +236,7 @@ def _check_shape(name: str, x: torch.Tensor, layout: str, expected: tuple[int, i
 def _check_packed_values(v: torch.Tensor, expected: tuple[int, int, int, int]) -> None:
     """Refuse a V of 8 bits that has not been transposed."""
     if tuple(v.shape) != expected:
-        must = f"{expected} = (batch, heads, head_dim, keys padded to {KEYS_PADDED_TO})"
+        must = f"{expected} = (batch, heads, head_dim, keys padded to {KEY_BLOCK})"
         raise ArgumentError("v", f"shape {tuple(v.shape)}", must, "pass attngen.pack_values(v)")
 
 

@@ -22,12 +22,13 @@ class DeclaredValues:
 
     Attributes:
         scalars: a value each, defaults included.
-        tensors: in the manifest's order.
+        tensors, descales: in the manifest's order.
         sizes: of the dimensions that tensors bind.
     """
 
     scalars: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    descales: dict[str, torch.Tensor]
     sizes: dict[str, int]
 
     @property
@@ -35,7 +36,7 @@ class DeclaredValues:
         """What kernels' parameters carry of it, addresses apart."""
         strides = {
             f"tensor.{name}.stride_{i}": stride
-            for name, tensor in self.tensors.items()
+            for name, tensor in (self.tensors | self.descales).items()
             for i, stride in enumerate(tensor.stride())
         }
         scalars = {f"scalar.{name}": value for name, value in self.scalars.items()}
@@ -56,7 +57,8 @@ def check_declared(
     Raises:
         ArgumentError: the first fault found.
     """
-    known = [tensor.name for tensor in manifest.tensors] + [scalar.name for scalar in manifest.scalars]
+    of_tensors = [entry.name for entry in (*manifest.tensors, *manifest.descales)]
+    known = of_tensors + [scalar.name for scalar in manifest.scalars]
     for name in passed:
         if name not in known:
             near = get_close_matches(name, known, n=1) or known
@@ -64,10 +66,11 @@ def check_declared(
             raise ArgumentError(name, "an argument", declared)
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
     bound: dict[str, int] = {}
-    tensors = {
-        entry.name: _tensor(entry, passed, {**sizes, **bound}, bound, device) for entry in manifest.tensors
-    }
-    return DeclaredValues(scalars, tensors, {**sizes, **bound})
+    tensors, descales = (
+        {entry.name: _tensor(entry, passed, {**sizes, **bound}, bound, device) for entry in entries}
+        for entries in (manifest.tensors, manifest.descales)
+    )
+    return DeclaredValues(scalars, tensors, descales, {**sizes, **bound})
 
 
 def _scalar(entry: ScalarEntry, passed: Mapping[str, Any]) -> Any:

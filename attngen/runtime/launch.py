@@ -54,7 +54,8 @@ class Launcher:
         self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
-        self._tensors = tuple(tensor.name for tensor in manifest.tensors)
+        self._tensors = tuple(entry.name for entry in (*manifest.tensors, *manifest.descales))
+        self._declared = len(manifest.tensors)  # of those, the ones that tables may be made of
         self._scalars = tuple(scalar.name for scalar in manifest.scalars)
 
     def run(
@@ -109,7 +110,7 @@ class Launcher:
         if tables is not None:
             if not self.manifest.tables:
                 raise ArgumentError("tables", "tables", "None: this kernel reads none")
-            TileTables.check(tables, prepared.tables, tensors)
+            TileTables.check(tables, prepared.tables, tensors[: self._declared])
             structs, memory = prepared.without_tables, tables.memory
         elif prepared.tables_size:
             memory = q.new_empty(prepared.tables_size)  # of q's type: to name another takes as long again
@@ -141,7 +142,7 @@ class Launcher:
         with torch.cuda.device(device):
             stream = torch._C._cuda_getCurrentRawStream(device)
             self._launch(prepared, prepared.of_tables, addresses, device, stream)
-        return TileTables.of(prepared.tables, tensors, memory)
+        return TileTables.of(prepared.tables, tensors[: self._declared], memory)
 
     def _launch(
         self,

@@ -223,7 +223,7 @@ def prepare_signature(
 
 def _addresses(manifest: Manifest) -> tuple[str, ...]:
     """What a call's addresses are of, in order."""
-    tensors = (f"tensor.{tensor.name}.ptr" for tensor in manifest.tensors)
+    tensors = (f"tensor.{entry.name}.ptr" for entry in (*manifest.tensors, *manifest.descales))
     return (*_FIRST_ADDRESSES, *tensors, COUNTER)
 
 

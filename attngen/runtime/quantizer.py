@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import KernelEntry, LaunchEntry, WorkspaceEntry
 from attngen.emit.quantizer import QuantizerEntries
@@ -19,7 +20,6 @@ from attngen.plan import evaluate_formula
 from attngen.quantize import Operands
 from attngen.runtime.arguments import (
     ROW_ALIGNMENT,
-    Layout,
     Problem,
     Strides,
     check_alignment,
@@ -75,6 +75,44 @@ class _Prepared:
     struct: PreparedStruct
 
 
+def check_sources(
+    of: QuantizerEntries, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str
+) -> Problem:
+    """Check tensors that are to be quantised.
+
+    Raises:
+        ArgumentError: the first fault found.
+    """
+    if isinstance(q, torch.Tensor) and q.dtype not in _SOURCES:
+        must = " or ".join(map(str, _SOURCES))
+        raise ArgumentError("q", f"dtype {q.dtype}", must, "pass q.to(torch.bfloat16)")
+    source = _SOURCES[q.dtype] if isinstance(q, torch.Tensor) else "bf16"
+    expected = _Expected(of.arch, source, source, of.head_dim_qk, of.head_dim_v)
+    return check_arguments(expected, q, k, v, None, None, layout)
+
+
+def check_values(of: QuantizerEntries, v: torch.Tensor, layout: str) -> Problem:
+    """Check e4m3 V that is to be laid out.
+
+    Raises:
+        ArgumentError: the first fault found.
+    """
+    seqlen = check_length(v, layout, "v")
+    if v.dtype != torch.float8_e4m3fn:
+        raise ArgumentError(
+            "v", f"dtype {v.dtype}", "torch.float8_e4m3fn", "quantise it: kernel.quantize(q, k, v)"
+        )
+    if v.shape[-1] != of.head_dim_v:
+        raise ArgumentError("v", f"shape {tuple(v.shape)}", f"head_dim {of.head_dim_v}")
+    if v.stride(-1) != 1 and v.numel():
+        must = "1 (contiguous head_dim)"
+        raise ArgumentError("v", f"stride {v.stride(-1)} in the last dimension", must, "pass v.contiguous()")
+    if ARCHS[of.arch].emits:
+        check_alignment("v", v)
+    heads = v.shape[2 if layout == "bshd" else 1]
+    return Problem(v.shape[0], 0, seqlen, heads, heads, _NO_STRIDES, _NO_STRIDES, strides(v, layout))
+
+
 class QuantizeLauncher:
     """Runs the kernels of one quantizer on CUDA tensors.
 
@@ -98,9 +136,7 @@ class QuantizeLauncher:
         self._functions: dict[str, Function] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
 
-    def quantize(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout = "bshd"
-    ) -> Operands:
+    def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """Quantise on torch's current stream of q's device.
 
         Args:
@@ -116,20 +152,20 @@ class QuantizeLauncher:
         try:
             device = q.get_device()
             if q.requires_grad or k.requires_grad or v.requires_grad:
-                self._check(q, k, v, layout)
+                check_sources(self.entries, q, k, v, layout)
             key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                 device, k.get_device(), v.get_device(), layout,
             )  # fmt: skip
             prepared = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):  # no tensor, no strides
-            self._check(q, k, v, layout)
+            check_sources(self.entries, q, k, v, layout)
             raise
         if prepared is None:
             prepared = self._remember(key, self._prepare(q, k, v, layout))
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
         if (pointers[0] | pointers[1] | pointers[2]) % ROW_ALIGNMENT:
-            self._check(q, k, v, layout)
+            check_sources(self.entries, q, k, v, layout)
         made = [q.new_empty(shape, dtype=dtype) for shape, dtype in prepared.outputs]
         addresses = (*pointers, *[x.data_ptr() for x in made])
         if prepared.maxima_shape is not None:
@@ -148,7 +184,7 @@ class QuantizeLauncher:
             seqlen_k=sizes.seqlen_k,
         )
 
-    def pack_v(self, v: torch.Tensor, layout: Layout = "bshd") -> torch.Tensor:
+    def pack_v(self, v: torch.Tensor, layout: str = "bshd") -> torch.Tensor:
         """Lay e4m3 V out as the attention kernel reads it; see `attngen.quantize.pack_values`.
 
         Args:
@@ -163,13 +199,13 @@ class QuantizeLauncher:
             key = (v.shape, v.stride(), v.dtype, v.get_device(), layout)
             prepared = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):
-            self._check_values(v, layout)
+            check_values(self.entries, v, layout)
             raise
         if prepared is None:
             prepared = self._remember(key, self._prepare_pack(v, layout))
         pointer = v.data_ptr()
         if pointer % ROW_ALIGNMENT:
-            self._check_values(v, layout)
+            check_values(self.entries, v, layout)
         ((shape, dtype),) = prepared.outputs
         packed = v.new_empty(shape, dtype=dtype)
         self._launch(prepared.struct, (pointer, packed.data_ptr()), v.get_device())
@@ -186,34 +222,8 @@ class QuantizeLauncher:
                     ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address
                 )
 
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> Problem:
-        if isinstance(q, torch.Tensor) and q.dtype not in _SOURCES:
-            must = " or ".join(map(str, _SOURCES))
-            raise ArgumentError("q", f"dtype {q.dtype}", must, "pass q.to(torch.bfloat16)")
-        source = _SOURCES[q.dtype] if isinstance(q, torch.Tensor) else "bf16"
-        of = self.entries
-        expected = _Expected(of.arch, source, source, of.head_dim_qk, of.head_dim_v)
-        return check_arguments(expected, q, k, v, None, None, layout)
-
-    def _check_values(self, v: torch.Tensor, layout: str) -> Problem:
-        seqlen = check_length(v, layout, "v")
-        if v.dtype != torch.float8_e4m3fn:
-            raise ArgumentError(
-                "v", f"dtype {v.dtype}", "torch.float8_e4m3fn", "quantise it: kernel.quantize(q, k, v)"
-            )
-        if v.shape[-1] != self.entries.head_dim_v:
-            raise ArgumentError("v", f"shape {tuple(v.shape)}", f"head_dim {self.entries.head_dim_v}")
-        if v.stride(-1) != 1 and v.numel():
-            must = "1 (contiguous head_dim)"
-            raise ArgumentError(
-                "v", f"stride {v.stride(-1)} in the last dimension", must, "pass v.contiguous()"
-            )
-        check_alignment("v", v)
-        heads = v.shape[2 if layout == "bshd" else 1]
-        return Problem(v.shape[0], 0, seqlen, heads, heads, _NO_STRIDES, _NO_STRIDES, strides(v, layout))
-
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> _Prepared:
-        problem, entries = self._check(q, k, v, layout), self.entries
+        problem, entries = check_sources(self.entries, q, k, v, layout), self.entries
         spaces = entries.outputs + ((entries.maxima,) if entries.maxima else ())
         names = ("q.ptr", "k.ptr", "v.ptr", *(f"{space.name}.ptr" for space in spaces))
         struct = self._struct(entries.quantize[_SOURCES[q.dtype]], problem, names, q.device)
@@ -223,7 +233,7 @@ class QuantizeLauncher:
         )
 
     def _prepare_pack(self, v: torch.Tensor, layout: str) -> _Prepared:
-        problem = self._check_values(v, layout)
+        problem = check_values(self.entries, v, layout)
         (space,) = (space for space in self.entries.outputs if space.name == "v8")
         struct = self._struct((self.entries.pack,), problem, ("v.ptr", "v8.ptr"), v.device)
         return _Prepared(problem, (_allocation(space, problem),), None, struct)

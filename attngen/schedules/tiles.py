@@ -106,7 +106,6 @@ class Scales:
     """What 8-bit operands are scaled by, in device memory and in registers.
 
     Attributes:
-        kind: what shares one.
         q, k, v: descales.
         of_rows: of the scores of a row, without what K's descale changes from block to block.
         of_scores: of those of a block; `of_rows` itself where blocks of keys share one descale.
@@ -115,7 +114,6 @@ class Scales:
         lift: P is 2^lift times what it means, to use the whole range of its format.
     """
 
-    kind: str
     q: Descales
     k: Descales
     v: Descales

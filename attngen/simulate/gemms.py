@@ -7,8 +7,9 @@ nobody may change an operand, and nobody sees it before it lands.
 
 import torch
 
-from attngen.plan import FRAGMENT_ORDER, View
+from attngen.plan import View
 from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm, OutputGemm, ScoreGemm, WaitGemm
+from attngen.quantize import FRAGMENT_ORDER
 from attngen.simulate.roles import RoleRun
 
 
