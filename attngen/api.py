@@ -223,11 +223,11 @@ class Kernel:
         operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
         if self.quantization is not None:
             operands = self.quantization.operands_of(q, k, v, layout, declared)
-        *tensors, passed = operands
-        if isinstance(tensors[0], torch.Tensor) and tensors[0].is_cuda:
-            return self._launcher.tables(*tensors, layout, passed)
-        problem = check_arguments(self.manifest, *tensors, None, None, layout)
-        values = check_declared(self.manifest, passed, problem.sizes, tensors[0].device)
+        q8, k8, v8, passed = operands
+        if isinstance(q8, torch.Tensor) and q8.is_cuda:
+            return self._launcher.tables(q8, k8, v8, layout, passed)
+        problem = check_arguments(self.manifest, q8, k8, v8, None, None, layout)
+        values = check_declared(self.manifest, passed, problem.sizes, q8.device)
         served = serving(self, self.shorter, problem.seqlen_k)
         signature = TableSignature.of(served.manifest, problem.sizes, values)
         return TileTables.of(signature, values.tensors.values())  # the simulator makes its own

@@ -1,13 +1,14 @@
 """Measuring kernels and their peers in one process, interleaved: medians of device time, raw samples kept.
 
-Protocol: randn inputs; every round runs each candidate once, `iterations` launches between two events; the median
-over the rounds counts. FLOPs: 2·seqlen_q·seqlen_k·(head_dim_qk + head_dim_v)·heads·batch, halved for causal. Which
-specs are measured, and against what, is said elsewhere: in `cli/bench.py` and in benchmarks/.
+Protocol: randn inputs; every round runs each candidate once, in another order, `iterations` launches between two
+events; the median over the rounds counts. FLOPs: 2·seqlen_q·seqlen_k·(head_dim_qk + head_dim_v)·heads·batch, halved for
+causal. Which specs are measured, and against what, is said elsewhere: in `cli/bench.py` and in benchmarks/.
 """
 
 import json
 import math
 import platform
+import random
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -79,7 +80,10 @@ class Point:
 def measure(
     candidates: Mapping[str, Run], rounds: int = 7, target_ms: float = 15.0
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, one sample a round for each candidate, interleaved.
+    """Milliseconds per call, one sample a round for each candidate, interleaved in an order that changes.
+
+    The card's clock follows the power of the last tens of milliseconds, so whoever always came after the same candidate
+    would gain or lose by it.
 
     Raises:
         RuntimeError: from CUDA, where a candidate fails.
@@ -90,9 +94,11 @@ def measure(
         once = _timed(run, 2)
         iterations[name] = max(2, min(50, int(target_ms / max(once, 1e-3))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    order, generator = list(candidates), random.Random(0)
     for _ in range(rounds):
-        for name, run in candidates.items():
-            samples[name].append(_timed(run, iterations[name]))
+        generator.shuffle(order)
+        for name in order:
+            samples[name].append(_timed(candidates[name], iterations[name]))
     return samples
 
 
@@ -226,10 +232,13 @@ def cublas(dtype: torch.dtype) -> Run:
     """torch.mm, which is cuBLAS, on random square matrices of `GEMM_SIZE`, of `GEMM_FLOPS` a call.
 
     Args:
-        dtype: of both factors and of the product.
+        dtype: of both factors, and of the product unless they are of 8 bits; then that is bf16.
     """
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))
-    return partial(torch.mm, a, b)
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda").to(dtype) for _ in range(2))
+    if dtype.itemsize > 1:
+        return partial(torch.mm, a, b)
+    one = torch.ones((), device="cuda")
+    return partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=torch.bfloat16)
 
 
 def tflops(times: Iterable[float], flops: float) -> float:

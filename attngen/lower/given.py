@@ -51,7 +51,7 @@ def table(spec: Spec) -> tuple[Row, ...]:
     dims = spec.problem.head_dim
     if (kind := scale_kind(spec)) is None:
         return warpgroup_table(dims.qk, dims.v, demands(spec))
-    return table_8bit(dims.qk, dims.v, demands(spec), kind, spec.precision.promote != 0)
+    return table_8bit(dims.qk, dims.v, demands(spec), kind, spec.precision.promote)
 
 
 def scale_kind(spec: Spec) -> ScaleKind | None:
