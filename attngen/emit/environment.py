@@ -164,7 +164,8 @@ def _smem(view: View) -> str:
     if view.cursor is None or view.cursor.stages == 1:
         return base
     stage = f"{view.cursor.name}.stage" if view.cursor.ring else view.cursor.name
-    return f"{base} + {stage} * {_tile_type(view)}::kBytes"
+    is_tile = view.buffer.dtype.bits <= 16
+    return f"{base} + {stage} * {f'{_tile_type(view)}::kBytes' if is_tile else view.buffer.stage_bytes}"
 
 
 def _barrier(cursor: Cursor, which: str) -> str:

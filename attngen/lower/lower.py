@@ -106,7 +106,7 @@ def build(
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        scaled = scales(kind, choice.block_m, choice.block_n) if kind else None
+        scaled = scales(kind, choice.block_m, choice.block_n, choice.stages) if kind else None
         return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
 

@@ -3,7 +3,8 @@
 from math import gcd
 from typing import Literal
 
-from attngen.plan import Descales, Param, RegVec
+from attngen.dtypes import F32
+from attngen.plan import Buffer, Descales, Param, RegVec
 from attngen.quantize import KEY_BLOCK, Q_BLOCK, ScaleKind
 from attngen.schedules import Scales
 
@@ -11,8 +12,11 @@ LIFT = 8
 """P lies in 0 .. 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6."""
 
 
-def scales(kind: ScaleKind, block_m: int, block_n: int) -> Scales:
-    """The scales of a kind, for tiles of some size. A tensor's scale is a head's that all heads share."""
+def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
+    """The scales of a kind, for tiles of some size. A tensor's scale is a head's that all heads share.
+
+    Where the producer stages them is not decided here.
+    """
     q, k, v = {
         "per_tensor": (None, None, None),
         "per_head": (None, None, None),
@@ -29,6 +33,7 @@ def scales(kind: ScaleKind, block_m: int, block_n: int) -> Scales:
         of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_BLOCK else of_rows,
         top=RegVec("top_scale", block_m),
         weight=RegVec("value_weight", block_m, groups=groups) if v else None,
+        staged=Buffer("scales", F32, 2, groups, groups, stages) if v else None,
         lift=LIFT,
     )
 

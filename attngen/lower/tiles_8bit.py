@@ -19,7 +19,7 @@ def table_8bit(
         demands: of the mask and the score.
         scales: what shares one.
         promote: after how many blocks O is added up in true f32, in slices of a half or a quarter where registers are
-            scarce. `auto` is 1 up to head_dim 128, where it costs nothing, and never beyond: there it costs a quarter of
+            scarce. `auto` is 1 up to head_dim 128, where it costs nothing, and 0 beyond: there it costs a quarter of
             the speed, and at 128k keys without it the error is 1.04 times that at 4k (1.02 with it).
     """
     widest, half, quarter = max(head_dim_qk, head_dim_v), head_dim_v // 2, head_dim_v // 32 * 8
@@ -37,8 +37,8 @@ def table_8bit(
         if not is_plain:
             return _free(128, 64 if loads else 128, half if promotes else 0)
         if not promotes:
-            return _free(128, 160) if has_granules else _late(128, 224, 0)
-        return _late(128, 160, half) if has_granules else _late(128, 192, half, q_stages=2)
+            return _late(128, 128, 0) if has_granules else _late(128, 224, 0)
+        return _late(128, 128, half) if has_granules else _late(128, 192, half, q_stages=2)
     over_q = widest > 128
     if not promotes:
         return _free(128, 128 if is_plain else 64, out_over_q=over_q)

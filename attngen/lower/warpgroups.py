@@ -85,6 +85,9 @@ def places(
             **{name: Cursor(f"{name}_at", count, Ring(name, count), fills) for name, count in depth.items()}
         )
 
+    if scales and scales.staged:
+        end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))
+        scales = replace(scales, staged=replace(scales.staged, offset=end))
     common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales)
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
@@ -137,7 +140,9 @@ def kernel(
         for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
         if cursor.ring and (cursor is not at.consumer.tile or at.persistent)
     )
-    end = max(buffer.offset + buffer.size_bytes for buffer in (at.q, at.k, at.v, at.out))
+    staged = (at.scales.staged,) if at.scales and at.scales.staged else ()
+    buffers = (at.q, at.k, at.v, at.out, *staged)
+    end = max(buffer.offset + buffer.size_bytes for buffer in buffers)
     barrier_bytes = sum(ring.size_bytes for ring in rings)
     of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
 
@@ -171,7 +176,7 @@ def kernel(
                 single_thread=not at.walks,
             ),
         ),
-        buffers=(at.q, at.k, at.v, at.out),
+        buffers=buffers,
         params=(
             *_params(choice.persistent),
             *of_pairs,

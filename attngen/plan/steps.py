@@ -496,16 +496,33 @@ class ReadRowScales(Step):
 
 
 @dataclass(frozen=True)
+class StageScales(Step):
+    """Leave the descales of a block of keys in shared memory for its consumers, before its stage is said to be full.
+
+    Attributes:
+        k: None where consumers read K's by themselves.
+    """
+
+    dst: View
+    k: Descales | None
+    v: Descales
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        of = f"{self.k}, {self.v}" if self.k else str(self.v)
+        return f"stage {self.dst} <- {of} of block {self.block}"
+
+
+@dataclass(frozen=True)
 class ReadScoreScale(Step):
     """dst = src times K's descale of a block of keys."""
 
     dst: RegVec
     src: RegVec
-    k: Descales
-    block: BlockIndex
+    staged: View
 
     def __str__(self) -> str:
-        return f"{self.dst} = {self.src} {self.k}[{self.block}]"
+        return f"{self.dst} = {self.src} times K's in {self.staged}"
 
 
 @dataclass(frozen=True)
@@ -537,11 +554,10 @@ class ReadValueWeight(Step):
 
     weight: RegVec
     top: RegVec
-    v: Descales
-    block: BlockIndex
+    staged: View
 
     def __str__(self) -> str:
-        return f"{self.weight} = {self.v}[{self.block}] / {self.top}"
+        return f"{self.weight} = V's in {self.staged} / {self.top}"
 
 
 @dataclass(frozen=True)

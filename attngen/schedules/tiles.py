@@ -33,9 +33,11 @@ from attngen.plan.steps import (
     ReadValueWeight,
     RowMax,
     ScaleKeys,
+    StageScales,
     StartWalk,
     Step,
     When,
+    WhenBlock,
     WhenNext,
     WhenPartial,
     WhenVisited,
@@ -111,6 +113,7 @@ class Scales:
         of_scores: of those of a block; `of_rows` itself where blocks of keys share one descale.
         top: V's largest descale of the head.
         weight: that of a block of V in relation to it; None where blocks share one descale.
+        staged: where the producer leaves those of a block, K's and V's, with the stages of K; None likewise.
         lift: P is 2^lift times what it means, to use the whole range of its format.
     """
 
@@ -121,6 +124,7 @@ class Scales:
     of_scores: RegVec
     top: RegVec
     weight: RegVec | None
+    staged: Buffer | None
     lift: int
 
     @property
@@ -182,20 +186,38 @@ class TilePlaces:
             ReadTopScale(at.top, at.v),
         )
 
-    def read_scales(self, block: BlockIndex) -> Program:
-        """What a block of keys and values needs to know of scales."""
-        if (at := self.scales) is None:
+    def stage_scales(self, stage: Cursor, block: BlockIndex) -> Program:
+        """What the producer says of the scales of a block; a load by its consumers would hold their GEMMs up."""
+        if (at := self.scales) is None or at.staged is None:
             return ()
-        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, at.k, block),)
+        k = None if at.of_scores is at.of_rows else at.k
+        return (StageScales(at.staged.at(stage), k, at.v, block),)
+
+    def read_scales(self, stage: Cursor) -> Program:
+        """What a block of keys and values needs to know of scales."""
+        if (at := self.scales) is None or at.staged is None or at.weight is None:
+            return ()
+        staged = at.staged.at(stage)
+        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, staged),)
         return (
             *(() if at.of_scores is at.of_rows else of_scores),
-            *((ReadValueWeight(at.weight, at.top, at.v, block),) if at.weight else ()),
+            ReadValueWeight(at.weight, at.top, staged),
         )
 
     # ---- scores of a block ------------------------------------------------------------------------------------------
     def look_up(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Load what can be loaded before there are scores."""
         return tuple(LookUp(place, rows, block, lookup) for lookup, place in self.ahead)
+
+    def look_up_here(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """The same for a further block, where the one before it could not know of it: in a walk."""
+        return self.look_up(rows, block) if self.walks else ()
+
+    def look_up_next(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """The same for the block after this one, as soon as what is looked up for this one has been used."""
+        if self.walks or not self.ahead:
+            return ()
+        return (WhenBlock(block - 1, N_MIN, self.look_up(rows, block - 1)),)
 
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""

@@ -113,16 +113,17 @@ def _producer(at: WarpgroupPlaces) -> Program:
     """K goes first and V one block behind it; the next tile's K and Q load under this tile's end."""
     rings = at.producer
 
-    def load(buffer: Buffer, cursor: Cursor, src: Tensor, block: BlockIndex) -> Program:
+    def load(buffer: Buffer, cursor: Cursor, src: Tensor, block: BlockIndex, beside: Program = ()) -> Program:
         once = src is at.q_in
         return (
             WaitEmpty(cursor),
+            *beside,
             TmaLoad(buffer.at(cursor), src, block, "evict_first" if once else "evict_last"),
             Advance(cursor),
         )
 
     def load_k(block: BlockIndex) -> Program:
-        return load(at.k, rings.k, at.k_in, block)
+        return load(at.k, rings.k, at.k_in, block, at.stage_scales(rings.k, block))
 
     def load_v(block: BlockIndex) -> Program:
         return load(at.v, rings.v, at.v_in, block)
@@ -192,13 +193,14 @@ def _first_block(at: WarpgroupPlaces) -> Program:
     return (
         Note("the last block of keys: scores only, O follows one block behind"),
         *at.look_up(M_BLOCK, at.first_block.n),
-        *at.read_scales(at.first_block.n),
         WaitFull(rings.k),
+        *at.read_scales(rings.k),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
         WaitGemm(0, (at.acc_s,)),
         Release(rings.k),
         Advance(rings.k),
         *at.modify(M_BLOCK, at.first_block.n),
+        *at.look_up_next(M_BLOCK, at.first_block.n),
         *at.first_block.mask,
         *at.row_max_of_scores,
         *at.exponentials,
@@ -211,9 +213,9 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     rings = at.consumer
     pass_turn = (PassTurn(at.turn),) if turns else ()
     issue = (
-        *at.look_up(M_BLOCK, block.n),
-        *at.read_scales(block.n),
+        *at.look_up_here(M_BLOCK, block.n),
         WaitFull(rings.k),
+        *at.read_scales(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),
         Note(f"S = Q K[{block.n}]ᵀ, and behind it O += P V[{block.before}]"),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
@@ -225,6 +227,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     row_max = (
         Note("online softmax of block n"),
         *at.modify(M_BLOCK, block.n),
+        *at.look_up_next(M_BLOCK, block.n),
         *block.mask,
         *((CopyRows(at.alpha_before, at.alpha),) if at.part else ()),
         *at.row_max_of_scores,

@@ -252,6 +252,13 @@ class RoleRun:
         """An operand in shared memory, read until the GEMM that is about to be issued ends: (members, rows, cols)."""
         return self._read_asynchronously(view, self.clock, Stamp(self._gemm_line, self._gemms_issued))
 
+    def read_before_gemm(self, view: View) -> torch.Tensor:
+        """What threads load before they issue the next GEMM: when it lands, all of them have."""
+        for cell in self.cells(view):
+            self._heed(cell.objection_to_read(self.clock, self.name), cell)
+            cell.note_read(Stamp(self._gemm_line, self._gemms_issued))
+        return self._values(view)
+
     def issue_gemm(self, *registers: RegTile) -> None:
         """Start a GEMM, which owns these registers from now on."""
         self._owned_by_gemm |= dict.fromkeys((place.name for place in registers), self._gemms_issued)

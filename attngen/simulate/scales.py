@@ -15,6 +15,7 @@ from attngen.plan.steps import (
     ReadTopScale,
     ReadValueWeight,
     ScaleKeys,
+    StageScales,
 )
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.roles import RoleRun
@@ -33,10 +34,17 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
     role.write(step.dst, lambda: (scale * q * k).expand(-1, len(own)).unsqueeze(-1))
 
 
+def stage_scales(step: StageScales, role: RoleRun) -> None:
+    """K's and V's descale of each key of a block, for the consumers."""
+    v = _of_keys(step.v, step.block, role)
+    k = _of_keys(step.k, step.block, role) if step.k else v
+    role.write_shared(step.dst, lambda: torch.stack((k, v), 1))
+
+
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
     """The same times K's descale of each key of a block."""
-    k = _of_keys(step.k, step.block, role)
-    role.write(step.dst, lambda src: src * k.unsqueeze(1), role.read(step.src))
+    staged = role.read_before_gemm(step.staged)
+    role.write(step.dst, lambda src: src * staged[:, :1], role.read(step.src))
 
 
 def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
@@ -53,9 +61,9 @@ def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
 
 def read_value_weight(step: ReadValueWeight, role: RoleRun) -> None:
     """V's descale of each key of a block in relation to the largest."""
-    v = _of_keys(step.v, step.block, role)
+    staged = role.read_before_gemm(step.staged)
     role.write(
-        step.weight, lambda top: torch.fmax(v / top[:, :1], _SMALLEST).unsqueeze(1), role.read(step.top)
+        step.weight, lambda top: torch.fmax(staged[:, 1:] / top[:, None, :1], _SMALLEST), role.read(step.top)
     )
 
 
