@@ -36,14 +36,13 @@ def table_8bit(
     if widest <= 128:
         if not is_plain:
             return _free(128, 64 if loads else 128, half if promotes else 0)
-        if not promotes:
-            return _late(128, 128, 0) if has_granules else _late(128, 224, 0)
-        return _late(128, 128, half) if has_granules else _late(128, 192, half, q_stages=2)
-    over_q = widest > 128
+        if has_granules:
+            return _turns(128, 128, head_dim_v) if promotes else _late(128, 128, 0)
+        return _late(128, 192, half, q_stages=2) if promotes else _late(128, 224, 0)
     if not promotes:
-        return _free(128, 128 if is_plain else 64, out_over_q=over_q)
+        return _free(128, 128 if is_plain else 64, out_over_q=True)
     narrow = has_granules or not is_plain
-    return _free(128, 64 if narrow else 96, quarter, out_over_q=over_q)
+    return _free(128, 64 if narrow else 96, quarter, out_over_q=True)
 
 
 def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:
@@ -56,6 +55,11 @@ def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tupl
         part_cols=part_cols,
     )
     return (Row(None, "pingpong", choice),)
+
+
+def _turns(block_m: int, block_n: int, part_cols: int) -> tuple[Row, ...]:
+    """Turns that are passed when the GEMMs have been issued."""
+    return (Row(None, "pingpong", WarpgroupChoice(block_m, block_n, 2, block_m // 64, part_cols=part_cols)),)
 
 
 def _free(block_m: int, block_n: int, part_cols: int = 0, out_over_q: bool = False) -> tuple[Row, ...]:

@@ -229,15 +229,14 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         *at.modify(M_BLOCK, block.n),
         *at.look_up_next(M_BLOCK, block.n),
         *block.mask,
-        *((CopyRows(at.alpha_before, at.alpha),) if at.part else ()),
+        *((CopyRows(at.alpha_before, at.alpha),) if at.part and at.overlap else ()),
         *at.row_max_of_scores,
     )
     exponentiate = at.exponentials
     land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
     if not at.overlap:
-        land_both = (WaitGemm(0, (at.acc_s, at.part or at.acc_o)), *scores_done)
-        output = _land_output(at, at.alpha_before)
-        softmax = (*land_both, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
+        land_both = (WaitGemm(0, (at.acc_s,)), *scores_done, *_land_output(at, at.alpha))
+        softmax = (*land_both, *row_max, *_rescale(at, "middle"), *exponentiate)
     elif at.rescale == "middle":
         output = _land_output(at, at.alpha_before)
         softmax = (*land_scores, *row_max, *output, *_rescale(at, "middle"), *exponentiate)
