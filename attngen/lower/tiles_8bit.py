@@ -29,7 +29,7 @@ def table_8bit(
     promotes = promote != 0 and (promote != "auto" or widest <= 128)
     if widest <= 64:
         if not is_plain:
-            return _free(128, 128, head_dim_v if promotes else 0)
+            return _free(128, 64 if loads and for_keys else 128, head_dim_v if promotes else 0)
         if not promotes:
             return _free(192, 160)
         return _free(192, 128, half) if has_granules else _late(192, 128, head_dim_v)
@@ -41,8 +41,9 @@ def table_8bit(
         return _late(128, 192, half, q_stages=2) if promotes else _late(128, 224, 0)
     if not promotes:
         return _free(128, 128 if is_plain else 64, out_over_q=True)
-    narrow = has_granules or not is_plain
-    return _free(128, 64 if narrow else 96, quarter, out_over_q=True)
+    if not is_plain:
+        return _free(128, 32, quarter, out_over_q=True)
+    return _free(128, 64 if has_granules else 96, quarter, out_over_q=True)
 
 
 def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:
