@@ -35,6 +35,7 @@ FUNCTIONS = (
     "fragment.cuh",
     "gemm.cuh",
     "warpgroup_gemm.cuh",
+    "scales.cuh",
     "softmax.cuh",
     "expression.cuh",
     "quantize.cuh",
