@@ -22,7 +22,7 @@ def table_8bit(
             scarce. `auto` is 1 up to head_dim 128, where it costs nothing, and 0 beyond: there it costs a quarter of
             the speed, and at 128k keys without it the error is 1.04 times that at 4k (1.02 with it).
     """
-    widest, half, quarter = max(head_dim_qk, head_dim_v), head_dim_v // 2, head_dim_v // 32 * 8
+    widest, half, quarter = max(head_dim_qk, head_dim_v), _slice(head_dim_v, 2), _slice(head_dim_v, 4)
     has_granules, for_keys = scales in ("per_block", "per_token"), scales == "per_token"
     is_plain = not (demands.modified or demands.walks or demands.lower or for_keys)
     loads = demands.score_loads or demands.mask_loads or (for_keys and demands.modified)
@@ -44,6 +44,15 @@ def table_8bit(
     if not is_plain:
         return _free(128, 32, quarter, out_over_q=True)
     return _free(128, 64 if has_granules else 96, quarter, out_over_q=True)
+
+
+def _slice(cols: int, parts: int) -> int:
+    """The narrowest slices that share out columns evenly and are one of so many parts of them or wider.
+
+    Of what wgmma takes, a multiple of 8 columns; where head dims are not multiples of 16, any number.
+    """
+    step = 1 if cols % 16 else 8
+    return next(width for width in range(step, cols + 1, step) if cols % width == 0 and width * parts >= cols)
 
 
 def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:

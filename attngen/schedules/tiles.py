@@ -198,7 +198,7 @@ class TilePlaces:
         if (at := self.scales) is None or at.staged is None or at.weight is None:
             return ()
         staged = at.staged.at(stage)
-        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, staged),)
+        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, staged, self.pairs.modifies_scores),)
         return (
             *(() if at.of_scores is at.of_rows else of_scores),
             ReadValueWeight(at.weight, at.top, staged),

@@ -1,10 +1,12 @@
-// Scales of the scores of a block: those of rows times K's scale of each group of columns, which lies in shared memory.
-template <int kGroups>
+// Scales of the scores of a block: those of rows times K's scale of each group of columns, which lies in shared memory. In
+// log2 units they meet scores of -inf, and stay normal numbers.
+template <bool kInNaturalUnits, int kGroups>
 DEV void read_score_scales(float (&dst)[kGroups][2], const float (&of_rows)[1][2], u32 staged) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const float of_keys = __uint_as_float(load_shared(staged + 4 * g));
-    dst[g][0] = of_rows[0][0] * of_keys, dst[g][1] = of_rows[0][1] * of_keys;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) dst[g][i] = kInNaturalUnits ? of_rows[0][i] * of_keys : normal_scale(of_rows[0][i] * of_keys);
   }
 }
 
