@@ -1,3 +1,6 @@
+// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
+DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
+
 // Scales of the scores of a block: those of rows times K's scale of each group of columns, which lies in shared memory. In
 // log2 units they meet scores of -inf, and stay normal numbers.
 template <bool kInNaturalUnits, int kGroups>
