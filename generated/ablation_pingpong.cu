@@ -747,16 +747,15 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
           named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<0>();
           pin(acc_s);
-          pin(acc_o);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
-          // online softmax of block n
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
+          // online softmax of block n
+          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           scale_rows(acc_o, alpha);
           exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);

@@ -737,16 +737,15 @@ attn_fwd_sm90a_f16_d128_full_warp_specialized_de8561d7(const __grid_constant__ P
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<0>();
           pin(acc_s);
-          pin(acc_o);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
-          // online softmax of block n
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
+          // online softmax of block n
+          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           scale_rows(acc_o, alpha);
           exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);

@@ -762,6 +762,9 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
             }
           }
         }
+        if (seen.n_max - 2 >= seen.n_min) {
+          look_up_ahead0_bias(ahead0_bias, params, tile, tile.m_block * kBlockM, (seen.n_max - 2) * kBlockN);
+        }
         {
           int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
         #pragma unroll
@@ -776,7 +779,6 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-          look_up_ahead0_bias(ahead0_bias, params, tile, tile.m_block * kBlockM, n * kBlockN);
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
@@ -800,6 +802,9 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
                 s = modified_score(params, tile, s, bf16_of_pair(ahead0_bias[r / 2][i / 4][i / 2 % 2 * 2 + r % 2], i % 2), rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
+          }
+          if (n - 1 >= seen.n_min) {
+            look_up_ahead0_bias(ahead0_bias, params, tile, tile.m_block * kBlockM, (n - 1) * kBlockN);
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();

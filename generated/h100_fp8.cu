@@ -193,27 +193,27 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64x160) = A (64x32) Bᵀ, both rows of 32 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][20][4], u64 a, u64 b, bool keep) {
+// D (64x128) = A (64x32) Bᵀ, both rows of 32 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][16][4], u64 a, u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %82, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n160k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, %80, %81, keep, 1, 1;\n"
+      "setp.ne.b32 keep, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, keep, 1, 1;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3]), "+f"(d[0][16][0]), "+f"(d[0][16][1]), "+f"(d[0][16][2]), "+f"(d[0][16][3]), "+f"(d[0][17][0]), "+f"(d[0][17][1]), "+f"(d[0][17][2]), "+f"(d[0][17][3]), "+f"(d[0][18][0]), "+f"(d[0][18][1]), "+f"(d[0][18][2]), "+f"(d[0][18][3]), "+f"(d[0][19][0]), "+f"(d[0][19][1]), "+f"(d[0][19][2]), "+f"(d[0][19][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
-// D (64x64) = A (64x32, registers) Bᵀ (rows of 32 in shared memory); + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][8][4], const u32 (&a)[4], u64 b, bool keep) {
+// D (64x128) = A (64x32, registers) Bᵀ (rows of 32 in shared memory); + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][16][4], const u32 (&a)[4], u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, keep, 1, 1;\n"
+      "setp.ne.b32 keep, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, keep, 1, 1;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)keep));
 }
 
@@ -435,6 +435,36 @@ DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kStep
   pin(acc);
 }
 
+// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
+DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
+
+// Scales of the scores of a block: those of rows times K's scale of each group of columns, which lies in shared memory. In
+// log2 units they meet scores of -inf, and stay normal numbers.
+template <bool kInNaturalUnits, int kGroups>
+DEV void read_score_scales(float (&dst)[kGroups][2], const float (&of_rows)[1][2], u32 staged) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const float of_keys = __uint_as_float(load_shared(staged + 4 * g));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) dst[g][i] = kInNaturalUnits ? of_rows[0][i] * of_keys : normal_scale(of_rows[0][i] * of_keys);
+  }
+}
+
+// V's scale of each group of columns, which lies after K's, in relation to the largest of the head; e4m3 rounds P to 0 long
+// before 2^-32.
+template <int kGroups>
+DEV void read_value_weights(float (&weight)[kGroups][2], const float (&top)[2], u32 staged) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * (kGroups + g))), top[0]), 0x1p-32f));
+}
+
+// Copy a value per row.
+template <int N>
+DEV void copy_rows(float (&dst)[N], const float (&src)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) dst[i] = src[i];
+}
+
 // The largest value among the four lanes that share a row.
 DEV float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -477,9 +507,6 @@ struct GroupsOf<float[kGroups][N]> {
 DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
-
-// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
-DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
 template <int kRowTiles, int kColTiles, class Scale>
@@ -573,7 +600,7 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
 using Input = E4m3;
 using Output = Bf16;
 constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 160;  // tile.block_n: keys of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 32, the k of wgmma
@@ -701,13 +728,14 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 16384;
-  const u32 v_smem = smem_address(smem) + 57344;
-  const u32 out_smem = smem_address(smem) + 122880;
-  const u32 q_ring = smem_address(smem) + 155648;  // 1 times full, then empty
-  const u32 k_ring = smem_address(smem) + 155664;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 155696;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 155728;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 155744;
+  const u32 v_smem = smem_address(smem) + 49152;
+  const u32 out_smem = smem_address(smem) + 81920;
+  const u32 scales_smem = smem_address(smem) + 114688;
+  const u32 q_ring = smem_address(smem) + 114704;  // 1 times full, then empty
+  const u32 k_ring = smem_address(smem) + 114720;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 114752;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 114784;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 114800;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     init_ring<1>(q_ring, 2);
@@ -733,6 +761,10 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
         if (seen.n_max > seen.n_min) {
           mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
+          {
+            store_shared(scales_smem + k_at.stage * 8 + 0, __float_as_uint(read_k_descale(params, tile, (seen.n_max - 1) * kBlockN)));
+            store_shared(scales_smem + k_at.stage * 8 + 4, __float_as_uint(read_v_descale(params, tile, (seen.n_max - 1) * kBlockN)));
+          }
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
@@ -743,6 +775,10 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
             mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
+            {
+              store_shared(scales_smem + k_at.stage * 8 + 0, __float_as_uint(read_k_descale(params, tile, n * kBlockN)));
+              store_shared(scales_smem + k_at.stage * 8 + 4, __float_as_uint(read_v_descale(params, tile, n * kBlockN)));
+            }
             load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(k_at);
             mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
@@ -768,10 +804,10 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
     Cursor tile_at = {0, 0};
-    float acc_s[kRowTiles][20][4];
-    u32 p[kRowTiles][5][4];
+    float acc_s[kRowTiles][16][4];
+    u32 p[kRowTiles][4][4];
     float acc_o[kRowTiles][16][4];
-    float part_o[kRowTiles][8][4];
+    float part_o[kRowTiles][16][4];
     float row_max[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
@@ -780,9 +816,9 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
     float row_lse[2 * kRowTiles];
     float alpha_before[2 * kRowTiles];
     float row_scale[1][2 * kRowTiles];
-    float score_scale[5][2 * kRowTiles];
+    float score_scale[1][2 * kRowTiles];
     float top_scale[2 * kRowTiles];
-    float value_weight[5][2 * kRowTiles];
+    float value_weight[1][2 * kRowTiles];
 
     if (next_warpgroup == 0) {
       // the first warpgroup goes first
@@ -806,17 +842,9 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
       }
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
-        #pragma unroll
-        for (int g = 0; g < 5; ++g) {
-          const float descale = read_k_descale(params, tile, (seen.n_max - 1) * kBlockN + g * (kBlockN / 5));
-        #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = normal_scale(row_scale[0][i] * descale);
-        }
-        #pragma unroll
-        for (int g = 0; g < 5; ++g) {
-          fill(value_weight[g], fmaxf(read_v_descale(params, tile, (seen.n_max - 1) * kBlockN + g * (kBlockN / 5)) / top_scale[0], 0x1p-32f));
-        }
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+        read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
@@ -836,22 +864,15 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
-          #pragma unroll
-          for (int g = 0; g < 5; ++g) {
-            const float descale = read_k_descale(params, tile, n * kBlockN + g * (kBlockN / 5));
-          #pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = normal_scale(row_scale[0][i] * descale);
-          }
-          #pragma unroll
-          for (int g = 0; g < 5; ++g) {
-            fill(value_weight[g], fmaxf(read_v_descale(params, tile, n * kBlockN + g * (kBlockN / 5)) / top_scale[0], 0x1p-32f));
-          }
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
           named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+          named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -866,63 +887,42 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
             }
             mask_scores(acc_s, end);
           }
-          #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) alpha_before[i] = alpha[i];
+          copy_rows(alpha_before, alpha);
           update_row_max(row_max, alpha, acc_s, score_scale);
-          wgmma_wait<0>();
-          pin(part_o);
-          pin(p);
-          promote<0>(acc_o, part_o, alpha_before);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          promote<64>(acc_o, part_o, alpha_before);
-          named_barrier_arrive(1 + next_warpgroup, 256);
+          promote<0>(acc_o, part_o, alpha_before);
+          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
           convert_p_8bit<Input>(p, acc_s);
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-          #pragma unroll
-          for (int g = 0; g < 5; ++g) {
-            const float descale = read_k_descale(params, tile, n * kBlockN + g * (kBlockN / 5));
-          #pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = normal_scale(row_scale[0][i] * descale);
-          }
-          #pragma unroll
-          for (int g = 0; g < 5; ++g) {
-            fill(value_weight[g], fmaxf(read_v_descale(params, tile, n * kBlockN + g * (kBlockN / 5)) / top_scale[0], 0x1p-32f));
-          }
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
           named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+          named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
           // online softmax of block n
-          #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) alpha_before[i] = alpha[i];
+          copy_rows(alpha_before, alpha);
           update_row_max(row_max, alpha, acc_s, score_scale);
-          wgmma_wait<0>();
-          pin(part_o);
-          pin(p);
-          promote<0>(acc_o, part_o, alpha_before);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          promote<64>(acc_o, part_o, alpha_before);
-          named_barrier_arrive(1 + next_warpgroup, 256);
+          promote<0>(acc_o, part_o, alpha_before);
+          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
           convert_p_8bit<Input>(p, acc_s);
         }
       }
@@ -936,14 +936,9 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         wgmma_wait<0>();
         pin(part_o);
         pin(p);
-        promote<0>(acc_o, part_o, alpha);
-        issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-        wgmma_wait<0>();
-        pin(part_o);
-        pin(p);
         if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
         advance<2>(v_at);
-        promote<64>(acc_o, part_o, alpha);
+        promote<0>(acc_o, part_o, alpha);
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);

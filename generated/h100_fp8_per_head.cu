@@ -435,6 +435,9 @@ DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kStep
   pin(acc);
 }
 
+// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
+DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
+
 // The largest value among the four lanes that share a row.
 DEV float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -477,9 +480,6 @@ struct GroupsOf<float[kGroups][N]> {
 DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
-
-// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
-DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
 template <int kRowTiles, int kColTiles, class Scale>

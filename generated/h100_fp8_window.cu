@@ -415,6 +415,36 @@ DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kStep
   pin(acc);
 }
 
+// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
+DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
+
+// Scales of the scores of a block: those of rows times K's scale of each group of columns, which lies in shared memory. In
+// log2 units they meet scores of -inf, and stay normal numbers.
+template <bool kInNaturalUnits, int kGroups>
+DEV void read_score_scales(float (&dst)[kGroups][2], const float (&of_rows)[1][2], u32 staged) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const float of_keys = __uint_as_float(load_shared(staged + 4 * g));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) dst[g][i] = kInNaturalUnits ? of_rows[0][i] * of_keys : normal_scale(of_rows[0][i] * of_keys);
+  }
+}
+
+// V's scale of each group of columns, which lies after K's, in relation to the largest of the head; e4m3 rounds P to 0 long
+// before 2^-32.
+template <int kGroups>
+DEV void read_value_weights(float (&weight)[kGroups][2], const float (&top)[2], u32 staged) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * (kGroups + g))), top[0]), 0x1p-32f));
+}
+
+// Copy a value per row.
+template <int N>
+DEV void copy_rows(float (&dst)[N], const float (&src)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) dst[i] = src[i];
+}
+
 // The largest value among the four lanes that share a row.
 DEV float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -709,11 +739,12 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
   const u32 k_smem = smem_address(smem) + 16384;
   const u32 v_smem = smem_address(smem) + 49152;
   const u32 out_smem = smem_address(smem) + 81920;
-  const u32 q_ring = smem_address(smem) + 114688;  // 1 times full, then empty
-  const u32 k_ring = smem_address(smem) + 114704;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 114736;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 114768;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 114784;
+  const u32 scales_smem = smem_address(smem) + 114688;
+  const u32 q_ring = smem_address(smem) + 114704;  // 1 times full, then empty
+  const u32 k_ring = smem_address(smem) + 114720;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 114752;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 114784;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 114800;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     init_ring<1>(q_ring, 2);
@@ -739,6 +770,10 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
         if (seen.n_max > seen.n_min) {
           mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
+          {
+            store_shared(scales_smem + k_at.stage * 8 + 0, __float_as_uint(read_k_descale(params, tile, (seen.n_max - 1) * kBlockN)));
+            store_shared(scales_smem + k_at.stage * 8 + 4, __float_as_uint(read_v_descale(params, tile, (seen.n_max - 1) * kBlockN)));
+          }
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
@@ -749,6 +784,10 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
             mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
+            {
+              store_shared(scales_smem + k_at.stage * 8 + 0, __float_as_uint(read_k_descale(params, tile, n * kBlockN)));
+              store_shared(scales_smem + k_at.stage * 8 + 4, __float_as_uint(read_v_descale(params, tile, n * kBlockN)));
+            }
             load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(k_at);
             mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
@@ -802,17 +841,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
       mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
-        #pragma unroll
-        for (int g = 0; g < 1; ++g) {
-          const float descale = read_k_descale(params, tile, (seen.n_max - 1) * kBlockN + g * (kBlockN / 1));
-        #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = row_scale[0][i] * descale;
-        }
-        #pragma unroll
-        for (int g = 0; g < 1; ++g) {
-          fill(value_weight[g], fmaxf(read_v_descale(params, tile, (seen.n_max - 1) * kBlockN + g * (kBlockN / 1)) / top_scale[0], 0x1p-32f));
-        }
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+        read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
@@ -848,17 +879,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            const float descale = read_k_descale(params, tile, n * kBlockN + g * (kBlockN / 1));
-          #pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = row_scale[0][i] * descale;
-          }
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            fill(value_weight[g], fmaxf(read_v_descale(params, tile, n * kBlockN + g * (kBlockN / 1)) / top_scale[0], 0x1p-32f));
-          }
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -893,8 +916,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores(acc_s, end);
             mask_scores_before(acc_s, first);
           }
-          #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) alpha_before[i] = alpha[i];
+          copy_rows(alpha_before, alpha);
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(part_o);
@@ -912,17 +934,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            const float descale = read_k_descale(params, tile, n * kBlockN + g * (kBlockN / 1));
-          #pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = row_scale[0][i] * descale;
-          }
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            fill(value_weight[g], fmaxf(read_v_descale(params, tile, n * kBlockN + g * (kBlockN / 1)) / top_scale[0], 0x1p-32f));
-          }
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -946,8 +960,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
               }
             }
           }
-          #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) alpha_before[i] = alpha[i];
+          copy_rows(alpha_before, alpha);
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(part_o);
@@ -965,17 +978,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         }
         #pragma unroll 1
         for (int n = seen.n_full_begin - 1; n >= seen.n_min; --n) {  // partial tiles
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            const float descale = read_k_descale(params, tile, n * kBlockN + g * (kBlockN / 1));
-          #pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) score_scale[g][i] = row_scale[0][i] * descale;
-          }
-          #pragma unroll
-          for (int g = 0; g < 1; ++g) {
-            fill(value_weight[g], fmaxf(read_v_descale(params, tile, n * kBlockN + g * (kBlockN / 1)) / top_scale[0], 0x1p-32f));
-          }
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -1010,8 +1015,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores(acc_s, end);
             mask_scores_before(acc_s, first);
           }
-          #pragma unroll
-          for (int i = 0; i < 2 * kRowTiles; ++i) alpha_before[i] = alpha[i];
+          copy_rows(alpha_before, alpha);
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(part_o);
