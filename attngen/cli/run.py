@@ -7,7 +7,7 @@ import torch
 
 from attngen.api import Kernel, resolve_arch
 from attngen.cli.clamps import clamps
-from attngen.cli.comparison import Inputs, Outcome, draw_declared, draw_inputs, execute, outcomes_table
+from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
@@ -22,6 +22,7 @@ from attngen.cli.variants import (
 )
 from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
 from attngen.inputs import Shape
+from attngen.judging import Inputs
 from attngen.spec import Spec
 
 SIMULATED = (
