@@ -223,7 +223,7 @@ class Kernel:
         operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
         if self.quantization is not None:
             operands = self.quantization.operands_of(q, k, v, layout, declared)
-        *tensors, passed = operands
+        tensors, passed = operands[:3], operands[3]
         if isinstance(tensors[0], torch.Tensor) and tensors[0].is_cuda:
             return self._launcher.tables(*tensors, layout, passed)
         problem = check_arguments(self.manifest, *tensors, None, None, layout)

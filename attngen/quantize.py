@@ -19,6 +19,8 @@ E4M3_MAX = 448.0
 SMALLEST_AMAX = E4M3_MAX * 2.0**-126
 Q_BLOCK, KEY_BLOCK = 64, 128
 """Rows of Q, and of K and V, that share a scale per block. V is padded to whole blocks of keys."""
+HADAMARD_DIMS = (64, 128, 256)
+"""Columns of Q and K that may be multiplied by a Hadamard matrix."""
 FRAGMENT_ORDER = tuple(8 * (i // 2) + 2 * q + i % 2 for q in range(4) for i in range(4))
 """Which of 16 consecutive keys stands at each position of packed V.
 

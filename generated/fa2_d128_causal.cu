@@ -319,34 +319,55 @@ DEV void mask_scores(float (&s)[kRowTiles][kColTiles][4], const int (&end)[2 * k
   }
 }
 
+// How many groups of columns have a scale of their own: one where all share a number.
+template <class Scale>
+struct GroupsOf {
+  static constexpr int kCount = 1;
+};
+template <int kGroups, int N>
+struct GroupsOf<float[kGroups][N]> {
+  static constexpr int kCount = kGroups;
+};
+
+// The scale of a group of columns and a row.
+DEV float scale_of(float scale, int, int) { return scale; }
+template <int kGroups, int N>
+DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
+
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
-template <int kRowTiles, int kColTiles>
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        float softmax_scale_log2) {
+                        const Scale& scale_log2) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     float top = -infinity();
 #pragma unroll
-    for (int j = 0; j < kColTiles; ++j) top = fmaxf(top, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+    for (int g = 0; g < kGroups; ++g) {
+      float largest = -infinity();
+#pragma unroll
+      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) largest = fmaxf(largest, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    }
     const float old = row_max[i];
-    row_max[i] = fmaxf(old, quad_max(top) * softmax_scale_log2);
+    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
     alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
   }
 }
 
-// s = 2^(scaled s - row_max), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles>
+// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
-                      const float (&alpha)[2 * kRowTiles], float softmax_scale_log2) {
+                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]);
+    const float reference = exponent_reference(row_max[i]) - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], softmax_scale_log2, -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
         sum += s[i / 2][j][e];
       }
     }
@@ -374,14 +395,14 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = 1 / row_sum, lse = natural log-sum-exp; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
 template <int N>
-DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N]) {
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const bool sees_none = row_sum[i] == 0.f;
-    inv_sum[i] = sees_none ? 0.f : __frcp_rn(row_sum[i]);
-    lse[i] = sees_none ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
+    inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
+    lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
 }
 

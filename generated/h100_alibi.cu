@@ -202,12 +202,16 @@ DEV void wgmma(float (&d)[1][10][4], u64 a, u64 b, bool keep) {
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
-// D (64x128) += A (64x16, registers) B (16 rows in shared memory). PTX ISA: wgmma.mma_async, B transposed.
-DEV void wgmma(float (&d)[1][16][4], const u32 (&a)[4], u64 b) {
+// D (64x128) = A (64x16, registers) B (16 rows in shared memory); + D where `keep`. PTX ISA: wgmma.mma_async, B transposed.
+DEV void wgmma(float (&d)[1][16][4], const u32 (&a)[4], u64 b, bool keep) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+      "{\n"
+      ".reg .pred keep;\n"
+      "setp.ne.b32 keep, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, keep, 1, 1, 1;\n"
+      "}"
       : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)keep));
 }
 
 // bf16: two packed in a register, the matrix instruction that takes them.
@@ -240,21 +244,25 @@ DEV int lane_column() { return threadIdx.x % 4 * 2; }
 DEV int clamp_key(int key, int end) { return max(0, min(key, end)); }
 DEV int clamp_key(i64 key, int end) { return (int)max((i64)0, min(key, (i64)end)); }
 
-// A tile of 16-bit elements in panels of 64 columns (128 bytes), as the copy engine writes and wgmma reads them: the
-// 16-byte chunks of a row are exchanged with the row's number, and the pattern repeats every eight rows (1024 bytes).
-template <int kRows_, int kCols>
+// A tile in panels of 128 bytes, as the copy engine writes and wgmma reads them: the 16-byte chunks of a row are exchanged
+// with the row's number, and the pattern repeats every eight rows (1024 bytes).
+template <int kRows_, int kCols, int kElementBytes = 2>
 struct PanelTile {
-  static constexpr int kRows = kRows_, kPanels = (kCols + 63) / 64, kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
+  static constexpr int kRows = kRows_, kPanelCols = 128 / kElementBytes, kPanels = (kCols + kPanelCols - 1) / kPanelCols;
+  static constexpr int kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes, kStepCols = 32 / kElementBytes;
+  static constexpr u32 kSignBits = kElementBytes == 2 ? 0x80008000u : 0x80808080u;
+  // Byte offset of the panel that column `column` begins, or of the row of that number of a tile that is transposed.
+  DEV constexpr u32 columns_at(int column) { return kElementBytes == 1 ? column * 128 : column / kPanelCols * kPanelBytes; }
   // Byte offset of a chunk from the start of the tile.
   DEV u32 address(u32 row, u32 chunk) { return chunk / 8 * kPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16; }
 };
 
-// Start filling a tile with rows first_row .. of a head; `full` completes when they have landed.
+// Start filling a tile with what lies at first_column, first_row of a head; `full` completes when it has landed.
 template <class Tile>
-DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_row, int head, int batch, u64 keep) {
+DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_column, int first_row, int head, int batch, u64 keep) {
   mbarrier_arrive_expect(full, Tile::kBytes);
 #pragma unroll
-  for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, i * 64, first_row, head, batch, keep);
+  for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, first_column + i * Tile::kPanelCols, first_row, head, batch, keep);
 }
 
 // Round an accumulator and write it to this warpgroup's 64 rows of a tile, each warp its sixteen.
@@ -277,7 +285,7 @@ DEV void stage_tile(u32 dst, const float (&acc)[1][kColTiles][4]) {
 template <class Tile>
 DEV void store_panels(const TensorMap& map, u32 src, int warpgroup, int first_row, int head, int batch) {
 #pragma unroll
-  for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * 64, first_row + warpgroup * 64, head, batch);
+  for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * Tile::kPanelCols, first_row + warpgroup * 64, head, batch);
   tma_store_commit();
 }
 
@@ -377,22 +385,22 @@ DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpg
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {  // 16 columns are 32 bytes, 4 times to a panel; addresses are in 16 bytes
+  for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
     wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
   }
   wgmma_commit();
   pin(acc);
 }
 
-// Start acc += A B, A in registers, the rows of B contracted.
-template <class BTile, int kColTiles, int kSteps>
+// Start acc = A B, A in registers, + acc unless that is to start at zero: rows of B contracted.
+template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
 DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();
   const u64 b_matrix = mn_major<BTile::kPanelBytes>(b);
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + k * 16 * 128 / 16);
+  for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + k * 16 * 128 / 16, k > 0 || !kStartsAtZero);
   wgmma_commit();
   pin(acc);
 }
@@ -425,34 +433,55 @@ DEV void mask_scores(float (&s)[kRowTiles][kColTiles][4], const int (&end)[2 * k
   }
 }
 
+// How many groups of columns have a scale of their own: one where all share a number.
+template <class Scale>
+struct GroupsOf {
+  static constexpr int kCount = 1;
+};
+template <int kGroups, int N>
+struct GroupsOf<float[kGroups][N]> {
+  static constexpr int kCount = kGroups;
+};
+
+// The scale of a group of columns and a row.
+DEV float scale_of(float scale, int, int) { return scale; }
+template <int kGroups, int N>
+DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
+
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
-template <int kRowTiles, int kColTiles>
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        float softmax_scale_log2) {
+                        const Scale& scale_log2) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     float top = -infinity();
 #pragma unroll
-    for (int j = 0; j < kColTiles; ++j) top = fmaxf(top, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+    for (int g = 0; g < kGroups; ++g) {
+      float largest = -infinity();
+#pragma unroll
+      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) largest = fmaxf(largest, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    }
     const float old = row_max[i];
-    row_max[i] = fmaxf(old, quad_max(top) * softmax_scale_log2);
+    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
     alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
   }
 }
 
-// s = 2^(scaled s - row_max), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles>
+// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Scale>
 DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
-                      const float (&alpha)[2 * kRowTiles], float softmax_scale_log2) {
+                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]);
+    const float reference = exponent_reference(row_max[i]) - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], softmax_scale_log2, -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
         sum += s[i / 2][j][e];
       }
     }
@@ -480,14 +509,14 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = 1 / row_sum, lse = natural log-sum-exp; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
 template <int N>
-DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N]) {
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const bool sees_none = row_sum[i] == 0.f;
-    inv_sum[i] = sees_none ? 0.f : __frcp_rn(row_sum[i]);
-    lse[i] = sees_none ? -infinity() : (row_max[i] + log2_approx(row_sum[i])) * 0.6931471805599453f;
+    inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
+    lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
 }
 
@@ -640,24 +669,24 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
         const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
         if (seen.n_max > seen.n_min) {
           mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
-          load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+          load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
         mbarrier_wait(empty<2>(q_ring, q_at), q_at.phase);
-        load_panels<QTile>(q_smem + q_at.stage * QTile::kBytes, params.q_map, full<2>(q_ring, q_at), tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
+        load_panels<QTile>(q_smem + q_at.stage * QTile::kBytes, params.q_map, full<2>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
         advance<2>(q_at);
         if (seen.n_max > seen.n_min) {
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
             mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
-            load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+            load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(k_at);
             mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
-            load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), (n + 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+            load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, (n + 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(v_at);
           }
           mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
-          load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), seen.n_min * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+          load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, seen.n_min * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(v_at);
         }
         mbarrier_wait(empty<1>(tile_ring, tile_at), tile_at.phase);
@@ -737,7 +766,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
@@ -784,7 +813,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
@@ -822,7 +851,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-        issue_output_gemm<VTile>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+        issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
         wgmma_wait<0>();
         pin(acc_o);
         pin(p);

@@ -11,7 +11,7 @@ from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
 from attngen.lower.pairs import declarations_read_by, lookups_by_key, pair_params, table_kernel, table_spaces
 from attngen.lower.places import key_blocks, params, places, workspaces
-from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_target
+from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_inputs, wrong_target
 from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, WarpgroupChoice
 from attngen.plan import KernelPlan, Launch, Plan, Quantizer, Role, Scheduler, ceil_div, product
@@ -33,13 +33,16 @@ def lower(spec: Spec, arch: Arch) -> Plan:
     Raises:
         PlanError: no legal plan; what breaks which rule, with the nearest values that pass.
     """
-    if wrong := wrong_dtypes(spec, arch):
+    schedule = _schedule(spec, arch)
+    if wrong := (
+        *wrong_dtypes(spec, arch),
+        *wrong_target(spec, arch, schedule),
+        *wrong_inputs(spec, arch, schedule),
+        *wrong_fields(spec, schedule),
+    ):
         raise PlanError(wrong)
     if plan := _from_table(spec, arch):
         return plan
-    schedule = _schedule(spec, arch)
-    if wrong := (*wrong_target(spec, arch, schedule), *wrong_fields(spec, schedule)):
-        raise PlanError(wrong)
     refused = []
     for choice in candidates(spec, arch, schedule):
         plan = build(spec, arch, schedule, choice)
@@ -210,6 +213,6 @@ def _schedule(spec: Spec, arch: Arch) -> str:
     """The schedule the spec names, or the fastest that the target runs."""
     if spec.schedule.kind != "auto":
         return spec.schedule.kind
-    if not arch.wgmma or not arch.emits:
+    if not arch.wgmma or not (arch.emits or scale_kind(spec)):
         return "fa2"
     return table(spec)[-1].schedule

@@ -6,6 +6,7 @@ The rules are `plan.rules`'; here their violations become diagnostics, beside wh
 from collections.abc import Callable
 
 from attngen.arch import ARCHS, Arch
+from attngen.dtypes import dtype
 from attngen.errors import Diagnostic
 from attngen.expr import LARGEST_TILE
 from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
@@ -88,6 +89,24 @@ def wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...
     )
 
 
+def wrong_inputs(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
+    """8-bit inputs and a schedule without the instruction that takes them, on a target that has it."""
+    inputs = spec.precision.inputs
+    if dtype(inputs).bits > 8 or schedule in WARPGROUP_SCHEDULES or inputs not in arch.input_dtypes:
+        return ()
+    return (
+        Diagnostic(
+            message=f"schedule.kind = {schedule} does not take {inputs} inputs",
+            rule="schedule-inputs",
+            location=spec.locate("schedule.kind"),
+            path="schedule.kind",
+            value=schedule,
+            note=f"wgmma takes them, which {' and '.join(WARPGROUP_SCHEDULES)} are made of",
+            nearest=tuple(WARPGROUP_SCHEDULES),
+        ),
+    )
+
+
 def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
     """Fields that mean nothing to the schedule: they are not ignored in silence."""
     fields, others = (
@@ -111,14 +130,19 @@ def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
 
 def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
     """Formats that the target has no instructions for."""
-    formats = {"inputs": arch.input_dtypes, "output": arch.dtypes}
+    inputs, output = spec.precision.inputs, spec.precision.output
+    takers = " and ".join(known.name for known in ARCHS.values() if inputs in known.input_dtypes)
+    *most, last = arch.input_dtypes
+    takes = f"the matrix instruction of {arch.name} takes {', '.join(most)} and {last}"
     fields = (
+        ("inputs", "input-dtype", inputs, arch.input_dtypes, f"{takes}; {inputs} is for {takers}"),
         (
-            "inputs",
-            "input-dtype",
-            f"the matrix instruction of {arch.name} takes {' and '.join(arch.input_dtypes)}",
+            "output",
+            "output-dtype",
+            output,
+            arch.dtypes,
+            f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}",
         ),
-        ("output", "output-dtype", f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}"),
     )
     return tuple(
         Diagnostic(
@@ -128,8 +152,8 @@ def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
             path=f"precision.{field}",
             value=value,
             note=note,
-            nearest=formats[field],
+            nearest=formats,
         )
-        for field, rule, note in fields
-        if (value := getattr(spec.precision, field)) not in ("auto", *formats[field])
+        for field, rule, value, formats, note in fields
+        if value not in ("auto", *formats)
     )

@@ -18,7 +18,7 @@ def table_8bit(
         scales: what shares one.
         promotes: O is added up in true f32, in slices of a half or a quarter where registers are scarce.
     """
-    widest, half, quarter = max(head_dim_qk, head_dim_v), head_dim_v // 2, head_dim_v // 32 * 8
+    widest, half, quarter = max(head_dim_qk, head_dim_v), _slice(head_dim_v, 2), _slice(head_dim_v, 4)
     has_granules, for_keys = scales in ("per_block", "per_token"), scales == "per_token"
     is_plain = not (demands.modified or demands.walks or demands.lower or for_keys)
     loads = demands.score_loads or demands.mask_loads or (for_keys and demands.modified)
@@ -39,6 +39,15 @@ def table_8bit(
         return _free(128, 128 if is_plain else 64, out_over_q=over_q)
     narrow = has_granules or not is_plain
     return _free(128, 64 if narrow else 96, quarter, out_over_q=over_q)
+
+
+def _slice(cols: int, parts: int) -> int:
+    """The narrowest slices that share out columns evenly and are one of so many parts of them or wider.
+
+    Of what wgmma takes, a multiple of 8 columns; where head dims are not multiples of 16, any number.
+    """
+    step = 1 if cols % 16 else 8
+    return next(width for width in range(step, cols + 1, step) if cols % width == 0 and width * parts >= cols)
 
 
 def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:

@@ -211,11 +211,12 @@ def _registers(plan: Plan) -> Iterator[Violation]:
     used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
     if sum(used.values()) > free:
         parts = " + ".join(f"{name} {count}" for name, count in used.items())
+        promotes = "; part_o is what precision.promote: 0 does without" if "part_o" in used else ""
         yield _cost(
             "registers",
             plan,
             f"asks for {sum(used.values())} registers a thread in tiles and {free} are free",
-            f"{parts} = {sum(used.values())}",
+            f"{parts} = {sum(used.values())}{promotes}",
             *("tile.block_n", "tile.block_m"),
             "schedule.warpgroups" if takes_warpgroups(plan) else "schedule.warps",
         )

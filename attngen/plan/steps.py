@@ -481,7 +481,8 @@ class ReadRowScales(Step):
     """dst = the scale of scores, times Q's descale of each row, and times K's where a whole head has one.
 
     Attributes:
-        in_natural_units: the scale is softmax_scale, as modified scores want it, else that in log2 units.
+        in_natural_units: the scale is softmax_scale, as modified scores want it, else that in log2 units. Those meet
+            scores of -inf, and are never less than FLT_MIN: -inf times it stays -inf.
     """
 
     dst: RegVec
@@ -497,12 +498,13 @@ class ReadRowScales(Step):
 
 @dataclass(frozen=True)
 class ReadScoreScale(Step):
-    """dst = src times K's descale of a block of keys."""
+    """dst = src times K's descale of a block of keys; units as of ReadRowScales."""
 
     dst: RegVec
     src: RegVec
     k: Descales
     block: BlockIndex
+    in_natural_units: bool
 
     def __str__(self) -> str:
         return f"{self.dst} = {self.src} {self.k}[{self.block}]"

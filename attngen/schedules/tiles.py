@@ -186,7 +186,7 @@ class TilePlaces:
         """What a block of keys and values needs to know of scales."""
         if (at := self.scales) is None:
             return ()
-        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, at.k, block),)
+        of_scores = (ReadScoreScale(at.of_scores, at.of_rows, at.k, block, self.pairs.modifies_scores),)
         return (
             *(() if at.of_scores is at.of_rows else of_scores),
             *((ReadValueWeight(at.weight, at.top, at.v, block),) if at.weight else ()),

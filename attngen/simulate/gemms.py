@@ -9,14 +9,13 @@ import torch
 
 from attngen.plan import View
 from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm, OutputGemm, ScoreGemm, WaitGemm
-from attngen.quantize import FRAGMENT_ORDER
 from attngen.simulate.roles import RoleRun
 
 
 def score_gemm(step: ScoreGemm, role: RoleRun) -> None:
     """Compute acc = a bᵀ, accumulated in f32 from operands of the input type."""
     a, b = role.read_shared(step.a), role.read_shared(step.b)
-    role.write(step.acc, _scores, a, b)
+    role.write(step.acc, _with_transposed, a, b)
     _count_scores(step, role)
 
 
@@ -30,7 +29,7 @@ def output_gemm(step: OutputGemm, role: RoleRun) -> None:
 def issue_score_gemm(step: IssueScoreGemm, role: RoleRun) -> None:
     """Start acc = a bᵀ."""
     a, b = role.read_by_gemm(step.a), role.read_by_gemm(step.b)
-    role.write(step.acc, _scores, a, b)
+    role.write(step.acc, _with_transposed, a, b)
     role.issue_gemm(step.acc)
     _count_scores(step, role)
 
@@ -40,7 +39,7 @@ def issue_output_gemm(step: IssueOutputGemm, role: RoleRun) -> None:
     a, b = role.read(step.a), role.read_by_gemm(step.b)
     if step.b.buffer.transposed and role.device.holds_values:
         b = b[:, step.first_column : step.first_column + step.acc.cols]
-    product = _product_of_transposed if step.b.buffer.transposed else torch.bmm
+    product = _with_transposed if step.b.buffer.transposed else torch.bmm
     if step.starts_at_zero:
         role.write(step.acc, product, a, b)
     else:
@@ -55,14 +54,7 @@ def wait_gemm(step: WaitGemm, role: RoleRun) -> None:
     role.land_gemms(step.pending, step.lands)
 
 
-def _product_of_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product with what columns of b stand for; each register of a lies over the keys of its lane."""
-    keys = a.shape[-1]
-    order = torch.tensor(FRAGMENT_ORDER) + torch.arange(0, keys, len(FRAGMENT_ORDER)).unsqueeze(1)
-    return torch.bmm(a[..., order.flatten()], b.transpose(1, 2))
-
-
-def _scores(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _with_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b.transpose(1, 2))
 
 

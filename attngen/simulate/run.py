@@ -10,6 +10,7 @@ import torch
 
 from attngen.dtypes import torch_dtype
 from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
+from attngen.quantize import unpack_values
 from attngen.simulate import control, copies, gemms, scales, softmax, sync
 from attngen.simulate.blocks import Block, Call
 from attngen.simulate.device_memory import DeviceMemory
@@ -30,9 +31,6 @@ def _function_of(step: type[Step]) -> StepFunction:
 _STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
 STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for step in STEPS}
 """What each Step does."""
-
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""FLT_MIN, which stands for a softmax_scale of 0: a score of -inf times it is -inf, not NaN."""
 
 
 def simulate(
@@ -66,7 +64,7 @@ def simulate(
         memory: where to count FLOPs and bytes.
         declared: the scalars and tensors of the spec, by name.
         descales: of 8-bit q, k and v, by the names of `Plan.scales`: (batch, heads), or (batch, heads, granules). v is
-            then transposed, (batch, num_heads_kv, head_dim_v, keys), in the order of `FRAGMENT_ORDER`.
+            then as `attngen.quantize.Operands` has it: transposed, and keys in the order of fragments.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), the plan's output type.
@@ -76,7 +74,10 @@ def simulate(
         SimulationFault: a program broke a rule.
     """
     q_heads, k_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k))
-    v_heads = v if layout == "bhsd" or plan.scales else v.transpose(1, 2)
+    if plan.scales:  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
+        v_heads = unpack_values(v, k_heads.shape[2]).permute(0, 2, 3, 1)
+    else:
+        v_heads = v if layout == "bhsd" else v.transpose(1, 2)
     batch, num_heads_q, seqlen_q, _ = q_heads.shape
     sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
@@ -92,7 +93,7 @@ def simulate(
     if lse is not None:
         tensors["lse"] = lse
     scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
-    scale_to_log2 = plan.score_factor if plan.modifies_scores else max(abs(scale), SMALLEST_SCALE)
+    scale_to_log2 = plan.score_factor if plan.modifies_scores else max(abs(scale), scales.SMALLEST_SCALE)
     call = Call(
         plan,
         sizes,

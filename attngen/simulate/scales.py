@@ -19,6 +19,8 @@ from attngen.plan.steps import (
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.roles import RoleRun
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""FLT_MIN, which stands for a scale of 0: a score of -inf times it is -inf, not NaN."""
 SMALLEST_WEIGHT = 2.0**-32
 """Of a block of V against the largest; e4m3 rounds P to zero long before."""
 
@@ -30,13 +32,18 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
     rows = torch.arange(len(own)) + role.index(step.rows) * step.dst.rows + own.start
     scale = call.softmax_scale if step.in_natural_units else call.softmax_scale_log2
     q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else torch.ones(())
-    role.write(step.dst, lambda: (scale * q * k).expand(-1, len(own)).unsqueeze(-1))
+
+    def scaled() -> torch.Tensor:
+        return _normal(scale * q * k, step.in_natural_units).expand(-1, len(own)).unsqueeze(-1)
+
+    role.write(step.dst, scaled)
 
 
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
     """The same times K's descale of each key of a block."""
     k = _of_keys(step.k, step.block, role)
-    role.write(step.dst, lambda src: src * k.unsqueeze(1), role.read(step.src))
+    src = role.read(step.src)
+    role.write(step.dst, lambda: _normal(src * k.unsqueeze(1), step.in_natural_units))
 
 
 def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
@@ -81,6 +88,11 @@ def promote(step: Promote, role: RoleRun) -> None:
 _SMALLEST = torch.tensor(SMALLEST_WEIGHT)
 
 
+def _normal(scale: torch.Tensor, in_natural_units: bool) -> torch.Tensor:
+    """What may meet a score of -inf, which scales in natural units do not."""
+    return scale if in_natural_units else scale.clamp(min=SMALLEST_SCALE)
+
+
 def _of_keys(of: Descales, block: BlockIndex, role: RoleRun) -> torch.Tensor:
     """The descales of the keys of a block, (members, keys)."""
     block_n = role.call.plan.block_n
@@ -88,7 +100,7 @@ def _of_keys(of: Descales, block: BlockIndex, role: RoleRun) -> torch.Tensor:
 
 
 def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:
-    """The descales of some rows of the tile's heads, (members, rows); of a row past the end the last one's."""
+    """The descales of some rows of the tile's heads, (members, rows); past the end the last one's, or 0 if none is."""
     if not role.device.holds_values:
         return NOTHING
     batch, head, head_kv = role.tile.columns
@@ -97,7 +109,9 @@ def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:
         return found.reshape(-1, 1)
     sizes = role.call.sizes
     length = sizes.seqlen_q if of.axis == "q" else sizes.seqlen_k
-    return found[:, rows.clamp(0, max(0, length - 1)) // of.granule]
+    if not length:
+        return found.new_zeros(len(found), len(rows))
+    return found[:, rows.clamp(0, length - 1) // of.granule]
 
 
 def _rows(place: RegTile | RegVec, role: RoleRun) -> int:

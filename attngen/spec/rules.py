@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
+from attngen.quantize import HADAMARD_DIMS
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
+_GPU_HEAD_DIMS_8BIT = range(32, 257, 16)
 _SIMULATOR_HEAD_DIMS = range(1, 513)
+_OF_E4M3 = {"scales": "auto", "incoherent": "none", "seed": 0, "promote": "auto"}
+"""The fields of `precision` that mean something to e4m3 inputs alone, and what says nothing there."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,26 @@ class Broken:
 
 def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     """Every rule that the data of a spec breaks."""
-    problem = data.get("problem")
-    if isinstance(problem, dict):
-        yield from _head_dims(problem.get("head_dim"), data.get("target", "auto"))
+    problem, precision = data.get("problem"), data.get("precision")
+    head_dim = problem.get("head_dim") if isinstance(problem, dict) else None
+    said = precision if isinstance(precision, dict) else {}
+    yield from _head_dims(head_dim, legal_head_dims(data.get("target", "auto"), said.get("inputs")))
+    yield from _fields_of_e4m3(said, head_dim)
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
         if isinstance(shape, dict):
             yield from _grouped_heads(f"check[{index}]", shape)
 
 
-def legal_head_dims(target: object) -> range:
-    """Head dims that a target takes; an unknown target is taken for a GPU."""
+def legal_head_dims(target: object, inputs: object) -> range:
+    """Head dims that a target takes of a format of Q, K and V; an unknown target is taken for a GPU."""
     arch = ARCHS.get(str(target))
-    return _GPU_HEAD_DIMS if arch is None or arch.emits else _SIMULATOR_HEAD_DIMS
+    if arch is not None and not arch.emits:
+        return _SIMULATOR_HEAD_DIMS
+    return _GPU_HEAD_DIMS_8BIT if inputs == "e4m3" else _GPU_HEAD_DIMS
 
 
-def _head_dims(head_dim: object, target: object) -> Iterator[Broken]:
-    legal = legal_head_dims(target)
+def _head_dims(head_dim: object, legal: range) -> Iterator[Broken]:
     step = f"a multiple of {legal.step}" if legal.step > 1 else "an integer"
     dims = (
         {f".{key}": value for key, value in head_dim.items()}
@@ -72,6 +79,56 @@ def _head_dims(head_dim: object, target: object) -> Iterator[Broken]:
                 else "",
                 nearest=tuple(str(near) for near in _neighbours(dim, legal)),
             )
+
+
+def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
+    inputs, incoherent = said.get("inputs", "bf16"), said.get("incoherent", "none")
+    for field, nothing in _OF_E4M3.items() if inputs != "e4m3" else ():
+        if said.get(field, nothing) != nothing:
+            yield Broken(
+                path=f"precision.{field}",
+                value=said[field],
+                must=f"means nothing to {inputs}",
+                rule="precision-field",
+                note="it is for inputs: e4m3",
+                nearest=(str(nothing),),
+            )
+    if inputs != "e4m3":
+        return
+    if _is_positive(said.get("seed")) and incoherent == "none":
+        yield Broken(
+            path="precision.seed",
+            value=said["seed"],
+            must="means nothing without a Hadamard matrix",
+            rule="precision-field",
+            note="it is of the signs of incoherent: hadamard",
+            nearest=("0",),
+        )
+    qk = head_dim.get("qk") if isinstance(head_dim, dict) else head_dim
+    if incoherent == "hadamard" and _is_positive(qk) and qk not in HADAMARD_DIMS:
+        yield Broken(
+            path="precision.incoherent",
+            value=incoherent,
+            must=f"must be none where Q and K have {qk} columns",
+            rule="hadamard-columns",
+            note=f"the matrix is one of {_listed(HADAMARD_DIMS)} columns",
+            nearest=("none",),
+        )
+    promote = said.get("promote", "auto")
+    if _is_positive(promote) and promote > 1:
+        yield Broken(
+            path="precision.promote",
+            value=promote,
+            must="must be 0 (never), 1 (every block of keys) or auto",
+            rule="promotion",
+            note="every block rescales O anyhow, and promotes with the same instruction: fewer promotions save nothing",
+            nearest=("1",),
+        )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}"
 
 
 def _neighbours(dim: int, legal: range) -> list[int]:

@@ -184,11 +184,11 @@ class Precision(_Model):
     ] = 0
     """Of the signs of the Hadamard matrix."""
     promote: Annotated[
-        Annotated[int, Field(ge=0), BeforeValidator(_integer)] | _Auto,
+        Annotated[int, Field(ge=0, json_schema_extra={"maximum": 1}), BeforeValidator(_integer)] | _Auto,
         Expects("promotion", "0 (never), 1 (every block of keys) or auto", lambda value: ("0", "1", "auto")),
     ] = "auto"
     """After how many blocks of keys the tensor core's sums of e4m3 products, which keep some 14 bits, are added to O in
-    true f32; 0 is never."""
+    true f32: 1, or 0 for never; auto is 1."""
 
 
 class Tile(_Model):

@@ -54,6 +54,9 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
+// A scale, FLT_MIN where it would be less: a score of -inf times it stays -inf.
+DEV float normal_scale(float scale) { return fmaxf(scale, 0x1p-126f); }
+
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],

@@ -6,6 +6,7 @@ from attngen.arch import ARCHS
 from attngen.emit.kernel import emit
 from attngen.emit.manifest import manifest
 from attngen.lower import lower
+from attngen.quantization import Quantization
 from attngen.resources import shipped_specs
 from attngen.spec import load
 from tests.emit.sass import write_table
@@ -25,6 +26,10 @@ def expected_files() -> dict[str, str]:
                 stem = spec.name + (f"_k{each.up_to}" if each.up_to else "")
                 files[f"{stem}.cu"] = emit(each)
                 files[f"{stem}.json"] = manifest(each).to_json()
+            if plan.quantizer:
+                quantization = Quantization(plan.quantizer)
+                files[f"{spec.name}_quantize.cu"] = quantization.source
+                files[f"{spec.name}_quantize.json"] = quantization.manifest
     return files
 
 

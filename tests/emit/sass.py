@@ -19,7 +19,7 @@ NVRTC 13.0.88; `python tests/emit/regenerate.py` rewrites this, a test holds all
 compilers at a time) in step. The hot loop is the shortest loop with matrix instructions and exponentials; it covers one
 block of keys. R2UR in it means that descriptors of wgmma do not stay in uniform registers.
 
-| spec | keys | schedule, tile | registers | spilled bytes | loop | HGMMA, HMMA | MUFU | R2UR | compiled in [s] |
+| spec | keys | schedule, tile | registers | spilled bytes | loop | HGMMA, QGMMA, HMMA | MUFU | R2UR | compiled in [s] |
 |---|---|---|---|---|---|---|---|---|---|
 """
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
@@ -43,8 +43,13 @@ def loops(sass: str) -> Iterator[list[str]]:
 def hot_loop(sass: str) -> Counter[str]:
     """How often the shortest loop with matrix instructions and exponentials has each instruction."""
     bodies = (Counter(name.split(".")[0] for name in body) for body in loops(sass))
-    hot = (body for body in bodies if body["MUFU"] and body["HGMMA"] + body["HMMA"])
+    hot = (body for body in bodies if body["MUFU"] and matrix_instructions(body))
     return min(hot, key=lambda body: body.total())
+
+
+def matrix_instructions(body: Counter[str]) -> int:
+    """Of warpgroups, of 16-bit inputs and of 8-bit ones, and of warps."""
+    return body["HGMMA"] + body["QGMMA"] + body["HMMA"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def row(name: str, kernel: attngen.Kernel) -> Row:
         used.registers,
         used.spill_stores,
         loop.total(),
-        loop["HGMMA"] + loop["HMMA"],
+        matrix_instructions(loop),
         loop["MUFU"],
         loop["R2UR"],
     )

@@ -209,7 +209,8 @@ class SpecialisedRecorder(Recorder):
         self.asked: list[tuple[int, int]] = []
         self.prepared: list[int] = []
 
-        def encode(address: int, dims: object, strides: object, box: object) -> bytes:
+        def encode(address: int, dims: object, strides: object, box: object, element_bytes: int) -> bytes:
+            assert element_bytes == 2
             self.encoded.append(address)
             data = MAP.pack(address, *dims, *strides, *box)  # type: ignore[misc]
             return (b"\0" * address_at + data).ljust(128, b"\0")

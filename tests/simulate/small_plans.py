@@ -166,18 +166,19 @@ def lowered(
     fields: Mapping[str, Any] = MappingProxyType({}),
     score: str = "score",
     declarations: Mapping[str, Any] = MappingProxyType({}),
+    precision: Mapping[str, Any] = MappingProxyType({}),
     **choices: Any,
 ) -> Plan:
     """The plan of a spec, with tiles small enough for every range of a program to hold many blocks.
 
-    `fields` is more of the spec's `schedule`, `declarations` its tensors and scalars; `choices` is what no spec says
-    and lowering would decide.
+    `fields` is more of the spec's `schedule`, `precision` of its block of that name, `declarations` its tensors and
+    scalars; `choices` is what no spec says and lowering would decide.
     """
     spec = load(
         {
             "target": target,
             "problem": {"head_dim": {"qk": head_dim, "v": head_dim_v or head_dim}},
-            "precision": {"inputs": inputs},
+            "precision": {"inputs": inputs, **precision},
             "mask": mask,
             "score": score,
             **declarations,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from operands_8bit import drawn_call
 from small_plans import lowered
 
 from attngen.inputs import Shape
@@ -51,6 +52,13 @@ class Case:
     out_over_q: bool = False
     rescale: str = "middle"
     score: str = "score"
+    scales: str = ""
+    promote: int = 1
+
+    @property
+    def inputs(self) -> tuple["Inputs", ...]:
+        """The calls: where blocks of keys have scales of their own, of some blocks."""
+        return INPUTS_OF_GRANULES if self.scales in ("per_block", "per_token") else INPUTS
 
     @property
     def language(self) -> LanguageCase:
@@ -63,14 +71,18 @@ class Case:
         if self.overlap is None:
             return lowered(self.schedule, self.mask, self.stages, **pairs)
         fields = {"overlap": self.overlap, "persistent": self.persistent}
-        variant = {"out_over_q": self.out_over_q, "rescale": self.rescale}
+        variant: dict[str, Any] = {"out_over_q": self.out_over_q, "rescale": self.rescale}
+        if self.scales:
+            variant["precision"] = {"scales": self.scales, "promote": self.promote, "output": "f32"}
+            variant |= {"inputs": "e4m3", "block_n": 64 if self.inputs is INPUTS_OF_GRANULES else 2}
         return lowered(self.schedule, self.mask, self.stages, fields=fields, **pairs, **variant)
 
     def __str__(self) -> str:
         overlap = {None: "", True: ", overlap", False: ", no overlap"}[self.overlap]
         persistent = {None: "", True: ", persistent", False: ", one tile a block"}[self.persistent]
         numbers = f"{self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}, {self.rescale}"
-        return f"{self.schedule}, {self.language}, {numbers}"
+        scales = f", {self.scales}, promote {self.promote}" if self.scales else ""
+        return f"{self.schedule}, {self.language}, {numbers}{scales}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,15 @@ INPUTS = (
     Inputs(7, 4, heads=3 * LOCKSTEP, heads_kv=1),
     Inputs(7, 2, heads=3 * LOCKSTEP, heads_kv=1),
 )
+INPUTS_OF_GRANULES = (
+    Inputs(5, 23, heads=2),
+    Inputs(13, 310, heads=2, heads_kv=1, softmax_scale=-0.7),
+    Inputs(70, 390, softmax_scale=0.2),
+    Inputs(150, 150, softmax_scale=0.2),
+    Inputs(41, 0, heads=3 * LOCKSTEP),
+    Inputs(7, 6, heads=3 * LOCKSTEP, heads_kv=1),
+)
+"""The same where 64 rows of Q and 128 keys share a scale, and tiles have 64 keys."""
 TOLERANCE = 1e-3
 """Less is rounding; every input below differs by more from what it should be, or not at all."""
 
@@ -160,6 +181,15 @@ CASES = [
             (DOCUMENT, False, False, True, "middle", "score"),
             (SINKS, True, True, True, "last", "score"),
             ("causal", True, True, False, "middle", "score + bias[h, q_idx, kv_idx]"),
+        )
+    ),
+    *(
+        Case("pingpong", mask, 2, overlap, True, False, rescale, score, scales, promote)
+        for mask, overlap, rescale, score, scales, promote in (
+            ("causal", True, "last", "score", "per_block", 1),
+            ("full", False, "middle", "softcap(score, 9.0)", "per_block", 1),
+            ("causal", True, "middle", "score", "per_token", 0),
+            (WINDOW, True, "last", "score", "per_head", 1),
         )
     ),
 ]
@@ -248,23 +278,27 @@ def without_step(plan: Plan, site: Site) -> Plan:
 
 def results(plan: Plan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Out and lse of every one of the fixed inputs."""
-    for i, x in enumerate(INPUTS):
-        generator = torch.Generator().manual_seed(i)
-
-        def randn(seqlen: int, heads: int, cols: int, generator: torch.Generator = generator) -> torch.Tensor:
-            values = torch.randn(2, seqlen, heads, cols, generator=generator)
-            return (2 * values).to(getattr(torch, plan.inputs.torch_name))
-
+    for i, x in enumerate(case.inputs):
         many = LOCKSTEP if heads_differ(plan) and x.heads > LOCKSTEP else 1  # such heads run one by one
-        heads, heads_kv = x.heads // many, max(1, x.heads_kv // many)
-        shape = Shape(2, heads, heads_kv, x.seqlen_q, x.seqlen_k)
-        q = randn(x.seqlen_q, heads, plan.head_dim_qk)
-        k = randn(x.seqlen_k, heads_kv, plan.head_dim_qk)
-        v = randn(x.seqlen_k, heads_kv, plan.head_dim_v)
+        shape = Shape(2, x.heads // many, max(1, x.heads_kv // many), x.seqlen_q, x.seqlen_k)
+        generator = torch.Generator().manual_seed(i)
+        call = drawn_call(plan, shape, generator) if plan.scales else drawn_tensors(plan, shape, generator)
         declared = case.language.arguments(shape)
-        out, lse = simulate(plan, q, k, v, softmax_scale=x.softmax_scale, return_lse=True, declared=declared)
+        out, lse = simulate(plan, **call, softmax_scale=x.softmax_scale, return_lse=True, declared=declared)
         assert lse is not None
         yield out, lse
+
+
+def drawn_tensors(plan: Plan, shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Q, K and V of a call."""
+
+    def randn(seqlen: int, heads: int, cols: int) -> torch.Tensor:
+        values = torch.randn(shape.batch, seqlen, heads, cols, generator=generator)
+        return (2 * values).to(getattr(torch, plan.inputs.torch_name))
+
+    q = randn(shape.seqlen_q, shape.heads, plan.head_dim_qk)
+    k = randn(shape.seqlen_k, shape.heads_kv, plan.head_dim_qk)
+    return {"q": q, "k": k, "v": randn(shape.seqlen_k, shape.heads_kv, plan.head_dim_v)}
 
 
 def differ(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:

@@ -72,8 +72,30 @@ def underlined(fault: Diagnostic) -> str:
         ("schedule: {order: columns}", "schedule.order = columns must be one of auto, heads, rows", "columns",
          ("auto", "heads", "rows"), "known-orders"),
         ("schedule: {stages: two}", "schedule.stages = two must be", "two", ("auto",), "positive-integer"),
-        ("precision: {inputs: fp16}", "precision.inputs = fp16 must be one of f16, bf16, f32", "fp16",
+        ("precision: {inputs: fp16}", "precision.inputs = fp16 must be one of f16, bf16, e4m3, f32", "fp16",
          ("f16", "bf16"), "known-formats"),
+        ("precision: {output: e4m3}", "precision.output = e4m3 must be one of auto, f16, bf16, f32", "e4m3",
+         ("auto", "f16", "bf16", "f32"), "known-formats"),
+        ("precision: {inputs: e5m2}", "precision.inputs = e5m2 must be one of f16, bf16, e4m3, f32", "e5m2", ("e4m3",),
+         "known-formats"),
+        ("precision: {inputs: e4m3, scales: token}", "precision.scales = token must be one of auto,", "token",
+         ("per_token",), "known-scales"),
+        ("precision: {inputs: e4m3, incoherent: signs}", "precision.incoherent = signs must be one of none, hadamard",
+         "signs", ("none", "hadamard"), "known-transforms"),
+        ("precision: {scales: per_head}", "precision.scales = per_head means nothing to bf16", "per_head", ("auto",),
+         "precision-field"),
+        ("precision: {inputs: f16, incoherent: hadamard}", "precision.incoherent = hadamard means nothing to f16",
+         "hadamard", ("none",), "precision-field"),
+        ("precision: {seed: 3}", "precision.seed = 3 means nothing to bf16", "3", ("0",), "precision-field"),
+        ("precision: {promote: 0}", "precision.promote = 0 means nothing to bf16", "0", ("auto",), "precision-field"),
+        ("precision: {inputs: e4m3, seed: 3}", "precision.seed = 3 means nothing without a Hadamard matrix", "3",
+         ("0",), "precision-field"),
+        ("precision: {inputs: e4m3, seed: -1}", "precision.seed = -1 must be an integer from 0 to 2^63 - 1", "-1",
+         ("0",), "seed"),
+        ("precision: {inputs: e4m3, promote: 4}", "precision.promote = 4 must be 0 (never), 1 (every block of keys) or",
+         "4", ("1",), "promotion"),
+        ("precision: {inputs: e4m3, promote: -1}", "precision.promote = -1 must be 0 (never), 1 (every block of", "-1",
+         ("0", "1", "auto"), "promotion"),
         ("mask: [causal]", "mask must be an expression, written as text", "[causal]", (), "expression-text"),
         ("name: ../../etc/x", "name = ../../etc/x must be letters", "../../etc/x", ("etc_x",), "spec-name"),
         ("score: kv_idx <= q_idx", "score must be a number", "kv_idx <= q_idx", (), "expression-types"),
@@ -97,6 +119,41 @@ def test_a_fault_says_where_what_which_rule_and_what_would_do(
     fault = only(HEAD_DIM + text + "\n")
     assert fault.message.startswith(message) and fault.rule == rule and fault.nearest == nearest
     assert underlined(fault) == marked and fault.location is not None and fault.location.line == 2
+
+
+def test_every_fault_of_e4m3_is_in_one_report() -> None:
+    """Columns, matrix and promotion; what is said of formats, with the reasons."""
+    found = faults(
+        "problem: {head_dim: {qk: 72, v: 88}}\n"
+        "precision: {inputs: e4m3, incoherent: hadamard, promote: 2}\n"
+        "tensors: {q_descale: 'f32[batch]'}\n"
+    )
+    assert [(fault.path, fault.rule, fault.nearest) for fault in found] == [
+        ("problem.head_dim.qk", "head-dim", ("64", "80")),
+        ("problem.head_dim.v", "head-dim", ("80", "96")),
+        ("precision.incoherent", "hadamard-columns", ("none",)),
+        ("precision.promote", "promotion", ("1",)),
+        ("tensors.q_descale", "reserved-names", ("q_descale_",)),
+    ]
+    assert found[0].message == "problem.head_dim.qk = 72 must be a multiple of 16 from 32 to 256"
+    assert found[2].note == "the matrix is one of 64, 128 or 256 columns"
+    assert "with the same instruction" in found[3].note
+    assert found[4].note == "`q_descale` is an argument of calls with e4m3 tensors"
+
+
+@pytest.mark.parametrize("block", ["scalars", "tensors", "define"])
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_descales_are_nobodys_names(block: str, name: str) -> None:
+    """Calls pass them, so that nothing that a spec declares is called so, whatever its inputs are."""
+    text = {"scalars": "f32", "tensors": "f32[batch]", "define": "q_pos"}[block]
+    assert only(f"{HEAD_DIM}{block}:\n  {name}: {text}\n").rule == "reserved-names"
+
+
+def test_the_simulator_takes_e4m3_of_any_head_dim() -> None:
+    """Nothing is copied there; a Hadamard matrix is of the same sizes everywhere."""
+    problem = "target: simulator\nproblem: {head_dim: 5}\n"
+    attngen.load(problem + "precision: {inputs: e4m3}\n")
+    assert only(problem + "precision: {inputs: e4m3, incoherent: hadamard}\n").rule == "hadamard-columns"
 
 
 @pytest.mark.parametrize(
