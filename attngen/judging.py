@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attngen.accuracy import SCORE_UNIT, Accuracy, compare
-from attngen.dtypes import BF16, torch_dtype
+from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
 from attngen.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.plan import Plan
@@ -26,9 +26,9 @@ P_LIFT = 8
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def call_dtype(plan: Plan) -> torch.dtype:
-    """What a call passes q, k and v in: the plan's input type, or bf16, which a kernel of e4m3 inputs quantises."""
-    return torch_dtype(BF16 if plan.scales else plan.inputs)
+def call_dtype(inputs: DType) -> torch.dtype:
+    """What a call passes q, k and v in: the kernel's input type, or bf16, which a kernel of e4m3 inputs quantises."""
+    return torch_dtype(BF16 if inputs is E4M3 else inputs)
 
 
 def draw(
@@ -41,7 +41,7 @@ def draw(
 ) -> Inputs:
     """Random q, k and v that the plan's kernel takes; arguments as of `random_inputs`."""
     return random_inputs(
-        shape, plan.head_dim_qk, plan.head_dim_v, call_dtype(plan), device, seed, layout, kind
+        shape, plan.head_dim_qk, plan.head_dim_v, call_dtype(plan.inputs), device, seed, layout, kind
     )
 
 

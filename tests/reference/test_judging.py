@@ -130,7 +130,7 @@ def test_a_gpu_has_terms_for_its_sums_and_the_simulator_has_none() -> None:
 def test_calls_are_judged_by_what_they_were_given(layout: str) -> None:
     """A call on bf16 tensors, f16 ones and operands, in either layout, Q and K in a basis of their own."""
     kernel = attngen.compile(spec("per_head", "hadamard", "causal"))
-    assert call_dtype(kernel.plan) == torch.bfloat16
+    assert call_dtype(kernel.plan.inputs) == torch.bfloat16
     for dtype in (torch.bfloat16, torch.float16):
         q, k, v = (x.to(dtype) for x in inputs(Shape(1, 2, 1, 40, 70)))
         operands = quantized(kernel.plan, q, k, v)
