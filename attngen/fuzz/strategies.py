@@ -86,10 +86,10 @@ def _rows(kind: str, arch: Arch) -> SearchStrategy[int]:
 
 
 def _formats(arch: Arch, kind: str) -> tuple[str, ...]:
-    """Formats of inputs: e4m3, of warpgroups alone, as often as all others."""
+    """Formats of inputs: e4m3, of warpgroups alone, twice as often as each other one."""
     if kind in SCHEDULES or "e4m3" not in arch.input_dtypes:
         return arch.dtypes[::-1]
-    return (*arch.dtypes[::-1], *len(arch.dtypes) * ("e4m3",))
+    return (*arch.dtypes[::-1], "e4m3", "e4m3")
 
 
 @st.composite
