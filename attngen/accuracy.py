@@ -26,11 +26,23 @@ may be exact by luck. The (1, 1) problem needs none of this: out is v there, exa
 f32 inputs round P to nothing shorter, so that the order of f32 sums is all that differs, and the yardstick,
 whose matrix product sums pairwise, is no bound for a loop over blocks. They are allowed one more term (see
 `_order_term`), which grows with the number of blocks.
+
+Of 8-bit operands (`attngen.judging`) the reference takes the numbers that they stand for, and the yardstick rounds P as
+the kernels do. There the rule has more of:
+
+- chance: a number of e4m3 errs by up to 2^-4 of itself, and by nothing where it meets the format by luck. An element of
+  out may then err by 2^-4 * spread, spread^2 = sum of P^2 V^2 over the keys. The largest is added to the first line and
+  their RMS to the second, times min(1, CHANCE_ROWS / rows); rows of little spread count for less;
+- sums: a tensor core keeps some 14 bits of sums of 8-bit products, relative to the largest of 32 of them, and drops the
+  rest of each. The yardstick's products are multiples of SCORE_UNIT * |q| * |k|, and lse may err by softmax_scale times
+  as much, for the row's q and the head's longest k. The simulator's sums are f32, and neither is granted to it;
+- the inputs themselves, where they are known: the RMSE of out against fp64 attention on what was quantised is at most
+  INPUT_FACTOR times the yardstick's, plus chance.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +50,9 @@ from torch import Tensor
 
 from attngen.errors import ArgumentError
 from attngen.expr import Expr
-from attngen.reference import Layout, attention, attention_chunked, standard_attention
+from attngen.expr.arithmetic import times
+from attngen.expr.tree import real
+from attngen.reference import Layout, Roundings, attention, attention_chunked, standard_attention
 
 MAX_FACTOR = 2.0
 RMSE_FACTOR = 1.2
@@ -46,6 +60,9 @@ CHANCE_ROWS = 4
 BLOCK_ROUNDINGS = 4
 LSE_ABSOLUTE = 1e-4
 LSE_RELATIVE = 1e-6
+INPUT_FACTOR = 2.0
+SCORE_UNIT = 2.0**-12
+"""Two units of the last of 13 bits after the point; |q| * |k| is some times more than the largest of 32 products."""
 
 NAIVE_SCORES = 2**22
 """Above this many scores (32 MiB of fp64) the reference is computed in chunks."""
@@ -71,6 +88,8 @@ class Accuracy:
         lse_bound: what it may be there.
         lse_index: where that is in lse: (batch, head, row).
         failures: the lines of the rule that do not hold, in words.
+        input_rmse: against attention on the inputs that were quantised; None where there are none.
+        input_bound: what it may be.
     """
 
     ok: bool
@@ -87,6 +106,8 @@ class Accuracy:
     lse_bound: float | None
     lse_index: tuple[int, ...]
     failures: tuple[str, ...]
+    input_rmse: float | None = None
+    input_bound: float | None = None
 
     def describe(self) -> str:
         """One line: verdict, errors, bounds, worst index."""
@@ -96,6 +117,8 @@ class Accuracy:
             index = ", ".join(map(str, self.worst_index))
             text += f" at ({index}): got {self.got:.6g}, expected {self.expected:.6g}"
         text += f"; rmse {self.rmse:.2e} of {self.rmse_bound:.2e}"
+        if self.input_rmse is not None:
+            text += f"; rmse against the inputs {self.input_rmse:.2e} of {self.input_bound:.2e}"
         if self.lse_error is not None:
             text += f"; lse {self.lse_error:.2e} of {self.lse_bound:.2e}"
             if "lse" in self.failures:
@@ -120,6 +143,8 @@ def compare(
     block_n: int | None = None,
     score: Expr | None = None,
     declared: Mapping[str, Any] | None = None,
+    roundings: Roundings | None = None,
+    inputs: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Accuracy:
     """Hold an output against the fp64 reference on the same inputs, on the device they are on.
 
@@ -139,40 +164,35 @@ def compare(
         block_n: keys in a block of the kernel's loop; with f32 inputs each block is allowed its roundings.
         score: what the kernel made of each scaled product; itself where None.
         declared: what the call passed for the scalars and tensors that mask and score read.
+        roundings: of a kernel of 8-bit operands; q, k and v are then what these stand for, f32.
+        inputs: what the operands were made of, in the shapes of q, k and v.
 
     Raises:
         ArgumentError: out or lse has not the shape that q and v ask for.
     """
     _check_shapes(out, lse, q, v, layout)
     out = out.detach()
-    sequence = 2 if layout == "bhsd" else 1
+    if layout == "bshd":
+        q, k, v, out = (x.transpose(1, 2) for x in (q, k, v, out))
     if rows is not None:
         index = torch.tensor(list(rows), dtype=torch.int64, device=out.device)
-        out = out.index_select(sequence, index)
+        out = out.index_select(2, index)
         lse = None if lse is None else lse.index_select(2, index)
-    scores = q.shape[0] * q.shape[3 - sequence] * q.shape[sequence] * k.shape[sequence]
-    if rows is None and scores <= NAIVE_SCORES:
-        ref, ref_lse = attention(q, k, v, mask, softmax_scale, layout, score=score, declared=declared)
-    else:
-        ref, ref_lse = attention_chunked(
-            q, k, v, mask, softmax_scale, layout, rows=rows, score=score, declared=declared
-        )
+    oracle = _Oracle(k, v, mask, softmax_scale, rows, score, declared)
+    ref, ref_lse = oracle(q, k, v)
     standard, _ = standard_attention(
         q,
         k,
         v,
         mask,
         softmax_scale,
-        layout,
+        "bhsd",
         out_dtype=out.dtype,
         rows=rows,
         score=score,
         declared=declared,
+        roundings=roundings,
     )
-
-    # From here on all is (batch, heads, rows, head_dim_v), with the worst index translated back at the end.
-    if layout == "bshd":
-        out, ref, standard = (x.transpose(1, 2) for x in (out, ref, standard))
     empty = ref_lse.isneginf()[..., None]
     visible = ref_lse.isfinite()
     error = _distance(out.double(), ref)
@@ -180,15 +200,27 @@ def compare(
     standard_error = _distance(standard.double(), ref).nan_to_num_(posinf=0.0)
 
     term = _rounding_term(ref, out.dtype)
-    blocks = math.ceil(k.shape[sequence] / block_n) if block_n else 0
-    order = _order_term(q, k, v, softmax_scale, blocks) if q.dtype == torch.float32 else 0.0
+    different = _different(ref_lse[visible])
+    by_max, by_rmse = term, term * _share_of_chance(different)
+    if roundings is not None:
+        luck = _luck(oracle.spread(q, ref_lse)[visible], different, torch.finfo(roundings.p_dtype).eps / 2)
+        by_max, by_rmse = by_max + luck[0], by_rmse + luck[1]
+    elif q.dtype == torch.float32:
+        blocks = math.ceil(k.shape[2] / block_n) if block_n else 0
+        order = _order_term(q, k, v, softmax_scale, blocks)
+        by_max, by_rmse = by_max + order, by_rmse + order
     max_error, standard_max = _largest(error), _largest(standard_error)
     rmse, standard_rmse = _root_mean_square(error[visible]), _root_mean_square(standard_error[visible])
-    max_bound = MAX_FACTOR * standard_max + term + order
-    chance = term * min(1.0, CHANCE_ROWS / max(1, _different(ref_lse[visible])))
-    rmse_bound = RMSE_FACTOR * standard_rmse + chance + order
-    lines = (("max", max_error <= max_bound), ("rmse", rmse <= rmse_bound))
-    failures = [name for name, holds in lines if not holds]
+    max_bound, rmse_bound = MAX_FACTOR * standard_max + by_max, RMSE_FACTOR * standard_rmse + by_rmse
+    lines = {"max": max_error <= max_bound, "rmse": rmse <= rmse_bound}
+    input_rmse = input_bound = None
+    if inputs is not None:
+        ideal, _ = oracle(*(x if layout == "bhsd" else x.transpose(1, 2) for x in inputs))
+        input_rmse, allowed_rmse = (
+            _root_mean_square(_distance(x.double(), ideal)[visible]) for x in (out, standard)
+        )
+        input_bound = INPUT_FACTOR * allowed_rmse + by_rmse
+        lines["inputs"] = input_rmse <= input_bound
 
     worst_index: tuple[int, ...] = ()
     got = expected = math.nan
@@ -204,13 +236,17 @@ def compare(
     if lse is not None:
         difference = _distance(lse.detach().double(), ref_lse)
         allowed = LSE_ABSOLUTE + LSE_RELATIVE * ref_lse.abs().masked_fill(~visible, 0.0)
+        if roundings is not None and roundings.score_unit:
+            allowed += _sum_term(
+                q if rows is None else q.index_select(2, index), k, softmax_scale, roundings.score_unit
+            )
         lse_error, lse_bound = 0.0, LSE_ABSOLUTE
         if difference.numel():
             at = _where_largest(difference / allowed)
             lse_error, lse_bound = difference[at].item(), allowed[at].item()
             lse_index = at if rows is None else (at[0], at[1], rows[at[2]])
-        if not lse_error <= lse_bound:
-            failures.append("lse")
+        lines["lse"] = lse_error <= lse_bound
+    failures = tuple(name for name, holds in lines.items() if not holds)
     return Accuracy(
         ok=not failures,
         max_error=max_error,
@@ -225,8 +261,43 @@ def compare(
         lse_error=lse_error,
         lse_bound=lse_bound,
         lse_index=lse_index,
-        failures=tuple(failures),
+        failures=failures,
+        input_rmse=input_rmse,
+        input_bound=input_bound,
     )
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """The fp64 reference of one call, its heads before its rows."""
+
+    k: Tensor
+    v: Tensor
+    mask: Expr | None
+    softmax_scale: float | None
+    rows: Sequence[int] | None
+    score: Expr | None
+    declared: Mapping[str, Any] | None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Out and lse on these tensors; in chunks where the whole score matrix would take much memory."""
+        about: dict[str, Any] = {"score": self.score, "declared": self.declared}
+        if self.rows is None and q.shape[:3].numel() * k.shape[2] <= NAIVE_SCORES:
+            return attention(q, k, v, self.mask, self.softmax_scale, "bhsd", **about)
+        return attention_chunked(q, k, v, self.mask, self.softmax_scale, "bhsd", rows=self.rows, **about)
+
+    def spread(self, q: Tensor, lse: Tensor) -> Tensor:
+        """The root of the sum of P^2 V^2 over the keys, in the shape of out.
+
+        P^2 is proportional to the weights that twice the scores give.
+        """
+        scale = 1.0 / math.sqrt(q.shape[-1]) if self.softmax_scale is None else self.softmax_scale
+        if self.score is None:
+            squared = replace(self, softmax_scale=2 * scale)
+        else:
+            squared = replace(self, score=times(real(2.0), self.score))
+        of_squares, lse_of_squares = squared(q, self.k, self.v.double().square())
+        return (of_squares * (lse_of_squares - 2 * lse).exp()[..., None]).sqrt()
 
 
 def _check_shapes(out: Tensor, lse: Tensor | None, q: Tensor, v: Tensor, layout: Layout) -> None:
@@ -255,6 +326,29 @@ def _root_mean_square(x: Tensor) -> float:
 def _different(lse: Tensor) -> int:
     """How many rows are not the same draw; equal rows differ by 1e-12 at most in fp64."""
     return len(torch.unique(lse.round(decimals=9)))
+
+
+def _share_of_chance(rows: float) -> float:
+    """What is left of a term for chance over so many rows."""
+    return min(1.0, CHANCE_ROWS / max(1.0, rows))
+
+
+def _luck(spread: Tensor, different: int, rounding: float) -> tuple[float, float]:
+    """What the largest error and the RMSE may be by chance, of visible rows' spread, (rows, head_dim_v).
+
+    Args:
+        spread: of the elements of visible rows.
+        different: how many of the rows are not the same draw.
+        rounding: the largest relative error of P.
+    """
+    squares = spread[spread.isfinite().all(-1)].square().sum(-1)
+    if not squares.numel() or not bool(squares.any()):
+        return 0.0, 0.0
+    squares = squares / squares.max()
+    carrying = float(squares.sum() ** 2 / squares.square().sum())  # rows, were they all of one spread
+    share = rounding * _share_of_chance(min(different, carrying))
+    finite = spread[spread.isfinite()]
+    return share * _largest(finite), share * _root_mean_square(finite)
 
 
 def _where_largest(x: Tensor) -> tuple[int, ...]:
@@ -288,3 +382,12 @@ def _order_term(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, bl
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else abs(softmax_scale)
     score = scale * largest_finite(q.norm(dim=-1)) * largest_finite(k.norm(dim=-1))
     return 2.0**-24 * (1.0 + score + BLOCK_ROUNDINGS * blocks) * largest_finite(v.abs())
+
+
+def _sum_term(q: Tensor, k: Tensor, softmax_scale: float | None, unit: float) -> Tensor:
+    """What sums of few bits may take from a row's scores: (batch, num_heads_q, rows). Heads stand before rows."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else abs(softmax_scale)
+    longest = torch.cat((k.norm(dim=-1).nan_to_num(), k.new_zeros(*k.shape[:2], 1)), -1).amax(-1)
+    group = q.shape[1] // max(1, k.shape[1])
+    lost: Tensor = scale * unit * q.norm(dim=-1).nan_to_num() * longest.repeat_interleave(group, 1)[..., None]
+    return lost

@@ -26,14 +26,23 @@ MEMORY_LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
 - bhsd: `q.transpose(1, 2)` is contiguous
 """
 
-Kind = Literal["randn", "integers", "outliers"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What is drawn.
+Kind = Literal["randn", "integers", "outliers", "spans"]
+KINDS: tuple[Kind, ...] = ("randn", "integers", "outliers")
+"""What is drawn, of numbers of any format.
 
 - randn: N(0, 1)
 - integers: the exact tier; with `softmax_scale=EXACT_SCALE` every sum is exact, see `EXACT_SCALE`
 - outliers: N(0, 1) + N(0, 100) * Bernoulli(0.001), the second argument being the variance
 """
+
+KINDS_WITH_SCALES: tuple[Kind, ...] = get_args(Kind)
+"""The same of what is quantised, from bf16.
+
+- spans: N(0, 1) times 2^-20 to 2^20, a power for each `SPAN` rows of a head and here and there for a row; blocks of
+  zeros, and single numbers 64 times as large. Q is 2^20 times smaller, so that products are those of N(0, 1) at most
+"""
+SPAN = 64
+"""Rows of Q, K or V that share a power of two in `spans`."""
 
 EXACT_SCALE = math.log(2.0)
 """The softmax_scale that makes attention on `integers` exact.
@@ -199,6 +208,8 @@ def _draw(size: tuple[int, ...], kind: Kind, name: str, generator: torch.Generat
     if kind == "outliers":
         common, large = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
         return common + 10.0 * large * (torch.rand(size, generator=generator) < 0.001)
+    if kind == "spans":
+        return _spans(size, name, generator)
     if name == "q":
         return torch.randint(-1, 2, size, generator=generator).float()
     if name == "v":
@@ -209,6 +220,20 @@ def _draw(size: tuple[int, ...], kind: Kind, name: str, generator: torch.Generat
         sign = 2.0 * torch.randint(0, 2, place.shape, generator=generator) - 1.0
         keys.scatter_(-1, place, sign)
     return keys
+
+
+def _spans(size: tuple[int, ...], name: str, generator: torch.Generator) -> Tensor:
+    """N(0, 1) times powers of two that differ from block to block."""
+    batch, seqlen, heads, _ = size
+    blocks = torch.randint(-20, 21, (batch, -(-seqlen // SPAN), heads, 1), generator=generator)
+    zeros = torch.rand(blocks.shape, generator=generator) < 0.125
+    exponents, is_zero = (x.repeat_interleave(SPAN, 1)[:, :seqlen] for x in (blocks, zeros))
+    rows = torch.randint(-20, 21, exponents.shape, generator=generator)
+    exponents = torch.where(torch.rand(rows.shape, generator=generator) < 0.125, rows, exponents)
+    exponents = exponents - (40 if name == "q" else 0)
+    x = torch.randn(size, generator=generator) * torch.exp2(exponents.float())
+    x = torch.where(torch.rand(size, generator=generator) < 0.002, 64.0 * x, x)
+    return x.masked_fill_(is_zero, 0.0)
 
 
 def _unit(x: Tensor) -> int:

@@ -29,6 +29,38 @@ STANDARD_SCORES = 2**24
 """Scores that `standard_attention` holds at once: 64 MiB of f32."""
 
 
+@dataclass(frozen=True)
+class Roundings:
+    """Where a kernel of 8-bit operands rounds, for `standard_attention` to do the same.
+
+    Attributes:
+        p_dtype: the format of P.
+        lift: P is 2^lift times what it means when it is rounded; what passes the format's largest number becomes it.
+        value_weight: (batch, num_heads_kv, seqlen_k), f32, positive: P takes it before it is rounded, V gives it up.
+        score_unit: a product of rows q and k is a multiple of score_unit * |q| * |k|; f32 where 0.
+    """
+
+    p_dtype: torch.dtype
+    lift: int
+    value_weight: Tensor
+    score_unit: float = 0.0
+
+    def products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """queries times keys transposed, f32, as the kernel has it."""
+        exact = queries @ keys.mT
+        if not self.score_unit:
+            return exact
+        unit = self.score_unit * queries.norm(dim=-1)[:, None] * keys.norm(dim=-1)
+        return torch.where(unit > 0, (exact / unit).round() * unit, exact)
+
+    def weighted_sum(self, p: Tensor, values: Tensor, b: int, h_kv: int) -> Tensor:
+        """P V of one head, P rounded."""
+        weight = self.value_weight[b, h_kv]
+        largest = torch.finfo(self.p_dtype).max
+        lifted = (p * weight * 2.0**self.lift).clamp(max=largest)
+        return _weighted_sum(lifted.to(self.p_dtype).float(), values / weight[:, None]) * 2.0**-self.lift
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -172,6 +204,7 @@ def standard_attention(
     rows: Sequence[int] | None = None,
     score: Expr | None = None,
     declared: Mapping[str, Any] | None = None,
+    roundings: Roundings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.accuracy`.
 
@@ -185,7 +218,7 @@ def standard_attention(
     (see `attngen.inputs.EXACT_SCALE`). On CUDA, f32 inputs want torch's TF32 off, as it is by default.
 
     Args:
-        q: As in `attention`, in the kernel's input dtype.
+        q: As in `attention`, in the kernel's input dtype; with `roundings` f32, what 8-bit operands stand for.
         k: As in `attention`.
         v: As in `attention`.
         mask: As in `attention`.
@@ -195,6 +228,7 @@ def standard_attention(
         rows: As in `attention_chunked`.
         score: As in `attention`; its arithmetic is f32.
         declared: As in `attention`.
+        roundings: of a kernel of 8-bit operands.
 
     Returns:
         out in out_dtype and lse in f32, in the shapes of `attention`.
@@ -212,16 +246,20 @@ def standard_attention(
         pieces = (problem.q[b, h, here], problem.k[b, h_kv], problem.v[b, h_kv])
         queries, keys, values = (x.float() for x in pieces)
         places = (b, h, problem.rows[here][:, None], kv_idx)
+        products = queries @ keys.mT if roundings is None else roundings.products(queries, keys)
         if score is None:
-            scores = problem.softmax_scale * log2_e * (queries @ keys.mT)  # (chunk, seqlen_k)
+            scores = problem.softmax_scale * log2_e * products  # (chunk, seqlen_k)
         else:
-            scores = log2_e * problem.modified(problem.softmax_scale * (queries @ keys.mT), *places)
+            scores = log2_e * problem.modified(problem.softmax_scale * products, *places)
         scores = scores.masked_fill(~problem.sees(*places), -math.inf)
         row_max = scores.amax(dim=-1, keepdim=True)
         row_max.masked_fill_(row_max.isneginf(), 0.0)
         p = scores.sub_(row_max).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
-        acc_o = _weighted_sum(p.to(q.dtype).float(), values)
+        if roundings is None:
+            acc_o = _weighted_sum(p.to(q.dtype).float(), values)
+        else:
+            acc_o = roundings.weighted_sum(p, values, b, h_kv)
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)
         lse[b, h, here] = ((row_max + row_sum.log2()) * math.log(2.0))[:, 0]
     return problem.finish(out, lse)

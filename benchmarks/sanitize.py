@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import attngen
-from attngen.accuracy import compare
 from attngen.declared_inputs import declared_inputs
-from attngen.dtypes import torch_dtype
-from attngen.inputs import Shape, random_inputs
+from attngen.inputs import Shape
+from attngen.judging import draw, judge
 
 KINDS = ("fa2", "serial", "warp_specialized", "pingpong", "auto")
 LENGTHS = ((1, 1), (113, 203), (128, 217))
@@ -44,12 +43,12 @@ def language() -> Iterator[dict[str, Any]]:
 def is_right(kernel: attngen.Kernel, shape: Shape) -> bool:
     """Run, and hold the result against the reference on the CPU."""
     spec, plan = kernel.spec, kernel.plan
-    q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
+    q, k, v = draw(plan, shape, "cuda")
     declared = declared_inputs(spec.declarations, shape, "cuda")
     out, lse = kernel(q, k, v, return_lse=True, **declared)
     passed = {name: x.cpu() if hasattr(x, "cpu") else x for name, x in declared.items()}
     on_cpu = [x.cpu() for x in (out, lse, q, k, v)]
-    return compare(*on_cpu, spec.mask_expr, score=spec.score_expr, declared=passed).ok
+    return judge(spec, plan, *on_cpu, declared=passed, by_gpu=True).ok
 
 
 def main() -> None:

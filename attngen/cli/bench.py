@@ -17,9 +17,8 @@ from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts,
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.declared_inputs import Given, declared_inputs
-from attngen.dtypes import torch_dtype
 from attngen.errors import SpecError, ToolchainError
-from attngen.inputs import random_inputs
+from attngen.judging import draw
 
 OURS = "attngen"
 
@@ -145,7 +144,7 @@ def _measure(
 ) -> dict[str, Any]:
     plan = kernel.plan
     shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
-    q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), "cuda", 0)
+    q, k, v = draw(plan, shape, "cuda")
     passed = declared_inputs(kernel.spec.declarations, shape, q.device, given=said)
     runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v, **passed)}
     absent = {}

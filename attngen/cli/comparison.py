@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from attngen.accuracy import Accuracy, compare
+from attngen.accuracy import Accuracy
 from attngen.api import Kernel
 from attngen.bench import Point, measure
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
 from attngen.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
-from attngen.dtypes import torch_dtype
-from attngen.inputs import Shape, random_inputs
+from attngen.errors import ArgumentError
+from attngen.inputs import Kind, Shape
+from attngen.judging import Inputs, draw, judge
 from attngen.simulate import trace
-
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class Outcome:
 
     Attributes:
         label: which kernel.
-        seconds: device time of a call on a GPU (median), wall time of the simulator otherwise.
+        seconds: device time of a call on a GPU (median), of one on operands if inputs are e4m3; wall time of the
+            simulator otherwise.
         tflops: None on the simulator, whose time says nothing about the kernel.
         board: what `--trace` prints; empty where it was not asked for.
     """
@@ -41,12 +40,9 @@ class Outcome:
     board: str = ""
 
 
-def draw_inputs(kernel: Kernel, shape: Shape, device: str, seed: int) -> Inputs:
+def draw_inputs(kernel: Kernel, shape: Shape, device: str, seed: int, kind: Kind = "randn") -> Inputs:
     """Random inputs that the kernel takes."""
-    plan = kernel.plan
-    return random_inputs(
-        shape, plan.head_dim_qk, plan.head_dim_v, torch_dtype(plan.inputs), device=device, seed=seed
-    )
+    return draw(kernel.plan, shape, device, seed, kind=kind)
 
 
 def shape_of(kernel: Kernel, inputs: Inputs) -> Shape:
@@ -93,26 +89,19 @@ def execute(
     shape, passed = shape_of(kernel, inputs), dict(declared or {})
     board = ""
     started = time.perf_counter()
+    if with_trace and kernel.quantization is not None:
+        must = "16-bit or f32 inputs: the board has no place for scales"
+        raise ArgumentError("--trace", f"a kernel of {kernel.plan.inputs.name} inputs", must)
     if with_trace:
         traced = trace(kernel.plan, q, k, v, declared=passed)
         out, lse, board = traced.out, traced.lse, str(traced)
     else:
         out, lse = kernel(q, k, v, return_lse=True, **passed)
     seconds, tflops = time.perf_counter() - started, None
-    spec = kernel.spec
-    accuracy = compare(
-        out,
-        lse,
-        q,
-        k,
-        v,
-        spec.mask_expr,
-        block_n=kernel.plan.block_n,
-        score=spec.score_expr,
-        declared=passed,
-    )
+    accuracy = judge(kernel.spec, kernel.plan, out, lse, q, k, v, declared=passed)
     if q.is_cuda:
-        seconds = median(measure({label: lambda: kernel(q, k, v, **passed)})[label]) / 1e3
+        call = inputs if kernel.quantization is None else (kernel.quantize(q, k, v),)
+        seconds = median(measure({label: lambda: kernel(*call, **passed)})[label]) / 1e3
         point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")
         tflops = point.flops / seconds / 1e12
     return Outcome(label, shape, accuracy, seconds, tflops, board)

@@ -7,8 +7,9 @@ import torch
 
 from attngen.api import Kernel, resolve_arch
 from attngen.cli.clamps import clamps
-from attngen.cli.comparison import Inputs, Outcome, draw_declared, draw_inputs, execute, outcomes_table
+from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
+from attngen.cli.errors_report import Loss, at_lengths, losses, losses_table, plot, report_path
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.variants import (
@@ -22,6 +23,7 @@ from attngen.cli.variants import (
 )
 from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
 from attngen.inputs import Shape
+from attngen.judging import Inputs
 from attngen.spec import Spec
 
 SIMULATED = (
@@ -47,6 +49,13 @@ SIMULATED = (
     help="Take q, k and v (batch, seqlen, heads, head_dim) from this safetensors file.",
 )
 @declared_options
+@click.option(
+    "--report",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=report_path,
+    help="Plot the errors of specs of e4m3 inputs over lengths to this .html, .png or .svg.",
+)
 @click.option("--lineinfo", is_flag=True, help="Keep line numbers in the cubin, for profilers.")
 @click.pass_context
 def run(
@@ -65,9 +74,12 @@ def run(
     file: Path | None,
     tensors: dict[str, str],
     scalars: dict[str, str],
+    picture: Path | None,
     lineinfo: bool,
 ) -> None:
     """Run each SPEC on its check shapes, or on the shape given, and compare with the reference in fp64.
+
+    For e4m3 inputs also what these cost: errors against fp64 on the inputs as they were, normal and with outliers.
 
     Exits with 1 if a comparison failed.
     """
@@ -82,6 +94,8 @@ def run(
         )
     outcomes: dict[bool, list[Outcome]] = {True: [], False: []}  # by whether they are the simulator's
     clamped: list[str] = []
+    lost: list[Loss] = []
+    over_lengths: list[Loss] = []
     refused = False
     progress = console(err=True)
     said, chosen = given_values(tensors, scalars, variants(specs, sweep))
@@ -93,6 +107,7 @@ def run(
             kernel = kernel_of(spec, target, lineinfo=lineinfo)
             if on == "cpu" and (note := stand_in_note(spec, arch)):
                 click.echo(f"{variant.label}: {note}")
+            shapes: list[Shape] = []
             for inputs in _inputs(kernel, file, given, on, seed):
                 with progress.status(f"running {variant.label}"):
                     declared = draw_declared(kernel, inputs, seed, said)
@@ -100,8 +115,15 @@ def run(
                     found = clamps(spec, outcome.shape, declared)
                     clamped += [f"{variant.label}, {shape_text(outcome.shape)}: {each}" for each in found]
                 outcomes[on == "cpu"].append(outcome)
+                shapes.append(outcome.shape)
                 if outcome.board:
                     click.echo(outcome.board)
+            if kernel.quantization is not None:
+                with progress.status(f"what e4m3 costs {variant.label}"):
+                    shape = max(shapes, key=_pairs)
+                    lost += losses(kernel, variant.label, (shape,), on, seed, said)
+                    lengths = at_lengths(shape, on) if picture is not None else ()
+                    over_lengths += losses(kernel, variant.label, lengths, on, seed, said)
         except InternalError:
             raise
         except AttngenError as fault:  # one that this GPU cannot run hides none of the others
@@ -111,12 +133,23 @@ def run(
         if done:
             click.echo(SIMULATED if simulated else f"on {torch.cuda.get_device_name()}")
             console().print(outcomes_table(done, on_simulator=simulated))
+    if lost:
+        console().print(losses_table(lost))
+    if picture is not None:
+        if not over_lengths:
+            raise click.UsageError("--report is for specs of e4m3 inputs, and none was run")
+        plot(over_lengths, picture)
+        click.echo(f"report: {picture}")
     for line in clamped:
         click.echo(f"warning: {line}", err=True)
     failed = [outcome for done in outcomes.values() for outcome in done if not outcome.accuracy.ok]
     for outcome in failed:
         click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")
     ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)
+
+
+def _pairs(shape: Shape) -> int:
+    return shape.seqlen_q * shape.seqlen_k
 
 
 def _default_device(spec: Spec, arch: str | None) -> str:

@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from attngen.declared_inputs import declared_inputs
-from attngen.dtypes import dtype, torch_dtype
-from attngen.inputs import KINDS, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
+from attngen.dtypes import dtype
+from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
+from attngen.judging import call_dtype
 from attngen.spec import Spec, load
 
 Memory = MemoryLayout | Literal["far"]
@@ -64,15 +65,19 @@ class Case:
             case = Case(**data | {"spec": load(data["spec"]), "shape": Shape(**data["shape"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a case of fuzzing: {error}") from None
-        for value, known in ((case.memory, MEMORIES), (case.layout, CALL_LAYOUTS), (case.kind, KINDS)):
+        for value, known in (
+            (case.memory, MEMORIES),
+            (case.layout, CALL_LAYOUTS),
+            (case.kind, KINDS_WITH_SCALES),
+        ):
             if value not in known:
                 raise ValueError(f"not a case of fuzzing: {value} is none of {', '.join(known)}")
         return case
 
     def inputs(self, device: str) -> Tensors:
-        """q, k and v, (batch, seqlen, heads, head_dim) each."""
+        """q, k and v, (batch, seqlen, heads, head_dim) each; bf16 where the kernel's inputs are e4m3."""
         dims = self.spec.problem.head_dim
-        number = torch_dtype(dtype(self.spec.precision.inputs))
+        number = call_dtype(dtype(self.spec.precision.inputs))
         memory: MemoryLayout = "contiguous" if self.memory == "far" else self.memory
         drawn = random_inputs(self.shape, dims.qk, dims.v, number, device, self.seed, memory, self.kind)
         return far_apart(drawn) if self.memory == "far" else drawn

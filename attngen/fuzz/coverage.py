@@ -13,10 +13,11 @@ from attngen.arch import ARCHS
 from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
-from attngen.inputs import KINDS
+from attngen.inputs import KINDS, KINDS_WITH_SCALES
 from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk
+from attngen.quantize import SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
 from attngen.simulate.tiles import LOCKSTEP
@@ -85,7 +86,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     has_warpgroups = any(ARCHS[target].wgmma for target in targets)
     schedules = (*SCHEDULES, *(WARPGROUP_SCHEDULES if has_warpgroups else ()))
     yield from (("schedule", kind) for kind in schedules)
-    yield from (("dtype", name) for name in dict.fromkeys(x for t in targets for x in ARCHS[t].dtypes))
+    yield from (("dtype", name) for name in dict.fromkeys(x for t in targets for x in ARCHS[t].input_dtypes))
     if any(ARCHS[target].has_mma_granularity for target in targets):
         yield from (("head_dim", dims) for dims in _SHOWN_HEAD_DIMS)
     yield from (("stages", str(stages)) for stages in (1, 2, 3, 4))
@@ -117,7 +118,13 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     yield from (("batch", batch) for batch in ("0", "1", "2", "3 and more"))
     yield from (("memory", memory) for memory in MEMORIES)
     yield from (("layout", layout) for layout in CALL_LAYOUTS)
-    yield from (("inputs", kind) for kind in KINDS)
+    if any("e4m3" in ARCHS[target].input_dtypes for target in targets):
+        yield from (("scales", kind) for kind in SCALE_KINDS)
+        yield from (("incoherent", kind) for kind in ("none", "hadamard"))
+        yield from (("promote", how) for how in ("never", "every block"))
+        yield from (("inputs", kind) for kind in KINDS_WITH_SCALES)
+    else:
+        yield from (("inputs", kind) for kind in KINDS)
     yield from (("scale", sign) for sign in ("default", "positive", "zero", "negative"))
     yield from (("property", rule) for rule in RULES)
 
@@ -157,6 +164,10 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
     yield ("memory", case.memory)
     yield ("layout", case.layout)
     yield ("inputs", case.kind)
+    if plan.quantizer is not None:
+        yield ("scales", plan.quantizer.scales)
+        yield ("incoherent", "none" if plan.quantizer.hadamard_seed is None else "hadamard")
+        yield ("promote", "never" if case.spec.precision.promote == 0 else "every block")
     scale = case.softmax_scale
     yield (
         "scale",

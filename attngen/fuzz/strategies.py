@@ -14,10 +14,11 @@ from attngen.errors import SpecError
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.pairs import pair_texts
 from attngen.fuzz.properties import RULES, names_of
-from attngen.inputs import EXACT_SCALE, KINDS, Shape
+from attngen.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.lower import lower
 from attngen.plan import Plan
 from attngen.plan.rules import MOST_WARPGROUPS
+from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec, load
 
@@ -36,6 +37,10 @@ GPU_DIMS = (
     (192, 128),
     (40, 64),
 )
+DIMS_8BIT = ((64, 64), (32, 32), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (48, 64))
+SMALL_DIMS_8BIT = (16, 32, 64)
+SMALL_BLOCKS_8BIT = (16, 32, 48, 128, 160)
+"""Keys; the fragment order of V comes in units of 16, and scales change at 128."""
 MOST_BLOCKS = 5
 """Blocks of keys or rows in the longest sequence: enough for every range to hold several."""
 LONGEST = 260
@@ -80,20 +85,45 @@ def _rows(kind: str, arch: Arch) -> SearchStrategy[int]:
     return st.just(arch.wgmma.m)
 
 
+def _formats(arch: Arch, kind: str) -> tuple[str, ...]:
+    """Formats of inputs: e4m3, of warpgroups alone, twice as often as each other one."""
+    if kind in SCHEDULES or "e4m3" not in arch.input_dtypes:
+        return arch.dtypes[::-1]
+    return (*arch.dtypes[::-1], "e4m3", "e4m3")
+
+
+@st.composite
+def _scales(draw: DrawFn, head_dim_qk: int) -> dict[str, object]:
+    """What `precision` says of e4m3 inputs alone."""
+    chosen: dict[str, object] = {
+        "scales": draw(st.sampled_from(("auto", *SCALE_KINDS))),
+        "promote": draw(st.sampled_from(("auto", 0, 1))),
+    }
+    if head_dim_qk in HADAMARD_DIMS and draw(st.booleans()):
+        chosen |= {"incoherent": "hadamard", "seed": draw(st.integers(0, 2**16))}
+    return chosen
+
+
 @st.composite
 def _specs_of(draw: DrawFn, target: str) -> Spec:
     """A spec for a target; its tiles may be too large for it."""
     arch = ARCHS[target]
     kind = draw(st.sampled_from(_kinds(arch)))
     workers = draw(_workers(kind, arch))
-    if arch.has_mma_granularity:
+    inputs = draw(st.sampled_from(_formats(arch, kind)))
+    if inputs == "e4m3" and arch.has_mma_granularity:
+        qk, v = draw(st.sampled_from(DIMS_8BIT))
+        block_n = 32 * draw(st.sampled_from((2, 1, 3, 4, 5)))
+    elif inputs == "e4m3":
+        qk, v = draw(st.sampled_from(SMALL_DIMS_8BIT)), draw(st.sampled_from(SMALL_DIMS_8BIT))
+        block_n = draw(st.sampled_from(SMALL_BLOCKS_8BIT))
+    elif arch.has_mma_granularity:
         qk, v = draw(st.sampled_from(GPU_DIMS))
         block_n = arch.mma.k * draw(st.sampled_from((1, 2, 3, 4, 6)))
     else:
         qk, v = draw(st.sampled_from(SMALL_DIMS)), draw(st.sampled_from(SMALL_DIMS))
         block_n = draw(st.sampled_from(SMALL_BLOCKS))
     block_m = draw(_rows(kind, arch)) * next(iter(workers.values()))
-    inputs = draw(st.sampled_from(arch.dtypes[::-1]))
     stages = 1 if kind == "serial" else draw(st.integers(1, 4))
     numbers: dict[str, object] = {
         "tile": {"block_m": block_m, "block_n": block_n},
@@ -105,7 +135,7 @@ def _specs_of(draw: DrawFn, target: str) -> Spec:
         {
             "target": target,
             "problem": {"head_dim": {"qk": qk, "v": v}},
-            "precision": {"inputs": inputs},
+            "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
             **draw(pair_texts()),
             **numbers,
         }
@@ -142,14 +172,14 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
         seqlen_q=draw(lengths(plan.block_m)),
         seqlen_k=draw(lengths(plan.block_n, may_be_empty=True)),
     )
-    kind = draw(st.sampled_from(KINDS))
+    kind = draw(st.sampled_from((*KINDS_WITH_SCALES, "spans") if plan.scales else KINDS))
     scale: float | None
     if kind == "integers":
         scale = draw(st.sampled_from((EXACT_SCALE, -EXACT_SCALE)))
     else:
         scale = draw(st.one_of(st.none(), st.sampled_from((1.0, 0.0, -0.5)), st.floats(-2, 2, width=16)))
     memories: tuple[Memory, ...] = tuple(
-        memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits == 16)
+        memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16)
     )
     names = names_of(plan)
     applicable = [name for name in rules if RULES[name].applies(plan, names)]

@@ -148,7 +148,9 @@ def check_length(x: torch.Tensor, layout: str, name: str = "k") -> int:
 
 
 def strides(x: torch.Tensor, layout: str) -> Strides:
-    """Elements between batches, rows and heads; 0 where there is only one."""
+    """Elements between batches, rows and heads; 0 where there is only one, or none of anything."""
+    if not x.numel():
+        return 0, 0, 0
     steps = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
     batch, seqlen, head, _ = _bshd(tuple(steps), layout)
     return batch, seqlen, head
@@ -160,8 +162,10 @@ def check_alignment(name: str, x: torch.Tensor) -> None:
     Raises:
         ArgumentError: the address or a stride is off.
     """
+    if not x.numel():
+        return
     size = x.element_size()
-    if x.data_ptr() % ROW_ALIGNMENT and x.numel():
+    if x.data_ptr() % ROW_ALIGNMENT:
         raise ArgumentError(
             name,
             f"an address that is {x.data_ptr() % ROW_ALIGNMENT} bytes past a multiple of {ROW_ALIGNMENT}",

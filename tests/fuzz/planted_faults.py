@@ -25,6 +25,9 @@ from attngen.plan.steps import (
     LoadTile,
     MaskScores,
     MaskScoresEach,
+    Promote,
+    ReadScoreScale,
+    ReadValueWeight,
     Release,
     RowMax,
     ScaleRows,
@@ -33,6 +36,7 @@ from attngen.plan.steps import (
     WaitGemm,
     When,
 )
+from attngen.quantization import Quantization
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
 from attngen.simulate.softmax import exponentials, log_sum_exp, rescale_factor, running_max
 from attngen.simulate.visits import Member
@@ -72,6 +76,9 @@ class Planted:
         layout: str = "bshd",
         **declared: Any,
     ) -> Any:
+        descales: Mapping[str, torch.Tensor] = {}
+        if self.plan.quantizer is not None:
+            q, k, v, descales = Quantization(self.plan.quantizer).operands_of(q, k, v, layout, {})
         result, lse = simulate(
             self.plan,
             q,
@@ -82,6 +89,7 @@ class Planted:
             layout=layout,
             declared=declared,
             steps=self.fault.steps,
+            descales=descales,
         )
         result = result if out is None else out.copy_(result)
         return (result, lse) if return_lse else result
@@ -288,6 +296,57 @@ def _rows_of_the_first_warpgroup(step: IssueScoreGemm, role: RoleRun) -> None:
     STEPS_SIMULATED[IssueScoreGemm](step, role)
     role.warpgroup = own
 
+
+# ---- slips with scales --------------------------------------------------------------------------------
+def _only_the_rows_scale(step: ReadScoreScale, role: RoleRun) -> None:
+    """K's descale is left out of the scores'."""
+    src = role.read(step.src)
+    role.write(step.dst, lambda: src)
+
+
+def _every_weight_one(step: ReadValueWeight, role: RoleRun) -> None:
+    """All blocks of V are taken to have the largest descale."""
+    role.read(step.top)
+    role.write(step.weight, lambda: torch.ones(len(role.tile.members), 1, 1))
+
+
+def _sums_are_weighted(step: Exponentiate, role: RoleRun) -> None:
+    """The row sum adds up P with V's weights in it."""
+    STEPS_SIMULATED[Exponentiate](replace(step, weight=None), role)
+    if step.weight is not None:
+        s, weight = role.read(step.s), role.read(step.weight)
+        role.write(step.s, lambda: s * weight)
+        total = role.read(step.row_sum, partial=True)
+        role.write(step.row_sum, lambda: total - s.sum(-1) + (s * weight).sum(-1))
+
+
+def _lifted_lse(step: FinishRows, role: RoleRun) -> None:
+    """The lift of P is not taken off the log-sum-exp."""
+    STEPS_SIMULATED[FinishRows](replace(step, lift=0), role)
+
+
+def _promoted_without_rescaling(step: Promote, role: RoleRun) -> None:
+    """What was added up before keeps its old maximum."""
+    o, part = role.read(step.o), role.read(step.part)
+    role.read(step.by)
+    columns = slice(step.first_column, step.first_column + step.part.cols)
+
+    def joined() -> torch.Tensor:
+        result = o.clone()
+        result[..., columns] += part
+        return result
+
+    role.write(step.o, joined)
+
+
+FAULTS_OF_SCALES: dict[str, Fault] = {
+    "K's descale left out": Fault({ReadScoreScale: _only_the_rows_scale}),
+    "weights of V left out": Fault({ReadValueWeight: _every_weight_one}),
+    "row sum of weighted P": Fault({Exponentiate: _sums_are_weighted}),
+    "lse of lifted sums": Fault({FinishRows: _lifted_lse}),
+    "promoted without rescaling": Fault({Promote: _promoted_without_rescaling}),
+}
+"""Faults of e4m3 specs with scales per block."""
 
 FAULTS: dict[str, Fault] = {
     "causal off by one": in_program(_one_key_more),

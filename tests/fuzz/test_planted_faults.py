@@ -1,7 +1,7 @@
 """The fuzzer proves itself: what people get wrong is found, and made small enough to read."""
 
 import pytest
-from planted_faults import FAULTS, RACES, plant
+from planted_faults import FAULTS, FAULTS_OF_SCALES, RACES, plant
 
 from attngen.fuzz import Case, PropertyFailure, fuzz, reproduce
 from attngen.spec import load
@@ -53,4 +53,22 @@ def test_planted_fault_is_found_in_the_schedules_of_warpgroups(name: str, kind: 
     report = fuzz(load(spec), examples=EXAMPLES, seed=1, make=plant(FAULTS[name]))
     assert report.failure is not None, "not found"
     assert_a_race_if(name in RACES, report.failure)
+    assert reproduce(report.failure.case) is None, "the case fails without the fault too"
+
+
+@pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
+@pytest.mark.parametrize("name", FAULTS_OF_SCALES)
+def test_planted_fault_of_scales_is_found(name: str, kind: str) -> None:
+    """What is left out or done twice where operands have scales shows; without it the case holds."""
+    spec = {
+        "target": "simulator",
+        "problem": {"head_dim": 16},
+        "precision": {"inputs": "e4m3", "promote": 1},
+        "mask": "causal",
+        "tile": {"block_m": 4, "block_n": 32},
+        "schedule": {"kind": kind},
+    }
+    report = fuzz(load(spec), examples=100, seed=1, make=plant(FAULTS_OF_SCALES[name]), rules=("error",))
+    assert report.failure is not None, "not found"
+    assert report.failure.rule == "error", report.failure
     assert reproduce(report.failure.case) is None, "the case fails without the fault too"

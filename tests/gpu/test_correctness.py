@@ -10,7 +10,9 @@ import attngen
 from attngen.accuracy import compare
 from attngen.declared_inputs import declared_inputs
 from attngen.inputs import Canary, MemoryLayout, Shape, poison, random_inputs
-from tests.reference.length_grid import INPUTS, Point, judge
+from attngen.judging import draw, judge
+from tests.reference.length_grid import Point
+from tests.reference.length_grid import judge as judge_point
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -58,7 +60,7 @@ def test_variants_of_a_schedule_are_right(kind: str, dims: tuple[int, int]) -> N
         q, k, v = point.draw("cuda")
         for i, made in enumerate(every):
             if i % 3 == 0:
-                verdict = judge(made, point, "cuda", layouts=())
+                verdict = judge_point(made, point, "cuda", layouts=())
                 assert verdict.ok, f"{fields[i]}: {verdict}"
                 expected = made(q, k, v)
             assert torch.equal(made(q, k, v), expected), f"{fields[i]}, {lengths}"
@@ -76,7 +78,7 @@ def test_other_tiles_are_right(kind: str) -> None:
     for made in compile_all(every):
         for seed, lengths in enumerate(((65, 17), (113, 203), (500, 700))):
             point = Point(Shape(3, 4, 1, *lengths), (64, 64), "bf16", "causal", seed=seed)
-            verdict = judge(made, point, "cuda", layouts=())
+            verdict = judge_point(made, point, "cuda", layouts=())
             assert verdict.ok, (
                 f"{made.plan.block_m}x{made.plan.block_n}, {made.plan.stages} stages: {verdict}"
             )
@@ -194,11 +196,10 @@ def test_shipped_specs_pass_their_check_shapes() -> None:
             shape = Shape(
                 check.batch, check.heads, check.heads_kv or check.heads, check.seqlen_q, check.seqlen_k
             )
-            dims = (made.plan.head_dim_qk, made.plan.head_dim_v)
-            q, k, v = random_inputs(shape, *dims, INPUTS[made.plan.inputs.name], "cuda", 8)
+            q, k, v = draw(made.plan, shape, "cuda", 8)
             passed = declared_inputs(made_for.declarations, shape, device="cuda", seed=8)
             out, lse = made(q, k, v, return_lse=True, **passed)
-            about = {"score": made_for.score_expr, "declared": passed}
-            assert compare(out, lse, q, k, v, made_for.mask_expr, **about).ok, path.name
+            accuracy = judge(made_for, made.plan, out, lse, q, k, v, declared=passed)
+            assert accuracy.ok, f"{path.name}: {accuracy}"
             ran += 1
     assert ran >= 3
