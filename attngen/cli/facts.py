@@ -10,7 +10,7 @@ from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.inputs import Shape
-from attngen.plan import Buffer, Plan, Role
+from attngen.plan import Buffer, Descales, Plan, Role
 from attngen.plan.rules import takes_warpgroups
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
@@ -47,6 +47,7 @@ def facts(
         "a call passes": _declared(plan),
         "blocks of keys": _key_blocks(plan),
         "inputs -> output": f"{plan.inputs.name} -> {plan.output.name}",
+        **_of_8bit(kernel),
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
         "block": _block(plan),
@@ -112,6 +113,33 @@ def _declared(plan: Plan) -> str:
         for each in scalars
     ]
     return "\n".join(lines) or "-"
+
+
+def _of_8bit(kernel: Kernel) -> dict[str, str]:
+    """What 8-bit inputs have beside their format; nothing of others."""
+    plan, quantizer = kernel.plan, kernel.plan.quantizer
+    if quantizer is None:
+        return {}
+    seed = quantizer.hadamard_seed
+    parts = {tile.cols for tile in plan.kernel.worker.reg_tiles if tile.name == "part_o"}
+    slices = "".join(f", {cols} of {plan.v_cols} columns at a time" for cols in parts if cols < plan.v_cols)
+    launches = [each.kernel.removeprefix(f"{plan.name}_") for each in quantizer.launches("bf16")]
+    return {
+        "scales": "\n".join((quantizer.scales, *map(_scale_text, plan.scales))),
+        "before quantising": "-"
+        if seed is None
+        else f"q and k times a Hadamard matrix, signs of seed {seed}",
+        "promotion": f"every block of keys{slices}" if parts else "never",
+        "quantises": f"bf16 or f16 q, k and v: {', then '.join(launches)} (CPU tensors: torch)",
+    }
+
+
+def _scale_text(of: Descales) -> str:
+    """What shares one: `q_descale: 64 rows of a head`."""
+    rows, heads = ("rows", "a query head") if of.axis == "q" else ("keys", "a head of k and v")
+    if of.granule is None:
+        return f"{of.name}: {'a group of query heads' if of.axis == 'q' else heads}"
+    return f"{of.name}: {f'{of.granule} {rows}' if of.granule > 1 else f'each of the {rows}'} of {heads}"
 
 
 def _text(default: int | float | bool) -> str:

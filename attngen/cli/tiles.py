@@ -87,7 +87,8 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
     serves = serving(kernel, kernel.shorter, shape.seqlen_k)
     plan = serves.plan
     sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    values = check_declared(serves.manifest, declared, sizes.values, torch.device("cpu"))
+    of_masks = replace(serves.manifest, descales=())  # which no mask reads
+    values = check_declared(of_masks, declared, sizes.values, torch.device("cpu"))
     is_empty = shape.batch * shape.heads * shape.seqlen_q == 0
     rows = 0 if is_empty else ceil_div(shape.seqlen_q, plan.block_m)
     classes = torch.zeros(rows, ceil_div(shape.seqlen_k, plan.block_n), dtype=torch.int64)

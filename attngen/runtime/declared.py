@@ -67,8 +67,8 @@ def check_declared(
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
     bound: dict[str, int] = {}
     tensors, descales = (
-        {entry.name: _tensor(entry, passed, {**sizes, **bound}, bound, device) for entry in entries}
-        for entries in (manifest.tensors, manifest.descales)
+        {entry.name: _tensor(entry, says, passed, {**sizes, **bound}, bound, device) for entry in entries}
+        for entries, says in ((manifest.tensors, "the spec declares"), (manifest.descales, "e4m3 tensors have"))
     )
     return DeclaredValues(scalars, tensors, descales, {**sizes, **bound})
 
@@ -93,6 +93,7 @@ def _scalar(entry: ScalarEntry, passed: Mapping[str, Any]) -> Any:
 
 def _tensor(
     entry: TensorEntry,
+    says: str,
     passed: Mapping[str, Any],
     sizes: Mapping[str, int],
     bound: dict[str, int],
@@ -103,7 +104,7 @@ def _tensor(
     x = passed.get(entry.name)
     if not isinstance(x, torch.Tensor):
         got = "nothing" if x is None else type(x).__name__
-        raise ArgumentError(entry.name, got, f"a torch tensor: the spec declares {declared}")
+        raise ArgumentError(entry.name, got, f"a torch tensor: {says} {declared}")
     if x.is_nested or x.layout != torch.strided:
         raise ArgumentError(entry.name, "a tensor that is not dense", "a dense tensor (torch.strided)")
     if x.dtype != element_dtype(entry.dtype):

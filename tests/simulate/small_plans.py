@@ -71,6 +71,7 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         o_acc=Tensor("o_acc", F32, dim, "q", "q", workspace=True),
         saved_max=Rows("saved_max", workspace=True),
         saved_sum=Rows("saved_sum", workspace=True),
+        scales=None,
     )
 
 
@@ -140,7 +141,7 @@ TINY_WARPGROUPS = WarpgroupChoice(block_m=4, block_n=4, stages=2, warpgroups=2)
 
 def warpgroup_places() -> WarpgroupPlaces:
     """Places of two consumer warpgroups, of two rows each, and their producer; f32, head dim 2."""
-    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), FULL)
+    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), FULL, None)
 
 
 def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
