@@ -68,7 +68,7 @@ def tma_load(step: TmaLoad, role: RoleRun) -> None:
         for cell, rows in parts:
             cell.fill(rows, Stamp(copies_into(full.name), full.completed))
 
-    full.expect(land, role.clock)
+    full.expect(land, role.leaders_clock)
 
 
 def commit_copies(step: CommitCopies, role: RoleRun) -> None:

@@ -115,6 +115,7 @@ class RoleRun:
         self._gemms_issued = 0
         self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
         self._stores_issued = 0
+        self._written_by_first = 0
         self._stores_in_flight: list[str] = []  # the buffers they read
         self.walks: dict[str, deque[Visited]] = {}
         self.is_partial: dict[str, bool] = {}
@@ -336,6 +337,17 @@ class RoleRun:
             cell.fill(part, self.now, is_stored=True)
             if self._is_one_thread:
                 self.meet()
+
+    def write_by_first_thread(self, view: View, value: Callable[..., torch.Tensor]) -> None:
+        """Write value() by stores of the first thread, which knows of them at once."""
+        values = value() if self.device.holds_values else NOTHING
+        stamp = Stamp(f"the first thread of {self.name}", self._written_by_first)
+        for cell, part in self._divide(view, values):
+            self._heed(cell.objection_to_write(self.leaders_clock, self.name), cell)
+            cell.take()
+            cell.fill(part, stamp, is_stored=True)
+        self._written_by_first += 1
+        self.leader.see(stamp.line, self._written_by_first)
 
     def fence_stores(self) -> None:
         """Let asynchronous reads see what this role has stored, once its threads have met."""

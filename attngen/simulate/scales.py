@@ -44,7 +44,7 @@ def stage_scales(step: StageScales, role: RoleRun) -> None:
     """K's and V's descale of each key of a block, for the consumers."""
     v = _of_keys(step.v, step.block, role)
     k = _of_keys(step.k, step.block, role) if step.k else v
-    role.write_shared(step.dst, lambda: torch.stack((k, v), 1))
+    role.write_by_first_thread(step.dst, lambda: torch.stack((k, v), 1))
 
 
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
