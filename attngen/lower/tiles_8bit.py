@@ -38,6 +38,8 @@ def table_8bit(
     if not promotes:
         return _free(128, 128 if is_plain else 64, out_over_q=over_q)
     narrow = has_granules or not is_plain
+    if for_keys and head_dim_v > 192:  # K's scales of a block have registers too
+        return _free(128, 32, quarter, out_over_q=over_q)
     return _free(128, 64 if narrow else 96, quarter, out_over_q=over_q)
 
 

@@ -68,7 +68,10 @@ def check_declared(
     bound: dict[str, int] = {}
     tensors, descales = (
         {entry.name: _tensor(entry, says, passed, {**sizes, **bound}, bound, device) for entry in entries}
-        for entries, says in ((manifest.tensors, "the spec declares"), (manifest.descales, "e4m3 tensors have"))
+        for entries, says in (
+            (manifest.tensors, "the spec declares"),
+            (manifest.descales, "e4m3 tensors have"),
+        )
     )
     return DeclaredValues(scalars, tensors, descales, {**sizes, **bound})
 
