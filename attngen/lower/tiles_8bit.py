@@ -24,13 +24,13 @@ def table_8bit(
     loads = demands.score_loads or demands.mask_loads or (for_keys and demands.modified)
     if widest <= 64:
         if not is_plain:
-            return _free(128, 128, head_dim_v if promotes else 0)
+            return _free(128, 96 if loads or demands.walks else 128, head_dim_v if promotes else 0)
         if not promotes:
             return _free(192, 160)
         return _free(192, 128, half) if has_granules else _late(192, 128, head_dim_v)
     if widest <= 128:
         if not is_plain:
-            return _free(128, 64 if loads else 128, half if promotes else 0)
+            return _free(128, 64 if loads else 96 if for_keys else 128, half if promotes else 0)
         if not promotes:
             return _free(128, 160) if has_granules else _late(128, 224, 0)
         return _late(128, 160, half) if has_granules else _late(128, 192, half, q_stages=2)
@@ -38,7 +38,9 @@ def table_8bit(
     if not promotes:
         return _free(128, 128 if is_plain else 64, out_over_q=over_q)
     narrow = has_granules or not is_plain
-    if for_keys and head_dim_v > 192:  # K's scales of a block have registers too
+    if head_dim_v > 192 and (
+        for_keys or loads or demands.walks
+    ):  # what is read for a block has registers too
         return _free(128, 32, quarter, out_over_q=over_q)
     return _free(128, 64 if narrow else 96, quarter, out_over_q=over_q)
 
