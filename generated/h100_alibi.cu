@@ -460,7 +460,10 @@ DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRow
     for (int g = 0; g < kGroups; ++g) {
       float largest = -infinity();
 #pragma unroll
-      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) largest = fmaxf(largest, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+      for (int t = 0; t < kColTiles / kGroups; ++t) {
+        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+      }
       top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
     }
     const float old = row_max[i];

@@ -517,7 +517,10 @@ DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRow
     for (int g = 0; g < kGroups; ++g) {
       float largest = -infinity();
 #pragma unroll
-      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) largest = fmaxf(largest, fmaxf(s[i / 2][j][i % 2 * 2], s[i / 2][j][i % 2 * 2 + 1]));
+      for (int t = 0; t < kColTiles / kGroups; ++t) {
+        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+      }
       top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
     }
     const float old = row_max[i];
@@ -538,7 +541,8 @@ DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2],
       const float reference = exponent_reference(row_max[i]) - lift - log2_approx(weight[g][i]);
       float of_group = 0.f;
 #pragma unroll
-      for (int j = g * kColTiles / kGroups; j < (g + 1) * kColTiles / kGroups; ++j) {
+      for (int t = 0; t < kColTiles / kGroups; ++t) {
+        const int j = g * kColTiles / kGroups + t;
 #pragma unroll
         for (int e = i * 2; e < i * 2 + 2; ++e) {
           s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));

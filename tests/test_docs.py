@@ -1,4 +1,4 @@
-"""What docs/language.md and the README say of the expression language is so."""
+"""What the pages say of the expression language is so, and what they show runs."""
 
 import re
 import subprocess
@@ -12,7 +12,10 @@ from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.scope import prelude
 
 ROOT = Path(attngen.__file__).parents[1]
-PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("docs/language.md", "README.md")}
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8")
+    for page in ("docs/language.md", "docs/fp8.md", "README.md")
+}
 PYTHON = [
     pytest.param(text, id=f"{page}-{i}")
     for page, content in PAGES.items()

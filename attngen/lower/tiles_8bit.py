@@ -29,18 +29,20 @@ def table_8bit(
     promotes = promote != 0 and (promote != "auto" or widest <= 128)
     if widest <= 64:
         if not is_plain:
-            return _free(128, 64 if loads and for_keys else 128, head_dim_v if promotes else 0)
+            narrow = 64 if loads and for_keys else 96
+            block_n = narrow if loads or demands.walks else 128
+            return _free(128, block_n, head_dim_v if promotes else 0)
         if not promotes:
             return _free(192, 160)
         return _free(192, 128, half) if has_granules else _late(192, 128, head_dim_v)
     if widest <= 128:
         if not is_plain:
-            return _free(128, 64 if loads else 128, half if promotes else 0)
+            return _free(128, 64 if loads else 96 if for_keys else 128, half if promotes else 0)
         if has_granules:
             return _turns(128, 128, head_dim_v) if promotes else _late(128, 128, 0)
         return _late(128, 192, half, q_stages=2) if promotes else _late(128, 224, 0)
     if not promotes:
-        return _free(128, 128 if is_plain else 64, out_over_q=True)
+        return _free(128, 128 if is_plain else 32 if loads else 64, out_over_q=True)
     if not is_plain:
         return _free(128, 32, quarter, out_over_q=True)
     return _free(128, 64 if has_granules else 96, quarter, out_over_q=True)

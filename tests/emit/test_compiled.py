@@ -66,6 +66,38 @@ def test_warpgroups_compile_without_spills(kind: str, mask: str, head_dim: objec
     assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "scales", "mask", "promote"),
+    [
+        (48, "per_tensor", "full", "auto"),
+        (64, "per_head", "document(doc)", "auto"),
+        (80, "per_head", "causal", "auto"),
+        (128, "per_token", "causal", "auto"),
+        (128, "per_block", "full", 0),
+        (208, "per_token", "full", "auto"),
+        (128, "per_block", "document(doc)", "auto"),
+        ({"qk": 192, "v": 128}, "per_block", "causal", "auto"),
+    ],
+    ids=str,
+)
+def test_e4m3_compiles_without_spills(head_dim: object, scales: str, mask: str, promote: object) -> None:
+    """The tiles that auto picks; wgmma of e4m3 and no other."""
+    spec = {
+        "problem": {"head_dim": head_dim},
+        "precision": {"inputs": "e4m3", "scales": scales, "promote": promote},
+        "tensors": {"doc": "i32[batch, seqlen_k]"} if "doc" in mask else {},
+        "mask": mask,
+    }
+    assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
+def test_scores_of_192_keys_stay_in_registers() -> None:
+    """Three groups of 64 columns have scales of their own; loops over them are unrolled."""
+    precision = {"inputs": "e4m3", "scales": "per_block", "promote": 0}
+    spec = {"problem": {"head_dim": 128}, "precision": precision, "tile": {"block_n": 192}}
+    assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
