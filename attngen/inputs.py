@@ -229,7 +229,7 @@ def _spans(size: tuple[int, ...], name: str, generator: torch.Generator) -> Tens
     zeros = torch.rand(blocks.shape, generator=generator) < 0.125
     exponents, is_zero = (x.repeat_interleave(SPAN, 1)[:, :seqlen] for x in (blocks, zeros))
     rows = torch.randint(-20, 21, exponents.shape, generator=generator)
-    exponents = torch.where(torch.rand(rows.shape, generator=generator) < 0.125, rows, exponents)
+    exponents = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows, exponents)
     exponents = exponents - (40 if name == "q" else 0)
     x = torch.randn(size, generator=generator) * torch.exp2(exponents.float())
     x = torch.where(torch.rand(size, generator=generator) < 0.002, 64.0 * x, x)

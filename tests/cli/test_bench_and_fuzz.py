@@ -12,7 +12,8 @@ from click.testing import Result
 from attngen import bench
 from attngen.cli import output
 from attngen.cli.facts import SWEEP_COLUMNS
-from attngen.inputs import Shape, random_inputs
+from attngen.inputs import Shape
+from attngen.judging import draw
 
 Attngen = Callable[..., Result]
 SMALL = ("--seqlen", "64", "--tokens", "64", "--width", "64")
@@ -29,13 +30,13 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: [2.0] * rounds for name in candidates}
 
     def on_cpu(*arguments: object) -> object:
-        return random_inputs(*arguments[:4])  # type: ignore[arg-type]
+        return draw(*arguments[:2])  # type: ignore[arg-type]
 
     monkeypatch.setattr(output, "_WIDTH_WITHOUT_TERMINAL", 400)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "measure", two_ms)
     monkeypatch.setattr(bench, "machine", dict)
-    monkeypatch.setattr(import_module("attngen.cli.bench"), "random_inputs", on_cpu)
+    monkeypatch.setattr(import_module("attngen.cli.bench"), "draw", on_cpu)
 
 
 def row_of(result: Result, label: str) -> str:

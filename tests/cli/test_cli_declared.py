@@ -11,7 +11,8 @@ from click.testing import Result
 from attngen import bench, load
 from attngen.api import Kernel, resolve_arch
 from attngen.cli.comparison import draw_declared, draw_inputs, execute
-from attngen.inputs import Shape, random_inputs
+from attngen.inputs import Shape
+from attngen.judging import draw
 from attngen.lower import lower
 
 Attngen = Callable[..., Result]
@@ -139,7 +140,7 @@ def test_bench_passes_what_is_declared(
     (tmp_path / "gpu.yaml").write_text(text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench, "measure", once)
-    monkeypatch.setattr(import_module("attngen.cli.bench"), "random_inputs", lambda *a: random_inputs(*a[:4]))
+    monkeypatch.setattr(import_module("attngen.cli.bench"), "draw", lambda plan, shape, *_: draw(plan, shape))
     size = ("--seqlen", "16", "--tokens", "16", "--width", "64", "--against", "flash")
     result = attngen("bench", "gpu.yaml", *size, "--tensor", "doc=hashed")
     assert result.exit_code == 0 and " 2 ms " in result.stdout, result.output

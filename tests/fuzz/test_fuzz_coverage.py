@@ -9,8 +9,8 @@ from attngen.fuzz.strategies import plan_of
 from attngen.inputs import Shape
 from attngen.spec import load
 
-EXAMPLES = {"simulator": 700, "sm_80": 350, "sm_90a": 750}
-SEEDS = {"simulator": 9, "sm_80": 8, "sm_90a": 9}
+EXAMPLES = {"simulator": 700, "sm_80": 450, "sm_90a": 750}
+SEEDS = {"simulator": 1, "sm_80": 5, "sm_90a": 9}
 KNOBS = ("schedule", "warpgroups", "overlap", "persistent", "order", "tiles per block")
 
 

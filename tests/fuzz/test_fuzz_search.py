@@ -14,10 +14,11 @@ from attngen.errors import PlanError
 from attngen.fuzz import RULES, Case, fuzz, reproduce
 from attngen.fuzz.case import FAR
 from attngen.fuzz.command import fuzz as command
-from attngen.fuzz.properties import PropertyFailure, check
+from attngen.fuzz.properties import PropertyFailure, check, names_of
 from attngen.fuzz.search import CPU_TARGETS, kernels
-from attngen.fuzz.strategies import cases, specs
-from attngen.inputs import EXACT_SCALE, Shape
+from attngen.fuzz.strategies import cases, plan_of, specs
+from attngen.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
+from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
 
 SMALL: dict[str, object] = {
@@ -153,6 +154,30 @@ def test_a_right_kernel_holds_each_rule(kind: str, inputs: str, scale: float | N
     spec = small(schedule={"kind": kind}, precision={"inputs": inputs})
     case = Case(spec, Shape(3, 6, 2, 7, 9), scale, seed=5, rule=rule)
     assert reproduce(case) is None
+
+
+@pytest.mark.parametrize("scales", SCALE_KINDS)
+@pytest.mark.parametrize("kind", KINDS_WITH_SCALES)
+def test_a_right_kernel_of_e4m3_holds_each_rule_that_applies(kind: Kind, scales: str) -> None:
+    """Full mask; the rules that need operands which both runs share apply to fewer kinds of scales."""
+    precision = {"inputs": "e4m3", "scales": scales}
+    spec = small(problem={"head_dim": 16}, precision=precision, tile={"block_m": 4, "block_n": 32})
+    plan = plan_of(spec)
+    assert plan is not None
+    applicable = [name for name, rule in RULES.items() if rule.applies(plan, names_of(plan))]
+    assert ("permuted-keys" in applicable) == (scales in ("per_tensor", "per_head"))
+    assert ("batch-slice" in applicable) == (scales != "per_tensor")
+    assert ("repeated-heads" in applicable) == (scales != "per_head")
+    assert {"shifted-scores", "split-keys"}.isdisjoint(applicable)
+    for rule in applicable:
+        case = Case(spec, Shape(2, 4, 2, 9, 150), seed=5, rule=rule, kind=kind)
+        assert (failure := reproduce(case)) is None, str(failure)
+
+
+def test_e4m3_without_keys() -> None:
+    """V of no keys has strides that no copy engine takes, and nothing to copy; found by fuzzing."""
+    spec = load({"target": "sm_90a", "problem": {"head_dim": 32}, "precision": {"inputs": "e4m3"}})
+    assert reproduce(Case(spec, Shape(1, 1, 1, 1, 0))) is None
 
 
 def test_a_wrong_integer_is_found_on_the_exact_tier() -> None:

@@ -12,6 +12,7 @@ from attngen.inputs import (
     EXACT_SCALE,
     KINDS,
     MEMORY_LAYOUTS,
+    SPAN,
     Canary,
     Kind,
     MemoryLayout,
@@ -232,3 +233,15 @@ def test_values_do_not_depend_on_the_dtype_drawn_before() -> None:
         for x, y in zip(random_inputs(shape, 16, 8, dtype, seed=3), exact, strict=True):
             assert torch.equal(x, y.to(dtype))
     assert attention(*exact)[0].isfinite().all()
+
+
+def test_spans_have_scales_of_their_own() -> None:
+    """Blocks of K and V reach from 2^-20 to 2^20 and some are zeros; products are those of N(0, 1) at most."""
+    q, k, v = random_inputs(Shape(2, 4, 4, 640, 640), 32, 32, torch.bfloat16, kind="spans")
+    for x, least, most in ((q, -60, -14), (k, -20, 26), (v, -20, 26)):
+        sizes = x.float().unflatten(1, (10, SPAN)).abs().amax((2, 4))  # (batch, blocks, heads)
+        assert 0 < int((sizes == 0).sum()) < 40
+        sizes = sizes[sizes > 0].log2()
+        assert least < sizes.min() < least + 14 and most - 14 < sizes.max() < most + 4
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / 32**0.5
+    assert 0.1 < float(scores.abs().max()) < 2.0**12
