@@ -154,11 +154,17 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
-        if self.quantization is not None:
-            operands = self.quantization.operands_of(q, k, v, layout, declared)
+        operands = self._operands(q, k, v, layout, declared)
         result, lse = self._compute(*operands, softmax_scale, return_lse, out, layout, tables)
         return result if lse is None else (result, lse)
+
+    def _operands(
+        self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Mapping[str, Any]]:
+        """What the attention kernel itself is passed: tensors of its input type, and everything by name."""
+        if self.quantization is None:
+            return q, k, v, declared
+        return self.quantization.operands_of(q, k, v, layout, declared)
 
     def _compute(
         self,
@@ -211,7 +217,8 @@ class Kernel:
         """What a mask wants to know of declared tensors, by tile: worked out once for many calls.
 
         Calls may pass it as long as their sizes are these, and the tensors and their values too; a tensor that was
-        written to in between is refused. Arguments are those of a call.
+        written to in between is refused. Arguments are those of a call; e4m3 kernels quantise 16-bit tensors for it, so
+        pass them operands.
 
         Raises:
             ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
@@ -220,10 +227,7 @@ class Kernel:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
-        operands: tuple[Any, Any, Any, Mapping[str, Any]] = (q, k, v, declared)
-        if self.quantization is not None:
-            operands = self.quantization.operands_of(q, k, v, layout, declared)
-        q8, k8, v8, passed = operands
+        q8, k8, v8, passed = self._operands(q, k, v, layout, declared)
         if isinstance(q8, torch.Tensor) and q8.is_cuda:
             return self._launcher.tables(q8, k8, v8, layout, passed)
         problem = check_arguments(self.manifest, q8, k8, v8, None, None, layout)
@@ -255,7 +259,10 @@ class Kernel:
     def explain_launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
-        """What a call on these tensors (of any device, meta too) would launch."""
+        """What a call on these tensors (of any device, meta too) would launch to attend.
+
+        Of a kernel of e4m3 inputs the tensors are bf16 or f16; what quantises them is not among the reports.
+        """
         if self.quantization is not None:
             problem = self.quantization.check_sources(q, k, v, layout)
         else:

@@ -16,12 +16,9 @@ from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
 from attngen.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.plan import Plan
-from attngen.quantize import KEY_BLOCK, Operands, dequantize, quantize
+from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
 from attngen.reference import Layout, Roundings
 from attngen.spec import Spec
-
-P_LIFT = 8
-"""Kernels of e4m3 inputs round P where the row's maximum stands for 2^8; the format ends at 448."""
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

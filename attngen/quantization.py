@@ -90,6 +90,7 @@ class Quantization:
             if not isinstance(k, torch.Tensor) or not isinstance(v, torch.Tensor):
                 name, x = ("v", v) if isinstance(k, torch.Tensor) else ("k", k)
                 raise ArgumentError(name, type(x).__name__, "a torch tensor")
+            self._check_lengths(q, k, v)
             return q, k, self.pack_values(v, layout), self._spread(passed, q, k, layout)
         for name in DESCALES:
             if name in passed:
@@ -106,11 +107,20 @@ class Quantization:
         q8, k8 = (x.transpose(1, 2) for x in rows) if layout == "bhsd" else rows
         return q8, k8, operands.v, {**passed, **{name: getattr(operands, name) for name in DESCALES}}
 
+    def _check_lengths(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Refuse V of another length, batch or heads than K: once it is laid out, its length is padded."""
+        for name, x in (("q", q), ("k", k)):
+            if x.dim() != 4:
+                raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
+        expected = (*k.shape[:3], self.quantizer.head_dim_v)
+        if tuple(v.shape) != expected:
+            raise ArgumentError("v", f"shape {tuple(v.shape)}", f"{expected}, as k has it")
+
     def _spread(
         self, passed: Mapping[str, Any], q: torch.Tensor, k: torch.Tensor, layout: str
     ) -> Mapping[str, Any]:
         """What is passed, with a descale of one element for every head where tensors have one."""
-        if self.quantizer.scales != "per_tensor" or k.dim() != 4:
+        if self.quantizer.scales != "per_tensor":
             return passed
         size = (q.shape[0], k.shape[2 if layout == "bshd" else 1])
         single = {

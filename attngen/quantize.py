@@ -16,6 +16,9 @@ import torch
 ScaleKind = Literal["per_tensor", "per_head", "per_block", "per_token"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("per_tensor", "per_head", "per_block", "per_token")
 E4M3_MAX = 448.0
+P_LIFT = 8
+"""Kernels round P to e4m3 where a row's maximum stands for 2^8; the format goes from 2^-6, its smallest normal number,
+to 448."""
 SMALLEST_AMAX = E4M3_MAX * 2.0**-126
 Q_BLOCK, KEY_BLOCK = 64, 128
 """Rows of Q, and of K and V, that share a scale per block. V is padded to whole blocks of keys."""
@@ -46,7 +49,6 @@ class Operands:
         v_descale: like k_descale, and per block where Q and K have theirs per token.
         scales: what shares a scale.
         hadamard: whether Q and K have been multiplied by the Hadamard matrix with signs.
-        seqlen_q, seqlen_k: rows of Q, and of K and V before padding.
     """
 
     q: torch.Tensor
@@ -57,8 +59,11 @@ class Operands:
     v_descale: torch.Tensor
     scales: ScaleKind
     hadamard: bool
-    seqlen_q: int
-    seqlen_k: int
+
+    @property
+    def seqlen_k(self) -> int:
+        """Keys, before V is padded."""
+        return self.k.shape[1]
 
 
 def quantize(
@@ -89,8 +94,6 @@ def quantize(
         v_descale,
         scales,
         hadamard_seed is not None,
-        q.shape[1],
-        k.shape[1],
     )
 
 

@@ -17,6 +17,8 @@ python3 -m pytest tests/gpu/test_runtime.py -s -p no:cacheprovider 2>&1 | tee -a
 python3 -m attngen fuzz --device cuda --examples 500 2>&1 | tee "$results/fuzz.log"
 python3 -m attngen fuzz --device cuda --expressions 2>&1 | tee "$results/fuzz_expressions.log"
 python3 benchmarks/bench_hopper.py --out "$results" | tee "$results/hopper.log"
+python3 benchmarks/bench_fp8.py --out "$results" | tee "$results/fp8.log"  # wants nvidia-cudnn-frontend
+python3 benchmarks/fp8_error.py --out "$results" | tee "$results/fp8_error.log"
 python3 benchmarks/bench_language.py --out "$results" | tee "$results/language.log"
 python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.log"
 python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"

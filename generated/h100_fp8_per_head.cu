@@ -374,7 +374,6 @@ DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {
   }
 }
 
-
 // Round an accumulator to 8 bits: four neighbouring column tiles of D are one A operand, lane by lane, of keys in the order
 // in which a transposed V holds them.
 template <class Element, int kRowTiles, int kColTiles>

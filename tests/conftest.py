@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # the tensors are small, and as many tests run at a time as there are cores
 
 

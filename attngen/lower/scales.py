@@ -5,11 +5,8 @@ from typing import Literal
 
 from attngen.dtypes import F32
 from attngen.plan import Buffer, Descales, Param, RegVec
-from attngen.quantize import KEY_BLOCK, Q_BLOCK, ScaleKind
+from attngen.quantize import KEY_BLOCK, P_LIFT, Q_BLOCK, ScaleKind
 from attngen.schedules import Scales
-
-LIFT = 8
-"""P lies in 0 .. 2^8, for e4m3 ends at 448 and its smallest normal number is 2^-6."""
 
 
 def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
@@ -34,7 +31,7 @@ def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
         top=RegVec("top_scale", block_m),
         weight=RegVec("value_weight", block_m, groups=groups) if v else None,
         staged=Buffer("scales", F32, 2, groups, groups, stages) if v else None,
-        lift=LIFT,
+        lift=P_LIFT,
     )
 
 

@@ -441,7 +441,7 @@ class IssueScoreGemm(Step):
 
 @dataclass(frozen=True)
 class IssueOutputGemm(Step):
-    """Start acc += a b, a in registers, the rows of b in shared memory contracted, and close the group.
+    """Start acc += a b, a in registers, the keys of b in shared memory contracted, and close the group.
 
     Attributes:
         starts_at_zero: acc = a b instead.
@@ -676,7 +676,7 @@ class RowMax(Step):
     """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled.
 
     Attributes:
-        scale: of each row; the call's softmax_scale where None.
+        scale: of each row, and group of columns; the call's softmax_scale where None.
     """
 
     s: RegTile
@@ -752,7 +752,7 @@ class ReduceRows(Step):
 
 @dataclass(frozen=True)
 class FinishRows(Step):
-    """inv_sum = 1 / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
+    """inv_sum = top / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
 
     Attributes:
         lift: the sums are 2^lift times what they mean.

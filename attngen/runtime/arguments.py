@@ -182,6 +182,21 @@ def check_alignment(name: str, x: torch.Tensor) -> None:
             )
 
 
+def check_no_grad(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose gradient would be wanted.
+
+    Raises:
+        ArgumentError: it requires grad, and grad is enabled.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            name,
+            "a tensor that requires grad",
+            "one that does not: there is no backward yet",
+            f"pass {name}.detach(), or call under torch.no_grad()",
+        )
+
+
 def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
     a, b, c, d = values
     return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
@@ -217,13 +232,7 @@ def _check_tensor(manifest: _Expectations, name: str, x: torch.Tensor, q: torch.
             "1 (contiguous head_dim)",
             f"pass {name}.contiguous()",
         )
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            name,
-            "a tensor that requires grad",
-            "one that does not: there is no backward yet",
-            f"pass {name}.detach(), or call under torch.no_grad()",
-        )
+    check_no_grad(name, x)
     if ARCHS[manifest.arch].emits:
         check_alignment(name, x)
 
@@ -241,7 +250,7 @@ def _check_packed_values(v: torch.Tensor, expected: tuple[int, int, int, int]) -
     """Refuse a V of 8 bits that has not been transposed."""
     if tuple(v.shape) != expected:
         must = f"{expected} = (batch, heads, head_dim, keys padded to {KEY_BLOCK})"
-        raise ArgumentError("v", f"shape {tuple(v.shape)}", must, "pass attngen.pack_values(v)")
+        raise ArgumentError("v", f"shape {tuple(v.shape)}", must, "pass k and v of one length")
 
 
 def _check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:

@@ -25,6 +25,7 @@ from attngen.runtime.arguments import (
     check_alignment,
     check_arguments,
     check_length,
+    check_no_grad,
     strides,
 )
 from attngen.runtime.driver import Function, Module, check_device, launch, preparing
@@ -107,6 +108,7 @@ def check_values(of: QuantizerEntries, v: torch.Tensor, layout: str) -> Problem:
     if v.stride(-1) != 1 and v.numel():
         must = "1 (contiguous head_dim)"
         raise ArgumentError("v", f"stride {v.stride(-1)} in the last dimension", must, "pass v.contiguous()")
+    check_no_grad("v", v)
     if ARCHS[of.arch].emits:
         check_alignment("v", v)
     heads = v.shape[2 if layout == "bshd" else 1]
@@ -180,8 +182,6 @@ class QuantizeLauncher:
             **operands,
             scales=entries.scales,
             hadamard=entries.hadamard,
-            seqlen_q=sizes.seqlen_q,
-            seqlen_k=sizes.seqlen_k,
         )
 
     def pack_v(self, v: torch.Tensor, layout: str = "bshd") -> torch.Tensor:
@@ -196,6 +196,8 @@ class QuantizeLauncher:
             ToolchainError: this machine cannot run the kernel.
         """
         try:
+            if v.requires_grad:
+                check_values(self.entries, v, layout)
             key = (v.shape, v.stride(), v.dtype, v.get_device(), layout)
             prepared = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):

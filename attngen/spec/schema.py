@@ -188,7 +188,7 @@ class Precision(_Model):
         Expects("promotion", "0 (never), 1 (every block of keys) or auto", lambda value: ("0", "1", "auto")),
     ] = "auto"
     """After how many blocks of keys the tensor core's sums of e4m3 products, which keep some 14 bits, are added to O in
-    true f32: 1, or 0 for never; auto is 1."""
+    true f32: 1, or 0 for never; auto is 1 up to head_dim 128, else 0."""
 
 
 class Tile(_Model):

@@ -58,7 +58,6 @@ DEV void convert_p(u32 (&p)[kRowTiles][kColTiles / 2][4], const float (&s)[kRowT
   }
 }
 
-
 // Round an accumulator to 8 bits: four neighbouring column tiles of D are one A operand, lane by lane, of keys in the order
 // in which a transposed V holds them.
 template <class Element, int kRowTiles, int kColTiles>

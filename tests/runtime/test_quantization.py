@@ -150,3 +150,27 @@ def test_a_kernel_of_other_inputs_quantises_nothing() -> None:
     ):
         with pytest.raises(attngen.ArgumentError):
             call()
+
+
+@pytest.mark.parametrize("keys", [80, 139, 141, 300])
+def test_v_of_another_length_than_k_is_refused(keys: int) -> None:
+    """It is padded to whole blocks before the kernel sees it, where 80 keys and 140 would look alike."""
+    kernel = kernel_of("per_head")
+    call = passed(kernel.quantize(*tensors()))
+    rows = call["v"][:, :1].expand(-1, keys, -1, -1).contiguous()
+    with pytest.raises(attngen.ArgumentError, match=r"argument v: .*140, 2, 64\), as k has it"):
+        kernel(**call | {"v": rows})
+
+
+def test_e4m3_values_that_want_a_gradient_are_refused() -> None:
+    kernel = kernel_of("per_head")
+    call = passed(kernel.quantize(*tensors()))
+    with pytest.raises(attngen.ArgumentError, match="argument v: .*requires grad"):
+        kernel(**call | {"v": call["v"].requires_grad_()})
+
+
+def test_tensors_without_dimensions_are_named() -> None:
+    kernel = kernel_of("per_tensor")
+    call = passed(kernel.quantize(*tensors()))
+    with pytest.raises(attngen.ArgumentError, match="argument q: .*0 dimensions"):
+        kernel(**call | {"q": call["q"].flatten()[0]})
