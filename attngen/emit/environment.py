@@ -7,9 +7,11 @@ emitted text. No algorithm lives here.
 import math
 import textwrap
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
 import jinja2
+from jinja2.bccache import Bucket
 
 from attngen.emit.pairs import score_terms
 from attngen.errors import InternalError
@@ -68,9 +70,29 @@ def finalize(value: Any) -> Any:
     return value
 
 
+class _CompiledTemplates(jinja2.BytecodeCache):
+    """What templates were compiled to, for all environments of a process: each plan has one of its own."""
+
+    def __init__(self) -> None:
+        self._codes: dict[tuple[str, str], CodeType] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """Fill the bucket of a template, if it is known as it now is."""
+        bucket.code = self._codes.get((bucket.key, bucket.checksum))
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Remember what is in a bucket."""
+        if bucket.code is not None:
+            self._codes[bucket.key, bucket.checksum] = bucket.code
+
+
+_COMPILED = _CompiledTemplates()
+
+
 def strict_environment() -> jinja2.Environment:
     """An environment over `templates/` in which nothing is forgiven."""
     return jinja2.Environment(
+        bytecode_cache=_COMPILED,
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -56,7 +56,7 @@ def test_what_is_no_case_is_refused(text: str) -> None:
 def test_the_same_seed_draws_the_same_cases() -> None:
     """Two runs of one seed meet the same, another seed something else."""
     first, second, other = (
-        fuzz(examples=40, seed=seed, targets=("simulator",)).coverage.counts for seed in (3, 3, 4)
+        fuzz(examples=30, seed=seed, targets=("simulator",)).coverage.counts for seed in (3, 3, 4)
     )
     assert first == second
     assert first != other

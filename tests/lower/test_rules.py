@@ -404,7 +404,7 @@ def test_e4m3_takes_32_keys_at_a_time(block_n: int, nearest: tuple[str, ...]) ->
 
 def test_a_promotion_that_does_not_fit_is_told() -> None:
     """Registers are counted with what the tensor core adds up before it joins O."""
-    precision = {"inputs": "e4m3", "scales": "per_block"}
+    precision = {"inputs": "e4m3", "scales": "per_block", "promote": 1}
     changes: dict[str, Any] = {"problem": {"head_dim": 256}, "tile": {"block_m": 128, "block_n": 128}}
     fault = only(precision=precision, **changes)
     assert (fault.rule, fault.nearest) == ("registers", ("96",))
