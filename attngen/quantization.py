@@ -11,10 +11,8 @@ import torch
 from attngen.emit import QuantizerEntries, quantizer_entries, quantizer_text
 from attngen.errors import ArgumentError
 from attngen.plan import Quantizer
-from attngen.quantize import Operands, pack_values, quantize
+from attngen.quantize import DESCALES, Operands, pack_values, quantize
 from attngen.runtime import CompiledKernel, DiskCache, Problem, QuantizeLauncher, check_sources, check_values
-
-DESCALES = ("q_descale", "k_descale", "v_descale")
 
 
 class Quantization:

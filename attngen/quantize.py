@@ -15,6 +15,8 @@ import torch
 
 ScaleKind = Literal["per_tensor", "per_head", "per_block", "per_token"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("per_tensor", "per_head", "per_block", "per_token")
+DESCALES = ("q_descale", "k_descale", "v_descale")
+"""What a call may name beside e4m3 tensors."""
 E4M3_MAX = 448.0
 P_LIFT = 8
 """Kernels round P to e4m3 where a row's maximum stands for 2^8; the format goes from 2^-6, its smallest normal number,

@@ -11,14 +11,13 @@ from attngen.emit.environment import strict_environment
 from attngen.emit.manifest import KernelEntry, LaunchEntry, WorkspaceEntry
 from attngen.plan import Launch, Param, Quantizer, Workspace
 from attngen.plan.quantizer import SOURCES, TENSORS
-from attngen.quantize import ScaleKind
+from attngen.quantize import DESCALES, ScaleKind
 
 _PAIRS = {"bf16": "Bf16Pair", "f16": "F16Pair"}
 _POINTEES = {
     **dict.fromkeys(TENSORS, "const u16"),
     **{f"{name}8": "unsigned char" for name in TENSORS},
-    **{f"{name}_descale": "float" for name in TENSORS},
-    "maxima": "float",
+    **dict.fromkeys((*DESCALES, "maxima"), "float"),
 }
 _C_TYPES = {"i64": "i64", "i32": "int"}
 

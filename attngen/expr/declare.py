@@ -30,6 +30,7 @@ from attngen.expr.literals import (
 )
 from attngen.expr.scope import KEYWORDS
 from attngen.expr.tree import INDEX_NAMES, LARGEST_INDEX
+from attngen.quantize import DESCALES
 
 Span = tuple[int, int]
 
@@ -37,7 +38,6 @@ LocateSpan = Callable[[str, Span | None], Location | None]
 """Where a stretch of the text at a path stands, `("scalars.cap", (0, 3))`; with None, where its key stands."""
 
 _CALL_ARGUMENTS = ("self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "tables", "mask")
-_DESCALES = ("q_descale", "k_descale", "v_descale")
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
@@ -46,7 +46,7 @@ _NO_PARAMETERS = {
 _RESERVED = {
     **dict.fromkeys(SIZE_NAMES, "a size of every call"),
     **dict.fromkeys(_CALL_ARGUMENTS, "an argument of every call"),
-    **dict.fromkeys(_DESCALES, "an argument of calls with e4m3 tensors"),
+    **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
     **_NO_PARAMETERS,
 }
 """What nothing may be called that a spec declares, and why."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from attngen.arch import Arch
 from attngen.plan.plan import Formula, Launch, Param, Workspace, ceil_div, maximum, product, total
-from attngen.quantize import KEY_BLOCK, Q_BLOCK, ScaleKind, signs
+from attngen.quantize import DESCALES, KEY_BLOCK, Q_BLOCK, ScaleKind, signs
 
 ROW_LANES = 4
 """Lanes that share a row of Q or K: together they write 32 bytes at a time, a whole sector."""
@@ -18,7 +18,7 @@ CHUNK = 8
 SOURCES = ("bf16", "f16")
 """Formats that the kernels read."""
 TENSORS = ("q", "k", "v")
-_OUTPUTS = tuple(f"{name}{what}.ptr" for what in ("8", "_descale") for name in TENSORS)
+_OUTPUTS = (*(f"{name}8" for name in TENSORS), *DESCALES)
 _STRIDES = ("batch", "seqlen", "head")
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
 _BOOKKEEPING_REGISTERS = 24
@@ -109,10 +109,9 @@ class Quantizer:
     @property
     def params(self) -> tuple[Param, ...]:
         """Of each of the kernels; pointers first."""
-        pointers = (*(f"{name}.ptr" for name in TENSORS), *_OUTPUTS)
-        pointers += ("maxima.ptr",) if self.finds_maxima else ()
+        pointers = (*TENSORS, *_OUTPUTS, *(("maxima",) if self.finds_maxima else ()))
         return (
-            *(Param(pointer.removesuffix(".ptr"), "pointer", pointer) for pointer in pointers),
+            *(Param(name, "pointer", f"{name}.ptr") for name in pointers),
             *(
                 Param(f"{name}_stride_{dim}", "i64", f"{name}.stride_{dim}")
                 for name in TENSORS
@@ -145,7 +144,7 @@ class Quantizer:
             Workspace("q8", ("batch", "seqlen_q", "num_heads_q", self.head_dim_qk)),
             Workspace("k8", ("batch", "seqlen_k", "num_heads_kv", self.head_dim_qk)),
             Workspace("v8", ("batch", "num_heads_kv", self.head_dim_v, seqlen_pad)),
-            *(Workspace(f"{name}_descale", shape) for name, shape in zip(TENSORS, descales, strict=True)),
+            *map(Workspace, DESCALES, descales),
         )
 
     @property

@@ -156,6 +156,24 @@ def strides(x: torch.Tensor, layout: str) -> Strides:
     return batch, seqlen, head
 
 
+def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose gradient would be wanted.
+
+    Raises:
+        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad.
+    """
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+        raise ArgumentError(
+            name,
+            f"stride {x.stride(-1)} in the last dimension",
+            "1 (contiguous head_dim)",
+            f"pass {name}.contiguous()",
+        )
+    check_no_grad(name, x)
+    if ARCHS[arch].emits:
+        check_alignment(name, x)
+
+
 def check_alignment(name: str, x: torch.Tensor) -> None:
     """Refuse a tensor whose rows do not all start on 16 bytes.
 
@@ -225,16 +243,7 @@ def _check_tensor(manifest: _Expectations, name: str, x: torch.Tensor, q: torch.
         raise ArgumentError(name, f"dtype {x.dtype}", f"{expected}", f"pass {name}.to({expected})")
     if x.device != q.device:
         raise ArgumentError(name, f"device {x.device}", f"{q.device}, the device of q")
-    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
-        raise ArgumentError(
-            name,
-            f"stride {x.stride(-1)} in the last dimension",
-            "1 (contiguous head_dim)",
-            f"pass {name}.contiguous()",
-        )
-    check_no_grad(name, x)
-    if ARCHS[manifest.arch].emits:
-        check_alignment(name, x)
+    check_rows(manifest.arch, name, x)
 
 
 def _check_shape(name: str, x: torch.Tensor, layout: str, expected: tuple[int, int, int, int]) -> None:

@@ -4,27 +4,23 @@ What depends only on shapes, strides, types and device is worked out once per si
 call patches the pointers, which are checked every time. Nothing is copied, padded or synchronised.
 """
 
-import ctypes
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, Manifest, serving
+from attngen.emit.manifest import Manifest, serving
 from attngen.errors import ArgumentError
 from attngen.runtime.arguments import ROW_ALIGNMENT, check_arguments
 from attngen.runtime.counters import COUNTERS
 from attngen.runtime.declared import check_declared
-from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
-from attngen.runtime.prepared import WORD, Prepared, PreparedStruct, prepare_signature
+from attngen.runtime.driver import Module, check_device, launch, preparing
+from attngen.runtime.loaded import LoadedKernels
+from attngen.runtime.prepared import Prepared, PreparedStruct, prepare_signature, remember
 from attngen.runtime.tables import TileTables
-from attngen.runtime.tensor_maps import encode
 
-MOST_SIGNATURES = 4096
-"""Signatures remembered per kernel; a program with more starts over."""
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -49,9 +45,7 @@ class Launcher:
     ) -> None:
         self.manifest = manifest
         self._shorter = shorter
-        self._start = start
-        self._load = lambda: load(cubin)
-        self._functions: dict[str, Function] = {}
+        self._kernels = LoadedKernels(manifest.kernels, cubin, load, start)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
         self._tensors = tuple(entry.name for entry in (*manifest.tensors, *manifest.descales))
@@ -96,9 +90,7 @@ class Launcher:
             raise
         if prepared is None:
             prepared = self._prepare(q, k, v, softmax_scale, out, layout, declared)
-            if len(self._prepared) >= MOST_SIGNATURES:
-                self._prepared.clear()
-            self._prepared[key] = prepared
+            remember(self._prepared, key, prepared)
         q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT:
             check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
@@ -122,12 +114,7 @@ class Launcher:
         )  # fmt: skip
         if tensors:
             addresses += tuple([x.data_ptr() for x in tensors])
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        if torch._C._cuda_getDevice() == device:
-            self._launch(prepared, structs, addresses, device, stream)
-        else:
-            with torch.cuda.device(device):
-                self._launch(prepared, structs, addresses, device, stream)
+        self._launch(prepared, structs, addresses, device)
         return out, lse
 
     def tables(
@@ -138,35 +125,17 @@ class Launcher:
         memory = q.new_empty(prepared.tables_size)
         tensors = [declared[name] for name in self._tensors]
         addresses = (*(0,) * 5, memory.data_ptr(), 0, *[x.data_ptr() for x in tensors])
-        device = q.get_device()
-        with torch.cuda.device(device):
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            self._launch(prepared, prepared.of_tables, addresses, device, stream)
+        self._launch(prepared, prepared.of_tables, addresses, q.get_device())
         return TileTables.of(prepared.tables, tensors[: self._declared], memory)
 
     def _launch(
-        self,
-        prepared: Prepared,
-        structs: tuple[PreparedStruct, ...],
-        addresses: tuple[int, ...],
-        device: int,
-        stream: int,
+        self, prepared: Prepared, structs: tuple[PreparedStruct, ...], addresses: tuple[int, ...], device: int
     ) -> None:
+        """On torch's current stream of the device."""
+        stream = torch._C._cuda_getCurrentRawStream(device)
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
-        for each in structs:
-            words, address = each.arguments.words_and_address
-            for word, number in each.patches:
-                words[word] = addresses[number]
-            for word, number, beyond in each.workspaces:
-                words[word] = addresses[number] + beyond
-            for word, number, map_ in each.encodings:
-                start = ctypes.addressof(words) + word * WORD
-                ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
-            for ready in each.launches:
-                self._start(
-                    ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address
-                )
+        self._kernels.launch(structs, addresses, device, stream)
 
     def _prepare(
         self,
@@ -186,17 +155,10 @@ class Launcher:
         if q.is_cuda:
             check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
         with preparing(q.device.index) if q.is_cuda else nullcontext():
-            ready = partial(self._function, device=q.device.index)
-            prepared = prepare_signature(self.manifest, ready, problem, q, softmax_scale, out, layout, values)
+            function = self._kernels.function
+            prepared = prepare_signature(
+                self.manifest, function, problem, q, softmax_scale, out, layout, values
+            )
             if prepared.draws_tiles:
                 COUNTERS.prepare(q.get_device())
         return prepared
-
-    def _function(self, kernel: KernelEntry, device: int) -> Function:
-        """A kernel, loaded and ready on a device."""
-        if not self._functions:
-            module = self._load()  # type: ignore[no-untyped-call]
-            self._functions = {k.name: module.function(k.name, k.smem_bytes) for k in self.manifest.kernels}
-        function = self._functions[kernel.name]
-        function.prepare(device)
-        return function

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, Manifest, WorkspaceEntry
+from attngen.emit.manifest import KernelEntry, LaunchEntry, Manifest, WorkspaceEntry
 from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import Problem, strides
@@ -28,6 +28,8 @@ from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode
 
 SMALLEST_SCALE = 2.0**-126
 """FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
+MOST_SIGNATURES = 4096
+"""Signatures that a launcher remembers; a program with more starts over."""
 LARGEST_GRID = 2**31 - 1
 LARGEST_TILE_NUMBER = 2**31 - 1
 """Kernels count tiles in an i32."""
@@ -40,6 +42,9 @@ _FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f", "tensor_map": "1
 _SIZES = {"pointer": 8, "i64": 8, "i32": 4, "f32": 4, "tensor_map": TENSOR_MAP_BYTES}
 _ALIGNMENTS = {**_SIZES, "tensor_map": 64}
 _FIRST_ADDRESSES = ("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr", "tables", "scratch")
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,16 @@ class Prepared:
         return tuple(each.only(fills_tables=True) for each in self.structs)
 
 
+def remember(prepared: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Keep what a signature's preparation gave; all that was kept is dropped where it would be too much."""
+    if len(prepared) >= MOST_SIGNATURES:
+        prepared.clear()
+    prepared[key] = value
+
+
 def prepare_signature(
     manifest: Manifest,
-    function: Callable[[KernelEntry], Function],
+    function: Callable[[KernelEntry, int], Function],
     problem: Problem,
     q: torch.Tensor,
     softmax_scale: float | None,
@@ -157,7 +169,7 @@ def prepare_signature(
 
     Args:
         manifest: of the kernel that takes the call.
-        function: a kernel of it, ready to be launched on q's device.
+        function: makes a kernel of it ready on a device.
         problem: sizes and strides of the call.
         q: of the call, like those that follow.
         softmax_scale: 1/sqrt(head_dim_qk) where None.
@@ -201,7 +213,7 @@ def prepare_signature(
         of_struct = tuple(readers)
         launches = tuple(
             PreparedLaunch(
-                function(kernels[report.kernel]),
+                function(kernels[report.kernel], q.get_device()),
                 report.grid,
                 report.threads,
                 report.smem_bytes,
@@ -314,6 +326,18 @@ def _num_sms(manifest: Manifest, device: torch.device) -> int:
     return ARCHS[manifest.arch].num_sms
 
 
+def grid_of(entry: LaunchEntry, sizes: Mapping[str, int]) -> int:
+    """How many blocks of threads a launch has.
+
+    Raises:
+        ArgumentError: more than CUDA allows.
+    """
+    grid = evaluate_formula(entry.grid, sizes)
+    if grid > LARGEST_GRID:
+        raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
+    return grid
+
+
 def explain_launch(
     manifest: Manifest, problem: Problem, num_sms: int | None = None
 ) -> tuple[LaunchReport, ...]:
@@ -332,9 +356,7 @@ def explain_launch(
     workspace_bytes = {space.name: _bytes(space, sizes) for space in manifest.workspaces}
     reports = []
     for entry in manifest.launches:
-        grid = evaluate_formula(entry.grid, sizes)
-        if grid > LARGEST_GRID:
-            raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
+        grid = grid_of(entry, sizes)
         kernel = kernels[entry.kernel]
         tiles = evaluate_formula(entry.tiles, sizes)
         # Each block draws once more than there is work for it, so numbers run on by as many as there are blocks.

@@ -11,38 +11,37 @@ from typing import Any
 
 import torch
 
-from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, LaunchEntry, WorkspaceEntry
+from attngen.emit.manifest import LaunchEntry, WorkspaceEntry
 from attngen.emit.quantizer import QuantizerEntries
 from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula
-from attngen.quantize import Operands
+from attngen.plan.quantizer import SOURCES, TENSORS
+from attngen.quantize import DESCALES, Operands
 from attngen.runtime.arguments import (
     ROW_ALIGNMENT,
     Problem,
     Strides,
-    check_alignment,
     check_arguments,
     check_length,
-    check_no_grad,
+    check_rows,
     strides,
 )
-from attngen.runtime.driver import Function, Module, check_device, launch, preparing
+from attngen.runtime.driver import Module, check_device, launch, preparing
+from attngen.runtime.loaded import LoadedKernels
 from attngen.runtime.prepared import (
-    LARGEST_GRID,
     WORD,
     Arguments,
     PreparedLaunch,
     PreparedStruct,
+    grid_of,
     offsets,
     pack,
+    remember,
 )
 
-MOST_SIGNATURES = 4096
-"""Signatures remembered; a program with more starts over."""
-_SOURCES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_OPERANDS = ("q", "k", "v", "q_descale", "k_descale", "v_descale")
+_SOURCES = {torch_dtype(dtype(name)): name for name in SOURCES}
+_OPERANDS = (*TENSORS, *DESCALES)
 """What the entries' outputs are in `Operands`, in order."""
 _NO_STRIDES: Strides = (0, 0, 0)
 
@@ -105,12 +104,7 @@ def check_values(of: QuantizerEntries, v: torch.Tensor, layout: str) -> Problem:
         )
     if v.shape[-1] != of.head_dim_v:
         raise ArgumentError("v", f"shape {tuple(v.shape)}", f"head_dim {of.head_dim_v}")
-    if v.stride(-1) != 1 and v.numel():
-        must = "1 (contiguous head_dim)"
-        raise ArgumentError("v", f"stride {v.stride(-1)} in the last dimension", must, "pass v.contiguous()")
-    check_no_grad("v", v)
-    if ARCHS[of.arch].emits:
-        check_alignment("v", v)
+    check_rows(of.arch, "v", v)
     heads = v.shape[2 if layout == "bshd" else 1]
     return Problem(v.shape[0], 0, seqlen, heads, heads, _NO_STRIDES, _NO_STRIDES, strides(v, layout))
 
@@ -133,9 +127,7 @@ class QuantizeLauncher:
         start: Callable[..., None] = launch,
     ) -> None:
         self.entries = entries
-        self._load = lambda: load(cubin)
-        self._start = start
-        self._functions: dict[str, Function] = {}
+        self._kernels = LoadedKernels(entries.kernels, cubin, load, start)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
@@ -164,7 +156,8 @@ class QuantizeLauncher:
             check_sources(self.entries, q, k, v, layout)
             raise
         if prepared is None:
-            prepared = self._remember(key, self._prepare(q, k, v, layout))
+            prepared = self._prepare(q, k, v, layout)
+            remember(self._prepared, key, prepared)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
         if (pointers[0] | pointers[1] | pointers[2]) % ROW_ALIGNMENT:
             check_sources(self.entries, q, k, v, layout)
@@ -177,11 +170,8 @@ class QuantizeLauncher:
         entries, sizes = self.entries, prepared.problem
         if entries.scales == "per_tensor":
             made[3:] = [descale.expand(sizes.batch, sizes.num_heads_kv) for descale in made[3:]]
-        operands = dict(zip(_OPERANDS, made, strict=True))
         return Operands(
-            **operands,
-            scales=entries.scales,
-            hadamard=entries.hadamard,
+            **dict(zip(_OPERANDS, made, strict=True)), scales=entries.scales, hadamard=entries.hadamard
         )
 
     def pack_v(self, v: torch.Tensor, layout: str = "bshd") -> torch.Tensor:
@@ -204,7 +194,8 @@ class QuantizeLauncher:
             check_values(self.entries, v, layout)
             raise
         if prepared is None:
-            prepared = self._remember(key, self._prepare_pack(v, layout))
+            prepared = self._prepare_pack(v, layout)
+            remember(self._prepared, key, prepared)
         pointer = v.data_ptr()
         if pointer % ROW_ALIGNMENT:
             check_values(self.entries, v, layout)
@@ -214,15 +205,8 @@ class QuantizeLauncher:
         return packed
 
     def _launch(self, struct: PreparedStruct, addresses: tuple[int, ...], device: int) -> None:
-        words, address = struct.arguments.words_and_address
-        for word, number in struct.patches:
-            words[word] = addresses[number]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        with nullcontext() if torch._C._cuda_getDevice() == device else torch.cuda.device(device):
-            for ready in struct.launches:
-                self._start(
-                    ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address
-                )
+        """On torch's current stream of the device."""
+        self._kernels.launch((struct,), addresses, device, torch._C._cuda_getCurrentRawStream(device))
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> _Prepared:
         problem, entries = check_sources(self.entries, q, k, v, layout), self.entries
@@ -259,33 +243,14 @@ class QuantizeLauncher:
         ready = []
         with preparing(device.index) if device.type == "cuda" else nullcontext():
             for entry in launches:
-                grid = evaluate_formula(entry.grid, problem.sizes)
-                if grid > LARGEST_GRID:
-                    raise ArgumentError(
-                        "q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch"
-                    )
+                grid = grid_of(entry, problem.sizes)
                 kernel = kernels[entry.kernel]
                 if grid:
-                    function = self._function(kernel, device)
+                    function = self._kernels.function(kernel, device.index)
                     ready.append(PreparedLaunch(function, grid, kernel.threads, kernel.smem_bytes, False))
         words = {name: offset // WORD for name, offset in offsets(first).items()}
         patches = tuple((words[name], number) for number, name in enumerate(names))
         return PreparedStruct(Arguments(pack(first, values)), patches, (), (), tuple(ready))
-
-    def _function(self, kernel: KernelEntry, device: torch.device) -> Function:
-        """A kernel, loaded and ready on a device."""
-        if not self._functions:
-            module = self._load()  # type: ignore[no-untyped-call]
-            self._functions = {each.name: module.function(each.name, 0) for each in self.entries.kernels}
-        function = self._functions[kernel.name]
-        function.prepare(device.index)
-        return function
-
-    def _remember(self, key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
-        if len(self._prepared) >= MOST_SIGNATURES:
-            self._prepared.clear()
-        self._prepared[key] = prepared
-        return prepared
 
 
 def _allocation(space: WorkspaceEntry, problem: Problem) -> tuple[tuple[int, ...], torch.dtype]:

@@ -10,12 +10,15 @@ from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
 from attngen.quantize import HADAMARD_DIMS
+from attngen.spec.schema import Precision
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
 _GPU_HEAD_DIMS_8BIT = range(32, 257, 16)
 _SIMULATOR_HEAD_DIMS = range(1, 513)
-_OF_E4M3 = {"scales": "auto", "incoherent": "none", "seed": 0, "promote": "auto"}
-"""The fields of `precision` that mean something to e4m3 inputs alone, and what says nothing there."""
+_PRECISION = {name: field.default for name, field in Precision.model_fields.items()}
+"""What `precision` says where the spec says nothing."""
+_OF_E4M3 = ("scales", "incoherent", "seed", "promote")
+"""The fields of `precision` that mean something to e4m3 inputs alone."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     """Every rule that the data of a spec breaks."""
     problem, precision = data.get("problem"), data.get("precision")
     head_dim = problem.get("head_dim") if isinstance(problem, dict) else None
-    said = precision if isinstance(precision, dict) else {}
-    yield from _head_dims(head_dim, legal_head_dims(data.get("target", "auto"), said.get("inputs")))
+    said = _PRECISION | (precision if isinstance(precision, dict) else {})
+    yield from _head_dims(head_dim, legal_head_dims(data.get("target", "auto"), said["inputs"]))
     yield from _fields_of_e4m3(said, head_dim)
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
@@ -82,20 +85,20 @@ def _head_dims(head_dim: object, legal: range) -> Iterator[Broken]:
 
 
 def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
-    inputs, incoherent = said.get("inputs", "bf16"), said.get("incoherent", "none")
-    for field, nothing in _OF_E4M3.items() if inputs != "e4m3" else ():
-        if said.get(field, nothing) != nothing:
+    inputs, incoherent, promote = said["inputs"], said["incoherent"], said["promote"]
+    for field in _OF_E4M3 if inputs != "e4m3" else ():
+        if said[field] != _PRECISION[field]:
             yield Broken(
                 path=f"precision.{field}",
                 value=said[field],
                 must=f"means nothing to {inputs}",
                 rule="precision-field",
                 note="it is for inputs: e4m3",
-                nearest=(str(nothing),),
+                nearest=(str(_PRECISION[field]),),
             )
     if inputs != "e4m3":
         return
-    if _is_positive(said.get("seed")) and incoherent == "none":
+    if _is_positive(said["seed"]) and incoherent == "none":
         yield Broken(
             path="precision.seed",
             value=said["seed"],
@@ -114,7 +117,6 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
             note=f"the matrix is one of {_listed(HADAMARD_DIMS)} columns",
             nearest=("none",),
         )
-    promote = said.get("promote", "auto")
     if _is_positive(promote) and promote > 1:
         yield Broken(
             path="precision.promote",

@@ -1,0 +1,165 @@
+"""Steps that move tiles between device memory, shared memory and registers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, Tensor, View
+from attngen.plan.steps.step import Step
+
+
+@dataclass(frozen=True)
+class LoadTile(Step):
+    """Start copying a block of rows of this tile's head to shared memory, asynchronously.
+
+    Attributes:
+        bounded: rows past the sequence may occur; they arrive as zeros.
+    """
+
+    dst: View
+    src: Tensor
+    block: BlockIndex
+    bounded: bool
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]" + (
+            " (zeros past the end)" if self.bounded else ""
+        )
+
+
+@dataclass(frozen=True)
+class CommitCopies(Step):
+    """Close the group of copies started since the last commit; a group may be empty."""
+
+    def __str__(self) -> str:
+        return "commit copies"
+
+
+@dataclass(frozen=True)
+class WaitCopies(Step):
+    """Wait until at most `pending` of this thread's groups of copies are in flight, the newest ones."""
+
+    pending: int
+
+    def __str__(self) -> str:
+        return "wait for copies" + (f", {self.pending} newest may be in flight" if self.pending else "")
+
+
+@dataclass(frozen=True)
+class CopyTile(Step):
+    """Round an accumulator to the type of a buffer and write it there."""
+
+    src: RegTile
+    dst: View
+
+    def __str__(self) -> str:
+        return f"copy {self.dst} <- {self.src}"
+
+
+@dataclass(frozen=True)
+class StoreTile(Step):
+    """Write a buffer to a block of rows in device memory; rows past the sequence are dropped."""
+
+    src: View
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class LoadFragment(Step):
+    """Read an accumulator from a block of rows in device memory; rows past the sequence read as zero."""
+
+    dst: RegTile
+    src: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StoreFragment(Step):
+    """Write an accumulator to a block of rows in device memory; rows past the sequence are dropped."""
+
+    src: RegTile
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class LoadRows(Step):
+    """Read one value per row from device memory."""
+
+    dst: RegVec
+    src: Rows
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StoreRows(Step):
+    """Write one value per row to device memory."""
+
+    src: RegVec
+    dst: Rows
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class TmaLoad(Step):
+    """Have the copy engine fill the stage of a ring with a block of rows of this tile's head; `full` tells when.
+
+    Rows past the sequence and columns past the head dim arrive as zeros.
+
+    Attributes:
+        keep: what the L2 cache is to do with the lines.
+    """
+
+    dst: View
+    src: Tensor
+    block: BlockIndex
+    keep: Literal["evict_first", "evict_last"]
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
+class StageTile(Step):
+    """Round an accumulator to the type of a buffer in panels and write it there, each warp its rows."""
+
+    src: RegTile
+    dst: View
+
+    def __str__(self) -> str:
+        return f"stage {self.dst} <- {self.src}"
+
+
+@dataclass(frozen=True)
+class TmaStore(Step):
+    """Have the copy engine write this warpgroup's rows of a buffer to device memory; what lies past it is dropped."""
+
+    src: View
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src}"
+
+
+@dataclass(frozen=True)
+class WaitStores(Step):
+    """Wait until the copy engine has read what this warpgroup's stores were to write."""
+
+    def __str__(self) -> str:
+        return "wait until the stores have read shared memory"

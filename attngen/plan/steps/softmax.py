@@ -1,0 +1,186 @@
+"""Steps between the two matrix products: score, mask, online softmax."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attngen.expr import Expr, KeyRange
+from attngen.plan.places import BlockIndex, RegTile, RegVec, View
+from attngen.plan.steps.step import Step
+
+
+@dataclass(frozen=True)
+class Clear(Step):
+    """Fill registers with 0, or with -inf."""
+
+    dst: RegTile | RegVec
+    value: Literal["0", "-inf"] = "0"
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.value}"
+
+
+@dataclass(frozen=True)
+class NegateTile(Step):
+    """Flip the sign of a tile in shared memory: what a negative softmax_scale asks of Q."""
+
+    tile: View
+
+    def __str__(self) -> str:
+        return f"{self.tile} = -{self.tile}"
+
+
+@dataclass(frozen=True)
+class LookUp(Step):
+    """Load an element of a tensor for each pair of a block, in the layout of P; memory answers under what follows."""
+
+    dst: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    lookup: Expr
+
+    def __str__(self) -> str:
+        return f"{self.dst} = {self.lookup} of each pair"
+
+
+@dataclass(frozen=True)
+class ModifyScores(Step):
+    """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`.
+
+    Attributes:
+        looked_up: lookups of the score that a LookUp has put into registers.
+    """
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    score: Expr
+    scale: RegVec | None = None
+    looked_up: tuple[tuple[Expr, RegTile], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.s} = score of each pair, from scaled {self.s}"
+
+
+@dataclass(frozen=True)
+class MaskScores(Step):
+    """Set the scores of invisible keys to -inf; what a row sees is an interval of keys, known in closed form."""
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    visible: KeyRange
+
+    def __str__(self) -> str:
+        return f"{self.s} = -inf where masked, or past the last key"
+
+
+@dataclass(frozen=True)
+class MaskScoresEach(Step):
+    """Set the scores of invisible keys to -inf, asking the mask for each pair of row and key."""
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    mask: Expr
+
+    def __str__(self) -> str:
+        return f"{self.s} = -inf where masked, or past the last key (asked for each)"
+
+
+@dataclass(frozen=True)
+class RowMax(Step):
+    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled.
+
+    Attributes:
+        scale: of each row, and group of columns; the call's softmax_scale where None.
+    """
+
+    s: RegTile
+    row_max: RegVec
+    alpha: RegVec
+    scale: RegVec | None = None
+
+    def __str__(self) -> str:
+        return f"{self.row_max}, {self.alpha} = running maximum of {self.s}, rescale factor"
+
+
+@dataclass(frozen=True)
+class Exponentiate(Step):
+    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s.
+
+    Attributes:
+        scale: as in `RowMax`.
+        lift: s = 2^lift times that, and so are the sums.
+        weight: s is multiplied by that as well; the sums are not.
+    """
+
+    s: RegTile
+    row_max: RegVec
+    row_sum: RegVec
+    alpha: RegVec
+    scale: RegVec | None = None
+    lift: int = 0
+    weight: RegVec | None = None
+
+    def __str__(self) -> str:
+        return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
+
+
+@dataclass(frozen=True)
+class ConvertP(Step):
+    """Round probabilities to the input type, as the A operand of the second GEMM."""
+
+    s: RegTile
+    p: RegTile
+
+    def __str__(self) -> str:
+        return f"{self.p} = {self.s} rounded to {self.p.dtype.name}"
+
+
+@dataclass(frozen=True)
+class ScaleRows(Step):
+    """Multiply every row of an accumulator by its factor.
+
+    Attributes:
+        votes: a warp all of whose factors are 1 leaves its rows alone, which changes no value.
+    """
+
+    o: RegTile
+    by: RegVec
+    votes: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.o} = {self.o} * {self.by}" + (
+            ", unless they are 1 in the whole warp" if self.votes else ""
+        )
+
+
+@dataclass(frozen=True)
+class ReduceRows(Step):
+    """Add up the parts of a row's sum that its lanes hold."""
+
+    total: RegVec
+    part: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.total} = {self.part} added over the lanes"
+
+
+@dataclass(frozen=True)
+class FinishRows(Step):
+    """inv_sum = top / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
+
+    Attributes:
+        lift: the sums are 2^lift times what they mean.
+        top: what inv_sum is multiplied by; 1 where None.
+    """
+
+    row_max: RegVec
+    row_sum: RegVec
+    inv_sum: RegVec
+    lse: RegVec
+    lift: int = 0
+    top: RegVec | None = None
+
+    def __str__(self) -> str:
+        return f"{self.inv_sum}, {self.lse} = {self.top or 1} / {self.row_sum}, log-sum-exp"

@@ -1,0 +1,75 @@
+"""The kernels of one cubin on the GPUs of this process: loaded when first needed, launched with a call's addresses."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attngen.emit.manifest import KernelEntry
+from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, launch
+from attngen.runtime.prepared import WORD, PreparedStruct
+from attngen.runtime.tensor_maps import encode
+
+
+class LoadedKernels:
+    """Functions by kernel, and their launches.
+
+    Args:
+        kernels: those to load of the cubin; it may hold others.
+        cubin: the machine code.
+        load: makes a module of a cubin; tests pass a recorder.
+        start: launches; tests pass a recorder.
+    """
+
+    def __init__(
+        self,
+        kernels: tuple[KernelEntry, ...],
+        cubin: bytes,
+        load: Callable[[bytes], Any] = Module,
+        start: Callable[..., None] = launch,
+    ) -> None:
+        self._kernels = kernels
+        self._cubin = cubin
+        self._load = load
+        self._start = start
+        self._functions: dict[str, Function] = {}
+
+    def function(self, kernel: KernelEntry, device: int) -> Function:
+        """A kernel, loaded and ready on a device."""
+        if not self._functions:
+            module = self._load(self._cubin)
+            self._functions = {
+                each.name: module.function(each.name, each.smem_bytes) for each in self._kernels
+            }
+        function = self._functions[kernel.name]
+        function.prepare(device)
+        return function
+
+    def launch(
+        self, structs: tuple[PreparedStruct, ...], addresses: tuple[int, ...], device: int, stream: int
+    ) -> None:
+        """Put a call's addresses into its structs, and launch what reads them, in order.
+
+        Args:
+            structs: of the call's signature.
+            addresses: as the structs number them.
+            device: on which the functions are ready.
+            stream: the raw handle of a stream of that device.
+        """
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return self.launch(structs, addresses, device, stream)
+        for each in structs:
+            words, address = each.arguments.words_and_address
+            for word, number in each.patches:
+                words[word] = addresses[number]
+            for word, number, beyond in each.workspaces:
+                words[word] = addresses[number] + beyond
+            for word, number, map_ in each.encodings:
+                start = ctypes.addressof(words) + word * WORD
+                ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
+            for ready in each.launches:
+                self._start(
+                    ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address
+                )
