@@ -24,7 +24,7 @@ python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.l
 python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
 for tool in memcheck racecheck synccheck; do
   echo "== compute-sanitizer $tool"
-  timeout 150 compute-sanitizer --tool "$tool" --report-api-errors no --kernel-name kernel_substring=attn_fwd python3 benchmarks/sanitize.py
+  timeout 300 compute-sanitizer --tool "$tool" --report-api-errors no --kernel-name kernel_substring=attn_fwd python3 benchmarks/sanitize.py
 done 2>&1 | tee "$results/sanitizer.log"
 conflicts=l1tex__data_bank_conflicts_pipe_lsu_mem_shared
 timeout 150 ncu --clock-control none --kernel-name regex:attn_fwd --metrics \

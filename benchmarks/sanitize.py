@@ -1,19 +1,23 @@
-"""Small launches of every schedule, to run under compute-sanitizer: `python benchmarks/sanitize.py [plain] [language]`.
+"""Small launches of every schedule, for compute-sanitizer: `python benchmarks/sanitize.py [plain] [language] [fp8]`.
 
 Lengths (1, 1), (113, 203) and (128, 217), GQA 3:1, lse asked for. `plain`: f16 and bf16, head_dim 64 and 128, full and
-causal. `language`: walks, modified scores, declared tensors and tables of extremes, head_dim 64.
+causal. `language`: walks, modified scores, declared tensors and tables of extremes, head_dim 64. `fp8`: e4m3, quantised
+by the call, every kind of scales, promoted and not, head_dim 64.
 """
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attngen
 from attngen.declared_inputs import declared_inputs
 from attngen.inputs import Shape
 from attngen.judging import draw, judge
+from attngen.quantize import SCALE_KINDS
 
 KINDS = ("fa2", "serial", "warp_specialized", "pingpong", "auto")
+KINDS_OF_E4M3 = ("warp_specialized", "pingpong")
 LENGTHS = ((1, 1), (113, 203), (128, 217))
 LANGUAGE: tuple[dict[str, Any], ...] = (
     {"mask": "window(100, 0) or sinks(4)", "score": "softcap(score, 2.0)"},
@@ -40,6 +44,21 @@ def language() -> Iterator[dict[str, Any]]:
         yield {"problem": {"head_dim": 64}, **fields}
 
 
+def fp8() -> Iterator[dict[str, Any]]:
+    """Specs of e4m3 inputs: kinds of scales, promotion, a mask and a score."""
+    for scales in SCALE_KINDS:
+        for promote in (0, 1):
+            precision = {"inputs": "e4m3", "scales": scales, "promote": promote}
+            if promote:
+                yield {"problem": {"head_dim": 64}, "precision": precision, "mask": "causal"}
+            else:
+                yield {
+                    "problem": {"head_dim": 64},
+                    "precision": precision | {"incoherent": "hadamard"},
+                    **LANGUAGE[0],
+                }
+
+
 def is_right(kernel: attngen.Kernel, shape: Shape) -> bool:
     """Run, and hold the result against the reference on the CPU."""
     spec, plan = kernel.spec, kernel.plan
@@ -53,15 +72,17 @@ def is_right(kernel: attngen.Kernel, shape: Shape) -> bool:
 
 def main() -> None:
     """Run and compare; print how many launches were right."""
-    sets = {"plain": plain, "language": language}
+    sets = {"plain": plain, "language": language, "fp8": fp8}
     right = launched = 0
     for name in sys.argv[1:] or sets:
-        for fields in sets[name]():
-            for kind in KINDS:
-                kernel = attngen.compile({**fields, "schedule": {"kind": kind}})
-                for lengths in LENGTHS:
-                    right += is_right(kernel, Shape(1, 3, 1, *lengths))
-                    launched += 1
+        kinds = KINDS_OF_E4M3 if name == "fp8" else KINDS
+        specs = [{**fields, "schedule": {"kind": kind}} for fields in sets[name]() for kind in kinds]
+        with ThreadPoolExecutor() as pool:
+            kernels = list(pool.map(attngen.compile, specs))
+        for kernel in kernels:
+            for lengths in LENGTHS:
+                right += is_right(kernel, Shape(1, 3, 1, *lengths))
+                launched += 1
     print(f"{right} of {launched} launches right")
 
 

@@ -312,13 +312,13 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which each consumer warpgroup arrives at once.
+// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 consumers) {
+DEV void init_ring(u32 ring, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
     mbarrier_init(ring + 8 * i, 1);
-    mbarrier_init(ring + 8 * (kStages + i), consumers);
+    mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }
 

@@ -86,6 +86,12 @@ DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.clust
 // PTX ISA: mbarrier.arrive.
 DEV void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
+// Arrive once for the warp, after what all its lanes have read.
+DEV void mbarrier_arrive_warp(u32 barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
 // Arrive, and announce the bytes that must land before the phase completes. PTX ISA: mbarrier.arrive.expect_tx.
 DEV void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -328,13 +334,13 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which each consumer warpgroup arrives at once.
+// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 consumers) {
+DEV void init_ring(u32 ring, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
     mbarrier_init(ring + 8 * i, 1);
-    mbarrier_init(ring + 8 * (kStages + i), consumers);
+    mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }
 
@@ -722,7 +728,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     init_ring<1>(q_ring, 2);
-    init_ring<2>(k_ring, 2);
+    init_ring<2>(k_ring, 8);
     init_ring<2>(v_ring, 2);
     init_ring<1>(tile_ring, 2);
     fence_mbarrier_init();
@@ -824,7 +830,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
-        if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+        mbarrier_arrive_warp(empty<2>(k_ring, k_at));
         advance<2>(k_at);
         {
           int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
@@ -849,7 +855,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          mbarrier_arrive_warp(empty<2>(k_ring, k_at));
           advance<2>(k_at);
           // online softmax of block n
           {
@@ -882,7 +888,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          mbarrier_arrive_warp(empty<2>(k_ring, k_at));
           advance<2>(k_at);
           // online softmax of block n
           update_row_max(row_max, alpha, acc_s, score_scale);

@@ -82,8 +82,11 @@ def places(
     def cursors(fills: bool) -> RingCursors:
         depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}
         return RingCursors(
-            **{name: Cursor(f"{name}_at", count, Ring(name, count), fills) for name, count in depth.items()}
+            **{name: Cursor(f"{name}_at", count, ring(name, count), fills) for name, count in depth.items()}
         )
+
+    def ring(name: str, count: int) -> Ring:
+        return Ring(name, count, read_by_threads=name == "k" and bool(scales and scales.staged))
 
     if scales and scales.staged:
         end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))

@@ -16,7 +16,8 @@ CHUNK_BYTES = 16
 BANK_BYTES = 128
 """What shared memory serves in one clock: 32 banks of 4 bytes."""
 MBARRIER_BYTES = 8
-WARPGROUP_THREADS = 128
+WARPGROUP_WARPS = 4
+WARPGROUP_THREADS = 32 * WARPGROUP_WARPS
 PANEL_BYTES = 128
 """The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
@@ -58,10 +59,20 @@ class Ring:
 
     `full` of a stage completes when its producer has arrived and the bytes it announced have landed; `empty` when
     every consumer warpgroup has released the stage. A ring without buffers carries a tile's number.
+
+    Attributes:
+        read_by_threads: consumers load from the stages themselves, which no GEMM waits for, so each warp releases what
+            it has read; else one thread does for its warpgroup.
     """
 
     name: str
     stages: int
+    read_by_threads: bool = False
+
+    @property
+    def releases(self) -> int:
+        """Arrivals by which a consumer warpgroup releases a stage."""
+        return WARPGROUP_WARPS if self.read_by_threads else 1
 
     @property
     def size_bytes(self) -> int:

@@ -195,6 +195,14 @@ class RoleRun:
         self.leader.join(self.clock)
         return self.leader
 
+    def leave(self) -> Clock:
+        """What its threads know and have done, for who waits until all have arrived; they do not meet one another."""
+        self._epoch += 1
+        clock = Clock()
+        clock.join(self.leaders_clock)
+        clock.see(self.name, self._epoch)
+        return clock
+
     def position(self, cursor: Cursor | None) -> Position:
         """Where it stands in a ring."""
         if cursor is None:
@@ -252,13 +260,6 @@ class RoleRun:
     def read_by_gemm(self, view: View) -> torch.Tensor:
         """An operand in shared memory, read until the GEMM that is about to be issued ends: (members, rows, cols)."""
         return self._read_asynchronously(view, self.clock, Stamp(self._gemm_line, self._gemms_issued))
-
-    def read_before_gemm(self, view: View) -> torch.Tensor:
-        """What threads load before they issue the next GEMM: when it lands, all of them have."""
-        for cell in self.cells(view):
-            self._heed(cell.objection_to_read(self.clock, self.name), cell)
-            cell.note_read(Stamp(self._gemm_line, self._gemms_issued))
-        return self._values(view)
 
     def issue_gemm(self, *registers: RegTile) -> None:
         """Start a GEMM, which owns these registers from now on."""

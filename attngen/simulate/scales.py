@@ -49,7 +49,7 @@ def stage_scales(step: StageScales, role: RoleRun) -> None:
 
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
     """The same times K's descale of each key of a block."""
-    staged, src = role.read_before_gemm(step.staged), role.read(step.src)
+    staged, src = role.read_shared(step.staged), role.read(step.src)
     role.write(step.dst, lambda: _normal(src * staged[:, :1], step.in_natural_units))
 
 
@@ -67,7 +67,7 @@ def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
 
 def read_value_weight(step: ReadValueWeight, role: RoleRun) -> None:
     """V's descale of each key of a block in relation to the largest."""
-    staged = role.read_before_gemm(step.staged)
+    staged = role.read_shared(step.staged)
     role.write(
         step.weight, lambda top: torch.fmax(staged[:, 1:] / top[:, None, :1], _SMALLEST), role.read(step.top)
     )

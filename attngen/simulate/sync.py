@@ -73,9 +73,13 @@ def _wait_for_phase(role: RoleRun, barrier: Mbarrier, parity: int, what: str) ->
 
 
 def release(step: Release, role: RoleRun) -> None:
-    """One thread says that the warpgroup is done with the stage."""
-    role.check_seen_by_all(step.cursor)
-    role.stage_barriers(step.cursor).empty.arrive(role.leaders_clock)
+    """One thread says that the warpgroup is done with the stage, or one of each of its warps, which run as one here."""
+    empty = role.stage_barriers(step.cursor).empty
+    if step.cursor.ring and step.cursor.ring.read_by_threads:
+        empty.arrive(role.leave())
+    else:
+        role.check_seen_by_all(step.cursor)
+        empty.arrive(role.leaders_clock)
 
 
 def advance(step: Advance, role: RoleRun) -> None:

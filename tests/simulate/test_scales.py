@@ -7,10 +7,12 @@ import torch
 
 import attngen
 from attngen.inputs import Shape
-from attngen.plan import walk
-from attngen.plan.steps import Promote
+from attngen.lower import warpgroups
+from attngen.plan import Ring, walk
+from attngen.plan.steps import Promote, StageScales
 from attngen.quantize import SCALE_KINDS, Operands, dequantize
 from attngen.reference import attention
+from attngen.simulate import SimulationFault
 from tests.reference.language_cases import LanguageCase
 
 GQA = Shape(1, 4, 2, 21, 140)
@@ -160,3 +162,12 @@ def test_a_nan_of_q_spoils_its_row_alone(scales: str, incoherent: str) -> None:
     assert out[0, 7, 1].isnan().all()
     out[0, 7, 1] = clean[0, 7, 1]
     assert torch.equal(out, clean)
+
+
+def test_staged_scales_are_released_by_every_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one thread did, others of its warpgroup might read those of a later block: no GEMM waits for them."""
+    monkeypatch.setattr(warpgroups, "Ring", lambda name, stages, read_by_threads: Ring(name, stages))
+    kernel = compiled(precision={"scales": "per_block"})
+    with pytest.raises(SimulationFault, match="consumer 0 read it, and nothing orders") as caught:
+        kernel(*drawn(kernel, Shape(1, 2, 1, 14, 600)))
+    assert isinstance(caught.value.step, StageScales)

@@ -42,7 +42,7 @@ class WaitEmpty(Step):
 
 @dataclass(frozen=True)
 class Release(Step):
-    """Hand the stage back to its producer; one thread of the warpgroup arrives."""
+    """Hand the stage back to its producer; one thread arrives, or one of each warp where the ring asks for it."""
 
     cursor: Cursor
 

@@ -9,6 +9,12 @@ DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.clust
 // PTX ISA: mbarrier.arrive.
 DEV void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
+// Arrive once for the warp, after what all its lanes have read.
+DEV void mbarrier_arrive_warp(u32 barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+
 // Arrive, and announce the bytes that must land before the phase completes. PTX ISA: mbarrier.arrive.expect_tx.
 DEV void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
