@@ -3,7 +3,8 @@
 A real value is an e4m3 value times the descale of its granule, the set of elements that share one. With amax, the
 largest finite magnitude of the granule, descale = amax / 448, and elements are multiplied by the reciprocal 448 / amax,
 rounded to the nearest (ties to even), and end at +-448. So an infinity becomes +-448 and a NaN stays one. A granule of
-zeros has descale 1; an amax below 448 * 2^-126 counts as that, so that both factors are normal numbers. The emitted
+zeros has descale 1; an amax below 448 * 2^-126 counts as that, so that both factors are normal numbers. A block of V
+has the next power of two for its descale: P, rounded to e4m3, takes it up and loses no more than without. The emitted
 kernels compute the same in the same order: their bytes and descales are equal, bit by bit.
 """
 
@@ -86,7 +87,9 @@ def quantize(
     rows = [x.float() if hadamard_seed is None else _hadamard(x.float(), hadamard_seed) for x in (q, k)]
     q8, q_descale = _quantized(rows[0], scales, Q_BLOCK, num_heads_kv)
     k8, k_descale = _quantized(rows[1], scales, KEY_BLOCK, num_heads_kv)
-    v8, v_descale = _quantized(v.float(), of_values, KEY_BLOCK, num_heads_kv)
+    v8, v_descale = _quantized(
+        v.float(), of_values, KEY_BLOCK, num_heads_kv, by_powers=of_values == "per_block"
+    )
     return Operands(
         q8,
         k8,
@@ -171,17 +174,28 @@ def _hadamard(x: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _quantized(
-    x: torch.Tensor, scales: ScaleKind, block: int, num_heads_kv: int
+    x: torch.Tensor, scales: ScaleKind, block: int, num_heads_kv: int, by_powers: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values, and descales as of `Operands`, of rows (batch, seqlen, heads, head_dim), f32."""
+    """e4m3 values, and descales as of `Operands`, of rows (batch, seqlen, heads, head_dim), f32.
+
+    `by_powers`: descales are powers of two.
+    """
     amax = _amax(x.abs().masked_fill(~x.isfinite(), 0), scales, block, num_heads_kv)
     amax = torch.where(amax == 0, E4M3_MAX, amax.clamp(min=SMALLEST_AMAX))
     # A tensor of 448: torch divides by a number, and a number by a tensor, by way of a reciprocal.
     most = torch.full_like(amax, E4M3_MAX)
+    if by_powers:
+        amax = _next_power_of_two(amax / most) * most
     scaled = x * _for_each_row(most / amax, x, block)
     # Not all versions of torch end at 448; a NaN has no sign, as cvt gives it.
     values = scaled.clamp(-E4M3_MAX, E4M3_MAX).masked_fill(scaled.isnan(), math.nan)
     return values.to(torch.float8_e4m3fn), amax / most
+
+
+def _next_power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The smallest that is not less than x: positive, normal f32."""
+    bits = x.contiguous().view(torch.int32) + 0x7FFFFF & 0x7F800000
+    return bits.view(torch.float32)
 
 
 def _amax(x: torch.Tensor, scales: ScaleKind, block: int, num_heads_kv: int) -> torch.Tensor:

@@ -182,6 +182,12 @@ DEV GranuleScale granule_scale(float amax) {
   return {__fdiv_rn(448.f, amax), __fdiv_rn(amax, 448.f)};
 }
 
+// The scale whose descale is the next power of two, where P takes it up: of P, rounded to e4m3, no more is lost.
+DEV GranuleScale power_scale(float amax) {
+  const float descale = __uint_as_float(__float_as_uint(granule_scale(amax).descale) + 0x7fffffu & 0x7f800000u);
+  return {__fdiv_rn(1.f, descale), descale};
+}
+
 // Four elements as e4m3.
 DEV u32 quantized(float a, float b, float c, float d, float reciprocal) {
   return E4m3::pack(__fmul_rn(a, reciprocal), __fmul_rn(b, reciprocal), __fmul_rn(c, reciprocal), __fmul_rn(d, reciprocal));
@@ -236,8 +242,8 @@ DEV void transpose_bytes(u32 (&x)[4]) {
 
 // ---- quantisation: Q, K and V to e4m3, scales per_block, Q and K in the Hadamard basis ----
 //
-// A real value is an e4m3 value times the descale of what shares it: its largest finite magnitude / 448. V is transposed,
-// its keys in the order in which a lane holds P.
+// A real value is an e4m3 value times the descale of what shares it: its largest finite magnitude / 448, for V the next power of two.
+// V is transposed, its keys in the order in which a lane holds P.
 namespace quantizer {
 
 struct Params {
@@ -385,7 +391,7 @@ DEV void quantize_values(const Params& params, const Part& part) {
   const Source source = source_of(params, part);
   uint4 x[kValueUnits][4];
   load_values(x, source, part.first);
-  const GranuleScale scale = granule_scale(max_of_warps<kThreads / 32>(max_of_values<Pair>(x)));
+  const GranuleScale scale = power_scale(max_of_warps<kThreads / 32>(max_of_values<Pair>(x)));
   const i64 of_head = ((i64)part.batch * params.num_heads_kv + part.head) * blocks_of(source.seqlen, kKeys);
   if (threadIdx.x == 0) params.v_descale[of_head + part.first / kKeys] = scale.descale;
 #pragma unroll

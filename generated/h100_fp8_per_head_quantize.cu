@@ -169,8 +169,8 @@ DEV void transpose_bytes(u32 (&x)[4]) {
 
 // ---- quantisation: Q, K and V to e4m3, scales per_head ----
 //
-// A real value is an e4m3 value times the descale of what shares it: its largest finite magnitude / 448. V is transposed,
-// its keys in the order in which a lane holds P.
+// A real value is an e4m3 value times the descale of what shares it: its largest finite magnitude / 448.
+// V is transposed, its keys in the order in which a lane holds P.
 namespace quantizer {
 
 struct Params {

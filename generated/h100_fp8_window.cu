@@ -597,8 +597,22 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
+// Whether tanh_near will do so far from 0.
+DEV bool is_near(float reach) { return reach <= 0.5f; }
+
+// tanh(x) by the polynomial that is nearest to it, relatively: 2^-20.6 off, and the unit for exponentials stays free.
+DEV float tanh_near(float x) {
+  const float y = x * x;
+  return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
+}
+
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
-DEV float tanh_approx(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
+DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
+
+// tanh(x); kNear: x is known to be near 0.
+template <bool kNear>
+DEV float tanh_approx(float x) { return kNear ? tanh_near(x) : tanh_far(x); }
+DEV float tanh_approx(float x) { return is_near(fabsf(x)) ? tanh_near(x) : tanh_far(x); }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
@@ -723,9 +737,15 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   return seen;
 }
 
-// What becomes of a score, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+// What the tanh of a score takes, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+DEV float tanh_argument(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
+  return score * 0.03333333507180214f;
+}
+
+// What becomes of the score, from that.
+template <bool kNear>
 DEV float modified_score(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return tanh_approx(score * 0.03333333507180214f);
+  return tanh_approx<kNear>(score);
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -863,12 +883,35 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           int rows[2 * kRowTiles];
         #pragma unroll
           for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-        #pragma unroll
+          float reach = 0.f;
+          #pragma unroll
           for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-        #pragma unroll
+          #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = modified_score(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+              s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+              reach = fmaxf(reach, fabsf(s));
+            }
+          }
+          const bool near = __all_sync(~0u, is_near(reach));
+          if (near) {
+            #pragma unroll
+            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            #pragma unroll
+              for (int r = 0; r < 2 * kRowTiles; ++r) {
+                float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              }
+            }
+          }
+          if (!near) {  // no else: ptxas would need more registers
+            #pragma unroll
+            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            #pragma unroll
+              for (int r = 0; r < 2 * kRowTiles; ++r) {
+                float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              }
             }
           }
         }
@@ -905,12 +948,35 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          #pragma unroll
+            float reach = 0.f;
+            #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-          #pragma unroll
+            #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                reach = fmaxf(reach, fabsf(s));
+              }
+            }
+            const bool near = __all_sync(~0u, is_near(reach));
+            if (near) {
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
+              }
+            }
+            if (!near) {  // no else: ptxas would need more registers
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
               }
             }
           }
@@ -960,12 +1026,35 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          #pragma unroll
+            float reach = 0.f;
+            #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-          #pragma unroll
+            #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                reach = fmaxf(reach, fabsf(s));
+              }
+            }
+            const bool near = __all_sync(~0u, is_near(reach));
+            if (near) {
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
+              }
+            }
+            if (!near) {  // no else: ptxas would need more registers
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
               }
             }
           }
@@ -1004,12 +1093,35 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          #pragma unroll
+            float reach = 0.f;
+            #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-          #pragma unroll
+            #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                reach = fmaxf(reach, fabsf(s));
+              }
+            }
+            const bool near = __all_sync(~0u, is_near(reach));
+            if (near) {
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
+              }
+            }
+            if (!near) {  // no else: ptxas would need more registers
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
               }
             }
           }

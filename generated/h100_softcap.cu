@@ -1,6 +1,6 @@
-// attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64
+// attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64
 //
-// Attention forward, pingpong schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
+// Attention forward, warp_specialized schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
 // log-sum-exp, inputs bf16, output bf16, softmax in f32. Mask: causal. Score: 30.0 * tanh(score / 30.0).
 // Emitted by attngen 0.1.0 from spec digest d64dac64eeae665b. Launch: see the manifest beside this file.
 //
@@ -117,9 +117,6 @@ DEV void mbarrier_wait_warp(u32 barrier, u32 parity) {
 // Meet at a named barrier. PTX ISA: bar.sync.
 DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Count at a named barrier without waiting. PTX ISA: bar.arrive.
-DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // Order this thread's ordinary accesses to shared memory before asynchronous ones. PTX ISA: fence.proxy.async.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -188,15 +185,15 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64x80) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][10][4], u64 a, u64 b, bool keep) {
+// D (64x128) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][16][4], u64 a, u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %42, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, keep, 1, 1, 0, 0;\n"
+      "setp.ne.b32 keep, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, keep, 1, 1, 0, 0;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
@@ -521,21 +518,35 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
+// Whether tanh_near will do so far from 0.
+DEV bool is_near(float reach) { return reach <= 0.5f; }
+
+// tanh(x) by the polynomial that is nearest to it, relatively: 2^-20.6 off, and the unit for exponentials stays free.
+DEV float tanh_near(float x) {
+  const float y = x * x;
+  return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
+}
+
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
-DEV float tanh_approx(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
+DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
+
+// tanh(x); kNear: x is known to be near 0.
+template <bool kNear>
+DEV float tanh_approx(float x) { return kNear ? tanh_near(x) : tanh_far(x); }
+DEV float tanh_approx(float x) { return is_near(fabsf(x)) ? tanh_near(x) : tanh_far(x); }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
 using Input = Bf16;
 using Output = Bf16;
-constexpr int kBlockM = 192;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 80;  // tile.block_n: keys of a block
+constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of wgmma
 constexpr int kVCols = 128;  // columns of O
 constexpr int kStages = 2;  // schedule.stages: K and V blocks in shared memory
-constexpr int kThreads = 512;  // 3 consumer warpgroups of 128, and the producer's 4 warps
+constexpr int kThreads = 384;  // 2 consumer warpgroups of 128, and the producer's 4 warps
 constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
 using QTile = PanelTile<kBlockM, kQkCols>;
 using KTile = PanelTile<kBlockN, kQkCols>;
@@ -608,9 +619,15 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   return seen;
 }
 
-// What becomes of a score, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+// What the tanh of a score takes, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+DEV float tanh_argument(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
+  return score * (params.softmax_scale * 0.03333333507180214f);
+}
+
+// What becomes of the score, from that.
+template <bool kNear>
 DEV float modified_score(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return tanh_approx(score * (params.softmax_scale * 0.03333333507180214f));
+  return tanh_approx<kNear>(score);
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -621,23 +638,23 @@ DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params params) {
+attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
-  const u32 k_smem = smem_address(smem) + 98304;
-  const u32 v_smem = smem_address(smem) + 139264;
-  const u32 out_smem = smem_address(smem) + 180224;
-  const u32 q_ring = smem_address(smem) + 229376;  // 2 times full, then empty
-  const u32 k_ring = smem_address(smem) + 229408;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 229440;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 229472;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 229488;
+  const u32 k_smem = smem_address(smem) + 32768;
+  const u32 v_smem = smem_address(smem) + 98304;
+  const u32 out_smem = smem_address(smem) + 163840;
+  const u32 q_ring = smem_address(smem) + 196608;  // 1 times full, then empty
+  const u32 k_ring = smem_address(smem) + 196624;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 196656;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 196688;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 196704;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<2>(q_ring, 3);
-    init_ring<2>(k_ring, 3);
-    init_ring<2>(v_ring, 3);
-    init_ring<1>(tile_ring, 3);
+    init_ring<1>(q_ring, 2);
+    init_ring<2>(k_ring, 2);
+    init_ring<2>(v_ring, 2);
+    init_ring<1>(tile_ring, 2);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);
@@ -645,8 +662,8 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
     prefetch_tensor_map(params.out_map);
   }
   __syncthreads();
-  if (warpgroup == 3) {  // producer
-    keep_registers<32>();
+  if (warpgroup == 2) {  // producer
+    keep_registers<24>();
     if (threadIdx.x % 128 < 32 && elect_one()) {
       Cursor q_at = {0, 1};
       Cursor k_at = {0, 1};
@@ -660,9 +677,9 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
-        mbarrier_wait(empty<2>(q_ring, q_at), q_at.phase);
-        load_panels<QTile>(q_smem + q_at.stage * QTile::kBytes, params.q_map, full<2>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
-        advance<2>(q_at);
+        mbarrier_wait(empty<1>(q_ring, q_at), q_at.phase);
+        load_panels<QTile>(q_smem, params.q_map, full<1>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
+        advance<1>(q_at);
         if (seen.n_max > seen.n_min) {
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
@@ -685,15 +702,14 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
       }
     }
   } else {  // consumer
-    take_registers<160>();
+    take_registers<240>();
     const bool is_first_thread = threadIdx.x % 128 == 0;
-    const int next_warpgroup = warpgroup == 2 ? 0 : warpgroup + 1;
     Cursor q_at = {0, 0};
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
     Cursor tile_at = {0, 0};
-    float acc_s[kRowTiles][10][4];
-    u32 p[kRowTiles][5][4];
+    float acc_s[kRowTiles][16][4];
+    u32 p[kRowTiles][8][4];
     float acc_o[kRowTiles][16][4];
     float row_max[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
@@ -702,20 +718,16 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
 
-    if (next_warpgroup == 0) {
-      // the first warpgroup goes first
-      named_barrier_arrive(1 + next_warpgroup, 256);
-    }
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       fill(acc_o, 0.f);
       fill(row_max, -infinity());
       fill(row_sum, 0.f);
-      mbarrier_wait_warp(full<2>(q_ring, q_at), q_at.phase);
+      mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -725,12 +737,35 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
           int rows[2 * kRowTiles];
         #pragma unroll
           for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-        #pragma unroll
+          float reach = 0.f;
+          #pragma unroll
           for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-        #pragma unroll
+          #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = modified_score(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              reach = fmaxf(reach, fabsf(s));
+            }
+          }
+          const bool near = __all_sync(~0u, is_near(reach));
+          if (near) {
+            #pragma unroll
+            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            #pragma unroll
+              for (int r = 0; r < 2 * kRowTiles; ++r) {
+                float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              }
+            }
+          }
+          if (!near) {  // no else: ptxas would need more registers
+            #pragma unroll
+            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            #pragma unroll
+              for (int r = 0; r < 2 * kRowTiles; ++r) {
+                float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              }
             }
           }
         }
@@ -749,12 +784,10 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -765,12 +798,35 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          #pragma unroll
+            float reach = 0.f;
+            #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-          #pragma unroll
+            #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                reach = fmaxf(reach, fabsf(s));
+              }
+            }
+            const bool near = __all_sync(~0u, is_near(reach));
+            if (near) {
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
+              }
+            }
+            if (!near) {  // no else: ptxas would need more registers
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
               }
             }
           }
@@ -784,24 +840,22 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
             mask_scores(acc_s, end);
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -812,29 +866,52 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          #pragma unroll
+            float reach = 0.f;
+            #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
-          #pragma unroll
+            #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                reach = fmaxf(reach, fabsf(s));
+              }
+            }
+            const bool near = __all_sync(~0u, is_near(reach));
+            if (near) {
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
+              }
+            }
+            if (!near) {  // no else: ptxas would need more registers
+              #pragma unroll
+              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              #pragma unroll
+                for (int r = 0; r < 2 * kRowTiles; ++r) {
+                  float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
+                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                }
               }
             }
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
       }
-      named_barrier_sync(4 + warpgroup, 128);
-      if (is_first_thread) mbarrier_arrive(empty<2>(q_ring, q_at));
-      advance<2>(q_at);
+      named_barrier_sync(3 + warpgroup, 128);
+      if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
+      advance<1>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -851,14 +928,14 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_d64dac64(const __grid_constant__ Params
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       stage_tile<Output, OutTile>(out_smem, acc_o);
       fence_async();
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) store_panels<OutTile>(params.out_map, out_smem, warpgroup, tile.m_block * kBlockM, tile.head, tile.batch);
       mbarrier_wait_warp(full<1>(tile_ring, tile_at), tile_at.phase);
       tile = decode_tile(params, same_in_warp(load_shared(tile_slot)));
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(tile_ring, tile_at));
       advance<1>(tile_at);
     }

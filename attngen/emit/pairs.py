@@ -168,13 +168,21 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
                 [{"name": name, "c_type": of, "value": value} for name, of, value in named], found
             )
         names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
-        score = with_nodes(step.score, {each: scalar(name, each.type) for each, name in names.items()})
+        leaf_of = {each: scalar(name, each.type) for each, name in names.items()}
+        score = with_nodes(step.score, leaf_of)
         known = replace(
             leaves(plan, exact=False, key_step="kv_step"),
             score_scale="" if step.scale else "params.softmax_scale",
         )
         known = replace(known, names={**known.names, **{name: name for name in names.values()}})
-        yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
+        if step.tanh_argument:
+            argument = with_nodes(step.tanh_argument, leaf_of)
+            rest = with_nodes(score, {argument: scalar("score", "f32")})
+            first = cuda_body([argument], known)
+            then = cuda_body([rest], replace(known, score_scale="", knows_near=True))
+            yield macros.score_by_tanh(first, then, bool(terms), list(ahead.values()))
+        else:
+            yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))

@@ -18,7 +18,7 @@ from attngen.lower.tiles import (
 )
 from attngen.lower.tiles_8bit import table_8bit
 from attngen.quantize import ScaleKind
-from attngen.schedules import WARPGROUP_SCHEDULES
+from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
 from attngen.spec import Spec
 
 KNOBS = {
@@ -105,6 +105,7 @@ def demands(spec: Spec) -> Demands:
         lower=visible is not None and bool(visible.lower),
         walks=visible is None,
         modified=score is not name("score"),
+        by_tanh=Pairs.of(mask, score).tanh_argument is not None,
         mask_loads=visible is None and loads(mask),
         score_loads=loads(score),
     )

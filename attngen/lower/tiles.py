@@ -74,6 +74,7 @@ class Demands:
         lower: the mask has a lower bound, as windows have.
         walks: blocks of keys are classed one by one.
         modified: scores are modified.
+        by_tanh: they are by a tanh of them, and so by many instructions but few exponentials.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
     """
@@ -82,6 +83,7 @@ class Demands:
     lower: bool = False
     walks: bool = False
     modified: bool = False
+    by_tanh: bool = False
     mask_loads: bool = False
     score_loads: bool = False
 
@@ -120,7 +122,8 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
             Row(None, "pingpong", long),
         )
-    if 96 < widest <= 128 and demands.modified:  # a third softmax hides what two leave in the open
+    if 96 < widest <= 128 and demands.modified and not demands.by_tanh:
+        # A third softmax hides what two leave in the open.
         return (
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
             Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),

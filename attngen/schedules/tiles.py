@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, KeyRange, key_range, name
+from attngen.expr import Expr, KeyRange, free_names, key_range, name, nodes, scalar, with_nodes
 from attngen.plan import (
     BlockIndex,
     Buffer,
@@ -71,6 +71,11 @@ class KeyBlock:
     may_be_last: bool
 
 
+_TAKEN = scalar("taken", "f32")
+MOST_COLUMNS_BY_TANH = 224
+"""With O any wider, ptxas has too few registers for two ways to compute scores."""
+
+
 @dataclass(frozen=True)
 class Pairs:
     """What a spec says of a query and a key.
@@ -96,6 +101,14 @@ class Pairs:
                 if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
                     return cls(mask, key_range(mask), rest, float(factor.value))
         return cls(mask, key_range(mask), score)
+
+    @property
+    def tanh_argument(self) -> Expr | None:
+        """What the one tanh of the score takes, where the scaled product enters there alone."""
+        arguments = [each.args[0] for each in nodes(self.score) if each.name == "tanh"]
+        if len(arguments) != 1 or "score" in free_names(with_nodes(self.score, {arguments[0]: _TAKEN})):
+            return None
+        return arguments[0]
 
     @property
     def modifies_scores(self) -> bool:
@@ -224,7 +237,8 @@ class TilePlaces:
         scales, pairs = self.scales, self.pairs
         has_key_scales = scales is not None and scales.k.granule == 1
         scale = scales.of_scores if scales else None
-        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead)
+        tanh_argument = pairs.tanh_argument if self.acc_o.cols <= MOST_COLUMNS_BY_TANH else None
+        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, tanh_argument)
         return (
             *((ScaleKeys(self.acc_s, scales.k, block),) if scales and has_key_scales else ()),
             *((modified,) if pairs.modifies_scores else ()),

@@ -9,6 +9,8 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.emit import Manifest, emit, manifest
 from attngen.lower import lower
+from attngen.plan import walk
+from attngen.plan.steps import ModifyScores
 from attngen.runtime import compile_source
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.reference.language_cases import CASES, LanguageCase
@@ -55,6 +57,29 @@ def test_every_case_compiles(kind: str) -> None:
         assert compiled.warnings == (), str(case)
         names = {made.plan.name} | ({made.plan.table_kernel.name} if made.plan.table_kernel else set())
         assert {used.name for used in compiled.resources} == names
+
+
+@pytest.mark.parametrize(
+    ("score", "argument"),
+    [
+        ("softcap(score, 30.0)", "score / 30.0"),
+        ("softcap(score + f32(kv_idx), 30.0)", "(score + f32(kv_idx)) / 30.0"),
+        ("softcap(score, 30.0) + alibi(slopes)", "score / 30.0"),
+        ("score + alibi(slopes)", None),
+        ("score * tanh(score)", "score"),
+        ("score * tanh(2.0 * score)", None),
+        ("score + tanh(f32(q_idx))", None),
+        ("tanh(tanh(score))", None),
+        ("tanh(score) + tanh(2.0 * score)", None),
+    ],
+)
+def test_a_warp_looks_before_it_takes_a_tanh(score: str, argument: str | None) -> None:
+    """Where the scaled product enters in one tanh alone: with its argument in hand the warp takes one of two ways."""
+    made = kernel(LanguageCase(score=score))
+    (step, *_) = (each for each in walk(made.plan.kernel.worker.program) if isinstance(each, ModifyScores))
+    assert (step.tanh_argument and str(step.tanh_argument)) == argument
+    for function in ("tanh_argument(params", "modified_score<true>(params", "modified_score<false>(params"):
+        assert (function in made.source) == bool(argument)
 
 
 def nameless(plan: Any) -> str:

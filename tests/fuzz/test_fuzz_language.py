@@ -13,7 +13,7 @@ from attngen.emit.pairs import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
 from attngen.expr.tiles import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
-from attngen.fuzz import classes, elementwise
+from attngen.fuzz import classes, elementwise, functions
 from attngen.fuzz.classes import Problem, check_classes, fuzz_classes
 from attngen.fuzz.command import fuzz as command
 from attngen.fuzz.elementwise import MODULE_SIZE, draw_expressions, source_of
@@ -50,6 +50,15 @@ def test_the_module_of_classes_compiles() -> None:
     assert any(plan.table_kernel for plan in plans)
     compiled = compile_source(source_of_classes(plans), TARGET)
     assert len(compiled.resources) == len(plans) + sum(plan.table_kernel is not None for plan in plans)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_tanh_near_zero_is_a_polynomial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled by g++, which knows neither ex2 nor rcp: as near as is said, where kernels take the polynomial."""
+    monkeypatch.setattr(functions, "Probe", CpuProbe)
+    monkeypatch.setattr(functions, "FAST", {"tanh": Bound(torch.tanh, ulps=6, magnitudes=(2.0**-126, 0.5))})
+    (found,) = functions.measure_functions(TARGET, exact=False, device="cpu", step=2**8)
+    assert found.ok, found
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 LENGTHS = ((257, 300), (1, 1), (64, 1000), (300, 129), (513, 513), (0, 3), (3, 0))
 SUBSET = (
     LanguageCase("window(100, 0) or sinks(4)", "softcap(score, 2.0)"),
+    LanguageCase("causal", "softcap(score, 30.0) + alibi(slopes)"),
     LanguageCase("document(doc) and causal"),
     LanguageCase("causal", "score + alibi(slopes)"),
     LanguageCase("allow[h, q_idx, kv_idx]", "score + bias[h, q_idx, kv_idx]"),
