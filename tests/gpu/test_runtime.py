@@ -4,10 +4,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
 from kernels import KINDS, WARPGROUP_KINDS, counters_are_zero, kernel, wait_for_gpu
+from torch.nn.functional import scaled_dot_product_attention
 
 import attngen
 from attngen.accuracy import compare
@@ -282,22 +284,26 @@ def test_a_hundred_shapes_compile_once(tmp_path: object, monkeypatch: pytest.Mon
     assert len(attngen.runtime.DiskCache().entries()) == entries
 
 
-def test_host_time_of_a_call(record_property: object) -> None:
-    """With fresh tensors and outputs allocated inside, a call costs at most 20 us on the host; 12 is the goal."""
+def test_host_time_of_a_call() -> None:
+    """With fresh tensors and outputs allocated inside, a call costs the host no more than torch's own attention does.
+
+    The goal is 12 us; hosts differ by a factor of two, from hour to hour too.
+    """
     kernel = attngen.compile(SPEC)
     fresh = [inputs(16, seed) for seed in range(200)]
-    for tensors in fresh[:20]:
-        kernel(*tensors)
-    torch.cuda.synchronize()
-    samples = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for q, k, v in fresh:
-            kernel(q, k, v)
-        samples.append((time.perf_counter() - start) / len(fresh) * 1e6)
-        torch.cuda.synchronize()
-    print(f"host time {sorted(samples)[2]:.1f} us")
-    assert sorted(samples)[2] <= 20  # 9.6 to 17.9 on the hosts that were measured
+    of_torch = [(q.transpose(1, 2),) * 3 for q, _, _ in fresh]  # as many heads of K and V as of Q
+    calls = {"attngen": (kernel, fresh), "torch": (scaled_dot_product_attention, of_torch)}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(7):
+        for name, (call, passed) in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for q, k, v in passed:
+                call(q, k, v)
+            samples[name].append((time.perf_counter() - start) / len(passed) * 1e6)
+    medians = {name: median(times) for name, times in samples.items()}
+    print("host time", ", ".join(f"{name} {us:.1f} us" for name, us in medians.items()))
+    assert medians["attngen"] <= medians["torch"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
