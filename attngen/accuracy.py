@@ -208,16 +208,7 @@ def compare(
     error = error.masked_fill_(empty & (out != 0), math.inf)
     standard_error = _distance(standard.double(), ref).nan_to_num_(posinf=0.0)
 
-    term = _rounding_term(ref, out.dtype)
-    different = _different(ref_lse[visible])
-    by_max, by_rmse = term, term * _share_of_chance(different)
-    if roundings is not None:
-        luck = _luck(oracle.spread(q, ref_lse)[visible], different, torch.finfo(roundings.p_dtype).eps / 2)
-        by_max, by_rmse = by_max + luck[0], by_rmse + luck[1]
-    elif q.dtype == torch.float32:
-        blocks = math.ceil(k.shape[2] / block_n) if block_n else 0
-        order = _order_term(q, k, v, softmax_scale, blocks)
-        by_max, by_rmse = by_max + order, by_rmse + order
+    by_max, by_rmse = oracle.terms(q, ref, ref_lse, out.dtype, block_n, roundings)
     max_error, standard_max = _largest(error), _largest(standard_error)
     rmse, standard_rmse = _root_mean_square(error[visible]), _root_mean_square(standard_error[visible])
     max_bound, rmse_bound = MAX_FACTOR * standard_max + by_max, RMSE_FACTOR * standard_rmse + by_rmse
@@ -243,17 +234,13 @@ def compare(
     lse_error = lse_bound = None
     lse_index: tuple[int, ...] = ()
     if lse is not None:
-        difference = _distance(lse.detach().double(), ref_lse)
-        allowed = LSE_ABSOLUTE + LSE_RELATIVE * ref_lse.abs().masked_fill(~visible, 0.0)
+        sums: Tensor | float = 0.0
         if roundings is not None and roundings.score_unit:
-            allowed += _sum_term(
-                q if rows is None else q.index_select(2, index), k, softmax_scale, roundings.score_unit
-            )
-        lse_error, lse_bound = 0.0, LSE_ABSOLUTE
-        if difference.numel():
-            at = _where_largest(difference / allowed)
-            lse_error, lse_bound = difference[at].item(), allowed[at].item()
-            lse_index = at if rows is None else (at[0], at[1], rows[at[2]])
+            queries = q if rows is None else q.index_select(2, index)
+            sums = _sum_term(queries, k, softmax_scale, roundings.score_unit)
+        lse_error, lse_bound, lse_index = _worst_lse(lse.detach().double(), ref_lse, sums)
+        if lse_index and rows is not None:
+            lse_index = (*lse_index[:2], rows[lse_index[2]])
         lines["lse"] = lse_error <= lse_bound
     failures = tuple(name for name, holds in lines.items() if not holds)
     return Accuracy(
@@ -308,6 +295,38 @@ class _Oracle:
         of_squares, lse_of_squares = squared(q, self.k, self.v.double().square())
         return (of_squares * (lse_of_squares - 2 * lse).exp()[..., None]).sqrt()
 
+    def terms(
+        self,
+        q: Tensor,
+        ref: Tensor,
+        lse: Tensor,
+        dtype: torch.dtype,
+        block_n: int | None,
+        roundings: Roundings | None,
+    ) -> tuple[float, float]:
+        """What the largest error and the RMSE may be beside their multiples of the yardstick's.
+
+        Args:
+            q: as of the call.
+            ref: out and lse by the reference.
+            lse: see ref.
+            dtype: of the output.
+            block_n: as of `compare`.
+            roundings: as of `compare`.
+        """
+        visible = lse.isfinite()
+        term = _rounding_term(ref, dtype)
+        different = _different(lse[visible])
+        by_max, by_rmse = term, term * _share_of_chance(different)
+        if roundings is not None:
+            luck = _luck(self.spread(q, lse)[visible], different, torch.finfo(roundings.p_dtype).eps / 2)
+            return by_max + luck[0], by_rmse + luck[1]
+        if q.dtype == torch.float32:
+            blocks = math.ceil(self.k.shape[2] / block_n) if block_n else 0
+            order = _order_term(q, self.k, self.v, self.softmax_scale, blocks)
+            return by_max + order, by_rmse + order
+        return by_max, by_rmse
+
 
 def _check_shapes(out: Tensor, lse: Tensor | None, q: Tensor, v: Tensor, layout: Layout) -> None:
     batch, heads, seqlen_q = (q.shape[i] for i in ((0, 1, 2) if layout == "bhsd" else (0, 2, 1)))
@@ -358,6 +377,16 @@ def _luck(spread: Tensor, different: int, rounding: float) -> tuple[float, float
     share = rounding * _share_of_chance(min(different, carrying))
     finite = spread[spread.isfinite()]
     return share * _largest(finite), share * _root_mean_square(finite)
+
+
+def _worst_lse(lse: Tensor, ref: Tensor, sums: Tensor | float) -> tuple[float, float, tuple[int, ...]]:
+    """The error of lse where it is largest against its bound, the bound and the index; `sums` of few bits may err."""
+    if not lse.numel():
+        return 0.0, LSE_ABSOLUTE, ()
+    difference = _distance(lse, ref)
+    allowed = LSE_ABSOLUTE + LSE_RELATIVE * ref.abs().masked_fill(~ref.isfinite(), 0.0) + sums
+    at = _where_largest(difference / allowed)
+    return difference[at].item(), allowed[at].item(), at
 
 
 def _where_largest(x: Tensor) -> tuple[int, ...]:
