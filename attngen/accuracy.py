@@ -68,11 +68,11 @@ NAIVE_SCORES = 2**22
 """Above this many scores (32 MiB of fp64) the reference is computed in chunks."""
 
 
-def score_unit(head_dim: int) -> float:
+def score_unit_of(head_dim: int) -> float:
     """What a tensor core may lose of the product of two rows of e4m3, as a part of |q| * |k|.
 
-    Each of head_dim products loses up to a unit of the last bit that is kept, of either sign: the root of their number
-    is 1.7 standard deviations. An H200 lost up to 0.43 of this, where one product was larger than all others together.
+    Each of head_dim products loses up to a unit of the last bit that is kept, of either sign; sqrt(head_dim) units are
+    1.7 standard deviations of their sum. An H200 lost up to 0.43 of this, where one product was larger than all others.
     """
     return 2.0**-SUM_BITS * math.sqrt(head_dim)
 
@@ -308,8 +308,8 @@ class _Oracle:
 
         Args:
             q: as of the call.
-            ref: out and lse by the reference.
-            lse: see ref.
+            ref: out, by the reference.
+            lse: by the reference.
             dtype: of the output.
             block_n: as of `compare`.
             roundings: as of `compare`.
@@ -380,7 +380,13 @@ def _luck(spread: Tensor, different: int, rounding: float) -> tuple[float, float
 
 
 def _worst_lse(lse: Tensor, ref: Tensor, sums: Tensor | float) -> tuple[float, float, tuple[int, ...]]:
-    """The error of lse where it is largest against its bound, the bound and the index; `sums` of few bits may err."""
+    """The error of lse where it is largest in relation to its bound, the bound and the index.
+
+    Args:
+        lse: of the call.
+        ref: by the reference.
+        sums: what lse may err by besides, of the tensor core's own sums.
+    """
     if not lse.numel():
         return 0.0, LSE_ABSOLUTE, ()
     difference = _distance(lse, ref)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attngen.accuracy import Accuracy, compare, score_unit
+from attngen.accuracy import Accuracy, compare, score_unit_of
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
 from attngen.inputs import Kind, MemoryLayout, Shape, random_inputs
@@ -123,7 +123,7 @@ def compare_operands(
     """
     q, k, v = (x if layout == "bshd" else x.transpose(1, 2) for x in dequantize(operands))
     by_gpu = out.is_cuda if by_gpu is None else by_gpu
-    roundings = roundings_of(operands, score_unit(operands.q.shape[-1]) if by_gpu else 0.0)
+    roundings = roundings_of(operands, score_unit_of(operands.q.shape[-1]) if by_gpu else 0.0)
     return compare(
         out, lse, q, k, v, mask, softmax_scale, layout, roundings=roundings, inputs=inputs, **about
     )

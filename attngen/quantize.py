@@ -4,8 +4,9 @@ A real value is an e4m3 value times the descale of its granule, the set of eleme
 largest finite magnitude of the granule, descale = amax / 448, and elements are multiplied by the reciprocal 448 / amax,
 rounded to the nearest (ties to even), and end at +-448. So an infinity becomes +-448 and a NaN stays one. A granule of
 zeros has descale 1; an amax below 448 * 2^-126 counts as that, so that both factors are normal numbers. A block of V
-has the next power of two for its descale: P, rounded to e4m3, takes it up and loses no more than without. The emitted
-kernels compute the same in the same order: their bytes and descales are equal, bit by bit.
+has the next power of two for its descale, and the reciprocal of that for its factor: P takes the descale up and, while
+it stays a normal number of e4m3, loses no more than without. The emitted kernels compute the same in the same order:
+their bytes and descales are equal, bit by bit.
 """
 
 import math
@@ -17,7 +18,7 @@ import torch
 ScaleKind = Literal["per_tensor", "per_head", "per_block", "per_token"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("per_tensor", "per_head", "per_block", "per_token")
 DESCALES = ("q_descale", "k_descale", "v_descale")
-"""What a call may name beside e4m3 tensors."""
+"""Names of the descales: of a call's arguments beside e4m3 tensors, and of `Operands`' fields."""
 E4M3_MAX = 448.0
 P_LIFT = 8
 """Kernels round P to e4m3 where a row's maximum stands for 2^8; the format goes from 2^-6, its smallest normal number,
@@ -184,12 +185,14 @@ def _quantized(
     amax = torch.where(amax == 0, E4M3_MAX, amax.clamp(min=SMALLEST_AMAX))
     # A tensor of 448: torch divides by a number, and a number by a tensor, by way of a reciprocal.
     most = torch.full_like(amax, E4M3_MAX)
+    factor, descale = most / amax, amax / most
     if by_powers:
-        amax = _next_power_of_two(amax / most) * most
-    scaled = x * _for_each_row(most / amax, x, block)
+        descale = _next_power_of_two(descale)
+        factor = torch.ones_like(descale) / descale
+    scaled = x * _for_each_row(factor, x, block)
     # Not all versions of torch end at 448; a NaN has no sign, as cvt gives it.
     values = scaled.clamp(-E4M3_MAX, E4M3_MAX).masked_fill(scaled.isnan(), math.nan)
-    return values.to(torch.float8_e4m3fn), amax / most
+    return values.to(torch.float8_e4m3fn), descale
 
 
 def _next_power_of_two(x: torch.Tensor) -> torch.Tensor:

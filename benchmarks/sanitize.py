@@ -47,16 +47,9 @@ def language() -> Iterator[dict[str, Any]]:
 def fp8() -> Iterator[dict[str, Any]]:
     """Specs of e4m3 inputs: kinds of scales, promotion, a mask and a score."""
     for scales in SCALE_KINDS:
-        for promote in (0, 1):
-            precision = {"inputs": "e4m3", "scales": scales, "promote": promote}
-            if promote:
-                yield {"problem": {"head_dim": 64}, "precision": precision, "mask": "causal"}
-            else:
-                yield {
-                    "problem": {"head_dim": 64},
-                    "precision": precision | {"incoherent": "hadamard"},
-                    **LANGUAGE[0],
-                }
+        for promote, incoherent, fields in ((0, "hadamard", LANGUAGE[0]), (1, "none", {"mask": "causal"})):
+            precision = {"inputs": "e4m3", "scales": scales, "promote": promote, "incoherent": incoherent}
+            yield {"problem": {"head_dim": 64}, "precision": precision, **fields}
 
 
 def is_right(kernel: attngen.Kernel, shape: Shape) -> bool:

@@ -14,6 +14,7 @@ from attngen.plan.rules import (
     MOST_WARPGROUPS,
     MOST_WGMMA_COLUMNS,
     free_registers,
+    staged_groups,
     takes_warpgroups,
     tiles_in_registers,
 )
@@ -92,7 +93,12 @@ def _wgmma_columns(plan: Plan) -> Margin | None:
 
 
 def _k_step(plan: Plan) -> Margin:
-    return Margin("mma-k-step", plan.block_n, plan.arch.mma.k, "keys", is_amount=False)
+    return Margin("mma-k-step", plan.block_n, plan.arch.k_step(plan.inputs), "keys", is_amount=False)
+
+
+def _staged_scales(plan: Plan) -> Margin | None:
+    found = staged_groups(plan)
+    return Margin("staged-scales", *found, "groups of columns") if found else None
 
 
 def _threads(plan: Plan) -> Margin:
@@ -120,6 +126,7 @@ MARGINS: dict[str, Callable[[Plan], Margin | None]] = {
     "mma-k-step": _k_step,
     "shared-memory": _shared_memory,
     "registers": _registers,
+    "staged-scales": _staged_scales,
 }
 """One margin for every rule of `plan.rules.RULES`; None where the rule says nothing of the plan's schedule."""
 

@@ -175,11 +175,11 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
             score_scale="" if step.scale else "params.softmax_scale",
         )
         known = replace(known, names={**known.names, **{name: name for name in names.values()}})
-        if step.tanh_argument:
-            argument = with_nodes(step.tanh_argument, leaf_of)
-            rest = with_nodes(score, {argument: scalar("score", "f32")})
+        if step.by_tanh:
+            argument, rest = (with_nodes(each, leaf_of) for each in step.by_tanh)
             first = cuda_body([argument], known)
-            then = cuda_body([rest], replace(known, score_scale="", knows_near=True))
+            then_known = replace(known, names={**known.names, "argument": "score"}, knows_near=True)
+            then = cuda_body([rest], then_known)
             yield macros.score_by_tanh(first, then, bool(terms), list(ahead.values()))
         else:
             yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))

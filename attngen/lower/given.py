@@ -7,6 +7,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.expr import Expr, free_names, key_range, name, nodes
+from attngen.lower.pairs import goes_by_tanh
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -105,7 +106,7 @@ def demands(spec: Spec) -> Demands:
         lower=visible is not None and bool(visible.lower),
         walks=visible is None,
         modified=score is not name("score"),
-        by_tanh=Pairs.of(mask, score).tanh_argument is not None,
+        by_tanh=goes_by_tanh(Pairs.of(mask, score), spec.problem.head_dim.v, 2),
         mask_loads=visible is None and loads(mask),
         score_loads=loads(score),
     )

@@ -1,7 +1,7 @@
 """What a kernel needs beside tiles for the spec's mask and score: parameters, and tables of extremes."""
 
 from attngen.dtypes import DType, dtype
-from attngen.expr import Declarations, Expr, Table, free_names, name, nodes, tensor_names
+from attngen.expr import INDEX_NAMES, Declarations, Expr, Table, free_names, name, nodes, tensor_names
 from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
 from attngen.schedules import Pairs
 
@@ -73,6 +73,29 @@ def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
         and declared.tensors[each.name].dtype in ("f16", "bf16")
         and not any(free_names(index) & {"kv_idx", "score"} for index in each.args[:-1])
     }
+
+
+COLUMNS_BY_TANH, COLUMNS_BY_TANH_AND_MORE = 224, 128
+"""The most columns of O with which a score goes by its tanh: of a capped product, and of any other, which also wants
+two warpgroups and no lookup for each key. NVRTC 13.0.88 compiles these without spills, and not all that are beyond."""
+
+
+def goes_by_tanh(pairs: Pairs, v_cols: int, warpgroups: int) -> bool:
+    """Whether scores are computed in the two steps of `Pairs.by_tanh`."""
+    if pairs.by_tanh is None:
+        return False
+    if _is_capped_product(pairs.score):
+        return v_cols <= COLUMNS_BY_TANH
+    by_key = any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(pairs.score))
+    return v_cols <= COLUMNS_BY_TANH_AND_MORE and warpgroups == 2 and not by_key
+
+
+def _is_capped_product(score: Expr) -> bool:
+    """Whether it is tanh of the product and scalars, times scalars."""
+    while score.op == "arith" and score.name == "*":
+        a, b = score.args
+        score = a if "score" in free_names(a) else b
+    return score.name == "tanh" and not tensor_names(score) and free_names(score).isdisjoint(INDEX_NAMES)
 
 
 def table_spaces(tables: tuple[Table, ...], block_m: int, block_n: int) -> tuple[Workspace, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
 from attngen.expr import KeyRange, extremes, name
+from attngen.lower.pairs import goes_by_tanh
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
 from attngen.schedules import Pairs, Places, Scales
@@ -16,14 +17,24 @@ def round_up(value: int, step: int) -> int:
 
 
 def tile_places(
-    q: Buffer, k: Buffer, v: Buffer, out: Buffer, pairs: Pairs, scales: Scales | None = None
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    out: Buffer,
+    pairs: Pairs,
+    scales: Scales | None = None,
+    warpgroups: int = 2,
 ) -> dict[str, Any]:
-    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers.
+
+    Warps of the other schedules have as many registers as those of two warpgroups.
+    """
     inputs, m, n = q.dtype, q.rows, k.rows
     head_dim_v = out.valid_cols
     return dict(
         pairs=pairs,
         ahead=(),
+        by_tanh=pairs.by_tanh if goes_by_tanh(pairs, out.cols, warpgroups) else None,
         q=q,
         k=k,
         v=v,

@@ -74,7 +74,7 @@ class Demands:
         lower: the mask has a lower bound, as windows have.
         walks: blocks of keys are classed one by one.
         modified: scores are modified.
-        by_tanh: they are by a tanh of them, and so by many instructions but few exponentials.
+        by_tanh: they go by their tanh: by instructions rather than exponentials, while they are small.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
     """

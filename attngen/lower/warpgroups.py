@@ -79,19 +79,21 @@ def places(
     if not choice.out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
+    is_staged = bool(scales and scales.staged)
+
+    def ring(name: str, count: int) -> Ring:
+        return Ring(name, count, read_by_threads=name == "k" and is_staged)
+
     def cursors(fills: bool) -> RingCursors:
         depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}
         return RingCursors(
             **{name: Cursor(f"{name}_at", count, ring(name, count), fills) for name, count in depth.items()}
         )
 
-    def ring(name: str, count: int) -> Ring:
-        return Ring(name, count, read_by_threads=name == "k" and bool(scales and scales.staged))
-
     if scales and scales.staged:
         end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))
         scales = replace(scales, staged=replace(scales.staged, offset=end))
-    common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales)
+    common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales, choice.warpgroups)
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
         for i, (lookup, format) in enumerate(by_key.items())

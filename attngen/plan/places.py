@@ -294,6 +294,10 @@ class RegVec:
     partial: bool = False
     groups: int | None = None
 
+    def registers_per_thread(self, warps: int) -> int:
+        """32-bit registers that each of the warps' threads spends on it: four lanes share a row."""
+        return self.rows * 4 // (32 * warps) * (self.groups or 1)
+
     def __str__(self) -> str:
         return self.name
 

@@ -35,8 +35,12 @@ class RegisterShare:
 WARPGROUP_REGISTERS = {2: RegisterShare(240, 24, spare=24), 3: RegisterShare(160, 32, spare=32)}
 """By consumer warpgroups: 65536 registers are there for all. A single consumer needs no more than the launch gives.
 24 and 32 are also what FlashAttention-4's search on sm_90 keeps free."""
-SPARE_8BIT = 16
-"""The same for 8-bit inputs: 192x128 tiles of head_dim 64 (144 of 160) compile without spills on NVRTC 13.0.88."""
+SPARE_8BIT, SPARE_PROMOTED, SPARE_BY_KEY = 24, 12, 40
+"""The same for 8-bit inputs: beside tiles; beside tiles and scales where O is promoted, since a part of O is not held
+through the softmax; beside these and all row values where each key has a scale. What NVRTC 13.0.88 made of 189 tiles of
+head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
+REGISTERS_OF_STAGED_GROUP = 6
+"""Of a producer's thread, for the scales of a group of columns on their way to shared memory; likewise."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -194,10 +198,23 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
 def free_registers(plan: Plan) -> int:
     """Registers a thread of the computing role has for its tiles."""
     worker = plan.kernel.worker
-    if worker.registers is not None and plan.arch.emits:
-        spare = SPARE_8BIT if plan.inputs.bits == 8 else WARPGROUP_REGISTERS[worker.warpgroups].spare
-        return worker.registers - spare
-    return plan.arch.registers_per_thread - SPARE_REGISTERS
+    vectors = {vector: vector.registers_per_thread(worker.warps) for vector in worker.reg_vecs}
+    if plan.arch.emits and any(scale.axis == "k" and scale.granule == 1 for scale in plan.scales):
+        held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
+        return held - SPARE_BY_KEY - sum(vectors.values())
+    if worker.registers is None or not plan.arch.emits:
+        return plan.arch.registers_per_thread - SPARE_REGISTERS
+    if plan.inputs.bits == 16:
+        return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
+    if promotes(plan):
+        of_scales = sum(registers for vector, registers in vectors.items() if vector.groups)
+        return worker.registers - SPARE_PROMOTED - of_scales
+    return worker.registers - SPARE_8BIT
+
+
+def promotes(plan: Plan) -> bool:
+    """Whether O is added up from parts that the tensor core sums."""
+    return any(tile.name == "part_o" for tile in plan.kernel.worker.reg_tiles)
 
 
 def tiles_in_registers(plan: Plan) -> tuple[RegTile, ...]:
@@ -211,14 +228,34 @@ def _registers(plan: Plan) -> Iterator[Violation]:
     used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
     if sum(used.values()) > free:
         parts = " + ".join(f"{name} {count}" for name, count in used.items())
-        promotes = "; part_o is what precision.promote: 0 does without" if "part_o" in used else ""
+        of_promotion = "; part_o is what precision.promote: 0 does without" if promotes(plan) else ""
         yield _cost(
             "registers",
             plan,
             f"asks for {sum(used.values())} registers a thread in tiles and {free} are free",
-            f"{parts} = {sum(used.values())}{promotes}",
+            f"{parts} = {sum(used.values())}{of_promotion}",
             *("tile.block_n", "tile.block_m"),
             "schedule.warpgroups" if takes_warpgroups(plan) else "schedule.warps",
+        )
+
+
+def staged_groups(plan: Plan) -> tuple[int, int] | None:
+    """Groups of columns whose scales the producer stages, if it does, and how many it has registers for."""
+    if not takes_warpgroups(plan) or (registers := plan.kernel.roles[1].registers) is None:
+        return None
+    staged = [buffer.cols for buffer in plan.kernel.buffers if buffer.name == "scales"]
+    return (staged[0], registers // REGISTERS_OF_STAGED_GROUP) if staged and plan.arch.emits else None
+
+
+def _staged_scales(plan: Plan) -> Iterator[Violation]:
+    found = staged_groups(plan)
+    if found and found[0] > found[1]:
+        yield Violation(
+            "staged-scales",
+            "tile.block_n",
+            plan.block_n,
+            f"must lie in at most {found[1]} groups of columns that share a scale",
+            f"with granules of 128 keys it lies in {found[0]}, and the producer stages the scales of each",
         )
 
 
@@ -260,6 +297,7 @@ RULES: dict[str, Callable[[Plan], Iterator[Violation]]] = {
     "mma-k-step": _mma_k_step,
     "shared-memory": _shared_memory,
     "registers": _registers,
+    "staged-scales": _staged_scales,
 }
 OWNERS_OF_ROWS = ("threads-per-block", "warpgroups", "mma-rows", "wgmma-rows")
 """Rules of who owns which rows."""

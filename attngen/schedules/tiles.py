@@ -71,11 +71,6 @@ class KeyBlock:
     may_be_last: bool
 
 
-_TAKEN = scalar("taken", "f32")
-MOST_COLUMNS_BY_TANH = 224
-"""With O any wider, ptxas has too few registers for two ways to compute scores."""
-
-
 @dataclass(frozen=True)
 class Pairs:
     """What a spec says of a query and a key.
@@ -103,12 +98,16 @@ class Pairs:
         return cls(mask, key_range(mask), score)
 
     @property
-    def tanh_argument(self) -> Expr | None:
-        """What the one tanh of the score takes, where the scaled product enters there alone."""
+    def by_tanh(self) -> tuple[Expr, Expr] | None:
+        """What the one tanh of the score takes, and the score out of that, as `argument`.
+
+        None where there is no such tanh, or the scaled product enters elsewhere too.
+        """
         arguments = [each.args[0] for each in nodes(self.score) if each.name == "tanh"]
-        if len(arguments) != 1 or "score" in free_names(with_nodes(self.score, {arguments[0]: _TAKEN})):
+        if len(arguments) != 1 or "score" not in free_names(arguments[0]):
             return None
-        return arguments[0]
+        rest = with_nodes(self.score, {arguments[0]: scalar("argument", "f32")})
+        return None if "score" in free_names(rest) else (arguments[0], rest)
 
     @property
     def modifies_scores(self) -> bool:
@@ -154,6 +153,7 @@ class TilePlaces:
     Attributes:
         pairs: what the spec says of a query and a key.
         ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
+        by_tanh: as of `Pairs`, where scores are computed so.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
@@ -163,6 +163,7 @@ class TilePlaces:
 
     pairs: Pairs
     ahead: tuple[tuple[Expr, RegTile], ...]
+    by_tanh: tuple[Expr, Expr] | None
     q: Buffer
     k: Buffer
     v: Buffer
@@ -237,8 +238,7 @@ class TilePlaces:
         scales, pairs = self.scales, self.pairs
         has_key_scales = scales is not None and scales.k.granule == 1
         scale = scales.of_scores if scales else None
-        tanh_argument = pairs.tanh_argument if self.acc_o.cols <= MOST_COLUMNS_BY_TANH else None
-        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, tanh_argument)
+        modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, self.by_tanh)
         return (
             *((ScaleKeys(self.acc_s, scales.k, block),) if scales and has_key_scales else ()),
             *((modified,) if pairs.modifies_scores else ()),

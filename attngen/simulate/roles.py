@@ -85,7 +85,7 @@ class RoleRun:
         registers: values by place, (members, rows, cols) or (members, rows), f32, of this warpgroup's rows; of
             partial sums the total.
         clock: what all its threads know.
-        leader: what its first thread knows beside, who issues stores and releases stages.
+        leader: what its first thread knows beside, who issues stores and releases the stages that GEMMs alone read.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
     """

@@ -75,7 +75,8 @@ def _wait_for_phase(role: RoleRun, barrier: Mbarrier, parity: int, what: str) ->
 def release(step: Release, role: RoleRun) -> None:
     """One thread says that the warpgroup is done with the stage, or one of each of its warps, which run as one here."""
     empty = role.stage_barriers(step.cursor).empty
-    if step.cursor.ring and step.cursor.ring.read_by_threads:
+    assert step.cursor.ring is not None
+    if step.cursor.ring.read_by_threads:
         empty.arrive(role.leave())
     else:
         role.check_seen_by_all(step.cursor)

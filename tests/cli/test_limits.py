@@ -29,7 +29,8 @@ def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
     spec = load(name)
     plan = lower(spec, resolve_arch(spec))
     assert_margins_are_kept(plan)
-    assert {m.rule for m in margins(plan)} == set(RULES) - {"warpgroups", "wgmma-rows", "wgmma-columns"}
+    of_warpgroups = {"warpgroups", "wgmma-rows", "wgmma-columns", "staged-scales"}
+    assert {m.rule for m in margins(plan)} == set(RULES) - of_warpgroups
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
@@ -38,7 +39,17 @@ def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
     """The same where warpgroups compute; the rows of mma.sync say nothing there."""
     plan = lower(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
     assert_margins_are_kept(plan)
-    assert {m.rule for m in margins(plan)} == set(RULES) - {"mma-rows"}
+    assert {m.rule for m in margins(plan)} == set(RULES) - {"mma-rows", "staged-scales"}
+
+
+def test_staged_scales_have_a_margin() -> None:
+    """Three groups of columns in 96 keys; a producer of 32 registers has room for five."""
+    precision = {"inputs": "e4m3", "scales": "per_block"}
+    plan = lower(
+        load({"problem": {"head_dim": 64}, "precision": precision, "tile": {"block_n": 96}}), ARCHS["sm_90a"]
+    )
+    assert_margins_are_kept(plan)
+    assert "3 of 5 groups of columns (2 left)" in map(str, margins(plan))
 
 
 def hopper_margin(rule: str, **changes: object) -> str:

@@ -4,10 +4,12 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 import attngen
 from attngen.arch import ARCHS
 from attngen.emit import Manifest, emit, manifest
+from attngen.expr import evaluate
 from attngen.lower import lower
 from attngen.plan import walk
 from attngen.plan.steps import ModifyScores
@@ -63,12 +65,14 @@ def test_every_case_compiles(kind: str) -> None:
     ("score", "argument"),
     [
         ("softcap(score, 30.0)", "score / 30.0"),
+        ("softcap(score, cap)", "score / cap"),
         ("softcap(score + f32(kv_idx), 30.0)", "(score + f32(kv_idx)) / 30.0"),
         ("softcap(score, 30.0) + alibi(slopes)", "score / 30.0"),
-        ("score + alibi(slopes)", None),
         ("score * tanh(score)", "score"),
         ("score * tanh(2.0 * score)", None),
+        ("score + alibi(slopes)", None),
         ("score + tanh(f32(q_idx))", None),
+        ("tanh(slopes[h]) * 2.0", None),
         ("tanh(tanh(score))", None),
         ("tanh(score) + tanh(2.0 * score)", None),
     ],
@@ -77,9 +81,53 @@ def test_a_warp_looks_before_it_takes_a_tanh(score: str, argument: str | None) -
     """Where the scaled product enters in one tanh alone: with its argument in hand the warp takes one of two ways."""
     made = kernel(LanguageCase(score=score))
     (step, *_) = (each for each in walk(made.plan.kernel.worker.program) if isinstance(each, ModifyScores))
-    assert (step.tanh_argument and str(step.tanh_argument)) == argument
     for function in ("tanh_argument(params", "modified_score<true>(params", "modified_score<false>(params"):
         assert (function in made.source) == bool(argument)
+    if step.by_tanh is None:
+        assert argument is None
+        return
+    taken, rest = step.by_tanh
+    assert str(taken) == argument
+    names = {"score": torch.linspace(-3, 3, 50), "q_idx": torch.tensor(7), "kv_idx": torch.arange(50)}
+    names |= {
+        "h": torch.tensor(1),
+        "seqlen_q": torch.tensor(9),
+        "seqlen_k": torch.tensor(50),
+        "cap": torch.tensor(2.5),
+    }
+    tensors = {"slopes": torch.tensor([0.5, 0.25])}
+    whole = evaluate(step.score, names, tensors)
+    parts = evaluate(rest, names | {"score": torch.nan, "argument": evaluate(taken, names, tensors)}, tensors)
+    assert torch.equal(whole, parts) and whole.unique().numel() > 10
+
+
+@pytest.mark.parametrize(
+    ("score", "spec", "by_tanh"),
+    [
+        ("softcap(score, 30.0)", {"problem": {"head_dim": 224}}, True),
+        ("softcap(score, 30.0)", {"problem": {"head_dim": 256}}, False),
+        ("softcap(score, 30.0)", {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}}, True),
+        (
+            "softcap(score, 30.0) + alibi(slopes)",
+            {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}},
+            False,
+        ),
+        (
+            "softcap(score, 30.0) + alibi(slopes)",
+            {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 2}},
+            True,
+        ),
+        ("softcap(score, 30.0) + alibi(slopes)", {"problem": {"head_dim": 192}}, False),
+        ("exp(tanh(score))", {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}}, False),
+        ("softcap(score + bias[h, q_idx, kv_idx], 9.0)", {"problem": {"head_dim": 64}}, False),
+    ],
+)
+def test_two_ways_to_a_score_want_registers(score: str, spec: dict[str, Any], by_tanh: bool) -> None:
+    """Where they are taken nothing spills; where more would spill they are not."""
+    made = attngen.compile(LanguageCase("causal", score).spec(**spec), arch="sm_90a")
+    assert ("tanh_argument(params" in made.source) == by_tanh
+    if by_tanh:
+        assert_compiles_as_planned(made)
 
 
 def nameless(plan: Any) -> str:

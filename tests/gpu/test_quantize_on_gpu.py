@@ -35,7 +35,7 @@ DIMS_AND_SEEDS = [
 
 @cache
 def launcher(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> QuantizeLauncher:
-    skip_unless_runs_here("pingpong")  # no other kernels take e4m3
+    skip_unless_runs_here("pingpong")  # on no other GPU do kernels take e4m3
     arch = arch_for_capability(torch.cuda.get_device_capability())
     quantizer = Quantizer("some", arch, *head_dims, scales, seed)
     return QuantizeLauncher(

@@ -59,7 +59,7 @@ def test_a_promotion_that_does_not_fit_is_told() -> None:
     precision = {"inputs": "e4m3", "scales": "per_block", "promote": 1}
     changes: dict[str, Any] = {"problem": {"head_dim": 256}, "tile": {"block_m": 128, "block_n": 128}}
     fault = only(precision=precision, **changes)
-    assert (fault.rule, fault.nearest) == ("registers", ("96",))
+    assert (fault.rule, fault.nearest) == ("registers", ("64",))
     assert fault.note == (
         "acc_s 64 + p 16 + acc_o 128 + part_o 32 = 240; part_o is what precision.promote: 0 does without"
     )
@@ -109,3 +109,26 @@ def test_the_simulator_gives_f32_of_short_inputs() -> None:
     out = kernel(torch.zeros(1, 1, 1, 1).bfloat16(), torch.zeros_like(v), v)
     assert isinstance(out, torch.Tensor) and out.dtype == torch.float32
     assert out.item() == pytest.approx(1.0 + 2**-8, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tile", "rule", "nearest"),
+    [
+        (
+            {"scales": "per_block", "promote": 0},
+            {"block_m": 128, "block_n": 160},
+            "staged-scales",
+            ("128", "192"),
+        ),
+        ({"scales": "per_tensor", "promote": 0}, {"block_m": 128, "block_n": 256}, "registers", ("224",)),
+        ({"scales": "per_tensor", "promote": 0}, {"block_m": 192, "block_n": 128}, "registers", ("96",)),
+        ({"scales": "per_token", "promote": 0}, {"block_m": 128, "block_n": 192}, "registers", ("128",)),
+        ({"scales": "per_token", "promote": 0}, {"block_m": 64, "block_n": 192}, "registers", ("160",)),
+    ],
+)
+def test_tiles_that_would_spill_are_refused(
+    precision: dict[str, Any], tile: dict[str, int], rule: str, nearest: tuple[str, ...]
+) -> None:
+    """head_dim 128: with O, scales or what the producer stages in the way, and the nearest tile that has room."""
+    found = faults(precision={"inputs": "e4m3", **precision}, tile=tile)
+    assert found[rule] == nearest

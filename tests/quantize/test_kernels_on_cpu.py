@@ -50,6 +50,14 @@ def test_every_kind_of_scale(scales: ScaleKind, seed: int | None) -> None:
         assert_same(found, quantize(q, k, v, scales, seed))
 
 
+@pytest.mark.parametrize("scales", SCALE_KINDS)
+def test_the_largest_numbers(scales: ScaleKind) -> None:
+    """Of bf16: 448 * 2^119 and more, up to the largest finite one, among which a descale of 2^120 is."""
+    q, k, v = outlying_inputs(Shape(1, 2, 1, 70, 300), (64, 64), torch.bfloat16)
+    v[0, 7, 0, 3], v[0, 150, 0, 9], v[0, 290, 0, 1] = 2.9e38, 3.2e38, torch.finfo(torch.bfloat16).max
+    assert_same(launcher((64, 64), scales, None).quantize(q, k, v), quantize(q, k, v, scales))
+
+
 @pytest.mark.parametrize(
     ("head_dims", "seed"),
     [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attngen
-from attngen.accuracy import compare, score_unit
+from attngen.accuracy import compare, score_unit_of
 from attngen.inputs import Kind, Shape
 from attngen.judging import Inputs, call_dtype, compare_operands, draw, judge, quantized, roundings_of
 from attngen.quantize import SCALE_KINDS, Operands, ScaleKind, dequantize, quantize
@@ -120,7 +120,7 @@ def test_a_gpu_has_terms_for_its_sums_and_the_simulator_has_none() -> None:
     operands = quantize(*inputs(SHAPES[3]), "per_block")
     q, k, _ = dequantize(operands)
     out, lse = flash(operands)
-    term = score_unit(64) * float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / 8
+    term = score_unit_of(64) * float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / 8
     assert compare_operands(out, lse + term / 10, operands, by_gpu=True).ok
     assert compare_operands(out, lse + term / 10, operands).failures == ("lse",)
     assert compare_operands(out, lse + 2 * term, operands, by_gpu=True).failures == ("lse",)

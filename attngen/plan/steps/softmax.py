@@ -48,8 +48,8 @@ class ModifyScores(Step):
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
-        tanh_argument: what the score's tanh takes, where s enters there alone. It is computed of all pairs first, in
-            place of s; where all of a warp's are near 0, tanh then is a polynomial.
+        by_tanh: what the score's one tanh takes, and the score out of that, as `argument`. The first is computed of all
+            pairs before the second, in place of s; where all of a warp's are near 0, tanh then is a polynomial.
     """
 
     s: RegTile
@@ -58,7 +58,7 @@ class ModifyScores(Step):
     score: Expr
     scale: RegVec | None = None
     looked_up: tuple[tuple[Expr, RegTile], ...] = ()
-    tanh_argument: Expr | None = None
+    by_tanh: tuple[Expr, Expr] | None = None
 
     def __str__(self) -> str:
         return f"{self.s} = score of each pair, from scaled {self.s}"
