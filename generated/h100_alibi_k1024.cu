@@ -742,7 +742,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
         #pragma unroll
           for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
           #pragma unroll
-          for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+          for (int i = 0; i < kBlockN / 4; ++i) {
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -782,7 +782,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -829,7 +829,7 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];

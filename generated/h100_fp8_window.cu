@@ -601,7 +601,8 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
 // Whether tanh_near will do so far from 0.
 DEV bool is_near(float reach) { return reach <= 0.5f; }
 
-// tanh(x) by the polynomial that is nearest to it, relatively: 2^-20.6 off, and the unit for exponentials stays free.
+// tanh(x) where is_near(|x|), by the odd polynomial of degree 7 whose relative error is least there, 2^-20.6 (Remez): the
+// unit for exponentials stays free.
 DEV float tanh_near(float x) {
   const float y = x * x;
   return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
@@ -743,10 +744,10 @@ DEV float tanh_argument(const Params& params, const Tile& tile, float score, int
   return score * 0.03333333507180214f;
 }
 
-// What becomes of the score, from that.
+// What becomes of the score, from that; kNear: it is near 0.
 template <bool kNear>
-DEV float modified_score(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return tanh_approx<kNear>(score);
+DEV float modified_score(const Params& params, const Tile& tile, float argument, int q_idx, int kv_first, int kv_step) {
+  return tanh_approx<kNear>(argument);
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -884,9 +885,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           int rows[2 * kRowTiles];
         #pragma unroll
           for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          float reach = 0.f;
+          float reach = 0.f;  // the largest magnitude of what tanh takes
           #pragma unroll
-          for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+          for (int i = 0; i < kBlockN / 4; ++i) {
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -897,7 +898,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           const bool near = __all_sync(~0u, is_near(reach));
           if (near) {
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -907,7 +908,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           }
           if (!near) {  // no else: ptxas would need more registers
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -949,9 +950,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;
+            float reach = 0.f;  // the largest magnitude of what tanh takes
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -962,7 +963,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             const bool near = __all_sync(~0u, is_near(reach));
             if (near) {
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -972,7 +973,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             }
             if (!near) {  // no else: ptxas would need more registers
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1027,9 +1028,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;
+            float reach = 0.f;  // the largest magnitude of what tanh takes
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1040,7 +1041,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             const bool near = __all_sync(~0u, is_near(reach));
             if (near) {
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1050,7 +1051,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             }
             if (!near) {  // no else: ptxas would need more registers
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1094,9 +1095,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             int rows[2 * kRowTiles];
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;
+            float reach = 0.f;  // the largest magnitude of what tanh takes
             #pragma unroll
-            for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+            for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1107,7 +1108,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             const bool near = __all_sync(~0u, is_near(reach));
             if (near) {
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
@@ -1117,7 +1118,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             }
             if (!near) {  // no else: ptxas would need more registers
               #pragma unroll
-              for (int i = 0; i < kBlockN / 4; ++i) {  // key by key, so that what is looked up for one is not kept for the next
+              for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];

@@ -178,8 +178,8 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         if step.by_tanh:
             argument, rest = (with_nodes(each, leaf_of) for each in step.by_tanh)
             first = cuda_body([argument], known)
-            then_known = replace(known, names={**known.names, "argument": "score"}, knows_near=True)
-            then = cuda_body([rest], then_known)
+            of_argument = {**known.names, "argument": "argument"}
+            then = cuda_body([rest], replace(known, names=of_argument, knows_near=True))
             yield macros.score_by_tanh(first, then, bool(terms), list(ahead.values()))
         else:
             yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
