@@ -23,6 +23,7 @@ from attngen.expr import (
 )
 from attngen.plan import Plan, walk
 from attngen.plan.steps import LookUp, MaskScores, MaskScoresEach, ModifyScores
+from attngen.schedules import TAKEN
 
 _NAMES = {
     "b": "tile.batch",
@@ -178,7 +179,7 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         if step.by_tanh:
             argument, rest = (with_nodes(each, leaf_of) for each in step.by_tanh)
             first = cuda_body([argument], known)
-            of_argument = {**known.names, "argument": "argument"}
+            of_argument = {**known.names, TAKEN: "argument"}
             then = cuda_body([rest], replace(known, names=of_argument, knows_near=True))
             yield macros.score_by_tanh(first, then, bool(terms), list(ahead.values()))
         else:

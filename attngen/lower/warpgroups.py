@@ -12,6 +12,7 @@ from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
+    WARPGROUP_WARPS,
     Buffer,
     Cursor,
     KernelPlan,
@@ -128,7 +129,10 @@ def _fit(arch: Arch, warpgroups: int, tiles: Iterable[RegTile]) -> bool:
     """Whether a consumer's thread has registers for all of these, and for the addresses of what is loaded."""
     share = WARPGROUP_REGISTERS.get(warpgroups)
     most = share.consumer if share and arch.emits else arch.registers_per_thread
-    return sum(tile.registers_per_thread(4 * warpgroups) for tile in tiles) + LOADING_REGISTERS <= most
+    return (
+        sum(tile.registers_per_thread(WARPGROUP_WARPS * warpgroups) for tile in tiles) + LOADING_REGISTERS
+        <= most
+    )
 
 
 def kernel(
@@ -160,7 +164,7 @@ def kernel(
         roles=(
             Role(
                 "consumer",
-                4 * choice.warpgroups,
+                WARPGROUP_WARPS * choice.warpgroups,
                 programs["consumer"],
                 (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
                 (

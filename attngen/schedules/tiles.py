@@ -71,6 +71,10 @@ class KeyBlock:
     may_be_last: bool
 
 
+TAKEN = "what tanh takes"
+"""No name that a spec may declare."""
+
+
 @dataclass(frozen=True)
 class Pairs:
     """What a spec says of a query and a key.
@@ -99,14 +103,14 @@ class Pairs:
 
     @property
     def by_tanh(self) -> tuple[Expr, Expr] | None:
-        """What the one tanh of the score takes, and the score out of that, as `argument`.
+        """What the one tanh of the score takes, and the score out of that, by the name `TAKEN`.
 
         None where there is no such tanh, or the scaled product enters elsewhere too.
         """
         arguments = [each.args[0] for each in nodes(self.score) if each.name == "tanh"]
         if len(arguments) != 1 or "score" not in free_names(arguments[0]):
             return None
-        rest = with_nodes(self.score, {arguments[0]: scalar("argument", "f32")})
+        rest = with_nodes(self.score, {arguments[0]: scalar(TAKEN, "f32")})
         return None if "score" in free_names(rest) else (arguments[0], rest)
 
     @property

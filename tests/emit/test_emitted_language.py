@@ -14,6 +14,7 @@ from attngen.lower import lower
 from attngen.plan import walk
 from attngen.plan.steps import ModifyScores
 from attngen.runtime import compile_source
+from attngen.schedules import TAKEN
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.reference.language_cases import CASES, LanguageCase
 
@@ -97,8 +98,15 @@ def test_a_warp_looks_before_it_takes_a_tanh(score: str, argument: str | None) -
     }
     tensors = {"slopes": torch.tensor([0.5, 0.25])}
     whole = evaluate(step.score, names, tensors)
-    parts = evaluate(rest, names | {"score": torch.nan, "argument": evaluate(taken, names, tensors)}, tensors)
+    parts = evaluate(rest, names | {"score": torch.nan, TAKEN: evaluate(taken, names, tensors)}, tensors)
     assert torch.equal(whole, parts) and whole.unique().numel() > 10
+
+
+def test_no_declared_name_is_taken_for_what_tanh_takes() -> None:
+    """A spec may call a scalar what the emitted function calls its parameter."""
+    spec = {"problem": {"head_dim": 64}, "scalars": {"argument": "f32"}, "score": "argument * tanh(score)"}
+    source = attngen.compile(spec, arch="sm_90a").source
+    assert "return params.arg_argument * tanh_approx<kNear>(argument);" in source
 
 
 @pytest.mark.parametrize(

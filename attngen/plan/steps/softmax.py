@@ -48,7 +48,7 @@ class ModifyScores(Step):
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
-        by_tanh: what the score's one tanh takes, and the score out of that, as `argument`. The first is computed of all
+        by_tanh: what the score's one tanh takes, and the score out of that. The first is computed of all
             pairs before the second, in place of s; where all of a warp's are near 0, tanh then is a polynomial.
     """
 
