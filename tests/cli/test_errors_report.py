@@ -22,7 +22,7 @@ target: sm_90a
 problem: {head_dim: 64}
 precision: {inputs: e4m3, incoherent: hadamard, seed: 3}
 mask: causal
-tile: {block_m: 128, block_n: 160}
+tile: {block_m: 128, block_n: 128}
 schedule: {kind: warp_specialized}
 check:
   - {heads: 2, seqlen_q: 9, seqlen_k: 40}
