@@ -9,7 +9,7 @@ from attngen.fuzz.strategies import plan_of
 from attngen.inputs import Shape
 from attngen.spec import load
 
-EXAMPLES = {"simulator": 700, "sm_80": 450, "sm_90a": 750}
+EXAMPLES = {"simulator": 700, "sm_80": 300, "sm_90a": 750}
 SEEDS = {"simulator": 1, "sm_80": 5, "sm_90a": 10}
 KNOBS = ("schedule", "warpgroups", "overlap", "persistent", "order", "tiles per block")
 
