@@ -52,7 +52,7 @@ from attngen.errors import ArgumentError
 from attngen.expr import Expr
 from attngen.expr.arithmetic import times
 from attngen.expr.tree import real
-from attngen.reference import Layout, Roundings, attention, attention_chunked, standard_attention
+from attngen.reference import Layout, Roundings, attention, attention_chunked, scale_of, standard_attention
 
 MAX_FACTOR = 2.0
 RMSE_FACTOR = 1.2
@@ -287,7 +287,7 @@ class _Oracle:
 
         P^2 is proportional to the weights that twice the scores give.
         """
-        scale = 1.0 / math.sqrt(q.shape[-1]) if self.softmax_scale is None else self.softmax_scale
+        scale = scale_of(q, self.softmax_scale)
         if self.score is None:
             squared = replace(self, softmax_scale=2 * scale)
         else:
@@ -423,14 +423,14 @@ def _order_term(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, bl
     def largest_finite(x: Tensor) -> float:
         return _largest(x[x.isfinite()])
 
-    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else abs(softmax_scale)
+    scale = abs(scale_of(q, softmax_scale))
     score = scale * largest_finite(q.norm(dim=-1)) * largest_finite(k.norm(dim=-1))
     return 2.0**-24 * (1.0 + score + BLOCK_ROUNDINGS * blocks) * largest_finite(v.abs())
 
 
 def _sum_term(q: Tensor, k: Tensor, softmax_scale: float | None, unit: float) -> Tensor:
     """What sums of few bits may take from a row's scores: (batch, num_heads_q, rows). Heads stand before rows."""
-    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else abs(softmax_scale)
+    scale = abs(scale_of(q, softmax_scale))
     longest = torch.cat((k.norm(dim=-1).nan_to_num(), k.new_zeros(*k.shape[:2], 1)), -1).amax(-1)
     group = q.shape[1] // max(1, k.shape[1])
     lost: Tensor = scale * unit * q.norm(dim=-1).nan_to_num() * longest.repeat_interleave(group, 1)[..., None]

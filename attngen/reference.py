@@ -299,7 +299,7 @@ class _Problem:
         else:
             index = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
             q = q[:, :, index]
-        scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+        scale = scale_of(q, softmax_scale)
         return _Problem(q, k, v, mask, scale, layout, seqlen_q, index, score, declared or {})
 
     @property
@@ -371,6 +371,11 @@ class _Problem:
         out.masked_fill_(spoilt[..., None], math.nan)
         lse.masked_fill_(spoilt, math.nan)
         return (out if self.layout == "bhsd" else out.transpose(1, 2)), lse
+
+
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """What a call multiplies products by: 1/sqrt(head_dim_qk) where it does not say."""
+    return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
 
 
 def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:

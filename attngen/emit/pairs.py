@@ -22,8 +22,7 @@ from attngen.expr import (
     with_nodes,
 )
 from attngen.plan import Plan, walk
-from attngen.plan.steps import LookUp, MaskScores, MaskScoresEach, ModifyScores
-from attngen.schedules import TAKEN
+from attngen.plan.steps import TAKEN, LookUp, MaskScores, MaskScoresEach, ModifyScores
 
 _NAMES = {
     "b": "tile.batch",

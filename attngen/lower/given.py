@@ -6,8 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.expr import Expr, free_names, key_range, name, nodes
-from attngen.lower.pairs import goes_by_tanh
+from attngen.lower.pairs import looks_up_by_key, two_steps_by_tanh
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -95,20 +94,16 @@ def _with_rows_of_warpgroups(values: dict[str, Any], arch: Arch) -> dict[str, An
 
 def demands(spec: Spec) -> Demands:
     """What the spec's mask and score ask of a tile."""
-    mask, score = spec.mask_expr, spec.score_expr
-
-    def loads(expr: Expr) -> bool:
-        return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
-
-    visible = key_range(mask)
+    pairs = Pairs.of(spec.mask_expr, spec.score_expr)
+    visible = pairs.visible
     return Demands(
         bounded=visible is not None and bool(visible.upper),
         lower=visible is not None and bool(visible.lower),
         walks=visible is None,
-        modified=score is not name("score"),
-        by_tanh=goes_by_tanh(Pairs.of(mask, score), spec.problem.head_dim.v, 2),
-        mask_loads=visible is None and loads(mask),
-        score_loads=loads(score),
+        modified=pairs.modifies_scores,
+        by_tanh=two_steps_by_tanh(pairs, spec.problem.head_dim.v, 2) is not None,
+        mask_loads=visible is None and looks_up_by_key(pairs.mask),
+        score_loads=looks_up_by_key(pairs.score),
     )
 
 

@@ -75,19 +75,23 @@ def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
     }
 
 
+def looks_up_by_key(expr: Expr) -> bool:
+    """Whether it looks something up for each key."""
+    return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
+
+
 COLUMNS_BY_TANH, COLUMNS_BY_TANH_AND_MORE = 224, 128
-"""The most columns of O with which a score goes by its tanh: of a capped product, and of any other, which also wants
-two warpgroups and no lookup for each key. NVRTC 13.0.88 compiles these without spills, and not all that are beyond."""
+"""The most columns of O with which a score is computed in two steps: of a capped product, and of any other, which also
+wants two warpgroups and no lookup by key. NVRTC 13.0.88 compiles these without spills, and not all that are beyond."""
 
 
-def goes_by_tanh(pairs: Pairs, v_cols: int, warpgroups: int) -> bool:
-    """Whether scores are computed in the two steps of `Pairs.by_tanh`."""
-    if pairs.by_tanh is None:
-        return False
+def two_steps_by_tanh(pairs: Pairs, v_cols: int, warpgroups: int) -> tuple[Expr, Expr] | None:
+    """`Pairs.by_tanh`, where a kernel of so many columns of O and warpgroups has the registers for it."""
     if _is_capped_product(pairs.score):
-        return v_cols <= COLUMNS_BY_TANH
-    by_key = any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(pairs.score))
-    return v_cols <= COLUMNS_BY_TANH_AND_MORE and warpgroups == 2 and not by_key
+        has_room = v_cols <= COLUMNS_BY_TANH
+    else:
+        has_room = v_cols <= COLUMNS_BY_TANH_AND_MORE and warpgroups == 2 and not looks_up_by_key(pairs.score)
+    return pairs.by_tanh if has_room else None
 
 
 def _is_capped_product(score: Expr) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
 from attngen.expr import KeyRange, extremes, name
-from attngen.lower.pairs import goes_by_tanh
+from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
 from attngen.schedules import Pairs, Places, Scales
@@ -34,7 +34,7 @@ def tile_places(
     return dict(
         pairs=pairs,
         ahead=(),
-        by_tanh=pairs.by_tanh if goes_by_tanh(pairs, out.cols, warpgroups) else None,
+        by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
         q=q,
         k=k,
         v=v,

@@ -74,7 +74,7 @@ class Demands:
         lower: the mask has a lower bound, as windows have.
         walks: blocks of keys are classed one by one.
         modified: scores are modified.
-        by_tanh: they go by their tanh: by instructions rather than exponentials, while they are small.
+        by_tanh: they are in two steps, by their tanh: instructions rather than exponentials while they are small.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
     """
@@ -122,7 +122,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
             Row(None, "pingpong", long),
         )
-    if 96 < widest <= 128 and demands.modified and not demands.by_tanh:
+    if widest <= 128 and demands.modified and not demands.by_tanh:
         # A third softmax hides what two leave in the open.
         return (
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),

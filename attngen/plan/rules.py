@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from attngen.expr import LARGEST_TILE
 from attngen.plan.places import RegTile
 from attngen.plan.plan import Plan
+from attngen.quantize import KEY_BLOCK
 
 SPARE_REGISTERS = 47
 """Registers a thread needs beside its accumulators for operands, addresses and row values.
@@ -206,13 +207,13 @@ def free_registers(plan: Plan) -> int:
         return plan.arch.registers_per_thread - SPARE_REGISTERS
     if plan.inputs.bits == 16:
         return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
-    if promotes(plan):
+    if _promotes(plan):
         of_scales = sum(registers for vector, registers in vectors.items() if vector.groups)
         return worker.registers - SPARE_PROMOTED - of_scales
     return worker.registers - SPARE_8BIT
 
 
-def promotes(plan: Plan) -> bool:
+def _promotes(plan: Plan) -> bool:
     """Whether O is added up from parts that the tensor core sums."""
     return any(tile.name == "part_o" for tile in plan.kernel.worker.reg_tiles)
 
@@ -228,7 +229,7 @@ def _registers(plan: Plan) -> Iterator[Violation]:
     used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
     if sum(used.values()) > free:
         parts = " + ".join(f"{name} {count}" for name, count in used.items())
-        of_promotion = "; part_o is what precision.promote: 0 does without" if promotes(plan) else ""
+        of_promotion = "; part_o is what precision.promote: 0 does without" if _promotes(plan) else ""
         yield _cost(
             "registers",
             plan,
@@ -255,7 +256,7 @@ def _staged_scales(plan: Plan) -> Iterator[Violation]:
             "tile.block_n",
             plan.block_n,
             f"must lie in at most {found[1]} groups of columns that share a scale",
-            f"with granules of 128 keys it lies in {found[0]}, and the producer stages the scales of each",
+            f"with granules of {KEY_BLOCK} keys it lies in {found[0]}, and the producer stages the scales of each",
         )
 
 

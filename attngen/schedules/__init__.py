@@ -5,7 +5,7 @@ from collections.abc import Callable
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.serial import serial
-from attngen.schedules.tiles import TAKEN, Pairs, Places, Scales, TilePlaces
+from attngen.schedules.tiles import Pairs, Places, Scales, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
@@ -19,7 +19,6 @@ WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] 
 
 __all__ = [
     "SCHEDULES",
-    "TAKEN",
     "WARPGROUP_SCHEDULES",
     "Pairs",
     "Places",

@@ -19,6 +19,7 @@ from attngen.plan import (
     Walk,
 )
 from attngen.plan.steps import (
+    TAKEN,
     Exponentiate,
     ForBlocks,
     ForVisited,
@@ -71,10 +72,6 @@ class KeyBlock:
     may_be_last: bool
 
 
-TAKEN = "what tanh takes"
-"""No name that a spec may declare."""
-
-
 @dataclass(frozen=True)
 class Pairs:
     """What a spec says of a query and a key.
@@ -103,7 +100,7 @@ class Pairs:
 
     @property
     def by_tanh(self) -> tuple[Expr, Expr] | None:
-        """What the one tanh of the score takes, and the score out of that, by the name `TAKEN`.
+        """What the one tanh of the score takes, and the score out of that, as `ModifyScores` wants them.
 
         None where there is no such tanh, or the scaled product enters elsewhere too.
         """
@@ -157,7 +154,7 @@ class TilePlaces:
     Attributes:
         pairs: what the spec says of a query and a key.
         ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
-        by_tanh: as of `Pairs`, where scores are computed so.
+        by_tanh: that of the pairs, where scores are computed so.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.

@@ -12,9 +12,8 @@ from attngen.emit import Manifest, emit, manifest
 from attngen.expr import evaluate
 from attngen.lower import lower
 from attngen.plan import walk
-from attngen.plan.steps import ModifyScores
+from attngen.plan.steps import TAKEN, ModifyScores
 from attngen.runtime import compile_source
-from attngen.schedules import TAKEN
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.reference.language_cases import CASES, LanguageCase
 

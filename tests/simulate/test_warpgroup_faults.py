@@ -1,79 +1,74 @@
 """Every rule between roles that run at once is broken by short programs, and kept by the same programs mended.
 
-Two consumer warpgroups of two rows each, one producer, one tile unless said otherwise; blocks of 4 keys.
+The programs are of the Steps in `warpgroup_steps`; one tile unless said otherwise.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
-import torch
-from small_plans import warpgroup_places, warpgroup_plan
+from warpgroup_steps import (
+    ALL,
+    AT,
+    BOTH,
+    CLEAR_O,
+    CLEAR_P,
+    CLEAR_S,
+    CONVERT,
+    DRAW,
+    END,
+    FENCE,
+    FILL_K,
+    FILLS,
+    FIRST_TURN,
+    FREE_K,
+    FREE_Q,
+    FREE_V,
+    FULL_K,
+    FULL_Q,
+    FULL_V,
+    LAND_ALL,
+    LAND_O,
+    LAND_S,
+    LAST_FREES,
+    LOAD_K,
+    LOAD_Q,
+    LOAD_V,
+    MEET,
+    NEGATE,
+    OURS,
+    PASS_TURN,
+    SCORES,
+    STAGE,
+    STORE,
+    STORED,
+    TAKE,
+    TAKE_TURN,
+    USE_K,
+    programs,
+    run,
+)
 
-from attngen.plan import BlockIndex, Plan, Program, Step
+from attngen.plan import Program, Step
 from attngen.plan.steps import (
     Advance,
     Clear,
     ConvertP,
     DrawTile,
-    FenceAsync,
-    ForTiles,
-    IssueOutputGemm,
     IssueScoreGemm,
     NegateTile,
     PassTurn,
     Release,
     StageTile,
-    SyncWarpgroup,
     TakeTile,
-    TakeTurn,
     TmaLoad,
     TmaStore,
     WaitEmpty,
     WaitFull,
     WaitGemm,
-    WaitStores,
     When,
 )
-from attngen.simulate import SimulationFault, simulate
-
-AT = warpgroup_places()
-M = BlockIndex("m_block")
-OURS, FILLS = AT.consumer, AT.producer
-
-# ---- producer -------------------------------------------------------------------------------------------------------
-FILL_Q = TmaLoad(AT.q.at(FILLS.q), AT.q_in, M, "evict_first")
-FILL_K = TmaLoad(AT.k.at(FILLS.k), AT.k_in, BlockIndex("zero"), "evict_last")
-FILL_V = TmaLoad(AT.v.at(FILLS.v), AT.v_in, BlockIndex("zero"), "evict_last")
-LOAD_Q = (WaitEmpty(FILLS.q), FILL_Q, Advance(FILLS.q))
-LOAD_K = (WaitEmpty(FILLS.k), FILL_K, Advance(FILLS.k))
-LOAD_V = (WaitEmpty(FILLS.v), FILL_V, Advance(FILLS.v))
-ALL = (*LOAD_Q, *LOAD_K, *LOAD_V)
-DRAW = (WaitEmpty(FILLS.tile), DrawTile(FILLS.tile), Advance(FILLS.tile))
-
-# ---- consumer -------------------------------------------------------------------------------------------------------
-FULL_Q, FULL_K, FULL_V = WaitFull(OURS.q), WaitFull(OURS.k), WaitFull(OURS.v)
-FREE_Q, FREE_K, FREE_V = ((Release(at), Advance(at)) for at in (OURS.q, OURS.k, OURS.v))
-LAST_FREES = (When("last warpgroup", (Release(OURS.k),)),)
-SCORES = IssueScoreGemm(AT.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k))
-OUTPUT = IssueOutputGemm(AT.acc_o, AT.p, AT.v.at(OURS.v))
-LAND_S, LAND_O, LAND_ALL = (
-    WaitGemm(0, (AT.acc_s,)),
-    WaitGemm(0, (AT.acc_o, AT.p)),
-    WaitGemm(0, (AT.acc_s, AT.acc_o, AT.p)),
-)
-USE_K = (FULL_K, SCORES, LAND_S, *FREE_K)
-CLEAR_P, CLEAR_O, CLEAR_S = Clear(AT.p), Clear(AT.acc_o), Clear(AT.acc_s)
-CONVERT = ConvertP(AT.acc_s, AT.p)
-BOTH = (CLEAR_O, CLEAR_P, FULL_Q, FULL_K, FULL_V, SCORES, OUTPUT)
-NEGATE = NegateTile(AT.q.at(OURS.q).own)
-FENCE, MEET, STORED = FenceAsync(), SyncWarpgroup(AT.own), WaitStores()
-STAGE = StageTile(AT.acc_o, AT.out.at().own)
-STORE = TmaStore(AT.out.at().own, AT.result, M)
-TAKE = (WaitFull(OURS.tile), TakeTile(OURS.tile), MEET, Release(OURS.tile), Advance(OURS.tile))
-TAKE_TURN, PASS_TURN = TakeTurn(AT.turn), PassTurn(AT.turn)
-FIRST_TURN = When("last warpgroup", (PASS_TURN,))
-END = (CLEAR_O, STAGE, FENCE, MEET, STORE, STORED, MEET)
+from attngen.simulate import SimulationFault
 
 
 @dataclass(frozen=True)
@@ -373,15 +368,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def programs(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
-    return warpgroup_plan((ForTiles(consumer),), (ForTiles(producer),), persistent)
-
-
-def run(plan: Plan, seqlen_q: int = 4) -> None:
-    q, kv = torch.ones(1, seqlen_q, 1, 2), torch.ones(1, 4, 1, 2)
-    simulate(plan, q, kv, kv)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_fault_is_reported(name: str) -> None:
     """Programs that break one rule fault, naming the Step and the place; mended they run through."""
@@ -395,80 +381,3 @@ def test_fault_is_reported(name: str) -> None:
     consumer = case.consumer if case.mended_consumer is None else case.mended_consumer
     producer = case.producer if case.mended_producer is None else case.mended_producer
     run(programs((*consumer, *case.end), producer, case.persistent), rows)
-
-
-# name: (consumer, producer, who waits for what, the consumer mended); bodies of ForTiles, END left out.
-DEADLOCKS: dict[str, tuple[Program, Program, str, Program]] = {
-    "stage that one warpgroup does not release": (
-        (FULL_Q, FULL_K, SCORES, LAND_S, *LAST_FREES, Advance(OURS.k), *2 * USE_K),
-        (*LOAD_Q, *3 * LOAD_K),
-        "producer waits for k[0] to be released, 1 of 2 have arrived; "
-        "consumer 0 waits for k[0] to be filled, 0 of 1 have arrived; "
-        "consumer 1 waits for k[0] to be filled, 0 of 1 have arrived",
-        (FULL_Q, *3 * USE_K),
-    ),
-    "stage that nobody fills": (
-        (FULL_Q, FULL_K, FULL_V),
-        (*LOAD_Q, *LOAD_K),
-        "consumer 0 waits for v[0] to be filled, 0 of 1 have arrived; "
-        "consumer 1 waits for v[0] to be filled, 0 of 1 have arrived",
-        (FULL_Q, FULL_K),
-    ),
-    "stage used again for want of an Advance": (
-        (FULL_Q, FULL_K, SCORES, LAND_S, Release(OURS.k), *2 * USE_K),
-        (*LOAD_Q, *3 * LOAD_K),
-        "producer waits for k[0] to be released",
-        (FULL_Q, *3 * USE_K),
-    ),
-    "turn that nobody gives at first": (
-        (TAKE_TURN, PASS_TURN),
-        (),
-        "consumer 0 waits for its turn; consumer 1 waits for its turn",
-        (FIRST_TURN, TAKE_TURN, PASS_TURN),
-    ),
-    "turn that is not passed on": (
-        (FIRST_TURN, TAKE_TURN),
-        (),
-        "deadlock: consumer 1 waits for its turn of m_block 0",
-        (FIRST_TURN, TAKE_TURN, PASS_TURN),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DEADLOCKS)
-def test_deadlock_says_who_waits_for_what(name: str) -> None:
-    """Where no role can go on, each that is left is named with what it waits for, as it stands at the end."""
-    consumer, producer, text, mended = DEADLOCKS[name]
-    with pytest.raises(SimulationFault, match=re.escape(text)) as caught:
-        run(programs((*consumer, *END), producer))
-    assert caught.value.rule == "deadlock"
-    run(programs((*mended, *END), producer))
-
-
-def test_tile_counter_must_come_back_to_zero() -> None:
-    """Blocks that draw once more than until no tile is left leave a counter that the next launch would start from."""
-    consumer = (ForTiles((*END, *TAKE)),)
-    run(warpgroup_plan(consumer, (ForTiles(DRAW),), persistent=True), 20)
-    with pytest.raises(SimulationFault, match="stands at 2 at the end") as caught:
-        run(warpgroup_plan(consumer, (ForTiles(DRAW), *DRAW), persistent=True), 20)
-    assert caught.value.rule == "never reset"
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_launch_must_say_its_tiles(persistent: bool) -> None:
-    """A launch that counts other tiles than its scheduler has is a fault, whoever works on them."""
-    plan = programs((*END, *(TAKE if persistent else ())), DRAW if persistent else (), persistent)
-    run(plan, 20)
-    (launch,) = plan.launches
-    wrong = replace(plan, launches=(replace(launch, tiles=4),))
-    with pytest.raises(SimulationFault, match="for 4 tiles and has 5") as caught:
-        run(wrong, 20)
-    assert caught.value.rule == "wrong grid"
-
-
-def test_every_warpgroup_writes_its_rows() -> None:
-    """Rows that one warpgroup leaves out are missed though the other has written its part of the block."""
-    stores = When("last warpgroup", (STORE, STORED))
-    with pytest.raises(SimulationFault, match="block 0 of out is not written once") as caught:
-        run(programs((CLEAR_O, STAGE, FENCE, MEET, stores), ()))
-    assert (caught.value.rule, caught.value.place) == ("never written", "out")

@@ -50,6 +50,7 @@ from attngen.plan.steps.scales import (
     StageScales,
 )
 from attngen.plan.steps.softmax import (
+    TAKEN,
     Clear,
     ConvertP,
     Exponentiate,
@@ -80,6 +81,7 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 """Every kind of Step."""
 
 __all__ = [
+    "TAKEN",
     "Advance",
     "Clear",
     "CommitCopies",

@@ -42,13 +42,17 @@ class LookUp(Step):
         return f"{self.dst} = {self.lookup} of each pair"
 
 
+TAKEN = "what tanh takes"
+"""A name that no spec can declare."""
+
+
 @dataclass(frozen=True)
 class ModifyScores(Step):
     """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`.
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
-        by_tanh: what the score's one tanh takes, and the score out of that. The first is computed of all
+        by_tanh: what the score's one tanh takes, and the score out of `TAKEN`. The first is computed of all
             pairs before the second, in place of s; where all of a warp's are near 0, tanh then is a polynomial.
     """
 
