@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from attngen.dtypes import DType
 from attngen.errors import ToolchainError
 
+RESERVED_SMEM_BYTES = 1024
+"""What the system takes of every resident block. Source: CUDA C++ Programming Guide, "Shared Memory" of 8.x on."""
+
 
 @dataclass(frozen=True)
 class Mma:
@@ -28,7 +31,7 @@ class Arch:
         compute_capability: (major, minor), None on the simulator.
         runs_on_later_minor: a cubin for this target also runs on later minor versions of the same major one.
         smem_bytes_per_block: most shared memory one block may ask for.
-        smem_bytes_per_sm: shared memory of one multiprocessor; each resident block also costs 1 KB of it.
+        smem_bytes_per_sm: shared memory of one multiprocessor; each resident block takes `RESERVED_SMEM_BYTES` more.
         registers_per_sm: 32-bit registers of one multiprocessor.
         registers_per_thread: most registers one thread may hold.
         threads_per_block: most threads in one block.

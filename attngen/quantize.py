@@ -5,8 +5,9 @@ largest finite magnitude of the granule, descale = amax / 448, and elements are 
 rounded to the nearest (ties to even), and end at +-448. So an infinity becomes +-448 and a NaN stays one. A granule of
 zeros has descale 1; an amax below 448 * 2^-126 counts as that, so that both factors are normal numbers. A block of V
 has the next power of two for its descale, and the reciprocal of that for its factor: P takes the descale up and, while
-it stays a normal number of e4m3, loses no more than without. The emitted kernels compute the same in the same order:
-their bytes and descales are equal, bit by bit.
+it stays a normal number of e4m3, loses no more than without. The Hadamard matrix has entries 1 and -1; 1/sqrt(head_dim)
+is multiplied into the reciprocal. The emitted kernels compute the same in the same order: their bytes and descales are
+equal, bit by bit.
 """
 
 import math
@@ -85,9 +86,11 @@ def quantize(
     """
     num_heads_kv = k.shape[2]
     of_values: ScaleKind = "per_block" if scales == "per_token" else scales
-    rows = [x.float() if hadamard_seed is None else _hadamard(x.float(), hadamard_seed) for x in (q, k)]
-    q8, q_descale = _quantized(rows[0], scales, Q_BLOCK, num_heads_kv)
-    k8, k_descale = _quantized(rows[1], scales, KEY_BLOCK, num_heads_kv)
+    rows, factor = [q.float(), k.float()], 1.0
+    if hadamard_seed is not None:
+        rows, factor = [_hadamard(x, hadamard_seed) for x in rows], q.shape[-1] ** -0.5
+    q8, q_descale = _quantized(rows[0], scales, Q_BLOCK, num_heads_kv, factor)
+    k8, k_descale = _quantized(rows[1], scales, KEY_BLOCK, num_heads_kv, factor)
     v8, v_descale = _quantized(
         v.float(), of_values, KEY_BLOCK, num_heads_kv, by_powers=of_values == "per_block"
     )
@@ -162,7 +165,7 @@ def signs(seed: int, head_dim: int) -> tuple[int, ...]:
 
 
 def _hadamard(x: torch.Tensor, seed: int) -> torch.Tensor:
-    """x diag(signs) H / sqrt(head_dim), by butterflies over columns 1, 2, 4 ... apart, in f32."""
+    """x diag(signs) H, of entries 1 and -1, by butterflies over columns 1, 2, 4 ... apart, in f32."""
     dim = x.shape[-1]
     x = x * torch.tensor(signs(seed, dim), device=x.device, dtype=x.dtype)
     stride = 1
@@ -170,18 +173,22 @@ def _hadamard(x: torch.Tensor, seed: int) -> torch.Tensor:
         low, high = x.reshape(*x.shape[:3], dim // (2 * stride), 2, stride).unbind(-2)
         x = torch.stack((low + high, low - high), -2).flatten(-3)
         stride *= 2
-    x = x * dim**-0.5
     return x.masked_fill(~x.isfinite(), math.nan)
 
 
 def _quantized(
-    x: torch.Tensor, scales: ScaleKind, block: int, num_heads_kv: int, by_powers: bool = False
+    x: torch.Tensor,
+    scales: ScaleKind,
+    block: int,
+    num_heads_kv: int,
+    x_factor: float = 1.0,
+    by_powers: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values, and descales as of `Operands`, of rows (batch, seqlen, heads, head_dim), f32.
+    """e4m3 values, and descales as of `Operands`, of x_factor times rows (batch, seqlen, heads, head_dim), f32.
 
     `by_powers`: descales are powers of two.
     """
-    amax = _amax(x.abs().masked_fill(~x.isfinite(), 0), scales, block, num_heads_kv)
+    amax = _amax(x.abs().masked_fill(~x.isfinite(), 0), scales, block, num_heads_kv) * x_factor
     amax = torch.where(amax == 0, E4M3_MAX, amax.clamp(min=SMALLEST_AMAX))
     # A tensor of 448: torch divides by a number, and a number by a tensor, by way of a reciprocal.
     most = torch.full_like(amax, E4M3_MAX)
@@ -189,7 +196,7 @@ def _quantized(
     if by_powers:
         descale = _next_power_of_two(descale)
         factor = torch.ones_like(descale) / descale
-    scaled = x * _for_each_row(factor, x, block)
+    scaled = x * _for_each_row(factor * x_factor, x, block)
     # Not all versions of torch end at 448; a NaN has no sign, as cvt gives it.
     values = scaled.clamp(-E4M3_MAX, E4M3_MAX).masked_fill(scaled.isnan(), math.nan)
     return values.to(torch.float8_e4m3fn), descale

@@ -49,10 +49,11 @@ DEV u32 load_shared(u32 address) {
   return x;
 }
 
-// PTX ISA: ld.global.nc.u32; volatile, so that it stays where it is written: ahead of what it shall hide under.
+// PTX ISA: ld.global.nc.u32; volatile, so that it stays where it is written: ahead of what it shall hide under. The whole
+// line comes into L2: its neighbours are asked for next.
 DEV u32 load_u32(const u16* address) {
   u32 x;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(address));
+  asm volatile("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(x) : "l"(address));
   return x;
 }
 
@@ -192,15 +193,15 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64x96) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][12][4], u64 a, u64 b, bool keep) {
+// D (64x128) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][16][4], u64 a, u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, %48, %49, keep, 1, 1, 0, 0;\n"
+      "setp.ne.b32 keep, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, keep, 1, 1, 0, 0;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
@@ -552,7 +553,7 @@ DEV void look_up_row(u32 (&found)[kColumns][4], int half, const u16* row, i64 to
 using Input = Bf16;
 using Output = Bf16;
 constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 96;  // tile.block_n: keys of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of wgmma
@@ -659,13 +660,13 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 32768;
-  const u32 v_smem = smem_address(smem) + 81920;
-  const u32 out_smem = smem_address(smem) + 131072;
-  const u32 q_ring = smem_address(smem) + 163840;  // 1 times full, then empty
-  const u32 k_ring = smem_address(smem) + 163856;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 163888;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 163920;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 163936;
+  const u32 v_smem = smem_address(smem) + 98304;
+  const u32 out_smem = smem_address(smem) + 163840;
+  const u32 q_ring = smem_address(smem) + 196608;  // 1 times full, then empty
+  const u32 k_ring = smem_address(smem) + 196624;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 196656;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 196688;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 196704;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     init_ring<1>(q_ring, 2);
@@ -725,10 +726,10 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
     Cursor tile_at = {0, 0};
-    float acc_s[kRowTiles][12][4];
-    u32 p[kRowTiles][6][4];
+    float acc_s[kRowTiles][16][4];
+    u32 p[kRowTiles][8][4];
     float acc_o[kRowTiles][16][4];
-    u32 ahead0_bias[kRowTiles][6][4];
+    u32 ahead0_bias[kRowTiles][8][4];
     float row_max[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];

@@ -805,10 +805,15 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae(const __grid_constant__ Params
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          wgmma_wait<1>();
+          wgmma_wait<0>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
+          wgmma_wait<0>();
+          pin(acc_o);
+          pin(p);
+          if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
+          advance<2>(v_at);
           // online softmax of block n
           {
             int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
@@ -821,11 +826,6 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae(const __grid_constant__ Params
           }
           update_row_max(row_max, alpha, acc_s, row_scale);
           exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
-          wgmma_wait<0>();
-          pin(acc_o);
-          pin(p);
-          if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
-          advance<2>(v_at);
           named_barrier_arrive(1 + next_warpgroup, 256);
           convert_p_8bit<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
@@ -838,18 +838,18 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae(const __grid_constant__ Params
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          wgmma_wait<1>();
+          wgmma_wait<0>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
-          // online softmax of block n
-          update_row_max(row_max, alpha, acc_s, row_scale);
-          exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
+          // online softmax of block n
+          update_row_max(row_max, alpha, acc_s, row_scale);
+          exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
           named_barrier_arrive(1 + next_warpgroup, 256);
           convert_p_8bit<Input>(p, acc_s);
           scale_rows(acc_o, alpha);

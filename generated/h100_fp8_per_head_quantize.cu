@@ -4,6 +4,24 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define DEV static __device__ __forceinline__
 
+// Infinity, without a header.
+DEV float infinity() { return __int_as_float(0x7f800000); }
+
+// Start copying 16 bytes from device to shared memory; of them `bytes` (0 or 16) are read, the rest become zeros.
+// PTX ISA: cp.async. `.cg` caches in L2 only.
+DEV void cp_async_16(u32 dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// Close the group of this thread's copies started since the last commit. PTX ISA: cp.async.commit_group.
+DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most kPending of this thread's newest groups are in flight. PTX ISA: cp.async.wait_group.
+template <int kPending>
+DEV void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // The 32-bit address of shared memory that PTX wants.
 DEV u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -31,6 +49,13 @@ DEV uint4 load_global_16(const void* p, bool exists) {
                "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                "}" : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(p), "r"((int)exists));
   return x;
+}
+
+// The larger of two; NaN where one is. PTX ISA: max.NaN.f32.
+DEV float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 // e4m3: four packed in a register.
@@ -87,21 +112,40 @@ DEV Eight eight(const Eight& e) { return e; }
 // A finite number itself, any other NaN.
 DEV float finite_or_nan(float x) { return __fmaf_rn(0.f, x, x); }
 
-// The largest of `amax` and the finite magnitudes among eight elements; fmaxf passes over NaN.
-DEV float max_magnitude(float amax, const Eight& e) {
+// The largest finite magnitude of packed elements.
+template <class Pair, int kCount>
+DEV float max_magnitude(const uint4* x) {
+  float amax = 0.f;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(finite_or_nan(e.x[j])));
+  for (int i = 0; i < 8 * kCount; ++i) amax = fmaxf(amax, fabsf(finite_or_nan(eight<Pair>(x[i / 8]).x[i % 8])));  // passes over NaN
   return amax;
 }
 
-// The largest of what the threads of a group of kWarps warps hold, none of it negative. All threads of the block call it.
-template <int kWarps>
-DEV float max_of_warps(float x) {
+// The largest finite magnitude of a row in f32, of which what is not finite becomes NaN.
+template <int kVectors>
+DEV float max_magnitude(Eight (&row)[kVectors]) {
+  float amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) amax = max_or_nan(amax, fabsf(row[i / 8].x[i % 8]));
+  if (amax < infinity()) return amax;
+  amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) {
+    float& x = row[i / 8].x[i % 8];
+    x = finite_or_nan(x);
+    amax = fmaxf(amax, fabsf(x));
+  }
+  return amax;
+}
+
+// The largest of what the threads of a group of warps hold, a power of two, none of it negative. All threads of the block
+// call it.
+DEV float max_of_warps(float x, int warps) {
   __shared__ u32 found[32];
   const u32 of_warp = __reduce_max_sync(~0u, __float_as_uint(x)), warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) found[warp] = of_warp;
   __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, found[warp / kWarps * kWarps + threadIdx.x % kWarps]));
+  return __uint_as_float(__reduce_max_sync(~0u, found[(warp & -warps) + (threadIdx.x & (warps - 1))]));
 }
 
 // What elements are multiplied by, and what undoes it.
@@ -125,12 +169,15 @@ DEV uint2 quantized_eight(const Eight& e, float reciprocal) {
   return {quantized(e.x[0], e.x[1], e.x[2], e.x[3], reciprocal), quantized(e.x[4], e.x[5], e.x[6], e.x[7], reciprocal)};
 }
 
-// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes take
-// consecutive chunks of a key, the others of the warp the other keys of 16.
+// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes, or four
+// where a key has no more chunks, take consecutive chunks of a key, the others of the warp other keys.
 struct ValueUnit {
   int chunk, word;
+  template <int kChunks>
   DEV ValueUnit of_warp(int number) {
-    return {number / 8 * 8 + (int)threadIdx.x % 8, number % 8 * 4 + (int)threadIdx.x % 32 / 8};
+    constexpr int kLanes = kChunks > 4 ? 8 : 4;
+    const int lane = threadIdx.x % 32;
+    return {number / kLanes * kLanes + lane % kLanes, number % kLanes * (32 / kLanes) + lane / kLanes};
   }
   // The i-th of the keys: the accumulator of a score GEMM gives a lane keys in this order.
   __device__ int key(int i) const { return word / 4 * 16 + i / 2 * 8 + word % 4 * 2 + i % 2; }
@@ -202,203 +249,261 @@ struct Params {
 };
 
 constexpr int kThreads = 256;  // a quad of lanes for each row of Q or K
-constexpr int kRows = 64;  // of Q or K that a block of threads takes
+constexpr int kRows = 128;  // of a tensor that a block of threads takes at a time
 constexpr int kRowChunks = 16;  // of 16 bytes in a row of Q or K
 constexpr int kRowVectors = 4;  // of them that a lane takes
-constexpr int kKeys = 128;  // of V that a block of threads takes
+constexpr int kThreadRows = 2;  // of Q or K of which a lane takes a part
 constexpr int kColumns = 128;  // of V
-constexpr int kValueUnits = 2;  // of four keys that a thread loads
+constexpr int kValueUnits = 2;  // of four keys that a thread takes
 constexpr int kPackedUnits = 1;  // the same of 8-bit V
+constexpr int kStaged = 8;  // copies of 16 bytes that a thread has under way
 
-// What a block of threads works on: rows from `first` on of a head of tensor 0 (Q), 1 (K) or 2 (V).
+// What a block of threads works on at a time: the rows from 128 `block` on of a head of tensor 0 (Q), 1 (K) or 2 (V).
 struct Part {
-  int tensor, batch, head, kv_head, first;
+  int tensor, batch, block, head;
+  float amax;  // of what shares its scale, once it is staged
+  __device__ int first() const { return block * kRows; }
 };
 
-// Blocks of rows of a head; one without rows writes the descale.
-DEV int blocks_of(int seqlen, int rows) { return max(1, (seqlen + rows - 1) / rows); }
+DEV int heads_of(const Params& params, int tensor) { return tensor == 0 ? params.num_heads_q : params.num_heads_kv; }
+DEV int seqlen_of(const Params& params, int tensor) { return tensor == 0 ? params.seqlen_q : params.seqlen_k; }
 
-// Neighbours work on different heads of the same rows: these are neighbours in memory.
-DEV Part this_part(const Params& params) {
-  const int of_q = params.batch * params.num_heads_q * blocks_of(params.seqlen_q, kRows);
-  const int of_k = params.batch * params.num_heads_kv * blocks_of(params.seqlen_k, kRows);
-  const int index = blockIdx.x, tensor = index < of_q ? 0 : index < of_q + of_k ? 1 : 2;
-  const int rest = index - (tensor == 0 ? 0 : tensor == 1 ? of_q : of_q + of_k), rows = tensor == 2 ? kKeys : kRows;
-  const int heads = tensor == 0 ? params.num_heads_q : params.num_heads_kv, head = rest % heads;
-  const int blocks = blocks_of(tensor == 0 ? params.seqlen_q : params.seqlen_k, rows);
-  return {tensor, rest / heads / blocks, head, tensor == 0 ? head / params.group : head, rest / heads % blocks * rows};
+// Parts of a head; one without rows writes the descale.
+DEV int blocks_of(const Params& params, int tensor) {
+  const int blocks = (seqlen_of(params, tensor) + kRows - 1) / kRows;
+  return max(1, blocks);
 }
 
-// Where a head's elements are.
+DEV int parts_of(const Params& params, int tensor) { return params.batch * heads_of(params, tensor) * blocks_of(params, tensor); }
+
+// A number of parts of a tensor as batches, blocks and heads. Neighbours are different heads of the same rows: these are
+// neighbours in memory.
+DEV Part counted(const Params& params, int tensor, int number) {
+  const int heads = heads_of(params, tensor), blocks = blocks_of(params, tensor);
+  return {tensor, number / heads / blocks, number / heads % blocks, number % heads};
+}
+
+DEV Part part_at(const Params& params, int index) {
+  const int of_q = parts_of(params, 0), of_k = parts_of(params, 1);
+  if (index < of_q) return counted(params, 0, index);
+  if (index < of_q + of_k) return counted(params, 1, index - of_q);
+  return counted(params, 2, index - of_q - of_k);
+}
+
+// The part so many after another, without a division. Past the last of the tensor it has too large a batch.
+DEV Part after(const Params& params, Part part, const Part& step) {
+  part.head += step.head, part.block += step.block, part.batch += step.batch;
+  const int heads = heads_of(params, part.tensor), blocks = blocks_of(params, part.tensor);
+  if (part.head >= heads) part.head -= heads, ++part.block;
+  if (part.block >= blocks) part.block -= blocks, ++part.batch;
+  return part;
+}
+
+// Where the scale of a part stands among those of its tensor, and how many the tensor has.
+DEV i64 scale_index(const Params& params, const Part& part) {
+  return (i64)part.batch * params.num_heads_kv + (part.tensor == 0 ? part.head / params.group : part.head);
+}
+DEV i64 scales_of_tensor(const Params& params) { return (i64)params.batch * params.num_heads_kv; }
+
+// Where the maximum of what shares a part's scale is.
+DEV float* maximum_of(const Params& params, const Part& part) {
+  return params.maxima + part.tensor * scales_of_tensor(params) + scale_index(params, part);
+}
+
+// The elements of a part's head, of a batch, and how far apart its rows are.
 struct Source {
   const u16* head;
   i64 stride;
-  int seqlen;
 };
 
 DEV Source source_of(const Params& params, const Part& part) {
   const i64 batch = part.batch, head = part.head;
-  if (part.tensor == 0) return {params.q + batch * params.q_stride_batch + head * params.q_stride_head, params.q_stride_seqlen, params.seqlen_q};
-  if (part.tensor == 1) return {params.k + batch * params.k_stride_batch + head * params.k_stride_head, params.k_stride_seqlen, params.seqlen_k};
-  return {params.v + batch * params.v_stride_batch + head * params.v_stride_head, params.v_stride_seqlen, params.seqlen_k};
+  if (part.tensor == 0) return {params.q + batch * params.q_stride_batch + head * params.q_stride_head, params.q_stride_seqlen};
+  if (part.tensor == 1) return {params.k + batch * params.k_stride_batch + head * params.k_stride_head, params.k_stride_seqlen};
+  return {params.v + batch * params.v_stride_batch + head * params.v_stride_head, params.v_stride_seqlen};
+}
+
+// The first row of Q or K of which this lane takes a part.
+DEV int first_row(const Part& part) { return part.first() + threadIdx.x / 4 * kThreadRows; }
+
+DEV ValueUnit value_unit(int i) { return ValueUnit::of_warp<kColumns / 8>(threadIdx.x / 32 + i * (kThreads / 32)); }
+
+extern __shared__ __align__(16) unsigned char smem[];
+
+// Of shared memory the thread's own 16 bytes by this number. It alone writes and reads them.
+DEV u32 staged(int number) { return smem_address(smem) + (number * kThreads + threadIdx.x) * 16; }
+
+// A tile of packed V, behind them.
+DEV u32 values_tile() { return smem_address(smem) + kStaged * kThreads * 16; }
+
+// Start copying the thread's share of a part; what does not exist is 0.
+DEV void stage(const Params& params, Part& part) {
+  const Source source = source_of(params, part);
+  const int seqlen = seqlen_of(params, part.tensor);
+  if (part.tensor < 2) {
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int row = first_row(part) + r;
+      const u16* from = source.head + row * source.stride + threadIdx.x % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < kRowVectors; ++i) {
+        const bool exists = row < seqlen && (4 * i + 4 <= kRowChunks || 4 * i + threadIdx.x % 4 < kRowChunks);
+        cp_async_16(staged(r * kRowVectors + i), from + i * 32, exists ? 16 : 0);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * kValueUnits; ++i) {
+      const ValueUnit unit = value_unit(i / 4);
+      const int key = part.first() + unit.key(i % 4);
+      cp_async_16(staged(i), source.head + key * source.stride + unit.chunk * 8, unit.chunk < kColumns / 8 && key < seqlen ? 16 : 0);
+    }
+  }
+  cp_async_commit();
+  part.amax = *maximum_of(params, part);
+}
+
+// Do `work` for each part of this block of threads, with the thread's share of it; the next one is under way meanwhile.
+template <class Work>
+DEV void for_each_part(const Params& params, const Work& work) {
+  const int parts = parts_of(params, 0) + 2 * parts_of(params, 1), stride = gridDim.x;
+  Part next = part_at(params, blockIdx.x), step = counted(params, next.tensor, stride);
+  stage(params, next);
+  for (int index = blockIdx.x; index < parts; index += stride) {
+    const Part part = next;
+    uint4 x[kStaged];
+    cp_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kStaged; ++i) x[i] = load_shared_16(staged(i));
+    __syncthreads();  // nobody reads what the block shared for the part before
+    if (index + stride < parts) {
+      next = after(params, next, step);
+      if (next.batch >= params.batch) {  // it is of another tensor
+        next = part_at(params, index + stride);
+        step = counted(params, next.tensor, stride);
+      }
+      stage(params, next);
+    }
+    work(part, x);
+  }
 }
 
 using Held = uint4;  // a part of a row, packed: in f32 it would take twice the registers
 
-// Load the lane's part of its row; one that does not exist is 0. Every thread of a warp calls it.
+// Take the part of a row from what was staged. Returns the lane's largest finite magnitude. Every thread of a warp calls it.
 template <class Pair>
-DEV void load_row(Held (&x)[kRowVectors], const Source& source, int row) {
-  const u16* from = source.head + row * source.stride;
-  const int lane = threadIdx.x % 4;
+DEV float take_row(Held (&row)[kRowVectors], const uint4* packed) {
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) {
-    const int chunk = i * 4 + lane;
-    x[i] = load_global_16(from + chunk * 8, chunk < kRowChunks && row < source.seqlen);
-  }
+  for (int i = 0; i < kRowVectors; ++i) row[i] = packed[i];
+  return max_magnitude<Pair, kRowVectors>(packed);
 }
 
-// Load this thread's part of 128 keys of V.
-DEV void load_values(uint4 (&x)[kValueUnits][4], const Source& source, int first) {
-#pragma unroll
-  for (int i = 0; i < kValueUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
-    load_unit<kColumns / 8>(x[i], (const unsigned char*)(source.head + first * source.stride), source.stride * 2, source.seqlen - first, unit);
-  }
-}
-
+// Raise the maximum of what shares a part's scale to that of the part.
 template <class Pair>
-DEV float max_of_row(const Held (&x)[kRowVectors]) {
+DEV void find_maximum(const Params& params, const Part& part, uint4 (&x)[kStaged]) {
   float amax = 0.f;
-#pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) amax = max_magnitude(amax, eight<Pair>(x[i]));
-  return amax;
-}
-
-template <class Pair>
-DEV float max_of_values(const uint4 (&x)[kValueUnits][4]) {
-  float amax = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4 * kValueUnits; ++i) amax = max_magnitude(amax, eight<Pair>(x[i / 4][i % 4]));
-  return amax;
-}
-
-// Where the scale of a part stands among those of its tensor, and how many the tensor has.
-DEV i64 scale_index(const Params& params, const Part& part) { return (i64)part.batch * params.num_heads_kv + part.kv_head; }
-DEV i64 scales_of_tensor(const Params& params) { return (i64)params.batch * params.num_heads_kv; }
-
-// Raise the maximum of a part's tensor and head to that of the part.
-template <class Pair>
-DEV void find_maximum(const Params& params) {
-  const Part part = this_part(params);
-  const Source source = source_of(params, part);
-  float amax;
   if (part.tensor < 2) {
-    Held x[kRowVectors];
-    load_row<Pair>(x, source, part.first + threadIdx.x / 4);
-    amax = max_of_row<Pair>(x);
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      Held row[kRowVectors];
+      amax = fmaxf(amax, take_row<Pair>(row, x + r * kRowVectors));
+    }
   } else {
-    uint4 x[kValueUnits][4];
-    load_values(x, source, part.first);
-    amax = max_of_values<Pair>(x);
+    amax = max_magnitude<Pair, 4 * kValueUnits>(x);
   }
-  amax = max_of_warps<kThreads / 32>(amax);
-  float* maximum = params.maxima + part.tensor * scales_of_tensor(params) + scale_index(params, part);
-  if (threadIdx.x == 0) atomicMax((u32*)maximum, __float_as_uint(amax));  // in this order are floats that are not negative
-}
-
-// The maximum that a part's scale is made of. To be read before the part is: division comes after all loads.
-DEV float known_maximum(const Params& params, const Part& part) {
-  return params.maxima[part.tensor * scales_of_tensor(params) + scale_index(params, part)];
+  amax = max_of_warps(amax, kThreads / 32);
+  if (threadIdx.x == 0) atomicMax((u32*)maximum_of(params, part), __float_as_uint(amax));  // in this order are floats that are not negative
 }
 
 // The scale of a part; the first that has it writes it down.
-DEV GranuleScale known_scale(const Params& params, const Part& part, float amax, float* descales) {
-  const GranuleScale scale = granule_scale(amax);
-  const bool is_first = part.first == 0 && (part.tensor > 0 || part.head % params.group == 0);
+DEV GranuleScale known_scale(const Params& params, const Part& part, float* descales) {
+  const GranuleScale scale = granule_scale(part.amax);
+  const bool is_first = part.block == 0 && (part.tensor > 0 || part.head % params.group == 0);
   if (is_first && threadIdx.x == 0) descales[scale_index(params, part)] = scale.descale;
   return scale;
 }
 
-// Quantise rows of Q or K of `heads` heads, of which kGranule share a scale per block.
-template <class Pair, int kGranule>
-DEV void quantize_rows(const Params& params, const Part& part, int heads, unsigned char* to, float* descales) {
-  const Source source = source_of(params, part);
-  const int row = part.first + threadIdx.x / 4;
-  const bool exists = row < source.seqlen;
-  const float amax = known_maximum(params, part);
-  Held x[kRowVectors];
-  load_row<Pair>(x, source, row);
-  const GranuleScale scale = known_scale(params, part, amax, descales);
-  to += (((i64)part.batch * source.seqlen + row) * heads + part.head) * (kRowChunks * 8);
+// Quantise rows of Q or K.
+template <class Pair>
+DEV void quantize_rows(const Params& params, const Part& part, const uint4 (&packed)[kStaged]) {
+  const bool of_q = part.tensor == 0;
+  const int heads = heads_of(params, part.tensor), seqlen = seqlen_of(params, part.tensor);
+  unsigned char* to = of_q ? params.q8 : params.k8;
+  float* descales = of_q ? params.q_descale : params.k_descale;
+  Held x[kThreadRows][kRowVectors];
+  float amax[kThreadRows];
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) {
-    const int chunk = i * 4 + threadIdx.x % 4;
-    if (exists && chunk < kRowChunks) *(uint2*)(to + chunk * 8) = quantized_eight(eight<Pair>(x[i]), scale.reciprocal);
+  for (int r = 0; r < kThreadRows; ++r) amax[r] = take_row<Pair>(x[r], packed + r * kRowVectors);
+  const int first = first_row(part);
+  const GranuleScale scale = known_scale(params, part, descales);
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    const int row = first + r;
+    const bool exists = row < seqlen;
+    const float factor = scale.reciprocal;
+    unsigned char* to_row = to + (((i64)part.batch * seqlen + row) * heads + part.head) * (kRowChunks * 8);
+#pragma unroll
+    for (int i = 0; i < kRowVectors; ++i) {
+      const int chunk = i * 4 + threadIdx.x % 4;
+      if (exists && chunk < kRowChunks) *(uint2*)(to_row + chunk * 8) = quantized_eight(eight<Pair>(x[r][i]), factor);
+    }
   }
 }
 
 // Where a block of keys of packed V goes, and how far apart its rows are.
-DEV i64 values_stride(const Params& params) { return (params.seqlen_k + kKeys - 1ll) / kKeys * kKeys; }
+DEV i64 values_stride(const Params& params) { return (params.seqlen_k + kRows - 1ll) / kRows * kRows; }
 DEV unsigned char* values_of(const Params& params, const Part& part) {
-  return params.v8 + ((i64)part.batch * params.num_heads_kv + part.head) * kColumns * values_stride(params) + part.first;
+  return params.v8 + ((i64)part.batch * params.num_heads_kv + part.head) * kColumns * values_stride(params) + part.first();
 }
 
 // Quantise 128 keys of V, and lay them out.
 template <class Pair>
-DEV void quantize_values(const Params& params, const Part& part) {
-  __shared__ __align__(16) unsigned char tile[kColumns * kKeys];
-  const Source source = source_of(params, part);
-  const float amax = known_maximum(params, part);
-  uint4 x[kValueUnits][4];
-  load_values(x, source, part.first);
-  const GranuleScale scale = known_scale(params, part, amax, params.v_descale);
-  if (part.first >= source.seqlen) return;
+DEV void quantize_values(const Params& params, const Part& part, uint4 (&x)[kStaged]) {
+  const GranuleScale scale = known_scale(params, part, params.v_descale);
+  if (part.first() >= params.seqlen_k) return;
 #pragma unroll
   for (int i = 0; i < kValueUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
+    const ValueUnit unit = value_unit(i);
     if (unit.chunk < kColumns / 8) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // one column of the lower halves of registers, one of the upper
-        const u32 pairs[4] = {(&x[i][0].x)[j], (&x[i][1].x)[j], (&x[i][2].x)[j], (&x[i][3].x)[j]};
+        const u32 pairs[4] = {(&x[4 * i + 0].x)[j], (&x[4 * i + 1].x)[j], (&x[4 * i + 2].x)[j], (&x[4 * i + 3].x)[j]};
         const u32 low = quantized(Pair::low(pairs[0]), Pair::low(pairs[1]), Pair::low(pairs[2]), Pair::low(pairs[3]), scale.reciprocal);
         const u32 high = quantized(Pair::high(pairs[0]), Pair::high(pairs[1]), Pair::high(pairs[2]), Pair::high(pairs[3]), scale.reciprocal);
-        store_shared(smem_address(tile) + value_address(unit.chunk * 8 + 2 * j, unit.word), low);
-        store_shared(smem_address(tile) + value_address(unit.chunk * 8 + 2 * j + 1, unit.word), high);
+        store_shared(values_tile() + value_address(unit.chunk * 8 + 2 * j, unit.word), low);
+        store_shared(values_tile() + value_address(unit.chunk * 8 + 2 * j + 1, unit.word), high);
       }
     }
   }
   __syncthreads();
-  store_values<kThreads, kColumns>(values_of(params, part), values_stride(params), smem_address(tile));
+  store_values<kThreads, kColumns>(values_of(params, part), values_stride(params), values_tile());
 }
 
 template <class Pair>
-DEV void quantize(const Params& params) {
-  const Part part = this_part(params);
-  if (part.tensor == 0) {
-    quantize_rows<Pair, 64>(params, part, params.num_heads_q, params.q8, params.q_descale);
-  } else if (part.tensor == 1) {
-    quantize_rows<Pair, kKeys>(params, part, params.num_heads_kv, params.k8, params.k_descale);
+DEV void quantize(const Params& params, const Part& part, uint4 (&x)[kStaged]) {
+  if (part.tensor < 2) {
+    quantize_rows<Pair>(params, part, x);
   } else {
-    quantize_values<Pair>(params, part);
+    quantize_values<Pair>(params, part, x);
   }
 }
 
 // Lay 128 keys of e4m3 V out.
 DEV void pack_values(const Params& params) {
-  __shared__ __align__(16) unsigned char tile[kColumns * kKeys];
+  __shared__ __align__(16) unsigned char tile[kColumns * kRows];
   const int index = blockIdx.x, head = index % params.num_heads_kv, rest = index / params.num_heads_kv;
-  const int blocks = (params.seqlen_k + kKeys - 1) / kKeys, first = rest % blocks * kKeys;
-  const Part part = {2, rest / blocks, head, head, first};
-  const unsigned char* from = (const unsigned char*)params.v + part.batch * params.v_stride_batch + part.head * params.v_stride_head + first * params.v_stride_seqlen;
+  const int blocks = (params.seqlen_k + kRows - 1) / kRows;
+  const Part part = {2, rest / blocks, rest % blocks, head};
+  const unsigned char* from = (const unsigned char*)params.v + part.batch * params.v_stride_batch + part.head * params.v_stride_head + part.first() * params.v_stride_seqlen;
   uint4 x[kPackedUnits][4];
 #pragma unroll
   for (int i = 0; i < kPackedUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
-    load_unit<kColumns / 16>(x[i], from, params.v_stride_seqlen, params.seqlen_k - first, unit);
+    const ValueUnit unit = ValueUnit::of_warp<kColumns / 16>(threadIdx.x / 32 + i * (kThreads / 32));
+    load_unit<kColumns / 16>(x[i], from, params.v_stride_seqlen, params.seqlen_k - part.first(), unit);
   }
 #pragma unroll
   for (int i = 0; i < kPackedUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
+    const ValueUnit unit = ValueUnit::of_warp<kColumns / 16>(threadIdx.x / 32 + i * (kThreads / 32));
     if (unit.chunk < kColumns / 16) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -415,19 +520,27 @@ DEV void pack_values(const Params& params) {
   store_values<kThreads, kColumns>(values_of(params, part), values_stride(params), smem_address(tile));
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_amax_bf16(const __grid_constant__ Params params) { find_maximum<Bf16Pair>(params); }
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_amax_bf16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { find_maximum<Bf16Pair>(params, part, x); });
+}
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_quantize_bf16(const __grid_constant__ Params params) { quantize<Bf16Pair>(params); }
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_quantize_bf16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<Bf16Pair>(params, part, x); });
+}
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_amax_f16(const __grid_constant__ Params params) { find_maximum<F16Pair>(params); }
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_amax_f16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { find_maximum<F16Pair>(params, part, x); });
+}
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_quantize_f16(const __grid_constant__ Params params) { quantize<F16Pair>(params); }
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_quantize_f16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<F16Pair>(params, part, x); });
+}
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
 attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_pack_v(const __grid_constant__ Params params) { pack_values(params); }
 
 }  // namespace quantizer

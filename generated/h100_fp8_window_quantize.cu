@@ -4,6 +4,9 @@ typedef unsigned long long u64;
 typedef long long i64;
 #define DEV static __device__ __forceinline__
 
+// Infinity, without a header.
+DEV float infinity() { return __int_as_float(0x7f800000); }
+
 // A value in registers from here on, not loaded where it is used.
 template <class T>
 DEV T in_registers(T x) {
@@ -11,6 +14,21 @@ DEV T in_registers(T x) {
 #pragma unroll
   for (unsigned i = 0; i < sizeof(T) / 4; ++i) asm volatile("" : "+r"(((u32*)&x)[i]));
   return x;
+}
+
+// Start copying 16 bytes from device to shared memory; of them `bytes` (0 or 16) are read, the rest become zeros.
+// PTX ISA: cp.async. `.cg` caches in L2 only.
+DEV void cp_async_16(u32 dst, const void* src, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// Close the group of this thread's copies started since the last commit. PTX ISA: cp.async.commit_group.
+DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most kPending of this thread's newest groups are in flight. PTX ISA: cp.async.wait_group.
+template <int kPending>
+DEV void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // The 32-bit address of shared memory that PTX wants.
@@ -40,6 +58,13 @@ DEV uint4 load_global_16(const void* p, bool exists) {
                "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n"
                "}" : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(p), "r"((int)exists));
   return x;
+}
+
+// The larger of two; NaN where one is. PTX ISA: max.NaN.f32.
+DEV float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
 }
 
 // e4m3: four packed in a register.
@@ -115,9 +140,9 @@ DEV void butterfly(float& a, float& b) {
   a = __fadd_rn(a, b), b = difference;
 }
 
-// Multiply a row by the Hadamard matrix and a factor. Lane l of a quad holds the columns 32 i + 8 l + j as row[i].x[j].
+// Multiply a row by the Hadamard matrix, entries 1 and -1. Lane l of a quad holds the columns 32 i + 8 l + j as row[i].x[j].
 template <int kVectors>
-DEV void hadamard(Eight (&row)[kVectors], float factor) {
+DEV void hadamard(Eight (&row)[kVectors]) {
 #pragma unroll
   for (int step = 1; step < 8; step *= 2) {
 #pragma unroll
@@ -147,28 +172,42 @@ DEV void hadamard(Eight (&row)[kVectors], float factor) {
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) row[i].x[j] = finite_or_nan(__fmul_rn(row[i].x[j], factor));
-  }
 }
 
-// The largest of `amax` and the finite magnitudes among eight elements; fmaxf passes over NaN.
-DEV float max_magnitude(float amax, const Eight& e) {
+// The largest finite magnitude of packed elements.
+template <class Pair, int kCount>
+DEV float max_magnitude(const uint4* x) {
+  float amax = 0.f;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(finite_or_nan(e.x[j])));
+  for (int i = 0; i < 8 * kCount; ++i) amax = fmaxf(amax, fabsf(finite_or_nan(eight<Pair>(x[i / 8]).x[i % 8])));  // passes over NaN
   return amax;
 }
 
-// The largest of what the threads of a group of kWarps warps hold, none of it negative. All threads of the block call it.
-template <int kWarps>
-DEV float max_of_warps(float x) {
+// The largest finite magnitude of a row in f32, of which what is not finite becomes NaN.
+template <int kVectors>
+DEV float max_magnitude(Eight (&row)[kVectors]) {
+  float amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) amax = max_or_nan(amax, fabsf(row[i / 8].x[i % 8]));
+  if (amax < infinity()) return amax;
+  amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) {
+    float& x = row[i / 8].x[i % 8];
+    x = finite_or_nan(x);
+    amax = fmaxf(amax, fabsf(x));
+  }
+  return amax;
+}
+
+// The largest of what the threads of a group of warps hold, a power of two, none of it negative. All threads of the block
+// call it.
+DEV float max_of_warps(float x, int warps) {
   __shared__ u32 found[32];
   const u32 of_warp = __reduce_max_sync(~0u, __float_as_uint(x)), warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) found[warp] = of_warp;
   __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, found[warp / kWarps * kWarps + threadIdx.x % kWarps]));
+  return __uint_as_float(__reduce_max_sync(~0u, found[(warp & -warps) + (threadIdx.x & (warps - 1))]));
 }
 
 // What elements are multiplied by, and what undoes it.
@@ -198,12 +237,15 @@ DEV uint2 quantized_eight(const Eight& e, float reciprocal) {
   return {quantized(e.x[0], e.x[1], e.x[2], e.x[3], reciprocal), quantized(e.x[4], e.x[5], e.x[6], e.x[7], reciprocal)};
 }
 
-// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes take
-// consecutive chunks of a key, the others of the warp the other keys of 16.
+// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes, or four
+// where a key has no more chunks, take consecutive chunks of a key, the others of the warp other keys.
 struct ValueUnit {
   int chunk, word;
+  template <int kChunks>
   DEV ValueUnit of_warp(int number) {
-    return {number / 8 * 8 + (int)threadIdx.x % 8, number % 8 * 4 + (int)threadIdx.x % 32 / 8};
+    constexpr int kLanes = kChunks > 4 ? 8 : 4;
+    const int lane = threadIdx.x % 32;
+    return {number / kLanes * kLanes + lane % kLanes, number % kLanes * (32 / kLanes) + lane / kLanes};
   }
   // The i-th of the keys: the accumulator of a score GEMM gives a lane keys in this order.
   __device__ int key(int i) const { return word / 4 * 16 + i / 2 * 8 + word % 4 * 2 + i % 2; }
@@ -273,173 +315,237 @@ struct Params {
   int group;
 };
 
-constexpr int kThreads = 512;  // a quad of lanes for each row of Q or K
-constexpr int kRows = 128;  // of Q or K that a block of threads takes
+constexpr int kThreads = 256;  // a quad of lanes for each row of Q or K
+constexpr int kRows = 128;  // of a tensor that a block of threads takes at a time
 constexpr int kRowChunks = 16;  // of 16 bytes in a row of Q or K
 constexpr int kRowVectors = 4;  // of them that a lane takes
-constexpr int kKeys = 128;  // of V that a block of threads takes
+constexpr int kThreadRows = 2;  // of Q or K of which a lane takes a part
 constexpr int kColumns = 128;  // of V
-constexpr int kValueUnits = 1;  // of four keys that a thread loads
+constexpr int kValueUnits = 2;  // of four keys that a thread takes
 constexpr int kPackedUnits = 1;  // the same of 8-bit V
+constexpr int kStaged = 8;  // copies of 16 bytes that a thread has under way
 constexpr float kFactor = 0.0883883476f;  // 1 / sqrt(head_dim_qk)
 
 // Which elements of a lane change sign, by seed 0; see change_signs.
 __constant__ u32 kSigns[4][1] = {{0xf63eca71u}, {0x572dd0d6u}, {0x4276e0a3u}, {0xeb3eb185u}};
 
-// What a block of threads works on: rows from `first` on of a head of tensor 0 (Q), 1 (K) or 2 (V).
+// What a block of threads works on at a time: the rows from 128 `block` on of a head of tensor 0 (Q), 1 (K) or 2 (V).
 struct Part {
-  int tensor, batch, head, kv_head, first;
+  int tensor, batch, block, head;
+  __device__ int first() const { return block * kRows; }
 };
 
-// Blocks of rows of a head.
-DEV int blocks_of(int seqlen, int rows) { return (seqlen + rows - 1) / rows; }
+DEV int heads_of(const Params& params, int tensor) { return tensor == 0 ? params.num_heads_q : params.num_heads_kv; }
+DEV int seqlen_of(const Params& params, int tensor) { return tensor == 0 ? params.seqlen_q : params.seqlen_k; }
 
-// Neighbours work on different heads of the same rows: these are neighbours in memory.
-DEV Part this_part(const Params& params) {
-  const int of_q = params.batch * params.num_heads_q * blocks_of(params.seqlen_q, kRows);
-  const int of_k = params.batch * params.num_heads_kv * blocks_of(params.seqlen_k, kRows);
-  const int index = blockIdx.x, tensor = index < of_q ? 0 : index < of_q + of_k ? 1 : 2;
-  const int rest = index - (tensor == 0 ? 0 : tensor == 1 ? of_q : of_q + of_k), rows = tensor == 2 ? kKeys : kRows;
-  const int heads = tensor == 0 ? params.num_heads_q : params.num_heads_kv, head = rest % heads;
-  const int blocks = blocks_of(tensor == 0 ? params.seqlen_q : params.seqlen_k, rows);
-  return {tensor, rest / heads / blocks, head, tensor == 0 ? head / params.group : head, rest / heads % blocks * rows};
+// Parts of a head.
+DEV int blocks_of(const Params& params, int tensor) {
+  const int blocks = (seqlen_of(params, tensor) + kRows - 1) / kRows;
+  return blocks;
 }
 
-// Where a head's elements are.
+DEV int parts_of(const Params& params, int tensor) { return params.batch * heads_of(params, tensor) * blocks_of(params, tensor); }
+
+// A number of parts of a tensor as batches, blocks and heads. Neighbours are different heads of the same rows: these are
+// neighbours in memory.
+DEV Part counted(const Params& params, int tensor, int number) {
+  const int heads = heads_of(params, tensor), blocks = blocks_of(params, tensor);
+  return {tensor, number / heads / blocks, number / heads % blocks, number % heads};
+}
+
+DEV Part part_at(const Params& params, int index) {
+  const int of_q = parts_of(params, 0), of_k = parts_of(params, 1);
+  if (index < of_q) return counted(params, 0, index);
+  if (index < of_q + of_k) return counted(params, 1, index - of_q);
+  return counted(params, 2, index - of_q - of_k);
+}
+
+// The part so many after another, without a division. Past the last of the tensor it has too large a batch.
+DEV Part after(const Params& params, Part part, const Part& step) {
+  part.head += step.head, part.block += step.block, part.batch += step.batch;
+  const int heads = heads_of(params, part.tensor), blocks = blocks_of(params, part.tensor);
+  if (part.head >= heads) part.head -= heads, ++part.block;
+  if (part.block >= blocks) part.block -= blocks, ++part.batch;
+  return part;
+}
+
+// The elements of a part's head, of a batch, and how far apart its rows are.
 struct Source {
   const u16* head;
   i64 stride;
-  int seqlen;
 };
 
 DEV Source source_of(const Params& params, const Part& part) {
   const i64 batch = part.batch, head = part.head;
-  if (part.tensor == 0) return {params.q + batch * params.q_stride_batch + head * params.q_stride_head, params.q_stride_seqlen, params.seqlen_q};
-  if (part.tensor == 1) return {params.k + batch * params.k_stride_batch + head * params.k_stride_head, params.k_stride_seqlen, params.seqlen_k};
-  return {params.v + batch * params.v_stride_batch + head * params.v_stride_head, params.v_stride_seqlen, params.seqlen_k};
+  if (part.tensor == 0) return {params.q + batch * params.q_stride_batch + head * params.q_stride_head, params.q_stride_seqlen};
+  if (part.tensor == 1) return {params.k + batch * params.k_stride_batch + head * params.k_stride_head, params.k_stride_seqlen};
+  return {params.v + batch * params.v_stride_batch + head * params.v_stride_head, params.v_stride_seqlen};
+}
+
+// The first row of Q or K of which this lane takes a part.
+DEV int first_row(const Part& part) { return part.first() + threadIdx.x / 4 * kThreadRows; }
+
+DEV ValueUnit value_unit(int i) { return ValueUnit::of_warp<kColumns / 8>(threadIdx.x / 32 + i * (kThreads / 32)); }
+
+extern __shared__ __align__(16) unsigned char smem[];
+
+// Of shared memory the thread's own 16 bytes by this number. It alone writes and reads them.
+DEV u32 staged(int number) { return smem_address(smem) + (number * kThreads + threadIdx.x) * 16; }
+
+// A tile of packed V, behind them.
+DEV u32 values_tile() { return smem_address(smem) + kStaged * kThreads * 16; }
+
+// Start copying the thread's share of a part; what does not exist is 0.
+DEV void stage(const Params& params, Part& part) {
+  const Source source = source_of(params, part);
+  const int seqlen = seqlen_of(params, part.tensor);
+  if (part.tensor < 2) {
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int row = first_row(part) + r;
+      const u16* from = source.head + row * source.stride + threadIdx.x % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < kRowVectors; ++i) {
+        const bool exists = row < seqlen && (4 * i + 4 <= kRowChunks || 4 * i + threadIdx.x % 4 < kRowChunks);
+        cp_async_16(staged(r * kRowVectors + i), from + i * 32, exists ? 16 : 0);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * kValueUnits; ++i) {
+      const ValueUnit unit = value_unit(i / 4);
+      const int key = part.first() + unit.key(i % 4);
+      cp_async_16(staged(i), source.head + key * source.stride + unit.chunk * 8, unit.chunk < kColumns / 8 && key < seqlen ? 16 : 0);
+    }
+  }
+  cp_async_commit();
+}
+
+// Do `work` for each part of this block of threads, with the thread's share of it; the next one is under way meanwhile.
+template <class Work>
+DEV void for_each_part(const Params& params, const Work& work) {
+  const int parts = parts_of(params, 0) + 2 * parts_of(params, 1), stride = gridDim.x;
+  Part next = part_at(params, blockIdx.x), step = counted(params, next.tensor, stride);
+  stage(params, next);
+  for (int index = blockIdx.x; index < parts; index += stride) {
+    const Part part = next;
+    uint4 x[kStaged];
+    cp_async_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kStaged; ++i) x[i] = load_shared_16(staged(i));
+    __syncthreads();  // nobody reads what the block shared for the part before
+    if (index + stride < parts) {
+      next = after(params, next, step);
+      if (next.batch >= params.batch) {  // it is of another tensor
+        next = part_at(params, index + stride);
+        step = counted(params, next.tensor, stride);
+      }
+      stage(params, next);
+    }
+    work(part, x);
+  }
 }
 
 using Held = Eight;  // a part of a row, multiplied by the Hadamard matrix
 
-// Load the lane's part of its row; one that does not exist is 0. Every thread of a warp calls it.
+// Take the part of a row from what was staged. Returns the lane's largest finite magnitude. Every thread of a warp calls it.
 template <class Pair>
-DEV void load_row(Held (&x)[kRowVectors], const Source& source, int row) {
-  const u16* from = source.head + row * source.stride;
-  const int lane = threadIdx.x % 4;
-  uint4 packed[kRowVectors];
+DEV float take_row(Held (&row)[kRowVectors], const uint4* packed) {
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) packed[i] = load_global_16(from + (i * 4 + lane) * 8, row < source.seqlen);
-#pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) x[i] = eight<Pair>(change_signs(packed[i], kSigns[lane][i / 4] << i % 4 * 4));
-  hadamard(x, kFactor);
+  for (int i = 0; i < kRowVectors; ++i) row[i] = eight<Pair>(change_signs(packed[i], kSigns[threadIdx.x % 4][i / 4] << i % 4 * 4));
+  hadamard(row);
+  return __fmul_rn(max_magnitude(row), kFactor);
 }
 
-// Load this thread's part of 128 keys of V.
-DEV void load_values(uint4 (&x)[kValueUnits][4], const Source& source, int first) {
+// Quantise rows of Q or K.
+template <class Pair>
+DEV void quantize_rows(const Params& params, const Part& part, const uint4 (&packed)[kStaged]) {
+  const bool of_q = part.tensor == 0;
+  const int heads = heads_of(params, part.tensor), seqlen = seqlen_of(params, part.tensor);
+  unsigned char* to = of_q ? params.q8 : params.k8;
+  float* descales = of_q ? params.q_descale : params.k_descale;
+  Held x[kThreadRows][kRowVectors];
+  float amax[kThreadRows];
 #pragma unroll
-  for (int i = 0; i < kValueUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
-    load_unit<kColumns / 8>(x[i], (const unsigned char*)(source.head + first * source.stride), source.stride * 2, source.seqlen - first, unit);
+  for (int r = 0; r < kThreadRows; ++r) amax[r] = take_row<Pair>(x[r], packed + r * kRowVectors);
+  const int first = first_row(part);
+#pragma unroll
+  for (int r = 1; r < kThreadRows; ++r) amax[0] = fmaxf(amax[0], amax[r]);
+  const int bits = of_q ? 6 : 7, threads = (4 << bits) / kThreadRows;  // of rows that share a scale
+  const GranuleScale scale = granule_scale(max_of_warps(amax[0], threads / 32));
+  if (first < seqlen && threadIdx.x % threads == 0) {
+    const i64 of_head = ((i64)part.batch * heads + part.head) * ((seqlen + (1 << bits) - 1) >> bits);
+    descales[of_head + (first >> bits)] = scale.descale;
   }
-}
-
-template <class Pair>
-DEV float max_of_row(const Held (&x)[kRowVectors]) {
-  float amax = 0.f;
 #pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) amax = max_magnitude(amax, eight<Pair>(x[i]));
-  return amax;
-}
-
-template <class Pair>
-DEV float max_of_values(const uint4 (&x)[kValueUnits][4]) {
-  float amax = 0.f;
+  for (int r = 0; r < kThreadRows; ++r) {
+    const int row = first + r;
+    const bool exists = row < seqlen;
+    const float factor = __fmul_rn(scale.reciprocal, kFactor);
+    unsigned char* to_row = to + (((i64)part.batch * seqlen + row) * heads + part.head) * (kRowChunks * 8);
 #pragma unroll
-  for (int i = 0; i < 4 * kValueUnits; ++i) amax = max_magnitude(amax, eight<Pair>(x[i / 4][i % 4]));
-  return amax;
-}
-
-// Quantise rows of Q or K of `heads` heads, of which kGranule share a scale per block.
-template <class Pair, int kGranule>
-DEV void quantize_rows(const Params& params, const Part& part, int heads, unsigned char* to, float* descales) {
-  const Source source = source_of(params, part);
-  const int row = part.first + threadIdx.x / 4;
-  const bool exists = row < source.seqlen;
-  Held x[kRowVectors];
-  load_row<Pair>(x, source, row);
-  const GranuleScale scale = granule_scale(max_of_warps<kGranule * 4 / 32>(max_of_row<Pair>(x)));
-  const i64 of_head = ((i64)part.batch * heads + part.head) * blocks_of(source.seqlen, kGranule);
-  if (exists && threadIdx.x % (kGranule * 4) == 0) descales[of_head + row / kGranule] = scale.descale;
-  to += (((i64)part.batch * source.seqlen + row) * heads + part.head) * (kRowChunks * 8);
-#pragma unroll
-  for (int i = 0; i < kRowVectors; ++i) {
-    const int chunk = i * 4 + threadIdx.x % 4;
-    if (exists && chunk < kRowChunks) *(uint2*)(to + chunk * 8) = quantized_eight(eight<Pair>(x[i]), scale.reciprocal);
+    for (int i = 0; i < kRowVectors; ++i) {
+      const int chunk = i * 4 + threadIdx.x % 4;
+      if (exists && chunk < kRowChunks) *(uint2*)(to_row + chunk * 8) = quantized_eight(eight<Pair>(x[r][i]), factor);
+    }
   }
 }
 
 // Where a block of keys of packed V goes, and how far apart its rows are.
-DEV i64 values_stride(const Params& params) { return (params.seqlen_k + kKeys - 1ll) / kKeys * kKeys; }
+DEV i64 values_stride(const Params& params) { return (params.seqlen_k + kRows - 1ll) / kRows * kRows; }
 DEV unsigned char* values_of(const Params& params, const Part& part) {
-  return params.v8 + ((i64)part.batch * params.num_heads_kv + part.head) * kColumns * values_stride(params) + part.first;
+  return params.v8 + ((i64)part.batch * params.num_heads_kv + part.head) * kColumns * values_stride(params) + part.first();
 }
 
 // Quantise 128 keys of V, and lay them out.
 template <class Pair>
-DEV void quantize_values(const Params& params, const Part& part) {
-  __shared__ __align__(16) unsigned char tile[kColumns * kKeys];
-  const Source source = source_of(params, part);
-  uint4 x[kValueUnits][4];
-  load_values(x, source, part.first);
-  const GranuleScale scale = power_scale(max_of_warps<kThreads / 32>(max_of_values<Pair>(x)));
-  const i64 of_head = ((i64)part.batch * params.num_heads_kv + part.head) * blocks_of(source.seqlen, kKeys);
-  if (threadIdx.x == 0) params.v_descale[of_head + part.first / kKeys] = scale.descale;
+DEV void quantize_values(const Params& params, const Part& part, uint4 (&x)[kStaged]) {
+  const GranuleScale scale = power_scale(max_of_warps(max_magnitude<Pair, 4 * kValueUnits>(x), kThreads / 32));
+  const i64 of_head = ((i64)part.batch * params.num_heads_kv + part.head) * blocks_of(params, 2);
+  if (threadIdx.x == 0) params.v_descale[of_head + part.block] = scale.descale;
 #pragma unroll
   for (int i = 0; i < kValueUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
+    const ValueUnit unit = value_unit(i);
     if (unit.chunk < kColumns / 8) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {  // one column of the lower halves of registers, one of the upper
-        const u32 pairs[4] = {in_registers((&x[i][0].x)[j]), in_registers((&x[i][1].x)[j]), in_registers((&x[i][2].x)[j]), in_registers((&x[i][3].x)[j])};
+        const u32 pairs[4] = {in_registers((&x[4 * i + 0].x)[j]), in_registers((&x[4 * i + 1].x)[j]), in_registers((&x[4 * i + 2].x)[j]), in_registers((&x[4 * i + 3].x)[j])};
         const u32 low = quantized(Pair::low(pairs[0]), Pair::low(pairs[1]), Pair::low(pairs[2]), Pair::low(pairs[3]), scale.reciprocal);
         const u32 high = quantized(Pair::high(pairs[0]), Pair::high(pairs[1]), Pair::high(pairs[2]), Pair::high(pairs[3]), scale.reciprocal);
-        store_shared(smem_address(tile) + value_address(unit.chunk * 8 + 2 * j, unit.word), low);
-        store_shared(smem_address(tile) + value_address(unit.chunk * 8 + 2 * j + 1, unit.word), high);
+        store_shared(values_tile() + value_address(unit.chunk * 8 + 2 * j, unit.word), low);
+        store_shared(values_tile() + value_address(unit.chunk * 8 + 2 * j + 1, unit.word), high);
       }
     }
   }
   __syncthreads();
-  store_values<kThreads, kColumns>(values_of(params, part), values_stride(params), smem_address(tile));
+  store_values<kThreads, kColumns>(values_of(params, part), values_stride(params), values_tile());
 }
 
 template <class Pair>
-DEV void quantize(const Params& params) {
-  const Part part = this_part(params);
-  if (part.tensor == 0) {
-    quantize_rows<Pair, 64>(params, part, params.num_heads_q, params.q8, params.q_descale);
-  } else if (part.tensor == 1) {
-    quantize_rows<Pair, kKeys>(params, part, params.num_heads_kv, params.k8, params.k_descale);
+DEV void quantize(const Params& params, const Part& part, uint4 (&x)[kStaged]) {
+  if (part.tensor < 2) {
+    quantize_rows<Pair>(params, part, x);
   } else {
-    quantize_values<Pair>(params, part);
+    quantize_values<Pair>(params, part, x);
   }
 }
 
 // Lay 128 keys of e4m3 V out.
 DEV void pack_values(const Params& params) {
-  __shared__ __align__(16) unsigned char tile[kColumns * kKeys];
+  __shared__ __align__(16) unsigned char tile[kColumns * kRows];
   const int index = blockIdx.x, head = index % params.num_heads_kv, rest = index / params.num_heads_kv;
-  const int blocks = (params.seqlen_k + kKeys - 1) / kKeys, first = rest % blocks * kKeys;
-  const Part part = {2, rest / blocks, head, head, first};
-  const unsigned char* from = (const unsigned char*)params.v + part.batch * params.v_stride_batch + part.head * params.v_stride_head + first * params.v_stride_seqlen;
+  const int blocks = (params.seqlen_k + kRows - 1) / kRows;
+  const Part part = {2, rest / blocks, rest % blocks, head};
+  const unsigned char* from = (const unsigned char*)params.v + part.batch * params.v_stride_batch + part.head * params.v_stride_head + part.first() * params.v_stride_seqlen;
   uint4 x[kPackedUnits][4];
 #pragma unroll
   for (int i = 0; i < kPackedUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
-    load_unit<kColumns / 16>(x[i], from, params.v_stride_seqlen, params.seqlen_k - first, unit);
+    const ValueUnit unit = ValueUnit::of_warp<kColumns / 16>(threadIdx.x / 32 + i * (kThreads / 32));
+    load_unit<kColumns / 16>(x[i], from, params.v_stride_seqlen, params.seqlen_k - part.first(), unit);
   }
 #pragma unroll
   for (int i = 0; i < kPackedUnits; ++i) {
-    const ValueUnit unit = ValueUnit::of_warp(threadIdx.x / 32 + i * (kThreads / 32));
+    const ValueUnit unit = ValueUnit::of_warp<kColumns / 16>(threadIdx.x / 32 + i * (kThreads / 32));
     if (unit.chunk < kColumns / 16) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -457,10 +563,14 @@ DEV void pack_values(const Params& params) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_bf16(const __grid_constant__ Params params) { quantize<Bf16Pair>(params); }
+attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_bf16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<Bf16Pair>(params, part, x); });
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_f16(const __grid_constant__ Params params) { quantize<F16Pair>(params); }
+attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_f16(const __grid_constant__ Params params) {
+  for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<F16Pair>(params, part, x); });
+}
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_pack_v(const __grid_constant__ Params params) { pack_values(params); }

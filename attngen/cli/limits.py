@@ -6,7 +6,7 @@ The verdicts are `plan.rules`'; here the same quantities are read off a plan tha
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.arch import Arch
+from attngen.arch import RESERVED_SMEM_BYTES, Arch
 from attngen.expr import LARGEST_TILE
 from attngen.plan import Plan
 from attngen.plan.rules import (
@@ -23,8 +23,6 @@ REGISTERS_PER_ALLOCATION = 8
 """Registers of a thread come in eights (256 a warp). Source: CUDA occupancy data, compute capability 8.0 to 12.0."""
 SUBPARTITIONS = 4
 """Parts of a multiprocessor; each has a quarter of the registers, and a warp lives in one. Source: cuda_occupancy.h."""
-RESERVED_SMEM_BYTES = 1024
-"""What the system takes of every resident block. Source: CUDA C++ Programming Guide, "Shared Memory" of 8.x on."""
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,17 @@ def quantizer_entries(quantizer: Quantizer) -> QuantizerEntries:
     """The manifest of a quantizer."""
     launches = {source: tuple(map(_launch, quantizer.launches(source))) for source in SOURCES}
     pack = _launch(quantizer.pack_launch)
-    names = [launch.kernel for each in launches.values() for launch in each] + [pack.kernel]
+    smem = {launch.kernel: quantizer.smem_bytes for each in launches.values() for launch in each}
     return QuantizerEntries(
         quantizer.arch.name,
         quantizer.head_dim_qk,
         quantizer.head_dim_v,
         quantizer.scales,
         quantizer.hadamard_seed is not None,
-        tuple(KernelEntry(name, quantizer.threads, 0, quantizer.params, ()) for name in names),
+        tuple(
+            KernelEntry(name, quantizer.threads, smem_bytes, quantizer.params, ())
+            for name, smem_bytes in {**smem, pack.kernel: 0}.items()
+        ),
         tuple(map(_workspace, quantizer.outputs)),
         _workspace(quantizer.maxima) if quantizer.maxima else None,
         launches,

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.lower.pairs import looks_up_by_key, two_steps_by_tanh
+from attngen.lower.pairs import adds_a_bias, looks_up_by_key, two_steps_by_tanh
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -104,6 +104,7 @@ def demands(spec: Spec) -> Demands:
         by_tanh=two_steps_by_tanh(pairs, spec.problem.head_dim.v, 2) is not None,
         mask_loads=visible is None and looks_up_by_key(pairs.mask),
         score_loads=looks_up_by_key(pairs.score),
+        adds_a_bias=adds_a_bias(pairs.score, spec.declarations),
     )
 
 

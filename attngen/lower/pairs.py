@@ -77,7 +77,22 @@ def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
 
 def looks_up_by_key(expr: Expr) -> bool:
     """Whether it looks something up for each key."""
-    return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
+    return bool(_loads(expr))
+
+
+def adds_a_bias(score: Expr, declared: Declarations) -> bool:
+    """Whether it is made with + - * alone, and all that it looks up for each key is one of `lookups_by_key`."""
+    loads = _loads(score)
+    rest = (each for each in nodes(score) if each not in nodes(*loads))
+    return (
+        len(loads) == 1
+        and set(loads) == lookups_by_key(score, declared).keys()
+        and all(each.op in ("const", "name", "lookup") or each.name in ("+", "-", "*") for each in rest)
+    )
+
+
+def _loads(expr: Expr) -> list[Expr]:
+    return [each for each in nodes(expr) if each.op == "lookup" and "kv_idx" in free_names(each)]
 
 
 COLUMNS_BY_TANH, COLUMNS_BY_TANH_AND_MORE = 224, 128

@@ -77,6 +77,7 @@ class Demands:
         by_tanh: they are in two steps, by their tanh: instructions rather than exponentials while they are small.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
+        adds_a_bias: that is a bias of two neighbouring keys at a time, and but for sums and products there is no more.
     """
 
     bounded: bool = False
@@ -86,6 +87,7 @@ class Demands:
     by_tanh: bool = False
     mask_loads: bool = False
     score_loads: bool = False
+    adds_a_bias: bool = False
 
 
 def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demands()) -> tuple[Row, ...]:
@@ -106,7 +108,9 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
     if loads and widest <= 96:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),)
     if demands.score_loads and widest <= 128:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2)),)
+        sees_all = not (demands.bounded or demands.lower or demands.walks)
+        block_n = 128 if demands.adds_a_bias and sees_all and widest == 128 else 96
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, block_n, 2, 2)),)
     if loads and widest > 128:
         narrow = WarpgroupChoice(128, 48, 2, 2, rescale="last", out_over_q=widest > 192)
         return (Row(None, "warp_specialized", narrow),)

@@ -32,15 +32,27 @@ def table_8bit(
             narrow = 64 if loads and for_keys else 96
             block_n = narrow if loads or demands.walks else 128
             return _free(128, block_n, head_dim_v if promotes else 0)
-        if not promotes:
-            return _free(192, 160)
-        return _free(192, 128, half) if has_granules else _late(192, 128, head_dim_v)
+        if has_granules:
+            return _free(192, 128, half) if promotes else _free(192, 160)
+        if promotes:
+            return _late(192, 128, head_dim_v)
+        return _late(192, 128, up_to=4096 if demands.bounded else 1024) + _late(192, 160)
     if widest <= 128:
         if not is_plain:
+            if promotes and not (has_granules or loads or demands.walks):
+                at_once = half if demands.modified and head_dim_v > 64 else head_dim_v
+                return _late(128, 128, at_once, q_stages=1, stages=3)
             return _free(128, 64 if loads else 96 if for_keys else 128, half if promotes else 0)
         if has_granules:
-            return _turns(128, 128, head_dim_v) if promotes else _late(128, 128, 0)
-        return _late(128, 192, half, q_stages=2) if promotes else _late(128, 224, 0)
+            return (
+                _turns(128, 128, head_dim_v)
+                if promotes
+                else _free(128, 128, q_stages=2, stages=3, overlap=False)
+            )
+        if promotes:
+            return _late(128, 128, head_dim_v, stages=4, up_to=4096) + _late(128, 192, half)
+        short = _late(128, 128 if demands.bounded else 160, stages=3, up_to=4096)
+        return short + _late(128, 224, q_stages=1)
     if not promotes:
         return _free(128, 128 if is_plain else 32 if loads else 64, out_over_q=True)
     if not is_plain:
@@ -57,16 +69,24 @@ def _slice(cols: int, parts: int) -> int:
     return next(width for width in range(step, cols + 1, step) if cols % width == 0 and width * parts >= cols)
 
 
-def _late(block_m: int, block_n: int, part_cols: int, q_stages: int = 1) -> tuple[Row, ...]:
-    """Turns that are passed when the GEMMs have landed."""
+def _late(
+    block_m: int,
+    block_n: int,
+    part_cols: int = 0,
+    q_stages: int = 2,
+    stages: int = 2,
+    up_to: int | None = None,
+) -> tuple[Row, ...]:
+    """Turns that are passed when the GEMMs have landed: what overlaps is the others' softmax, nothing of one's own."""
     choice = WarpgroupChoice(
-        *(block_m, block_n, 2, block_m // 64),
+        *(block_m, block_n, stages, block_m // 64),
+        overlap=False,
         rescale="last",
         passes_late=True,
         q_stages=q_stages,
         part_cols=part_cols,
     )
-    return (Row(None, "pingpong", choice),)
+    return (Row(up_to, "pingpong", choice),)
 
 
 def _turns(block_m: int, block_n: int, part_cols: int) -> tuple[Row, ...]:
@@ -74,12 +94,22 @@ def _turns(block_m: int, block_n: int, part_cols: int) -> tuple[Row, ...]:
     return (Row(None, "pingpong", WarpgroupChoice(block_m, block_n, 2, block_m // 64, part_cols=part_cols)),)
 
 
-def _free(block_m: int, block_n: int, part_cols: int = 0, out_over_q: bool = False) -> tuple[Row, ...]:
+def _free(
+    block_m: int,
+    block_n: int,
+    part_cols: int = 0,
+    out_over_q: bool = False,
+    q_stages: int = 1,
+    stages: int = 2,
+    overlap: bool = True,
+) -> tuple[Row, ...]:
     """No turns."""
     choice = WarpgroupChoice(
-        *(block_m, block_n, 2, block_m // 64),
+        *(block_m, block_n, stages, block_m // 64),
+        overlap=overlap,
         rescale="last" if part_cols else "middle",
         out_over_q=out_over_q,
+        q_stages=q_stages,
         part_cols=part_cols,
     )
     return (Row(None, "warp_specialized", choice),)

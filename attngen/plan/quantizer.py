@@ -1,14 +1,14 @@
 """The Quantizer: the kernels that turn Q, K and V into the operands of an e4m3 attention kernel, with every number.
 
-Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors: its first blocks of
-threads take blocks of rows of Q, the next of K, the last of V. Where a scale spans more than a block, a launch before
-it finds the maxima. Nothing is emitted here.
+Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors, 128 rows of a head at a
+time: first those of Q, then of K, then of V. A thread copies its share of the next rows to shared memory while it works
+on the ones before. Where a scale spans more rows, a launch before finds the maxima. Nothing is emitted here.
 """
 
 from dataclasses import dataclass
 
-from attngen.arch import Arch
-from attngen.plan.plan import Formula, Launch, Param, Workspace, ceil_div, maximum, product, total
+from attngen.arch import RESERVED_SMEM_BYTES, Arch
+from attngen.plan.plan import Formula, Launch, Param, Workspace, ceil_div, maximum, minimum, product, total
 from attngen.quantize import DESCALES, KEY_BLOCK, Q_BLOCK, ScaleKind, signs
 
 ROW_LANES = 4
@@ -21,8 +21,10 @@ TENSORS = ("q", "k", "v")
 _OUTPUTS = (*(f"{name}8" for name in TENSORS), *DESCALES)
 _STRIDES = ("batch", "seqlen", "head")
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
-_BOOKKEEPING_REGISTERS = 24
-"""Registers a thread has beside the elements it holds."""
+MOST_COPIES = 8
+"""Of 16 bytes that a thread has under way: 64 elements."""
+_BOOKKEEPING_REGISTERS = 48
+"""Registers a thread has beside the elements it holds; registers are given out in eights."""
 
 
 @dataclass(frozen=True)
@@ -49,42 +51,67 @@ class Quantizer:
         return self.scales in ("per_tensor", "per_head")
 
     @property
-    def rows(self) -> int:
-        """Rows of Q or K that a block of threads takes: with scales per block, those that share a scale of K."""
-        return KEY_BLOCK if self.scales == "per_block" else Q_BLOCK
-
-    @property
     def threads(self) -> int:
         """Threads of a block."""
-        return ROW_LANES * self.rows
+        return ROW_LANES * KEY_BLOCK // self.thread_rows
 
     @property
     def row_vectors(self) -> int:
-        """Loads of 16 bytes by which a lane gets its part of a row of Q or K."""
+        """Copies of 16 bytes by which a lane gets its part of a row of Q or K."""
         return -(-self.head_dim_qk // (CHUNK * ROW_LANES))
 
     @property
+    def thread_rows(self) -> int:
+        """Rows of Q or K of which a thread takes a part: a power of two, as many as its copies allow."""
+        warp_copies = _warp_copies(self.head_dim_v, CHUNK)
+        rows = 1
+        while (
+            2 * rows * self.row_vectors <= MOST_COPIES
+            and 4 * warp_copies * 2 * rows <= MOST_COPIES * ROW_LANES * KEY_BLOCK // 32
+        ):
+            rows *= 2
+        return rows
+
+    @property
     def value_units(self) -> int:
-        """How often a thread loads four keys' 16 bytes of V: a warp takes 16 keys by 8 loads, all warps 128 keys."""
-        return self._units(CHUNK)
+        """How often a thread takes 16 bytes of four keys of V."""
+        return -(-_warp_copies(self.head_dim_v, CHUNK) // (self.threads // 32))
 
     @property
     def packed_units(self) -> int:
         """The same where V is of 8 bits."""
-        return self._units(2 * CHUNK)
+        return -(-_warp_copies(self.head_dim_v, 2 * CHUNK) // (self.threads // 32))
 
-    def _units(self, chunk: int) -> int:
-        chunks = -(-self.head_dim_v // chunk)
-        return -(-(-(-chunks // 8) * 8) // (self.threads // 32))
+    @property
+    def staged(self) -> int:
+        """Copies of 16 bytes that a thread has under way."""
+        return max(self.thread_rows * self.row_vectors, 4 * self.value_units)
+
+    @property
+    def smem_bytes(self) -> int:
+        """What is staged, and behind it a tile of packed V."""
+        return 16 * self.staged * self.threads + self.head_dim_v * KEY_BLOCK
 
     @property
     def blocks_per_sm(self) -> int:
-        """Blocks of threads that registers shall leave room for on one multiprocessor."""
-        packed = 4 * self.row_vectors
-        of_row = packed if self.hadamard_seed is None else 2 * packed + 8  # butterflies are in f32
-        registers = max(of_row, 16 * self.value_units) + _BOOKKEEPING_REGISTERS
-        fits = self.arch.registers_per_sm // (self.threads * registers)
-        return max(1, min(fits, self.arch.threads_per_sm // self.threads))
+        """Blocks of threads that shall fit on one multiprocessor."""
+        packed = 4 * self.staged
+        held = packed if self.hadamard_seed is None else 2 * packed + 8  # butterflies are in f32
+        registers = held + _BOOKKEEPING_REGISTERS
+        return min(
+            self.arch.registers_per_sm // (self.threads * registers),
+            self.arch.smem_bytes_per_sm // (self.smem_bytes + RESERVED_SMEM_BYTES),
+            self.arch.threads_per_sm // self.threads,
+        )
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a block of threads takes part after part, the next one's copies under way.
+
+        So it does where butterflies would leave the memory idle, or blocks that hide each other's copies are few;
+        otherwise blocks of one part each are 3 to 10 % faster (H200, docs/performance.md).
+        """
+        return self.hadamard_seed is not None or self.blocks_per_sm < 3
 
     @property
     def sign_words(self) -> tuple[tuple[int, ...], ...]:
@@ -156,13 +183,13 @@ class Quantizer:
 
     def launches(self, source: str) -> tuple[Launch, ...]:
         """What quantises Q, K and V of a format, in order."""
-        blocks = total(
-            product("batch", "num_heads_q", self._blocks("seqlen_q", self.rows)),
-            product("batch", "num_heads_kv", self._blocks("seqlen_k", self.rows)),
-            product("batch", "num_heads_kv", self._blocks("seqlen_k", KEY_BLOCK)),
+        parts = total(
+            product("batch", "num_heads_q", self._parts("seqlen_q")),
+            product(2, "batch", "num_heads_kv", self._parts("seqlen_k")),
         )
-        parts = ("amax", "quantize") if self.finds_maxima else ("quantize",)
-        return tuple(Launch(f"{self.name}_{part}_{source}", blocks, blocks) for part in parts)
+        kernels = ("amax", "quantize") if self.finds_maxima else ("quantize",)
+        grid = minimum(parts, product("num_sms", self.blocks_per_sm)) if self.persistent else parts
+        return tuple(Launch(f"{self.name}_{kernel}_{source}", grid, parts) for kernel in kernels)
 
     @property
     def pack_launch(self) -> Launch:
@@ -170,7 +197,17 @@ class Quantizer:
         blocks = product("batch", "num_heads_kv", ceil_div("seqlen_k", KEY_BLOCK))
         return Launch(f"{self.name}_pack_v", blocks, blocks)
 
-    def _blocks(self, seqlen: str, rows: int) -> Formula:
-        """Blocks of rows of a head; one at least where it has a descale though it has no rows."""
-        blocks = ceil_div(seqlen, rows)
-        return maximum(1, blocks) if self.finds_maxima else blocks
+    def _parts(self, seqlen: str) -> Formula:
+        """Parts of a head; one at least where it has a descale though it has no rows."""
+        parts = ceil_div(seqlen, KEY_BLOCK)
+        return maximum(1, parts) if self.finds_maxima else parts
+
+
+def _warp_copies(head_dim_v: int, chunk: int) -> int:
+    """How often a warp takes 16 bytes of four keys of V until it has 128 keys; `chunk` elements are 16 bytes.
+
+    Eight lanes, or four where a key has no more chunks, take chunks of one key, the others of the warp other keys.
+    """
+    chunks = -(-head_dim_v // chunk)
+    lanes = 8 if chunks > 4 else 4
+    return -(-chunks // lanes) * lanes

@@ -181,7 +181,7 @@ def prepare_signature(
     sample = torch.empty(out_shape, device="meta") if out is None else out
     out_is_like_q = (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), output)
     scale = 1 / math.sqrt(manifest.head_dim_qk) if softmax_scale is None else softmax_scale
-    sizes = {**problem.sizes, "num_sms": _num_sms(manifest, q.device)}
+    sizes = {**problem.sizes, "num_sms": sms_of(manifest.arch, q.device)}
     steps = {"q": problem.q, "k": problem.k, "v": problem.v, "out": strides(sample, layout)}
     values: dict[str, Any] = {
         **sizes,
@@ -320,21 +320,31 @@ def _draws_tiles(kernel: KernelEntry) -> bool:
     return any(param.value == COUNTER for param in kernel.params)
 
 
-def _num_sms(manifest: Manifest, device: torch.device) -> int:
+def sms_of(arch: str, device: torch.device) -> int:
+    """Multiprocessors of a device; of the target's largest part where it is no GPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return ARCHS[manifest.arch].num_sms
+    return ARCHS[arch].num_sms
 
 
-def grid_of(entry: LaunchEntry, sizes: Mapping[str, int]) -> int:
+def grid_of(entry: LaunchEntry, sizes: Mapping[str, int], runs_on: bool) -> int:
     """How many blocks of threads a launch has.
 
+    Args:
+        entry: the launch.
+        sizes: of the call.
+        runs_on: whether a block works on many tiles, and looks once more than there is work for it: their numbers run
+            on by as many as there are blocks.
+
     Raises:
-        ArgumentError: more than CUDA allows.
+        ArgumentError: more than CUDA allows, or more tiles than a kernel can count.
     """
-    grid = evaluate_formula(entry.grid, sizes)
+    grid, tiles = evaluate_formula(entry.grid, sizes), evaluate_formula(entry.tiles, sizes)
     if grid > LARGEST_GRID:
         raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
+    most = LARGEST_TILE_NUMBER + 1 - (grid if runs_on else 0)
+    if tiles > most:
+        raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
     return grid
 
 
@@ -356,12 +366,7 @@ def explain_launch(
     workspace_bytes = {space.name: _bytes(space, sizes) for space in manifest.workspaces}
     reports = []
     for entry in manifest.launches:
-        grid = grid_of(entry, sizes)
         kernel = kernels[entry.kernel]
-        tiles = evaluate_formula(entry.tiles, sizes)
-        # Each block draws once more than there is work for it, so numbers run on by as many as there are blocks.
-        most = LARGEST_TILE_NUMBER + 1 - (grid if _draws_tiles(kernel) else 0)
-        if tiles > most:
-            raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
+        grid = grid_of(entry, sizes, runs_on=_draws_tiles(kernel))
         reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
     return tuple(reports)

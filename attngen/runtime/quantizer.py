@@ -38,6 +38,7 @@ from attngen.runtime.prepared import (
     offsets,
     pack,
     remember,
+    sms_of,
 )
 
 _SOURCES = {torch_dtype(dtype(name)): name for name in SOURCES}
@@ -234,7 +235,8 @@ class QuantizeLauncher:
         """What launches share: every field but the addresses, which are those of `names`, in order; others are 0."""
         kernels = {kernel.name: kernel for kernel in self.entries.kernels}
         first = kernels[launches[0].kernel]
-        values: dict[str, Any] = {param.value: 0 for param in first.params} | problem.sizes
+        sizes = {**problem.sizes, "num_sms": sms_of(self.entries.arch, device)}
+        values: dict[str, Any] = {param.value: 0 for param in first.params} | sizes
         for tensor, steps in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
             for dim, step in zip(("batch", "seqlen", "head"), steps, strict=True):
                 values[f"{tensor}.stride_{dim}"] = step
@@ -243,7 +245,7 @@ class QuantizeLauncher:
         ready = []
         with preparing(device.index) if device.type == "cuda" else nullcontext():
             for entry in launches:
-                grid = grid_of(entry, problem.sizes)
+                grid = grid_of(entry, sizes, runs_on=True)
                 kernel = kernels[entry.kernel]
                 if grid:
                     function = self._kernels.function(kernel, device.index)

@@ -45,9 +45,9 @@ DEV void butterfly(float& a, float& b) {
   a = __fadd_rn(a, b), b = difference;
 }
 
-// Multiply a row by the Hadamard matrix and a factor. Lane l of a quad holds the columns 32 i + 8 l + j as row[i].x[j].
+// Multiply a row by the Hadamard matrix, entries 1 and -1. Lane l of a quad holds the columns 32 i + 8 l + j as row[i].x[j].
 template <int kVectors>
-DEV void hadamard(Eight (&row)[kVectors], float factor) {
+DEV void hadamard(Eight (&row)[kVectors]) {
 #pragma unroll
   for (int step = 1; step < 8; step *= 2) {
 #pragma unroll
@@ -77,28 +77,42 @@ DEV void hadamard(Eight (&row)[kVectors], float factor) {
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) row[i].x[j] = finite_or_nan(__fmul_rn(row[i].x[j], factor));
-  }
 }
 
-// The largest of `amax` and the finite magnitudes among eight elements; fmaxf passes over NaN.
-DEV float max_magnitude(float amax, const Eight& e) {
+// The largest finite magnitude of packed elements.
+template <class Pair, int kCount>
+DEV float max_magnitude(const uint4* x) {
+  float amax = 0.f;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(finite_or_nan(e.x[j])));
+  for (int i = 0; i < 8 * kCount; ++i) amax = fmaxf(amax, fabsf(finite_or_nan(eight<Pair>(x[i / 8]).x[i % 8])));  // passes over NaN
   return amax;
 }
 
-// The largest of what the threads of a group of kWarps warps hold, none of it negative. All threads of the block call it.
-template <int kWarps>
-DEV float max_of_warps(float x) {
+// The largest finite magnitude of a row in f32, of which what is not finite becomes NaN.
+template <int kVectors>
+DEV float max_magnitude(Eight (&row)[kVectors]) {
+  float amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) amax = max_or_nan(amax, fabsf(row[i / 8].x[i % 8]));
+  if (amax < infinity()) return amax;
+  amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8 * kVectors; ++i) {
+    float& x = row[i / 8].x[i % 8];
+    x = finite_or_nan(x);
+    amax = fmaxf(amax, fabsf(x));
+  }
+  return amax;
+}
+
+// The largest of what the threads of a group of warps hold, a power of two, none of it negative. All threads of the block
+// call it.
+DEV float max_of_warps(float x, int warps) {
   __shared__ u32 found[32];
   const u32 of_warp = __reduce_max_sync(~0u, __float_as_uint(x)), warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) found[warp] = of_warp;
   __syncthreads();
-  return __uint_as_float(__reduce_max_sync(~0u, found[warp / kWarps * kWarps + threadIdx.x % kWarps]));
+  return __uint_as_float(__reduce_max_sync(~0u, found[(warp & -warps) + (threadIdx.x & (warps - 1))]));
 }
 
 // What elements are multiplied by, and what undoes it.
@@ -128,12 +142,15 @@ DEV uint2 quantized_eight(const Eight& e, float reciprocal) {
   return {quantized(e.x[0], e.x[1], e.x[2], e.x[3], reciprocal), quantized(e.x[4], e.x[5], e.x[6], e.x[7], reciprocal)};
 }
 
-// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes take
-// consecutive chunks of a key, the others of the warp the other keys of 16.
+// Four keys that follow one another in packed V, and 16 bytes of each: what a lane loads of 128 keys. Eight lanes, or four
+// where a key has no more chunks, take consecutive chunks of a key, the others of the warp other keys.
 struct ValueUnit {
   int chunk, word;
+  template <int kChunks>
   DEV ValueUnit of_warp(int number) {
-    return {number / 8 * 8 + (int)threadIdx.x % 8, number % 8 * 4 + (int)threadIdx.x % 32 / 8};
+    constexpr int kLanes = kChunks > 4 ? 8 : 4;
+    const int lane = threadIdx.x % 32;
+    return {number / kLanes * kLanes + lane % kLanes, number % kLanes * (32 / kLanes) + lane / kLanes};
   }
   // The i-th of the keys: the accumulator of a score GEMM gives a lane keys in this order.
   __device__ int key(int i) const { return word / 4 * 16 + i / 2 * 8 + word % 4 * 2 + i % 2; }

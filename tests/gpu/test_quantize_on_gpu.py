@@ -75,6 +75,20 @@ def test_the_reference_on_a_gpu(scales: ScaleKind) -> None:
     assert_same(quantize(*(x.cuda() for x in inputs), scales, SEED), quantize(*inputs, scales, SEED))
 
 
+@pytest.mark.parametrize("head_dim", HADAMARD_DIMS)
+@pytest.mark.parametrize("scales", SCALE_KINDS)
+def test_more_parts_than_blocks(scales: ScaleKind, head_dim: int) -> None:
+    """Each block of threads takes part after part, of Q, of K and of V, the next one's copies under way."""
+    run = launcher((head_dim, head_dim), scales, SEED)
+    q, k, v = (
+        torch.randn(2, n, h, head_dim, device="cuda").half() for n, h in ((9001, 8), (9100, 4), (9100, 4))
+    )
+    for _ in range(2):
+        found = run.quantize(q, k, v)
+        wait_for_gpu()
+        assert_same(found, quantize(q, k, v, scales, SEED))
+
+
 def test_many_rows() -> None:
     """A large tensor, whose offsets pass 2^31 elements: the last head's rows are those of the reference."""
     run = launcher((128, 128), "per_head", None)

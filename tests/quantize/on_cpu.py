@@ -10,14 +10,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from attngen.arch import ARCHS
+
+LARGEST_SMEM = ARCHS["sm_90a"].smem_bytes_per_block
 _SHIM = Path(__file__).with_name("threads_on_cpu.hpp")
 _KERNEL = re.compile(r'extern "C" __global__ void [^\n]*\n(\w+)\(')
 _ASM = re.compile(r"asm( volatile)?\((?:[^()]|\([^()]*\))*\);")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) unsigned char (\w+)\[\];")
 _IN_CPP = {
     "f16_to_float": "float f16_to_float(u16 x) { return half_to_float(x); }",
     "smem_address": "u32 smem_address(const void* p) { return shared_address(p); }",
     "store_shared": "void store_shared(u32 address, u32 x) { at_shared<u32>(address) = x; }",
     "load_shared_16": "uint4 load_shared_16(u32 address) { return at_shared<uint4>(address); }",
+    "max_or_nan": "float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }",
+    "cp_async_16": "void cp_async_16(u32 dst, const void* src, int bytes) "
+    "{ at_shared<uint4>(dst) = bytes ? *(const uint4*)src : uint4{0, 0, 0, 0}; }",
     "load_global_16": "uint4 load_global_16(const void* p, bool exists) "
     "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
     "pack": "u32 pack(float a, float b, float c, float d) "
@@ -39,6 +46,7 @@ class CpuKernels:
             pattern = of_one_line if re.search(of_one_line, text) else of_more
             text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL)
         text = _ASM.sub("", text)
+        text = _DYNAMIC.sub(rf"alignas(16) static unsigned char \1[{LARGEST_SMEM}];", text)
         runs = "\n".join(
             f'extern "C" void run_{name}(quantizer::Params* p, int blocks, int threads)'
             f" {{ for_each_thread(blocks, threads, [=] {{ quantizer::{name}(*p); }}); }}"

@@ -20,6 +20,8 @@ SEED = 11
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one multiprocessor, so that a block of threads works on several parts."""
+    monkeypatch.setattr("attngen.runtime.quantizer.sms_of", lambda arch, device: 1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
 

@@ -21,7 +21,7 @@ using std::max;
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { int x; };
-static Index blockIdx, threadIdx;
+static Index blockIdx, gridDim, threadIdx;
 
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
@@ -102,7 +102,7 @@ static void run_fiber() {
 
 static void for_each_thread(int blocks, int threads, std::function<void()> kernel) {
   static std::vector<char> stacks(1024 * 65536);
-  body = kernel;
+  body = kernel, gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     fibers.assign(threads, {}), ended.assign(threads, 0);
     std::fill(turn, turn + 1024, 0);

@@ -1,7 +1,8 @@
-// PTX ISA: ld.global.nc.u32; volatile, so that it stays where it is written: ahead of what it shall hide under.
+// PTX ISA: ld.global.nc.u32; volatile, so that it stays where it is written: ahead of what it shall hide under. The whole
+// line comes into L2: its neighbours are asked for next.
 DEV u32 load_u32(const u16* address) {
   u32 x;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(address));
+  asm volatile("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(x) : "l"(address));
   return x;
 }
 
