@@ -1,6 +1,6 @@
-// attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110
+// attn_fwd_sm90a_bf16_d128_full_pingpong_96ecc110
 //
-// Attention forward, warp_specialized schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
+// Attention forward, pingpong schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
 // log-sum-exp, inputs bf16, output bf16, softmax in f32. Mask: full. Score: score + bias[h, q_idx, kv_idx].
 // Emitted by attngen 0.1.0 from spec digest 96ecc11066ed6e49. Launch: see the manifest beside this file.
 //
@@ -124,6 +124,9 @@ DEV void mbarrier_wait_warp(u32 barrier, u32 parity) {
 
 // Meet at a named barrier. PTX ISA: bar.sync.
 DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Count at a named barrier without waiting. PTX ISA: bar.arrive.
+DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Order this thread's ordinary accesses to shared memory before asynchronous ones. PTX ISA: fence.proxy.async.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -656,7 +659,7 @@ DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ Params params) {
+attn_fwd_sm90a_bf16_d128_full_pingpong_96ecc110(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 32768;
@@ -722,6 +725,7 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
   } else {  // consumer
     take_registers<240>();
     const bool is_first_thread = threadIdx.x % 128 == 0;
+    const int next_warpgroup = warpgroup == 1 ? 0 : warpgroup + 1;
     Cursor q_at = {0, 0};
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
@@ -737,6 +741,10 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
 
+    if (next_warpgroup == 0) {
+      // the first warpgroup goes first
+      named_barrier_arrive(1 + next_warpgroup, 256);
+    }
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       fill(acc_o, 0.f);
@@ -784,10 +792,12 @@ attn_fwd_sm90a_bf16_d128_full_warp_specialized_96ecc110(const __grid_constant__ 
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          named_barrier_arrive(1 + next_warpgroup, 256);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));

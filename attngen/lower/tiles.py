@@ -99,7 +99,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         head_dim_qk: of Q and K.
         head_dim_v: of V.
         demands: of the mask and the score. What is looked up for each pair takes registers: tiles are those that
-            compile without spills; scores that load nothing: tune_scores.json.
+            compile without spills; scores that load nothing: tune_scores.json; a bias: tune_overlap.json.
     """
     widest = max(head_dim_qk, head_dim_v)
     loads = demands.mask_loads or demands.score_loads
@@ -109,8 +109,9 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),)
     if demands.score_loads and widest <= 128:
         sees_all = not (demands.bounded or demands.lower or demands.walks)
-        block_n = 128 if demands.adds_a_bias and sees_all and widest == 128 else 96
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, block_n, 2, 2)),)
+        if demands.adds_a_bias and sees_all and widest == 128:
+            return (Row(None, "pingpong", WarpgroupChoice(128, 128, 2, 2)),)
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2)),)
     if loads and widest > 128:
         narrow = WarpgroupChoice(128, 48, 2, 2, rescale="last", out_over_q=widest > 192)
         return (Row(None, "warp_specialized", narrow),)
