@@ -456,12 +456,11 @@ DEV void read_score_scales(float (&dst)[kGroups][2], const float (&of_rows)[1][2
   }
 }
 
-// V's scale of each group of columns, which lies after K's, in relation to the largest of the head; e4m3 rounds P to 0 long
-// before 2^-32.
+// V's scale of each group of columns in relation to the largest of the head; e4m3 rounds P to 0 long before 2^-32.
 template <int kGroups>
 DEV void read_value_weights(float (&weight)[kGroups][2], const float (&top)[2], u32 staged) {
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * (kGroups + g))), top[0]), 0x1p-32f));
+  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * g)), top[0]), 0x1p-32f));
 }
 
 // Copy a value per row.
@@ -854,7 +853,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
         read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
@@ -876,7 +875,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
@@ -912,7 +911,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_25caf0de(const __grid_constant__ Params
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           named_barrier_sync(1 + warpgroup, 256);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);

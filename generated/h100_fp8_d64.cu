@@ -453,12 +453,11 @@ DEV void read_score_scales(float (&dst)[kGroups][2], const float (&of_rows)[1][2
   }
 }
 
-// V's scale of each group of columns, which lies after K's, in relation to the largest of the head; e4m3 rounds P to 0 long
-// before 2^-32.
+// V's scale of each group of columns in relation to the largest of the head; e4m3 rounds P to 0 long before 2^-32.
 template <int kGroups>
 DEV void read_value_weights(float (&weight)[kGroups][2], const float (&top)[2], u32 staged) {
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * (kGroups + g))), top[0]), 0x1p-32f));
+  for (int g = 0; g < kGroups; ++g) fill(weight[g], fmaxf(__fdividef(__uint_as_float(load_shared(staged + 4 * g)), top[0]), 0x1p-32f));
 }
 
 // Copy a value per row.
@@ -846,7 +845,7 @@ attn_fwd_sm90a_e4m3_d64_causal_warp_specialized_589a8297(const __grid_constant__
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
         read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+        read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
         issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
@@ -868,7 +867,7 @@ attn_fwd_sm90a_e4m3_d64_causal_warp_specialized_589a8297(const __grid_constant__
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -907,7 +906,7 @@ attn_fwd_sm90a_e4m3_d64_causal_warp_specialized_589a8297(const __grid_constant__
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           read_score_scales<false>(score_scale, row_scale, scales_smem + k_at.stage * 8);
-          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8);
+          read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
           issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);

@@ -158,6 +158,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
     env.globals.update(
         scheduler=plan.kernel.scheduler,
         walks=plan.tile_classes is not None,
+        by_warp=any(role.name == "producer" and not role.single_thread for role in plan.kernel.roles),
         has_score_terms=bool(score_terms(plan.score)),
     )
     macros = step_macros(env)

@@ -4,6 +4,7 @@ from math import gcd
 from typing import Literal
 
 from attngen.dtypes import F32
+from attngen.lower.places import round_up
 from attngen.plan import Buffer, Descales, Param, RegVec
 from attngen.quantize import KEY_BLOCK, P_LIFT, Q_BLOCK, ScaleKind
 from attngen.schedules import Scales
@@ -22,6 +23,7 @@ def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
     }[kind]
     groups = block_n // gcd(block_n, KEY_BLOCK)  # of columns in which no other granule begins
     of_rows = RegVec("row_scale", block_m, groups=1)
+    staged = block_n + round_up(groups, 4) if k == 1 else 2 * groups  # two keys' are read at once
     return Scales(
         q=Descales("q_descale", "q", "kv" if q is None else "q", q),
         k=Descales("k_descale", "k", "kv", k),
@@ -30,7 +32,8 @@ def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
         of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_BLOCK else of_rows,
         top=RegVec("top_scale", block_m),
         weight=RegVec("value_weight", block_m, groups=groups) if v else None,
-        staged=Buffer("scales", F32, 2, groups, groups, stages) if v else None,
+        staged=Buffer("scales", F32, 1, staged, staged, stages) if v else None,
+        groups=groups,
         lift=P_LIFT,
     )
 

@@ -42,7 +42,7 @@ def table_8bit(
             if promotes and not (has_granules or loads or demands.walks):
                 at_once = half if demands.modified and head_dim_v > 64 else head_dim_v
                 return _late(128, 128, at_once, q_stages=1, stages=3)
-            return _free(128, 64 if loads else 96 if for_keys else 128, half if promotes else 0)
+            return _free(128, 64 if loads else 96 if for_keys and demands.walks else 128, half if promotes else 0)
         if has_granules:
             return (
                 _turns(128, 128, head_dim_v)

@@ -140,7 +140,8 @@ def kernel(
 ) -> KernelPlan:
     """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last.
 
-    A producer that walks needs the lanes of a warp to class blocks with; else one thread does.
+    A producer that walks needs the lanes of a warp to class blocks with, one that stages a scale for each key to load
+    them; else one thread does.
     """
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = WARPGROUP_REGISTERS.get(choice.warpgroups)
@@ -182,7 +183,7 @@ def kernel(
                 programs["producer"],
                 cursors=cursors(at.producer),
                 registers=share.producer if share else None,
-                single_thread=not at.walks,
+                single_thread=not (at.walks or at.stages_keys),
             ),
         ),
         buffers=buffers,

@@ -62,15 +62,10 @@ class Quantizer:
 
     @property
     def thread_rows(self) -> int:
-        """Rows of Q or K of which a thread takes a part: a power of two, as many as its copies allow."""
-        warp_copies = _warp_copies(self.head_dim_v, CHUNK)
-        rows = 1
-        while (
-            2 * rows * self.row_vectors <= MOST_COPIES
-            and 4 * warp_copies * 2 * rows <= MOST_COPIES * ROW_LANES * KEY_BLOCK // 32
-        ):
-            rows *= 2
-        return rows
+        """Rows of Q or K of which a thread takes a part: a power of two, as many as its copies, of V too, allow."""
+        most_warps = ROW_LANES * KEY_BLOCK // 32  # with a row a thread
+        copies = max(self.row_vectors, -(-4 * _warp_copies(self.head_dim_v, CHUNK) // most_warps))
+        return 1 << (MOST_COPIES // copies).bit_length() - 1
 
     @property
     def value_units(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from attngen.expr import LARGEST_TILE
 from attngen.plan.places import RegTile
 from attngen.plan.plan import Plan
+from attngen.plan.steps import StageScales, walk
 from attngen.quantize import KEY_BLOCK
 
 SPARE_REGISTERS = 47
@@ -244,7 +245,7 @@ def staged_groups(plan: Plan) -> tuple[int, int] | None:
     """Groups of columns whose scales the producer stages, if it does, and how many it has registers for."""
     if not takes_warpgroups(plan) or (registers := plan.kernel.roles[1].registers) is None:
         return None
-    staged = [buffer.cols for buffer in plan.kernel.buffers if buffer.name == "scales"]
+    staged = [step.groups for step in walk(plan.kernel.roles[1].program) if isinstance(step, StageScales)]
     return (staged[0], registers // REGISTERS_OF_STAGED_GROUP) if staged and plan.arch.emits else None
 
 

@@ -5,7 +5,6 @@ call patches the pointers, which are checked every time. Nothing is copied, padd
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from attngen.errors import ArgumentError
 from attngen.runtime.arguments import ROW_ALIGNMENT, check_arguments
 from attngen.runtime.counters import COUNTERS
 from attngen.runtime.declared import check_declared
-from attngen.runtime.driver import Module, check_device, launch, preparing
+from attngen.runtime.driver import Module, launch
 from attngen.runtime.loaded import LoadedKernels
 from attngen.runtime.prepared import Prepared, PreparedStruct, prepare_signature, remember
 from attngen.runtime.tables import TileTables
@@ -45,7 +44,7 @@ class Launcher:
     ) -> None:
         self.manifest = manifest
         self._shorter = shorter
-        self._kernels = LoadedKernels(manifest.kernels, cubin, load, start)
+        self._kernels = LoadedKernels(manifest.arch, manifest.kernels, cubin, load, start)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._output = torch_dtype(dtype(manifest.output))
         self._tensors = tuple(entry.name for entry in (*manifest.tensors, *manifest.descales))
@@ -152,9 +151,7 @@ class Launcher:
         if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
             return launcher._prepare(q, k, v, softmax_scale, out, layout, declared)
         values = check_declared(self.manifest, declared, problem.sizes, q.device)
-        if q.is_cuda:
-            check_device(self.manifest.arch, torch.cuda.get_device_capability(q.device))
-        with preparing(q.device.index) if q.is_cuda else nullcontext():
+        with self._kernels.preparing(q.device):
             function = self._kernels.function
             prepared = prepare_signature(
                 self.manifest, function, problem, q, softmax_scale, out, layout, values

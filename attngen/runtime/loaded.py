@@ -1,13 +1,14 @@
 """The kernels of one cubin on the GPUs of this process: loaded when first needed, launched with a call's addresses."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from attngen.emit.manifest import KernelEntry
-from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, launch
+from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
 from attngen.runtime.prepared import WORD, PreparedStruct
 from attngen.runtime.tensor_maps import encode
 
@@ -16,6 +17,7 @@ class LoadedKernels:
     """Functions by kernel, and their launches.
 
     Args:
+        arch: that the kernels are compiled for.
         kernels: those to load of the cubin; it may hold others.
         cubin: the machine code.
         load: makes a module of a cubin; tests pass a recorder.
@@ -24,19 +26,35 @@ class LoadedKernels:
 
     def __init__(
         self,
+        arch: str,
         kernels: tuple[KernelEntry, ...],
         cubin: bytes,
         load: Callable[[bytes], Any] = Module,
         start: Callable[..., None] = launch,
     ) -> None:
+        self._arch = arch
         self._kernels = kernels
         self._cubin = cubin
         self._load = load
         self._start = start
         self._functions: dict[str, Function] = {}
 
+    @contextmanager
+    def preparing(self, device: torch.device) -> Iterator[None]:
+        """Let this thread load functions on a device; where tensors are on the CPU, tests run kernels in its place.
+
+        Raises:
+            ToolchainError: the device is a GPU that the kernels do not run on.
+        """
+        if device.type != "cuda":
+            yield
+            return
+        check_device(self._arch, torch.cuda.get_device_capability(device))
+        with preparing(device.index):
+            yield
+
     def function(self, kernel: KernelEntry, device: int) -> Function:
-        """A kernel, loaded and ready on a device."""
+        """A kernel, loaded and ready on a device; to be called while `preparing`."""
         if not self._functions:
             module = self._load(self._cubin)
             self._functions = {

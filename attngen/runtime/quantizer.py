@@ -5,7 +5,6 @@ may be captured in a graph.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from attngen.runtime.arguments import (
     check_rows,
     strides,
 )
-from attngen.runtime.driver import Module, check_device, launch, preparing
+from attngen.runtime.driver import Module, launch
 from attngen.runtime.loaded import LoadedKernels
 from attngen.runtime.prepared import (
     WORD,
@@ -128,7 +127,7 @@ class QuantizeLauncher:
         start: Callable[..., None] = launch,
     ) -> None:
         self.entries = entries
-        self._kernels = LoadedKernels(entries.kernels, cubin, load, start)
+        self._kernels = LoadedKernels(entries.arch, entries.kernels, cubin, load, start)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
@@ -240,10 +239,8 @@ class QuantizeLauncher:
         for tensor, steps in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
             for dim, step in zip(("batch", "seqlen", "head"), steps, strict=True):
                 values[f"{tensor}.stride_{dim}"] = step
-        if device.type == "cuda":
-            check_device(self.entries.arch, torch.cuda.get_device_capability(device))
         ready = []
-        with preparing(device.index) if device.type == "cuda" else nullcontext():
+        with self._kernels.preparing(device):
             for entry in launches:
                 grid = grid_of(entry, sizes, runs_on=True)
                 kernel = kernels[entry.kernel]

@@ -127,6 +127,7 @@ class Scales:
         top: V's largest descale of the head.
         weight: that of a block of V in relation to it; None where blocks share one descale.
         staged: where the producer leaves those of a block, K's and V's, with the stages of K; None likewise.
+        groups: of columns of a block in which no other granule of V begins.
         lift: P is 2^lift times what it means, to use the whole range of its format.
     """
 
@@ -138,6 +139,7 @@ class Scales:
     top: RegVec
     weight: RegVec | None
     staged: Buffer | None
+    groups: int
     lift: int
 
     @property
@@ -205,8 +207,7 @@ class TilePlaces:
         """What the producer says of the scales of a block; a load by its consumers would hold their GEMMs up."""
         if (at := self.scales) is None or at.staged is None:
             return ()
-        k = None if at.of_scores is at.of_rows else at.k
-        return (StageScales(at.staged.at(stage), k, at.v, block),)
+        return (StageScales(at.staged.at(stage), at.k, at.v, at.groups, block),)
 
     def read_scales(self, stage: Cursor) -> Program:
         """What a block of keys and values needs to know of scales."""
@@ -218,6 +219,17 @@ class TilePlaces:
             *(() if at.of_scores is at.of_rows else of_scores),
             ReadValueWeight(at.weight, at.top, staged),
         )
+
+    @property
+    def stages_keys(self) -> bool:
+        """Whether the producer leaves a scale for each key."""
+        return self.scales is not None and self.scales.k.granule == 1
+
+    def scale_keys(self, stage: Cursor) -> Program:
+        """What each key's scores are multiplied by, read before its stage is released."""
+        if (at := self.scales) is None or at.staged is None or not self.stages_keys:
+            return ()
+        return (ScaleKeys(self.acc_s, at.staged.at(stage)),)
 
     # ---- scores of a block ------------------------------------------------------------------------------------------
     def look_up(self, rows: BlockIndex, block: BlockIndex) -> Program:
@@ -237,13 +249,9 @@ class TilePlaces:
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
         scales, pairs = self.scales, self.pairs
-        has_key_scales = scales is not None and scales.k.granule == 1
         scale = scales.of_scores if scales else None
         modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, self.by_tanh)
-        return (
-            *((ScaleKeys(self.acc_s, scales.k, block),) if scales and has_key_scales else ()),
-            *((modified,) if pairs.modifies_scores else ()),
-        )
+        return (modified,) if pairs.modifies_scores else ()
 
     @property
     def row_max_of_scores(self) -> Program:

@@ -197,6 +197,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         *at.read_scales(rings.k),
         IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
         WaitGemm(0, (at.acc_s,)),
+        *at.scale_keys(rings.k),
         Release(rings.k),
         Advance(rings.k),
         *at.modify(M_BLOCK, at.first_block.n),
@@ -223,7 +224,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         _issue_output(at),
         *(() if at.passes_late else pass_turn),
     )
-    scores_done = (Release(rings.k), Advance(rings.k))
+    scores_done = (*at.scale_keys(rings.k), Release(rings.k), Advance(rings.k))
     row_max = (
         Note("online softmax of block n"),
         *at.modify(M_BLOCK, block.n),

@@ -42,8 +42,7 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
 
 def stage_scales(step: StageScales, role: RoleRun) -> None:
     """K's and V's descale of each key of a block, for the consumers."""
-    v = _of_keys(step.v, step.block, role)
-    k = _of_keys(step.k, step.block, role) if step.k else v
+    k, v = (_of_keys(of, step.block, role) for of in (step.k, step.v))
     role.write_by_first_thread(step.dst, lambda: torch.stack((k, v), 1))
 
 
@@ -55,8 +54,8 @@ def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
 
 def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
     """Every score times the descale of its key."""
-    s, k = role.read(step.s), _of_keys(step.k, step.block, role)
-    role.write(step.s, lambda: s * k.unsqueeze(1))
+    s, staged = role.read(step.s), role.read_shared(step.staged)
+    role.write(step.s, lambda: s * staged[:, :1])
 
 
 def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:

@@ -15,6 +15,7 @@ from kernels import (
 
 import attngen
 from attngen.inputs import Shape, random_inputs
+from attngen.reference import attention
 from tests.reference.language_cases import CASES, WINDOW_AND_SINKS, LanguageCase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -132,6 +133,24 @@ def test_a_score_that_is_no_number_spoils_its_row_alone(kind: str) -> None:
     assert torch.equal(out.isnan().all(-1), spoilt.T.expand(2, 300, 4))
     assert torch.equal(lse[:, ~spoilt], right_lse[:, ~spoilt])
     assert torch.equal(out[:, ~spoilt.T], right[:, ~spoilt.T])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_products_are_capped(kind: str) -> None:
+    """tanh of an infinity is 1, in a warp whose other products are near 0 too; of NaN it is NaN, in that row alone."""
+    case = LanguageCase("causal", "softcap(score, 30.0)")
+    made = kernel(case, kind)
+    (q, k, v), _ = call_of(case, (300, 300))
+    q *= 0.1
+    q[0, 7, 1, 3], q[1, 90, 2, 5], q[1, 255, 3, 0] = float("inf"), float("nan"), float("-inf")
+    out, lse = made(q, k, v, return_lse=True)
+    right, right_lse = attention(q, k, v, made.spec.mask_expr, score=made.spec.score_expr)
+    spoilt = torch.zeros(2, 4, 300, dtype=torch.bool, device="cuda")
+    spoilt[1, 2, 90] = True
+    assert torch.equal(lse.isnan(), spoilt) and torch.equal(right_lse.isnan(), spoilt)
+    assert torch.equal(out.isnan().all(-1), spoilt.transpose(1, 2))
+    assert (out - right)[~spoilt.transpose(1, 2)].abs().max() < 0.02
+    assert (lse - right_lse)[~spoilt].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -31,17 +31,18 @@ class StageScales(Step):
     """Leave the descales of a block of keys in shared memory for its consumers, before its stage is said to be full.
 
     Attributes:
-        k: None where consumers read K's by themselves.
+        dst: K's, one for each key or for each of the groups, and behind them V's for each of these.
+        groups: of columns in which no other granule of V begins.
     """
 
     dst: View
-    k: Descales | None
+    k: Descales
     v: Descales
+    groups: int
     block: BlockIndex
 
     def __str__(self) -> str:
-        of = f"{self.k}, {self.v}" if self.k else str(self.v)
-        return f"stage {self.dst} <- {of} of block {self.block}"
+        return f"stage {self.dst} <- {self.k}, {self.v} of block {self.block}"
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,13 @@ class ReadScoreScale(Step):
 
 @dataclass(frozen=True)
 class ScaleKeys(Step):
-    """s = s times K's descale of each key."""
+    """s = s times K's descale of each key of a block."""
 
     s: RegTile
-    k: Descales
-    block: BlockIndex
+    staged: View
 
     def __str__(self) -> str:
-        return f"{self.s} = {self.s} times {self.k} of each key"
+        return f"{self.s} = {self.s} times K's of each key in {self.staged}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,13 @@ DEV u32 load_shared(u32 address) {
   return x;
 }
 
+// PTX ISA: ld.shared, .v2.
+DEV uint2 load_shared_8(u32 address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
 // PTX ISA: st.shared, .v4.
 DEV void store_shared_16(u32 address, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
