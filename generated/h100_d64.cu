@@ -316,12 +316,12 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
+// Make the barriers of a ring, by the arrivals that complete them: `full` of every stage, then `empty`.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 releases) {
+DEV void init_ring(u32 ring, u32 fills, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    mbarrier_init(ring + 8 * i, 1);
+    mbarrier_init(ring + 8 * i, fills);
     mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }
@@ -643,10 +643,10 @@ attn_fwd_sm90a_f16_d64_causal_pingpong_7c731471(const __grid_constant__ Params p
   const u32 tile_slot = smem_address(smem) + 172176;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<2>(q_ring, 3);
-    init_ring<3>(k_ring, 3);
-    init_ring<3>(v_ring, 3);
-    init_ring<1>(tile_ring, 3);
+    init_ring<2>(q_ring, 1, 3);
+    init_ring<3>(k_ring, 1, 3);
+    init_ring<3>(v_ring, 1, 3);
+    init_ring<1>(tile_ring, 1, 3);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);

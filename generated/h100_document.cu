@@ -297,12 +297,12 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
+// Make the barriers of a ring, by the arrivals that complete them: `full` of every stage, then `empty`.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 releases) {
+DEV void init_ring(u32 ring, u32 fills, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    mbarrier_init(ring + 8 * i, 1);
+    mbarrier_init(ring + 8 * i, fills);
     mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }
@@ -726,10 +726,10 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb(const __grid_constant_
   const u32 tile_slot = smem_address(smem) + 196704;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<1>(q_ring, 2);
-    init_ring<2>(k_ring, 2);
-    init_ring<2>(v_ring, 2);
-    init_ring<1>(tile_ring, 2);
+    init_ring<1>(q_ring, 1, 2);
+    init_ring<2>(k_ring, 1, 2);
+    init_ring<2>(v_ring, 1, 2);
+    init_ring<1>(tile_ring, 1, 2);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);
@@ -739,7 +739,7 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb(const __grid_constant_
   __syncthreads();
   if (warpgroup == 2) {  // producer
     keep_registers<24>();
-    const bool is_first_thread = threadIdx.x % 128 == 0;  // of the warp that works
+    const bool is_last_lane = threadIdx.x % 128 == 31;  // of the warp that works
     if (threadIdx.x % 128 < 32) {
       Cursor q_at = {0, 1};
       Cursor k_at = {0, 1};
@@ -750,29 +750,29 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb(const __grid_constant_
         Walk visit = start_walk(tile);
         if (walk_on(visit, params, tile)) {
           mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
-          if (is_first_thread) load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+          if (is_last_lane) load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
         mbarrier_wait(empty<1>(q_ring, q_at), q_at.phase);
-        if (is_first_thread) load_panels<QTile>(q_smem, params.q_map, full<1>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
+        if (is_last_lane) load_panels<QTile>(q_smem, params.q_map, full<1>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
         advance<1>(q_at);
         if (visit.n >= 0) {
           #pragma unroll 1
           while (walk_on(visit, params, tile)) {
             mbarrier_wait(empty<2>(k_ring, k_at), k_at.phase);
-            if (is_first_thread) load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+            if (is_last_lane) load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(k_at);
             mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
-            if (is_first_thread) load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, visit.before * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+            if (is_last_lane) load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, visit.before * kBlockN, tile.kv_head, tile.batch, kEvictLast);
             advance<2>(v_at);
           }
           mbarrier_wait(empty<2>(v_ring, v_at), v_at.phase);
-          if (is_first_thread) load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
+          if (is_last_lane) load_panels<VTile>(v_smem + v_at.stage * VTile::kBytes, params.v_map, full<2>(v_ring, v_at), 0, visit.n * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(v_at);
         }
         mbarrier_wait(empty<1>(tile_ring, tile_at), tile_at.phase);
         tile = decode_tile(params, gridDim.x + draw(params.tile_counter, num_tiles(params) - 1));  // back to 0 after the last
-        if (is_first_thread) {
+        if (is_last_lane) {
           store_shared(tile_slot, tile.index);
           mbarrier_arrive(full<1>(tile_ring, tile_at));
         }

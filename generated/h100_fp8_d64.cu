@@ -86,11 +86,11 @@ DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.clust
 // PTX ISA: mbarrier.arrive.
 DEV void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
-// Arrive once for the warp, after what all its lanes have read. The last lane does: of a warp that ptxas knows to be
-// together __syncwarp leaves no instruction, and racecheck holds a warp's access against its last lane.
+// Arrive for the warp, after what all its lanes have read. The last quad's lanes do: of a warp that ptxas knows to be
+// together __syncwarp leaves no instruction, and racecheck holds what several lanes read against the last of them.
 DEV void mbarrier_arrive_warp(u32 barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 31) mbarrier_arrive(barrier);
+  if (threadIdx.x % 32 >= 28) mbarrier_arrive(barrier);
 }
 
 // Arrive, and announce the bytes that must land before the phase completes. PTX ISA: mbarrier.arrive.expect_tx.
@@ -335,12 +335,12 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
+// Make the barriers of a ring, by the arrivals that complete them: `full` of every stage, then `empty`.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 releases) {
+DEV void init_ring(u32 ring, u32 fills, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    mbarrier_init(ring + 8 * i, 1);
+    mbarrier_init(ring + 8 * i, fills);
     mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }
@@ -744,10 +744,10 @@ attn_fwd_sm90a_e4m3_d64_causal_warp_specialized_589a8297(const __grid_constant__
   const u32 tile_slot = smem_address(smem) + 98416;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<1>(q_ring, 3);
-    init_ring<2>(k_ring, 12);
-    init_ring<2>(v_ring, 3);
-    init_ring<1>(tile_ring, 3);
+    init_ring<1>(q_ring, 1, 3);
+    init_ring<2>(k_ring, 1, 48);
+    init_ring<2>(v_ring, 1, 3);
+    init_ring<1>(tile_ring, 1, 3);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);

@@ -38,17 +38,15 @@ def table_8bit(
             return _late(192, 128, head_dim_v)
         return _late(192, 128, up_to=4096 if demands.bounded else 1024) + _late(192, 160)
     if widest <= 128:
+        if not is_plain and promotes and not (has_granules or loads or demands.walks):
+            return _late(128, 128, half if head_dim_v > 64 else head_dim_v, q_stages=1, stages=3)
         if not is_plain:
-            if promotes and not (has_granules or loads or demands.walks):
-                at_once = half if demands.modified and head_dim_v > 64 else head_dim_v
-                return _late(128, 128, at_once, q_stages=1, stages=3)
-            return _free(128, 64 if loads else 96 if for_keys and demands.walks else 128, half if promotes else 0)
+            block_n = 64 if loads else 96 if for_keys and demands.walks else 128
+            return _free(128, block_n, half if promotes else 0)
+        if has_granules and promotes:
+            return _turns(128, 128, head_dim_v)
         if has_granules:
-            return (
-                _turns(128, 128, head_dim_v)
-                if promotes
-                else _free(128, 128, q_stages=2, stages=3, overlap=False)
-            )
+            return _free(128, 128, q_stages=2, stages=3, overlap=False)
         if promotes:
             return _late(128, 128, head_dim_v, stages=4, up_to=4096) + _late(128, 192, half)
         short = _late(128, 128 if demands.bounded else 160, stages=3, up_to=4096)

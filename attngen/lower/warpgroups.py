@@ -83,7 +83,8 @@ def places(
     is_staged = bool(scales and scales.staged)
 
     def ring(name: str, count: int) -> Ring:
-        return Ring(name, count, read_by_threads=name == "k" and is_staged)
+        by_warp = scales is not None and scales.k.granule == 1
+        return Ring(name, count, name == "k" and is_staged, name == "k" and by_warp)
 
     def cursors(fills: bool) -> RingCursors:
         depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}

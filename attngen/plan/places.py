@@ -63,16 +63,23 @@ class Ring:
     Attributes:
         read_by_threads: consumers load from the stages themselves, which no GEMM waits for, so each warp releases what
             it has read; else one thread does for its warpgroup.
+        filled_by_warp: the producer's lanes store to the stages besides, and each of them arrives.
     """
 
     name: str
     stages: int
     read_by_threads: bool = False
+    filled_by_warp: bool = False
+
+    @property
+    def fills(self) -> int:
+        """Arrivals by which the producer fills a stage."""
+        return 32 if self.filled_by_warp else 1
 
     @property
     def releases(self) -> int:
-        """Arrivals by which a consumer warpgroup releases a stage."""
-        return WARPGROUP_WARPS if self.read_by_threads else 1
+        """Arrivals by which a consumer warpgroup releases a stage: of a warp, those of its last quad of lanes."""
+        return WARPGROUP_WARPS * 4 if self.read_by_threads else 1
 
     @property
     def size_bytes(self) -> int:

@@ -10,12 +10,12 @@ DEV void advance(Cursor& at) {
   if (at.stage == kStages) at.stage = 0, at.phase ^= 1;
 }
 
-// Make the barriers of a ring: `full` of every stage, then `empty`, which consumers arrive at to release one.
+// Make the barriers of a ring, by the arrivals that complete them: `full` of every stage, then `empty`.
 template <int kStages>
-DEV void init_ring(u32 ring, u32 releases) {
+DEV void init_ring(u32 ring, u32 fills, u32 releases) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    mbarrier_init(ring + 8 * i, 1);
+    mbarrier_init(ring + 8 * i, fills);
     mbarrier_init(ring + 8 * (kStages + i), releases);
   }
 }

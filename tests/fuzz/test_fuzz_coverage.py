@@ -9,8 +9,8 @@ from attngen.fuzz.strategies import plan_of
 from attngen.inputs import Shape
 from attngen.spec import load
 
-EXAMPLES = {"simulator": 700, "sm_80": 300, "sm_90a": 750}
-SEEDS = {"simulator": 1, "sm_80": 5, "sm_90a": 10}
+EXAMPLES = {"simulator": 700, "sm_80": 300, "sm_90a": 600}
+SEEDS = {"simulator": 1, "sm_80": 5, "sm_90a": 12}
 KNOBS = ("schedule", "warpgroups", "overlap", "persistent", "order", "tiles per block")
 
 

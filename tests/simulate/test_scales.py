@@ -166,7 +166,7 @@ def test_a_nan_of_q_spoils_its_row_alone(scales: str, incoherent: str) -> None:
 
 def test_staged_scales_are_released_by_every_warp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one thread did, others of its warpgroup might read those of a later block: no GEMM waits for them."""
-    monkeypatch.setattr(warpgroups, "Ring", lambda name, stages, read_by_threads: Ring(name, stages))
+    monkeypatch.setattr(warpgroups, "Ring", lambda name, stages, *how: Ring(name, stages))
     kernel = compiled(precision={"scales": "per_block"})
     with pytest.raises(SimulationFault, match="consumer 0 read it, and nothing orders") as caught:
         kernel(*drawn(kernel, Shape(1, 2, 1, 14, 600)))

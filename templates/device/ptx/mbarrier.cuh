@@ -9,11 +9,11 @@ DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.clust
 // PTX ISA: mbarrier.arrive.
 DEV void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
-// Arrive once for the warp, after what all its lanes have read. The last lane does: of a warp that ptxas knows to be
-// together __syncwarp leaves no instruction, and racecheck holds a warp's access against its last lane.
+// Arrive for the warp, after what all its lanes have read. The last quad's lanes do: of a warp that ptxas knows to be
+// together __syncwarp leaves no instruction, and racecheck holds what several lanes read against the last of them.
 DEV void mbarrier_arrive_warp(u32 barrier) {
   __syncwarp();
-  if (threadIdx.x % 32 == 31) mbarrier_arrive(barrier);
+  if (threadIdx.x % 32 >= 28) mbarrier_arrive(barrier);
 }
 
 // Arrive, and announce the bytes that must land before the phase completes. PTX ISA: mbarrier.arrive.expect_tx.
