@@ -83,12 +83,10 @@ def looks_up_by_key(expr: Expr) -> bool:
 def adds_a_bias(score: Expr, declared: Declarations) -> bool:
     """Whether it is made with + - * alone, and all that it looks up for each key is one of `lookups_by_key`."""
     loads = _loads(score)
-    rest = (each for each in nodes(score) if each not in nodes(*loads))
-    return (
-        len(loads) == 1
-        and set(loads) == lookups_by_key(score, declared).keys()
-        and all(each.op in ("const", "name", "lookup") or each.name in ("+", "-", "*") for each in rest)
-    )
+    if len(loads) != 1 or set(loads) != lookups_by_key(score, declared).keys():
+        return False
+    rest = set(nodes(score)) - set(nodes(*loads))
+    return all(each.op in ("const", "name", "lookup") or each.name in ("+", "-", "*") for each in rest)
 
 
 def _loads(expr: Expr) -> list[Expr]:

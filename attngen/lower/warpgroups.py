@@ -80,11 +80,9 @@ def places(
     if not choice.out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
-    is_staged = bool(scales and scales.staged)
-
     def ring(name: str, count: int) -> Ring:
-        by_warp = scales is not None and scales.k.granule == 1
-        return Ring(name, count, name == "k" and is_staged, name == "k" and by_warp)
+        beside = scales if name == "k" else None
+        return Ring(name, count, bool(beside and beside.staged), bool(beside and beside.has_key_scales))
 
     def cursors(fills: bool) -> RingCursors:
         depth = {"q": choice.q_stages, "k": stages, "v": stages, "tile": 1}
@@ -184,7 +182,7 @@ def kernel(
                 programs["producer"],
                 cursors=cursors(at.producer),
                 registers=share.producer if share else None,
-                single_thread=not (at.walks or at.stages_keys),
+                single_thread=not (at.walks or (at.scales and at.scales.has_key_scales)),
             ),
         ),
         buffers=buffers,

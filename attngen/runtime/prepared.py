@@ -327,14 +327,14 @@ def sms_of(arch: str, device: torch.device) -> int:
     return ARCHS[arch].num_sms
 
 
-def grid_of(entry: LaunchEntry, sizes: Mapping[str, int], runs_on: bool) -> int:
+def grid_of(entry: LaunchEntry, sizes: Mapping[str, int], persistent: bool) -> int:
     """How many blocks of threads a launch has.
 
     Args:
         entry: the launch.
         sizes: of the call.
-        runs_on: whether a block works on many tiles, and looks once more than there is work for it: their numbers run
-            on by as many as there are blocks.
+        persistent: whether a block may work on many tiles, and look once more than there is work for it: their numbers
+            run on by as many as there are blocks.
 
     Raises:
         ArgumentError: more than CUDA allows, or more tiles than a kernel can count.
@@ -342,7 +342,7 @@ def grid_of(entry: LaunchEntry, sizes: Mapping[str, int], runs_on: bool) -> int:
     grid, tiles = evaluate_formula(entry.grid, sizes), evaluate_formula(entry.tiles, sizes)
     if grid > LARGEST_GRID:
         raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
-    most = LARGEST_TILE_NUMBER + 1 - (grid if runs_on else 0)
+    most = LARGEST_TILE_NUMBER + 1 - (grid if persistent else 0)
     if tiles > most:
         raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
     return grid
@@ -367,6 +367,6 @@ def explain_launch(
     reports = []
     for entry in manifest.launches:
         kernel = kernels[entry.kernel]
-        grid = grid_of(entry, sizes, runs_on=_draws_tiles(kernel))
+        grid = grid_of(entry, sizes, persistent=_draws_tiles(kernel))
         reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
     return tuple(reports)

@@ -242,7 +242,7 @@ class QuantizeLauncher:
         ready = []
         with self._kernels.preparing(device):
             for entry in launches:
-                grid = grid_of(entry, sizes, runs_on=True)
+                grid = grid_of(entry, sizes, persistent=True)
                 kernel = kernels[entry.kernel]
                 if grid:
                     function = self._kernels.function(kernel, device.index)

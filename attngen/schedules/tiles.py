@@ -143,6 +143,11 @@ class Scales:
     lift: int
 
     @property
+    def has_key_scales(self) -> bool:
+        """Whether each key has a scale; the producer's warp stages them."""
+        return self.k.granule == 1
+
+    @property
     def vectors(self) -> tuple[RegVec, ...]:
         """What of it is kept in registers."""
         known = (self.of_rows, self.of_scores, self.top, self.weight)
@@ -220,14 +225,9 @@ class TilePlaces:
             ReadValueWeight(at.weight, at.top, staged),
         )
 
-    @property
-    def stages_keys(self) -> bool:
-        """Whether the producer leaves a scale for each key."""
-        return self.scales is not None and self.scales.k.granule == 1
-
     def scale_keys(self, stage: Cursor) -> Program:
         """What each key's scores are multiplied by, read before its stage is released."""
-        if (at := self.scales) is None or at.staged is None or not self.stages_keys:
+        if (at := self.scales) is None or at.staged is None or not at.has_key_scales:
             return ()
         return (ScaleKeys(self.acc_s, at.staged.at(stage)),)
 
