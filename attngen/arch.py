@@ -40,6 +40,8 @@ class Arch:
             tile is legal.
         wgmma: the matrix instruction of a warpgroup, for schedules that specialise warps; None where there is none.
         dtypes, input_dtypes: names of the formats that the output, and that Q, K and V may have.
+        starts_early: a kernel may be launched before the one ahead of it in the stream has ended, and waits for that
+            itself. Source: PTX ISA, "griddepcontrol"; CUDA C++ Programming Guide, "Programmatic Dependent Launch".
         num_sms: multiprocessors of the largest part; what is assumed where no GPU is at hand.
         emits: whether CUDA text can be made for it.
     """
@@ -57,6 +59,7 @@ class Arch:
     wgmma: Mma | None = None
     dtypes: tuple[str, ...] = ("f16", "bf16")
     input_dtypes: tuple[str, ...] = ("f16", "bf16")
+    starts_early: bool = False
     num_sms: int = 108
     emits: bool = True
 
@@ -101,6 +104,7 @@ ARCHS: dict[str, Arch] = {
             runs_on_later_minor=False,
             wgmma=Mma(64, 8, 16),
             input_dtypes=("f16", "bf16", "e4m3"),
+            starts_early=True,
             num_sms=132,
         ),
         Arch("sm_120", (12, 0), 99 * _KB, 100 * _KB, threads_per_sm=1536, num_sms=188),

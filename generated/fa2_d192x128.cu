@@ -81,6 +81,14 @@ DEV float log2_approx(float x) {
   return y;
 }
 
+// Wait until the kernels before this one in its stream have ended and what they wrote can be seen. A launch without the attribute
+// "programmatic stream serialization" starts no earlier, and finds nothing to wait for. PTX ISA: griddepcontrol.wait.
+DEV void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Let the next kernel of the stream start where multiprocessors become free; it waits itself, as above, for this one's end.
+// PTX ISA: griddepcontrol.launch_dependents.
+DEV void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // f16: two packed in a register, the matrix instruction that takes them.
 struct F16 {
   // PTX ISA: cvt.rn.f16x2.f32; its first source is the upper half.
@@ -514,6 +522,8 @@ attn_fwd_sm90a_f16_d192x128_causal_fa2_1df8dec2(const __grid_constant__ Params p
   const u32 k_smem = smem_address(smem) + 49152;
   const u32 v_smem = smem_address(smem) + 73728;
   const u32 out_smem = smem_address(smem) + 0;  // over q, once that is no longer needed
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   float acc_s[kRowTiles][8][4];
   u32 p[kRowTiles][4][4];
   float acc_o[kRowTiles][16][4];

@@ -151,6 +151,14 @@ DEV void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Wait until the kernels before this one in its stream have ended and what they wrote can be seen. A launch without the attribute
+// "programmatic stream serialization" starts no earlier, and finds nothing to wait for. PTX ISA: griddepcontrol.wait.
+DEV void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Let the next kernel of the stream start where multiprocessors become free; it waits itself, as above, for this one's end.
+// PTX ISA: griddepcontrol.launch_dependents.
+DEV void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // How the copy engine sees a tensor; made on the host. CUDA driver API: CUtensorMap.
 struct __align__(64) TensorMap {
   u64 opaque[16];
@@ -698,6 +706,8 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae(const __grid_constant__ Params
     prefetch_tensor_map(params.out_map);
   }
   __syncthreads();
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   if (warpgroup == 2) {  // producer
     keep_registers<24>();
     if (threadIdx.x % 128 < 32 && elect_one()) {

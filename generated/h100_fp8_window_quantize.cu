@@ -67,6 +67,14 @@ DEV float max_or_nan(float x, float y) {
   return z;
 }
 
+// Wait until the kernels before this one in its stream have ended and what they wrote can be seen. A launch without the attribute
+// "programmatic stream serialization" starts no earlier, and finds nothing to wait for. PTX ISA: griddepcontrol.wait.
+DEV void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Let the next kernel of the stream start where multiprocessors become free; it waits itself, as above, for this one's end.
+// PTX ISA: griddepcontrol.launch_dependents.
+DEV void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // e4m3: four packed in a register.
 struct E4m3 {
   // Rounded to the nearest, ends at 448. PTX ISA: cvt.rn.satfinite.e4m3x2.f32; its first source is the upper half.
@@ -564,15 +572,23 @@ DEV void pack_values(const Params& params) {
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_bf16(const __grid_constant__ Params params) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<Bf16Pair>(params, part, x); });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_quantize_f16(const __grid_constant__ Params params) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
   for_each_part(params, [&](const Part& part, uint4 (&x)[kStaged]) { quantize<F16Pair>(params, part, x); });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_pack_v(const __grid_constant__ Params params) { pack_values(params); }
+attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936_pack_v(const __grid_constant__ Params params) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  pack_values(params);
+}
 
 }  // namespace quantizer

@@ -22,6 +22,7 @@ INSTRUCTIONS = (
     "ptx/math.cuh",
     "ptx/mbarrier.cuh",
     "ptx/barrier.cuh",
+    "ptx/grid.cuh",
     "ptx/tma.cuh",
     "ptx/wgmma.cuh",
 )

@@ -5,7 +5,7 @@ It stands beside the .cu as .json. The Python runtime launches from it and from 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from attngen.plan import (
@@ -20,7 +20,7 @@ from attngen.plan import (
 )
 from attngen.quantize import KEY_BLOCK
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class KernelEntry:
     The fields stand in the order given, each aligned to its size: pointer and i64 to 8 bytes, i32 and f32 to 4, a
     tensor map of 128 bytes to 64. A parameter of value "counter.ptr" points at an i32 in device memory that is 0
     before the launch, that the kernel leaves at 0, and that no launch which may run at the same time shares.
+
+    Attributes:
+        starts_early: a launch may have the attribute "programmatic stream serialization": the kernel itself waits for
+            what came before it in the stream. Without the attribute it is as right, and starts later.
     """
 
     name: str
@@ -59,6 +63,7 @@ class KernelEntry:
     smem_bytes: int
     params: tuple[Param, ...]
     tensor_maps: tuple[TensorMapEntry, ...]
+    starts_early: bool
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ def _kernel_entry(data: dict[str, Any]) -> KernelEntry:
         for entry in data["tensor_maps"]
     )
     params = tuple(Param(**param) for param in data["params"])
-    return KernelEntry(data["name"], data["threads"], data["smem_bytes"], params, maps)
+    return KernelEntry(**{**data, "params": params, "tensor_maps": maps})
 
 
 def _tensor_map(entry: TensorMap) -> TensorMapEntry:
@@ -232,13 +237,14 @@ def _descales(of: Descales) -> TensorEntry:
 
 def manifest(plan: Plan) -> Manifest:
     """The manifest of a plan."""
+    early = plan.arch.starts_early
     kernels = [
-        KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)))
+        KernelEntry(k.name, k.threads, k.smem_bytes, k.params, tuple(map(_tensor_map, k.tensor_maps)), early)
         for k in plan.kernels
     ]
     launches = [LaunchEntry(launch.kernel, launch.grid, launch.tiles) for launch in plan.launches]
     if (tables := plan.table_kernel) is not None:  # its parameters are the attention kernel's, maps included
-        kernels.append(KernelEntry(tables.name, tables.threads, 0, tables.params, kernels[0].tensor_maps))
+        kernels.append(replace(kernels[0], name=tables.name, threads=tables.threads, smem_bytes=0))
         launches.insert(0, LaunchEntry(tables.name, tables.grid, tables.grid))
     return Manifest(
         name=plan.name,

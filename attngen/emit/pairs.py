@@ -74,7 +74,7 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
         }
         for table in kernel.tables
     ]
-    return str(macros.fill_tables(kernel, tables)).strip("\n")
+    return str(macros.fill_tables(kernel, tables, plan.arch)).strip("\n")
 
 
 def _descales(plan: Plan, env: jinja2.Environment) -> Iterator[str]:

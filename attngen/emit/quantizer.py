@@ -78,7 +78,9 @@ def quantizer_entries(quantizer: Quantizer) -> QuantizerEntries:
         quantizer.scales,
         quantizer.hadamard_seed is not None,
         tuple(
-            KernelEntry(name, quantizer.threads, smem_bytes, quantizer.params, ())
+            KernelEntry(
+                name, quantizer.threads, smem_bytes, quantizer.params, (), quantizer.arch.starts_early
+            )
             for name, smem_bytes in {**smem, pack.kernel: 0}.items()
         ),
         tuple(map(_workspace, quantizer.outputs)),

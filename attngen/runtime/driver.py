@@ -10,6 +10,8 @@ from attngen.arch import ARCHS
 from attngen.errors import ToolchainError
 
 TENSOR_MAP_BYTES = 128
+MOST_CONFIGS = 4096
+"""Launch configurations that a kernel remembers; a program with more starts over."""
 _MAX_DYNAMIC_SMEM = "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
 
 
@@ -98,12 +100,14 @@ def zeroed_memory(device: int, words: int) -> int:
 class Function:
     """A kernel of a loaded cubin, ready on any device whose context is current."""
 
-    def __init__(self, module: "Module", handle: Any, smem_bytes: int) -> None:
+    def __init__(self, module: "Module", handle: Any, smem_bytes: int, starts_early: bool) -> None:
         self._module = module  # keeps the library loaded
         self.handle = handle
         self.launchable = _driver().CUfunction(int(handle))  # the launch takes either kind of handle
-        self.start = _driver().cuLaunchKernel
+        self.start = _driver().cuLaunchKernelEx
+        self.configs: dict[tuple[int, int, int, int], Any] = {}
         self._smem_bytes = smem_bytes
+        self._starts_early = starts_early
         self._prepared: set[int] = set()
 
     def prepare(self, device: int) -> None:
@@ -124,6 +128,23 @@ class Function:
         _check(driver.cuFuncLoad(loaded), "loading the kernel on the device")
         self._prepared.add(device)
 
+    def config(self, grid: int, threads: int, smem_bytes: int, stream: int) -> Any:
+        """What the driver is told of a launch; to fill it takes longer than to launch, so it is kept in `configs`."""
+        driver = _driver()
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = smem_bytes, stream
+        if self._starts_early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        if len(self.configs) >= MOST_CONFIGS:
+            self.configs.clear()
+        self.configs[grid, threads, smem_bytes, stream] = config
+        return config
+
 
 class Module:
     """A loaded cubin."""
@@ -134,11 +155,17 @@ class Module:
         self._cubin = cubin
         self._library = _check(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "loading the kernel")
 
-    def function(self, name: str, smem_bytes: int) -> Function:
-        """The kernel called `name`, which will ask for that much dynamic shared memory."""
+    def function(self, name: str, smem_bytes: int, starts_early: bool = False) -> Function:
+        """A kernel.
+
+        Args:
+            name: what the cubin calls it.
+            smem_bytes: of dynamic shared memory, which it will ask for.
+            starts_early: it waits itself for what came before it in the stream, so it may be launched ahead of its end.
+        """
         driver = _driver()
         kernel = _check(driver.cuLibraryGetKernel(self._library, name.encode()), f"finding kernel {name}")
-        return Function(self, kernel, smem_bytes)
+        return Function(self, kernel, smem_bytes, starts_early)
 
 
 def encode_tensor_map(
@@ -190,19 +217,22 @@ def launch(
     Raises:
         ToolchainError: the driver refused.
     """
-    result = function.start(function.launchable, grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0)
+    config = function.configs.get((grid, threads, smem_bytes, stream))
+    if config is None:
+        config = function.config(grid, threads, smem_bytes, stream)
+    result = function.start(config, function.launchable, arguments, 0)
     if result[0]:
-        _launch_again(result, function, device, (grid, 1, 1, threads, 1, 1, smem_bytes, stream, arguments, 0))
+        _launch_again(result, function, device, config, arguments)
 
 
 def _launch_again(
-    result: tuple[Any, ...], function: Function, device: int, launch_arguments: tuple[int, ...]
+    result: tuple[Any, ...], function: Function, device: int, config: Any, arguments: int
 ) -> None:
     """Mend what can be mended of a launch that failed: a thread that has not used the GPU before has no context."""
     driver = _driver()
     if result[0] == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         _check(driver.cuCtxSetCurrent(_primary_context(device)), "entering the device's context")
-        result = function.start(function.launchable, *launch_arguments)
+        result = function.start(config, function.launchable, arguments, 0)
     _check(result, "launching the kernel")
 
 

@@ -58,7 +58,8 @@ class LoadedKernels:
         if not self._functions:
             module = self._load(self._cubin)
             self._functions = {
-                each.name: module.function(each.name, each.smem_bytes) for each in self._kernels
+                each.name: module.function(each.name, each.smem_bytes, each.starts_early)
+                for each in self._kernels
             }
         function = self._functions[kernel.name]
         function.prepare(device)

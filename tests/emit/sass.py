@@ -47,6 +47,19 @@ def hot_loop(sass: str) -> Counter[str]:
     return max(hot, key=lambda body: (body["MUFU"] + matrix_instructions(body)) / body.total())
 
 
+def accesses_before_waiting(sass: str) -> list[str]:
+    """Of kernels that start early: each access to device memory that stands before the wait for earlier kernels.
+
+    ptxas may move a load that it takes for one of constants ahead of anything.
+    """
+    found = []
+    for kernel in re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]:
+        before, *_ = kernel.partition("ACQBULK")
+        touched = re.findall(r"\b(?:LDG|LDGSTS|STG|ATOMG?|RED|REDG|UTMALDG|UTMASTG)\b[^;]*", before)
+        found += [f"{kernel.split(':')[0]}: {access}" for access in touched]
+    return found
+
+
 def matrix_instructions(body: Counter[str]) -> int:
     """Of warpgroups, of 16-bit inputs and of 8-bit ones, and of warps."""
     return body["HGMMA"] + body["QGMMA"] + body["HMMA"]

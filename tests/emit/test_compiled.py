@@ -8,7 +8,7 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.resources import shipped_names
 from attngen.runtime import compile_source, disassemble
-from tests.emit.sass import committed_cells, rows
+from tests.emit.sass import accesses_before_waiting, committed_cells, rows
 
 SHIPPED = [name for name in shipped_names() if attngen.load(name).target != "simulator"]
 
@@ -36,6 +36,7 @@ def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
     assert compiled.warnings == ()
     sass = disassemble(compiled.cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert not kernel.plan.arch.starts_early or not accesses_before_waiting(sass)
     planned = {
         "QGMMA" if name == "HGMMA" and kernel.plan.inputs.bits == 8 else name
         for name in MATRIX_INSTRUCTIONS[kernel.plan.schedule]
@@ -55,6 +56,17 @@ def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
 def test_a_shipped_spec_compiles_without_spills(name: str) -> None:
     """What attngen ships compiles to what its plan says, whole in registers."""
     assert_compiles_as_planned(attngen.compile(name))
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [("", ": LDG"), ("  params.arg_doc[0] = 0;\n  wait_for_earlier_kernels();\n", ": STG")],
+)
+def test_whoever_does_not_wait_is_found(first: str, said: str) -> None:
+    """The check above sees a kernel that never waits for those before it, and one that touches memory first."""
+    source = attngen.compile("h100_document").source.replace("  wait_for_earlier_kernels();\n", first)
+    found = accesses_before_waiting(disassemble(compile_source(source, "sm_90a").cubin))
+    assert len(found) >= 2 and said in found[0], found
 
 
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 192, 256, {"qk": 192, "v": 128}], ids=str)

@@ -129,6 +129,32 @@ def test_tensors_on_another_device_than_the_current_one(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_each_launch_waits_for_the_one_before(kind: str) -> None:
+    """Launches may start before the last has ended, but read what it wrote: one after another, and in a graph."""
+    made = kernel(kind)
+    q, k, v = random_inputs(Shape(4, 16, 16, 640, 640), 64, 64, torch.bfloat16, "cuda", 5)
+    outputs = [torch.empty_like(v) for _ in range(4)]
+
+    def chain(pause: Callable[[], object] = lambda: None) -> None:
+        """Each output is the next launch's V; NaN stands where nothing has been written yet."""
+        for out in outputs:
+            out.fill_(torch.nan)
+        for values, out in zip((v, *outputs), outputs, strict=False):
+            made(q, k, values, out=out)
+            pause()
+
+    chain(torch.cuda.synchronize)
+    expected = outputs[-1].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for run in (chain, graph.replay) * 20:
+        run()
+        wait_for_gpu()
+        assert torch.equal(outputs[-1], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_graph_replay_uses_new_data(kind: str) -> None:
     """A captured call replays on whatever the input tensors then hold, twice in a row too."""
     made = kernel(kind)

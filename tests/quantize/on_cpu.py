@@ -62,7 +62,7 @@ class CpuKernels:
     def load(self, cubin: bytes) -> "CpuKernels":
         return self
 
-    def function(self, name: str, smem_bytes: int) -> "CpuFunction":
+    def function(self, name: str, smem_bytes: int, starts_early: bool) -> "CpuFunction":
         return CpuFunction(getattr(self._library, f"run_{name}"))
 
     def start(

@@ -6,7 +6,8 @@ from attngen.arch import ARCHS, RESERVED_SMEM_BYTES
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind
-from attngen.runtime import compile_source
+from attngen.runtime import compile_source, disassemble
+from tests.emit.sass import accesses_before_waiting
 
 TRANSFORMED = (64, 128, 256)
 """Head dims that have a Hadamard matrix."""
@@ -22,7 +23,9 @@ def test_kernels_compile_without_spills(dim: int, scales: ScaleKind) -> None:
     """Whole in registers, and as many blocks fit a multiprocessor as planned."""
     for seed in (None, 1) if dim in TRANSFORMED else (None,):
         made = quantizer(dim, scales, seed)
-        resources = compile_source(quantizer_text(made), "sm_90a").resources
+        compiled = compile_source(quantizer_text(made), "sm_90a")
+        resources = compiled.resources
+        assert not accesses_before_waiting(disassemble(compiled.cubin))
         asked = {kernel.name: kernel.smem_bytes for kernel in quantizer_entries(made).kernels}
         assert {used.name for used in resources} == asked.keys()
         for used in resources:

@@ -195,7 +195,7 @@ class _Function:
 
 
 class _Module:
-    def function(self, name: str, smem_bytes: int) -> _Function:
+    def function(self, name: str, smem_bytes: int, starts_early: bool) -> _Function:
         return _Function(name)
 
 

@@ -127,6 +127,13 @@ def test_a_kernel_is_prepared_once_a_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert stand_in.calls.count(("cuFuncLoad", "function of 64")) == 2
 
 
+def numbers(config: Any) -> tuple[int, ...]:
+    """What a launch is told: grid, threads, bytes of shared memory, stream."""
+    grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+    threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
+    return (*grid, *threads, config.sharedMemBytes, int(config.hStream))
+
+
 def test_a_thread_without_a_context_gets_the_device_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On that error alone the context is made current and the launch tried once more, with the same arguments."""
     stand_in = Bindings(monkeypatch)
@@ -136,16 +143,42 @@ def test_a_thread_without_a_context_gets_the_device_s_own(monkeypatch: pytest.Mo
 
     def launch(*codes: Any) -> list[tuple[Any, ...]]:
         left, before = list(codes), len(stand_in.calls)
-        stand_in.answers["cuLaunchKernel"] = lambda *_: (left.pop(0),)
+        stand_in.answers["cuLaunchKernelEx"] = lambda *_: (left.pop(0),)
         driver.launch(function, 5, 128, 1024, 3, 7, 0x1000)
         assert not left
-        return [call for call in stand_in.calls[before:] if call[0] in ("cuLaunchKernel", "cuCtxSetCurrent")]
+        return [
+            (call[0], numbers(call[1]), *call[2:]) if call[0] == "cuLaunchKernelEx" else call
+            for call in stand_in.calls[before:]
+            if call[0] in ("cuLaunchKernelEx", "cuCtxSetCurrent")
+        ]
 
     ok, none = RESULTS.CUDA_SUCCESS, RESULTS.CUDA_ERROR_INVALID_CONTEXT
-    started = ("cuLaunchKernel", function.launchable, 5, 1, 1, 128, 1, 1, 1024, 7, 0x1000, 0)
+    started = ("cuLaunchKernelEx", (5, 1, 1, 128, 1, 1, 1024, 7), function.launchable, 0x1000, 0)
     assert launch(ok) == [started]
     assert launch(none, ok) == [started, ("cuCtxSetCurrent", "context of device 3"), started]
     with pytest.raises(attngen.ToolchainError, match="launching the kernel: CUDA_ERROR_INVALID_CONTEXT"):
         launch(none, none)
     with pytest.raises(attngen.ToolchainError, match="launching the kernel: CUDA_ERROR_INVALID_VALUE"):
         launch(RESULTS.CUDA_ERROR_INVALID_VALUE)
+
+
+def test_only_a_kernel_that_waits_itself_starts_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone is launched with the attribute; a launch is described once, and anew where anything of it differs."""
+    stand_in = Bindings(monkeypatch)
+    answers_of_a_gpu(stand_in)
+    stand_in.answers["cuLibraryGetKernel"] = lambda library, name: (RESULTS.CUDA_SUCCESS, 64)
+    monkeypatch.setattr(driver, "MOST_CONFIGS", 2)
+    module = driver.Module(b"cubin")
+    for starts_early in (False, True):
+        function = module.function("kernel", 0, starts_early)
+        for grid, stream in ((5, 7), (5, 7), (5, 8), (6, 7)):
+            driver.launch(function, grid, 128, 0, 3, stream, 0x1000)
+        configs = [call[1] for call in stand_in.calls if call[0] == "cuLaunchKernelEx"][-4:]
+        assert configs[0] is configs[1]
+        assert [numbers(config)[0::7] for config in configs] == [(5, 7), (5, 7), (5, 8), (6, 7)]
+        assert len(function.configs) <= driver.MOST_CONFIGS
+        for config in configs:
+            allowed = [
+                x.value.programmaticStreamSerializationAllowed for x in config.attrs[: config.numAttrs]
+            ]
+            assert allowed == [1] * starts_early

@@ -41,7 +41,7 @@ class Recorder:
     def load(self, cubin: bytes) -> "Recorder":
         return self
 
-    def function(self, name: str, smem_bytes: int) -> "Recorder":
+    def function(self, name: str, smem_bytes: int, starts_early: bool) -> "Recorder":
         return self
 
     def prepare(self, device: int) -> None:
@@ -364,7 +364,7 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.Monke
     class Named:
         """A module and the kernel of it that was asked for."""
 
-        def function(self, name: str, smem_bytes: int) -> "Named":
+        def function(self, name: str, smem_bytes: int, starts_early: bool) -> "Named":
             self.name = name
             return self
 
