@@ -396,7 +396,11 @@ def _worst_lse(lse: Tensor, ref: Tensor, sums: Tensor | float) -> tuple[float, f
 
 
 def _where_largest(x: Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in torch.unravel_index(x.argmax(), x.shape))
+    rest, at = int(x.argmax()), []
+    for extent in reversed(x.shape):  # torch.unravel_index would load sympy, which takes a second
+        rest, index = divmod(rest, extent)
+        at.append(index)
+    return tuple(reversed(at))
 
 
 def _rounding_term(ref: Tensor, dtype: torch.dtype) -> float:

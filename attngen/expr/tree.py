@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -233,6 +234,7 @@ def substitute(form: Expr, index: Expr, by: Expr) -> Expr:
     return add(affine(coefficients, constant), scale(factor, by))
 
 
+@lru_cache(maxsize=64)  # a simulated kernel asks for those of its mask at every tile
 def nodes(*exprs: Expr) -> tuple[Expr, ...]:
     """Every node of the trees once, arguments before what they are arguments of."""
     found: dict[Expr, None] = {}
@@ -260,11 +262,13 @@ def with_nodes(expr: Expr, by: Mapping[Expr, Expr]) -> Expr:
     return made[expr]
 
 
+@lru_cache(maxsize=64)
 def free_names(expr: Expr) -> frozenset[str]:
     """The names an expression reads, without those of tensors."""
     return frozenset(each.name for each in nodes(expr) if each.op == "name")
 
 
+@lru_cache(maxsize=64)
 def tensor_names(expr: Expr) -> frozenset[str]:
     """The tensors an expression reads."""
     return frozenset(each.name for each in nodes(expr) if each.op == "lookup")

@@ -29,12 +29,12 @@ def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
     """
     for shorter in kernel.shorter:
         assert_compiles_as_planned(shorter)
-    compiled = compile_source(kernel.source, kernel.plan.arch.name)
+    compiled = kernel.compiled
     for used in compiled.resources:
         assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0), used.name
     (used,) = (used for used in compiled.resources if used.name == kernel.plan.name)
     assert compiled.warnings == ()
-    sass = disassemble(compiled.cubin)
+    sass = kernel.sass()
     assert not re.search(r"\b(LDL|STL)\b", sass)
     assert not kernel.plan.arch.starts_early or not accesses_before_waiting(sass)
     planned = {
@@ -133,7 +133,7 @@ def test_every_form_of_the_warpgroup_schedules_compiles(kind: str, overlap: bool
 def test_a_single_warpgroup_keeps_the_registers_of_its_launch() -> None:
     """With one consumer nothing is handed on: no setmaxnreg."""
     kernel = attngen.compile({"problem": {"head_dim": 128}, "schedule": {"warpgroups": 1}}, arch="sm_90a")
-    sass = disassemble(compile_source(kernel.source, "sm_90a").cubin)
+    sass = kernel.sass()
     assert "HGMMA" in sass and "USETMAXREG" not in sass
 
 
@@ -143,7 +143,7 @@ def test_auto_tiles_do_not_spill(kind: str, head_dim: int) -> None:
     """What auto picks for each head dim compiles without spills, causal, on sm_90a."""
     spec = {"problem": {"head_dim": head_dim}, "mask": "causal", "schedule": {"kind": kind}}
     kernel = attngen.compile(spec, arch="sm_90a")
-    (used,) = compile_source(kernel.source, "sm_90a").resources
+    (used,) = kernel.resources
     assert used.spill_stores == used.stack_bytes == 0
 
 
@@ -153,7 +153,7 @@ def test_every_target_compiles(arch: str) -> None:
     for kind in ("auto", "fa2"):
         spec = {"problem": {"head_dim": 128}, "mask": "causal", "schedule": {"kind": kind}}
         kernel = attngen.compile(spec, arch=arch)
-        assert compile_source(kernel.source, arch).resources[0].registers <= 255
+        assert kernel.resources[0].registers <= 255
 
 
 def test_the_table_of_sass_is_in_step() -> None:
@@ -187,7 +187,7 @@ def test_a_bias_is_loaded_in_pairs_and_under_no_gemm(which: str, head_dim: int) 
     spec = {"problem": {"head_dim": head_dim}, "mask": mask, "score": score, "tensors": tensors}
     kernel = attngen.compile(spec, arch="sm_90a")
     assert_compiles_as_planned(kernel)
-    sass = disassemble(compile_source(kernel.source, "sm_90a").cubin)
+    sass = kernel.sass()
     lookups, rows = score.count("kv_idx"), 2
     blocks = (
         2 if mask != "full" else 3
