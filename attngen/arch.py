@@ -40,8 +40,9 @@ class Arch:
             tile is legal.
         wgmma: the matrix instruction of a warpgroup, for schedules that specialise warps; None where there is none.
         dtypes, input_dtypes: names of the formats that the output, and that Q, K and V may have.
-        starts_early: a kernel may be launched before the one ahead of it in the stream has ended, and waits for that
-            itself. Source: PTX ISA, "griddepcontrol"; CUDA C++ Programming Guide, "Programmatic Dependent Launch".
+        starts_early: kernels are emitted that may be launched before the one ahead of them in the stream has ended, and
+            wait for that themselves. Source: PTX ISA, "griddepcontrol"; CUDA C++ Programming Guide, "Programmatic
+            Dependent Launch".
         num_sms: multiprocessors of the largest part; what is assumed where no GPU is at hand.
         emits: whether CUDA text can be made for it.
     """

@@ -51,7 +51,8 @@ class KernelEntry:
 
     The fields stand in the order given, each aligned to its size: pointer and i64 to 8 bytes, i32 and f32 to 4, a
     tensor map of 128 bytes to 64. A parameter of value "counter.ptr" points at an i32 in device memory that is 0
-    before the launch, that the kernel leaves at 0, and that no launch which may run at the same time shares.
+    before the launch, that the kernel leaves at 0, and that no launch which may run at the same time shares;
+    one that starts early, in the same stream, touches it only after its wait.
 
     Attributes:
         starts_early: a launch may have the attribute "programmatic stream serialization": the kernel itself waits for

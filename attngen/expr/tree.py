@@ -234,7 +234,6 @@ def substitute(form: Expr, index: Expr, by: Expr) -> Expr:
     return add(affine(coefficients, constant), scale(factor, by))
 
 
-@lru_cache(maxsize=64)  # a simulated kernel asks for those of its mask at every tile
 def nodes(*exprs: Expr) -> tuple[Expr, ...]:
     """Every node of the trees once, arguments before what they are arguments of."""
     found: dict[Expr, None] = {}
@@ -262,7 +261,7 @@ def with_nodes(expr: Expr, by: Mapping[Expr, Expr]) -> Expr:
     return made[expr]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # a simulated kernel asks at every tile
 def free_names(expr: Expr) -> frozenset[str]:
     """The names an expression reads, without those of tensors."""
     return frozenset(each.name for each in nodes(expr) if each.op == "name")

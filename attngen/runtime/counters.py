@@ -1,9 +1,9 @@
 """Counters from which persistent kernels draw their tiles: device memory that is 0 whenever no launch uses it.
 
-A kernel leaves its counter at 0 (see `KernelEntry`), so nothing is reset here. Launches on one stream follow one
-another and share a counter; a launch that is captured into a graph gets one of its own, for the graph may run on any
-stream. Nobody says when a graph is gone, so such a counter is never handed out again: 4 bytes a captured launch, of
-which there are as many as the GPU has memory for.
+A kernel leaves its counter at 0 (see `KernelEntry`), so nothing is reset here. Launches on one stream share a counter:
+they follow one another, or wait for one another before they draw. A launch that is captured into a graph gets one of
+its own, for the graph may run on any stream. Nobody says when a graph is gone, so such a counter is never handed out
+again: 4 bytes a captured launch, of which there are as many as the GPU has memory for.
 """
 
 import threading

@@ -128,30 +128,87 @@ def test_tensors_on_another_device_than_the_current_one(kind: str) -> None:
     assert counters_are_zero()
 
 
+def chain(made: attngen.Kernel, call: tuple[torch.Tensor, ...], pause: bool = False) -> torch.Tensor:
+    """The last of four launches each of which has the output of the one before for V; NaN where nothing is written."""
+    q, k, values = call
+    outputs = [torch.full_like(values, torch.nan) for _ in range(4)]
+    for out in outputs:
+        made(q, k, values, out=out)
+        values = out
+        if pause:
+            torch.cuda.synchronize()
+    return values
+
+
+def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of a call, and where it leaves what the call gives."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    return graph, found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_launch_waits_for_the_one_before(kind: str) -> None:
     """Launches may start before the last has ended, but read what it wrote: one after another, and in a graph."""
     made = kernel(kind)
-    q, k, v = random_inputs(Shape(4, 16, 16, 640, 640), 64, 64, torch.bfloat16, "cuda", 5)
-    outputs = [torch.empty_like(v) for _ in range(4)]
-
-    def chain(pause: Callable[[], object] = lambda: None) -> None:
-        """Each output is the next launch's V; NaN stands where nothing has been written yet."""
-        for out in outputs:
-            out.fill_(torch.nan)
-        for values, out in zip((v, *outputs), outputs, strict=False):
-            made(q, k, values, out=out)
-            pause()
-
-    chain(torch.cuda.synchronize)
-    expected = outputs[-1].clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
-    for run in (chain, graph.replay) * 20:
-        run()
+    call = random_inputs(Shape(4, 16, 16, 640, 640), 64, 64, torch.bfloat16, "cuda", 5)
+    expected = chain(made, call, pause=True)
+    graph, out = captured(lambda: chain(made, call))
+    for _ in range(20):
+        graph.replay()
         wait_for_gpu()
-        assert torch.equal(outputs[-1], expected)
+        assert torch.equal(out, expected) and torch.equal(chain(made, call), expected)
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_a_launch_that_does_not_wait_is_seen(kind: str) -> None:
+    """The test above would show it: without the wait the same graph, whose launches have a counter each, goes wrong."""
+    made = kernel(kind)
+    call = random_inputs(Shape(4, 16, 16, 640, 640), 64, 64, torch.bfloat16, "cuda", 5)
+    expected = chain(made, call, pause=True)
+    source = made.source.replace("  wait_for_earlier_kernels();\n", "")
+    hasty = attngen.Kernel(made.spec, made.plan, source=source)
+    chain(hasty, call, pause=True)
+    graph, out = captured(lambda: chain(hasty, call))
+    wrong = 0
+    for _ in range(20):
+        graph.replay()
+        wait_for_gpu()
+        wrong += not torch.equal(out, expected)
+    assert wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_between_streams_copies_and_fills(kind: str) -> None:
+    """What a launch follows may be an event of another stream, a copy or a fill, or the last launch but one."""
+    made = kernel(kind)
+    q, k, v = call = random_inputs(Shape(4, 16, 16, 640, 640), 64, 64, torch.bfloat16, "cuda", 6)
+    side = torch.cuda.Stream()
+
+    def mixed(pause: bool = False) -> torch.Tensor:
+        def rest() -> None:
+            if pause:
+                torch.cuda.synchronize()
+
+        first = chain(made, call, pause)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            second = made(q, k, first)
+        torch.cuda.current_stream().wait_stream(side)
+        rest()
+        third = made(q, second, first)
+        rest()
+        copy = torch.zeros_like(third).copy_(third)
+        rest()
+        return made(q, copy, second)
+
+    expected = mixed(pause=True)
+    graph, out = captured(mixed)
+    for _ in range(20):
+        graph.replay()
+        wait_for_gpu()
+        assert torch.equal(out, expected) and torch.equal(mixed(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

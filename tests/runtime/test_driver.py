@@ -10,6 +10,7 @@ from attngen.runtime import driver
 
 bindings = pytest.importorskip("cuda.bindings.driver")
 RESULTS = bindings.CUresult
+EARLY = bindings.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Bindings:
@@ -178,7 +179,6 @@ def test_only_a_kernel_that_waits_itself_starts_early(monkeypatch: pytest.Monkey
         assert [numbers(config)[0::7] for config in configs] == [(5, 7), (5, 7), (5, 8), (6, 7)]
         assert len(function.configs) <= driver.MOST_CONFIGS
         for config in configs:
-            allowed = [
-                x.value.programmaticStreamSerializationAllowed for x in config.attrs[: config.numAttrs]
-            ]
-            assert allowed == [1] * starts_early
+            attributes = config.attrs[: config.numAttrs]
+            found = [(x.id, x.value.programmaticStreamSerializationAllowed) for x in attributes]
+            assert found == [(EARLY, 1)] * starts_early

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 import attngen
+from attngen.arch import ARCHS
+from attngen.emit import emit, manifest
+from attngen.lower import lower
 from attngen.runtime import Launcher, LaunchReport, tensor_maps
 from attngen.runtime import launch as launch_module
+from attngen.runtime.loaded import LoadedKernels
 
 CAUSAL = {"problem": {"head_dim": 64}, "mask": "causal"}
 KERNEL = attngen.compile(CAUSAL | {"schedule": {"kind": "fa2"}}, arch="sm_90a")
@@ -35,6 +39,7 @@ class Recorder:
         self.struct_bytes = struct_bytes
         self.structs: list[bytes] = []
         self.grids: list[int] = []
+        self.early: dict[str, bool] = {}
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
 
@@ -42,6 +47,7 @@ class Recorder:
         return self
 
     def function(self, name: str, smem_bytes: int, starts_early: bool) -> "Recorder":
+        self.early[name] = starts_early
         return self
 
     def prepare(self, device: int) -> None:
@@ -82,6 +88,23 @@ def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPat
     assert sent["scale_is_negative"] == 1
     assert sent["softmax_scale_log2"] == pytest.approx(0.5 * 1.4426950408889634)
     assert recorder.grids == [2 * 4 * 3] and lse is None
+
+
+@pytest.mark.parametrize(("arch", "starts_early"), [("sm_80", False), ("sm_90a", True), ("sm_120", False)])
+def test_kernels_that_wait_themselves_are_loaded_as_such(
+    monkeypatch: pytest.MonkeyPatch, arch: str, starts_early: bool
+) -> None:
+    """Those of sm_90a, the one for tables too: their texts wait, and no others do."""
+    spec = {"problem": {"head_dim": 64}, "mask": "document(doc)", "tensors": {"doc": "i32[batch, seqlen_k]"}}
+    plan = lower(attngen.load(spec), ARCHS[arch])
+    assert plan.table_kernel is not None
+    names = (plan.name, plan.table_kernel.name)
+    assert emit(plan).count("  wait_for_earlier_kernels();") == len(names) * starts_early
+    recorder = Recorder(monkeypatch)
+    loaded = LoadedKernels(arch, manifest(plan).kernels, b"", recorder.load, recorder.start)
+    for kernel in manifest(plan).kernels:
+        loaded.function(kernel, 0)
+    assert recorder.early == dict.fromkeys(names, starts_early)
 
 
 def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: pytest.MonkeyPatch) -> None:

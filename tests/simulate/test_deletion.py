@@ -317,7 +317,7 @@ def is_noticed(plan: Plan, case: Case, expected: list[tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_step_is_needed(case: Case) -> None:
-    """Without one of its Steps a program faults or differs, or the Step is listed, and none in vain."""
+    """Without one of its Steps, but for Notes, a program faults or differs, or the Step is listed, and none in vain."""
     plan = case.plan()
     expected = list(results(plan, case))
     unnoticed, listed = [], []

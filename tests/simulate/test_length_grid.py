@@ -1,4 +1,4 @@
-"""The simulator on the whole grid that the GPU tests run, lengths capped."""
+"""The simulator on the grid that the GPU tests run, lengths capped, and a format for each mask."""
 
 import pytest
 
