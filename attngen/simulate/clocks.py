@@ -30,8 +30,9 @@ class Clock(dict[str, int]):
 
     def join(self, other: "Clock") -> None:
         """Know also what the other knows."""
+        known = self.get
         for line, count in other.items():
-            if count > self.get(line, 0):
+            if count > known(line, 0):
                 self[line] = count
 
     def see(self, line: str, count: int) -> None:

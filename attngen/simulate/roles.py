@@ -110,8 +110,10 @@ class RoleRun:
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
         self._epoch = 0
-        self._positions: dict[Cursor, Position] = {}
-        self._seen_by_some: set[Cursor] = set()  # full stages that a slow thread may not have seen full yet
+        self._positions: dict[str, Position] = {}  # by cursor; a role's cursors have names of their own
+        self._seen_by_some: set[str] = (
+            set()
+        )  # cursors at full stages that a slow thread may not have seen full yet
         self._gemms_issued = 0
         self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
         self._stores_issued = 0
@@ -207,11 +209,14 @@ class RoleRun:
         """Where it stands in a ring."""
         if cursor is None:
             return Position(0, 0)
-        return self._positions.setdefault(cursor, Position(0, int(cursor.fills)))
+        found = self._positions.get(cursor.name)
+        if found is None:
+            found = self._positions[cursor.name] = Position(0, int(cursor.fills))
+        return found
 
     def see_full(self, cursor: Cursor) -> None:
         """Some threads have seen the stage full, others may still have to look."""
-        self._seen_by_some.add(cursor)
+        self._seen_by_some.add(cursor.name)
 
     def check_seen_by_all(self, cursor: Cursor) -> None:
         """Refuse to hand a stage back that may be filled anew before a slow thread has looked.
@@ -219,7 +224,7 @@ class RoleRun:
         Raises:
             SimulationFault: the threads have not met since.
         """
-        if cursor in self._seen_by_some and not self._is_one_thread:
+        if cursor.name in self._seen_by_some and not self._is_one_thread:
             name = self.stage_barriers(cursor).full.name
             raise self.fault("race", f"{name} is released, and not all threads have seen it full", name)
 
