@@ -110,10 +110,8 @@ class RoleRun:
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
         self._epoch = 0
-        self._positions: dict[str, Position] = {}  # by cursor; a role's cursors have names of their own
-        self._seen_by_some: set[str] = (
-            set()
-        )  # cursors at full stages that a slow thread may not have seen full yet
+        self._positions: dict[str, Position] = {}  # by the names of its cursors, which differ
+        self._seen_by_some: set[str] = set()  # cursors at full stages that a slow thread may not have seen
         self._gemms_issued = 0
         self._owned_by_gemm: dict[str, int] = {}  # register place -> number of the GEMM
         self._stores_issued = 0

@@ -24,7 +24,9 @@ block of keys. R2UR in it means that descriptors of wgmma do not stay in uniform
 """
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
-_ACCESS = re.compile(r"\b(?:LDG?|LDGSTS|STG?|ATOMG?|REDG?|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|PREEXIT)\b[^;]*")
+_WANTS_WAITING = re.compile(
+    r"\b(?:LDG?|LDGSTS|STG?|ATOMG?|REDG?|UTMALDG|UTMASTG|UTMAREDG|UBLKCP|PREEXIT)\b[^;]*"
+)
 
 
 def loops(sass: str) -> Iterator[list[str]]:
@@ -48,7 +50,7 @@ def hot_loop(sass: str) -> Counter[str]:
     return max(hot, key=lambda body: (body["MUFU"] + matrix_instructions(body)) / body.total())
 
 
-def accesses_before_waiting(sass: str) -> list[str]:
+def done_before_waiting(sass: str) -> list[str]:
     """Of kernels that start early: what accesses device memory, or lets the next one start, ahead of its own wait.
 
     ptxas may move a load that it takes for one of constants ahead of anything.
@@ -56,7 +58,7 @@ def accesses_before_waiting(sass: str) -> list[str]:
     found = []
     for kernel in re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]:
         before, *_ = kernel.partition("ACQBULK")
-        found += [f"{kernel.split(':')[0]}: {access}" for access in _ACCESS.findall(before)]
+        found += [f"{kernel.split(':')[0]}: {done}" for done in _WANTS_WAITING.findall(before)]
     return found
 
 

@@ -7,7 +7,7 @@ from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind
 from attngen.runtime import compile_source, disassemble
-from tests.emit.sass import accesses_before_waiting
+from tests.emit.sass import done_before_waiting
 
 TRANSFORMED = (64, 128, 256)
 """Head dims that have a Hadamard matrix."""
@@ -25,7 +25,7 @@ def test_kernels_compile_without_spills(dim: int, scales: ScaleKind) -> None:
         made = quantizer(dim, scales, seed)
         compiled = compile_source(quantizer_text(made), "sm_90a")
         resources = compiled.resources
-        assert not accesses_before_waiting(disassemble(compiled.cubin))
+        assert not done_before_waiting(disassemble(compiled.cubin))
         asked = {kernel.name: kernel.smem_bytes for kernel in quantizer_entries(made).kernels}
         assert {used.name for used in resources} == asked.keys()
         for used in resources:
