@@ -24,7 +24,7 @@ one draw.
 may be exact by luck. The (1, 1) problem needs none of this: out is v there, exactly.
 
 f32 inputs round P to nothing shorter, so that the order of f32 sums is all that differs, and the yardstick,
-whose matrix product sums pairwise, is no bound for a loop over blocks. They are allowed one more term (see
+whose matrix product is rounded once, is no bound for a loop over blocks. They are allowed one more term (see
 `_order_term`), which grows with the number of blocks.
 
 Of 8-bit operands (`attngen.judging`) the reference takes the numbers that they stand for, and the yardstick rounds P as

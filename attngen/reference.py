@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attngen.expr import Expr, evaluate
+from attngen.expr import Expr, evaluate, magnitude
+from attngen.scaling import needs_no_maximum
 
 Layout = Literal["bshd", "bhsd"]
 
@@ -208,11 +209,12 @@ def standard_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.accuracy`.
 
-    S in f32; P = exp(S - row_max) rounded to the input dtype before it is normalised; P V accumulated in f32
-    and divided by the f32 sum of the P that was not rounded; the quotient rounded to out_dtype. A flash
-    kernel rounds at these same places: its P is relative to the maximum so far, which is why P is rounded
-    unnormalised here (a normalised P of f16 falls among the subnormals at 16k keys, and the yardstick would
-    forgive too much). What the kernel does besides, rescaling and another order of sums, is f32.
+    S in f32; P = exp(S - row_max) rounded to the input dtype before it is normalised, or exp(S) where the score is
+    bounded (`scaling.needs_no_maximum`); P V in f32 and divided by the f32 sum of the P that was not rounded; the
+    quotient rounded to out_dtype. A flash kernel rounds at these same places: its P is relative to the
+    maximum so far, which is why P is rounded unnormalised here (a normalised P of f16 falls among the subnormals at
+    16k keys, and the yardstick would forgive too much). What the kernel does besides, rescaling and another order
+    of sums, is f32.
 
     The scores are kept in log2 units, as in the kernels, so that weights which are powers of two are exact
     (see `attngen.inputs.EXACT_SCALE`). On CUDA, f32 inputs want torch's TF32 off, as it is by default.
@@ -240,6 +242,10 @@ def standard_attention(
     if problem.seqlen_k == 0:
         return problem.finish(out, lse)
     log2_e = math.log2(math.e)
+    # Of f32 the order of sums is all that errs, and torch's differs from machine to machine.
+    sums = torch.float64 if q.dtype == torch.float32 else torch.float32
+    largest_p = torch.finfo(q.dtype).max
+    is_bounded = score is not None and roundings is None and needs_no_maximum(magnitude(score), largest_p)
     kv_idx = torch.arange(problem.seqlen_k, device=q.device)[None, :]
     for b, h, here in problem.query_chunks(max(1, STANDARD_SCORES // problem.seqlen_k)):
         h_kv = h // problem.group
@@ -253,11 +259,11 @@ def standard_attention(
             scores = log2_e * problem.modified(problem.softmax_scale * products, *places)
         scores = scores.masked_fill(~problem.sees(*places), -math.inf)
         row_max = scores.amax(dim=-1, keepdim=True)
-        row_max.masked_fill_(row_max.isneginf(), 0.0)
+        row_max.masked_fill_(row_max.isneginf() | is_bounded, 0.0)
         p = scores.sub_(row_max).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
         if roundings is None:
-            acc_o = _weighted_sum(p.to(q.dtype).float(), values)
+            acc_o = _weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
         else:
             acc_o = roundings.weighted_sum(p, values, b, h_kv)
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)

@@ -25,14 +25,15 @@ SCORES = {
     "plain": ("score", {}),
     "alibi": ("score + alibi(slopes)", {"slopes": "f32[num_heads_q]"}),
     "softcap": ("softcap(score, 30.0)", {}),
+    "both": ("softcap(score + alibi(slopes), 30.0)", {"slopes": "f32[num_heads_q]"}),
 }
 CHOICES = [
     W(128, 128, 2, 2),
+    W(128, 128, 2, 2, q_stages=2, **LAST),
     W(128, 128, 2, 2, **LAST),
-    W(192, 80, 2, 3),
-    W(192, 80, 2, 3, q_stages=2),
+    W(192, 80, 2, 3, **LAST),
     W(192, 80, 2, 3, q_stages=2, **LAST),
-    W(192, 64, 3, 3, **LAST),
+    W(192, 80, 3, 3, **LAST),
 ]
 
 

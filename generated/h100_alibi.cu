@@ -1,6 +1,6 @@
-// attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6
+// attn_fwd_sm90a_bf16_d128_causal_warp_specialized_26ec6be6
 //
-// Attention forward, pingpong schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
+// Attention forward, warp_specialized schedule, for sm_90a: out = softmax(softmax_scale Q Kᵀ, masked) V and its
 // log-sum-exp, inputs bf16, output bf16, softmax in f32. Mask: causal. Score: score + slopes[h] * f32(kv_idx + seqlen_q - q_idx - seqlen_k).
 // Emitted by attngen 0.1.0 from spec digest 26ec6be6d7b87cc2. Launch: see the manifest beside this file.
 //
@@ -55,6 +55,18 @@ DEV void store_shared(u32 address, u32 x) { asm volatile("st.shared.b32 [%0], %1
 DEV u32 load_shared(u32 address) {
   u32 x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// PTX ISA: st.shared, .v4.
+DEV void store_shared_16(u32 address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// PTX ISA: ld.shared, .v4.
+DEV uint4 load_shared_16(u32 address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
   return x;
 }
 
@@ -118,9 +130,6 @@ DEV void mbarrier_wait_warp(u32 barrier, u32 parity) {
 
 // Meet at a named barrier. PTX ISA: bar.sync.
 DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
-// Count at a named barrier without waiting. PTX ISA: bar.arrive.
-DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Order this thread's ordinary accesses to shared memory before asynchronous ones. PTX ISA: fence.proxy.async.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -199,15 +208,15 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64x80) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][10][4], u64 a, u64 b, bool keep) {
+// D (64x128) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][16][4], u64 a, u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %42, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, keep, 1, 1, 0, 0;\n"
+      "setp.ne.b32 keep, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, keep, 1, 1, 0, 0;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
@@ -296,6 +305,18 @@ DEV void store_panels(const TensorMap& map, u32 src, int warpgroup, int first_ro
 #pragma unroll
   for (int i = 0; i < Tile::kPanels; ++i) tma_store(map, src + i * Tile::kPanelBytes + warpgroup * 64 * 128, i * Tile::kPanelCols, first_row + warpgroup * 64, head, batch);
   tma_store_commit();
+}
+
+// Flip the sign of this warpgroup's 64 rows of a tile.
+template <class Tile>
+DEV void negate_own_rows(u32 tile, int warpgroup) {
+#pragma unroll 1
+  for (int index = threadIdx.x % 128; index < Tile::kPanels * 512; index += 128) {
+    const u32 address = tile + index / 512 * Tile::kPanelBytes + warpgroup * 64 * 128 + index % 512 * 16;
+    uint4 x = load_shared_16(address);
+    x.x ^= Tile::kSignBits, x.y ^= Tile::kSignBits, x.z ^= Tile::kSignBits, x.w ^= Tile::kSignBits;
+    store_shared_16(address, x);
+  }
 }
 
 // Where a role stands in a ring of kStages stages: the next stage, and the parity of the phase it waits for there.
@@ -387,15 +408,15 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
-template <class ATile, class BTile, int kDepth, int kColTiles>
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
 DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
-    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   }
   wgmma_commit();
   pin(acc);
@@ -457,28 +478,38 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
+// The largest scaled score of row i of this lane; unscaled where all columns share a scale, which comes after.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = -infinity();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    float largest = -infinity();
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
+template <int N, class Scale>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+  const float old = row_max[i];
+  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+}
+
+// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
-  }
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
 // s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
@@ -532,18 +563,25 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
+}
+
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
 using Input = Bf16;
 using Output = Bf16;
-constexpr int kBlockM = 192;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 80;  // tile.block_n: keys of a block
+constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of wgmma
 constexpr int kVCols = 128;  // columns of O
 constexpr int kStages = 2;  // schedule.stages: K and V blocks in shared memory
-constexpr int kThreads = 512;  // 3 consumer warpgroups of 128, and the producer's 4 warps
+constexpr int kThreads = 384;  // 2 consumer warpgroups of 128, and the producer's 4 warps
 constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
 using QTile = PanelTile<kBlockM, kQkCols>;
 using KTile = PanelTile<kBlockN, kQkCols>;
@@ -562,8 +600,9 @@ struct Params {
   int seqlen_k;
   int num_heads_q;
   int group;
-  float softmax_scale;
+  int scale_is_negative;
   float softmax_scale_log2;
+  float softmax_scale_inverse;
   float* arg_slopes;
   i64 stride_0_of_slopes;
 };
@@ -632,9 +671,9 @@ DEV ScoreTerms score_terms(const Params& params, const Tile& tile) {
   return { read_slopes(params, tile.head) };
 }
 
-// What becomes of a score, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
-DEV float modified_score(const Params& params, const Tile& tile, const ScoreTerms& terms, float score, int q_idx, int kv_first, int kv_step) {
-  return score * params.softmax_scale + __fmaf_rn(terms.slopes0, (float)(kv_step), terms.slopes0 * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
+// What is added to the product of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+DEV float score_seed(const Params& params, const Tile& tile, const ScoreTerms& terms, int q_idx, int kv_first, int kv_step) {
+  return __fmaf_rn(terms.slopes0 * params.softmax_scale_inverse, (float)(kv_step), terms.slopes0 * params.softmax_scale_inverse * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -645,23 +684,23 @@ DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params params) {
+attn_fwd_sm90a_bf16_d128_causal_warp_specialized_26ec6be6(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
-  const u32 k_smem = smem_address(smem) + 98304;
-  const u32 v_smem = smem_address(smem) + 139264;
-  const u32 out_smem = smem_address(smem) + 180224;
-  const u32 q_ring = smem_address(smem) + 229376;  // 2 times full, then empty
-  const u32 k_ring = smem_address(smem) + 229408;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 229440;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 229472;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 229488;
+  const u32 k_smem = smem_address(smem) + 32768;
+  const u32 v_smem = smem_address(smem) + 98304;
+  const u32 out_smem = smem_address(smem) + 163840;
+  const u32 q_ring = smem_address(smem) + 196608;  // 1 times full, then empty
+  const u32 k_ring = smem_address(smem) + 196624;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 196656;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 196688;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 196704;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<2>(q_ring, 1, 3);
-    init_ring<2>(k_ring, 1, 3);
-    init_ring<2>(v_ring, 1, 3);
-    init_ring<1>(tile_ring, 1, 3);
+    init_ring<1>(q_ring, 1, 2);
+    init_ring<2>(k_ring, 1, 2);
+    init_ring<2>(v_ring, 1, 2);
+    init_ring<1>(tile_ring, 1, 2);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);
@@ -671,8 +710,8 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
   __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (warpgroup == 3) {  // producer
-    keep_registers<32>();
+  if (warpgroup == 2) {  // producer
+    keep_registers<24>();
     if (threadIdx.x % 128 < 32 && elect_one()) {
       Cursor q_at = {0, 1};
       Cursor k_at = {0, 1};
@@ -686,9 +725,9 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
-        mbarrier_wait(empty<2>(q_ring, q_at), q_at.phase);
-        load_panels<QTile>(q_smem + q_at.stage * QTile::kBytes, params.q_map, full<2>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
-        advance<2>(q_at);
+        mbarrier_wait(empty<1>(q_ring, q_at), q_at.phase);
+        load_panels<QTile>(q_smem, params.q_map, full<1>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
+        advance<1>(q_at);
         if (seen.n_max > seen.n_min) {
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
@@ -711,42 +750,36 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
       }
     }
   } else {  // consumer
-    take_registers<160>();
+    take_registers<240>();
     const bool is_first_thread = threadIdx.x % 128 == 0;
-    const int next_warpgroup = warpgroup == 2 ? 0 : warpgroup + 1;
     Cursor q_at = {0, 0};
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
     Cursor tile_at = {0, 0};
-    float acc_s[kRowTiles][10][4];
-    u32 p[kRowTiles][5][4];
+    float acc_s[kRowTiles][16][4];
+    u32 p[kRowTiles][8][4];
     float acc_o[kRowTiles][16][4];
     float row_max[2 * kRowTiles];
-    float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
 
-    if (next_warpgroup == 0) {
-      // the first warpgroup goes first
-      named_barrier_arrive(1 + next_warpgroup, 256);
-    }
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       const ScoreTerms terms = in_registers(score_terms(params, tile));
       fill(acc_o, 0.f);
       fill(row_max, -infinity());
       fill(row_sum, 0.f);
-      mbarrier_wait_warp(full<2>(q_ring, q_at), q_at.phase);
+      mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
+      if (params.scale_is_negative) {
+        negate_own_rows<QTile>(q_smem, warpgroup);
+        fence_async();
+        named_barrier_sync(3 + warpgroup, 128);
+      }
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
-        mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-        wgmma_wait<0>();
-        pin(acc_s);
-        if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-        advance<2>(k_at);
         {
           const int kv_first = (seen.n_max - 1) * kBlockN + lane_column();
           int rows[2 * kRowTiles];
@@ -757,10 +790,16 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
             }
           }
         }
+        mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+        issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        wgmma_wait<0>();
+        pin(acc_s);
+        if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+        advance<2>(k_at);
         {
           int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
         #pragma unroll
@@ -775,18 +814,6 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
-          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
-          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
-          wgmma_wait<1>();
-          pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-          advance<2>(k_at);
-          // online softmax of block n
           {
             const int kv_first = n * kBlockN + lane_column();
             int rows[2 * kRowTiles];
@@ -797,10 +824,20 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
           }
+          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
+          issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          wgmma_wait<1>();
+          pin(acc_s);
+          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          advance<2>(k_at);
+          // online softmax of block n
           {
             int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
           #pragma unroll
@@ -811,29 +848,17 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
             mask_scores(acc_s, end);
           }
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
-          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
-          wgmma_wait<1>();
-          pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-          advance<2>(k_at);
-          // online softmax of block n
           {
             const int kv_first = n * kBlockN + lane_column();
             int rows[2 * kRowTiles];
@@ -844,24 +869,34 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
           }
+          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
+          issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          wgmma_wait<1>();
+          pin(acc_s);
+          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          advance<2>(k_at);
+          // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          convert_p<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
+          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          convert_p<Input>(p, acc_s);
         }
       }
-      named_barrier_sync(4 + warpgroup, 128);
-      if (is_first_thread) mbarrier_arrive(empty<2>(q_ring, q_at));
-      advance<2>(q_at);
+      named_barrier_sync(3 + warpgroup, 128);
+      if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
+      advance<1>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -878,14 +913,14 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6(const __grid_constant__ Params
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       stage_tile<Output, OutTile>(out_smem, acc_o);
       fence_async();
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) store_panels<OutTile>(params.out_map, out_smem, warpgroup, tile.m_block * kBlockM, tile.head, tile.batch);
       mbarrier_wait_warp(full<1>(tile_ring, tile_at), tile_at.phase);
       tile = decode_tile(params, same_in_warp(load_shared(tile_slot)));
-      named_barrier_sync(4 + warpgroup, 128);
+      named_barrier_sync(3 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(tile_ring, tile_at));
       advance<1>(tile_at);
     }

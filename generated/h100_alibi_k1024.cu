@@ -58,6 +58,18 @@ DEV u32 load_shared(u32 address) {
   return x;
 }
 
+// PTX ISA: st.shared, .v4.
+DEV void store_shared_16(u32 address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// PTX ISA: ld.shared, .v4.
+DEV uint4 load_shared_16(u32 address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+  return x;
+}
+
 // 2^x, at most 2 ulp off; -inf gives 0. PTX ISA: ex2.approx.ftz.
 DEV float exp2_approx(float x) {
   float y;
@@ -298,6 +310,18 @@ DEV void store_panels(const TensorMap& map, u32 src, int warpgroup, int first_ro
   tma_store_commit();
 }
 
+// Flip the sign of this warpgroup's 64 rows of a tile.
+template <class Tile>
+DEV void negate_own_rows(u32 tile, int warpgroup) {
+#pragma unroll 1
+  for (int index = threadIdx.x % 128; index < Tile::kPanels * 512; index += 128) {
+    const u32 address = tile + index / 512 * Tile::kPanelBytes + warpgroup * 64 * 128 + index % 512 * 16;
+    uint4 x = load_shared_16(address);
+    x.x ^= Tile::kSignBits, x.y ^= Tile::kSignBits, x.z ^= Tile::kSignBits, x.w ^= Tile::kSignBits;
+    store_shared_16(address, x);
+  }
+}
+
 // Where a role stands in a ring of kStages stages: the next stage, and the parity of the phase it waits for there.
 struct Cursor {
   u32 stage, phase;
@@ -387,15 +411,15 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
-template <class ATile, class BTile, int kDepth, int kColTiles>
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
 DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
-    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   }
   wgmma_commit();
   pin(acc);
@@ -457,28 +481,38 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
+// The largest scaled score of row i of this lane; unscaled where all columns share a scale, which comes after.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = -infinity();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    float largest = -infinity();
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
+template <int N, class Scale>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+  const float old = row_max[i];
+  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+}
+
+// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
-  }
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
 // s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
@@ -532,6 +566,13 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
+}
+
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
 using Input = Bf16;
@@ -562,8 +603,9 @@ struct Params {
   int seqlen_k;
   int num_heads_q;
   int group;
-  float softmax_scale;
+  int scale_is_negative;
   float softmax_scale_log2;
+  float softmax_scale_inverse;
   float* arg_slopes;
   i64 stride_0_of_slopes;
 };
@@ -632,9 +674,9 @@ DEV ScoreTerms score_terms(const Params& params, const Tile& tile) {
   return { read_slopes(params, tile.head) };
 }
 
-// What becomes of a score, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
-DEV float modified_score(const Params& params, const Tile& tile, const ScoreTerms& terms, float score, int q_idx, int kv_first, int kv_step) {
-  return score * params.softmax_scale + __fmaf_rn(terms.slopes0, (float)(kv_step), terms.slopes0 * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
+// What is added to the product of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
+DEV float score_seed(const Params& params, const Tile& tile, const ScoreTerms& terms, int q_idx, int kv_first, int kv_step) {
+  return __fmaf_rn(terms.slopes0 * params.softmax_scale_inverse, (float)(kv_step), terms.slopes0 * params.softmax_scale_inverse * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -722,8 +764,8 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
     u32 p[kRowTiles][8][4];
     float acc_o[kRowTiles][16][4];
     float row_max[2 * kRowTiles];
-    float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
@@ -739,14 +781,13 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
       fill(row_max, -infinity());
       fill(row_sum, 0.f);
       mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
+      if (params.scale_is_negative) {
+        negate_own_rows<QTile>(q_smem, warpgroup);
+        fence_async();
+        named_barrier_sync(3 + warpgroup, 128);
+      }
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
-        mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-        wgmma_wait<0>();
-        pin(acc_s);
-        if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-        advance<2>(k_at);
         {
           const int kv_first = (seen.n_max - 1) * kBlockN + lane_column();
           int rows[2 * kRowTiles];
@@ -757,10 +798,16 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+              s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
             }
           }
         }
+        mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+        issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        wgmma_wait<0>();
+        pin(acc_s);
+        if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+        advance<2>(k_at);
         {
           int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
         #pragma unroll
@@ -775,18 +822,6 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
-          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
-          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
-          wgmma_wait<1>();
-          pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-          advance<2>(k_at);
-          // online softmax of block n
           {
             const int kv_first = n * kBlockN + lane_column();
             int rows[2 * kRowTiles];
@@ -797,10 +832,22 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
           }
+          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          named_barrier_sync(1 + warpgroup, 256);
+          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
+          issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          named_barrier_arrive(1 + next_warpgroup, 256);
+          wgmma_wait<1>();
+          pin(acc_s);
+          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          advance<2>(k_at);
+          // online softmax of block n
           {
             int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
           #pragma unroll
@@ -822,18 +869,6 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-          named_barrier_sync(1 + warpgroup, 256);
-          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
-          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
-          named_barrier_arrive(1 + next_warpgroup, 256);
-          wgmma_wait<1>();
-          pin(acc_s);
-          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
-          advance<2>(k_at);
-          // online softmax of block n
           {
             const int kv_first = n * kBlockN + lane_column();
             int rows[2 * kRowTiles];
@@ -844,10 +879,22 @@ attn_fwd_sm90a_bf16_d128_causal_pingpong_26ec6be6_k1024(const __grid_constant__ 
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score(params, tile, terms, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = score_seed(params, tile, terms, rows[r], kv_first, i / 2 * 8 + i % 2);
               }
             }
           }
+          mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
+          named_barrier_sync(1 + warpgroup, 256);
+          // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
+          issue_score_gemm<QTile, KTile, kQkCols, false>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
+          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          named_barrier_arrive(1 + next_warpgroup, 256);
+          wgmma_wait<1>();
+          pin(acc_s);
+          if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
+          advance<2>(k_at);
+          // online softmax of block n
           update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
           wgmma_wait<0>();
           pin(acc_o);

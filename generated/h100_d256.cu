@@ -399,15 +399,15 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
-template <class ATile, class BTile, int kDepth, int kColTiles>
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
 DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
-    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   }
   wgmma_commit();
   pin(acc);
@@ -469,28 +469,38 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
+// The largest scaled score of row i of this lane; unscaled where all columns share a scale, which comes after.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = -infinity();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    float largest = -infinity();
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
+template <int N, class Scale>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+  const float old = row_max[i];
+  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+}
+
+// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
-  }
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
 // s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
@@ -551,6 +561,13 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
     inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
     lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
+}
+
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
 }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
@@ -721,8 +738,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
     u32 p[kRowTiles][5][4];
     float acc_o[kRowTiles][32][4];
     float row_max[2 * kRowTiles];
-    float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
@@ -741,7 +758,7 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -762,7 +779,7 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -793,7 +810,7 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();

@@ -403,15 +403,15 @@ DEV void pin(u32 (&x)[kRowTiles][kColTiles][4]) {
 // PTX ISA: matrix descriptor of wgmma, 128-byte swizzle.
 DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
-template <class ATile, class BTile, int kDepth, int kColTiles>
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
 DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
-    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   }
   wgmma_commit();
   pin(acc);
@@ -515,31 +515,41 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
+// The largest scaled score of row i of this lane; unscaled where all columns share a scale, which comes after.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = -infinity();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    float largest = -infinity();
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
+template <int N, class Scale>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+  const float old = row_max[i];
+  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+}
+
+// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
-  }
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
-// The same, and s times a weight of its group of columns, in the exponents; the sums are without it.
+// As `exponentiate`, and s times a weight of its group of columns, in the exponents; the sums are without it.
 template <int kColTiles, class Scale, int kGroups>
 DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const float (&row_max)[2], const float (&alpha)[2],
                                const Scale& scale_log2, float lift, const float (&weight)[kGroups][2]) {
@@ -606,23 +616,33 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
-// Whether tanh_near will do so far from 0.
-DEV bool is_near(float reach) { return reach <= 0.5f; }
-
-// tanh(x) where is_near(|x|), by the odd polynomial of degree 7 whose relative error is least there, 2^-20.6 (Remez): the
-// unit for exponentials stays free.
-DEV float tanh_near(float x) {
-  const float y = x * x;
-  return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
 }
 
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
 DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
 
-// tanh(x); kNear: x is known to be near 0.
-template <bool kNear>
-DEV float tanh_approx(float x) { return kNear ? tanh_near(x) : tanh_far(x); }
-DEV float tanh_approx(float x) { return is_near(fabsf(x)) ? tanh_near(x) : tanh_far(x); }
+// gain tanh(multiple s). Up to a magnitude of `reach` the odd polynomial of degree 5 will do, which leaves the unit for
+// exponentials free; up to |multiple s| = 0.3125 its relative error is least, 2^-19.4 (Remez).
+struct TanhOfMultiple {
+  float multiple, gain, reach, a1, a3, a5;
+  __device__ float near(float s) const {
+    const float y = s * s;
+    return s * __fmaf_rn(y, __fmaf_rn(y, a5, a3), a1);
+  }
+  __device__ float far(float s) const { return gain * tanh_far(multiple * s); }
+};
+
+// The coefficients for that; of multiples by which they might overflow or vanish none is near.
+DEV TanhOfMultiple tanh_of_multiple(float multiple, float gain) {
+  const float size = fabsf(multiple), square = multiple * multiple, of_1 = gain * multiple;
+  const float reach = size >= 0x1p-20f && size <= 0x1p20f ? 0.3125f / size : -1.f;
+  return {multiple, gain, reach, of_1 * 0.99999851f, of_1 * square * -0.33306009f, of_1 * square * square * 0.12577038f};
+}
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
@@ -747,15 +767,9 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   return seen;
 }
 
-// What the tanh of a score takes, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
-DEV float tanh_argument(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return score * 0.03333333507180214f;
-}
-
-// What becomes of the score, from that; kNear: it is near 0.
-template <bool kNear>
-DEV float modified_score(const Params& params, const Tile& tile, float argument, int q_idx, int kv_first, int kv_step) {
-  return tanh_approx<kNear>(argument);
+// The tanh that a score enters by.
+DEV TanhOfMultiple tanh_of_score(const Params& params, const Tile& tile) {
+  return tanh_of_multiple(0.03333333507180214f, params.softmax_scale_log2);
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -858,8 +872,8 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
     float acc_o[kRowTiles][16][4];
     float part_o[kRowTiles][8][4];
     float row_max[2 * kRowTiles];
-    float row_sum[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
@@ -871,6 +885,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
 
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
+      const TanhOfMultiple tanh_of = tanh_of_score(params, tile);
       fill(acc_o, 0.f);
       fill(row_max, -infinity());
       fill(row_sum, 0.f);
@@ -885,34 +900,30 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
         read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
         read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         mbarrier_arrive_warp(empty<2>(k_ring, k_at));
         advance<2>(k_at);
         {
-          const int kv_first = (seen.n_max - 1) * kBlockN + lane_column();
-          int rows[2 * kRowTiles];
-        #pragma unroll
-          for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          float reach = 0.f;  // the largest magnitude of what tanh takes
+          float reach = 0.f;  // the largest magnitude of a score
           #pragma unroll
           for (int i = 0; i < kBlockN / 4; ++i) {
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+              s *= score_scale[i / 2 * 8 * 1 / kBlockN][r];
               reach = fmaxf(reach, fabsf(s));
             }
           }
-          const bool near = __all_sync(~0u, is_near(reach));
+          const bool near = __all_sync(~0u, reach <= tanh_of.reach);
           if (near) {
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_of.near(s);
               }
             }
           }
@@ -922,7 +933,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_of.far(s);
               }
             }
           }
@@ -938,8 +949,8 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           mask_scores(acc_s, end);
           mask_scores_before(acc_s, first);
         }
-        update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-        exponentiate_weighted(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2, 8.f, value_weight);
+        update_row_max(row_max, alpha, acc_s, 1.f);
+        exponentiate_weighted(acc_s, row_sum, row_max, alpha, 1.f, 8.f, value_weight);
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
@@ -947,7 +958,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -956,28 +967,24 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           {
-            const int kv_first = n * kBlockN + lane_column();
-            int rows[2 * kRowTiles];
-          #pragma unroll
-            for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;  // the largest magnitude of what tanh takes
+            float reach = 0.f;  // the largest magnitude of a score
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s *= score_scale[i / 2 * 8 * 1 / kBlockN][r];
                 reach = fmaxf(reach, fabsf(s));
               }
             }
-            const bool near = __all_sync(~0u, is_near(reach));
+            const bool near = __all_sync(~0u, reach <= tanh_of.reach);
             if (near) {
               #pragma unroll
               for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.near(s);
                 }
               }
             }
@@ -987,7 +994,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.far(s);
                 }
               }
             }
@@ -1004,13 +1011,13 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores_before(acc_s, first);
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max(row_max, alpha, acc_s, 1.f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, row_max, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
@@ -1025,7 +1032,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -1034,28 +1041,24 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           {
-            const int kv_first = n * kBlockN + lane_column();
-            int rows[2 * kRowTiles];
-          #pragma unroll
-            for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;  // the largest magnitude of what tanh takes
+            float reach = 0.f;  // the largest magnitude of a score
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s *= score_scale[i / 2 * 8 * 1 / kBlockN][r];
                 reach = fmaxf(reach, fabsf(s));
               }
             }
-            const bool near = __all_sync(~0u, is_near(reach));
+            const bool near = __all_sync(~0u, reach <= tanh_of.reach);
             if (near) {
               #pragma unroll
               for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.near(s);
                 }
               }
             }
@@ -1065,19 +1068,19 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.far(s);
                 }
               }
             }
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max(row_max, alpha, acc_s, 1.f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, row_max, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
@@ -1092,7 +1095,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -1101,28 +1104,24 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           {
-            const int kv_first = n * kBlockN + lane_column();
-            int rows[2 * kRowTiles];
-          #pragma unroll
-            for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;  // the largest magnitude of what tanh takes
+            float reach = 0.f;  // the largest magnitude of a score
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = tanh_argument(params, tile, s * score_scale[i / 2 * 8 * 1 / kBlockN][r], rows[r], kv_first, i / 2 * 8 + i % 2);
+                s *= score_scale[i / 2 * 8 * 1 / kBlockN][r];
                 reach = fmaxf(reach, fabsf(s));
               }
             }
-            const bool near = __all_sync(~0u, is_near(reach));
+            const bool near = __all_sync(~0u, reach <= tanh_of.reach);
             if (near) {
               #pragma unroll
               for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.near(s);
                 }
               }
             }
@@ -1132,7 +1131,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.far(s);
                 }
               }
             }
@@ -1149,13 +1148,13 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores_before(acc_s, first);
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max(row_max, alpha, acc_s, 1.f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, row_max, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);

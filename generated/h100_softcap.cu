@@ -194,15 +194,15 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// D (64x128) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
-DEV void wgmma(float (&d)[1][16][4], u64 a, u64 b, bool keep) {
+// D (64x80) = A (64x16) Bᵀ, both rows of 16 in shared memory; + D where `keep`. PTX ISA: wgmma.mma_async.
+DEV void wgmma(float (&d)[1][10][4], u64 a, u64 b, bool keep) {
   asm volatile(
       "{\n"
       ".reg .pred keep;\n"
-      "setp.ne.b32 keep, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, keep, 1, 1, 0, 0;\n"
+      "setp.ne.b32 keep, %42, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, %40, %41, keep, 1, 1, 0, 0;\n"
       "}"
-      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3]), "+f"(d[0][10][0]), "+f"(d[0][10][1]), "+f"(d[0][10][2]), "+f"(d[0][10][3]), "+f"(d[0][11][0]), "+f"(d[0][11][1]), "+f"(d[0][11][2]), "+f"(d[0][11][3]), "+f"(d[0][12][0]), "+f"(d[0][12][1]), "+f"(d[0][12][2]), "+f"(d[0][12][3]), "+f"(d[0][13][0]), "+f"(d[0][13][1]), "+f"(d[0][13][2]), "+f"(d[0][13][3]), "+f"(d[0][14][0]), "+f"(d[0][14][1]), "+f"(d[0][14][2]), "+f"(d[0][14][3]), "+f"(d[0][15][0]), "+f"(d[0][15][1]), "+f"(d[0][15][2]), "+f"(d[0][15][3])
+      : "+f"(d[0][0][0]), "+f"(d[0][0][1]), "+f"(d[0][0][2]), "+f"(d[0][0][3]), "+f"(d[0][1][0]), "+f"(d[0][1][1]), "+f"(d[0][1][2]), "+f"(d[0][1][3]), "+f"(d[0][2][0]), "+f"(d[0][2][1]), "+f"(d[0][2][2]), "+f"(d[0][2][3]), "+f"(d[0][3][0]), "+f"(d[0][3][1]), "+f"(d[0][3][2]), "+f"(d[0][3][3]), "+f"(d[0][4][0]), "+f"(d[0][4][1]), "+f"(d[0][4][2]), "+f"(d[0][4][3]), "+f"(d[0][5][0]), "+f"(d[0][5][1]), "+f"(d[0][5][2]), "+f"(d[0][5][3]), "+f"(d[0][6][0]), "+f"(d[0][6][1]), "+f"(d[0][6][2]), "+f"(d[0][6][3]), "+f"(d[0][7][0]), "+f"(d[0][7][1]), "+f"(d[0][7][2]), "+f"(d[0][7][3]), "+f"(d[0][8][0]), "+f"(d[0][8][1]), "+f"(d[0][8][2]), "+f"(d[0][8][3]), "+f"(d[0][9][0]), "+f"(d[0][9][1]), "+f"(d[0][9][2]), "+f"(d[0][9][3])
       : "l"(a), "l"(b), "r"((u32)keep));
 }
 
@@ -382,15 +382,15 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, kDepth columns contracted.
-template <class ATile, class BTile, int kDepth, int kColTiles>
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
 DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {  // a step is 32 bytes, 4 times to a panel; addresses are in 16 bytes
-    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0);
+    wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
   }
   wgmma_commit();
   pin(acc);
@@ -409,20 +409,11 @@ DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4]
   pin(acc);
 }
 
-// The largest value among the four lanes that share a row.
-DEV float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-}
-
 // The sum over the four lanes that share a row.
 DEV float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 2);
   return x + __shfl_xor_sync(~0u, x, 1);
 }
-
-// What exponents are taken relative to: the maximum, or 0 for a row that has seen no key.
-DEV float exponent_reference(float row_max) { return row_max == -infinity() ? 0.f : row_max; }
 
 // Keep the scores of columns before end[row], counted from this lane's first; the others become -inf.
 template <int kRowTiles, int kColTiles>
@@ -437,62 +428,19 @@ DEV void mask_scores(float (&s)[kRowTiles][kColTiles][4], const int (&end)[2 * k
   }
 }
 
-// How many groups of columns have a scale of their own: one where all share a number.
-template <class Scale>
-struct GroupsOf {
-  static constexpr int kCount = 1;
-};
-template <int kGroups, int N>
-struct GroupsOf<float[kGroups][N]> {
-  static constexpr int kCount = kGroups;
-};
-
-// The scale of a group of columns and a row.
-DEV float scale_of(float scale, int, int) { return scale; }
-template <int kGroups, int N>
-DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
-
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
+// s = 2^(scaled s), row_sum = row_sum + this lane's sums of s: of scores that need no maximum.
+template <int kRowTiles, int kColTiles>
+DEV void exponentiate_bounded(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], float scale_log2) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
-  }
-}
-
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
-                      const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
-#pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
-    float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
-        sum += s[i / 2][j][e];
+        s[i / 2][j][e] = exp2_approx(s[i / 2][j][e] * scale_log2);
+        row_sum[i] += s[i / 2][j][e];
       }
     }
-    row_sum[i] = __fmaf_rn(row_sum[i], alpha[i], sum);
   }
 }
 
@@ -527,36 +475,46 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
-// Whether tanh_near will do so far from 0.
-DEV bool is_near(float reach) { return reach <= 0.5f; }
-
-// tanh(x) where is_near(|x|), by the odd polynomial of degree 7 whose relative error is least there, 2^-20.6 (Remez): the
-// unit for exponentials stays free.
-DEV float tanh_near(float x) {
-  const float y = x * x;
-  return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
 }
 
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
 DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
 
-// tanh(x); kNear: x is known to be near 0.
-template <bool kNear>
-DEV float tanh_approx(float x) { return kNear ? tanh_near(x) : tanh_far(x); }
-DEV float tanh_approx(float x) { return is_near(fabsf(x)) ? tanh_near(x) : tanh_far(x); }
+// gain tanh(multiple s). Up to a magnitude of `reach` the odd polynomial of degree 5 will do, which leaves the unit for
+// exponentials free; up to |multiple s| = 0.3125 its relative error is least, 2^-19.4 (Remez).
+struct TanhOfMultiple {
+  float multiple, gain, reach, a1, a3, a5;
+  __device__ float near(float s) const {
+    const float y = s * s;
+    return s * __fmaf_rn(y, __fmaf_rn(y, a5, a3), a1);
+  }
+  __device__ float far(float s) const { return gain * tanh_far(multiple * s); }
+};
+
+// The coefficients for that; of multiples by which they might overflow or vanish none is near.
+DEV TanhOfMultiple tanh_of_multiple(float multiple, float gain) {
+  const float size = fabsf(multiple), square = multiple * multiple, of_1 = gain * multiple;
+  const float reach = size >= 0x1p-20f && size <= 0x1p20f ? 0.3125f / size : -1.f;
+  return {multiple, gain, reach, of_1 * 0.99999851f, of_1 * square * -0.33306009f, of_1 * square * square * 0.12577038f};
+}
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
 using Input = Bf16;
 using Output = Bf16;
-constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 128;  // tile.block_n: keys of a block
+constexpr int kBlockM = 192;  // tile.block_m: query rows of a block
+constexpr int kBlockN = 80;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of wgmma
 constexpr int kVCols = 128;  // columns of O
 constexpr int kStages = 2;  // schedule.stages: K and V blocks in shared memory
-constexpr int kThreads = 384;  // 2 consumer warpgroups of 128, and the producer's 4 warps
+constexpr int kThreads = 512;  // 3 consumer warpgroups of 128, and the producer's 4 warps
 constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
 using QTile = PanelTile<kBlockM, kQkCols>;
 using KTile = PanelTile<kBlockN, kQkCols>;
@@ -629,15 +587,9 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
   return seen;
 }
 
-// What the tanh of a score takes, of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
-DEV float tanh_argument(const Params& params, const Tile& tile, float score, int q_idx, int kv_first, int kv_step) {
-  return score * (params.softmax_scale * 0.03333333507180214f);
-}
-
-// What becomes of the score, from that; kNear: it is near 0.
-template <bool kNear>
-DEV float modified_score(const Params& params, const Tile& tile, float argument, int q_idx, int kv_first, int kv_step) {
-  return tanh_approx<kNear>(argument);
+// The tanh that a score enters by.
+DEV TanhOfMultiple tanh_of_score(const Params& params, const Tile& tile) {
+  return tanh_of_multiple(params.softmax_scale * 0.03333333507180214f, params.softmax_scale_log2);
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.
@@ -651,20 +603,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
-  const u32 k_smem = smem_address(smem) + 32768;
-  const u32 v_smem = smem_address(smem) + 98304;
-  const u32 out_smem = smem_address(smem) + 163840;
-  const u32 q_ring = smem_address(smem) + 196608;  // 1 times full, then empty
-  const u32 k_ring = smem_address(smem) + 196624;  // 2 times full, then empty
-  const u32 v_ring = smem_address(smem) + 196656;  // 2 times full, then empty
-  const u32 tile_ring = smem_address(smem) + 196688;  // 1 times full, then empty
-  const u32 tile_slot = smem_address(smem) + 196704;
+  const u32 k_smem = smem_address(smem) + 98304;
+  const u32 v_smem = smem_address(smem) + 139264;
+  const u32 out_smem = smem_address(smem) + 180224;
+  const u32 q_ring = smem_address(smem) + 229376;  // 2 times full, then empty
+  const u32 k_ring = smem_address(smem) + 229408;  // 2 times full, then empty
+  const u32 v_ring = smem_address(smem) + 229440;  // 2 times full, then empty
+  const u32 tile_ring = smem_address(smem) + 229472;  // 1 times full, then empty
+  const u32 tile_slot = smem_address(smem) + 229488;
   const int warpgroup = same_in_warp(threadIdx.x / 128);
   if (threadIdx.x == 0) {
-    init_ring<1>(q_ring, 1, 2);
-    init_ring<2>(k_ring, 1, 2);
-    init_ring<2>(v_ring, 1, 2);
-    init_ring<1>(tile_ring, 1, 2);
+    init_ring<2>(q_ring, 1, 3);
+    init_ring<2>(k_ring, 1, 3);
+    init_ring<2>(v_ring, 1, 3);
+    init_ring<1>(tile_ring, 1, 3);
     fence_mbarrier_init();
     prefetch_tensor_map(params.q_map);
     prefetch_tensor_map(params.k_map);
@@ -674,8 +626,8 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
   __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (warpgroup == 2) {  // producer
-    keep_registers<24>();
+  if (warpgroup == 3) {  // producer
+    keep_registers<32>();
     if (threadIdx.x % 128 < 32 && elect_one()) {
       Cursor q_at = {0, 1};
       Cursor k_at = {0, 1};
@@ -689,9 +641,9 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
           load_panels<KTile>(k_smem + k_at.stage * KTile::kBytes, params.k_map, full<2>(k_ring, k_at), 0, (seen.n_max - 1) * kBlockN, tile.kv_head, tile.batch, kEvictLast);
           advance<2>(k_at);
         }
-        mbarrier_wait(empty<1>(q_ring, q_at), q_at.phase);
-        load_panels<QTile>(q_smem, params.q_map, full<1>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
-        advance<1>(q_at);
+        mbarrier_wait(empty<2>(q_ring, q_at), q_at.phase);
+        load_panels<QTile>(q_smem + q_at.stage * QTile::kBytes, params.q_map, full<2>(q_ring, q_at), 0, tile.m_block * kBlockM, tile.head, tile.batch, kEvictFirst);
+        advance<2>(q_at);
         if (seen.n_max > seen.n_min) {
           #pragma unroll 1
           for (int n = seen.n_max - 2; n >= seen.n_min; --n) {  // any tiles
@@ -714,59 +666,52 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
       }
     }
   } else {  // consumer
-    take_registers<240>();
+    take_registers<160>();
     const bool is_first_thread = threadIdx.x % 128 == 0;
     Cursor q_at = {0, 0};
     Cursor k_at = {0, 0};
     Cursor v_at = {0, 0};
     Cursor tile_at = {0, 0};
-    float acc_s[kRowTiles][16][4];
-    u32 p[kRowTiles][8][4];
+    float acc_s[kRowTiles][10][4];
+    u32 p[kRowTiles][5][4];
     float acc_o[kRowTiles][16][4];
-    float row_max[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
-    float alpha[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
     float row_lse[2 * kRowTiles];
 
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
+      const TanhOfMultiple tanh_of = tanh_of_score(params, tile);
       fill(acc_o, 0.f);
-      fill(row_max, -infinity());
       fill(row_sum, 0.f);
-      mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
+      mbarrier_wait_warp(full<2>(q_ring, q_at), q_at.phase);
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
         advance<2>(k_at);
         {
-          const int kv_first = (seen.n_max - 1) * kBlockN + lane_column();
-          int rows[2 * kRowTiles];
-        #pragma unroll
-          for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-          float reach = 0.f;  // the largest magnitude of what tanh takes
+          float reach = 0.f;  // the largest magnitude of a score
           #pragma unroll
           for (int i = 0; i < kBlockN / 4; ++i) {
           #pragma unroll
             for (int r = 0; r < 2 * kRowTiles; ++r) {
               float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-              s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
               reach = fmaxf(reach, fabsf(s));
             }
           }
-          const bool near = __all_sync(~0u, is_near(reach));
+          const bool near = __all_sync(~0u, reach <= tanh_of.reach);
           if (near) {
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_of.near(s);
               }
             }
           }
@@ -776,7 +721,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                s = tanh_of.far(s);
               }
             }
           }
@@ -790,14 +735,13 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
           }
           mask_scores(acc_s, end);
         }
-        update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-        exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+        exponentiate_bounded(acc_s, row_sum, 1.f);
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -806,28 +750,23 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           {
-            const int kv_first = n * kBlockN + lane_column();
-            int rows[2 * kRowTiles];
-          #pragma unroll
-            for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;  // the largest magnitude of what tanh takes
+            float reach = 0.f;  // the largest magnitude of a score
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
                 reach = fmaxf(reach, fabsf(s));
               }
             }
-            const bool near = __all_sync(~0u, is_near(reach));
+            const bool near = __all_sync(~0u, reach <= tanh_of.reach);
             if (near) {
               #pragma unroll
               for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.near(s);
                 }
               }
             }
@@ -837,7 +776,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.far(s);
                 }
               }
             }
@@ -851,21 +790,19 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
             }
             mask_scores(acc_s, end);
           }
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          exponentiate_bounded(acc_s, row_sum, 1.f);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          scale_rows(acc_o, alpha);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
         }
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem + q_at.stage * QTile::kBytes, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
           issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
@@ -874,28 +811,23 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
           advance<2>(k_at);
           // online softmax of block n
           {
-            const int kv_first = n * kBlockN + lane_column();
-            int rows[2 * kRowTiles];
-          #pragma unroll
-            for (int r = 0; r < 2 * kRowTiles; ++r) rows[r] = stay_in_loop(tile.m_block * kBlockM + row_in_tile<kRowTiles>(r));
-            float reach = 0.f;  // the largest magnitude of what tanh takes
+            float reach = 0.f;  // the largest magnitude of a score
             #pragma unroll
             for (int i = 0; i < kBlockN / 4; ++i) {
             #pragma unroll
               for (int r = 0; r < 2 * kRowTiles; ++r) {
                 float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                s = tanh_argument(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
                 reach = fmaxf(reach, fabsf(s));
               }
             }
-            const bool near = __all_sync(~0u, is_near(reach));
+            const bool near = __all_sync(~0u, reach <= tanh_of.reach);
             if (near) {
               #pragma unroll
               for (int i = 0; i < kBlockN / 4; ++i) {
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<true>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.near(s);
                 }
               }
             }
@@ -905,25 +837,23 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
               #pragma unroll
                 for (int r = 0; r < 2 * kRowTiles; ++r) {
                   float& s = acc_s[r / 2][i / 2][r % 2 * 2 + i % 2];
-                  s = modified_score<false>(params, tile, s, rows[r], kv_first, i / 2 * 8 + i % 2);
+                  s = tanh_of.far(s);
                 }
               }
             }
           }
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
+          exponentiate_bounded(acc_s, row_sum, 1.f);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
-          scale_rows(acc_o, alpha);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
         }
       }
-      named_barrier_sync(3 + warpgroup, 128);
-      if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
-      advance<1>(q_at);
+      named_barrier_sync(4 + warpgroup, 128);
+      if (is_first_thread) mbarrier_arrive(empty<2>(q_ring, q_at));
+      advance<2>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
@@ -936,18 +866,18 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_d64dac64(const __grid_constant_
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);
-      finish_rows(inv_sum, row_lse, row_max, total);
+      finish_rows(inv_sum, row_lse, total);
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(4 + warpgroup, 128);
       stage_tile<Output, OutTile>(out_smem, acc_o);
       fence_async();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(4 + warpgroup, 128);
       if (is_first_thread) store_panels<OutTile>(params.out_map, out_smem, warpgroup, tile.m_block * kBlockM, tile.head, tile.batch);
       mbarrier_wait_warp(full<1>(tile_ring, tile_at), tile_at.phase);
       tile = decode_tile(params, same_in_warp(load_shared(tile_slot)));
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(4 + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(tile_ring, tile_at));
       advance<1>(tile_at);
     }

@@ -29,7 +29,7 @@ from attngen.plan import (
     View,
     walk,
 )
-from attngen.plan.steps import ModifyScores, PassTurn
+from attngen.plan.steps import Exponentiate, ModifyScores, PassTurn, RowMax, SeedScores
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
@@ -138,11 +138,13 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         program=program,
         role=role,
         reads_score_terms=lambda of: (
-            bool(score_terms(plan.score)) and any(isinstance(step, ModifyScores) for step in walk(of))
+            bool(score_terms(plan.score))
+            and any(isinstance(step, ModifyScores | SeedScores) for step in walk(of))
         ),
+        reads_tanh=lambda of: any(isinstance(step, ModifyScores) and step.by_tanh for step in walk(of)),
         takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         element=lambda dtype: _ELEMENTS[dtype.name],
-        score_scale=lambda step: step.scale.name if step.scale else "params.softmax_scale_log2",
+        score_scale=_score_scale,
         condition=lambda condition: conditions[condition],
         barrier=_barrier,
         tile_type=_tile_type,
@@ -163,6 +165,11 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
     )
     macros = step_macros(env)
     return env
+
+
+def _score_scale(step: RowMax | Exponentiate) -> str:
+    """What the softmax multiplies scores by."""
+    return "1.f" if step.is_scaled else step.scale.name if step.scale else "params.softmax_scale_log2"
 
 
 def _tile_type(place: Buffer | View) -> str:

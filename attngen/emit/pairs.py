@@ -21,8 +21,9 @@ from attngen.expr import (
     to_cuda,
     with_nodes,
 )
+from attngen.expr.arithmetic import minus, plus, times
 from attngen.plan import Plan, walk
-from attngen.plan.steps import TAKEN, LookUp, MaskScores, MaskScoresEach, ModifyScores
+from attngen.plan.steps import TANH, LookUp, MaskScores, MaskScoresEach, ModifyScores, SeedScores
 
 _NAMES = {
     "b": "tile.batch",
@@ -157,37 +158,64 @@ def _ahead(plan: Plan, macros: Any) -> Iterator[str]:
 
 def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
     steps = {type(step): step for step in walk(plan.kernel.worker.program)}
+    if terms := score_terms(plan.score):
+        found = cuda_body(list(terms), leaves(plan))
+        types = ("int" if each.type == "bool" else c_type(each) for each in terms)
+        named = zip(terms.values(), types, found.results, strict=True)
+        yield macros.terms([{"name": name, "c_type": of, "value": value} for name, of, value in named], found)
+    if isinstance(step := steps.get(SeedScores), SeedScores):
+        leaf_of, known, ahead = _known_of_score(plan, step, terms)
+        inverse = {**known.names, _INVERSE: "params.softmax_scale_inverse"}
+        seed = _scaled(with_nodes(step.added, leaf_of), scalar(_INVERSE, "f32"))
+        yield macros.seed(cuda_body([seed], replace(known, names=inverse)), bool(terms), ahead)
     if isinstance(step := steps.get(ModifyScores), ModifyScores):
-        ahead = {lookup: tile.name for lookup, tile in step.looked_up}
-        terms = score_terms(step.score)
-        if terms:
-            found = cuda_body(list(terms), leaves(plan))
-            types = ("int" if each.type == "bool" else c_type(each) for each in terms)
-            named = zip(terms.values(), types, found.results, strict=True)
-            yield macros.terms(
-                [{"name": name, "c_type": of, "value": value} for name, of, value in named], found
-            )
-        names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
-        leaf_of = {each: scalar(name, each.type) for each, name in names.items()}
-        score = with_nodes(step.score, leaf_of)
-        known = replace(
-            leaves(plan, exact=False, key_step="kv_step"),
-            score_scale="" if step.scale else "params.softmax_scale",
-        )
-        known = replace(known, names={**known.names, **{name: name for name in names.values()}})
+        leaf_of, known, ahead = _known_of_score(plan, step, terms)
+        scale = "" if step.scale else "params.softmax_scale"
+        takes, score = "score", step.score
         if step.by_tanh:
-            argument, rest = (with_nodes(each, leaf_of) for each in step.by_tanh)
-            first = cuda_body([argument], known)
-            of_argument = {**known.names, TAKEN: "argument"}
-            then = cuda_body([rest], replace(known, names=of_argument, knows_near=True))
-            yield macros.score_by_tanh(first, then, bool(terms), list(ahead.values()))
-        else:
-            yield macros.score(cuda_body([score], known), bool(terms), list(ahead.values()))
+            multiple, score = step.by_tanh
+            takes = "tanh"
+            known = replace(known, names={**known.names, TANH.name: takes})
+            yield macros.tanh_of_score(
+                f"{scale} * {to_cuda(multiple, known)}" if scale else to_cuda(multiple, known),
+                "params.softmax_scale_log2" if step.is_tanh else "1.f",
+            )
+        if not step.is_tanh:
+            body = cuda_body([with_nodes(score, leaf_of)], replace(known, score_scale=scale))
+            yield macros.score(takes, body, bool(terms), ahead)
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield macros.predicate(cuda_body([step.mask], leaves(plan)))
+
+
+_INVERSE = "1 / softmax_scale"
+"""A name that no spec can declare."""
+
+
+def _known_of_score(
+    plan: Plan, step: SeedScores | ModifyScores, terms: Mapping[Expr, str]
+) -> tuple[dict[Expr, Expr], Leaves, list[str]]:
+    """What stands for the lookups of a score that have been done, how its leaves are written, and what is handed in."""
+    ahead = {lookup: tile.name for lookup, tile in step.looked_up}
+    names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
+    known = leaves(plan, exact=False, key_step="kv_step")
+    known = replace(known, names={**known.names, **{name: name for name in names.values()}})
+    return {each: scalar(name, each.type) for each, name in names.items()}, known, list(ahead.values())
+
+
+def _scaled(expr: Expr, factor: Expr) -> Expr:
+    """An f32 times a factor, worked into what is the same for all pairs of a tile where a product has such a part."""
+    a, b = expr.args if expr.op == "arith" else (expr, expr)
+    if expr.op == "arith" and expr.name in "+-":
+        sides = (_scaled(a, factor), _scaled(b, factor))
+        return plus(*sides) if expr.name == "+" else minus(*sides)
+    if expr.op == "arith" and expr.name == "*":
+        for part, other in ((a, b), (b, a)):
+            if free_names(part).isdisjoint(("q_idx", "kv_idx")):
+                return times(times(part, factor), other)
+    return times(expr, factor)
 
 
 def score_terms(score: Expr) -> dict[Expr, str]:

@@ -1,8 +1,8 @@
 """The expression language of masks and scores: one hash-consed tree and its readings.
 
 Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`to_cuda`), to a torch value
-(`evaluate`), to static ranges (`index_range`), to the range of keys a query sees (`key_range`, `extremes`), and to
-conditions over a tile (`tile_classes`).
+(`evaluate`), to static ranges (`index_range`, `real_range`), to the range of keys a query sees (`key_range`,
+`extremes`), and to conditions over a tile (`tile_classes`).
 """
 
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
@@ -21,6 +21,7 @@ from attngen.expr.keys import KeyRange, extremes, key_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
 from attngen.expr.ranges import index_range
+from attngen.expr.real_ranges import magnitude, real_range
 from attngen.expr.scope import LocateOf, check_definitions, prelude
 from attngen.expr.syntax import Locate
 from attngen.expr.tables import Table
@@ -96,6 +97,7 @@ __all__ = [
     "key_range",
     "less",
     "less_equal",
+    "magnitude",
     "name",
     "negate",
     "nodes",
@@ -104,6 +106,7 @@ __all__ = [
     "places_of",
     "prelude",
     "read_declarations",
+    "real_range",
     "scalar",
     "scale",
     "sub",

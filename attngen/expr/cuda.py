@@ -46,7 +46,6 @@ class Leaves:
         exact: f32 arithmetic as the language defines it, rather than fast.
         key_step: the part of kv_idx that the compiler knows, with `names["kv_idx"]` the rest; a conversion to f32 is
             then done once a thread and not once a key. Empty: there is no such part.
-        knows_near: `kNear` tells whether what tanh takes is near 0.
         score_scale: what `names["score"]` is still to be multiplied by; a constant that a score is multiplied by joins
             it. Empty: the score is scaled.
     """
@@ -56,7 +55,6 @@ class Leaves:
     extents: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
     key_step: str = ""
-    knows_near: bool = False
     score_scale: str = ""
 
 
@@ -291,8 +289,6 @@ class _Writer:
             args = ", ".join(self._as_type(arg, _operation_type(expr)) for arg in expr.args)
             return f"{_INDEX_FUNCTIONS[expr.name]}({args})", _OPERAND
         function = (_EXACT_FUNCTIONS if self._leaves.exact else _FAST_FUNCTIONS)[expr.name]
-        if self._leaves.knows_near and expr.name == "tanh":
-            function += "<kNear>"
         return f"{function}({', '.join(map(self.text, expr.args))})", _OPERAND
 
     def _to_real(self, number: Expr) -> tuple[str, int]:

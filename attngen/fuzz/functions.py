@@ -73,7 +73,7 @@ FAST: Mapping[str, Bound] = {
     "exp": Bound(torch.exp, relative=2.0**-22, by_argument=2.0**-23, absolute=_SMALLEST_NORMAL, flushes=True),
     "log2": Bound(torch.log2, relative=2.0**-22, absolute=2.0**-22, flushes=True),
     "log": Bound(torch.log, relative=2.0**-22 + 2 * _ROUNDING, absolute=2.0**-22, flushes=True),
-    # Near 0 a polynomial, 2^-20.6 off relatively. Beyond, 1 - 2 / (1 + e^2x): the quotient is at most 2, and off by a
+    # Near 0 a polynomial, 2^-19.4 off relatively. Beyond, 1 - 2 / (1 + e^2x): the quotient is at most 2, and off by a
     # few roundings and by what e is off by.
     "tanh": Bound(torch.tanh, absolute=2.0**-20),
     "sigmoid": Bound(

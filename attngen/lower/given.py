@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.lower.pairs import adds_a_bias, looks_up_by_key, two_steps_by_tanh
+from attngen.dtypes import dtype
+from attngen.lower.pairs import adds_a_bias, two_steps_by_tanh
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -18,7 +19,9 @@ from attngen.lower.tiles import (
 )
 from attngen.lower.tiles_8bit import table_8bit
 from attngen.quantize import ScaleKind
+from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
+from attngen.schedules.pairs import looks_up_by_key
 from attngen.spec import Spec
 
 KNOBS = {
@@ -50,7 +53,7 @@ def table(spec: Spec) -> tuple[Row, ...]:
     """What measurement says is best for a spec's head dims and demands on sm_90a, the shortest sequences first."""
     dims = spec.problem.head_dim
     if (kind := scale_kind(spec)) is None:
-        return warpgroup_table(dims.qk, dims.v, demands(spec))
+        return warpgroup_table(dims.qk, dims.v, demands(spec, seeds=True))
     return table_8bit(dims.qk, dims.v, demands(spec), kind, spec.precision.promote)
 
 
@@ -92,9 +95,10 @@ def _with_rows_of_warpgroups(values: dict[str, Any], arch: Arch) -> dict[str, An
     return values
 
 
-def demands(spec: Spec) -> Demands:
-    """What the spec's mask and score ask of a tile."""
-    pairs = Pairs.of(spec.mask_expr, spec.score_expr)
+def demands(spec: Spec, seeds: bool = False) -> Demands:
+    """What the spec's mask and score ask of a tile; `seeds`: of a score GEMM that can add to something."""
+    whole = Pairs.of(spec.mask_expr, spec.score_expr)
+    pairs = whole.seeded() if seeds else whole
     visible = pairs.visible
     return Demands(
         bounded=visible is not None and bool(visible.upper),
@@ -103,8 +107,10 @@ def demands(spec: Spec) -> Demands:
         modified=pairs.modifies_scores,
         by_tanh=two_steps_by_tanh(pairs, spec.problem.head_dim.v, 2) is not None,
         mask_loads=visible is None and looks_up_by_key(pairs.mask),
-        score_loads=looks_up_by_key(pairs.score),
-        adds_a_bias=adds_a_bias(pairs.score, spec.declarations),
+        seeded=pairs.added is not None,
+        exponents=needs_no_maximum(pairs.magnitude, dtype(spec.precision.inputs).max_finite),
+        score_loads=looks_up_by_key(whole.score),
+        adds_a_bias=adds_a_bias(whole.score, spec.declarations),
     )
 
 

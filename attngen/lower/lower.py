@@ -9,7 +9,13 @@ from attngen.errors import PlanError
 from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
-from attngen.lower.pairs import declarations_read_by, lookups_by_key, pair_params, table_kernel, table_spaces
+from attngen.lower.pairs import (
+    declarations_read_by,
+    lookups_by_key,
+    pair_params,
+    table_kernel,
+    table_spaces,
+)
 from attngen.lower.places import key_blocks, params, places, workspaces
 from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_inputs, wrong_target
 from attngen.lower.scales import scales
@@ -110,6 +116,8 @@ def build(
     )
     if isinstance(choice, WarpgroupChoice):
         scaled = scales(kind, choice.block_m, choice.block_n, choice.stages) if kind else None
+        if not scaled:  # a tensor core's sums of 8-bit products are too coarse to be added to
+            pairs = pairs.seeded()
         return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)
 
@@ -131,6 +139,8 @@ def _warp_plan(
     tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
     at = places(choice, arch, *dtypes, head_dims, pairs)
+    if schedule == "serial":  # which keeps its maxima in device memory
+        at = replace(at, bounded=False)
     spaces = workspaces(at) if schedule == "serial" else ()
     heads = product("batch", "num_heads_q")
     grid = heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))
@@ -143,7 +153,7 @@ def _warp_plan(
                 choice.warps,
                 SCHEDULES[schedule](at),
                 (at.acc_s, at.p, at.acc_o),
-                (at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                at.row_vectors,
                 (at.load_at, at.read_at),
             ),
         ),
@@ -180,7 +190,7 @@ def _warpgroup_plan(
 ) -> Plan:
     """The plan of a schedule of a producer and consumer warpgroups."""
     name = common["name"]
-    by_key = lookups_by_key(pairs.score, common["declarations"])
+    by_key = lookups_by_key(common["score"], common["declarations"])
     at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, scaled, by_key)
     tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))

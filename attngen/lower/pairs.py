@@ -4,6 +4,7 @@ from attngen.dtypes import DType, dtype
 from attngen.expr import INDEX_NAMES, Declarations, Expr, Table, free_names, name, nodes, tensor_names
 from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
 from attngen.schedules import Pairs
+from attngen.schedules.pairs import looks_up_by_key
 
 
 def declarations_read_by(declared: Declarations, *exprs: Expr) -> Declarations:
@@ -27,20 +28,10 @@ def pair_params(
         tables: that classes of blocks read.
         sizes: fields that are there anyway.
     """
-    if pairs.modifies_scores:
-        scale = (
-            Param("softmax_scale", "f32", "softmax_scale"),
-            Param("softmax_scale_log2", "f32", "score_factor_log2"),
-        )
-    else:
-        scale = (
-            Param("scale_is_negative", "i32", "scale_is_negative"),
-            Param("softmax_scale_log2", "f32", "softmax_scale_log2"),
-        )
     dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
     dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
     return (
-        *scale,
+        *_scale_params(pairs),
         *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
         *(
             Param(f"stride_{i}_of_{name}", "i64", f"tensor.{name}.stride_{i}")
@@ -60,6 +51,18 @@ def pair_params(
     )
 
 
+def _scale_params(pairs: Pairs) -> tuple[Param, ...]:
+    """What carries the scale: for a score, for the exponentials, and for what is added before either."""
+    is_seeded, modifies = pairs.added is not None, pairs.modifies_scores
+    scale = "seeded_scale" if is_seeded else "softmax_scale"
+    return (
+        *((Param("scale_is_negative", "i32", "scale_is_negative"),) if is_seeded or not modifies else ()),
+        *((Param("softmax_scale", "f32", scale),) if modifies else ()),
+        Param("softmax_scale_log2", "f32", "score_factor_log2" if modifies else f"{scale}_log2"),
+        *((Param("softmax_scale_inverse", "f32", "seeded_scale_inverse"),) if is_seeded else ()),
+    )
+
+
 def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
     """Lookups of a score whose 16-bit elements two neighbouring keys may find side by side, and their formats.
 
@@ -73,11 +76,6 @@ def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
         and declared.tensors[each.name].dtype in ("f16", "bf16")
         and not any(free_names(index) & {"kv_idx", "score"} for index in each.args[:-1])
     }
-
-
-def looks_up_by_key(expr: Expr) -> bool:
-    """Whether it looks something up for each key."""
-    return bool(_loads(expr))
 
 
 def adds_a_bias(score: Expr, declared: Declarations) -> bool:

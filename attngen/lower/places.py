@@ -8,6 +8,7 @@ from attngen.expr import KeyRange, extremes, name
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
 from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
+from attngen.scaling import needs_no_maximum
 from attngen.schedules import Pairs, Places, Scales
 
 
@@ -24,6 +25,7 @@ def tile_places(
     pairs: Pairs,
     scales: Scales | None = None,
     warpgroups: int = 2,
+    integer_maxima: bool = False,
 ) -> dict[str, Any]:
     """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers.
 
@@ -35,6 +37,8 @@ def tile_places(
         pairs=pairs,
         ahead=(),
         by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
+        bounded=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
+        integer_maxima=integer_maxima,
         q=q,
         k=k,
         v=v,

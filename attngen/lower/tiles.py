@@ -38,6 +38,7 @@ class WarpgroupChoice:
         q_stages: with two, one warpgroup may begin the next tile while another is still at this one.
         part_cols: columns of O that the tensor core adds up at a time, before they join O in true f32; 0 where it adds
             to O itself.
+        integer_maxima: see `RowMax.by_integers`.
     """
 
     block_m: int
@@ -54,6 +55,7 @@ class WarpgroupChoice:
     q_stages: int = 1
     blocks_per_sm: int = 1
     part_cols: int = 0
+    integer_maxima: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ class Demands:
         bounded: the mask has an upper bound, so that rows of a head see more and more keys.
         lower: the mask has a lower bound, as windows have.
         walks: blocks of keys are classed one by one.
-        modified: scores are modified.
+        modified: scores are modified when the score GEMM has landed.
         by_tanh: they are in two steps, by their tanh: instructions rather than exponentials while they are small.
+        seeded: the score GEMM adds to something.
+        exponents: modified scores are bounded, and their exponentials under no maximum.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
         adds_a_bias: that is a bias of two neighbouring keys at a time, and but for sums and products there is no more.
@@ -85,6 +89,8 @@ class Demands:
     walks: bool = False
     modified: bool = False
     by_tanh: bool = False
+    seeded: bool = False
+    exponents: bool = False
     mask_loads: bool = False
     score_loads: bool = False
     adds_a_bias: bool = False
@@ -103,6 +109,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
     """
     widest = max(head_dim_qk, head_dim_v)
     loads = demands.mask_loads or demands.score_loads
+    capped = demands.by_tanh and demands.exponents
     if loads and widest <= 64:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
     if loads and widest <= 96:
@@ -111,10 +118,14 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         sees_all = not (demands.bounded or demands.lower or demands.walks)
         if demands.adds_a_bias and sees_all and widest == 128:
             return (Row(None, "pingpong", WarpgroupChoice(128, 128, 2, 2)),)
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2)),)
+        block_n = 112 if demands.adds_a_bias and not demands.walks and widest == 128 else 96
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, block_n, 2, 2)),)
     if loads and widest > 128:
-        narrow = WarpgroupChoice(128, 48, 2, 2, rescale="last", out_over_q=widest > 192)
+        block_n = 32 if demands.score_loads and widest > 192 else 48
+        narrow = WarpgroupChoice(128, block_n, 2, 2, rescale="last", out_over_q=widest > 192)
         return (Row(None, "warp_specialized", narrow),)
+    if widest <= 64 and demands.modified and not capped:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),)
     if widest <= 64:
         small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
         return (
@@ -127,6 +138,21 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
             Row(None, "pingpong", long),
         )
+    if widest <= 128 and demands.modified and loads:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112 if capped else 96, 2, 2)),)
+    if widest <= 128 and capped:
+        return (
+            Row(4096 if demands.bounded else 1024, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "warp_specialized", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
+        )
+    if widest <= 128 and demands.seeded and not demands.modified:
+        long = WarpgroupChoice(128, 128, 2, 2)
+        if not demands.bounded:
+            long = replace(long, rescale="last", integer_maxima=True)
+        return (
+            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "warp_specialized", long),
+        )
     if widest <= 128 and demands.modified and not demands.by_tanh:
         # A third softmax hides what two leave in the open.
         return (
@@ -134,7 +160,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
         )
     if widest <= 128:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, integer_maxima=True)),)
     if head_dim_v <= 128 and head_dim_qk <= 192:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 112, 2, 2)),)
     if widest <= 192:
@@ -143,6 +169,8 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(None, "warp_specialized", WarpgroupChoice(128, 96, 2, 2, rescale="last", out_over_q=True)),
         )
     wide = WarpgroupChoice(128, 80, 2, 2, rescale="last", rescale_votes=True, out_over_q=True)
+    if demands.modified and demands.lower:
+        return (Row(None, "warp_specialized", replace(wide, block_n=64)),)
     return (
         Row(512, "warp_specialized", replace(wide, block_n=64)),
         Row(None, "warp_specialized", wide),

@@ -36,7 +36,8 @@ def table_8bit(
             return _free(192, 128, half) if promotes else _free(192, 160)
         if promotes:
             return _late(192, 128, head_dim_v)
-        return _late(192, 128, up_to=4096 if demands.bounded else 1024) + _late(192, 160)
+        short = _late(192, 128, up_to=4096 if demands.bounded else 1024, integer_maxima=True)
+        return short + _late(192, 160, integer_maxima=True)
     if widest <= 128:
         if not is_plain and promotes and not (has_granules or loads or demands.walks):
             return _late(128, 128, half if head_dim_v > 64 else head_dim_v, q_stages=1, stages=3)
@@ -48,11 +49,14 @@ def table_8bit(
         if has_granules:
             return _free(128, 128, q_stages=2, stages=3, overlap=False)
         if promotes:
-            return _late(128, 128, head_dim_v, stages=4, up_to=4096) + _late(128, 192, half)
-        short = _late(128, 128 if demands.bounded else 160, stages=3, up_to=4096)
-        return short + _late(128, 224, q_stages=1)
+            short = _late(128, 128, head_dim_v, stages=4, up_to=4096, integer_maxima=demands.bounded)
+            return short + _late(128, 192, half)
+        short = _late(128, 128 if demands.bounded else 160, stages=3, up_to=4096, integer_maxima=True)
+        return short + _late(128, 224, q_stages=1, integer_maxima=True)
+    if not promotes and is_plain:
+        return _free(128, 128, out_over_q=True, integer_maxima=not has_granules)
     if not promotes:
-        return _free(128, 128 if is_plain else 32 if loads else 64, out_over_q=True)
+        return _free(128, 32 if loads else 64, out_over_q=True)
     if not is_plain:
         return _free(128, 32, quarter, out_over_q=True)
     return _free(128, 64 if has_granules else 96, quarter, out_over_q=True)
@@ -74,6 +78,7 @@ def _late(
     q_stages: int = 2,
     stages: int = 2,
     up_to: int | None = None,
+    integer_maxima: bool = False,
 ) -> tuple[Row, ...]:
     """Turns that are passed when the GEMMs have landed: what overlaps is the others' softmax, nothing of one's own."""
     choice = WarpgroupChoice(
@@ -83,6 +88,7 @@ def _late(
         passes_late=True,
         q_stages=q_stages,
         part_cols=part_cols,
+        integer_maxima=integer_maxima,
     )
     return (Row(up_to, "pingpong", choice),)
 
@@ -100,6 +106,7 @@ def _free(
     q_stages: int = 1,
     stages: int = 2,
     overlap: bool = True,
+    integer_maxima: bool = False,
 ) -> tuple[Row, ...]:
     """No turns."""
     choice = WarpgroupChoice(
@@ -109,5 +116,6 @@ def _free(
         out_over_q=out_over_q,
         q_stages=q_stages,
         part_cols=part_cols,
+        integer_maxima=integer_maxima,
     )
     return (Row(None, "warp_specialized", choice),)

@@ -93,7 +93,9 @@ def places(
     if scales and scales.staged:
         end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))
         scales = replace(scales, staged=replace(scales.staged, offset=end))
-    common = tile_places(q_buffer, k_buffer, v_buffer, out, pairs, scales, choice.warpgroups)
+    common = tile_places(
+        q_buffer, k_buffer, v_buffer, out, pairs, scales, choice.warpgroups, choice.integer_maxima
+    )
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
         for i, (lookup, format) in enumerate(by_key.items())
@@ -168,7 +170,7 @@ def kernel(
                 programs["consumer"],
                 (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
                 (
-                    *(at.row_max, at.row_sum, at.alpha, at.total, at.inv_sum, at.row_lse),
+                    *at.row_vectors,
                     *of_promotion[1],
                     *(at.scales.vectors if at.scales else ()),
                 ),

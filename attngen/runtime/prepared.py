@@ -25,9 +25,8 @@ from attngen.runtime.declared import DeclaredValues
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tables import TableSignature
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
+from attngen.scaling import scale_values
 
-SMALLEST_SCALE = 2.0**-126
-"""FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
 MOST_SIGNATURES = 4096
 """Signatures that a launcher remembers; a program with more starts over."""
 LARGEST_GRID = 2**31 - 1
@@ -185,10 +184,7 @@ def prepare_signature(
     steps = {"q": problem.q, "k": problem.k, "v": problem.v, "out": strides(sample, layout)}
     values: dict[str, Any] = {
         **sizes,
-        "softmax_scale_log2": max(abs(scale), SMALLEST_SCALE) * math.log2(math.e),
-        "scale_is_negative": int(scale < 0),
-        "softmax_scale": scale,
-        "score_factor_log2": manifest.score_factor * math.log2(math.e),
+        **scale_values(scale, manifest.score_factor),
         **declared.parameters,
     }
     for name, (batch, seqlen, head) in steps.items():

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
+from attngen.schedules.pairs import Pairs
 from attngen.schedules.serial import serial
-from attngen.schedules.tiles import Pairs, Places, Scales, TilePlaces
+from attngen.schedules.tiles import Places, Scales, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}

@@ -13,15 +13,12 @@ from attngen.plan.steps import (
     CommitCopies,
     ConvertP,
     CopyTile,
-    Exponentiate,
-    FinishRows,
     ForTiles,
     LoadTile,
     Note,
     OutputGemm,
     ReadTile,
     ReduceRows,
-    RowMax,
     ScaleRows,
     ScoreGemm,
     Step,
@@ -42,7 +39,7 @@ def fa2(at: Places) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                Clear(at.row_max, "-inf"),
+                *(() if at.bounded else (Clear(at.row_max, "-inf"),)),
                 Clear(at.row_sum),
                 *at.start_keys(LOAD, VISIT),
                 at.when_first(
@@ -57,7 +54,7 @@ def fa2(at: Places) -> Program:
                 Note("normalise once, at the end"),
                 ReadTile(),
                 ReduceRows(at.total, at.row_sum),
-                FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+                at.finish_rows,
                 ScaleRows(at.acc_o, at.inv_sum),
                 StoreRows(at.row_lse, at.lse, M_BLOCK),
                 SyncThreads(),
@@ -73,9 +70,9 @@ def _softmax(at: Places) -> Program:
     """One step of the online softmax; alpha rescales what was summed under the old maximum."""
     return (
         Note("online softmax"),
-        RowMax(at.acc_s, at.row_max, at.alpha),
-        Exponentiate(at.acc_s, at.row_max, at.row_sum, at.alpha),
-        ScaleRows(at.acc_o, at.alpha),
+        *at.row_max_of_scores,
+        *at.exponentials,
+        *at.rescale_output(),
         ConvertP(at.acc_s, at.p),
     )
 

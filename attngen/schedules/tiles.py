@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, KeyRange, free_names, key_range, name, nodes, scalar, with_nodes
+from attngen.expr import Expr, nodes
 from attngen.plan import (
     BlockIndex,
     Buffer,
@@ -19,8 +19,9 @@ from attngen.plan import (
     Walk,
 )
 from attngen.plan.steps import (
-    TAKEN,
+    TANH,
     Exponentiate,
+    FinishRows,
     ForBlocks,
     ForVisited,
     LookUp,
@@ -34,6 +35,8 @@ from attngen.plan.steps import (
     ReadValueWeight,
     RowMax,
     ScaleKeys,
+    ScaleRows,
+    SeedScores,
     StageScales,
     StartWalk,
     Step,
@@ -43,6 +46,7 @@ from attngen.plan.steps import (
     WhenPartial,
     WhenVisited,
 )
+from attngen.schedules.pairs import Pairs
 
 M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
     BlockIndex("m_block"),
@@ -70,50 +74,6 @@ class KeyBlock:
     before: BlockIndex
     mask: Program
     may_be_last: bool
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What a spec says of a query and a key.
-
-    Attributes:
-        mask: whether the query sees the key.
-        visible: the keys that a row sees, where they have a closed form.
-        score: out of `score`, the scaled product; times `score_factor` it is in natural units.
-        score_factor: positive; a factor that the exponentials take for nothing.
-    """
-
-    mask: Expr
-    visible: KeyRange | None
-    score: Expr
-    score_factor: float = 1.0
-
-    @classmethod
-    def of(cls, mask: Expr, score: Expr) -> "Pairs":
-        """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
-        if score.op == "arith" and score.name == "*":
-            a, b = score.args
-            for factor, rest in ((a, b), (b, a)):
-                if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
-                    return cls(mask, key_range(mask), rest, float(factor.value))
-        return cls(mask, key_range(mask), score)
-
-    @property
-    def by_tanh(self) -> tuple[Expr, Expr] | None:
-        """What the one tanh of the score takes, and the score out of that, as `ModifyScores` wants them.
-
-        None where there is no such tanh, or the scaled product enters elsewhere too.
-        """
-        arguments = [each.args[0] for each in nodes(self.score) if each.name == "tanh"]
-        if len(arguments) != 1 or "score" not in free_names(arguments[0]):
-            return None
-        rest = with_nodes(self.score, {arguments[0]: scalar(TAKEN, "f32")})
-        return None if "score" in free_names(rest) else (arguments[0], rest)
-
-    @property
-    def modifies_scores(self) -> bool:
-        """Whether the score is anything but the scaled product."""
-        return self.score is not name("score") or self.score_factor != 1
 
 
 @dataclass(frozen=True)
@@ -162,6 +122,8 @@ class TilePlaces:
         pairs: what the spec says of a query and a key.
         ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
         by_tanh: that of the pairs, where scores are computed so.
+        bounded: scores are small enough to be exponents as they are, under no running maximum.
+        integer_maxima: as `RowMax.by_integers`.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
         row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
@@ -172,6 +134,8 @@ class TilePlaces:
     pairs: Pairs
     ahead: tuple[tuple[Expr, RegTile], ...]
     by_tanh: tuple[Expr, Expr] | None
+    bounded: bool
+    integer_maxima: bool
     q: Buffer
     k: Buffer
     v: Buffer
@@ -196,6 +160,12 @@ class TilePlaces:
     def walks(self) -> bool:
         """Whether blocks of keys are classed one by one, for want of a closed form."""
         return self.pairs.visible is None
+
+    @property
+    def row_vectors(self) -> tuple[RegVec, ...]:
+        """What is kept of each row."""
+        of_maximum = () if self.bounded else (self.row_max, self.alpha)
+        return (*of_maximum, self.row_sum, self.total, self.inv_sum, self.row_lse)
 
     # ---- scales of 8-bit operands -----------------------------------------------------------------------------------
     def start_scales(self, rows: BlockIndex) -> Program:
@@ -240,32 +210,66 @@ class TilePlaces:
         """The same for a further block, where the one before it could not know of it: in a walk."""
         return self.look_up(rows, block) if self.walks else ()
 
-    def look_up_next(self, rows: BlockIndex, block: BlockIndex) -> Program:
-        """The same for the block after this one, as soon as what is looked up for this one has been used."""
-        if self.walks or not self.ahead:
+    def seed(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """What the score GEMM of a block adds to, where the spec adds something to the product."""
+        if (added := self.pairs.added) is None:
             return ()
-        return (WhenBlock(block - 1, N_MIN, self.look_up(rows, block - 1)),)
+        seeds = SeedScores(self.acc_s, rows, block, added, self.ahead)
+        return (seeds, *(() if self._modifies_by_lookup else self._look_up_next(rows, block)))
 
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
         scales, pairs = self.scales, self.pairs
+        if not pairs.modifies_scores:
+            return ()
         scale = scales.of_scores if scales else None
         modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, self.by_tanh)
-        return (modified,) if pairs.modifies_scores else ()
+        return (modified, *(self._look_up_next(rows, block) if self._modifies_by_lookup else ()))
+
+    @property
+    def _modifies_by_lookup(self) -> bool:
+        """Whether what is loaded ahead is wanted until the scores of the block are there."""
+        read = nodes(self.pairs.score)
+        return any(lookup in read for lookup, _ in self.ahead)
+
+    def _look_up_next(self, rows: BlockIndex, block: BlockIndex) -> Program:
+        """Load for the block after this one, what was loaded for this one being used."""
+        if self.walks or not self.ahead:
+            return ()
+        return (WhenBlock(block - 1, N_MIN, self.look_up(rows, block - 1)),)
 
     @property
     def row_max_of_scores(self) -> Program:
         """The running maximum of a row, and what it does to all before."""
-        return (RowMax(self.acc_s, self.row_max, self.alpha, self._score_scale),)
+        if self.bounded:
+            return ()
+        scale = (self._score_scale, self._is_scaled)
+        return (RowMax(self.acc_s, self.row_max, self.alpha, *scale, self.integer_maxima),)
 
     @property
     def exponentials(self) -> Program:
         """P, unrounded, and its sums."""
         at = self.scales
         lift, weight = (at.lift, at.weight) if at else (0, None)
-        return (
-            Exponentiate(self.acc_s, self.row_max, self.row_sum, self.alpha, self._score_scale, lift, weight),
-        )
+        row_max, alpha = (None, None) if self.bounded else (self.row_max, self.alpha)
+        scale = (self._score_scale, self._is_scaled)
+        return (Exponentiate(self.acc_s, row_max, self.row_sum, alpha, *scale, lift, weight),)
+
+    def rescale_output(self, votes: bool = False) -> Program:
+        """O under the new maximum."""
+        return () if self.bounded else (ScaleRows(self.acc_o, self.alpha, votes),)
+
+    @property
+    def finish_rows(self) -> Step:
+        """The factor of each row of O, and its log-sum-exp."""
+        of_scales = (self.scales.lift, self.scales.top) if self.scales else ()
+        row_max = None if self.bounded else self.row_max
+        return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_scales)
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether a score comes out as an exponent."""
+        return self.by_tanh is not None and self.by_tanh[1] is TANH
 
     @property
     def _score_scale(self) -> RegVec | None:
@@ -279,8 +283,11 @@ class TilePlaces:
         return (MaskScores(self.acc_s, rows, block, self.pairs.visible),)
 
     def negate_q(self, q: View, around: tuple[Program, Program]) -> Program:
-        """What a negative softmax_scale asks of Q, between two programs; a modified score is scaled by itself."""
-        if self.pairs.modifies_scores:
+        """What a negative softmax_scale asks of Q, between two programs; a modified score is scaled by itself.
+
+        Of a sum it must be the product that changes its sign, so that is done before.
+        """
+        if self.pairs.modifies_scores and self.pairs.added is None:
             return ()
         before, after = around
         return (When("scale is negative", (*before, NegateTile(q), *after)),)

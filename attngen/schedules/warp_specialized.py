@@ -26,7 +26,6 @@ from attngen.plan.steps import (
     CopyRows,
     DrawTile,
     FenceAsync,
-    FinishRows,
     ForTiles,
     IssueOutputGemm,
     IssueScoreGemm,
@@ -168,7 +167,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                Clear(at.row_max, "-inf"),
+                *(() if at.bounded else (Clear(at.row_max, "-inf"),)),
                 Clear(at.row_sum),
                 *at.start_keys(VISIT),
                 *at.start_scales(M_BLOCK),
@@ -193,15 +192,15 @@ def _first_block(at: WarpgroupPlaces) -> Program:
     return (
         Note("the last block of keys: scores only, O follows one block behind"),
         *at.look_up(M_BLOCK, at.first_block.n),
+        *at.seed(M_BLOCK, at.first_block.n),
         WaitFull(rings.k),
         *at.read_scales(rings.k),
-        IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
+        _issue_scores(at),
         WaitGemm(0, (at.acc_s,)),
         *at.scale_keys(rings.k),
         Release(rings.k),
         Advance(rings.k),
         *at.modify(M_BLOCK, at.first_block.n),
-        *at.look_up_next(M_BLOCK, at.first_block.n),
         *at.first_block.mask,
         *at.row_max_of_scores,
         *at.exponentials,
@@ -215,11 +214,12 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     pass_turn = (PassTurn(at.turn),) if turns else ()
     issue = (
         *at.look_up_here(M_BLOCK, block.n),
+        *at.seed(M_BLOCK, block.n),
         WaitFull(rings.k),
         *at.read_scales(rings.k),
         *((TakeTurn(at.turn),) if turns else ()),
         Note(f"S = Q K[{block.n}]ᵀ, and behind it O += P V[{block.before}]"),
-        IssueScoreGemm(at.acc_s, at.q.at(rings.q).own, at.k.at(rings.k)),
+        _issue_scores(at),
         WaitFull(rings.v),
         _issue_output(at),
         *(() if at.passes_late else pass_turn),
@@ -228,7 +228,6 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     row_max = (
         Note("online softmax of block n"),
         *at.modify(M_BLOCK, block.n),
-        *at.look_up_next(M_BLOCK, block.n),
         *block.mask,
         *((CopyRows(at.alpha_before, at.alpha),) if at.part and at.overlap else ()),
         *at.row_max_of_scores,
@@ -255,7 +254,13 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
 def _rescale(at: WarpgroupPlaces, where: Rescale) -> Program:
     """O under the new maximum, if this is the place for it; a promotion does it one block later."""
     is_here = at.rescale == where and at.part is None
-    return (ScaleRows(at.acc_o, at.alpha, at.rescale_votes),) if is_here else ()
+    return at.rescale_output(at.rescale_votes) if is_here else ()
+
+
+def _issue_scores(at: WarpgroupPlaces) -> IssueScoreGemm:
+    rings = at.consumer
+    q, k = at.q.at(rings.q).own, at.k.at(rings.k)
+    return IssueScoreGemm(at.acc_s, q, k, starts_at_zero=at.pairs.added is None)
 
 
 def _issue_output(at: WarpgroupPlaces, first_column: int = 0) -> IssueOutputGemm:
@@ -298,13 +303,7 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
     return (
         Note("normalise once, at the end"),
         ReduceRows(at.total, at.row_sum),
-        FinishRows(
-            at.row_max,
-            at.total,
-            at.inv_sum,
-            at.row_lse,
-            *((at.scales.lift, at.scales.top) if at.scales else ()),
-        ),
+        at.finish_rows,
         ScaleRows(at.acc_o, at.inv_sum),
         StoreRows(at.row_lse, at.lse, M_BLOCK),
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),

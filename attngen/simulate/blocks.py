@@ -7,7 +7,10 @@ fault says who waits for what. Which blocks of a launch run, and in what order, 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from attngen.plan import KernelPlan, Plan, Step
+from attngen.scaling import scale_values
 from attngen.simulate.barriers import Barrier, NamedBarrier, StageBarriers, stage_barriers
 from attngen.simulate.clocks import Stamp
 from attngen.simulate.device_memory import DeviceMemory
@@ -23,9 +26,7 @@ class Call:
     """What one call fixes for all its blocks.
 
     Attributes:
-        softmax_scale: what a modified score is scaled by, rounded to f32.
-        softmax_scale_log2: max(|softmax_scale|, FLT_MIN) * log2(e), rounded to f32; log2(e) where scores are modified.
-        scale_is_negative: whether Q must be negated to make up for that.
+        scale: what softmax_scale becomes, by the names of the parameters that carry it.
         device: the tensors; without values in them the program is only counted.
         steps: the function of every Step.
         observer: called after every Step, or None.
@@ -33,12 +34,18 @@ class Call:
 
     plan: Plan
     sizes: Sizes
-    softmax_scale: float
-    softmax_scale_log2: float
-    scale_is_negative: bool
+    scale: Mapping[str, float]
     device: DeviceMemory
     steps: Mapping[type[Step], StepFunction]
     observer: Callable[[Event], None] | None = None
+
+
+def scale_params(plan: Plan, softmax_scale: float) -> dict[str, float]:
+    """`Call.scale`, each rounded to f32."""
+    values = scale_values(float(softmax_scale), plan.score_factor)
+    params = (param for kernel in plan.kernels for param in kernel.params if param.value in values)
+    values |= {param.name: values[param.value] for param in params}
+    return {name: torch.tensor(value, dtype=torch.float32).item() for name, value in values.items()}
 
 
 class Block:

@@ -52,7 +52,7 @@ def when(step: When, role: RoleRun) -> Run:
 
 def _holds(step: When, role: RoleRun) -> bool:
     if step.condition == "scale is negative":
-        return role.call.scale_is_negative
+        return bool(role.call.scale["scale_is_negative"])
     if step.condition == "last warpgroup":
         return role.warpgroup == role.warpgroups - 1
     if step.condition == "tile has blocks":

@@ -19,6 +19,7 @@ from attngen.plan.steps import (
     ModifyScores,
     RowMax,
     ScaleRows,
+    SeedScores,
     Step,
 )
 
@@ -97,6 +98,7 @@ H200 = Costs(
             Exponentiate: 3,  # FFMA, MUFU, FADD
             ConvertP: 1,  # one F2FP packs two
             ScaleRows: 1,  # FMUL
+            SeedScores: 2,  # FFMA, and what it multiplies
             ModifyScores: 12,  # a scale and a handful of operations
             MaskScores: 4,  # ISETP and FSEL
             MaskScoresEach: 12,  # the mask itself, then as above

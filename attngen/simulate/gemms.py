@@ -27,9 +27,12 @@ def output_gemm(step: OutputGemm, role: RoleRun) -> None:
 
 
 def issue_score_gemm(step: IssueScoreGemm, role: RoleRun) -> None:
-    """Start acc = a bᵀ."""
+    """Start acc = a bᵀ, or acc += a bᵀ."""
     a, b = role.read_by_gemm(step.a), role.read_by_gemm(step.b)
-    role.write(step.acc, _with_transposed, a, b)
+    if step.starts_at_zero:
+        role.write(step.acc, _with_transposed, a, b)
+    else:
+        role.write(step.acc, lambda acc: acc + _with_transposed(a, b), role.read(step.acc))
     role.issue_gemm(step.acc)
     _count_scores(step, role)
 

@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 from attngen.plan import Plan, Step
-from attngen.simulate.blocks import Block, Call
+from attngen.simulate.blocks import Block, Call, scale_params
 from attngen.simulate.charges import CHARGES, MEETINGS, Charge
 from attngen.simulate.costs import Costs
 from attngen.simulate.device_memory import DeviceMemory
@@ -43,7 +43,7 @@ class Multiprocessor:
             kind: self._timed(kind, function, CHARGES[kind]) if kind in CHARGES else function
             for kind, function in simulated.items()
         }
-        self._call = Call(plan, sizes, 1.0, 1.0, False, DeviceMemory(plan, sizes, None, None), timed)
+        self._call = Call(plan, sizes, scale_params(plan, 1.0), DeviceMemory(plan, sizes, None, None), timed)
 
     def run(self, work: list[Tile]) -> None:
         """Let the slots work on these tiles.

@@ -12,7 +12,7 @@ from attngen.dtypes import torch_dtype
 from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
 from attngen.quantize import unpack_values
 from attngen.simulate import control, copies, gemms, scales, softmax, sync
-from attngen.simulate.blocks import Block, Call
+from attngen.simulate.blocks import Block, Call, scale_params
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, StepFunction
@@ -93,13 +93,10 @@ def simulate(
     if lse is not None:
         tensors["lse"] = lse
     scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
-    scale_to_log2 = plan.score_factor if plan.modifies_scores else max(abs(scale), scales.SMALLEST_SCALE)
     call = Call(
         plan,
         sizes,
-        softmax_scale=torch.tensor(float(scale)).item(),
-        softmax_scale_log2=torch.tensor(scale_to_log2 * math.log2(math.e)).item(),
-        scale_is_negative=scale < 0,
+        scale=scale_params(plan, scale),
         device=DeviceMemory(plan, sizes, tensors, memory),
         steps={**STEPS_SIMULATED, **(steps or {})},
         observer=observer,
@@ -129,7 +126,7 @@ def count(
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
     device = DeviceMemory(plan, sizes, None, traffic, wanted=("lse",) if return_lse else ())
-    _launch(Call(plan, sizes, 1.0, 1.0, False, device, STEPS_SIMULATED), lockstep=batch * heads)
+    _launch(Call(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED), lockstep=batch * heads)
     return traffic
 
 

@@ -17,11 +17,10 @@ from attngen.plan.steps import (
     ScaleKeys,
     StageScales,
 )
+from attngen.scaling import SMALLEST_SCALE
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.roles import RoleRun
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""FLT_MIN, which stands for a scale of 0: a score of -inf times it is -inf, not NaN."""
 SMALLEST_WEIGHT = 2.0**-32
 """Of a block of V against the largest; e4m3 rounds P to zero long before."""
 
@@ -31,7 +30,7 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
     call = role.call
     own = role.own_rows(step.dst.rows)
     rows = torch.arange(len(own)) + role.index(step.rows) * step.dst.rows + own.start
-    scale = call.softmax_scale if step.in_natural_units else call.softmax_scale_log2
+    scale = call.scale["softmax_scale" if step.in_natural_units else "softmax_scale_log2"]
     q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else torch.ones(())
 
     def scaled() -> torch.Tensor:

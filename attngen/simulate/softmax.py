@@ -5,6 +5,7 @@ Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the f
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from attngen.plan.steps import (
     ReduceRows,
     RowMax,
     ScaleRows,
+    SeedScores,
 )
 from attngen.simulate.copies import rounded
 from attngen.simulate.roles import RoleRun
@@ -98,6 +100,21 @@ def look_up(step: LookUp, role: RoleRun) -> None:
     role.write(step.dst, found)
 
 
+def seed_scores(step: SeedScores, role: RoleRun) -> None:
+    """What the spec adds to each product, divided by the scale."""
+    looked_up = {place.name: role.read(place) for _, place in step.looked_up}
+
+    def seeds() -> torch.Tensor:
+        names: dict[str, Any] = {**_indices(step, step.s, role)[1], **looked_up}
+        added = with_nodes(step.added, {each: scalar(place.name, "f32") for each, place in step.looked_up})
+        found = torch.as_tensor(evaluate(added, names, role.call.sizes.declared.tensors))
+        rows = len(role.own_rows(step.s.rows))
+        shape = (len(role.tile.members), rows, step.s.cols)
+        return (found * role.call.scale["softmax_scale_inverse"]).expand(shape).contiguous()
+
+    role.write(step.s, seeds)
+
+
 def modify_scores(step: ModifyScores, role: RoleRun) -> None:
     """What the spec makes of each scaled score."""
     s = role.read(step.s)
@@ -105,11 +122,12 @@ def modify_scores(step: ModifyScores, role: RoleRun) -> None:
 
     def modified() -> torch.Tensor:
         _, names = _indices(step, step.s, role)
-        scale = role.call.softmax_scale if step.scale is None else role.read(step.scale)
+        scale = role.call.scale["softmax_scale"] if step.scale is None else role.read(step.scale)
         names |= {"score": s * scale, **looked_up}
         score = with_nodes(step.score, {each: scalar(place.name, "f32") for each, place in step.looked_up})
-        scores = evaluate(score, names, role.call.sizes.declared.tensors)
-        return torch.as_tensor(scores).expand_as(s).contiguous()
+        scores = torch.as_tensor(evaluate(score, names, role.call.sizes.declared.tensors))
+        in_exponents = scores * role.call.scale["softmax_scale_log2"] if step.is_tanh else scores
+        return in_exponents.expand_as(s).contiguous()
 
     role.write(step.s, modified)
 
@@ -145,7 +163,7 @@ def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
 
 
 def _indices(
-    step: LookUp | MaskScores | MaskScoresEach | ModifyScores, tile: RegTile, role: RoleRun
+    step: LookUp | MaskScores | MaskScoresEach | ModifyScores | SeedScores, tile: RegTile, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
     sizes = role.call.sizes
@@ -175,8 +193,12 @@ def row_max(step: RowMax, role: RoleRun) -> None:
 
 def exponentiate(step: Exponentiate, role: RoleRun) -> None:
     """Scores to unnormalised probabilities, which are added to the rescaled sum."""
-    top, alpha, total = role.read(step.row_max), role.read(step.alpha), role.read(step.row_sum, partial=True)
-    s, scale = role.read(step.s), _scale(step, role)
+    s, scale, total = role.read(step.s), _scale(step, role), role.read(step.row_sum, partial=True)
+    if step.row_max is None or step.alpha is None:
+        s = role.write(step.s, lambda: torch.exp2(s * scale))
+        role.write(step.row_sum, lambda: total + s.sum(-1))
+        return
+    top, alpha = role.read(step.row_max), role.read(step.alpha)
     if step.weight is None:
         s = role.write(step.s, exponentials, s, top, scale, step.lift)
         role.write(step.row_sum, lambda: alpha * total + s.sum(-1))
@@ -187,7 +209,9 @@ def exponentiate(step: Exponentiate, role: RoleRun) -> None:
 
 
 def _scale(step: RowMax | Exponentiate, role: RoleRun) -> Scale:
-    return role.call.softmax_scale_log2 if step.scale is None else role.read(step.scale)
+    if step.is_scaled:
+        return 1.0
+    return role.call.scale["softmax_scale_log2"] if step.scale is None else role.read(step.scale)
 
 
 def convert_p(step: ConvertP, role: RoleRun) -> None:
@@ -208,7 +232,8 @@ def reduce_rows(step: ReduceRows, role: RoleRun) -> None:
 
 def finish_rows(step: FinishRows, role: RoleRun) -> None:
     """The factor that normalises a row, and its log-sum-exp."""
-    top, total = role.read(step.row_max), role.read(step.row_sum)
+    total = role.read(step.row_sum)
+    top = role.read(step.row_max) if step.row_max else torch.zeros(())
     by = role.read(step.top) if step.top else None
     role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
     role.write(step.lse, log_sum_exp, top, total, step.lift)

@@ -26,23 +26,32 @@ DEV float log_approx(float x) { return log2_approx(x) * 0.6931471805599453f; }
 // 1 / (1 + e^-x) by ex2.approx and rcp.approx.
 DEV float sigmoid_approx(float x) { return rcp_approx(1.f + exp_approx(-x)); }
 
-// Whether tanh_near will do so far from 0.
-DEV bool is_near(float reach) { return reach <= 0.5f; }
-
-// tanh(x) where is_near(|x|), by the odd polynomial of degree 7 whose relative error is least there, 2^-20.6 (Remez): the
-// unit for exponentials stays free.
-DEV float tanh_near(float x) {
-  const float y = x * x;
-  return x * __fmaf_rn(y, __fmaf_rn(y, __fmaf_rn(y, -0.044402227f, 0.13190296f), -0.33326319f), 0.99999946f);
-}
-
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
 DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
 
-// tanh(x); kNear: x is known to be near 0.
-template <bool kNear>
-DEV float tanh_approx(float x) { return kNear ? tanh_near(x) : tanh_far(x); }
-DEV float tanh_approx(float x) { return is_near(fabsf(x)) ? tanh_near(x) : tanh_far(x); }
+// gain tanh(multiple s). Up to a magnitude of `reach` the odd polynomial of degree 5 will do, which leaves the unit for
+// exponentials free; up to |multiple s| = 0.3125 its relative error is least, 2^-19.4 (Remez).
+struct TanhOfMultiple {
+  float multiple, gain, reach, a1, a3, a5;
+  __device__ float near(float s) const {
+    const float y = s * s;
+    return s * __fmaf_rn(y, __fmaf_rn(y, a5, a3), a1);
+  }
+  __device__ float far(float s) const { return gain * tanh_far(multiple * s); }
+};
+
+// The coefficients for that; of multiples by which they might overflow or vanish none is near.
+DEV TanhOfMultiple tanh_of_multiple(float multiple, float gain) {
+  const float size = fabsf(multiple), square = multiple * multiple, of_1 = gain * multiple;
+  const float reach = size >= 0x1p-20f && size <= 0x1p20f ? 0.3125f / size : -1.f;
+  return {multiple, gain, reach, of_1 * 0.99999851f, of_1 * square * -0.33306009f, of_1 * square * square * 0.12577038f};
+}
+
+// tanh(x).
+DEV float tanh_approx(float x) {
+  const TanhOfMultiple of = tanh_of_multiple(1.f, 1.f);
+  return fabsf(x) <= of.reach ? of.near(x) : of.far(x);
+}
 
 // The smallest and the largest of the values that a block of threads takes; a NaN may be anything.
 template <class T>

@@ -54,28 +54,76 @@ DEV float scale_of(float scale, int, int) { return scale; }
 template <int kGroups, int N>
 DEV float scale_of(const float (&scale)[kGroups][N], int group, int row) { return scale[group][row]; }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new). Units: log2, scaled.
+// The largest scaled score of row i of this lane; unscaled where all columns share a scale, which comes after.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = -infinity();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    float largest = -infinity();
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// The same, or 0 if that is larger: numbers that are not negative are ordered as the integers of their bits, and of integers
+// one instruction takes the largest of three. Programming Guide: DPX.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = 0.f;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    int largest = 0;
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __int_as_float(largest) * scale_of(scale_log2, g, i));
+  }
+  return top;
+}
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
+template <int N, class Scale>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+  const float old = row_max[i];
+  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+}
+
+// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
 template <int kRowTiles, int kColTiles, class Scale>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                         const Scale& scale_log2) {
-  constexpr int kGroups = GroupsOf<Scale>::kCount;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
+}
+
+// The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
+                                    const Scale& scale_log2) {
+  float top[2 * kRowTiles];
+  bool will_do = true;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    float top = -infinity();
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      float largest = -infinity();
-#pragma unroll
-      for (int t = 0; t < kColTiles / kGroups; ++t) {
-        const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
-        largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
-      }
-      top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
-    }
-    const float old = row_max[i];
-    row_max[i] = fmaxf(old, kGroups == 1 ? quad_max(top) * scale_of(scale_log2, 0, i) : quad_max(top));
-    alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
+    top[i] = quad_max(largest_positive_score(s, scale_log2, i));
+    will_do &= top[i] > 0.f || row_max[i] >= 0.f;
   }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) top[i] = quad_max(largest_score(s, scale_log2, i));
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
 // s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
@@ -98,7 +146,23 @@ DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * 
   }
 }
 
-// The same, and s times a weight of its group of columns, in the exponents; the sums are without it.
+// s = 2^(scaled s), row_sum = row_sum + this lane's sums of s: of scores that need no maximum.
+template <int kRowTiles, int kColTiles>
+DEV void exponentiate_bounded(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+      for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
+        s[i / 2][j][e] = exp2_approx(s[i / 2][j][e] * scale_log2);
+        row_sum[i] += s[i / 2][j][e];
+      }
+    }
+  }
+}
+
+// As `exponentiate`, and s times a weight of its group of columns, in the exponents; the sums are without it.
 template <int kColTiles, class Scale, int kGroups>
 DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const float (&row_max)[2], const float (&alpha)[2],
                                const Scale& scale_log2, float lift, const float (&weight)[kGroups][2]) {
@@ -172,4 +236,11 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
     inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
     lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
+}
+
+// The same of exponents that were not taken relative to a maximum.
+template <int N>
+DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
+  const float none[N] = {};
+  finish_rows(inv_sum, lse, none, row_sum);
 }

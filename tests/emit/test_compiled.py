@@ -6,9 +6,11 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
+from attngen.plan import walk
+from attngen.plan.steps import RowMax
 from attngen.resources import shipped_names
 from attngen.runtime import compile_source, disassemble
-from tests.emit.sass import committed_cells, done_before_waiting, rows
+from tests.emit.sass import committed_cells, done_before_waiting, hot_loop, rows
 
 SHIPPED = [name for name in shipped_names() if attngen.load(name).target != "simulator"]
 
@@ -108,6 +110,17 @@ def test_e4m3_compiles_without_spills(head_dim: object, scales: str, mask: str, 
         "mask": mask,
     }
     assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
+@pytest.mark.parametrize(("name", "threes"), [("h100_bf16", 32), ("h100_fp8_per_head", 56), ("h100_d64", 0)])
+def test_integer_maxima_take_three_at_a_time(name: str, threes: int) -> None:
+    """A score costs half an instruction where the plan says so; where positive scores are missing, one."""
+    made = attngen.compile(name)
+    steps = [step for step in walk(made.plan.kernel.worker.program) if isinstance(step, RowMax)]
+    assert {step.by_integers for step in steps} == {threes > 0}
+    body = hot_loop(disassemble(made.compiled.cubin))
+    assert body["VIMNMX3"] == threes
+    assert body["FMNMX"] >= made.plan.block_n // 2
 
 
 def test_scores_of_192_keys_stay_in_registers() -> None:

@@ -12,7 +12,7 @@ from attngen.emit import Manifest, emit, manifest
 from attngen.expr import evaluate
 from attngen.lower import lower
 from attngen.plan import walk
-from attngen.plan.steps import TAKEN, ModifyScores
+from attngen.plan.steps import TANH, IssueScoreGemm, ModifyScores, RowMax, ScaleRows, SeedScores
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.reference.language_cases import CASES, LanguageCase
 
@@ -62,32 +62,36 @@ def test_every_case_compiles(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "argument"),
+    ("score", "multiple", "is_tanh"),
     [
-        ("softcap(score, 30.0)", "score / 30.0"),
-        ("softcap(score, cap)", "score / cap"),
-        ("softcap(score + f32(kv_idx), 30.0)", "(score + f32(kv_idx)) / 30.0"),
-        ("softcap(score, 30.0) + alibi(slopes)", "score / 30.0"),
-        ("score * tanh(score)", "score"),
-        ("score * tanh(2.0 * score)", None),
-        ("score + alibi(slopes)", None),
-        ("score + tanh(f32(q_idx))", None),
-        ("tanh(slopes[h]) * 2.0", None),
-        ("tanh(tanh(score))", None),
-        ("tanh(score) + tanh(2.0 * score)", None),
+        ("softcap(score, 30.0)", "0.033333335", True),
+        ("softcap(score, 500.0)", "0.002", True),
+        ("softcap(score, cap)", "1.0 / cap", False),
+        ("softcap(score + f32(kv_idx), 30.0)", "0.033333335", True),
+        ("softcap(2.0 * score + f32(kv_idx), 30.0)", None, False),
+        ("softcap(score, 30.0) + alibi(slopes)", "0.033333335", False),
+        ("score * tanh(score)", None, False),
+        ("tanh(score * slopes[h])", None, False),
+        ("tanh(1.0 / score)", None, False),
+        ("score + tanh(f32(q_idx))", None, False),
+        ("tanh(slopes[h]) * 2.0", None, False),
+        ("tanh(tanh(score))", None, False),
+        ("tanh(score) + tanh(2.0 * score)", None, False),
     ],
 )
-def test_a_warp_looks_before_it_takes_a_tanh(score: str, argument: str | None) -> None:
-    """Where the scaled product enters in one tanh alone: with its argument in hand the warp takes one of two ways."""
-    made = kernel(LanguageCase(score=score))
-    (step, *_) = (each for each in walk(made.plan.kernel.worker.program) if isinstance(each, ModifyScores))
-    for function in ("tanh_argument(params", "modified_score<true>(params", "modified_score<false>(params"):
-        assert (function in made.source) == bool(argument)
-    if step.by_tanh is None:
-        assert argument is None
+def test_a_warp_looks_before_it_takes_a_tanh(score: str, multiple: str | None, is_tanh: bool) -> None:
+    """Where the score enters by the tanh of a multiple alone: with all in hand a warp takes one of two ways."""
+    made = kernel(LanguageCase(score=score), "warp_specialized")
+    steps = [each for each in walk(made.plan.kernel.worker.program) if isinstance(each, ModifyScores)]
+    assert ("tanh_of.near(s)" in made.source) == ("tanh_of.far(s)" in made.source) == bool(multiple)
+    if multiple is None:
+        assert all(step.by_tanh is None for step in steps)
         return
-    taken, rest = step.by_tanh
-    assert str(taken) == argument
+    step = steps[0]
+    assert step.by_tanh is not None
+    found, rest = step.by_tanh
+    assert (str(found), step.is_tanh) == (multiple, is_tanh)
+    assert ("modified_score(params" in made.source) != is_tanh
     names = {"score": torch.linspace(-3, 3, 50), "q_idx": torch.tensor(7), "kv_idx": torch.arange(50)}
     names |= {
         "h": torch.tensor(1),
@@ -96,16 +100,17 @@ def test_a_warp_looks_before_it_takes_a_tanh(score: str, argument: str | None) -
         "cap": torch.tensor(2.5),
     }
     tensors = {"slopes": torch.tensor([0.5, 0.25])}
-    whole = evaluate(step.score, names, tensors)
-    parts = evaluate(rest, names | {"score": torch.nan, TAKEN: evaluate(taken, names, tensors)}, tensors)
-    assert torch.equal(whole, parts) and whole.unique().numel() > 10
+    tanh = torch.tanh(names["score"] * evaluate(found, names, tensors))
+    parts = evaluate(rest, names | {"score": torch.nan, TANH.name: tanh}, tensors)
+    whole = torch.as_tensor(evaluate(step.score, names, tensors))
+    assert torch.allclose(whole, torch.as_tensor(parts), rtol=1e-6) and whole.unique().numel() > 10
 
 
-def test_no_declared_name_is_taken_for_what_tanh_takes() -> None:
+def test_no_declared_name_is_taken_for_the_tanh() -> None:
     """A spec may call a scalar what the emitted function calls its parameter."""
-    spec = {"problem": {"head_dim": 64}, "scalars": {"argument": "f32"}, "score": "argument * tanh(score)"}
+    spec = {"problem": {"head_dim": 64}, "scalars": {"tanh_of": "f32"}, "score": "tanh_of * tanh(score)"}
     source = attngen.compile(spec, arch="sm_90a").source
-    assert "return params.arg_argument * tanh_approx<kNear>(argument);" in source
+    assert "return params.arg_tanh_of * tanh;" in source
 
 
 @pytest.mark.parametrize(
@@ -114,17 +119,9 @@ def test_no_declared_name_is_taken_for_what_tanh_takes() -> None:
         ("softcap(score, 30.0)", {"problem": {"head_dim": 224}}, True),
         ("softcap(score, 30.0)", {"problem": {"head_dim": 256}}, False),
         ("softcap(score, 30.0)", {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}}, True),
-        (
-            "softcap(score, 30.0) + alibi(slopes)",
-            {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}},
-            False,
-        ),
-        (
-            "softcap(score, 30.0) + alibi(slopes)",
-            {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 2}},
-            True,
-        ),
+        ("softcap(score, 30.0) + alibi(slopes)", {"problem": {"head_dim": 64}}, True),
         ("softcap(score, 30.0) + alibi(slopes)", {"problem": {"head_dim": 192}}, False),
+        ("exp(tanh(score))", {"problem": {"head_dim": 64}}, True),
         ("exp(tanh(score))", {"problem": {"head_dim": 64}, "schedule": {"warpgroups": 3}}, False),
         ("softcap(score + bias[h, q_idx, kv_idx], 9.0)", {"problem": {"head_dim": 64}}, False),
     ],
@@ -132,9 +129,80 @@ def test_no_declared_name_is_taken_for_what_tanh_takes() -> None:
 def test_two_ways_to_a_score_want_registers(score: str, spec: dict[str, Any], by_tanh: bool) -> None:
     """Where they are taken nothing spills; where more would spill they are not."""
     made = attngen.compile(LanguageCase("causal", score).spec(**spec), arch="sm_90a")
-    assert ("tanh_argument(params" in made.source) == by_tanh
+    assert ("tanh_of.near(s)" in made.source) == by_tanh
     if by_tanh:
         assert_compiles_as_planned(made)
+
+
+@pytest.mark.parametrize(
+    ("score", "seed", "rest"),
+    [
+        ("score + alibi(slopes)", "slopes[h] * f32(kv_idx + seqlen_q - q_idx - seqlen_k)", "score"),
+        ("f32(q_idx) + score - slopes[h]", "f32(q_idx) + -slopes[h]", "score"),
+        ("2.0 * (score + f32(kv_idx))", "f32(kv_idx)", "score"),
+        ("tanh(score - f32(kv_idx)) + slopes[h]", "-f32(kv_idx)", "tanh(score) + slopes[h]"),
+        ("abs(score + slopes[h]) * (score + slopes[h])", "slopes[h]", "abs(score) * score"),
+        ("score + bias[h, q_idx, kv_idx] + slopes[h]", None, "score + bias[h, q_idx, kv_idx] + slopes[h]"),
+        ("f32(kv_idx) - score", None, "f32(kv_idx) - score"),
+        ("score + tanh(score)", None, "score + tanh(score)"),
+        ("score + score", None, "score + score"),
+        ("score * f32(kv_idx)", None, "score * f32(kv_idx)"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["warp_specialized", "fa2"])
+def test_what_is_added_to_the_product_starts_its_gemm(
+    kind: str, score: str, seed: str | None, rest: str
+) -> None:
+    """Of wgmma on 16-bit inputs, whose accumulators are there before; what is left of the score is modified after."""
+    made = kernel(LanguageCase(score=score), kind)
+    steps = {type(step): step for step in walk(made.plan.kernel.worker.program)}
+    found = steps.get(SeedScores)
+    if kind == "fa2" or seed is None:
+        assert found is None and isinstance(steps[ModifyScores], ModifyScores)
+        return
+    assert isinstance(found, SeedScores) and str(found.added) == seed
+    assert isinstance(issue := steps[IssueScoreGemm], IssueScoreGemm) and not issue.starts_at_zero
+    modify = steps.get(ModifyScores)
+    assert (str(modify.score) if isinstance(modify, ModifyScores) else "score") == rest
+    assert ("params.softmax_scale_inverse" in made.source) and ("params.scale_is_negative" in made.source)
+
+
+def test_8_bit_products_are_not_added_to() -> None:
+    """A tensor core keeps too few bits of them for what a score may add."""
+    spec = LanguageCase(score="score + alibi(slopes)").spec(
+        problem={"head_dim": 64}, precision={"inputs": "e4m3"}
+    )
+    steps = {type(step) for step in walk(attngen.compile(spec, arch="sm_90a").plan.kernel.worker.program)}
+    assert ModifyScores in steps and SeedScores not in steps
+
+
+@pytest.mark.parametrize("kind", ["fa2", "warp_specialized", "pingpong"])
+@pytest.mark.parametrize(
+    ("score", "precision", "needs_maximum"),
+    [
+        ("softcap(score, 30.0)", {"inputs": "bf16"}, False),
+        ("softcap(score, 50.0)", {"inputs": "bf16"}, False),
+        ("softcap(score, 60.0)", {"inputs": "bf16"}, True),
+        ("softcap(score, 30.0)", {"inputs": "f16"}, True),
+        ("softcap(score, 5.0)", {"inputs": "f16"}, False),
+        ("clamp(score, -4.0, 6.0) + sigmoid(score)", {"inputs": "f16"}, True),
+        ("clamp(score, -4.0, 6.0) - sigmoid(score)", {"inputs": "f16"}, False),
+        ("softcap(score, 30.0) + alibi(slopes)", {"inputs": "bf16"}, True),
+        ("abs(score)", {"inputs": "bf16"}, True),
+    ],
+)
+def test_bounded_scores_need_no_maximum(
+    kind: str, score: str, precision: dict[str, str], needs_maximum: bool
+) -> None:
+    """Their exponentials are taken as they are, O is never rescaled, and nothing of a maximum is kept."""
+    case = LanguageCase("causal", score)
+    spec = case.spec(problem={"head_dim": 64}, precision=precision, schedule={"kind": kind})
+    made = attngen.compile(spec, arch="sm_90a")
+    program = tuple(walk(made.plan.kernel.worker.program))
+    rescales = [step for step in program if isinstance(step, ScaleRows) and step.by.name == "alpha"]
+    assert bool(rescales) == any(isinstance(step, RowMax) for step in program) == needs_maximum
+    assert ("float row_max[" in made.source) == ("float alpha[" in made.source) == needs_maximum
+    assert ("exponentiate_bounded(acc_s" in made.source) != needs_maximum
 
 
 def nameless(plan: Any) -> str:

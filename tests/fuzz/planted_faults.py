@@ -241,14 +241,15 @@ def _max_of_the_block(step: RowMax, role: RoleRun) -> None:
     """The maximum forgets the blocks before; what was summed is still rescaled by its change."""
     s, old = role.read(step.s), role.read(step.row_max)
     new = role.write(
-        step.row_max, lambda: running_max(s, torch.full_like(old, -math.inf), role.call.softmax_scale_log2)
+        step.row_max,
+        lambda: running_max(s, torch.full_like(old, -math.inf), role.call.scale["softmax_scale_log2"]),
     )
     role.write(step.alpha, rescale_factor, old, new)
 
 
 def _sum_not_rescaled(step: Exponentiate, role: RoleRun) -> None:
     top, total = role.read(step.row_max), role.read(step.row_sum, partial=True)
-    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.softmax_scale_log2)
+    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.scale["softmax_scale_log2"])
     role.write(step.row_sum, lambda: total + s.sum(-1))
 
 

@@ -95,6 +95,22 @@ def test_any_finite_scale(kind: str, scale: float) -> None:
     assert accuracy.ok, str(accuracy)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_maxima_that_are_negative(kind: str, mask: str) -> None:
+    """Integers tell the larger of two positive scores alone: rows of negative ones beside others, from any block on."""
+    made = kernel(kind, mask, "bf16", (128, 128))
+    q, k, v = random_inputs(Shape(2, 4, 2, 300, 515), 128, 128, torch.bfloat16, "cuda", 11)
+    k = k.abs()
+    signs = (torch.arange(300, device="cuda") % 3 - 1).view(1, -1, 1, 1)  # in one warp -, 0 and +
+    for size, turns in ((1.0, 515), (6.0, 515), (2.0, 200)):
+        keys = torch.where(torch.arange(515, device="cuda").view(1, -1, 1, 1) < turns, k, -k)
+        queries = (q.abs() * size * signs).bfloat16()
+        out, lse = made(queries, keys, v, return_lse=True)
+        accuracy = compare(out, lse, queries, keys, v, made.spec.mask_expr)
+        assert accuracy.ok, f"{size}, {turns}: {accuracy}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_keys_gives_zero_and_minus_infinity(kind: str) -> None:
     """Without keys, out is 0 and lse -inf; without queries nothing is launched."""

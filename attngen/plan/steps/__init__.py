@@ -50,7 +50,7 @@ from attngen.plan.steps.scales import (
     StageScales,
 )
 from attngen.plan.steps.softmax import (
-    TAKEN,
+    TANH,
     Clear,
     ConvertP,
     Exponentiate,
@@ -63,6 +63,7 @@ from attngen.plan.steps.softmax import (
     ReduceRows,
     RowMax,
     ScaleRows,
+    SeedScores,
 )
 from attngen.plan.steps.step import Program, Step
 from attngen.plan.steps.sync import (
@@ -81,7 +82,7 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 """Every kind of Step."""
 
 __all__ = [
-    "TAKEN",
+    "TANH",
     "Advance",
     "Clear",
     "CommitCopies",
@@ -122,6 +123,7 @@ __all__ = [
     "STEPS",
     "ScaleKeys",
     "ScaleRows",
+    "SeedScores",
     "ScoreGemm",
     "StageScales",
     "StageTile",

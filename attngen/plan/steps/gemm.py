@@ -37,14 +37,19 @@ class OutputGemm(Step):
 
 @dataclass(frozen=True)
 class IssueScoreGemm(Step):
-    """Start acc = a bᵀ on the tensor core, both in shared memory, and close the group. Asynchronous."""
+    """Start acc = a bᵀ on the tensor core, both in shared memory, and close the group. Asynchronous.
+
+    Attributes:
+        starts_at_zero: if not, acc += a bᵀ instead.
+    """
 
     acc: RegTile
     a: View
     b: View
+    starts_at_zero: bool = True
 
     def __str__(self) -> str:
-        return f"issue {self.acc} = {self.a} {self.b}ᵀ"
+        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}ᵀ"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from attngen.expr import Expr, KeyRange
+from attngen.expr import Expr, KeyRange, scalar
 from attngen.plan.places import BlockIndex, RegTile, RegVec, View
 from attngen.plan.steps.step import Step
 
@@ -42,7 +42,26 @@ class LookUp(Step):
         return f"{self.dst} = {self.lookup} of each pair"
 
 
-TAKEN = "what tanh takes"
+@dataclass(frozen=True)
+class SeedScores(Step):
+    """s = what the spec adds to the scaled product of each pair, over softmax_scale: the score GEMM adds to it.
+
+    Attributes:
+        added: in the units of the scaled product.
+        looked_up: lookups that a LookUp has put into registers.
+    """
+
+    s: RegTile
+    rows: BlockIndex
+    block: BlockIndex
+    added: Expr
+    looked_up: tuple[tuple[Expr, RegTile], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.s} = what is added to the product of each pair, unscaled"
+
+
+TANH = scalar("tanh of the score", "f32")
 """A name that no spec can declare."""
 
 
@@ -52,8 +71,8 @@ class ModifyScores(Step):
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
-        by_tanh: what the score's one tanh takes, and the score out of `TAKEN`. The first is computed of all
-            pairs before the second, in place of s; where all of a warp's are near 0, tanh then is a polynomial.
+        by_tanh: how many times `score` the score's one tanh takes, and the score out of `TANH`. Where what it takes is
+            near 0 for all of a warp's pairs, tanh is a polynomial.
     """
 
     s: RegTile
@@ -63,6 +82,11 @@ class ModifyScores(Step):
     scale: RegVec | None = None
     looked_up: tuple[tuple[Expr, RegTile], ...] = ()
     by_tanh: tuple[Expr, Expr] | None = None
+
+    @property
+    def is_tanh(self) -> bool:
+        """Whether the score is that tanh itself; s then comes out as exponents of 2, its factor worked in."""
+        return self.by_tanh is not None and self.by_tanh[1] is TANH
 
     def __str__(self) -> str:
         return f"{self.s} = score of each pair, from scaled {self.s}"
@@ -100,12 +124,16 @@ class RowMax(Step):
 
     Attributes:
         scale: of each row, and group of columns; the call's softmax_scale where None.
+        is_scaled: s has been scaled.
+        by_integers: positive scores are compared as integers, three by an instruction; the maximum is the same.
     """
 
     s: RegTile
     row_max: RegVec
     alpha: RegVec
     scale: RegVec | None = None
+    is_scaled: bool = False
+    by_integers: bool = False
 
     def __str__(self) -> str:
         return f"{self.row_max}, {self.alpha} = running maximum of {self.s}, rescale factor"
@@ -116,20 +144,24 @@ class Exponentiate(Step):
     """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s.
 
     Attributes:
-        scale: as in `RowMax`.
+        row_max, alpha: None where scores are bounded, so that they are exponents as they are.
+        scale, is_scaled: as in `RowMax`.
         lift: s = 2^lift times that, and so are the sums.
         weight: s is multiplied by that as well; the sums are not.
     """
 
     s: RegTile
-    row_max: RegVec
+    row_max: RegVec | None
     row_sum: RegVec
-    alpha: RegVec
+    alpha: RegVec | None
     scale: RegVec | None = None
+    is_scaled: bool = False
     lift: int = 0
     weight: RegVec | None = None
 
     def __str__(self) -> str:
+        if self.row_max is None:
+            return f"{self.s} = exp2(scaled {self.s}); {self.row_sum} = {self.row_sum} + sums"
         return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
 
 
@@ -178,11 +210,12 @@ class FinishRows(Step):
     """inv_sum = top / row_sum, or 0 for a row that saw no key; lse = natural log-sum-exp, or -inf.
 
     Attributes:
+        row_max: None where exponents were taken as they are.
         lift: the sums are 2^lift times what they mean.
         top: what inv_sum is multiplied by; 1 where None.
     """
 
-    row_max: RegVec
+    row_max: RegVec | None
     row_sum: RegVec
     inv_sum: RegVec
     lse: RegVec

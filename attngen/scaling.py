@@ -1,0 +1,42 @@
+"""How scores are brought to what exponentials take: softmax_scale, and whether a maximum is taken off."""
+
+import math
+
+SMALLEST_SCALE = 2.0**-126
+"""FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
+SMALLEST_SEEDED_SCALE = 2.0**-60
+"""The same where something is added to the product before it is scaled, and is divided by the scale for that."""
+SHARE_OF_EXPONENTS = 5 / 8
+"""Of those that the format of P has above 1. P is then as precise as near 1; f32 holds sums over a million keys of V
+up to 2^27."""
+
+
+def needs_no_maximum(magnitude: float, largest_p: float) -> bool:
+    """Whether scores are so small that their exponentials need no maximum to be taken relative to.
+
+    Args:
+        magnitude: what no score is larger than, in natural units.
+        largest_p: the largest finite number of P's format.
+    """
+    return magnitude * math.log2(math.e) <= SHARE_OF_EXPONENTS * math.log2(largest_p)
+
+
+def scale_values(softmax_scale: float, score_factor: float) -> dict[str, float]:
+    """The run-time values of a scale, by the names that `Param.value` has for them.
+
+    Args:
+        softmax_scale: of the call.
+        score_factor: what the exponentials take a score times, see `Pairs`.
+    """
+    log2_e = math.log2(math.e)
+    size = abs(softmax_scale)
+    seeded = max(size, SMALLEST_SEEDED_SCALE)
+    return {
+        "scale_is_negative": int(softmax_scale < 0),
+        "softmax_scale": softmax_scale,
+        "softmax_scale_log2": max(size, SMALLEST_SCALE) * log2_e,
+        "score_factor_log2": score_factor * log2_e,
+        "seeded_scale": seeded,
+        "seeded_scale_inverse": 1 / seeded,
+        "seeded_scale_log2": seeded * score_factor * log2_e,
+    }

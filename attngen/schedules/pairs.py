@@ -1,0 +1,118 @@
+"""What a spec says of a query and a key, taken apart for the places where a kernel works it out."""
+
+from dataclasses import dataclass, replace
+
+from attngen.expr import (
+    Expr,
+    KeyRange,
+    free_names,
+    key_range,
+    magnitude,
+    name,
+    nodes,
+    tensor_names,
+    with_nodes,
+)
+from attngen.expr.arithmetic import negative, over, plus, times
+from attngen.expr.tree import real
+from attngen.plan.steps import TANH
+
+SCORE = name("score")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a spec says of a query and a key.
+
+    Attributes:
+        mask: whether the query sees the key.
+        visible: the keys that a row sees, where they have a closed form.
+        score: out of `score`, the scaled product and what is `added` to it; times `score_factor` in natural units.
+        score_factor: positive; a factor that the exponentials take for nothing.
+        added: what the accumulators of the score GEMM start from, in the units of the scaled product.
+    """
+
+    mask: Expr
+    visible: KeyRange | None
+    score: Expr
+    score_factor: float = 1.0
+    added: Expr | None = None
+
+    @classmethod
+    def of(cls, mask: Expr, score: Expr) -> "Pairs":
+        """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
+        if score.op == "arith" and score.name == "*":
+            a, b = score.args
+            for factor, rest in ((a, b), (b, a)):
+                if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
+                    return cls(mask, key_range(mask), rest, float(factor.value))
+        return cls(mask, key_range(mask), score)
+
+    def seeded(self) -> "Pairs":
+        """The same, all that is added to the product wherever that enters taken out of the score.
+
+        What is looked up for each key stays: added behind the GEMM it has longer to come.
+        """
+        total, added = SCORE, None
+        while (parent := _only_use(total, self.score)) and (term := _term_beside(total, parent)) is not None:
+            added = term if added is None else plus(added, term)
+            total = parent
+        return replace(self, score=with_nodes(self.score, {total: SCORE}), added=added)
+
+    @property
+    def by_tanh(self) -> tuple[Expr, Expr] | None:
+        """What of `score` its one tanh takes, and the score out of the value of that, as `ModifyScores` wants them.
+
+        None where there is no such tanh, it takes anything but a multiple, or `score` enters elsewhere too.
+        """
+        found = [each for each in nodes(self.score) if each.name == "tanh"]
+        if len(found) != 1 or (multiple := _multiple_of_score(found[0].args[0])) is None:
+            return None
+        rest = with_nodes(self.score, {found[0]: TANH})
+        return None if "score" in free_names(rest) else (multiple, rest)
+
+    @property
+    def magnitude(self) -> float:
+        """What no score is larger than, in natural units; infinite where that is not known."""
+        return self.score_factor * magnitude(self.score)
+
+    @property
+    def modifies_scores(self) -> bool:
+        """Whether the score is anything but the scaled product, or the sum that the score GEMM leaves."""
+        return self.score is not SCORE or (self.score_factor != 1 and self.added is None)
+
+
+def looks_up_by_key(expr: Expr) -> bool:
+    """Whether it looks something up for each key."""
+    return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
+
+
+def _only_use(part: Expr, whole: Expr) -> Expr | None:
+    """The node of a tree that alone has `part` among its operands, if there is one."""
+    users = [each for each in nodes(whole) if part in each.args]
+    return users[0] if len(users) == 1 else None
+
+
+def _term_beside(total: Expr, parent: Expr) -> Expr | None:
+    """What a sum adds to `total`; None where it is no such sum."""
+    if parent.op != "arith" or parent.name not in "+-":
+        return None
+    a, b = parent.args
+    term = b if a is total else a
+    if "score" in free_names(term) or looks_up_by_key(term) or (b is total and parent.name == "-"):
+        return None
+    return term if parent.name == "+" else negative(term)
+
+
+def _multiple_of_score(expr: Expr) -> Expr | None:
+    """How many times `score` an expression is, where that is the same for all pairs and looks nothing up."""
+    if expr is SCORE:
+        return real(1.0)
+    if expr.op != "arith" or expr.name not in "*/":
+        return None
+    a, b = expr.args
+    for part, other in ((a, b), (b, a)) if expr.name == "*" else ((a, b),):
+        depends = free_names(other) & {"score", "q_idx", "kv_idx"} or tensor_names(other)
+        if not depends and (multiple := _multiple_of_score(part)) is not None:
+            return times(multiple, other) if expr.name == "*" else over(multiple, other)
+    return None
