@@ -98,13 +98,14 @@ class Launcher:
             out = torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=self._output)
         lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
         structs, memory, scratch = prepared.structs, None, None
+        stream = torch._C._cuda_getCurrentRawStream(device)
         if tables is not None:
             if not self.manifest.tables:
                 raise ArgumentError("tables", "tables", "None: this kernel reads none")
             TileTables.check(tables, prepared.tables, tensors[: self._declared])
             structs, memory = prepared.without_tables, tables.memory
         elif prepared.tables_size:
-            memory = q.new_empty(prepared.tables_size)  # of q's type: to name another takes as long again
+            memory = prepared.table_memory.on(stream, q, prepared.tables_size)
         if prepared.scratch_size:
             scratch = q.new_empty(prepared.scratch_size)
         addresses: tuple[int, ...] = (
@@ -113,7 +114,7 @@ class Launcher:
         )  # fmt: skip
         if tensors:
             addresses += tuple([x.data_ptr() for x in tensors])
-        self._launch(prepared, structs, addresses, device)
+        self._launch(prepared, structs, addresses, device, stream)
         return out, lse
 
     def tables(
@@ -124,14 +125,19 @@ class Launcher:
         memory = q.new_empty(prepared.tables_size)
         tensors = [declared[name] for name in self._tensors]
         addresses = (*(0,) * 5, memory.data_ptr(), 0, *[x.data_ptr() for x in tensors])
-        self._launch(prepared, prepared.of_tables, addresses, q.get_device())
+        device = q.get_device()
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self._launch(prepared, prepared.of_tables, addresses, device, stream)
         return TileTables.of(prepared.tables, tensors[: self._declared], memory)
 
     def _launch(
-        self, prepared: Prepared, structs: tuple[PreparedStruct, ...], addresses: tuple[int, ...], device: int
+        self,
+        prepared: Prepared,
+        structs: tuple[PreparedStruct, ...],
+        addresses: tuple[int, ...],
+        device: int,
+        stream: int,
     ) -> None:
-        """On torch's current stream of the device."""
-        stream = torch._C._cuda_getCurrentRawStream(device)
         if prepared.draws_tiles:
             addresses = (*addresses, COUNTERS.address(device, stream))
         self._kernels.launch(structs, addresses, device, stream)

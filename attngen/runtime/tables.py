@@ -1,5 +1,6 @@
 """Tables of extremes that outlive a call: what they were made of is remembered, and a call that differs is refused."""
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,32 @@ from attngen.emit.manifest import Manifest
 from attngen.errors import ArgumentError
 from attngen.runtime.declared import DeclaredValues
 
+MOST_STREAMS = 64
+"""For which memory is kept; a program with more starts over."""
+
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
+
+
+class TableMemory(threading.local):
+    """Memory for the tables of calls of one signature, kept for each thread and stream.
+
+    Calls of a stream follow one another, so one's tables may take the place of another's; but another thread's kernels may
+    come between the two of a call. A graph that is captured keeps memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[int, torch.Tensor] = {}
+
+    def on(self, stream: int, q: torch.Tensor, size: int) -> torch.Tensor:
+        """Memory of `size` elements of q's type on q's device, whose current stream has that raw handle."""
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return q.new_empty(size)
+        memory = self._of_stream.get(stream)
+        if memory is None:
+            if len(self._of_stream) >= MOST_STREAMS:
+                self._of_stream.clear()
+            memory = self._of_stream[stream] = q.new_empty(size)
+        return memory
 
 
 class TableSignature(NamedTuple):

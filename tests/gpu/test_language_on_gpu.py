@@ -1,5 +1,6 @@
 """Walks, modified scores, declared values and tables of extremes on a GPU, against the fp64 reference."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -151,6 +152,35 @@ def test_infinite_products_are_capped(kind: str) -> None:
     assert torch.equal(out.isnan().all(-1), spoilt.transpose(1, 2))
     assert (out - right)[~spoilt.transpose(1, 2)].abs().max() < 0.02
     assert (lse - right_lse)[~spoilt].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_tables_of_calls_at_the_same_time(kind: str) -> None:
+    """Memory of tables is kept for each thread and stream: threads on one stream and on their own, a graph beside."""
+    made = kernel(DOCUMENT, kind)
+    (q, k, v), declared = call_of(DOCUMENT, (1030, 1030))
+    keys = torch.arange(1030, device="cuda").expand_as(declared["doc"])
+    passed = [declared | {"doc": (keys // (100 + 90 * i)).int()} for i in range(4)]
+    expected = [made(q, k, v, tables=made.tables(q, k, v, **each), **each) for each in passed]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_graph = made(q, k, v, **passed[0])
+    torch.cuda.synchronize()
+
+    def work(i: int) -> bool:
+        same = True
+        for turn in range(30):
+            with torch.cuda.stream(torch.cuda.Stream() if turn % 2 else torch.cuda.default_stream()):
+                same &= torch.equal(made(q, k, v, **passed[i]), expected[i])
+        return same
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(work, i) for i in range(4)]
+        for _ in range(30):
+            graph.replay()
+        assert all(each.result() for each in waiting)
+    torch.cuda.synchronize()
+    assert torch.equal(of_graph, expected[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -163,6 +164,7 @@ class Recorder:
         self.kernels = {entry.name: entry for entry in kernel.manifest.kernels}
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
         monkeypatch.setattr("attngen.runtime.launch.COUNTERS", _Counters())
         monkeypatch.setattr("attngen.runtime.tensor_maps.encode_tensor_map", lambda *map_: bytes(128))
         monkeypatch.setattr("attngen.runtime.prepared.address_comes_first", lambda: True)
@@ -371,24 +373,36 @@ def test_a_scalar_that_is_none_is_refused_after_a_call_that_leaves_it_out(
         recorder.run(*tensors(), **good() | {"cap": None})
 
 
-def test_workspaces_of_a_call_lie_side_by_side_in_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None overlaps the next, each starts on 256 bytes of what is allocated, and no call has another's."""
+def test_tables_lie_side_by_side_in_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None overlaps the next, each starts on 256 bytes of what is allocated; other streams and threads have others."""
     made, fresh = [], torch.Tensor.new_empty
 
     def keep(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         made.append(fresh(q, *args, **options))
         return made[-1]
 
+    def run_on(stream: int) -> dict[str, Any]:
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: stream)
+        recorder.run(*tensors(), **good())
+        _, _, sent = recorder.sent[-1]
+        return sent
+
     recorder = Recorder(monkeypatch, KERNEL)
     monkeypatch.setattr(torch.Tensor, "new_empty", keep)
-    for calls in (1, 2):
-        recorder.run(*tensors(), **good())
-        assert len(made) == calls
-        _, _, sent = recorder.sent[-1]
-        starts = [
-            sent[f"workspace.{space.name}"] - made[-1].data_ptr() for space in KERNEL.manifest.workspaces
-        ]
+    for stream, known in ((7, 1), (7, 1), (8, 2), (7, 2), (8, 2)):
+        sent = run_on(stream)
+        assert len(made) == known
+        memory = made[stream - 7]
+        starts = [sent[f"workspace.{space.name}"] - memory.data_ptr() for space in KERNEL.manifest.workspaces]
         assert starts[0] == 0 and not any(start % 256 for start in starts)
         (report, *_) = KERNEL.explain_launch(*tensors())
         ends = [start + size for start, size in zip(starts, report.workspace_bytes.values(), strict=True)]
-        assert all(end <= start for end, start in zip(ends, [*starts[1:], made[-1].nbytes], strict=True))
+        assert all(end <= start for end, start in zip(ends, [*starts[1:], memory.nbytes], strict=True))
+    thread = threading.Thread(target=run_on, args=(7,))
+    thread.start()
+    thread.join()
+    assert len(made) == 3
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
+    for known in (4, 5):  # what a graph reads stays as it is for its replays
+        run_on(7)
+        assert len(made) == known
