@@ -20,8 +20,8 @@ _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
 class TableMemory(threading.local):
     """Memory for the tables of calls of one signature, kept for each thread and stream.
 
-    Calls of a stream follow one another, so one's tables may take the place of another's; but another thread's kernels may
-    come between the two of a call. A graph that is captured keeps memory of its own.
+    Calls of a stream follow one another, so one's tables may take the place of another's; but another thread's kernels
+    may come between the two of a call. A graph that is captured keeps memory of its own.
     """
 
     def __init__(self) -> None:
