@@ -626,8 +626,7 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum
 // tanh(x) = 1 - 2 / (1 + e^2x) by ex2.approx and rcp.approx; tanh.approx, 2^-11 off, would show in the log-sum-exp.
 DEV float tanh_far(float x) { return 1.f - 2.f * rcp_approx(1.f + exp2_approx(x * 2.8853900817779268f)); }
 
-// gain tanh(multiple s). Up to a magnitude of `reach` the odd polynomial of degree 5 will do, which leaves the unit for
-// exponentials free; up to |multiple s| = 0.3125 its relative error is least, 2^-19.4 (Remez).
+// gain tanh(multiple s); where s is no larger than `reach`, by the same polynomial with its coefficients multiplied out.
 struct TanhOfMultiple {
   float multiple, gain, reach, a1, a3, a5;
   __device__ float near(float s) const {
@@ -637,11 +636,14 @@ struct TanhOfMultiple {
   __device__ float far(float s) const { return gain * tanh_far(multiple * s); }
 };
 
-// The coefficients for that; of multiples by which they might overflow or vanish none is near.
+// The coefficients for that. Where one overflows nothing is near; where one may vanish, as of caps that bend hardly anything,
+// only what the others are enough for.
 DEV TanhOfMultiple tanh_of_multiple(float multiple, float gain) {
-  const float size = fabsf(multiple), square = multiple * multiple, of_1 = gain * multiple;
-  const float reach = size >= 0x1p-20f && size <= 0x1p20f ? 0.3125f / size : -1.f;
-  return {multiple, gain, reach, of_1 * 0.99999851f, of_1 * square * -0.33306009f, of_1 * square * square * 0.12577038f};
+  const float size = fabsf(multiple), square = multiple * multiple;
+  const float of_1 = gain * multiple, of_3 = of_1 * square, of_5 = of_3 * square;
+  const float most = fabsf(of_5) >= 0x1p-100f ? 0.3125f : fabsf(of_3) >= 0x1p-100f ? 0x1p-5f : 0x1p-12f;
+  const bool holds = fabsf(of_1) < 0x1p100f && fabsf(of_3) < 0x1p100f && fabsf(of_5) < 0x1p100f;
+  return {multiple, gain, holds ? fminf(most / size, 0x1p60f) : -1.f, of_1 * 0.99999851f, of_3 * -0.33306009f, of_5 * 0.12577038f};
 }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.inputs import Shape
-from attngen.plan import Buffer, Descales, Plan, Role
+from attngen.plan import Buffer, Descales, Plan, Role, walk
 from attngen.plan.rules import takes_warpgroups
+from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
 from attngen.simulate.visits import heads_differ
@@ -44,6 +45,8 @@ def facts(
         "schedule": _schedule(plan),
         "mask": plan.mask_text,
         "score": kernel.spec.score,
+        "before the GEMM": _added(plan),
+        "row maximum": _row_maximum(plan),
         "a call passes": _declared(plan),
         "blocks of keys": _key_blocks(plan),
         "inputs -> output": f"{plan.inputs.name} -> {plan.output.name}",
@@ -102,6 +105,21 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
     first, *_ = fault.diagnostics
     rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in fault.diagnostics))
     return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
+
+
+def _added(plan: Plan) -> str:
+    """What of the score the score GEMM adds to."""
+    steps = walk(plan.kernel.worker.program)
+    seeds = {f"+ {step.added}" for step in steps if isinstance(step, SeedScores)}
+    return "".join(seeds) or "-"
+
+
+def _row_maximum(plan: Plan) -> str:
+    """What exponentials are taken relative to."""
+    maxima = [step for step in walk(plan.kernel.worker.program) if isinstance(step, RowMax)]
+    if not maxima:
+        return "none: scores are bounded"
+    return "running, three integers at a time" if maxima[0].by_integers else "running"
 
 
 def _declared(plan: Plan) -> str:

@@ -128,7 +128,7 @@ class Manifest:
         scales: what shares a scale of 8-bit q, k and v; None for others. v is then (batch, num_heads_kv, head_dim_v,
             keys), its keys padded with zeros to a multiple of 128, and of every 16 of them these follow one another:
             0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15.
-        score_factor: times log2(e), what the parameter of value "score_factor_log2" carries.
+        score_factor: what exponentials take scores times, see `attngen.scaling.scale_values`.
         table_kernel: the kernel that fills the tables that the others read, if they read any; a call with the same
             tensors may leave it out.
         tables: the workspaces that it fills.

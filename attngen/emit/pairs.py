@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -164,25 +165,25 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         named = zip(terms.values(), types, found.results, strict=True)
         yield macros.terms([{"name": name, "c_type": of, "value": value} for name, of, value in named], found)
     if isinstance(step := steps.get(SeedScores), SeedScores):
-        leaf_of, known, ahead = _known_of_score(plan, step, terms)
+        leaf_of, known = _known_of_score(plan, terms)
         inverse = {**known.names, _INVERSE: "params.softmax_scale_inverse"}
         seed = _scaled(with_nodes(step.added, leaf_of), scalar(_INVERSE, "f32"))
-        yield macros.seed(cuda_body([seed], replace(known, names=inverse)), bool(terms), ahead)
+        yield macros.seed(cuda_body([seed], replace(known, names=inverse)), bool(terms))
     if isinstance(step := steps.get(ModifyScores), ModifyScores):
-        leaf_of, known, ahead = _known_of_score(plan, step, terms)
+        ahead = {lookup: tile.name for lookup, tile in step.looked_up}
+        leaf_of, known = _known_of_score(plan, terms, ahead)
         scale = "" if step.scale else "params.softmax_scale"
         takes, score = "score", step.score
         if step.by_tanh:
             multiple, score = step.by_tanh
             takes = "tanh"
-            known = replace(known, names={**known.names, TANH.name: takes})
-            yield macros.tanh_of_score(
-                f"{scale} * {to_cuda(multiple, known)}" if scale else to_cuda(multiple, known),
-                "params.softmax_scale_log2" if step.is_tanh else "1.f",
-            )
+            known = replace(known, names={**known.names, TANH.name: takes, _SCALE: scale})
+            whole = times(scalar(_SCALE, "f32"), multiple) if scale else multiple
+            gain = "params.softmax_scale_log2" if step.is_tanh else "1.f"
+            yield macros.tanh_of_score(to_cuda(whole, known), gain)
         if not step.is_tanh:
             body = cuda_body([with_nodes(score, leaf_of)], replace(known, score_scale=scale))
-            yield macros.score(takes, body, bool(terms), ahead)
+            yield macros.score(takes, body, bool(terms), list(ahead.values()))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
@@ -190,19 +191,18 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         yield macros.predicate(cuda_body([step.mask], leaves(plan)))
 
 
-_INVERSE = "1 / softmax_scale"
-"""A name that no spec can declare."""
+_SCALE, _INVERSE = "softmax_scale", "1 / softmax_scale"
+"""Names that no spec can declare."""
 
 
 def _known_of_score(
-    plan: Plan, step: SeedScores | ModifyScores, terms: Mapping[Expr, str]
-) -> tuple[dict[Expr, Expr], Leaves, list[str]]:
-    """What stands for the lookups of a score that have been done, how its leaves are written, and what is handed in."""
-    ahead = {lookup: tile.name for lookup, tile in step.looked_up}
-    names = ahead | {each: f"terms.{name}" for each, name in terms.items()}
+    plan: Plan, terms: Mapping[Expr, str], ahead: Mapping[Expr, str] = MappingProxyType({})
+) -> tuple[dict[Expr, Expr], Leaves]:
+    """What stands for the lookups of a score that have been done, and how its leaves are written."""
+    names = {**ahead, **{each: f"terms.{name}" for each, name in terms.items()}}
     known = leaves(plan, exact=False, key_step="kv_step")
     known = replace(known, names={**known.names, **{name: name for name in names.values()}})
-    return {each: scalar(name, each.type) for each, name in names.items()}, known, list(ahead.values())
+    return {each: scalar(name, each.type) for each, name in names.items()}, known
 
 
 def _scaled(expr: Expr, factor: Expr) -> Expr:

@@ -1,19 +1,26 @@
 """Static ranges of f32: between which numbers an expression stays in every call, NaN apart."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from attngen.expr.ranges import index_range
 from attngen.expr.tree import Expr, nodes
 
-RealRange = tuple[float, float]
-"""The lowest and the highest value, both included; NaN is no value."""
 
-_UNKNOWN: RealRange = (-math.inf, math.inf)
-_CODOMAINS: dict[str, RealRange] = {
-    **dict.fromkeys(("tanh", "sin", "cos", "sign"), (-1.0, 1.0)),
-    "sigmoid": (0.0, 1.0),
-    **dict.fromkeys(("exp", "exp2", "sqrt"), (0.0, math.inf)),
+class RealRange(NamedTuple):
+    """The lowest and the highest value, both included, and whether there may be NaN besides."""
+
+    lo: float
+    hi: float
+    may_be_nan: bool = True
+
+
+_UNKNOWN = RealRange(-math.inf, math.inf)
+_CODOMAINS = {
+    **dict.fromkeys(("tanh", "sin", "cos", "sign"), RealRange(-1.0, 1.0)),
+    "sigmoid": RealRange(0.0, 1.0),
+    **dict.fromkeys(("exp", "exp2", "sqrt"), RealRange(0.0, math.inf)),
 }
 
 
@@ -28,39 +35,49 @@ def real_range(expr: Expr) -> RealRange:
 
 def magnitude(expr: Expr) -> float:
     """What the value of an f32 expression is never larger than, either way; infinite where that is not known."""
-    return max(map(abs, real_range(expr)))
+    found = real_range(expr)
+    return max(abs(found.lo), abs(found.hi))
 
 
 def _range_of(expr: Expr, parts: Sequence[RealRange]) -> RealRange:
     if expr.op == "const":
-        return (float(expr.value), float(expr.value))
+        return RealRange(float(expr.value), float(expr.value), may_be_nan=False)
     if expr.op == "where":
-        yes, no = parts
-        return (min(yes[0], no[0]), max(yes[1], no[1]))
+        return _hull(*parts)
     if expr.op == "arith":
         return _arithmetic(expr.name, *parts)
     if expr.op != "call":
         return _UNKNOWN
     if expr.name == "f32":
         lowest, highest = index_range(expr.args[0])
-        return (float(lowest), float(highest))
+        return RealRange(float(lowest), float(highest), may_be_nan=False)
     if expr.name in ("min", "max"):
-        choose = min if expr.name == "min" else max
-        (a, b), (c, d) = parts
-        return (choose(a, c), choose(b, d))
+        return _chosen(min if expr.name == "min" else max, *parts)
     if expr.name == "abs":
-        ((lo, hi),) = parts
-        return (max(lo, -hi, 0.0), max(-lo, hi))
+        ((lo, hi, may_be_nan),) = parts
+        return RealRange(max(lo, -hi, 0.0), max(-lo, hi), may_be_nan)
     return _CODOMAINS.get(expr.name, _UNKNOWN)
+
+
+def _hull(*ranges: RealRange) -> RealRange:
+    lows, highs, nans = zip(*ranges, strict=True)
+    return RealRange(min(lows), max(highs), any(nans))
+
+
+def _chosen(choose: Callable[[float, float], float], x: RealRange, y: RealRange) -> RealRange:
+    """The smaller or the larger of two; of NaN and a number it is the number."""
+    both = RealRange(choose(x.lo, y.lo), choose(x.hi, y.hi))
+    alone = [number for number, other in ((x, y), (y, x)) if other.may_be_nan]
+    return _hull(both, *alone)._replace(may_be_nan=x.may_be_nan and y.may_be_nan)
 
 
 def _arithmetic(sign: str, x: RealRange, y: RealRange) -> RealRange:
     if sign == "+":
-        ends = [x[0] + y[0], x[1] + y[1]]
+        ends = [x.lo + y.lo, x.hi + y.hi]
     elif sign == "-":
-        ends = [x[0] - y[1], x[1] - y[0]]
-    elif sign == "/" and y[0] <= 0 <= y[1]:
+        ends = [x.lo - y.hi, x.hi - y.lo]
+    elif sign == "/" and y.lo <= 0 <= y.hi:
         return _UNKNOWN
     else:
-        ends = [a * b if sign == "*" else a / b for a in x for b in y]
-    return _UNKNOWN if any(map(math.isnan, ends)) else (min(ends), max(ends))
+        ends = [a * b if sign == "*" else a / b for a in x[:2] for b in y[:2]]
+    return _UNKNOWN if any(map(math.isnan, ends)) else RealRange(min(ends), max(ends))

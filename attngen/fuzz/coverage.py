@@ -144,7 +144,7 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
     yield ("mask", _mask_class(plan))
     yield (
         "score",
-        "plain" if not plan.modifies_scores else "looks up" if tensor_names(plan.score) else "modified",
+        "plain" if not plan.has_score else "looks up" if tensor_names(plan.score) else "modified",
     )
     declared = {"scalars": plan.declarations.scalars, "tensors": plan.declarations.tensors}
     yield from (("declared", kind) for kind in [kind for kind in declared if declared[kind]] or ["nothing"])

@@ -167,7 +167,7 @@ def error(trial: Trial) -> Complaint:
         return None  # f32: a product by a reciprocal, and serial's normalising at each block, cost more than a unit
     if trial.subject.plan.scales:
         return None  # an amax of 3 is 448 / 3 units, and no other integer is a number of e4m3 then
-    if trial.subject.plan.modifies_scores:
+    if trial.subject.plan.has_score:
         return None  # the weights of plain scores alone are powers of two
     q = trial.q if trial.scale > 0 else -trial.q
     numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask, declared=trial.declared)
@@ -329,7 +329,7 @@ def _scales_span(plan: Plan, *kinds: str) -> bool:
 
 def _is_plain(plan: Plan, names: Set[str]) -> bool:
     """Whether every query sees every key, by its plain score."""
-    return plan.mask is TRUE and not plan.modifies_scores
+    return plan.mask is TRUE and not plan.has_score
 
 
 # With e4m3 inputs both runs must have the same operands, or a reference of their own: not where a scale of the whole
@@ -352,7 +352,7 @@ RULES: dict[str, Rule] = {
             and _scales_span(plan, "per_tensor", "per_block", "per_token")
         ),
     ),
-    "shifted-scores": Rule(shifted_scores, lambda plan, names: not plan.modifies_scores and not plan.scales),
+    "shifted-scores": Rule(shifted_scores, lambda plan, names: not plan.has_score and not plan.scales),
     "permuted-keys": Rule(
         permuted_keys,
         lambda plan, names: _is_plain(plan, names) and _scales_span(plan, "per_tensor", "per_head"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import dtype
-from attngen.lower.pairs import adds_a_bias, two_steps_by_tanh
+from attngen.lower.pairs import adds_a_bias, can_seed, two_steps_by_tanh
 from attngen.lower.tiles import (
     Choice,
     Demands,
@@ -53,7 +53,7 @@ def table(spec: Spec) -> tuple[Row, ...]:
     """What measurement says is best for a spec's head dims and demands on sm_90a, the shortest sequences first."""
     dims = spec.problem.head_dim
     if (kind := scale_kind(spec)) is None:
-        return warpgroup_table(dims.qk, dims.v, demands(spec, seeds=True))
+        return warpgroup_table(dims.qk, dims.v, demands(spec, for_wgmma=True))
     return table_8bit(dims.qk, dims.v, demands(spec), kind, spec.precision.promote)
 
 
@@ -95,11 +95,12 @@ def _with_rows_of_warpgroups(values: dict[str, Any], arch: Arch) -> dict[str, An
     return values
 
 
-def demands(spec: Spec, seeds: bool = False) -> Demands:
-    """What the spec's mask and score ask of a tile; `seeds`: of a score GEMM that can add to something."""
-    whole = Pairs.of(spec.mask_expr, spec.score_expr)
-    pairs = whole.seeded() if seeds else whole
+def demands(spec: Spec, for_wgmma: bool = False) -> Demands:
+    """What the spec's mask and score ask of a tile; `for_wgmma`: of one of 16-bit inputs for warpgroups."""
+    whole, inputs = Pairs.of(spec.mask_expr, spec.score_expr), dtype(spec.precision.inputs)
+    pairs = whole.seeded() if for_wgmma and can_seed(inputs, spec.problem.head_dim.qk) else whole
     visible = pairs.visible
+    bounded = for_wgmma and needs_no_maximum(pairs.magnitude, inputs.max_finite)
     return Demands(
         bounded=visible is not None and bool(visible.upper),
         lower=visible is not None and bool(visible.lower),
@@ -108,7 +109,7 @@ def demands(spec: Spec, seeds: bool = False) -> Demands:
         by_tanh=two_steps_by_tanh(pairs, spec.problem.head_dim.v, 2) is not None,
         mask_loads=visible is None and looks_up_by_key(pairs.mask),
         seeded=pairs.added is not None,
-        exponents=needs_no_maximum(pairs.magnitude, dtype(spec.precision.inputs).max_finite),
+        capped=bounded and two_steps_by_tanh(pairs, spec.problem.head_dim.v, 3) is not None,
         score_loads=looks_up_by_key(whole.score),
         adds_a_bias=adds_a_bias(whole.score, spec.declarations),
     )

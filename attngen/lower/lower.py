@@ -10,6 +10,7 @@ from attngen.expr import Table, definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
 from attngen.lower.pairs import (
+    can_seed,
     declarations_read_by,
     lookups_by_key,
     pair_params,
@@ -116,7 +117,7 @@ def build(
     )
     if isinstance(choice, WarpgroupChoice):
         scaled = scales(kind, choice.block_m, choice.block_n, choice.stages) if kind else None
-        if not scaled:  # a tensor core's sums of 8-bit products are too coarse to be added to
+        if can_seed(inputs, head_dims[0]):
             pairs = pairs.seeded()
         return _warpgroup_plan(common, choice, arch, (inputs, output), head_dims, pairs, scaled)
     return _warp_plan(common, choice, arch, (inputs, output), head_dims, pairs)

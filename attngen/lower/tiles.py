@@ -78,7 +78,7 @@ class Demands:
         modified: scores are modified when the score GEMM has landed.
         by_tanh: they are in two steps, by their tanh: instructions rather than exponentials while they are small.
         seeded: the score GEMM adds to something.
-        exponents: modified scores are bounded, and their exponentials under no maximum.
+        capped: they are bounded, are in two steps with three warpgroups too, and their exponentials under no maximum.
         mask_loads: the mask looks something up for each pair, in partial blocks.
         score_loads: the score does, in every block.
         adds_a_bias: that is a bias of two neighbouring keys at a time, and but for sums and products there is no more.
@@ -90,7 +90,7 @@ class Demands:
     modified: bool = False
     by_tanh: bool = False
     seeded: bool = False
-    exponents: bool = False
+    capped: bool = False
     mask_loads: bool = False
     score_loads: bool = False
     adds_a_bias: bool = False
@@ -109,7 +109,6 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
     """
     widest = max(head_dim_qk, head_dim_v)
     loads = demands.mask_loads or demands.score_loads
-    capped = demands.by_tanh and demands.exponents
     if loads and widest <= 64:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
     if loads and widest <= 96:
@@ -124,7 +123,7 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         block_n = 32 if demands.score_loads and widest > 192 else 48
         narrow = WarpgroupChoice(128, block_n, 2, 2, rescale="last", out_over_q=widest > 192)
         return (Row(None, "warp_specialized", narrow),)
-    if widest <= 64 and demands.modified and not capped:
+    if widest <= 64 and demands.modified and not demands.capped:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),)
     if widest <= 64:
         small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
@@ -139,8 +138,8 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             Row(None, "pingpong", long),
         )
     if widest <= 128 and demands.modified and loads:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112 if capped else 96, 2, 2)),)
-    if widest <= 128 and capped:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112 if demands.capped else 96, 2, 2)),)
+    if widest <= 128 and demands.capped:
         return (
             Row(4096 if demands.bounded else 1024, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),
             Row(None, "warp_specialized", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),

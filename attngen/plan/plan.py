@@ -249,7 +249,7 @@ class Plan:
         name: entry name of the attention kernel; facts first, digest last.
         spec_name, spec_digest, mask_text: of the spec it came from.
         mask, score: what is computed of each pair of query and key.
-        score_factor: the constant factor of the score that ModifyScores leaves to the exponentials.
+        score_factor: the constant factor of the score that is left to the exponentials.
         tile_classes: how blocks of keys are classed; None where `key_blocks` has them in closed form.
         key_blocks: see `tile_classes`.
         declarations: the spec's scalars and tensors that mask and score read.
@@ -300,8 +300,8 @@ class Plan:
     shorter: tuple["Plan", ...] = ()
 
     @property
-    def modifies_scores(self) -> bool:
-        """Whether the score is anything but the scaled product."""
+    def has_score(self) -> bool:
+        """Whether the spec's score is anything but the scaled product."""
         return self.score is not name("score")
 
     @property

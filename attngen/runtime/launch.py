@@ -18,7 +18,7 @@ from attngen.runtime.declared import check_declared
 from attngen.runtime.driver import Module, launch
 from attngen.runtime.loaded import LoadedKernels
 from attngen.runtime.prepared import Prepared, PreparedStruct, prepare_signature, remember
-from attngen.runtime.tables import TileTables
+from attngen.runtime.tables import TableMemory, TileTables
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -46,6 +46,7 @@ class Launcher:
         self._shorter = shorter
         self._kernels = LoadedKernels(manifest.arch, manifest.kernels, cubin, load, start)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
+        self._table_memory = TableMemory()
         self._output = torch_dtype(dtype(manifest.output))
         self._tensors = tuple(entry.name for entry in (*manifest.tensors, *manifest.descales))
         self._declared = len(manifest.tensors)  # of those, the ones that tables may be made of
@@ -105,7 +106,7 @@ class Launcher:
             TileTables.check(tables, prepared.tables, tensors[: self._declared])
             structs, memory = prepared.without_tables, tables.memory
         elif prepared.tables_size:
-            memory = prepared.table_memory.on(stream, q, prepared.tables_size)
+            memory = self._table_memory.on(device, stream, q, prepared.tables_size)
         if prepared.scratch_size:
             scratch = q.new_empty(prepared.scratch_size)
         addresses: tuple[int, ...] = (

@@ -23,7 +23,7 @@ from attngen.plan import evaluate_formula
 from attngen.runtime.arguments import Problem, strides
 from attngen.runtime.declared import DeclaredValues
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
-from attngen.runtime.tables import TableMemory, TableSignature
+from attngen.runtime.tables import TableSignature
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 from attngen.scaling import scale_values
 
@@ -126,7 +126,6 @@ class Prepared:
         scratch_size: what the other workspaces take, in elements of q.
         draws_tiles: whether the kernels need a tile counter.
         tables: what tables of this signature are known by.
-        table_memory: where they are, unless a call brings its own.
     """
 
     out_shape: tuple[int, ...] | None
@@ -136,7 +135,6 @@ class Prepared:
     structs: tuple[PreparedStruct, ...]
     draws_tiles: bool
     tables: TableSignature
-    table_memory: TableMemory
 
     @cached_property
     def without_tables(self) -> tuple[PreparedStruct, ...]:
@@ -228,7 +226,6 @@ def prepare_signature(
         tuple(structs),
         bool(reports) and any(map(_draws_tiles, manifest.kernels)),
         TableSignature.of(manifest, problem.sizes, declared),
-        TableMemory(),
     )
 
 

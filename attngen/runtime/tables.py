@@ -18,24 +18,24 @@ _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
 
 
 class TableMemory(threading.local):
-    """Memory for the tables of calls of one signature, kept for each thread and stream.
+    """Memory for the tables of calls, kept for each thread, device and stream: the largest asked for so far.
 
     Calls of a stream follow one another, so one's tables may take the place of another's; but another thread's kernels
     may come between the two of a call. A graph that is captured keeps memory of its own.
     """
 
     def __init__(self) -> None:
-        self._of_stream: dict[int, torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
-    def on(self, stream: int, q: torch.Tensor, size: int) -> torch.Tensor:
-        """Memory of `size` elements of q's type on q's device, whose current stream has that raw handle."""
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return q.new_empty(size)
-        memory = self._of_stream.get(stream)
-        if memory is None:
-            if len(self._of_stream) >= MOST_STREAMS:
-                self._of_stream.clear()
-            memory = self._of_stream[stream] = q.new_empty(size)
+    def on(self, device: int, stream: int, q: torch.Tensor, size: int) -> torch.Tensor:
+        """At least `size` elements of q's type on q's device, whose current stream has that raw handle."""
+        if torch._C._cuda_getDevice() != device or torch._C._cuda_isCurrentStreamCapturing():
+            return q.new_empty(size)  # of another device nobody asks whether it captures
+        memory = self._kept.get((device, stream))
+        if memory is None or memory.numel() < size:
+            if len(self._kept) >= MOST_STREAMS:
+                self._kept.clear()
+            memory = self._kept[device, stream] = q.new_empty(size)
         return memory
 
 

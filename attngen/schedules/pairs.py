@@ -49,9 +49,9 @@ class Pairs:
         return cls(mask, key_range(mask), score)
 
     def seeded(self) -> "Pairs":
-        """The same, all that is added to the product wherever that enters taken out of the score.
+        """The same, what is added to the product wherever that enters taken out of the score.
 
-        What is looked up for each key stays: added behind the GEMM it has longer to come.
+        A term that is looked up for each key stays, and what is added after it: behind the GEMM it has longer to come.
         """
         total, added = SCORE, None
         while (parent := _only_use(total, self.score)) and (term := _term_beside(total, parent)) is not None:

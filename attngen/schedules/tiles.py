@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, nodes
+from attngen.expr import Expr
 from attngen.plan import (
     BlockIndex,
     Buffer,
@@ -214,8 +214,7 @@ class TilePlaces:
         """What the score GEMM of a block adds to, where the spec adds something to the product."""
         if (added := self.pairs.added) is None:
             return ()
-        seeds = SeedScores(self.acc_s, rows, block, added, self.ahead)
-        return (seeds, *(() if self._modifies_by_lookup else self._look_up_next(rows, block)))
+        return (SeedScores(self.acc_s, rows, block, added),)
 
     def modify(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Scores of a block as the spec wants them."""
@@ -224,13 +223,7 @@ class TilePlaces:
             return ()
         scale = scales.of_scores if scales else None
         modified = ModifyScores(self.acc_s, rows, block, pairs.score, scale, self.ahead, self.by_tanh)
-        return (modified, *(self._look_up_next(rows, block) if self._modifies_by_lookup else ()))
-
-    @property
-    def _modifies_by_lookup(self) -> bool:
-        """Whether what is loaded ahead is wanted until the scores of the block are there."""
-        read = nodes(self.pairs.score)
-        return any(lookup in read for lookup, _ in self.ahead)
+        return (modified, *self._look_up_next(rows, block))
 
     def _look_up_next(self, rows: BlockIndex, block: BlockIndex) -> Program:
         """Load for the block after this one, what was loaded for this one being used."""

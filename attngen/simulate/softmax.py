@@ -5,7 +5,6 @@ Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the f
 """
 
 import math
-from typing import Any
 
 import torch
 
@@ -102,12 +101,10 @@ def look_up(step: LookUp, role: RoleRun) -> None:
 
 def seed_scores(step: SeedScores, role: RoleRun) -> None:
     """What the spec adds to each product, divided by the scale."""
-    looked_up = {place.name: role.read(place) for _, place in step.looked_up}
 
     def seeds() -> torch.Tensor:
-        names: dict[str, Any] = {**_indices(step, step.s, role)[1], **looked_up}
-        added = with_nodes(step.added, {each: scalar(place.name, "f32") for each, place in step.looked_up})
-        found = torch.as_tensor(evaluate(added, names, role.call.sizes.declared.tensors))
+        _, names = _indices(step, step.s, role)
+        found = torch.as_tensor(evaluate(step.added, names, role.call.sizes.declared.tensors))
         rows = len(role.own_rows(step.s.rows))
         shape = (len(role.tile.members), rows, step.s.cols)
         return (found * role.call.scale["softmax_scale_inverse"]).expand(shape).contiguous()

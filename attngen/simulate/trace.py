@@ -39,8 +39,8 @@ class BlockRecord:
     Attributes:
         member: head and element of the batch.
         rows, keys: which rows and keys, those that exist.
-        s: (rows, keys), softmax_scale * Q Kᵀ, -inf where masked.
-        row_max: (rows,), largest score so far.
+        s: (rows, keys), the scores, -inf where masked.
+        row_max: (rows,), largest score so far; 0 where scores are bounded and no maximum is taken.
         alpha: (rows,), what the sums before this block are worth after it.
         row_sum: (rows,), sum of exp(score - row_max) so far.
         o: (rows, head_dim_v), the sum of exp(score - row_max) V so far, not normalised.
@@ -143,18 +143,22 @@ class _Board:
         rows = _existing(first_row, len(own), self._seqlen_q)
         if not rows:
             return
+        last = event.tile.bounds.n_max - 1 if event.tile.bounds else 0
+        keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, self._seqlen_k)
         if isinstance(step, RowMax):
-            last = event.tile.bounds.n_max - 1 if event.tile.bounds else 0
-            keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, self._seqlen_k)
             seen.append(
                 {
                     "keys": keys,
-                    "s": event.value(step.s)[: len(rows), : len(keys)] * self._scale,
+                    "s": event.value(step.s)[: len(rows), : len(keys)] * self._unit(step, event.role),
                     "row_max": event.value(step.row_max)[: len(rows)] * math.log(2),
                     "alpha": event.value(step.alpha)[: len(rows)],
                 }
             )
         elif isinstance(step, Exponentiate):
+            if step.row_max is None:  # P is then exp(score) itself
+                s = event.value(step.s)[: len(rows), : len(keys)].log()
+                of_rows = torch.ones(len(rows))
+                seen.append({"keys": keys, "s": s, "row_max": 0 * of_rows, "alpha": of_rows})
             seen[-1]["row_sum"] = event.value(step.row_sum)[: len(rows)]
         elif isinstance(step, OutputGemm | IssueOutputGemm):
             o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
@@ -164,6 +168,12 @@ class _Board:
         elif isinstance(step, CopyTile | StageTile):
             o = event.value(step.src)[: len(rows), : plan.head_dim_v]
             self.records.append(FinishedRecord(event.tile.members[0], rows, o, self._lse[event.role]))
+
+    def _unit(self, step: RowMax, role: RoleRun) -> float:
+        """What makes a score natural."""
+        if step.scale is not None:
+            return self._scale
+        return math.log(2) * (1.0 if step.is_scaled else role.call.scale["softmax_scale_log2"])
 
 
 def _existing(first: int, size: int, length: int) -> range:

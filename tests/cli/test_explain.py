@@ -1,5 +1,6 @@
 """`attngen explain`: the table of facts, its sweeps, and the listing of a program."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -40,6 +41,22 @@ def test_explain_shows_specs_side_by_side(attngen: Attngen, small: str) -> None:
     shape = shapes_of(load("blackboard"))[0]
     moved = count(plan, shape.seqlen_q, shape.seqlen_k, return_lse=True).bytes_moved
     assert f"{moved} B (reads" in lines["bytes, counted"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "before", "maximum"),
+    [
+        ("h100_softcap", "-", "none: scores are bounded"),
+        ("h100_alibi", "+ slopes[h] * f32(kv_idx + seqlen_q - q_idx - seqlen_k)", "running"),
+        ("h100_bf16", "-", "running, three integers at a time"),
+        ("fa2_d64", "-", "running"),
+    ],
+)
+def test_explain_tells_how_scores_are_met(attngen: Attngen, spec: str, before: str, maximum: str) -> None:
+    """What the score GEMM adds to, and what exponentials are taken relative to."""
+    output = attngen("explain", spec).output
+    for fact, value in (("before the GEMM", before), ("row maximum", maximum)):
+        assert re.search(rf"^ *{fact} +{re.escape(value)} *$", output, re.MULTILINE), output
 
 
 def test_explain_program_prints_every_step(attngen: Attngen) -> None:

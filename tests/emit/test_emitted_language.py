@@ -106,6 +106,25 @@ def test_a_warp_looks_before_it_takes_a_tanh(score: str, multiple: str | None, i
     assert torch.allclose(whole, torch.as_tensor(parts), rtol=1e-6) and whole.unique().numel() > 10
 
 
+@pytest.mark.parametrize(
+    ("score", "multiple"),
+    [
+        ("tanh(score * (x + 1.0))", "params.softmax_scale * (params.arg_x + 1.0f)"),
+        ("exp(tanh(score * (f32(h) - 3.0)))", "params.softmax_scale * ((float)tile.head - 3.0f)"),
+        (
+            "tanh(score * (x if f else 1.0))",
+            "params.softmax_scale * (((params.arg_f != 0)) ? params.arg_x : 1.0f)",
+        ),
+        ("tanh(score / (x + 1.0))", "params.softmax_scale * __fdividef(1.0f, params.arg_x + 1.0f)"),
+    ],
+)
+def test_a_multiple_is_scaled_as_a_whole(score: str, multiple: str) -> None:
+    """A sum or a choice is bracketed in the product with softmax_scale."""
+    scalars = {name: type for name, type in (("x", "f32"), ("f", "bool")) if re.search(rf"\b{name}\b", score)}
+    spec = {"problem": {"head_dim": 128}, "score": score, "scalars": scalars}
+    assert f"return tanh_of_multiple({multiple}, " in attngen.compile(spec, arch="sm_90a").source
+
+
 def test_no_declared_name_is_taken_for_the_tanh() -> None:
     """A spec may call a scalar what the emitted function calls its parameter."""
     spec = {"problem": {"head_dim": 64}, "scalars": {"tanh_of": "f32"}, "score": "tanh_of * tanh(score)"}
@@ -167,11 +186,11 @@ def test_what_is_added_to_the_product_starts_its_gemm(
     assert ("params.softmax_scale_inverse" in made.source) and ("params.scale_is_negative" in made.source)
 
 
-def test_8_bit_products_are_not_added_to() -> None:
-    """A tensor core keeps too few bits of them for what a score may add."""
-    spec = LanguageCase(score="score + alibi(slopes)").spec(
-        problem={"head_dim": 64}, precision={"inputs": "e4m3"}
-    )
+@pytest.mark.parametrize(("inputs", "dim"), [("e4m3", 64), ("f16", 64), ("bf16", 192)])
+def test_not_all_products_are_added_to(inputs: str, dim: int) -> None:
+    """The tensor core drops bits of large terms: more than e4m3, f16's P and long rows bear."""
+    case = LanguageCase(score="score + alibi(slopes)")
+    spec = case.spec(problem={"head_dim": dim}, precision={"inputs": inputs})
     steps = {type(step) for step in walk(attngen.compile(spec, arch="sm_90a").plan.kernel.worker.program)}
     assert ModifyScores in steps and SeedScores not in steps
 

@@ -15,6 +15,7 @@ from kernels import (
 )
 
 import attngen
+from attngen.accuracy import compare
 from attngen.inputs import Shape, random_inputs
 from attngen.reference import attention
 from tests.reference.language_cases import CASES, WINDOW_AND_SINKS, LanguageCase
@@ -152,6 +153,45 @@ def test_infinite_products_are_capped(kind: str) -> None:
     assert torch.equal(out.isnan().all(-1), spoilt.transpose(1, 2))
     assert (out - right)[~spoilt.transpose(1, 2)].abs().max() < 0.02
     assert (lse - right_lse)[~spoilt].abs().max() < 1e-3
+
+
+SIZES = (
+    ("softcap(score, 1000000.0)", {}),
+    ("softcap(score, x)", {"x": 1e9}),
+    ("10000000000.0 * tanh(score * 10000000.0)", {}),
+    ("5.0 * tanh(score * (x + 1.0))", {"x": 0.5}),
+    ("tanh(score * (x if x < 0.0 else 1.0))", {"x": -3.0}),
+    ("exp(tanh(score * (f32(h) + 1.0)))", {}),
+    ("score + 1000.0", {}),
+    ("score - x * f32(kv_idx)", {"x": 0.5}),
+    ("score + x * f32(kv_idx)", {"x": 0.5}),
+)
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+def test_caps_multiples_and_terms_of_any_size(kind: str) -> None:
+    """A cap that bends nothing, one that cuts at once, multiples that are sums, and terms larger than all products."""
+    skip_unless_runs_here(kind)
+    specs = [
+        {
+            "problem": {"head_dim": 128},
+            "mask": "causal",
+            "score": score,
+            "scalars": dict.fromkeys(passed, "f32"),
+            "schedule": {"kind": kind},
+        }
+        for score, passed in SIZES
+    ]
+    q, k, v = random_inputs(Shape(2, 4, 2, 300, 1500), 128, 128, torch.bfloat16, "cuda", 5)
+    q[0, 7], q[1, 130] = 0, 4 * q[1, 130]
+    bad = []
+    for made, (score, passed) in zip(compile_specs(specs), SIZES, strict=True):
+        out, lse = made(q, k, v, return_lse=True, **passed)
+        about = {"score": made.spec.score_expr, "declared": passed}
+        accuracy = compare(out, lse, q, k, v, made.spec.mask_expr, **about)
+        if not accuracy.ok:
+            bad.append(f"{score}: {accuracy}")
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("kind", WARPGROUP_KINDS)

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
-from small_plans import WARPGROUP_VARIANTS, Variant, lowered
+from small_plans import KINDS, WARPGROUP_VARIANTS, Variant, lowered
 
+from attngen.expr import evaluate
+from attngen.inputs import Shape, random_inputs
 from attngen.reference import attention
 from attngen.simulate import trace
+from attngen.simulate.trace import BlockRecord
 
 VARIANTS = [Variant("serial", 1), Variant("fa2", 1), *(v for v in WARPGROUP_VARIANTS if v.warpgroups == 2)]
 
@@ -114,3 +117,25 @@ def test_long_matrices_are_cut_and_ragged_ones_trimmed() -> None:
     board = trace(plan, x[:, :2], x, x)
     assert board.blocks[0].s.shape == (2, 13)
     assert str(board).splitlines()[1].endswith("  1  ...")
+
+
+@pytest.mark.parametrize("score", ["softcap(score, 2.0)", "score + f32(kv_idx)", "abs(score) - f32(q_idx)"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_shows_scores_as_the_spec_has_them(kind: str, score: str) -> None:
+    """In natural units, whether they are seeded, bounded, capped or scaled on the way; -inf where masked."""
+    plan = lowered(kind, "causal", score=score, block_m=4, block_n=2, head_dim=2)
+    q, k, v = random_inputs(Shape(1, 1, 1, 5, 7), 2, 2, torch.float32, seed=3)
+    board = trace(plan, q, k, v, softmax_scale=-0.7)
+    rows, keys = torch.arange(5)[:, None], torch.arange(7)
+    products = -0.7 * q[0, :, 0] @ k[0, :, 0].T
+    names = {"score": products, "q_idx": rows, "kv_idx": keys}
+    expected = (
+        torch.as_tensor(evaluate(plan.score, names)).expand(5, 7).masked_fill(keys > rows + 2, -math.inf)
+    )
+    blocks = [record for record in board.records if isinstance(record, BlockRecord)]
+    assert {(row, key) for record in blocks for row in record.rows for key in record.keys} >= {
+        (int(row), int(key)) for row, key in (keys <= rows + 2).nonzero()
+    }
+    for record in blocks:
+        part = expected[record.rows.start : record.rows.stop, record.keys.start : record.keys.stop]
+        torch.testing.assert_close(record.s, part, rtol=1e-5, atol=1e-5)

@@ -47,15 +47,13 @@ class SeedScores(Step):
     """s = what the spec adds to the scaled product of each pair, over softmax_scale: the score GEMM adds to it.
 
     Attributes:
-        added: in the units of the scaled product.
-        looked_up: lookups that a LookUp has put into registers.
+        added: in the units of the scaled product; nothing of it is looked up for each key.
     """
 
     s: RegTile
     rows: BlockIndex
     block: BlockIndex
     added: Expr
-    looked_up: tuple[tuple[Expr, RegTile], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.s} = what is added to the product of each pair, unscaled"
