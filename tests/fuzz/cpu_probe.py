@@ -25,6 +25,14 @@ _CHECKS = (
 )
 
 
+def compile_on_cpu(text: str, function: str, folder: Path) -> ctypes.CDLL:
+    """CUDA functions as C++, and one of C that calls them; what they leave to PTX is left out."""
+    file, library = Path(folder, "functions.cpp"), Path(folder, "functions.so")
+    file.write_text(f'{_SHIM.read_text()}\n{_ASM.sub("", text)}\nextern "C" {function}\n')
+    subprocess.run(["g++", *_FLAGS, "-o", str(library), str(file)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 class CpuProbe:
     """In the place of `attngen.fuzz.probe.Probe`."""
 

@@ -1,14 +1,19 @@
 """The fuzzing of expressions fuzzes: it compiles for a GPU, and finds what is planted."""
 
+import ctypes
+import itertools
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from cpu_probe import CpuProbe
+from cpu_probe import CpuProbe, compile_on_cpu
 
+from attngen.emit.device import used_by
 from attngen.emit.pairs import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
 from attngen.expr.tiles import TileClasses
@@ -126,3 +131,28 @@ def test_integers_of_mixed_widths_have_one_type_in_cuda() -> None:
     assert text == "kv_idx > min(read_ids(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)), 5)"
     text = to_cuda(parse_mask("links[h, b]", DECLARATIONS), leaves(plan))
     assert text == "read_links(params, clamp_index(tile.head, 4), clamp_index(tile.batch, 4))"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_tanh_of_any_multiple_is_near_what_it_means(tmp_path: Path) -> None:
+    """Caps from 1e-6 to 1e32, softmax scales of either sign: no coefficient overflows, or vanishes where that shows."""
+    library = compile_on_cpu(
+        "\n\n".join(used_by("tanh_of_multiple")),
+        "float near(float m, float g, float s, float* reach) {"
+        " const TanhOfMultiple of = tanh_of_multiple(m, g); *reach = of.reach; return of.near(s); }",
+        tmp_path,
+    )
+    library.near.restype = ctypes.c_float
+    reach, met = ctypes.c_float(), 0
+    for cap, scale in itertools.product((10.0**n for n in range(-6, 33)), (1e-4, 0.088, -0.088, 1.0, 9.0)):
+        multiple, gain = scale / cap, cap * math.log2(math.e)
+        for score in (1e-4 * 2.7**n for n in range(19)):  # up to 5700
+            arguments = (multiple, gain, score / abs(scale))
+            found = library.near(*map(ctypes.c_float, arguments), ctypes.byref(reach))
+            right = gain * math.tanh(multiple * arguments[2])
+            if arguments[2] <= reach.value:
+                assert abs(found - right) <= 2.5e-6 * (abs(right) + 1), (cap, scale, score, found, right)
+                met += 1
+            else:
+                assert gain * 2.0**-22 <= 1e-5 * (abs(right) + 1)  # what 1 - 2 / (1 + e^2x) is off by
+    assert met > 2000
