@@ -108,23 +108,8 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
             compile without spills; scores that load nothing: tune_scores.json; a bias: tune_overlap.json.
     """
     widest = max(head_dim_qk, head_dim_v)
-    loads = demands.mask_loads or demands.score_loads
-    if loads and widest <= 64:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
-    if loads and widest <= 96:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),)
-    if demands.score_loads and widest <= 128:
-        sees_all = not (demands.bounded or demands.lower or demands.walks)
-        if demands.adds_a_bias and sees_all and widest == 128:
-            return (Row(None, "pingpong", WarpgroupChoice(128, 128, 2, 2)),)
-        block_n = 112 if demands.adds_a_bias and not demands.walks and widest == 128 else 96
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, block_n, 2, 2)),)
-    if loads and widest > 128:
-        block_n = 32 if demands.score_loads and widest > 192 else 48
-        narrow = WarpgroupChoice(128, block_n, 2, 2, rescale="last", out_over_q=widest > 192)
-        return (Row(None, "warp_specialized", narrow),)
-    if widest <= 64 and demands.modified and not demands.capped:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),)
+    if rows := _of_lookups(widest, demands) or _of_scores(widest, demands):
+        return rows
     if widest <= 64:
         small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
         return (
@@ -136,27 +121,6 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         return (
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
             Row(None, "pingpong", long),
-        )
-    if widest <= 128 and demands.modified and loads:
-        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112 if demands.capped else 96, 2, 2)),)
-    if widest <= 128 and demands.capped:
-        return (
-            Row(4096 if demands.bounded else 1024, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),
-            Row(None, "warp_specialized", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
-        )
-    if widest <= 128 and demands.seeded and not demands.modified:
-        long = WarpgroupChoice(128, 128, 2, 2)
-        if not demands.bounded:
-            long = replace(long, rescale="last", integer_maxima=True)
-        return (
-            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
-            Row(None, "warp_specialized", long),
-        )
-    if widest <= 128 and demands.modified and not demands.by_tanh:
-        # A third softmax hides what two leave in the open.
-        return (
-            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
-            Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
         )
     if widest <= 128:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, integer_maxima=True)),)
@@ -174,6 +138,56 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         Row(512, "warp_specialized", replace(wide, block_n=64)),
         Row(None, "warp_specialized", wide),
     )
+
+
+def _of_lookups(widest: int, demands: Demands) -> tuple[Row, ...]:
+    """Where something is looked up for each pair and takes registers; none where all is as without."""
+    if not (demands.mask_loads or demands.score_loads):
+        return ()
+    if widest <= 64:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),)
+    if widest <= 96:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 80, 2, 2)),)
+    if widest > 128:
+        block_n = 32 if demands.score_loads and widest > 192 else 48
+        narrow = WarpgroupChoice(128, block_n, 2, 2, rescale="last", out_over_q=widest > 192)
+        return (Row(None, "warp_specialized", narrow),)
+    if demands.score_loads:
+        sees_all = not (demands.bounded or demands.lower or demands.walks)
+        if demands.adds_a_bias and sees_all and widest == 128:
+            return (Row(None, "pingpong", WarpgroupChoice(128, 128, 2, 2)),)
+        block_n = 112 if demands.adds_a_bias and not demands.walks and widest == 128 else 96
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, block_n, 2, 2)),)
+    if demands.modified:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 112 if demands.capped else 96, 2, 2)),)
+    return ()
+
+
+def _of_scores(widest: int, demands: Demands) -> tuple[Row, ...]:
+    """Where scores are modified, or seeded; none where tiles are those of plain ones."""
+    if widest <= 64 and demands.modified and not demands.capped:
+        return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),)
+    if not 96 < widest <= 128:
+        return ()
+    if demands.capped:
+        return (
+            Row(4096 if demands.bounded else 1024, "warp_specialized", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "warp_specialized", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
+        )
+    if demands.seeded and not demands.modified:
+        long = WarpgroupChoice(128, 128, 2, 2)
+        if not demands.bounded:
+            long = replace(long, rescale="last", integer_maxima=True)
+        return (
+            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "warp_specialized", long),
+        )
+    if demands.modified and not demands.by_tanh:  # a third softmax hides what two leave in the open
+        return (
+            Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2)),
+            Row(None, "pingpong", WarpgroupChoice(192, 80, 2, 3, rescale="last", q_stages=2)),
+        )
+    return ()
 
 
 def warpgroup_choices(best: WarpgroupChoice, arch: Arch) -> tuple[WarpgroupChoice, ...]:
