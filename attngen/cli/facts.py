@@ -110,8 +110,7 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
 def _added(plan: Plan) -> str:
     """What of the score the score GEMM adds to."""
     steps = walk(plan.kernel.worker.program)
-    seeds = {f"+ {step.added}" for step in steps if isinstance(step, SeedScores)}
-    return "".join(seeds) or "-"
+    return next((f"+ {step.added}" for step in steps if isinstance(step, SeedScores)), "-")
 
 
 def _row_maximum(plan: Plan) -> str:

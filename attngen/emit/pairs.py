@@ -207,11 +207,13 @@ def _known_of_score(
 
 def _scaled(expr: Expr, factor: Expr) -> Expr:
     """An f32 times a factor, worked into what is the same for all pairs of a tile where a product has such a part."""
-    a, b = expr.args if expr.op == "arith" else (expr, expr)
-    if expr.op == "arith" and expr.name in "+-":
+    if expr.op != "arith":
+        return times(expr, factor)
+    a, b = expr.args
+    if expr.name in "+-":
         sides = (_scaled(a, factor), _scaled(b, factor))
         return plus(*sides) if expr.name == "+" else minus(*sides)
-    if expr.op == "arith" and expr.name == "*":
+    if expr.name == "*":
         for part, other in ((a, b), (b, a)):
             if free_names(part).isdisjoint(("q_idx", "kv_idx")):
                 return times(times(part, factor), other)

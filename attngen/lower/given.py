@@ -21,7 +21,7 @@ from attngen.lower.tiles_8bit import table_8bit
 from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
-from attngen.schedules.pairs import looks_up_by_key
+from attngen.schedules.pairs import loads_by_key
 from attngen.spec import Spec
 
 KNOBS = {
@@ -100,17 +100,17 @@ def demands(spec: Spec, for_wgmma: bool = False) -> Demands:
     whole, inputs = Pairs.of(spec.mask_expr, spec.score_expr), dtype(spec.precision.inputs)
     pairs = whole.seeded() if for_wgmma and can_seed(inputs, spec.problem.head_dim.qk) else whole
     visible = pairs.visible
-    bounded = for_wgmma and needs_no_maximum(pairs.magnitude, inputs.max_finite)
+    has_exponents = for_wgmma and needs_no_maximum(pairs.magnitude, inputs.max_finite)
     return Demands(
         bounded=visible is not None and bool(visible.upper),
         lower=visible is not None and bool(visible.lower),
         walks=visible is None,
         modified=pairs.modifies_scores,
         by_tanh=two_steps_by_tanh(pairs, spec.problem.head_dim.v, 2) is not None,
-        mask_loads=visible is None and looks_up_by_key(pairs.mask),
+        mask_loads=visible is None and bool(loads_by_key(pairs.mask)),
         seeded=pairs.added is not None,
-        capped=bounded and two_steps_by_tanh(pairs, spec.problem.head_dim.v, 3) is not None,
-        score_loads=looks_up_by_key(whole.score),
+        capped=has_exponents and two_steps_by_tanh(pairs, spec.problem.head_dim.v, 3) is not None,
+        score_loads=bool(loads_by_key(whole.score)),
         adds_a_bias=adds_a_bias(whole.score, spec.declarations),
     )
 

@@ -141,7 +141,7 @@ def _warp_plan(
     of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
     at = places(choice, arch, *dtypes, head_dims, pairs)
     if schedule == "serial":  # which keeps its maxima in device memory
-        at = replace(at, bounded=False)
+        at = replace(at, bounded_scores=False)
     spaces = workspaces(at) if schedule == "serial" else ()
     heads = product("batch", "num_heads_q")
     grid = heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))

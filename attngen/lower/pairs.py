@@ -3,8 +3,9 @@
 from attngen.dtypes import BF16, F32, DType, dtype
 from attngen.expr import INDEX_NAMES, Declarations, Expr, Table, free_names, name, nodes, tensor_names
 from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
+from attngen.plan.steps import ByTanh
 from attngen.schedules import Pairs
-from attngen.schedules.pairs import looks_up_by_key
+from attngen.schedules.pairs import loads_by_key
 
 
 def declarations_read_by(declared: Declarations, *exprs: Expr) -> Declarations:
@@ -80,15 +81,11 @@ def lookups_by_key(score: Expr, declared: Declarations) -> dict[Expr, DType]:
 
 def adds_a_bias(score: Expr, declared: Declarations) -> bool:
     """Whether it is made with + - * alone, and all that it looks up for each key is one of `lookups_by_key`."""
-    loads = _loads(score)
+    loads = loads_by_key(score)
     if len(loads) != 1 or set(loads) != lookups_by_key(score, declared).keys():
         return False
     rest = set(nodes(score)) - set(nodes(*loads))
     return all(each.op in ("const", "name", "lookup") or each.name in ("+", "-", "*") for each in rest)
-
-
-def _loads(expr: Expr) -> list[Expr]:
-    return [each for each in nodes(expr) if each.op == "lookup" and "kv_idx" in free_names(each)]
 
 
 COLUMNS_SEEDED = 128
@@ -106,12 +103,12 @@ COLUMNS_BY_TANH, COLUMNS_BY_TANH_AND_MORE = 224, 128
 wants two warpgroups and no lookup by key. NVRTC 13.0.88 compiles these without spills, and not all that are beyond."""
 
 
-def two_steps_by_tanh(pairs: Pairs, v_cols: int, warpgroups: int) -> tuple[Expr, Expr] | None:
+def two_steps_by_tanh(pairs: Pairs, v_cols: int, warpgroups: int) -> ByTanh | None:
     """`Pairs.by_tanh`, where a kernel of so many columns of O and warpgroups has the registers for it."""
     if _is_capped_product(pairs.score):
         has_room = v_cols <= COLUMNS_BY_TANH
     else:
-        has_room = v_cols <= COLUMNS_BY_TANH_AND_MORE and warpgroups == 2 and not looks_up_by_key(pairs.score)
+        has_room = v_cols <= COLUMNS_BY_TANH_AND_MORE and warpgroups == 2 and not loads_by_key(pairs.score)
     return pairs.by_tanh if has_room else None
 
 

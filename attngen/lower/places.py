@@ -37,7 +37,7 @@ def tile_places(
         pairs=pairs,
         ahead=(),
         by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
-        bounded=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
+        bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
         integer_maxima=integer_maxima,
         q=q,
         k=k,

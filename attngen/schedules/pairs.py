@@ -15,7 +15,7 @@ from attngen.expr import (
 )
 from attngen.expr.arithmetic import negative, over, plus, times
 from attngen.expr.tree import real
-from attngen.plan.steps import TANH
+from attngen.plan.steps import TANH, ByTanh
 
 SCORE = name("score")
 
@@ -60,7 +60,7 @@ class Pairs:
         return replace(self, score=with_nodes(self.score, {total: SCORE}), added=added)
 
     @property
-    def by_tanh(self) -> tuple[Expr, Expr] | None:
+    def by_tanh(self) -> ByTanh | None:
         """What of `score` its one tanh takes, and the score out of the value of that, as `ModifyScores` wants them.
 
         None where there is no such tanh, it takes anything but a multiple, or `score` enters elsewhere too.
@@ -69,7 +69,7 @@ class Pairs:
         if len(found) != 1 or (multiple := _multiple_of_score(found[0].args[0])) is None:
             return None
         rest = with_nodes(self.score, {found[0]: TANH})
-        return None if "score" in free_names(rest) else (multiple, rest)
+        return None if "score" in free_names(rest) else ByTanh(multiple, rest)
 
     @property
     def magnitude(self) -> float:
@@ -82,9 +82,9 @@ class Pairs:
         return self.score is not SCORE or (self.score_factor != 1 and self.added is None)
 
 
-def looks_up_by_key(expr: Expr) -> bool:
-    """Whether it looks something up for each key."""
-    return any(each.op == "lookup" and "kv_idx" in free_names(each) for each in nodes(expr))
+def loads_by_key(expr: Expr) -> list[Expr]:
+    """The lookups of an expression that differ from key to key."""
+    return [each for each in nodes(expr) if each.op == "lookup" and "kv_idx" in free_names(each)]
 
 
 def _only_use(part: Expr, whole: Expr) -> Expr | None:
@@ -99,7 +99,7 @@ def _term_beside(total: Expr, parent: Expr) -> Expr | None:
         return None
     a, b = parent.args
     term = b if a is total else a
-    if "score" in free_names(term) or looks_up_by_key(term) or (b is total and parent.name == "-"):
+    if "score" in free_names(term) or loads_by_key(term) or (b is total and parent.name == "-"):
         return None
     return term if parent.name == "+" else negative(term)
 

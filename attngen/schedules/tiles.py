@@ -19,7 +19,7 @@ from attngen.plan import (
     Walk,
 )
 from attngen.plan.steps import (
-    TANH,
+    ByTanh,
     Exponentiate,
     FinishRows,
     ForBlocks,
@@ -122,7 +122,7 @@ class TilePlaces:
         pairs: what the spec says of a query and a key.
         ahead: lookups of the score that are loaded before the score GEMM, and the registers for them.
         by_tanh: that of the pairs, where scores are computed so.
-        bounded: scores are small enough to be exponents as they are, under no running maximum.
+        bounded_scores: they are small enough to be exponents as they are, under no running maximum.
         integer_maxima: as `RowMax.by_integers`.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
@@ -133,8 +133,8 @@ class TilePlaces:
 
     pairs: Pairs
     ahead: tuple[tuple[Expr, RegTile], ...]
-    by_tanh: tuple[Expr, Expr] | None
-    bounded: bool
+    by_tanh: ByTanh | None
+    bounded_scores: bool
     integer_maxima: bool
     q: Buffer
     k: Buffer
@@ -164,7 +164,7 @@ class TilePlaces:
     @property
     def row_vectors(self) -> tuple[RegVec, ...]:
         """What is kept of each row."""
-        of_maximum = () if self.bounded else (self.row_max, self.alpha)
+        of_maximum = () if self.bounded_scores else (self.row_max, self.alpha)
         return (*of_maximum, self.row_sum, self.total, self.inv_sum, self.row_lse)
 
     # ---- scales of 8-bit operands -----------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class TilePlaces:
     @property
     def row_max_of_scores(self) -> Program:
         """The running maximum of a row, and what it does to all before."""
-        if self.bounded:
+        if self.bounded_scores:
             return ()
         scale = (self._score_scale, self._is_scaled)
         return (RowMax(self.acc_s, self.row_max, self.alpha, *scale, self.integer_maxima),)
@@ -244,25 +244,25 @@ class TilePlaces:
         """P, unrounded, and its sums."""
         at = self.scales
         lift, weight = (at.lift, at.weight) if at else (0, None)
-        row_max, alpha = (None, None) if self.bounded else (self.row_max, self.alpha)
+        row_max, alpha = (None, None) if self.bounded_scores else (self.row_max, self.alpha)
         scale = (self._score_scale, self._is_scaled)
         return (Exponentiate(self.acc_s, row_max, self.row_sum, alpha, *scale, lift, weight),)
 
     def rescale_output(self, votes: bool = False) -> Program:
         """O under the new maximum."""
-        return () if self.bounded else (ScaleRows(self.acc_o, self.alpha, votes),)
+        return () if self.bounded_scores else (ScaleRows(self.acc_o, self.alpha, votes),)
 
     @property
     def finish_rows(self) -> Step:
         """The factor of each row of O, and its log-sum-exp."""
         of_scales = (self.scales.lift, self.scales.top) if self.scales else ()
-        row_max = None if self.bounded else self.row_max
+        row_max = None if self.bounded_scores else self.row_max
         return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_scales)
 
     @property
     def _is_scaled(self) -> bool:
         """Whether a score comes out as an exponent."""
-        return self.by_tanh is not None and self.by_tanh[1] is TANH
+        return self.by_tanh is not None and self.by_tanh.is_all
 
     @property
     def _score_scale(self) -> RegVec | None:

@@ -167,7 +167,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                *(() if at.bounded else (Clear(at.row_max, "-inf"),)),
+                *(() if at.bounded_scores else (Clear(at.row_max, "-inf"),)),
                 Clear(at.row_sum),
                 *at.start_keys(VISIT),
                 *at.start_scales(M_BLOCK),

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 import torch
-from kernels import KINDS, WARPGROUP_KINDS, counters_are_zero, kernel, wait_for_gpu
+from kernels import KINDS, WARPGROUP_KINDS, captured, counters_are_zero, kernel, wait_for_gpu
 from torch.nn.functional import scaled_dot_product_attention
 
 import attngen
@@ -138,14 +138,6 @@ def chain(made: attngen.Kernel, call: tuple[torch.Tensor, ...], pause: bool = Fa
         if pause:
             torch.cuda.synchronize()
     return values
-
-
-def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of a call, and where it leaves what the call gives."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
-    return graph, found
 
 
 @pytest.mark.parametrize("kind", KINDS)

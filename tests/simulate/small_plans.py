@@ -47,7 +47,7 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         pairs=FULL,
         ahead=(),
         by_tanh=None,
-        bounded=False,
+        bounded_scores=False,
         integer_maxima=False,
         stages=stages,
         score_unroll=1,

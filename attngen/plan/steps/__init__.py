@@ -51,6 +51,7 @@ from attngen.plan.steps.scales import (
 )
 from attngen.plan.steps.softmax import (
     TANH,
+    ByTanh,
     Clear,
     ConvertP,
     Exponentiate,
@@ -84,6 +85,7 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 __all__ = [
     "TANH",
     "Advance",
+    "ByTanh",
     "Clear",
     "CommitCopies",
     "Condition",

@@ -1,7 +1,7 @@
 """Steps between the two matrix products: score, mask, online softmax."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from attngen.expr import Expr, KeyRange, scalar
 from attngen.plan.places import BlockIndex, RegTile, RegVec, View
@@ -63,14 +63,30 @@ TANH = scalar("tanh of the score", "f32")
 """A name that no spec can declare."""
 
 
+class ByTanh(NamedTuple):
+    """A score that is a function of one tanh of itself.
+
+    Attributes:
+        multiple: how many times `score` that tanh takes.
+        rest: the score out of `TANH`.
+    """
+
+    multiple: Expr
+    rest: Expr
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the score is that tanh itself."""
+        return self.rest is TANH
+
+
 @dataclass(frozen=True)
 class ModifyScores(Step):
     """s = the spec's score of each pair, in natural units; its `score` is s scaled by softmax_scale, or by `scale`.
 
     Attributes:
         looked_up: lookups of the score that a LookUp has put into registers.
-        by_tanh: how many times `score` the score's one tanh takes, and the score out of `TANH`. Where what it takes is
-            near 0 for all of a warp's pairs, tanh is a polynomial.
+        by_tanh: where what tanh takes is near 0 for all of a warp's pairs, it is a polynomial.
     """
 
     s: RegTile
@@ -79,12 +95,12 @@ class ModifyScores(Step):
     score: Expr
     scale: RegVec | None = None
     looked_up: tuple[tuple[Expr, RegTile], ...] = ()
-    by_tanh: tuple[Expr, Expr] | None = None
+    by_tanh: ByTanh | None = None
 
     @property
     def is_tanh(self) -> bool:
         """Whether the score is that tanh itself; s then comes out as exponents of 2, its factor worked in."""
-        return self.by_tanh is not None and self.by_tanh[1] is TANH
+        return self.by_tanh is not None and self.by_tanh.is_all
 
     def __str__(self) -> str:
         return f"{self.s} = score of each pair, from scaled {self.s}"
