@@ -79,11 +79,11 @@ class DeviceMemory:
             return NOTHING
         batch, head, head_kv = tile.columns
         heads = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
-        of_heads = self.tensors[place.name][batch, heads]
         if is_transposed:  # zeros follow the last key
-            found = of_heads[..., first : first + shape[-1]].float()
+            rows = self.tensors[place.name][..., first : first + shape[-1]]
         else:
-            found = of_heads[:, first : first + valid].float()
+            rows = self.tensors[place.name][:, :, first : first + valid]
+        found = rows[batch, heads].float()  # of these rows alone: to pick heads is to copy
         if found.shape[1:] == shape:
             return found
         result = found.new_zeros((found.shape[0], *shape))
