@@ -3,9 +3,10 @@
 The emitted kernels decode the same tiles on the GPU.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 
@@ -17,12 +18,16 @@ from attngen.simulate.visits import (
     Visited,
     block_bounds,
     ceil_div,
-    heads_differ,
+    heads_alike,
+    visited_blocks,
     walk_of,
 )
 
-LOCKSTEP = 64
-"""Most heads that one simulated block stands for; bounds its memory."""
+Way = TypeVar("Way", bound=Hashable)
+"""What steers a program on its way through a tile."""
+
+LOCKSTEP = 32
+"""Most heads that one simulated block stands for: 16 to 64 are as fast, and what they hold should stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +68,36 @@ class Tile:
 
 
 def tiles(plan: Plan, kernel: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
-    """The tiles of a launch in the order of its blocks, up to `lockstep` heads in one."""
-    members = tuple(
-        Member(b, h, h // sizes.group) for b in range(sizes.batch) for h in range(sizes.num_heads_q)
-    )
-    if heads_differ(plan):
-        lockstep = 1
-    groups = [members[i : i + lockstep] for i in range(0, len(members), lockstep)]
-    if kernel.scheduler.kind == "heads":
-        yield from (Tile(None, None, None, group) for group in groups)
-        return
+    """The tiles of a launch in the order of its blocks; up to `lockstep` heads that take one way are one."""
     m_blocks = range(ceil_div(sizes.seqlen_q, plan.block_m))
+    heads = heads_alike(plan, sizes)
+    if kernel.scheduler.kind == "heads":
+
+        def visits(member: Member) -> tuple[tuple[int, ...], ...]:
+            return tuple(visited_blocks(plan, sizes, m, member) for m in m_blocks)
+
+        for _, members in _stacked(heads, visits, lockstep):
+            yield Tile(None, None, None, members)
+        return
     for m_block in reversed(m_blocks) if kernel.scheduler.longest_first else m_blocks:
-        for group in groups:
-            bounds = block_bounds(plan, sizes, m_block, group[0]) if plan.key_blocks else None
-            walk = None if bounds else walk_of(plan, sizes, m_block, group[0])
-            yield Tile(m_block, bounds, walk, group)
+        if plan.key_blocks:
+            for bounds, members in _stacked(heads, partial(block_bounds, plan, sizes, m_block), lockstep):
+                yield Tile(m_block, bounds, None, members)
+        else:
+            for walk, members in _stacked(heads, partial(walk_of, plan, sizes, m_block), lockstep):
+                yield Tile(m_block, None, walk, members)
+
+
+def _stacked(
+    heads: Sequence[Sequence[Member]], way_of: Callable[[Member], Way], lockstep: int
+) -> Iterator[tuple[Way, tuple[Member, ...]]]:
+    """Heads that take one way, up to `lockstep` together. Those in one of the sequences do so in any case."""
+    takers: dict[Way, list[Member]] = {}
+    for alike in heads:
+        takers.setdefault(way_of(alike[0]), []).extend(alike)
+    for way, members in takers.items():
+        for i in range(0, len(members), lockstep):
+            yield way, tuple(members[i : i + lockstep])
 
 
 class TileSource:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -161,13 +162,29 @@ def visited_blocks(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_
 
 def heads_differ(plan: Plan) -> bool:
     """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
+    return bool(_names_of_heads(plan))
+
+
+def heads_alike(plan: Plan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
+    """All heads of a call; those together that the mask does not tell apart, which visit the same blocks of keys."""
+    named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
+    alike: dict[tuple[int, ...], list[Member]] = {}
+    for b in range(sizes.batch):
+        for h in range(sizes.num_heads_q):
+            member = Member(b, h, h // sizes.group)
+            alike.setdefault(tuple(compress(member, named)), []).append(member)
+    return tuple(map(tuple, alike.values()))
+
+
+def _names_of_heads(plan: Plan) -> frozenset[str]:
+    """By which names the blocks of keys that a row visits ask for its head and its place in the batch."""
     keys, classes = plan.key_blocks, plan.tile_classes
     if keys is not None:
         conditions = (*keys.first_any, *keys.first_all, *keys.end_any, *keys.end_all)
     else:
         assert classes is not None
         conditions = (classes.may, classes.must)
-    return any(free_names(condition) & {"b", "h", "h_kv"} for condition in conditions)
+    return frozenset[str]().union(*map(free_names, conditions)) & {"b", "h", "h_kv"}
 
 
 def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:

@@ -30,7 +30,6 @@ from attngen.plan.steps import (
 )
 from attngen.simulate import SimulationFault, simulate
 from attngen.simulate.tiles import LOCKSTEP
-from attngen.simulate.visits import heads_differ
 from tests.reference.language_cases import LanguageCase
 
 Path = tuple[int, ...]
@@ -277,8 +276,7 @@ def without_step(plan: Plan, site: Site) -> Plan:
 def results(plan: Plan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Out and lse of every one of the fixed inputs."""
     for i, x in enumerate(case.inputs):
-        many = LOCKSTEP if heads_differ(plan) and x.heads > LOCKSTEP else 1  # such heads run one by one
-        shape = Shape(2, x.heads // many, max(1, x.heads_kv // many), x.seqlen_q, x.seqlen_k)
+        shape = Shape(2, x.heads, x.heads_kv, x.seqlen_q, x.seqlen_k)
         generator = torch.Generator().manual_seed(i)
         call = drawn_call(plan, shape, generator) if plan.scales else drawn_tensors(plan, shape, generator)
         declared = case.language.arguments(shape)

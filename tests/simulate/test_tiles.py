@@ -1,14 +1,16 @@
 """The arithmetic of the scheduler against every pair of query and key, one by one."""
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from small_plans import lowered
 
 from attngen.expr import evaluate, parse_mask
-from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles
+from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles, visited_blocks
 from attngen.simulate.tiles import TileSource
-from attngen.simulate.visits import Member
+from attngen.simulate.visits import Member, walk_of
 
 MASKS = [
     "full",
@@ -90,6 +92,31 @@ def test_heads_that_see_other_keys_are_not_stacked() -> None:
     found = {tile.members[0].head: tile.bounds for tile in tiles(plan, plan.kernel, Sizes(1, 4, 12, 3, 3))}
     assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
     assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2)).n_max == 2
+
+
+@pytest.mark.parametrize("schedule", ["serial", "fa2", "warp_specialized"])
+@pytest.mark.parametrize("mask", ["kv_idx < 4 * h", "kv_idx % 8 < 4 * h", "kv_idx <= q_idx + 2 * b"])
+def test_heads_are_stacked_where_they_take_one_way(schedule: str, mask: str) -> None:
+    """Heads of one tile visit the same blocks, alike full or not; heads of two tiles of the same rows do not."""
+    fields = {"warpgroups": 1} if schedule == "warp_specialized" else {}
+    plan = lowered(schedule, mask, 1, block_m=4, block_n=4, fields=fields)
+    sizes = Sizes(3, 9, 12, 6, 2)
+
+    def way(m: int, member: Member) -> Any:
+        classed = block_bounds if plan.key_blocks else walk_of
+        return (
+            visited_blocks(plan, sizes, m, member)
+            if schedule == "serial"
+            else classed(plan, sizes, m, member)
+        )
+
+    ways: Counter[object] = Counter()
+    for tile in tiles(plan, plan.kernel, sizes):
+        rows = range(3) if tile.m_block is None else (tile.m_block,)
+        found = {tuple(way(m, member) for m in rows) for member in tile.members}
+        assert len(found) == 1
+        ways[tile.m_block, found.pop()] += 1
+    assert set(ways.values()) == {1}
 
 
 @pytest.mark.parametrize("resident", [1, 2, 7, 100])
