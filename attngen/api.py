@@ -31,7 +31,7 @@ from attngen.runtime import (
     disassemble,
     explain_launch,
 )
-from attngen.simulate import simulate
+from attngen.simulate import Progress, closed_form, simulate
 from attngen.spec import Spec, load
 
 SpecSource = Spec | Path | str | dict[str, Any]
@@ -193,17 +193,25 @@ class Kernel:
         if tables is not None:
             signature = TableSignature.of(served.manifest, problem.sizes, values)
             TileTables.check(tables, signature, values.tensors.values())
-        result, lse = simulate(
-            served.plan,
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            return_lse=return_lse,
-            layout=layout,
-            declared=values.scalars | values.tensors,
-            descales=values.descales,
-        )
+        passed = values.scalars | values.tensors
+
+        def flops() -> int:
+            lengths, heads = (problem.seqlen_q, problem.seqlen_k), (problem.num_heads_q, problem.num_heads_kv)
+            return closed_form(served.plan, *lengths, problem.batch, *heads, declared=passed).flops
+
+        with Progress(flops) as progress:
+            result, lse = simulate(
+                served.plan,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                return_lse=return_lse,
+                layout=layout,
+                memory=progress,
+                declared=passed,
+                descales=values.descales,
+            )
         return result if out is None else out.copy_(result), lse
 
     def tables(

@@ -21,7 +21,7 @@ OWNERS = {
     "cuda": {"runtime"},
     "hypothesis": {"fuzz"},
     "click": {"cli", "fuzz"},
-    "rich": {"cli", "fuzz"},
+    "rich": {"cli", "fuzz", "simulate"},
 }
 
 

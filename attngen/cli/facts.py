@@ -15,7 +15,6 @@ from attngen.plan.rules import takes_warpgroups
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
-from attngen.simulate.visits import heads_differ
 
 UNKNOWN = "unknown"
 SWEEP_COLUMNS = ("tile", "registers", "spills [B]", "shared memory", "occupancy", "binding or refusing rule")
@@ -265,15 +264,14 @@ def _traffic(plan: Plan, shape: Shape, declared: Mapping[str, Any]) -> dict[str,
     sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
     counted = count(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
     formula = closed_form(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
-    has_form = not heads_differ(plan)
     standard = standard_algorithm(plan.inputs, plan.head_dim_qk, plan.head_dim_v, *sizes)
     return {
         "for one call of": shape_text(shape),
         "FLOPs, counted": f"{counted.flops:.4g}, of which {counted.useful_flops:.4g} on rows and keys that exist",
-        "FLOPs, closed form": f"{formula.flops:.4g}" if has_form else "-",
+        "FLOPs, closed form": f"{formula.flops:.4g}",
         "FLOPs, standard": f"{standard.flops:.4g}",
         "bytes, counted": f"{size_text(counted.bytes_moved)} ({_moved(counted)})",
-        "bytes, closed form": size_text(formula.bytes_moved) if has_form else "-",
+        "bytes, closed form": size_text(formula.bytes_moved),
         "bytes, standard": f"{size_text(standard.bytes_moved)} ({_moved(standard)})",
     }
 

@@ -25,6 +25,7 @@ from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
 from attngen.fuzz.strategies import cases, plan_of, specs
+from attngen.simulate import one_thread
 from attngen.spec import Spec, load
 
 CPU_TARGETS = ("simulator", "sm_80", "sm_90a")
@@ -129,16 +130,13 @@ class _Search:
             print_blob=False,
             suppress_health_check=list(HealthCheck),
         )
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the tensors are small: threads would wait for each other more than they do
         try:
-            with_seed(seed)(once(given(drawn)(self.try_case)))()
+            with one_thread():  # what a case is held against is as small
+                with_seed(seed)(once(given(drawn)(self.try_case)))()
         except PropertyFailure as failure:
             self.failure = failure
         except FlakyFailure:
             self.flaky = True
-        finally:
-            torch.set_num_threads(threads)
 
 
 def targets_for(device: str, arch: str | None = None) -> tuple[str, ...]:

@@ -7,8 +7,10 @@ a cost for each Step it draws the timeline of one SM. It emits nothing.
 
 from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
+from attngen.simulate.progress import Progress
 from attngen.simulate.roles import Event, RoleRun, StepFunction
 from attngen.simulate.run import STEPS_SIMULATED, count, simulate
+from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import tiles
 from attngen.simulate.timeline import Prediction, Timeline, predict, timeline
 from attngen.simulate.trace import Trace, trace
@@ -25,6 +27,7 @@ __all__ = [
     "Event",
     "Interval",
     "Prediction",
+    "Progress",
     "RoleRun",
     "SimulationFault",
     "Sizes",
@@ -37,6 +40,7 @@ __all__ = [
     "closed_form",
     "costs_of",
     "count",
+    "one_thread",
     "predict",
     "simulate",
     "standard_algorithm",

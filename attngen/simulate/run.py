@@ -16,6 +16,7 @@ from attngen.simulate.blocks import Block, Call, scale_params
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, StepFunction
+from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Sizes, declared_values
@@ -33,6 +34,7 @@ STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for 
 """What each Step does."""
 
 
+@one_thread()
 def simulate(
     plan: Plan,
     q: torch.Tensor,

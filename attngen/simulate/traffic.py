@@ -4,13 +4,13 @@ Bytes are those that Steps ask of device memory, valid rows and columns only; wh
 known here. The standard algorithm is the yardstick: S and P go to device memory and come back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import Plan
-from attngen.simulate.visits import Sizes, ceil_div, declared_values, visited_blocks
+from attngen.simulate.visits import Member, Sizes, ceil_div, declared_values, heads_alike, visited_blocks
 
 
 @dataclass
@@ -71,17 +71,24 @@ def closed_form(
 ) -> Traffic:
     """What `count` counts, from the numbers of blocks alone: what the schedule's authors say it costs.
 
-    Masks whose blocks of keys depend on the head are not covered; of what `declared` does not hold all is visited.
+    Blocks of keys that depend on what `declared` does not hold are all visited.
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
+    if not seqlen_q:
+        return Traffic()
+    alike = heads_alike(plan, sizes)
+    return _total((_of_head(plan, sizes, members[0], return_lse), len(members)) for members in alike)
+
+
+def _of_head(plan: Plan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:
+    """What one head costs."""
+    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     traffic = Traffic()
-    if not batch * heads * seqlen_q:
-        return traffic
     loads_q_anyway = bool(plan.kernel.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
     for m in range(ceil_div(seqlen_q, plan.block_m)):
-        visited = visited_blocks(plan, sizes, m)
+        visited = visited_blocks(plan, sizes, m, member)
         rows = min(plan.block_m, seqlen_q - m * plan.block_m)
         blocks = len(visited)
         keys = sum(min(plan.block_n, seqlen_k - n * plan.block_n) for n in visited)
@@ -110,7 +117,7 @@ def closed_form(
     else:
         # Q once; K and V once for every block of rows that sees them.
         traffic.read = {"q": rows_loaded * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}
-    return _times(traffic, batch * heads)
+    return traffic
 
 
 def standard_algorithm(
@@ -143,14 +150,19 @@ def standard_algorithm(
         {name: n * element for name, n in read.items()},
         {name: n * element for name, n in written.items()},
     )
-    return _times(traffic, batch * heads)
+    return _total([(traffic, batch * heads)])
 
 
-def _times(traffic: Traffic, heads: int) -> Traffic:
-    """The traffic of one head, for that many; places that nothing is moved to or from are left out."""
-    return Traffic(
-        traffic.flops * heads,
-        traffic.useful_flops * heads,
-        {name: n * heads for name, n in traffic.read.items() if n},
-        {name: n * heads for name, n in traffic.written.items() if n},
-    )
+def _total(parts: Iterable[tuple[Traffic, int]]) -> Traffic:
+    """The traffic of one head, so many times, of all parts; places that nothing is moved to or from are left out."""
+    total = Traffic()
+    for of_head, heads in parts:
+        total.flops += of_head.flops * heads
+        total.useful_flops += of_head.useful_flops * heads
+        for name, size in of_head.read.items():
+            if size:
+                total.count_read(name, size * heads)
+        for name, size in of_head.written.items():
+            if size:
+                total.count_written(name, size * heads)
+    return total

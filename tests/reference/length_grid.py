@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -15,6 +14,7 @@ import torch
 from attngen.accuracy import Accuracy, compare
 from attngen.expr import parse_mask
 from attngen.inputs import MemoryLayout, Shape, arrange, random_inputs
+from attngen.simulate import one_thread
 
 LENGTHS = (
     (1, 1),
@@ -105,18 +105,7 @@ class Verdict:
         return f"{self.point}: {self.accuracy}{unlike}"
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For tensors this small, threads wait for each other more than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def judge(
     attend: Attend, point: Point, device: str = "cpu", layouts: Sequence[MemoryLayout] = OTHER_LAYOUTS
 ) -> Verdict:

@@ -30,6 +30,18 @@ def test_counted_equals_the_formula(variant: Variant, mask: str) -> None:
                 assert found == expected
 
 
+@pytest.mark.parametrize("mask", ["kv_idx < 5 * h and kv_idx > 3 * b", "kv_idx % 8 <= q_idx * h"])
+@pytest.mark.parametrize("schedule", KINDS)
+def test_the_formula_knows_heads_that_see_other_keys(schedule: str, mask: str) -> None:
+    """Of a mask that asks for the head every head counts for itself."""
+    plan = lowered(schedule, mask, 2, block_m=4, block_n=4)
+    for seqlen_q, seqlen_k in ((9, 17), (5, 0)):
+        found = count(plan, seqlen_q, seqlen_k, 2, 6, 3, return_lse=True)
+        expected = closed_form(plan, seqlen_q, seqlen_k, 2, 6, 3, return_lse=True)
+        assert (found.flops, found.useful_flops) == (expected.flops, expected.useful_flops)
+        assert (found.bytes_read, found.bytes_written) == (expected.bytes_read, expected.bytes_written)
+
+
 @pytest.mark.parametrize("schedule", KINDS)
 def test_counting_equals_simulating(schedule: str) -> None:
     """A run with values counts what a run without them counts."""
