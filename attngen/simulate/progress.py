@@ -74,7 +74,7 @@ class Progress(Traffic):
             return
         self._has_told = True
         _log.warning(
-            "simulating %.3g GFLOPs on the CPU takes about %.0f s, at the %.3g GFLOP/s of the first %.0f s",
+            "simulating %.0f GFLOPs on the CPU takes about %.0f s, at the %.1f GFLOP/s of the first %.1f s",
             total / 1e9,
             total / rate,
             rate / 1e9,
