@@ -149,7 +149,7 @@ def test_surroundings_change_nothing(schedule: str) -> None:
 def test_heads_in_lockstep_equal_heads_alone(schedule: str, mask: str) -> None:
     """Stacking the heads is a matter of speed: one head at a time gives the same bits.
 
-    Warps of 32 rows, since torch's exp2 rounds otherwise where less than a vector is left.
+    Of 32 rows and more, since torch's exp2 rounds otherwise where less than a vector is left.
     """
     for inputs, score in (("bf16", "score"), ("f32", "softcap(score + 0.1 * h, 9.0)")):
         plan = lowered(schedule, mask, 1, block_m=64, block_n=8, inputs=inputs, head_dim=40, score=score)
