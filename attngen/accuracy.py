@@ -53,6 +53,7 @@ from attngen.expr import Expr
 from attngen.expr.arithmetic import times
 from attngen.expr.tree import real
 from attngen.reference import Layout, Roundings, attention, attention_chunked, scale_of, standard_attention
+from attngen.torch_state import torch_defaults
 
 MAX_FACTOR = 2.0
 RMSE_FACTOR = 1.2
@@ -138,6 +139,7 @@ class Accuracy:
         return self.describe()
 
 
+@torch_defaults()
 def compare(
     out: Tensor,
     lse: Tensor | None,

@@ -28,11 +28,14 @@ from attngen.runtime import (
     check_arguments,
     check_declared,
     check_length,
+    check_plain,
     disassemble,
     explain_launch,
+    softmax_scale_of,
 )
 from attngen.simulate import Progress, closed_form, simulate
 from attngen.spec import Spec, load
+from attngen.torch_state import torch_defaults
 
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -138,7 +141,7 @@ class Kernel:
                 operands of `quantize`, in place of all three.
             k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
             v: (batch, seqlen_k, num_heads_kv, head_dim_v).
-            softmax_scale: any finite number; 1/sqrt(head_dim_qk) where None.
+            softmax_scale: any finite number, numpy's and 0-dimensional CPU tensors too; 1/sqrt(head_dim_qk) where None.
             return_lse: also return the natural log-sum-exp of every row.
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
             layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
@@ -154,8 +157,13 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        operands = self._operands(q, k, v, layout, declared)
-        result, lse = self._compute(*operands, softmax_scale, return_lse, out, layout, tables)
+        q8, k8, v8, passed = self._operands(q, k, v, layout, declared)
+        try:
+            is_on_gpu = q8.is_cuda
+        except AttributeError:
+            raise ArgumentError("q", type(q8).__name__, "a torch tensor") from None
+        run = self._launcher.run if is_on_gpu else self._simulate
+        result, lse = run(q8, k8, v8, softmax_scale, return_lse, out, layout, passed, tables)
         return result if lse is None else (result, lse)
 
     def _operands(
@@ -166,25 +174,19 @@ class Kernel:
             return q, k, v, declared
         return self.quantization.operands_of(q, k, v, layout, declared)
 
-    def _compute(
+    def _simulate(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        declared: Mapping[str, Any],
         softmax_scale: float | None,
         return_lse: bool,
         out: torch.Tensor | None,
         layout: str,
+        declared: Mapping[str, Any],
         tables: TileTables | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Out and, if it is asked for, lse of tensors of the kernel's input type."""
-        try:
-            is_on_gpu = q.is_cuda
-        except AttributeError:
-            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
-        if is_on_gpu:
-            return self._launcher.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
+        """Out and, if it is asked for, lse of CPU tensors of the kernel's input type."""
         if q.device.type != "cpu":
             raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
         problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
@@ -205,14 +207,17 @@ class Kernel:
                 q,
                 k,
                 v,
-                softmax_scale=softmax_scale,
+                softmax_scale=None if softmax_scale is None else softmax_scale_of(softmax_scale),
                 return_lse=return_lse,
                 layout=layout,
                 memory=progress,
                 declared=passed,
                 descales=values.descales,
             )
-        return result if out is None else out.copy_(result), lse
+        if out is None:
+            return result, lse
+        with torch_defaults(), torch.inference_mode(out.is_inference()):  # where alone it may be written
+            return out.copy_(result), lse
 
     def tables(
         self,
@@ -406,9 +411,8 @@ def attention(
         ArgumentError: a tensor that no kernel takes, or two declarations of one name that are not the same.
         SpecError: a fault in mask or score.
     """
-    for name, x in (("q", q), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise ArgumentError(name, type(x).__name__, "a torch tensor")
+    check_plain("q", q)
+    check_plain("v", v)
     if q.dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
     if q.dim() != 4 or v.dim() != 4:

@@ -19,6 +19,7 @@ from attngen.errors import ArgumentError
 from attngen.expr import Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
 from attngen.inputs import Shape
+from attngen.torch_state import torch_defaults
 
 KINDS = ("sorted", "random", "hashed", "zeros")
 """What a declared tensor may hold.
@@ -90,6 +91,7 @@ def sizes_of(shape: Shape) -> dict[str, int]:
     }
 
 
+@torch_defaults()
 def declared_inputs(
     declarations: Declarations,
     shape: Shape,
@@ -178,9 +180,9 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     if tensor.dtype in _INTEGERS:
         numbers = torch.randint(0, IDS, few, generator=generator)
     elif tensor.dtype == "bool":
-        numbers = torch.rand(few, generator=generator) < 0.5
+        numbers = torch.rand(few, generator=generator, dtype=torch.float32) < 0.5
     else:
-        numbers = torch.randn(few, generator=generator)
+        numbers = torch.randn(few, generator=generator, dtype=torch.float32)
     if few[0] < count:
         numbers = numbers.to(element_dtype(tensor.dtype)).repeat(-(-count // few[0]))[:count]
     numbers = numbers.reshape(dims)

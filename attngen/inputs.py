@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from attngen.torch_state import torch_defaults
+
 MemoryLayout = Literal["contiguous", "strided", "packed_qkv", "expanded", "offset", "bhsd"]
 MEMORY_LAYOUTS: tuple[MemoryLayout, ...] = get_args(MemoryLayout)
 """How the storage of q, k and v is arranged; their shape is (batch, seqlen, heads, head_dim) in each.
@@ -74,6 +76,7 @@ class Shape:
     seqlen_k: int
 
 
+@torch_defaults()
 def random_inputs(
     shape: Shape,
     head_dim_qk: int,
@@ -108,6 +111,7 @@ def random_inputs(
     return arrange(q, k, v, layout)
 
 
+@torch_defaults()
 def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tensor, Tensor, Tensor]:
     """The same values in another memory layout: (batch, seqlen, heads, head_dim) each, contiguous as given.
 
@@ -128,6 +132,7 @@ def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tens
     return q, k, v
 
 
+@torch_defaults()
 def poison(
     q: Tensor, k: Tensor, v: Tensor, *, rows: int = 256, values: tuple[float, ...] = POISON
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +169,7 @@ class Canary:
     GUARD_ROWS = 256
     _WORDS = {2: (torch.int16, 0x7FA5), 4: (torch.int32, 0x7FA5A5A5)}
 
+    @torch_defaults()
     def __init__(
         self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
@@ -184,6 +190,7 @@ class Canary:
         self._inside[self._here] = True
         self.out = self._words.view(dtype)[self._here]
 
+    @torch_defaults()
     def damaged(self) -> tuple[int, ...] | None:
         """The first place around `out` that was overwritten, in the coordinates of `out`; None where intact.
 
@@ -196,6 +203,7 @@ class Canary:
         batch, row, head, column = changed[0].tolist()
         return batch, row - self.GUARD_ROWS, head, column
 
+    @torch_defaults()
     def unwritten(self) -> int:
         """How many elements of `out` still hold the canary."""
         return int((self._words[self._here] == self._pattern).sum())
@@ -204,20 +212,20 @@ class Canary:
 def _draw(size: tuple[int, ...], kind: Kind, name: str, generator: torch.Generator) -> Tensor:
     """One tensor in f32, on the CPU."""
     if kind == "randn":
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator, dtype=torch.float32)
     if kind == "outliers":
-        common, large = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
-        return common + 10.0 * large * (torch.rand(size, generator=generator) < 0.001)
+        common, large = (torch.randn(size, generator=generator, dtype=torch.float32) for _ in range(2))
+        return common + 10.0 * large * (torch.rand(size, generator=generator, dtype=torch.float32) < 0.001)
     if kind == "spans":
         return _spans(size, name, generator)
     if name == "q":
         return torch.randint(-1, 2, size, generator=generator).float()
     if name == "v":
         return torch.randint(-3, 4, size, generator=generator).float()
-    keys = torch.zeros(size)
+    keys = torch.zeros(size, dtype=torch.float32)
     for _ in range(2):  # two places of a row, perhaps the same one
         place = torch.randint(0, size[-1], (*size[:-1], 1), generator=generator)
-        sign = 2.0 * torch.randint(0, 2, place.shape, generator=generator) - 1.0
+        sign = 2.0 * torch.randint(0, 2, place.shape, generator=generator).float() - 1.0
         keys.scatter_(-1, place, sign)
     return keys
 
@@ -226,13 +234,15 @@ def _spans(size: tuple[int, ...], name: str, generator: torch.Generator) -> Tens
     """N(0, 1) times powers of two that differ from block to block."""
     batch, seqlen, heads, _ = size
     blocks = torch.randint(-20, 21, (batch, -(-seqlen // SPAN), heads, 1), generator=generator)
-    zeros = torch.rand(blocks.shape, generator=generator) < 0.125
+    zeros = torch.rand(blocks.shape, generator=generator, dtype=torch.float32) < 0.125
     exponents, is_zero = (x.repeat_interleave(SPAN, 1)[:, :seqlen] for x in (blocks, zeros))
     rows = torch.randint(-20, 21, exponents.shape, generator=generator)
-    exponents = torch.where(torch.rand(rows.shape, generator=generator) < 0.01, rows, exponents)
+    exponents = torch.where(
+        torch.rand(rows.shape, generator=generator, dtype=torch.float32) < 0.01, rows, exponents
+    )
     exponents = exponents - (40 if name == "q" else 0)
-    x = torch.randn(size, generator=generator) * torch.exp2(exponents.float())
-    x = torch.where(torch.rand(size, generator=generator) < 0.002, 64.0 * x, x)
+    x = torch.randn(size, generator=generator, dtype=torch.float32) * torch.exp2(exponents.float())
+    x = torch.where(torch.rand(size, generator=generator, dtype=torch.float32) < 0.002, 64.0 * x, x)
     return x.masked_fill_(is_zero, 0.0)
 
 

@@ -19,6 +19,7 @@ from attngen.plan import Plan
 from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
 from attngen.reference import Layout, Roundings
 from attngen.spec import Spec
+from attngen.torch_state import torch_defaults
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -48,6 +49,7 @@ def quantized(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     return quantize(q, k, v, plan.quantizer.scales, plan.quantizer.hadamard_seed)
 
 
+@torch_defaults()
 def judge(
     spec: Spec,
     plan: Plan,
@@ -97,6 +99,7 @@ def judge(
     return compare_operands(out, lse, operands, mask, softmax_scale, layout, inputs, by_gpu, **about)
 
 
+@torch_defaults()
 def compare_operands(
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -129,6 +132,7 @@ def compare_operands(
     )
 
 
+@torch_defaults()
 def roundings_of(operands: Operands, score_unit: float = 0.0) -> Roundings:
     """Where kernels that read these operands round: P takes V's descale of its key, relative to the head's largest."""
     descale = operands.v_descale

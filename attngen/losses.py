@@ -15,6 +15,7 @@ from attngen.judging import Inputs
 from attngen.lower import lower
 from attngen.reference import attention_chunked
 from attngen.spec import Spec
+from attngen.torch_state import torch_defaults
 
 SAMPLED_ROWS = 64
 """Queries, of every batch and head, that the reference is computed for: fp64 on all of them takes minutes at 64k."""
@@ -58,6 +59,7 @@ def sampled_rows(seqlen_q: int, count: int = SAMPLED_ROWS) -> Sequence[int]:
     return [i * (seqlen_q - 1) // (count - 1) for i in range(count)]
 
 
+@torch_defaults()
 def rmse_of(
     kernels: Mapping[str, Kernel],
     inputs: Inputs,

@@ -16,6 +16,8 @@ from typing import Literal
 
 import torch
 
+from attngen.torch_state import torch_defaults
+
 ScaleKind = Literal["per_tensor", "per_head", "per_block", "per_token"]
 SCALE_KINDS: tuple[ScaleKind, ...] = ("per_tensor", "per_head", "per_block", "per_token")
 DESCALES = ("q_descale", "k_descale", "v_descale")
@@ -71,6 +73,7 @@ class Operands:
         return self.k.shape[1]
 
 
+@torch_defaults()
 def quantize(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: ScaleKind, hadamard_seed: int | None = None
 ) -> Operands:
@@ -106,6 +109,7 @@ def quantize(
     )
 
 
+@torch_defaults()
 def dequantize(operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The real values of Q, K (both still in the Hadamard basis, if they are) and V.
 
@@ -120,6 +124,7 @@ def dequantize(operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     )
 
 
+@torch_defaults()
 def pack_values(v: torch.Tensor) -> torch.Tensor:
     """Lay e4m3 V out as the kernels read it.
 
@@ -136,6 +141,7 @@ def pack_values(v: torch.Tensor) -> torch.Tensor:
     return groups.flatten(-2).view(torch.float8_e4m3fn)
 
 
+@torch_defaults()
 def unpack_values(v: torch.Tensor, seqlen: int) -> torch.Tensor:
     """Undo `pack_values`: (batch, seqlen, num_heads_kv, head_dim_v), e4m3."""
     keys = sorted(range(16), key=FRAGMENT_ORDER.__getitem__)  # where each key stands

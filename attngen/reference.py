@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attngen.expr import Expr, evaluate, magnitude
 from attngen.scaling import needs_no_maximum
+from attngen.torch_state import torch_defaults
 
 Layout = Literal["bshd", "bhsd"]
 
@@ -62,6 +63,7 @@ class Roundings:
         return _weighted_sum(lifted.to(self.p_dtype).float(), values / weight[:, None]) * 2.0**-self.lift
 
 
+@torch_defaults()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -104,6 +106,7 @@ def attention(
     return problem.finish(out, lse)
 
 
+@torch_defaults()
 def attention_as_fractions(
     q: Tensor,
     k: Tensor,
@@ -132,6 +135,7 @@ def attention_as_fractions(
     return numerator, denominator
 
 
+@torch_defaults()
 def attention_chunked(
     q: Tensor,
     k: Tensor,
@@ -193,6 +197,7 @@ def attention_chunked(
     return problem.finish(out, lse)
 
 
+@torch_defaults()
 def standard_attention(
     q: Tensor,
     k: Tensor,

@@ -67,8 +67,9 @@ class _Evaluation:
         value = self._env[expr.name]
         if expr.type == "f32":
             return self._to_real(value)
-        is_number = isinstance(value, int)
-        return value if is_number or expr.type == "bool" else value.to(self._torch.int64)
+        if isinstance(value, self._torch.Tensor):
+            return value if expr.type == "bool" else value.to(self._torch.int64)
+        return bool(value) if expr.type == "bool" else int(value)  # of numpy too
 
     def _lookup(self, expr: Expr, *indices: Any) -> Any:
         tensor = self._tensors.get(expr.name)
@@ -118,6 +119,8 @@ class _Evaluation:
         return getattr(torch, function)(*numbers)
 
     def _to_real(self, value: Any) -> Any:
+        if isinstance(value, float):  # it stands for an f32, whatever torch's default is
+            value = self._torch.tensor(value, dtype=self._torch.float32)
         return self._torch.as_tensor(value).to(self._real)
 
 

@@ -4,11 +4,13 @@ from attngen.runtime.arguments import Problem, check_arguments, check_length
 from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
 from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.launch import Launcher
+from attngen.runtime.numbers import softmax_scale_of
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
 from attngen.runtime.prepared import LaunchReport, explain_launch
 from attngen.runtime.quantizer import QuantizeLauncher, check_sources, check_values
 from attngen.runtime.sass import disassemble
 from attngen.runtime.tables import TableSignature, TileTables
+from attngen.runtime.tensors import check_plain
 
 __all__ = [
     "CacheWarning",
@@ -26,10 +28,12 @@ __all__ = [
     "check_arguments",
     "check_declared",
     "check_length",
+    "check_plain",
     "check_sources",
     "check_values",
     "compile_source",
     "disassemble",
     "explain_launch",
     "nvrtc_version",
+    "softmax_scale_of",
 ]

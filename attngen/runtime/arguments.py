@@ -13,10 +13,10 @@ from attngen.dtypes import dtype, torch_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.quantize import KEY_BLOCK
+from attngen.runtime.numbers import softmax_scale_of
+from attngen.runtime.tensors import check_no_derivative, check_plain
 
 Layout = Literal["bshd", "bhsd"]
-LARGEST_SCALE = 2.0**127
-"""Times log2(e) it is still an f32."""
 ROW_ALIGNMENT = 16
 """Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
 
@@ -92,11 +92,7 @@ def check_arguments(
     """
     _check_layout(layout)
     if softmax_scale is not None:
-        is_number = isinstance(softmax_scale, int | float) and not isinstance(softmax_scale, bool)
-        if not is_number or not abs(softmax_scale) <= LARGEST_SCALE:  # the comparison is false of NaN
-            raise ArgumentError(
-                "softmax_scale", repr(softmax_scale), f"a finite number of at most {LARGEST_SCALE:.3g}"
-            )
+        softmax_scale_of(softmax_scale)
     tensors = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out})
     for name, x in tensors.items():
         _check_tensor(manifest, name, x, q)
@@ -157,10 +153,10 @@ def strides(x: torch.Tensor, layout: str) -> Strides:
 
 
 def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose gradient would be wanted.
+    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose derivative would be wanted.
 
     Raises:
-        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad.
+        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad or has a tangent.
     """
     if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
         raise ArgumentError(
@@ -169,7 +165,7 @@ def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
             "1 (contiguous head_dim)",
             f"pass {name}.contiguous()",
         )
-    check_no_grad(name, x)
+    check_no_derivative(name, x)
     if ARCHS[arch].emits:
         check_alignment(name, x)
 
@@ -200,21 +196,6 @@ def check_alignment(name: str, x: torch.Tensor) -> None:
             )
 
 
-def check_no_grad(name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose gradient would be wanted.
-
-    Raises:
-        ArgumentError: it requires grad, and grad is enabled.
-    """
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            name,
-            "a tensor that requires grad",
-            "one that does not: there is no backward yet",
-            f"pass {name}.detach(), or call under torch.no_grad()",
-        )
-
-
 def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
     a, b, c, d = values
     return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
@@ -227,11 +208,7 @@ def _check_layout(layout: str) -> None:
 
 def _check_dimensions(name: str, x: torch.Tensor) -> None:
     """Refuse what has no four dimensions with strides."""
-    if not isinstance(x, torch.Tensor):
-        raise ArgumentError(name, type(x).__name__, "a torch tensor")
-    if x.is_nested or x.layout != torch.strided:
-        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise ArgumentError(name, got, "a dense tensor (torch.strided)")
+    check_plain(name, x)
     if x.dim() != 4:
         raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
 

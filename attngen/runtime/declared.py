@@ -1,6 +1,5 @@
 """What a call passes by name for the scalars and tensors of its spec: checked like every other argument."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,8 +11,8 @@ from attngen.dtypes import element_dtype
 from attngen.emit.manifest import Manifest, ScalarEntry, TensorEntry
 from attngen.errors import ArgumentError
 from attngen.plan import evaluate_formula, formula_text
-
-_LARGEST_I32 = 2**31 - 1
+from attngen.runtime.numbers import scalar_of
+from attngen.runtime.tensors import check_no_derivative, check_plain
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,11 @@ def check_declared(
     return DeclaredValues(scalars, tensors, descales, {**sizes, **bound})
 
 
-def _scalar(entry: ScalarEntry, passed: Mapping[str, Any]) -> Any:
+def _scalar(entry: ScalarEntry, passed: Mapping[str, Any]) -> bool | int | float:
     value = passed.get(entry.name, entry.default)
     if value is None:
         raise ArgumentError(entry.name, "nothing", f"a value: the spec declares {entry.type} without default")
-    if entry.type == "bool":
-        is_right, must = isinstance(value, bool), "True or False"
-    elif entry.type == "i32":
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        is_right, must = is_whole and abs(value) <= _LARGEST_I32, "an integer between -2^31 and 2^31"
-    else:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_right, must = is_number and not math.isnan(value), "a number"
-        value = torch.tensor(float(value)).item() if is_right else value  # as the f32 that it becomes
-    if not is_right:
-        raise ArgumentError(entry.name, repr(value), must)
-    return value
+    return scalar_of(entry.name, entry.type, value)
 
 
 def _tensor(
@@ -108,16 +96,13 @@ def _tensor(
     if not isinstance(x, torch.Tensor):
         got = "nothing" if x is None else type(x).__name__
         raise ArgumentError(entry.name, got, f"a torch tensor: {says} {declared}")
-    if x.is_nested or x.layout != torch.strided:
-        raise ArgumentError(entry.name, "a tensor that is not dense", "a dense tensor (torch.strided)")
+    check_plain(entry.name, x)
     if x.dtype != element_dtype(entry.dtype):
         cure = f"pass {entry.name}.to({element_dtype(entry.dtype)})"
         raise ArgumentError(entry.name, f"dtype {x.dtype}", f"{element_dtype(entry.dtype)}", cure)
     if x.device != device:
         raise ArgumentError(entry.name, f"device {x.device}", f"{device}, the device of q")
-    if x.requires_grad and torch.is_grad_enabled():
-        must = "one that does not: there is no backward yet"
-        raise ArgumentError(entry.name, "a tensor that requires grad", must, f"pass {entry.name}.detach()")
+    check_no_derivative(entry.name, x)
     if x.dim() != len(entry.dims):
         raise ArgumentError(entry.name, f"{x.dim()} dimensions", f"{len(entry.dims)}: {declared}")
     for dim, size in zip(entry.dims, x.shape, strict=True):

@@ -39,6 +39,7 @@ from attngen.runtime.prepared import (
     remember,
     sms_of,
 )
+from attngen.torch_state import is_altered, torch_defaults
 
 _SOURCES = {torch_dtype(dtype(name)): name for name in SOURCES}
 _OPERANDS = (*TENSORS, *DESCALES)
@@ -143,23 +144,27 @@ class QuantizeLauncher:
             ArgumentError: an argument the kernels cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernels.
         """
+        if is_altered():
+            check_sources(self.entries, q, k, v, layout)
+            with torch_defaults():
+                return self.quantize(q, k, v, layout)
         try:
             device = q.get_device()
             if q.requires_grad or k.requires_grad or v.requires_grad:
                 check_sources(self.entries, q, k, v, layout)
             key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-                device, k.get_device(), v.get_device(), layout,
+                device, k.get_device(), v.get_device(), layout, q.__class__, k.__class__, v.__class__,
             )  # fmt: skip
             prepared = self._prepared.get(key)
+            pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
         except (AttributeError, TypeError, RuntimeError):  # no tensor, no strides
             check_sources(self.entries, q, k, v, layout)
             raise
         if prepared is None:
             prepared = self._prepare(q, k, v, layout)
             remember(self._prepared, key, prepared)
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-        if (pointers[0] | pointers[1] | pointers[2]) % ROW_ALIGNMENT:
+        if (pointers[0] | pointers[1] | pointers[2]) % ROW_ALIGNMENT or 0 in pointers:
             check_sources(self.entries, q, k, v, layout)
         made = [q.new_empty(shape, dtype=dtype) for shape, dtype in prepared.outputs]
         addresses = (*pointers, *[x.data_ptr() for x in made])
@@ -185,19 +190,23 @@ class QuantizeLauncher:
             ArgumentError: a tensor the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
+        if is_altered():
+            check_values(self.entries, v, layout)
+            with torch_defaults():
+                return self.pack_v(v, layout)
         try:
             if v.requires_grad:
                 check_values(self.entries, v, layout)
-            key = (v.shape, v.stride(), v.dtype, v.get_device(), layout)
+            key = (v.shape, v.stride(), v.dtype, v.get_device(), layout, v.__class__)
             prepared = self._prepared.get(key)
+            pointer = v.data_ptr()
         except (AttributeError, TypeError, RuntimeError):
             check_values(self.entries, v, layout)
             raise
         if prepared is None:
             prepared = self._prepare_pack(v, layout)
             remember(self._prepared, key, prepared)
-        pointer = v.data_ptr()
-        if pointer % ROW_ALIGNMENT:
+        if pointer % ROW_ALIGNMENT or not pointer:
             check_values(self.entries, v, layout)
         ((shape, dtype),) = prepared.outputs
         packed = v.new_empty(shape, dtype=dtype)
@@ -240,7 +249,7 @@ class QuantizeLauncher:
             for dim, step in zip(("batch", "seqlen", "head"), steps, strict=True):
                 values[f"{tensor}.stride_{dim}"] = step
         ready = []
-        with self._kernels.preparing(device):
+        with torch_defaults(), self._kernels.preparing(device):
             for entry in launches:
                 grid = grid_of(entry, sizes, persistent=True)
                 kernel = kernels[entry.kernel]

@@ -121,4 +121,9 @@ class TileTables:
 
 
 def _contents(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple([(x.data_ptr(), x._version) for x in tensors])
+    """Address and version of each."""
+    try:
+        return tuple([(x.data_ptr(), x._version) for x in tensors])
+    except RuntimeError:
+        must = "tensors made outside of torch.inference_mode, whose writes are counted"
+        raise ArgumentError("tables", "tensors of torch.inference_mode", must, "pass no tables") from None

@@ -7,7 +7,7 @@ from attngen.simulate.tiles import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Sizes, ceil_div
 
-NOTHING = torch.empty(0)
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
 
 
@@ -45,7 +45,7 @@ class DeviceMemory:
         self.share_rows: dict[str, int] = {}
         for workspace in plan.workspaces if self.holds_values else ():
             shape = [evaluate_formula(size, sizes.values) for size in workspace.shape]
-            self.tensors[workspace.name] = torch.full(shape, float("nan"))
+            self.tensors[workspace.name] = torch.full(shape, float("nan"), dtype=torch.float32)
 
     def wants(self, place: Rows) -> bool:
         """Whether these rows are to be written: the user asked for them, or they are not optional."""

@@ -20,6 +20,7 @@ from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Sizes, declared_values
+from attngen.torch_state import torch_defaults
 
 
 def _function_of(step: type[Step]) -> StepFunction:
@@ -34,6 +35,7 @@ STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for 
 """What each Step does."""
 
 
+@torch_defaults()
 @one_thread()
 def simulate(
     plan: Plan,
@@ -84,7 +86,7 @@ def simulate(
     sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     out = torch.full((*q.shape[:3], plan.head_dim_v), math.nan, dtype=torch_dtype(plan.output))
-    lse = torch.full((batch, num_heads_q, seqlen_q), math.nan) if return_lse else None
+    lse = torch.full((batch, num_heads_q, seqlen_q), math.nan, dtype=torch.float32) if return_lse else None
     tensors = {
         "q": q_heads,
         "k": k_heads,
@@ -103,11 +105,11 @@ def simulate(
         steps={**STEPS_SIMULATED, **(steps or {})},
         observer=observer,
     )
-    with torch.no_grad():
-        _launch(call, lockstep=LOCKSTEP if observer is None else 1)
+    _launch(call, lockstep=LOCKSTEP if observer is None else 1)
     return out, lse
 
 
+@torch_defaults()
 def count(
     plan: Plan,
     seqlen_q: int,

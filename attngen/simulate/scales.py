@@ -31,7 +31,7 @@ def read_row_scales(step: ReadRowScales, role: RoleRun) -> None:
     own = role.own_rows(step.dst.rows)
     rows = torch.arange(len(own)) + role.index(step.rows) * step.dst.rows + own.start
     scale = call.scale["softmax_scale" if step.in_natural_units else "softmax_scale_log2"]
-    q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else torch.ones(())
+    q, k = _descales(step.q, rows, role), _descales(step.k, rows, role) if step.k else 1.0
 
     def scaled() -> torch.Tensor:
         return _normal(scale * q * k, step.in_natural_units).expand(-1, len(own)).unsqueeze(-1)
@@ -90,7 +90,7 @@ def promote(step: Promote, role: RoleRun) -> None:
     role.write(step.o, joined)
 
 
-_SMALLEST = torch.tensor(SMALLEST_WEIGHT)
+_SMALLEST = torch.tensor(SMALLEST_WEIGHT, dtype=torch.float32, device="cpu")
 
 
 def _normal(scale: torch.Tensor, in_natural_units: bool) -> torch.Tensor:

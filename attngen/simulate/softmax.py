@@ -78,7 +78,7 @@ def clear(step: Clear, role: RoleRun) -> None:
     value = -math.inf if step.value == "-inf" else 0.0
     rows = len(role.own_rows(step.dst.rows))
     shape = (rows, step.dst.cols) if isinstance(step.dst, RegTile) else (rows,)
-    role.write(step.dst, lambda: torch.full((len(role.tile.members), *shape), value))
+    role.write(step.dst, lambda: torch.full((len(role.tile.members), *shape), value, dtype=torch.float32))
 
 
 def negate_tile(step: NegateTile, role: RoleRun) -> None:
@@ -230,7 +230,7 @@ def reduce_rows(step: ReduceRows, role: RoleRun) -> None:
 def finish_rows(step: FinishRows, role: RoleRun) -> None:
     """The factor that normalises a row, and its log-sum-exp."""
     total = role.read(step.row_sum)
-    top = role.read(step.row_max) if step.row_max else torch.zeros(())
+    top = role.read(step.row_max) if step.row_max else torch.zeros((), dtype=torch.float32)
     by = role.read(step.top) if step.top else None
     role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
     role.write(step.lse, log_sum_exp, top, total, step.lift)

@@ -57,7 +57,7 @@ class Tile:
     @cached_property
     def columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Batch, head and head_kv of the members: (members,) each, for indexing."""
-        batch, head, head_kv = torch.tensor(self.members).unbind(1)
+        batch, head, head_kv = torch.tensor(self.members, dtype=torch.int64).unbind(1)
         return batch, head, head_kv
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ from attngen.simulate.roles import StepFunction
 from attngen.simulate.tiles import Tile, tiles
 from attngen.simulate.units import Interval, Unit
 from attngen.simulate.visits import Sizes, ceil_div, declared_values, visited_blocks
+from attngen.torch_state import torch_defaults
 
 MOST_PAIRS = 256
 """Pairs of blocks in a tile up to which a whole head is simulated; a longer one is scaled from a shorter."""
@@ -77,6 +78,7 @@ class Prediction:
     seconds: float
 
 
+@torch_defaults()
 def timeline(
     plan: Plan,
     seqlen_q: int,
@@ -130,6 +132,7 @@ def _on_one_sm(
     return Timeline(plan.name, costs, slots, len(work), sm.units.role_names, sm.units.intervals)
 
 
+@torch_defaults()
 def predict(
     plan: Plan,
     seqlen_q: int,

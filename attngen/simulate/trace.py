@@ -157,7 +157,7 @@ class _Board:
         elif isinstance(step, Exponentiate):
             if step.row_max is None:  # P is then exp(score) itself
                 s = event.value(step.s)[: len(rows), : len(keys)].log()
-                of_rows = torch.ones(len(rows))
+                of_rows = torch.ones(len(rows), dtype=torch.float32)
                 seen.append({"keys": keys, "s": s, "row_max": 0 * of_rows, "alpha": of_rows})
             seen[-1]["row_sum"] = event.value(step.row_sum)[: len(rows)]
         elif isinstance(step, OutputGemm | IssueOutputGemm):

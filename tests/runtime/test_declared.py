@@ -99,7 +99,7 @@ def test_any_strides_pass() -> None:
         ("low", float("nan"), "nan.*a number"),
         ("low", True, "True.*a number"),
         ("low", "1.0", "'1.0'.*a number"),
-        ("low", torch.ones(()), "tensor.*a number"),
+        ("low", torch.ones(1), "tensor of shape.*a number"),
         ("reach", 1.0, "1.0.*an integer"),
         ("reach", True, "True.*an integer"),
         ("reach", 2**31, "2147483648.*between -2\\^31 and 2\\^31"),

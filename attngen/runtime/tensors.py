@@ -1,0 +1,81 @@
+"""Which torch tensors a kernel can read: those whose numbers lie at their address, and whose derivative nobody wants.
+
+Everything else is refused by what it is, with what to pass in its place.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+from attngen.errors import ArgumentError
+
+
+def check_plain(name: str, x: torch.Tensor) -> None:
+    """Refuse what only looks like a dense tensor; meta tensors, which have sizes and no numbers, are for the caller.
+
+    Raises:
+        ArgumentError: x is no tensor, nested, sparse, quantised, inside a transform of torch.func, a subclass with
+            operations of its own, a view whose sign has not been resolved, or has lost its memory.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ArgumentError(name, type(x).__name__, "a torch tensor")
+    dense = "a dense tensor (torch.strided)"
+    if x.is_nested:
+        cure = f"pass a padded batch, {name}.to_padded_tensor(0.0), and a mask of its lengths"
+        raise ArgumentError(name, "a nested tensor", dense, cure)
+    if x.layout != torch.strided:
+        raise ArgumentError(name, f"layout {x.layout}", dense, f"pass {name}.to_dense()")
+    if x.is_quantized:
+        raise ArgumentError(name, f"a quantised tensor ({x.dtype})", dense, f"pass {name}.dequantize()")
+    _check_transforms(name, x)
+    if type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise ArgumentError(
+            name,
+            f"a {type(x).__name__}",
+            "a plain torch.Tensor, whose numbers lie at its address",
+            f"pass what it holds: {name}.to_local() of a DTensor, {name}.get_data() of a MaskedTensor",
+        )
+    if x.is_neg():
+        must = "numbers as they lie in memory"
+        raise ArgumentError(name, "a view that negates its numbers", must, f"pass {name}.resolve_neg()")
+    if x.numel() and not x.is_meta and not x.data_ptr():
+        raise ArgumentError(name, f"{x.numel()} elements without memory", "a tensor whose storage is there")
+
+
+def _check_transforms(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor that stands for others, as torch.func's transforms pass to the function they call."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(x):
+        cure = "call it outside: a kernel takes whole batches, (batch, seqlen, heads, head_dim)"
+        raise ArgumentError(name, "a tensor inside torch.vmap", "a plain tensor", cure)
+    if functorch.is_gradtrackingtensor(x):
+        raise ArgumentError(
+            name,
+            "a tensor inside torch.func.grad, vjp or jvp",
+            "one whose derivative nobody asks for: there is neither backward nor forward derivative yet",
+            "call it outside of the transform",
+        )
+    if torch._is_functional_tensor(x):
+        cure = "call it outside of the transform"
+        raise ArgumentError(name, "a tensor inside torch.func.functionalize", "a plain tensor", cure)
+
+
+def check_no_derivative(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose derivative would be wanted.
+
+    Raises:
+        ArgumentError: x requires grad, or carries a tangent, and nobody has disabled that.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            name,
+            "a tensor that requires grad",
+            "one that does not: there is no backward yet",
+            f"pass {name}.detach(), or call under torch.no_grad()",
+        )
+    if torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise ArgumentError(
+            name,
+            "a tensor with a tangent (torch.autograd.forward_ad)",
+            "one without: there is no forward derivative yet",
+            f"pass torch.autograd.forward_ad.unpack_dual({name}).primal",
+        )
