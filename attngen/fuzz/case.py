@@ -8,9 +8,11 @@ import torch
 
 from attngen.declared_inputs import declared_inputs
 from attngen.dtypes import dtype
+from attngen.fuzz.states import PLAIN, STATES
 from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
 from attngen.judging import call_dtype
 from attngen.spec import Spec, load
+from attngen.torch_state import torch_defaults
 
 Memory = MemoryLayout | Literal["far"]
 """How the storage of q, k and v is arranged; `far`: the last batch begins more than 2^31 elements after the first."""
@@ -35,6 +37,7 @@ class Case:
         kind: what is drawn.
         seed: of the inputs.
         rule: name of the property that is checked beside the error bound; see `attngen.fuzz.properties`.
+        state: of torch, in which inputs are drawn, calls are made and results are judged; see `attngen.fuzz.states`.
     """
 
     spec: Spec
@@ -45,6 +48,7 @@ class Case:
     kind: Kind = "randn"
     seed: int = 0
     rule: str = "error"
+    state: str = PLAIN
 
     def to_json(self) -> str:
         """The case as one line."""
@@ -69,6 +73,7 @@ class Case:
             (case.memory, MEMORIES),
             (case.layout, CALL_LAYOUTS),
             (case.kind, KINDS_WITH_SCALES),
+            (case.state, STATES),
         ):
             if value not in known:
                 raise ValueError(f"not a case of fuzzing: {value} is none of {', '.join(known)}")
@@ -87,6 +92,7 @@ class Case:
         return declared_inputs(self.spec.declarations, self.shape, device, self.seed)
 
 
+@torch_defaults()  # a demand for deterministic algorithms has torch fill what is new
 def far_apart(inputs: Tensors) -> Tensors:
     """The same values in one storage, in which the last batch begins past 2^31 elements.
 

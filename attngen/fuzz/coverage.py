@@ -13,6 +13,7 @@ from attngen.arch import ARCHS
 from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
+from attngen.fuzz.states import STATES
 from attngen.inputs import KINDS, KINDS_WITH_SCALES
 from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
@@ -127,6 +128,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
         yield from (("inputs", kind) for kind in KINDS)
     yield from (("scale", sign) for sign in ("default", "positive", "zero", "negative"))
     yield from (("property", rule) for rule in RULES)
+    yield from (("torch", state) for state in STATES)
 
 
 def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
@@ -174,6 +176,7 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
         "default" if scale is None else "zero" if scale == 0 else "negative" if scale < 0 else "positive",
     )
     yield ("property", case.rule)
+    yield ("torch", case.state)
     if shape.batch * shape.heads * shape.seqlen_q:
         yield from _met_by_blocks(plan, case)
 

@@ -16,6 +16,7 @@ from attngen.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy
 from attngen.errors import AttngenError
 from attngen.expr import TRUE, free_names
 from attngen.fuzz.case import Case
+from attngen.fuzz.states import STATES
 from attngen.inputs import Canary, poison
 from attngen.judging import judge as judged
 from attngen.plan import Plan
@@ -86,8 +87,10 @@ class Trial:
         self.subject = make(case.spec)
         self.mask = self.subject.plan.mask
         self.device = device
-        self.q, self.k, self.v = case.inputs(device)
-        self.declared = case.declared(device)
+        self.state = STATES[case.state]
+        with self.state():
+            self.q, self.k, self.v = case.inputs(device)
+            self.declared = case.declared(device)
         self.out, self.lse = self.run(self.q, self.k, self.v)
 
     def run(
@@ -99,17 +102,31 @@ class Trial:
         subject: Subject | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Out and lse of other inputs, or by another subject; tensors here are always bshd."""
-        result, lse = (subject or self.subject)(
-            self.turned(q),
-            self.turned(k),
-            self.turned(v),
-            softmax_scale=self.case.softmax_scale,
+        result, lse = self.call(
+            q,
+            k,
+            v,
+            subject,
             return_lse=True,
             out=None if out is None else self.turned(out),
-            layout=self.case.layout,
-            **(self.declared if subject is None else {}),
         )
         return self.turned(result), lse
+
+    def call(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        subject: Subject | None = None,
+        **options: Any,
+    ) -> Any:
+        """What a call on bshd tensors returns, in its own layout."""
+        q, k, v = (self.turned(x) for x in (q, k, v))
+        options |= {"softmax_scale": self.case.softmax_scale, "layout": self.case.layout}
+        if subject is None:
+            subject, options = self.subject, options | self.declared
+        with self.state():
+            return subject(q, k, v, **options)
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor from bshd to the layout of the call, or back."""
@@ -127,7 +144,8 @@ class Trial:
         q, k, v = (self.q if q is None else q, self.k if k is None else k, self.v if v is None else v)
         spec, plan, scale = self.case.spec, self.subject.plan, self.case.softmax_scale
         by_gpu = self.device != "cpu"
-        return judged(spec, plan, out, lse, q, k, v, scale, declared=self.declared, by_gpu=by_gpu)
+        with self.state():
+            return judged(spec, plan, out, lse, q, k, v, scale, declared=self.declared, by_gpu=by_gpu)
 
     @property
     def scale(self) -> float:
@@ -183,12 +201,7 @@ def error(trial: Trial) -> Complaint:
 
 def repeat(trial: Trial) -> Complaint:
     """A second call, on the same inputs, gives the same bits; so does one that asks for out alone."""
-    q, k, v = (trial.turned(x) for x in (trial.q, trial.k, trial.v))
-    out = trial.turned(
-        trial.subject(
-            q, k, v, softmax_scale=trial.case.softmax_scale, layout=trial.case.layout, **trial.declared
-        )
-    )
+    out = trial.turned(trial.call(trial.q, trial.k, trial.v))
     return trial.differs(*trial.run(trial.q, trial.k, trial.v)) or trial.differs(out, trial.lse)
 
 

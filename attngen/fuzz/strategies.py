@@ -14,6 +14,7 @@ from attngen.errors import SpecError
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.pairs import pair_texts
 from attngen.fuzz.properties import RULES, names_of
+from attngen.fuzz.states import STATES
 from attngen.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.lower import lower
 from attngen.plan import Plan
@@ -193,4 +194,5 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
         kind=kind,
         seed=draw(st.integers(0, 2**16)),
         rule=draw(st.sampled_from(applicable)),
+        state=draw(st.sampled_from(tuple(STATES))),
     )

@@ -24,8 +24,6 @@ from attngen.runtime.tensors import check_plain
 from attngen.torch_state import is_altered, torch_defaults
 
 _NOTHING: Mapping[str, Any] = {}
-_KEYS = frozenset((bool, int, float, type(None)))
-"""Types of scalars that say their value in a key; a tensor is the same key whatever it holds."""
 
 
 class Launcher:
@@ -88,15 +86,12 @@ class Launcher:
             tensors: list[torch.Tensor] = []
             if declared:
                 tensors = [declared[name] for name in self._tensors]
-                scalars = [declared.get(name) for name in self._scalars]
-                if not _KEYS.issuperset(map(type, scalars)):
-                    declared = {**declared, **self._numbers(declared)}
-                    scalars = [declared.get(name) for name in self._scalars]
                 key += (
                     *declared,
                     *[(x.shape, x.stride(), x.dtype, x.get_device(), x.__class__, x.is_neg(),
                        x.requires_grad and torch.is_grad_enabled()) for x in tensors],
-                    *[(x or repr(x), x.__class__) for x in scalars],  # True equals 1.0, and 0.0 equals -0.0
+                    *[(repr(x) if x.__class__ is float and not x else x, x.__class__)  # 0.0 equals -0.0, True 1.0
+                      for x in map(declared.get, self._scalars)],
                 )  # fmt: skip
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -104,6 +99,9 @@ class Launcher:
             self._check(q, k, v, softmax_scale, out, layout, declared)
             raise
         if prepared is None:
+            if numbers := self._numbers(declared):
+                declared = {**declared, **numbers}
+                return self.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
             prepared = self._prepare(q, k, v, softmax_scale, out, layout, declared)
             remember(self._prepared, key, prepared)
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT or not (q_pointer and k_pointer and v_pointer):
@@ -151,11 +149,12 @@ class Launcher:
         return TileTables.of(prepared.tables, tensors[: self._declared], memory)
 
     def _numbers(self, declared: Mapping[str, Any]) -> dict[str, Any]:
-        """The scalars among what a call declares, as Python's numbers."""
+        """Python's numbers for scalars that are not: a tensor is the same key whatever it holds."""
+        passed = {name: declared.get(name) for name in self._scalars}
         return {
-            name: scalar_of(name, type, declared[name])
-            for name, type in self._scalars.items()
-            if declared.get(name) is not None
+            name: scalar_of(name, self._scalars[name], value)
+            for name, value in passed.items()
+            if type(value) not in (bool, int, float, type(None))
         }
 
     def _check(
