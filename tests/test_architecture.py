@@ -24,6 +24,12 @@ OWNERS = {
     "rich": {"cli", "fuzz", "simulate"},
 }
 
+FACTORIES = {
+    f"{torch}.{name}"
+    for torch in ("torch", "self._torch")
+    for name in ("empty", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros")
+}
+
 
 def imports() -> list[tuple[str, str]]:
     """(part of the house, imported module) of every import statement."""
@@ -55,6 +61,40 @@ def test_each_library_has_one_owner() -> None:
         (part, module)
         for part, module in imports()
         if part not in OWNERS.get(module.partition(".")[0], {part})
+    ]
+    assert wrong == []
+
+
+def factories(tree: ast.AST) -> list[tuple[ast.Call, set[str | None]]]:
+    """Calls of torch that make a tensor of a format that torch picks, and the keywords they pass."""
+    return [
+        (node, {keyword.arg for keyword in node.keywords})
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES
+    ]
+
+
+def test_no_tensor_leaves_its_format_to_torch() -> None:
+    """What torch makes without a word on the format depends on the process's default dtype."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{call.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in ("fuzz", "bench.py")  # whose tensors are no results
+        for call, keywords in factories(ast.parse(path.read_text(encoding="utf-8")))
+        if "dtype" not in keywords
+    ]
+    assert wrong == []
+
+
+def test_tensors_made_on_import_say_their_device() -> None:
+    """A default device may be set before attngen is imported."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{call.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
+        for call, keywords in factories(statement)
+        if "device" not in keywords
     ]
     assert wrong == []
 

@@ -177,7 +177,7 @@ def prepare_signature(
         declared: the scalars and tensors that the spec declares.
     """
     out_shape, output = (*q.shape[:3], manifest.head_dim_v), torch_dtype(dtype(manifest.output))
-    sample = torch.empty(out_shape, device="meta") if out is None else out
+    sample = torch.empty(out_shape, dtype=output, device="meta") if out is None else out
     out_is_like_q = (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), output)
     scale = 1 / math.sqrt(manifest.head_dim_qk) if softmax_scale is None else softmax_scale
     sizes = {**problem.sizes, "num_sms": sms_of(manifest.arch, q.device)}
