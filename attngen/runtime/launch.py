@@ -90,12 +90,12 @@ class Launcher:
                     *declared,
                     *[(x.shape, x.stride(), x.dtype, x.get_device(), x.__class__, x.is_neg(),
                        x.requires_grad and torch.is_grad_enabled()) for x in tensors],
-                    *[(repr(x) if x.__class__ is float and not x else x, x.__class__)  # 0.0 equals -0.0, True 1.0
-                      for x in map(declared.get, self._scalars)],
+                    *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        except (AttributeError, KeyError, TypeError, RuntimeError):  # nothing, no tensor, no strides, a list
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+            # nothing, no tensor, no strides, a list, an array
             self._check(q, k, v, softmax_scale, out, layout, declared)
             raise
         if prepared is None:
