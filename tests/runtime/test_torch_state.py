@@ -104,6 +104,11 @@ def references() -> Any:
     return out, lse, *exact, *attention(*given, **about), *attention_chunked(*given, **about), verdict
 
 
+def products() -> Any:
+    """Of a size from which on torch's precision of f32 products tells on every CPU."""
+    return standard_attention(*random_inputs(Shape(1, 1, 1, 256, 256), 256, 256, torch.float32))
+
+
 def drawn() -> Any:
     made = [
         x
@@ -144,6 +149,7 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "simulated tokens": lambda: simulated("tokens", torch.float16),
     "launched": launched,
     "references": references,
+    "products": products,
     "drawn": drawn,
     "quantised": quantised,
     "counted": counted,
