@@ -638,7 +638,7 @@ DEV Tile decode_tile(const Params& params, int index) {
 }
 
 // slopes: f32[num_heads_q]
-DEV float read_slopes(const Params& params, int i0) {
+DEV float read_arg_slopes(const Params& params, int i0) {
   return __ldg(params.arg_slopes + i0 * params.stride_0_of_slopes);
 }
 
@@ -664,16 +664,16 @@ DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
 
 // What the scores of a tile share: looked up before its loop, and kept.
 struct ScoreTerms {
-  float slopes0;
+  float term0_slopes;
 };
 
 DEV ScoreTerms score_terms(const Params& params, const Tile& tile) {
-  return { read_slopes(params, tile.head) };
+  return { read_arg_slopes(params, tile.head) };
 }
 
 // What is added to the product of the query in row q_idx and key kv_first + kv_step, of which the compiler knows kv_step.
 DEV float score_seed(const Params& params, const Tile& tile, const ScoreTerms& terms, int q_idx, int kv_first, int kv_step) {
-  return __fmaf_rn(terms.slopes0 * params.softmax_scale_inverse, (float)(kv_step), terms.slopes0 * params.softmax_scale_inverse * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
+  return __fmaf_rn(terms.term0_slopes * params.softmax_scale_inverse, (float)(kv_step), terms.term0_slopes * params.softmax_scale_inverse * (float)(kv_first + tile.seqlen_q - q_idx - tile.seqlen_k));
 }
 
 // The keys that row q_idx sees are first_key .. end_key - 1.

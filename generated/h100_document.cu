@@ -643,7 +643,7 @@ struct Params {
   int* extremes0_hi;
   int* extremes1_lo;
   int* extremes1_hi;
-  int size_num_heads_kv;
+  int size_of_num_heads_kv;
 };
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
@@ -677,7 +677,7 @@ DEV Tile decode_tile(const Params& params, int index) {
 }
 
 // doc: i32[batch, seqlen_k]
-DEV int read_doc(const Params& params, int i0, int i1) {
+DEV int read_arg_doc(const Params& params, int i0, int i1) {
   return __ldg(params.arg_doc + i0 * params.stride_0_of_doc + i1 * params.stride_1_of_doc);
 }
 
@@ -765,7 +765,7 @@ DEV bool walk_on(Walk& at, const Params& params, const Tile& tile) {
 
 // Whether the query in row q_idx sees key kv_idx.
 DEV bool is_visible(const Params& params, const Tile& tile, int q_idx, int kv_idx) {
-  return (read_doc(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)) == read_doc(params, tile.batch, clamp_index(q_idx + tile.seqlen_k - tile.seqlen_q, params.seqlen_k))) & (kv_idx <= q_idx + tile.seqlen_k - tile.seqlen_q);
+  return (read_arg_doc(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)) == read_arg_doc(params, tile.batch, clamp_index(q_idx + tile.seqlen_k - tile.seqlen_q, params.seqlen_k))) & (kv_idx <= q_idx + tile.seqlen_k - tile.seqlen_q);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -977,7 +977,7 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb_tables(const __grid_co
       const int q_first = q_tile * kBlockM, rows = min(kBlockM, params.seqlen_q - q_first);
       for (int i = threadIdx.x; i < rows; i += 128) {
         const int q_idx = q_first + i;
-        found.take(read_doc(params, tile.batch, clamp_index(q_idx + tile.seqlen_k - tile.seqlen_q, params.seqlen_k)));
+        found.take(read_arg_doc(params, tile.batch, clamp_index(q_idx + tile.seqlen_k - tile.seqlen_q, params.seqlen_k)));
       }
       found.reduce();
       if (threadIdx.x == 0) params.extremes0_lo[blockIdx.x] = found.lo, params.extremes0_hi[blockIdx.x] = found.hi;
@@ -995,7 +995,7 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb_tables(const __grid_co
       const int kv_first = kv_tile * kBlockN, keys = min(kBlockN, params.seqlen_k - kv_first);
       for (int i = threadIdx.x; i < keys; i += 128) {
         const int kv_idx = kv_first + i;
-        found.take(read_doc(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)));
+        found.take(read_arg_doc(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)));
       }
       found.reduce();
       if (threadIdx.x == 0) params.extremes1_lo[blockIdx.x] = found.lo, params.extremes1_hi[blockIdx.x] = found.hi;

@@ -98,7 +98,8 @@ class TensorEntry:
 
     Attributes:
         dtype: "bool", "u8", "i32", "f16", "bf16" or "f32".
-        dims: each a formula, or a name that the tensor binds; "size.<name>" carries what it binds.
+        dims: each a formula over `attngen.expr.SIZE_NAMES`, or any other name, which the tensor binds; "size.<name>"
+            carries what it binds.
     """
 
     name: str

@@ -1,4 +1,8 @@
-"""The device functions by which a kernel asks the spec: which keys are seen, and what a score is."""
+"""The device functions by which a kernel asks the spec: which keys are seen, and what a score is.
+
+What a spec declares is written behind a prefix that ends where the name begins, `arg_` or, numbered, `term0_`, and no other
+identifier of an emitted text has such a prefix: a declared name is never another's, nor a word of CUDA.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -8,6 +12,7 @@ from typing import Any
 import jinja2
 
 from attngen.expr import (
+    INDEX_NAMES,
     SIZE_NAMES,
     TILE_NAMES,
     Expr,
@@ -15,6 +20,7 @@ from attngen.expr import (
     Table,
     c_type,
     cuda_body,
+    found_of,
     free_names,
     nodes,
     places_of,
@@ -26,13 +32,16 @@ from attngen.expr.arithmetic import minus, plus, times
 from attngen.plan import Plan, walk
 from attngen.plan.steps import TANH, LookUp, MaskScores, MaskScoresEach, ModifyScores, SeedScores
 
+_VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
+"""Indices and bounds of a tile as variables of a function: `q_first`."""
 _NAMES = {
+    **_VARIABLES,
+    "score": "score",
     "b": "tile.batch",
     "h": "tile.head",
     "h_kv": "tile.kv_head",
     "seqlen_q": "tile.seqlen_q",
     "seqlen_k": "tile.seqlen_k",
-    **{name: name for name in ("score", "q_idx", "kv_idx", *TILE_NAMES)},
 }
 _C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
 _ELEMENTS = {
@@ -69,7 +78,7 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
             "name": table.name,
             "lookup": str(table.lookup),
             "c_type": _C_TYPES[table.lookup.type],
-            "indices": [{"name": index.name, "size": sizes[index.name]} for index in table.indices],
+            "indices": [{"name": _VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
             "reads_q": "q" in table.reads,
             "reads_k": "k" in table.reads,
             "value": cuda_body([table.lookup], leaves(plan)),
@@ -92,7 +101,7 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
         steps = [f"i{i} * params.stride_{i}_of_{name}" for i in range(len(tensor.dims))]
         yield macros.lookup(
             {
-                "name": name,
+                "name": f"arg_{name}",
                 "type": f"{name}: {tensor}",
                 "c_type": c_type,
                 "indices": ", ".join(f"int i{i}" for i in range(len(tensor.dims))),
@@ -101,17 +110,18 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
         )
     sizes = _table_sizes(plan)
     for table in _tables(plan):
-        place = table.indices[0].name
-        for index in table.indices[1:]:
-            place = f"({place}) * ({sizes[index.name]}) + {index.name}"
-        for space in table.ends:
-            element = f"__ldg(params.{space} + {place})"
+        indices = [_VARIABLES[index.name] for index in table.indices]
+        place = indices[0]
+        for index, variable in zip(table.indices[1:], indices[1:], strict=True):
+            place = f"({place}) * ({sizes[index.name]}) + {variable}"
+        for space, field in zip(table.ends, table.fields, strict=True):
+            element = f"__ldg(params.{field} + {place})"
             yield macros.lookup(
                 {
-                    "name": space,
+                    "name": field,
                     "type": f"The {'smallest' if space.endswith('lo') else 'largest'} {table.lookup} of a block.",
                     "c_type": _C_TYPES[table.lookup.type],
-                    "indices": ", ".join(f"int {index.name}" for index in table.indices),
+                    "indices": ", ".join(map("int {}".format, indices)),
                     "element": f"{element} != 0" if table.lookup.type == "bool" else element,
                 }
             )
@@ -191,18 +201,19 @@ def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
         yield macros.predicate(cuda_body([step.mask], leaves(plan)))
 
 
-_SCALE, _INVERSE = "softmax_scale", "1 / softmax_scale"
-"""Names that no spec can declare."""
+_SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"
+"""Names that no text can write."""
 
 
 def _known_of_score(
     plan: Plan, terms: Mapping[Expr, str], ahead: Mapping[Expr, str] = MappingProxyType({})
 ) -> tuple[dict[Expr, Expr], Leaves]:
     """What stands for the lookups of a score that have been done, and how its leaves are written."""
-    names = {**ahead, **{each: f"terms.{name}" for each, name in terms.items()}}
+    operands = {**ahead, **{each: f"terms.{name}" for each, name in terms.items()}}
+    leaf_of = {each: found_of(each) for each in operands}
     known = leaves(plan, exact=False, key_step="kv_step")
-    known = replace(known, names={**known.names, **{name: name for name in names.values()}})
-    return {each: scalar(name, each.type) for each, name in names.items()}, known
+    names = {leaf_of[each].name: operand for each, operand in operands.items()}
+    return leaf_of, replace(known, names={**known.names, **names})
 
 
 def _scaled(expr: Expr, factor: Expr) -> Expr:
@@ -228,7 +239,7 @@ def score_terms(score: Expr) -> dict[Expr, str]:
     found: dict[Expr, str] = {}
     for each in nodes(score):
         if each.op == "lookup" and not free_names(each) & {"q_idx", "kv_idx", "score"}:
-            found[each] = f"{each.name}{len(found)}"
+            found[each] = f"term{len(found)}_{each.name}"
     inner = {arg for each in found for arg in nodes(*each.args)}
     return {each: name for each, name in found.items() if each not in inner}
 
@@ -245,14 +256,14 @@ def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
         tensor.name: [_size(plan, dim) for dim in tensor.dims]
         for tensor in plan.declarations.tensors.values()
     }
+    readers = {name: f"read_arg_{name}" for name in plan.declarations.tensors}
     of_tables = _table_sizes(plan)
-    sizes |= {
-        space: [of_tables[index.name] for index in table.indices]
-        for table in _tables(plan)
-        for space in table.ends
-    }
-    names = _NAMES | scalars
-    return Leaves(names | {"kv_idx": "kv_first"} if key_step else names, sizes, of_tables, exact, key_step)
+    for table in _tables(plan):
+        for space, field in zip(table.ends, table.fields, strict=True):
+            readers[space] = f"read_{field}"
+            sizes[space] = [of_tables[index.name] for index in table.indices]
+    names = _NAMES | scalars | ({"kv_idx": "kv_first"} if key_step else {})
+    return Leaves(names, readers, sizes, of_tables, exact, key_step)
 
 
 def _size(plan: Plan, dim: str | int) -> str:
@@ -260,7 +271,7 @@ def _size(plan: Plan, dim: str | int) -> str:
     if isinstance(dim, int):
         return str(dim)
     has_own = dim in SIZE_NAMES and any(param.name == dim for param in plan.kernel.params)
-    return f"params.{dim}" if has_own else f"params.size_{dim}"
+    return f"params.{dim}" if has_own else f"params.size_of_{dim}"
 
 
 def _table_sizes(plan: Plan) -> dict[str, str]:
@@ -268,9 +279,9 @@ def _table_sizes(plan: Plan) -> dict[str, str]:
     return {
         "b": _size(plan, "batch"),
         "h": "params.num_heads_q",
-        "h_kv": "params.size_num_heads_kv",
-        "q_tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
-        "kv_tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
+        "h_kv": "params.size_of_num_heads_kv",
+        "q_idx.tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
+        "kv_idx.tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
     }
 
 

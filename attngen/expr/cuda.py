@@ -24,7 +24,6 @@ from attngen.expr.tree import (
     name,
     nodes,
     real,
-    scalar,
     scale,
     sub,
     tensor_names,
@@ -32,7 +31,7 @@ from attngen.expr.tree import (
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
-_KEY = name("kv_idx")
+_KEY, _FIRST_KEY = name("kv_idx"), name("kv_idx.first")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class Leaves:
 
     Attributes:
         names: an operand for each name, `{"seqlen_q": "params.seqlen_q"}`; of indices an int.
-        sizes: an int for each dimension of a tensor, by the tensor's name.
+        readers: a function for each tensor, by the tensor's name: it reads the element at the indices that it takes.
+        sizes: an int for each dimension of a tensor, likewise.
         extents: how many values an index takes, by its name; it needs no clamp in a dimension of that very text.
         exact: f32 arithmetic as the language defines it, rather than fast.
         key_step: the part of kv_idx that the compiler knows, with `names["kv_idx"]` the rest; a conversion to f32 is
@@ -51,6 +51,7 @@ class Leaves:
     """
 
     names: Mapping[str, str]
+    readers: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     extents: Mapping[str, str] = field(default_factory=dict)
     exact: bool = True
@@ -189,7 +190,8 @@ class _Writer:
         return tuple(self._clamped(index, size) for index, size in zip(lookup.args, sizes, strict=True))
 
     def _lookup(self, expr: Expr) -> str:
-        return f"read_{expr.name}(params, {', '.join(self.places(expr))})"
+        places = self.places(expr)
+        return f"{self._leaves.readers[expr.name]}(params, {', '.join(places)})"
 
     def _clamped(self, index: Expr, size: str) -> str:
         is_inside = index.op == "name" and self._leaves.extents.get(index.name) == size
@@ -302,7 +304,7 @@ class _Writer:
         rest = sub(number, scale(factor, _KEY))
         if not self._leaves.key_step or not factor or "kv_idx" in free_names(rest):
             return None
-        first = self.text(add(rest, scale(factor, scalar("kv_first", "i32"))), _UNARY)
+        first = self.text(add(rest, scale(factor, _FIRST_KEY)), _UNARY)
         step = (
             f"{self.text(const(factor))} * {self._leaves.key_step}" if factor != 1 else self._leaves.key_step
         )

@@ -37,7 +37,10 @@ Span = tuple[int, int]
 LocateSpan = Callable[[str, Span | None], Location | None]
 """Where a stretch of the text at a path stands, `("scalars.cap", (0, 3))`; with None, where its key stands."""
 
-_CALL_ARGUMENTS = ("self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "tables", "mask")
+_CALL_ARGUMENTS = (
+    "self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "tables", "mask",
+    "scalars", "tensors",
+)  # fmt: skip
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
@@ -60,7 +63,6 @@ _SIZE_OF_INDEX = {
     "kv_idx": "seqlen_k",
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
-_TABLE_NAME = re.compile(r"extremes\d+_(lo|hi)")  # of attngen.expr.tables
 _SCALAR = re.compile(r"\s*(\w+)\s*(?:=\s*(.*?))?\s*", re.DOTALL)
 _TENSOR = re.compile(r"\s*(\w+)\s*\[(.*)\]\s*", re.DOTALL)
 _HEAD = re.compile(r"\s*([^\s(]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -137,9 +139,6 @@ class _Entry:
             self.refuse_key("must be called by a name", "declared-names", nearest=_as_name(self.name))
         elif self.name in _RESERVED:
             note = f"`{self.name}` is {_RESERVED[self.name]}"
-            self.refuse_key("must be called otherwise", "reserved-names", note, (f"{self.name}_",))
-        elif _TABLE_NAME.fullmatch(self.name):
-            note = f"`{self.name}` is a table of extremes"
             self.refuse_key("must be called otherwise", "reserved-names", note, (f"{self.name}_",))
         elif first is not self:
             place = self._locate(first.path, None)

@@ -13,14 +13,14 @@ HEAD_NAMES = ("b", "h", "h_kv")
 class Table:
     """The extremes of a lookup over each block of rows, of keys, or of both.
 
-    They are two tensors of the element's type, `{name}_lo` and `{name}_hi`, with a dimension for each of
+    They are two tensors of the element's type, `{name}.lo` and `{name}.hi`, with a dimension for each of
     `indices`: of bool, whether all and whether any element of the block is true; of numbers, the least and the
     greatest. A block whose elements include a NaN has -inf and +inf. Rows and keys that do not exist do not count.
 
     Attributes:
         lookup: what is looked up, as the mask writes it.
         reads: the indices that it depends on: "q" for q_idx, "k" for kv_idx, "qk" for both.
-        indices: those of b, h and h_kv that it depends on, then q_tile and kv_tile, as `reads` says.
+        indices: those of b, h and h_kv that it depends on, then q_idx.tile and kv_idx.tile, as `reads` says.
     """
 
     name: str
@@ -31,17 +31,22 @@ class Table:
     @property
     def least(self) -> Expr:
         """The least element of a tile; of bool, whether all are true."""
-        return lookup(f"{self.name}_lo", self.indices, self.lookup.type)
+        return lookup(f"{self.name}.lo", self.indices, self.lookup.type)
 
     @property
     def greatest(self) -> Expr:
         """The greatest element of a tile; of bool, whether any is true."""
-        return lookup(f"{self.name}_hi", self.indices, self.lookup.type)
+        return lookup(f"{self.name}.hi", self.indices, self.lookup.type)
 
     @property
     def ends(self) -> tuple[str, str]:
-        """The names of its two tensors."""
+        """The names of its two tensors, which no declared one can have."""
         return self.least.name, self.greatest.name
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        """The parameters of a kernel that carry their addresses."""
+        return f"{self.name}_lo", f"{self.name}_hi"
 
 
 class Tables:
@@ -58,7 +63,8 @@ class Tables:
             if not {"q_idx", "kv_idx"} <= read:
                 reads = "q" if "q_idx" in read else "k"
             indices = [index for index in HEAD_NAMES if index in read]
-            indices += [index for index, letter in (("q_tile", "q"), ("kv_tile", "k")) if letter in reads]
+            tiles = (("q_idx.tile", "q"), ("kv_idx.tile", "k"))
+            indices += [index for index, letter in tiles if letter in reads]
             label = f"extremes{len(self._tables)}"
             self._tables[element] = Table(label, element, reads, tuple(map(name, indices)))
         return self._tables[element]

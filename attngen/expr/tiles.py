@@ -77,8 +77,8 @@ class _Tile:
     Where they are none, nothing that is said of them counts.
     """
 
-    q_idx: Bounds = Bounds(name("q_first"), name("q_last"))
-    kv_idx: Bounds = Bounds(name("kv_first"), name("kv_last"))
+    q_idx: Bounds = Bounds(name("q_idx.first"), name("q_idx.last"))
+    kv_idx: Bounds = Bounds(name("kv_idx.first"), name("kv_idx.last"))
     known: frozenset[Expr] = frozenset()
 
 

@@ -20,7 +20,7 @@ def fill_tables(
     block_m: int,
     block_n: int,
 ) -> dict[str, "torch.Tensor"]:
-    """The tensors `{name}_lo` and `{name}_hi` of every table.
+    """The tensors `{name}.lo` and `{name}.hi` of every table.
 
     Args:
         tables: those of `tile_classes`.

@@ -24,7 +24,7 @@ from attngen.errors import InternalError
 Type = Literal["bool", "i32", "f32"]
 Op = Literal[
     "const",  # value: an integer, a truth value or an f32
-    "name",  # name: an index, a length, `score`, a scalar of the spec, or a bound of a tile
+    "name",  # name: an index, a length, `score`, a scalar of the spec, or what no text can name (below)
     "lookup",  # name: a tensor; args: one i32 for each of its dimensions, clamped to them when it is read
     "mul",  # i32. args: a constant other than 0 and 1, and an atom
     "add",  # i32. args: two or more of atom and mul, in the order of their atoms, then a constant unless it is 0
@@ -43,9 +43,9 @@ Op = Literal[
 INDEX_NAMES = ("b", "h", "h_kv", "q_idx", "kv_idx", "seqlen_q", "seqlen_k")
 """The indices of the language: batch, query head, key/value head, row of q, row of k, and the two lengths."""
 
-TILE_NAMES = ("q_first", "q_last", "kv_first", "kv_last", "q_tile", "kv_tile")
+TILE_NAMES = ("q_idx.first", "q_idx.last", "kv_idx.first", "kv_idx.last", "q_idx.tile", "kv_idx.tile")
 """What trees about a tile also read: its first and last row and key that exist, and its number among the blocks of
-rows and of keys. No text can name them."""
+rows and of keys. Like every name that is made up here, each holds a character that no name in a text has."""
 
 LARGEST_INDEX = 2**30 - 1
 """No index exceeds this, and none is negative."""
@@ -145,6 +145,11 @@ def scalar(name: str, type: Type) -> Expr:
 def lookup(tensor: str, indices: tuple[Expr, ...], type: Type) -> Expr:
     """The element of a tensor; each index is clamped to its dimension when it is read."""
     return node("lookup", indices, tensor, 0, type)
+
+
+def found_of(lookup: Expr) -> Expr:
+    """What a lookup gave, in a tree that does not look it up again; its name is the lookup's text, which is no name."""
+    return scalar(str(lookup), lookup.type)
 
 
 def affine(coefficients: Mapping[Expr, int], constant: int) -> Expr:

@@ -123,7 +123,7 @@ def _tile_complaint(mask: Expr, problem: Problem, scalars: dict[str, Any], tenso
     blocks = (problem.block_m, problem.block_n)
     tables = fill_tables(classes.tables, problem.sizes, scalars, tensors, *blocks)
     env = _tiles(problem, scalars)
-    shape = (BATCH, HEADS, env["q_tile"].shape[2], env["kv_tile"].shape[3])
+    shape = (BATCH, HEADS, env["q_idx.tile"].shape[2], env["kv_idx.tile"].shape[3])
     may, must = (
         torch.as_tensor(evaluate(tree, env, tensors | tables)).expand(shape)
         for tree in (classes.may, classes.must)
@@ -166,12 +166,12 @@ def _pairs(problem: Problem, scalars: dict[str, Any]) -> dict[str, Any]:
 def _tiles(problem: Problem, scalars: dict[str, Any]) -> dict[str, Any]:
     """All tiles of all heads."""
     found = _heads(scalars, problem)
-    for letter, block, length, shape in (
-        ("q", problem.block_m, problem.seqlen_q, (1, 1, -1, 1)),
-        ("kv", problem.block_n, problem.seqlen_k, (1, 1, 1, -1)),
+    for index, block, length, shape in (
+        ("q_idx", problem.block_m, problem.seqlen_q, (1, 1, -1, 1)),
+        ("kv_idx", problem.block_n, problem.seqlen_k, (1, 1, 1, -1)),
     ):
         tile = torch.arange(-(-length // block)).view(shape)
-        found[f"{letter}_tile"] = tile
-        found[f"{letter}_first"] = tile * block
-        found[f"{letter}_last"] = (tile * block + block).clamp(max=length) - 1
+        found[f"{index}.tile"] = tile
+        found[f"{index}.first"] = tile * block
+        found[f"{index}.last"] = (tile * block + block).clamp(max=length) - 1
     return found

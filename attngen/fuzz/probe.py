@@ -95,14 +95,10 @@ def parameters(
         tensors: of the declarations, on the GPU; their shapes are the sizes of new names.
         spaces: the tables of extremes, by name.
     """
-    sizes = dict(sizes)
-    for name, tensor in plan.declarations.tensors.items():
-        sizes |= {
-            dim: size
-            for dim, size in zip(tensor.dims, tensors[name].shape, strict=True)
-            if isinstance(dim, str)
-        }
     values: dict[str, Any] = {**sizes, **{f"size.{name}": size for name, size in sizes.items()}}
+    for name, tensor in plan.declarations.tensors.items():
+        dims = zip(tensor.dims, tensors[name].shape, strict=True)
+        values |= {f"size.{dim}": size for dim, size in dims if isinstance(dim, str)}
     values |= {f"scalar.{name}": value for name, value in scalars.items()}
     for name, x in tensors.items():
         values[f"tensor.{name}.ptr"] = x.data_ptr()

@@ -39,9 +39,13 @@ def pair_params(
             for name, tensor in read.tensors.items()
             for i in range(len(tensor.dims))
         ),
-        *(Param(space, "pointer", f"workspace.{space}") for table in tables for space in table.ends),
         *(
-            Param(f"size_{dim}", "i32", f"size.{dim}")
+            Param(field, "pointer", f"workspace.{space}")
+            for table in tables
+            for field, space in zip(table.fields, table.ends, strict=True)
+        ),
+        *(
+            Param(f"size_of_{dim}", "i32", f"size.{dim}")
             for dim in dims
             if isinstance(dim, str) and dim not in sizes
         ),
@@ -143,7 +147,7 @@ def _shape(table: Table, block_m: int, block_n: int) -> tuple[Formula, ...]:
         "b": "batch",
         "h": "num_heads_q",
         "h_kv": "num_heads_kv",
-        "q_tile": ceil_div("seqlen_q", block_m),
-        "kv_tile": ceil_div("seqlen_k", block_n),
+        "q_idx.tile": ceil_div("seqlen_q", block_m),
+        "kv_idx.tile": ceil_div("seqlen_k", block_n),
     }
     return tuple(sizes[index.name] for index in table.indices)

@@ -93,10 +93,10 @@ def places(
 
 
 def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | None:
-    """The bounds of a block of rows from those of one row: their extremes over q_first .. q_last."""
+    """The bounds of a block of rows from those of one row: their extremes over q_idx.first .. q_idx.last."""
     if visible is None:
         return None
-    first, last = name("q_first"), name("q_last")
+    first, last = name("q_idx.first"), name("q_idx.last")
     lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
     upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
     return KeyBlocks(

@@ -78,7 +78,7 @@ def ceil_div(a: Formula, b: Formula) -> Formula:
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """Which keys a block of query rows may and must see: bounds over the rows q_first .. q_last, as trees.
+    """Which keys a block of query rows may and must see: bounds over the rows q_idx.first .. q_idx.last, as trees.
 
     A key block is visited from `first_any` on and before `end_any`; it needs no mask from `first_all` on and
     before `end_all`. Each tuple holds keys of which the strictest counts; empty means no bound but 0 and seqlen_k.

@@ -10,6 +10,7 @@ import torch
 from attngen.dtypes import element_dtype
 from attngen.emit.manifest import Manifest, ScalarEntry, TensorEntry
 from attngen.errors import ArgumentError
+from attngen.expr import SIZE_NAMES
 from attngen.plan import evaluate_formula, formula_text
 from attngen.runtime.numbers import scalar_of
 from attngen.runtime.tensors import check_no_derivative, check_plain
@@ -64,6 +65,7 @@ def check_declared(
             declared = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
             raise ArgumentError(name, "an argument", declared)
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
+    sizes = {name: sizes[name] for name in SIZE_NAMES}  # all others are for tensors to bind
     bound: dict[str, int] = {}
     tensors, descales = (
         {entry.name: _tensor(entry, says, passed, {**sizes, **bound}, bound, device) for entry in entries}

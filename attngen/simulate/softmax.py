@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from attngen.expr import evaluate, scalar, with_nodes
+from attngen.expr import evaluate, found_of, with_nodes
 from attngen.plan import RegTile
 from attngen.plan.steps import (
     Clear,
@@ -115,13 +115,14 @@ def seed_scores(step: SeedScores, role: RoleRun) -> None:
 def modify_scores(step: ModifyScores, role: RoleRun) -> None:
     """What the spec makes of each scaled score."""
     s = role.read(step.s)
-    looked_up = {place.name: role.read(place) for _, place in step.looked_up}
+    looked_up = {lookup: role.read(place) for lookup, place in step.looked_up}
 
     def modified() -> torch.Tensor:
         _, names = _indices(step, step.s, role)
         scale = role.call.scale["softmax_scale"] if step.scale is None else role.read(step.scale)
-        names |= {"score": s * scale, **looked_up}
-        score = with_nodes(step.score, {each: scalar(place.name, "f32") for each, place in step.looked_up})
+        found = {lookup: found_of(lookup) for lookup in looked_up}
+        names |= {"score": s * scale, **{found[lookup].name: value for lookup, value in looked_up.items()}}
+        score = with_nodes(step.score, found)
         scores = torch.as_tensor(evaluate(score, names, role.call.sizes.declared.tensors))
         in_exponents = scores * role.call.scale["softmax_scale_log2"] if step.is_tanh else scores
         return in_exponents.expand_as(s).contiguous()

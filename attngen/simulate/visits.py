@@ -136,9 +136,9 @@ def walk_of(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -
     numbers = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n))
     first = numbers * plan.block_n
     names = _names_of_tile(plan, sizes, m_block, member) | {
-        "kv_tile": numbers,
-        "kv_first": first,
-        "kv_last": (first + plan.block_n).clamp(max=sizes.seqlen_k) - 1,
+        "kv_idx.tile": numbers,
+        "kv_idx.first": first,
+        "kv_idx.last": (first + plan.block_n).clamp(max=sizes.seqlen_k) - 1,
     }
     tensors = sizes.declared.tensors
 
@@ -196,9 +196,9 @@ def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
 def _names_of_tile(plan: Plan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:
     """What a condition on a block of rows may name."""
     return {
-        "q_tile": m_block,
-        "q_first": m_block * plan.block_m,
-        "q_last": min((m_block + 1) * plan.block_m, sizes.seqlen_q) - 1,
+        "q_idx.tile": m_block,
+        "q_idx.first": m_block * plan.block_m,
+        "q_idx.last": min((m_block + 1) * plan.block_m, sizes.seqlen_q) - 1,
         "seqlen_q": sizes.seqlen_q,
         "seqlen_k": sizes.seqlen_k,
         "b": member.batch,

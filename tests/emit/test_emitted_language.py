@@ -293,7 +293,7 @@ def test_tables_are_filled_before_they_are_read() -> None:
     made = kernel(LanguageCase("document(doc)"), "warp_specialized").manifest
     assert [entry.kernel for entry in made.launches] == [f"{made.name}_tables", made.name]
     spaces = [space.name for space in made.workspaces]
-    assert spaces and {name[-3:] for name in spaces} == {"_lo", "_hi"}
+    assert spaces and {name[-3:] for name in spaces} == {".lo", ".hi"}
     tables, attention = (
         {param.name: param.value for param in entry.params}
         for entry in sorted(made.kernels, key=lambda entry: entry.name, reverse=True)

@@ -12,7 +12,7 @@ from attngen.expr.logic import conjunction, disjunction, negate
 from attngen.expr.tiles import tile_classes
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
-from attngen.expr.tree import Expr, const, lookup, name, real, scalar, tensor_names
+from attngen.expr.tree import TILE_NAMES, Expr, const, lookup, name, real, scalar, tensor_names
 
 Q, K, B, H, LENGTH_Q, LENGTH_K = map(name, ("q_idx", "kv_idx", "b", "h", "seqlen_q", "seqlen_k"))
 Q_POS = minus(plus(Q, LENGTH_K), LENGTH_Q)
@@ -72,12 +72,12 @@ def classes_of_tiles(
     kv_tile = torch.arange(-(-lengths[1] // blocks[1]))[None, :]
     call_env = {"b": 1, "h": 1, "h_kv": 0, "seqlen_q": lengths[0], "seqlen_k": lengths[1], **scalars}
     tile_env = call_env | {
-        "q_tile": q_tile,
-        "kv_tile": kv_tile,
-        "q_first": q_tile * blocks[0],
-        "kv_first": kv_tile * blocks[1],
-        "q_last": (q_tile * blocks[0] + blocks[0]).clamp(max=lengths[0]) - 1,
-        "kv_last": (kv_tile * blocks[1] + blocks[1]).clamp(max=lengths[1]) - 1,
+        "q_idx.tile": q_tile,
+        "kv_idx.tile": kv_tile,
+        "q_idx.first": q_tile * blocks[0],
+        "kv_idx.first": kv_tile * blocks[1],
+        "q_idx.last": (q_tile * blocks[0] + blocks[0]).clamp(max=lengths[0]) - 1,
+        "kv_idx.last": (kv_tile * blocks[1] + blocks[1]).clamp(max=lengths[1]) - 1,
     }
     may, must = (
         torch.as_tensor(evaluate(tree, tile_env, all_tensors)).expand(len(q_tile), kv_tile.shape[1])
@@ -171,7 +171,7 @@ def test_other_masks_visit_few_tiles_too_many(mask: str) -> None:
 
 def test_the_conditions_of_common_masks_are_as_short_as_a_person_writes_them() -> None:
     """A corner of the tile decides; nothing is said twice."""
-    q_first, q_last, kv_first, kv_last = map(name, ("q_first", "q_last", "kv_first", "kv_last"))
+    q_first, q_last, kv_first, kv_last = map(name, TILE_NAMES[:4])
     found = tile_classes(CAUSAL)
     offset = minus(LENGTH_K, LENGTH_Q)
     assert found.may is compare("<=", kv_first, plus(q_last, offset))
@@ -190,13 +190,13 @@ def test_a_table_stands_for_each_lookup_that_differs_within_a_tile() -> None:
     )
     tables = {table.lookup: table for table in classes.tables}
     assert [table.name for table in classes.tables] == [f"extremes{place}" for place in range(4)]
-    q_tile, kv_tile = name("q_tile"), name("kv_tile")
+    q_tile, kv_tile = name("q_idx.tile"), name("kv_idx.tile")
     assert tables[nested].reads == "qk" and tables[nested].indices == (B, H, q_tile, kv_tile)
     assert tables[lookup("ids", (B, Q), "i32")].indices == (B, q_tile)
     assert tables[lookup("ids", (B, K), "i32")].reads == "k"
     flags = tables[lookup("flags", (K,), "bool")]
-    assert flags.greatest is lookup(f"{flags.name}_hi", (kv_tile,), "bool")
-    assert {"limits", flags.name + "_hi"} <= tensor_names(classes.may)
+    assert flags.greatest is lookup(f"{flags.name}.hi", (kv_tile,), "bool")
+    assert {"limits", flags.name + ".hi"} <= tensor_names(classes.may)
     assert "weights" not in tensor_names(classes.may) | tensor_names(classes.must)
 
 

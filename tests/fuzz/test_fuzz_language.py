@@ -128,9 +128,9 @@ def test_integers_of_mixed_widths_have_one_type_in_cuda() -> None:
     text = to_cuda(parse_mask("min(q_idx * q_idx, 5) < kv_idx"), leaves(plan))
     assert text == "kv_idx > min((i64)q_idx * (i64)q_idx, (i64)5)"
     text = to_cuda(parse_mask("min(ids[b, kv_idx], 5) < kv_idx", DECLARATIONS), leaves(plan))
-    assert text == "kv_idx > min(read_ids(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)), 5)"
+    assert text == "kv_idx > min(read_arg_ids(params, tile.batch, clamp_index(kv_idx, params.seqlen_k)), 5)"
     text = to_cuda(parse_mask("links[h, b]", DECLARATIONS), leaves(plan))
-    assert text == "read_links(params, clamp_index(tile.head, 4), clamp_index(tile.batch, 4))"
+    assert text == "read_arg_links(params, clamp_index(tile.head, 4), clamp_index(tile.batch, 4))"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
