@@ -43,7 +43,7 @@ FUNCTIONS = (
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = re.compile(r"\b[A-Za-z_]\w*")
 _COMMENT = re.compile(r"//[^\n]*")
 
 
@@ -66,14 +66,15 @@ def used_by(text: str, instructions: Sequence[str] = ()) -> list[str]:
     folder = templates_dir() / "device"
     library = (*_paragraphs(folder, INSTRUCTIONS), *instructions, *_paragraphs(folder, FUNCTIONS))
     paragraphs = [(frozenset(_DEFINED.findall(paragraph)[:1]), paragraph) for paragraph in library]
-    wanted = _names(text)
+    wanted = names_in(text)
     needed: list[str] = []
     for names, paragraph in reversed(paragraphs):
         if not names or names & wanted:
             needed.append(paragraph)
-            wanted |= _names(paragraph)
+            wanted |= names_in(paragraph)
     return needed[::-1]
 
 
-def _names(text: str) -> set[str]:
+def names_in(text: str) -> set[str]:
+    """The identifiers of a text of C++, those of comments apart."""
     return set(_NAME.findall(_COMMENT.sub("", text)))

@@ -1,7 +1,7 @@
 """The device functions by which a kernel asks the spec: which keys are seen, and what a score is.
 
-What a spec declares is written behind a prefix that ends where the name begins, `arg_` or, numbered, `term0_`, and no other
-identifier of an emitted text has such a prefix: a declared name is never another's, nor a word of CUDA.
+What a spec declares is written behind a prefix, which ends where the name begins: `arg_` or, numbered, `term0_`. No
+other identifier of an emitted text has such a prefix, so that no declared name is taken for another's, or for CUDA's.
 """
 
 from collections.abc import Iterator, Mapping

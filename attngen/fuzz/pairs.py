@@ -5,21 +5,35 @@ indices alone: a choice by a rounded number may fall otherwise in the kernel tha
 reason no mask has a function that CUDA approximates.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from attngen.errors import ExpressionError
-from attngen.expr import Expr, free_names, nodes, parse_mask, parse_score, tensor_names
+from attngen.expr import (
+    Declarations,
+    Expr,
+    free_names,
+    nodes,
+    parse_mask,
+    parse_score,
+    prelude,
+    tensor_names,
+)
+from attngen.expr.declare import read_declarations
 from attngen.fuzz import expressions
 from attngen.fuzz.declared import declaration_texts
 from attngen.fuzz.functions import EXACT
+from attngen.fuzz.names import emitted_names
 
 PairTexts = dict[str, str | dict[str, str]]
 """The keys of a spec from `scalars` to `score`."""
 
 _DECLARED = expressions.DECLARATIONS
+_NAMES = (*_DECLARED.scalars, *_DECLARED.tensors, "rows")
+_WORD = re.compile(r"\b[A-Za-z_]\w*")
 _DEPTH = 2
 _OFFSETS = st.integers(-9, 9)
 _TERMS = (
@@ -111,35 +125,63 @@ def pair_texts(draw: DrawFn) -> PairTexts:
     """A mask, plain more often than not, a score, likewise, and declarations of what they read, of nothing else."""
     mask = draw(st.one_of(*3 * [plain_masks()], expressions.masks(_DECLARED, _DEPTH)))
     score = draw(st.one_of(*3 * [st.just("score")], _scores()))
-    trees = _trees(mask, score)
+    names = draw(_renamings()) if _reads(f"{mask} {score}", _NAMES) else {}
+    mask, score, declared = _renamed(mask, names), _renamed(score, names), _declarations(names)
+    trees = _trees(mask, score, declared)
     if trees is None or not _is_exact(trees[0]) or "score" not in free_names(trees[1]):
         mask, score = "full", "score"
-        trees = _trees(mask, score)
+        trees = _trees(mask, score, declared)
     assert trees is not None
     return {
-        **_declarations_read_by(*trees),
-        "mask": _written(mask, trees[0]),
-        "score": _written(score, trees[1]),
+        **_declarations_read_by(declared, *trees),
+        "mask": _written(mask, trees[0], declared),
+        "score": _written(score, trees[1], declared),
     }
 
 
-def _trees(mask: str, score: str) -> tuple[Expr, Expr] | None:
+def _renamings() -> SearchStrategy[dict[str, str]]:
+    """Other names in the place of the usual ones, or none."""
+    taken = {*_NAMES, *prelude(), "v0", "v1"}  # by the texts that are drawn
+    others = st.sampled_from([name for name in emitted_names() if name not in taken])
+    count = len(_NAMES)
+    drawn = st.lists(others, min_size=count, max_size=count, unique=True)
+    return st.one_of(st.just({}), drawn.map(lambda found: dict(zip(_NAMES, found, strict=True))))
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    return _WORD.sub(lambda word: names.get(word[0], word[0]), text)
+
+
+def _reads(text: str, names: Iterable[str]) -> bool:
+    return not set(names).isdisjoint(_WORD.findall(text))
+
+
+def _declarations(names: Mapping[str, str]) -> Declarations:
+    """What texts may read, by other names."""
+    blocks = {
+        block: {_renamed(name, names): _renamed(text, names) for name, text in texts.items()}
+        for block, texts in declaration_texts(_DECLARED).items()
+    }
+    return read_declarations(blocks["scalars"], blocks["tensors"], {}).declarations
+
+
+def _trees(mask: str, score: str, declared: Declarations) -> tuple[Expr, Expr] | None:
     """Both as trees; None where a mask's range exceeds what the language takes."""
     try:
-        return parse_mask(mask, _DECLARED), parse_score(score, _DECLARED)
+        return parse_mask(mask, declared), parse_score(score, declared)
     except ExpressionError:
         return None
 
 
-def _written(text: str, tree: Expr) -> str:
+def _written(text: str, tree: Expr, declared: Declarations) -> str:
     """The text of a tree, written anew where it may name what the tree no longer reads."""
-    return str(tree) if any(name in text for name in (*_DECLARED.scalars, *_DECLARED.tensors)) else text
+    return str(tree) if _reads(text, (*declared.scalars, *declared.tensors)) else text
 
 
-def _declarations_read_by(*trees: Expr) -> Mapping[str, dict[str, str]]:
+def _declarations_read_by(declared: Declarations, *trees: Expr) -> Mapping[str, dict[str, str]]:
     """Texts of the declarations that are read."""
     names = {name for tree in trees for name in (*free_names(tree), *tensor_names(tree))}
     return {
         block: {name: text for name, text in texts.items() if name in names}
-        for block, texts in declaration_texts(_DECLARED).items()
+        for block, texts in declaration_texts(declared).items()
     }
