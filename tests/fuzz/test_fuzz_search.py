@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as with_seed
 from planted_faults import FAULTS, plant
 
 from attngen.dtypes import dtype
@@ -14,6 +15,9 @@ from attngen.errors import PlanError
 from attngen.fuzz import RULES, Case, fuzz, reproduce
 from attngen.fuzz.case import FAR
 from attngen.fuzz.command import fuzz as command
+from attngen.fuzz.expressions import DECLARATIONS
+from attngen.fuzz.names import emitted_names
+from attngen.fuzz.pairs import PairTexts, pair_texts
 from attngen.fuzz.properties import PropertyFailure, check, names_of
 from attngen.fuzz.search import CPU_TARGETS, kernels
 from attngen.fuzz.strategies import cases, plan_of, specs
@@ -211,6 +215,33 @@ def test_serial_in_f32_may_round_at_every_block() -> None:
         shape = Shape(2, 4, 2, 5, 40)
         spec = small(schedule={"kind": "serial"}, problem={"head_dim": {"qk": 2, "v": 4}})
         assert reproduce(Case(spec, shape, EXACT_SCALE, kind="integers", seed=seed)) is None
+
+
+def test_what_is_declared_has_names_of_emitted_texts_too() -> None:
+    """Beside its usual names, and those that kernels make up for lookups and bounds of tiles are among them."""
+    made_up = {
+        "ahead0_bias",
+        "term0_slopes",
+        "q_first",
+        "kv_last",
+        "q_tile",
+        "extremes0_lo",
+        "tile",
+        "params",
+    }
+    assert made_up <= set(emitted_names()) and "q_idx" not in emitted_names()
+    met: set[str] = set()
+
+    @with_seed(1)
+    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(pair_texts())
+    def collect(texts: PairTexts) -> None:
+        load(SMALL | texts)
+        met.update(texts["scalars"], texts["tensors"])
+
+    collect()
+    usual = {*DECLARATIONS.scalars, *DECLARATIONS.tensors}
+    assert len(met & usual) >= 5 and len(met - usual) >= 20 and met - usual <= {*emitted_names()}
 
 
 def test_a_pool_holds_different_specs() -> None:

@@ -13,6 +13,8 @@ import torch
 
 import attngen
 from attngen.emit import KernelEntry
+from attngen.expr import SIZE_NAMES
+from attngen.plan import RUNTIME_SIZES
 from attngen.runtime import Launcher, check_declared
 
 SPEC = {
@@ -251,6 +253,20 @@ def test_the_struct_carries_what_is_declared(monkeypatch: pytest.MonkeyPatch) ->
     addresses = [attention[f"workspace.{space}"] for space in spaces]
     assert addresses == [tables[f"workspace.{space}"] for space in spaces]
     assert spaces and 0 not in addresses and len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize("dim", sorted({*RUNTIME_SIZES} - {*SIZE_NAMES}))
+def test_a_dimension_is_no_size_of_the_launch(dim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`group` and `num_sms` are names like any other for a tensor to bind, and the kernel's own stay what they are."""
+    sent = []
+    for name in (dim, "n"):
+        tensor = {"tensors": {"t": f"f32[{name}]"}, "scalars": {}}
+        kernel = attngen.compile(SPEC | {"mask": "causal", "score": "score + t[h]"} | tensor, arch="sm_90a")
+        recorder = Recorder(monkeypatch, kernel)
+        recorder.run(*tensors(), t=torch.zeros(7))
+        _, grid, fields = recorder.sent[-1]
+        sent.append((grid, fields["group"], fields[f"size.{name}"]))
+    assert sent[0] == sent[1] and sent[0][1:] == (2, 7)
 
 
 def test_each_call_sends_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,7 @@ def test_faults_of_scalars(text: str, message: str, marked: str, nearest: tuple[
         ("doc: i32[doc]", "tensors.doc = i32[doc] has a dimension", "doc", ("num_doc",), "tensor-dimensions"),
         ("v: i32[batch]", "tensors.v must be called otherwise", "v", ("v_",), "reserved-names"),
         ("score: f32[batch]", "tensors.score must be called otherwise", "score", ("score_",), "reserved-names"),
+        ("tensors: f32[batch]", "tensors.tensors must be called otherwise", "tensors", ("tensors_",), "reserved-names"),
     ],
 )  # fmt: skip
 def test_faults_of_tensors(text: str, message: str, marked: str, nearest: tuple[str, ...], rule: str) -> None:
