@@ -18,7 +18,7 @@ MAX_NODES = 10_000
 LARGEST_VALUE = 2**62  # of an i32 expression: one bit below i64, so that comparisons fit as well
 
 WORDS = {"bool": "a condition", "i32": "an integer", "f32": "a real number", "number": "numbers"}
-TYPES = {"bool": ("bool",), "i32": ("i32",), "number": ("i32", "f32")}
+TYPES = {"bool": ("bool",), "i32": ("i32",), "number": ("i32", "f32"), "any": ("bool", "i32", "f32")}
 
 
 class Formulas(ABC):
@@ -126,8 +126,8 @@ class Formulas(ABC):
         return False
 
     def _read_comparison(self, tree: Syntax, depth: int) -> Expr | None:
-        operands = self._operands(tree.children[::2], depth, "number", "a comparison")
-        if operands is None:
+        operands = self._operands(tree.children[::2], depth, "any", "a comparison")
+        if operands is None or not self._are_comparable(operands, tree):
             return None
         pairs = list(zip(tree.children[1::2], pairwise(operands), strict=True))
         for _, (left, right) in pairs:
@@ -135,6 +135,24 @@ class Formulas(ABC):
             if are_integers and not self._is_in_range(minus(left, right), tree.meta):
                 return None
         return conjunction(compare(str(sign), left, right) for sign, (left, right) in pairs)
+
+    def _are_comparable(self, operands: Sequence[Expr], tree: Syntax) -> bool:
+        """Whether all are numbers, or all conditions between which only == and != stand."""
+        are_conditions = [operand.type == "bool" for operand in operands]
+        if not any(are_conditions):
+            return True
+        if not all(are_conditions):
+            condition = child(tree, 2 * are_conditions.index(True))
+            note = "this is a condition; `where(c, 1, 0)` makes a number of it"
+            self.fault("expression-types", "compares a condition with a number", condition.meta, note)
+            return False
+        for sign in tree.children[1::2]:
+            if sign not in ("==", "!="):
+                assert isinstance(sign, Token)
+                note = "conditions have no order; they are compared by == and !="
+                self.fault("expression-types", f"compares conditions by `{sign}`", sign, note, ("==", "!="))
+                return False
+        return True
 
     def _read_negation(self, tree: Syntax, depth: int) -> Expr | None:
         operand = self._operand(child(tree, 0), depth, "bool", "`not`")

@@ -93,7 +93,10 @@ class _Writer:
     def write(self, type: str, depth: int) -> str:
         """An expression that can be an operand: a name, a literal, a call, or one in brackets."""
         kinds: dict[str, Sequence[Callable[[int], str]]] = {
-            "bool": (self._comparison, self._comparison, self._logic, self._prelude, self._choice_of("bool")),
+            "bool": (
+                self._comparison, self._comparison, self._logic, self._agreement, self._prelude,
+                self._choice_of("bool"),
+            ),  # fmt: skip
             "i32": (self._sum, self._multiple, self._quotient, self._integer_call, self._choice_of("i32")),
             "f32": (self._real_sum, self._ratio, self._real_call, self._converted, self._choice_of("f32")),
         }
@@ -139,6 +142,10 @@ class _Writer:
             return f"(not {self.write('bool', depth)})"
         parts = [self.write("bool", depth) for _ in range(self._of([2, 2, 3]))]
         return f"({self._of([' and ', ' or ']).join(parts)})"
+
+    def _agreement(self, depth: int) -> str:
+        """Conditions that are compared."""
+        return f"({self.write('bool', depth)} {self._of(['==', '!='])} {self.write('bool', depth)})"
 
     def _prelude(self, depth: int) -> str:
         small, positive = (self._draw(_SMALL) for _ in range(2)), self._draw(_POSITIVE)

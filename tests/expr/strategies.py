@@ -38,6 +38,7 @@ MASKS = st.recursive(
         st.builds(lambda a, b: f"({a}) or ({b})", inner, inner),
         st.builds(lambda a, b: f"{a} or {b}", inner, inner),
         st.builds(lambda a: f"not ({a})", inner),
+        st.builds(lambda a, sign, b: f"({a}) {sign} ({b})", inner, st.sampled_from(["==", "!="]), inner),
     ),
     max_leaves=5,
 )

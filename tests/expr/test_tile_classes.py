@@ -101,6 +101,8 @@ NEIGHBOURS = both(
     compare("<=", call("abs", minus(div(Q, 16), div(K, 16))), const(3)),
     compare("<=", call("abs", minus(mod(Q, 16), mod(K, 16))), const(2)),
 )
+IMAGES = {"image": torch.arange(2048).remainder(700).lt(300).expand(2, 2048)}
+NOISED = compare("==", compare("<", Q, const(512)), compare("<", K, const(512)))
 BLOCKS_APART = minus(div(Q_POS, 64), div(K, 64))
 EXACT = {
     "causal": CAUSAL,
@@ -121,6 +123,10 @@ EXACT = {
     "block diffusion, astride a tile": block_diffusion(const(500), 32),
     "block diffusion, scalar": block_diffusion(N, 32),
     "neighbourhood": NEIGHBOURS,
+    "same modality": compare("==", lookup("image", (B, Q), "bool"), lookup("image", (B, K), "bool")),
+    "other modality": compare("!=", lookup("image", (B, Q), "bool"), lookup("image", (B, K), "bool")),
+    "both noised or both clean": NOISED,
+    "one noised, one clean": negate(NOISED),
     "limit that differs": compare("<=", where(compare("<", K, const(500)), const(900), const(300)), Q),
     "remainders apart": compare(">=", minus(mod(Q, 40), mod(K, 300)), const(30)),
     "remainders never that small": either(compare("<", mod(K, 256), const(0)), window(9, 9)),
@@ -135,7 +141,7 @@ def test_the_masks_people_write_have_no_tile_too_many(
     mask: str, lengths: tuple[int, int], blocks: tuple[int, int]
 ) -> None:
     """A tile that may be visible holds a visible pair, and each whose pairs all are is known to be full."""
-    may, must, any_visible, all_visible = classes_of_tiles(EXACT[mask], lengths, blocks, {"n": 137}, IDS)
+    may, must, any_visible, all_visible = classes_of_tiles(EXACT[mask], lengths, blocks, {"n": 137}, IDS | IMAGES)
     assert may.equal(any_visible)
     assert must.equal(all_visible)
 
