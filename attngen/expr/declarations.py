@@ -56,11 +56,16 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Definition:
-    """A name for an expression, `causal`, or a function of expressions, `window(left, right)`."""
+    """A name for an expression, `causal`, or a function of expressions, `window(left, right)`.
+
+    Attributes:
+        defaults: what the last parameters are where a call leaves them out.
+    """
 
     name: str
     parameters: tuple[str, ...]
     text: str
+    defaults: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from attngen.expr.literals import (
     nearest_declarations,
     nearest_defaults,
     nearest_types,
+    read_constant,
     read_default,
     read_integer,
 )
 from attngen.expr.scope import KEYWORDS
-from attngen.expr.tree import INDEX_NAMES, LARGEST_INDEX
+from attngen.expr.tree import INDEX_NAMES, LARGEST_INDEX, Expr
 from attngen.quantize import DESCALES
 
 Span = tuple[int, int]
@@ -240,18 +241,33 @@ def _read_definition(entry: _Entry) -> Definition | None:
         note = "what has no parameters has no brackets"
         entry.refuse_key("must have parameters", "definition-heads", note, (entry.name,))
         return None
-    parameters = tuple(part.strip() for part in found[2].split(","))
-    for index, parameter in enumerate(parameters):
-        if not _NAME.fullmatch(parameter):
-            entry.refuse_key(
-                f"has `{parameter}` for a parameter", "definition-heads", "it is no name", _as_name(parameter)
-            )
-        elif parameter in _NO_PARAMETERS:
-            note = f"it is {_NO_PARAMETERS[parameter]}"
-            entry.refuse_key(f"has `{parameter}` for a parameter", "reserved-names", note, (f"{parameter}_",))
-        elif parameter in parameters[:index]:
-            entry.refuse_key(f"has two parameters `{parameter}`", "definition-heads")
-    return Definition(entry.name, parameters, entry.text)
+    parameters: list[str] = []
+    defaults: list[Expr] = []
+    for part in found[2].split(","):
+        parameter, sign, default = (each.strip() for each in part.partition("="))
+        _check_parameter(entry, parameter, parameters)
+        value = read_constant(default)
+        if sign and value is None:
+            note = "a default is a number, true or false"
+            entry.refuse_key(f"has `{default}` for a default", "definition-heads", note)
+        elif defaults and not sign:
+            note = "the last parameters have defaults"
+            entry.refuse_key(f"has `{parameter}` after one with a default", "definition-heads", note)
+        parameters.append(parameter)
+        defaults += [value] if value else []
+    return Definition(entry.name, tuple(parameters), entry.text, tuple(defaults))
+
+
+def _check_parameter(entry: _Entry, parameter: str, before: list[str]) -> None:
+    if not _NAME.fullmatch(parameter):
+        entry.refuse_key(
+            f"has `{parameter}` for a parameter", "definition-heads", "it is no name", _as_name(parameter)
+        )
+    elif parameter in _NO_PARAMETERS:
+        note = f"it is {_NO_PARAMETERS[parameter]}"
+        entry.refuse_key(f"has `{parameter}` for a parameter", "reserved-names", note, (f"{parameter}_",))
+    elif parameter in before:
+        entry.refuse_key(f"has two parameters `{parameter}`", "definition-heads")
 
 
 def _parts(text: str, start: int) -> list[Span]:

@@ -1,11 +1,11 @@
-"""Words of declarations: the types of scalars, the number formats of tensors, and the defaults of scalars."""
+"""Words of declarations: the types of scalars, the number formats of tensors, and defaults."""
 
 import math
 import re
 from difflib import get_close_matches
 
 from attngen.expr.declarations import VALUE_TYPES
-from attngen.expr.tree import Type, round_to_f32
+from attngen.expr.tree import Expr, Type, const, real, round_to_f32
 
 SCALAR_TYPES: tuple[Type, ...] = ("f32", "i32", "bool")
 
@@ -46,6 +46,15 @@ def read_default(type: Type, text: str) -> int | float | bool | None:
         return None
     real = float(text)
     return real if text.endswith("inf") or math.isfinite(round_to_f32(real)) else None
+
+
+def read_constant(text: str) -> Expr | None:
+    """The constant that a text writes; None where it is anything else."""
+    for type in reversed(SCALAR_TYPES):  # of `3` it is an i32
+        value = read_default(type, text)
+        if value is not None:
+            return real(value) if isinstance(value, float) else const(value)
+    return None
 
 
 def nearest_defaults(type: Type, text: str) -> tuple[str, ...]:

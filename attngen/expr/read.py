@@ -171,8 +171,9 @@ class Reader(Formulas):
             return None
         callee = self._scope[word]
         if isinstance(callee, Closure) and callee.parameters:
-            if not self._has_arity(str(callee), len(callee.parameters), len(values), tree):
+            if not self._has_arity(str(callee), len(callee.parameters), len(values), tree, callee.required):
                 return None
+            values += callee.defaults[len(values) - callee.required :]
             return None if None in values else self._call(callee, tuple(values), tree, depth)
         if callee is not None:
             note = "it has no parameters" if isinstance(callee, Closure) else ""
@@ -189,11 +190,18 @@ class Reader(Formulas):
         operands = self._operands(arguments, depth, "number", f"`{word}`")
         return None if operands is None else call(word, *operands)
 
-    def _has_arity(self, callee: str, expected: int, given: int, tree: Syntax) -> bool:
-        if given != expected:
+    def _has_arity(
+        self, callee: str, expected: int, given: int, tree: Syntax, required: int | None = None
+    ) -> bool:
+        """Whether a call gives as many arguments as are expected, or at least those that are required."""
+        least = expected if required is None else required
+        if not least <= given <= expected:
             message = f"gives {_count(given, 'argument')} to `{callee}`"
-            self.fault("call-arguments", message, tree.meta, f"it takes {_count(expected, 'argument')}")
-        return given == expected
+            takes = "" if least == expected else f"{least} to "
+            self.fault(
+                "call-arguments", message, tree.meta, f"it takes {takes}{_count(expected, 'argument')}"
+            )
+        return least <= given <= expected
 
     def _argument(self, tree: Syntax, depth: int) -> Value:
         """What a parameter is bound to: a tensor by its bare name, or a value."""

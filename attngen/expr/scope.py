@@ -16,6 +16,7 @@ from typing import Union
 from attngen.errors import Diagnostic, InternalError
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.declarations import Declarations, Definition, TensorType
+from attngen.expr.literals import read_constant
 from attngen.expr.syntax import Fragment, Locate, Report, Syntax, parse
 from attngen.expr.tree import INDEX_NAMES, Expr, name
 
@@ -45,6 +46,7 @@ class Closure:
         fragment: the text its body stands in.
         scope: what its body sees beside its parameters.
         parse: gives the body, or None with its fault recorded.
+        defaults: of the last parameters.
         readings: what it means for given arguments, as far as it has been asked.
     """
 
@@ -53,6 +55,7 @@ class Closure:
     fragment: Fragment
     scope: Scope
     parse: Callable[[], Syntax | None]
+    defaults: tuple[Expr, ...] = ()
     readings: dict[tuple[Value, ...], Expr | None] = field(default_factory=dict)
 
     @cached_property
@@ -60,8 +63,17 @@ class Closure:
         """The syntax tree of the body."""
         return self.parse()
 
+    @property
+    def required(self) -> int:
+        """How many arguments a call must give at least."""
+        return len(self.parameters) - len(self.defaults)
+
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(self.parameters)})" if self.parameters else self.name
+        defaults = ["", *(f" = {default}" for default in self.defaults)]
+        parameters = [
+            name + defaults[max(0, place - self.required + 1)] for place, name in enumerate(self.parameters)
+        ]
+        return f"{self.name}({', '.join(parameters)})" if parameters else self.name
 
 
 def global_scope(declarations: Declarations, report: Report, locate_of: LocateOf | None) -> Scope:
@@ -71,12 +83,15 @@ def global_scope(declarations: Declarations, report: Report, locate_of: LocateOf
     for each in prelude().values():
         fragment = _fragment(each, report, None)
         parse_body = partial(_prelude_syntax, each.name)
-        prelude_scope[each.name] = Closure(each.name, each.parameters, fragment, prelude_scope, parse_body)
+        prelude_scope[each.name] = Closure(
+            each.name, each.parameters, fragment, prelude_scope, parse_body, each.defaults
+        )
     prelude_scope |= indices
     scope = prelude_scope.copy()
     for each in declarations.definitions.values():
         fragment = _fragment(each, report, locate_of)
-        scope[each.name] = Closure(each.name, each.parameters, fragment, scope, partial(parse, fragment))
+        parse_body = partial(parse, fragment)
+        scope[each.name] = Closure(each.name, each.parameters, fragment, scope, parse_body, each.defaults)
     scope.update(declarations.tensors)
     scope.update({key: each.expr for key, each in declarations.scalars.items()})
     scope.update(indices)
@@ -92,11 +107,16 @@ def prelude() -> Mapping[str, Definition]:
     if len(signatures) < len(found):
         raise InternalError("a line of the prelude is no definition")
     return {
-        each["name"]: Definition(
-            each["name"], tuple(re.findall(r"\w+", each["parameters"] or "")), each["text"]
-        )
-        for each in signatures
+        each["name"]: _definition(each["name"], each["parameters"] or "", each["text"]) for each in signatures
     }
+
+
+def _definition(word: str, parameters: str, text: str) -> Definition:
+    """A line of the prelude."""
+    heads = [part.partition("=") for part in parameters.split(",") if part]
+    defaults = (read_constant(default.strip()) for _, _, default in heads)
+    names = tuple(parameter.strip() for parameter, _, _ in heads)
+    return Definition(word, names, text, tuple(default for default in defaults if default))
 
 
 def check_definitions(

@@ -94,7 +94,11 @@ class _Writer:
         """An expression that can be an operand: a name, a literal, a call, or one in brackets."""
         kinds: dict[str, Sequence[Callable[[int], str]]] = {
             "bool": (
-                self._comparison, self._comparison, self._logic, self._agreement, self._prelude,
+                self._comparison,
+                self._comparison,
+                self._logic,
+                self._agreement,
+                self._prelude,
                 self._choice_of("bool"),
             ),  # fmt: skip
             "i32": (self._sum, self._multiple, self._quotient, self._integer_call, self._choice_of("i32")),

@@ -142,11 +142,17 @@ def test_temperature_steps_by_the_period() -> None:
 
 
 def bucket_of_t5(distance: int) -> int:
-    """Transcribed from `_relative_position_bucket` of T5, bidirectional, 32 buckets, max_distance 128."""
+    """As `_relative_position_bucket` of T5 has it for the encoder: 32 buckets, max_distance 128."""
     bucket, n = (16 if distance > 0 else 0), abs(distance)
     if n < 8:
         return bucket + n
     return bucket + min(15, 8 + int(math.log(n / 8) / math.log(128 / 8) * 8))
+
+
+def bucket_of_decoder(distance: int) -> int:
+    """The buckets of T5's decoder, `bidirectional=False`: all 32 for the past."""
+    n = max(-distance, 0)
+    return n if n < 16 else min(31, 16 + int(math.log(n / 16) / math.log(128 / 16) * 16))
 
 
 def test_relative_bias_has_the_buckets_of_t5() -> None:
@@ -158,3 +164,14 @@ def test_relative_bias_has_the_buckets_of_t5() -> None:
         at = {"q_idx": 400, "kv_idx": 400 + distance, "seqlen_q": 1000, "seqlen_k": 1000}
         assert value("relative_bias(table, 32, 128)", h=0, **at) == bucket_of_t5(distance), distance
         assert value("relative_bias(table, 32, 128)", h=1, **at) == 100 + bucket_of_t5(distance)
+
+
+def test_relative_bias_of_the_decoder_has_all_buckets_for_the_past() -> None:
+    """`false` takes the first bucket for every key behind the query; `true` is what a call without it is."""
+    for distance in (*range(-300, 10), 300):
+        at = {"q_idx": 400, "kv_idx": 400 + distance, "seqlen_q": 1000, "seqlen_k": 1000}
+        assert value("relative_bias(table, 32, 128, false)", h=1, **at) == 100 + bucket_of_decoder(distance)
+    encoder, same = (
+        parse_score(f"score + relative_bias(table, 32, 128{last})", DECLARATIONS) for last in ("", ", true")
+    )
+    assert encoder is same

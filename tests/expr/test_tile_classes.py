@@ -141,7 +141,9 @@ def test_the_masks_people_write_have_no_tile_too_many(
     mask: str, lengths: tuple[int, int], blocks: tuple[int, int]
 ) -> None:
     """A tile that may be visible holds a visible pair, and each whose pairs all are is known to be full."""
-    may, must, any_visible, all_visible = classes_of_tiles(EXACT[mask], lengths, blocks, {"n": 137}, IDS | IMAGES)
+    may, must, any_visible, all_visible = classes_of_tiles(
+        EXACT[mask], lengths, blocks, {"n": 137}, IDS | IMAGES
+    )
     assert may.equal(any_visible)
     assert must.equal(all_visible)
 

@@ -177,6 +177,9 @@ def test_faults_of_tensors(text: str, message: str, marked: str, nearest: tuple[
         ("band(a, a)", "define.band(a, a) has two parameters `a`", (), "definition-heads"),
         ("band(a b)", "define.band(a b) has `a b` for a parameter", ("a_b",), "definition-heads"),
         ("band(kv_idx)", "define.band(kv_idx) has `kv_idx` for a parameter", ("kv_idx_",), "reserved-names"),
+        ("band(a=b)", "define.band(a=b) has `b` for a default", (), "definition-heads"),
+        ("band(a=)", "define.band(a=) has `` for a default", (), "definition-heads"),
+        ("band(a=1, c)", "define.band(a=1, c) has `c` after one with a default", (), "definition-heads"),
         ("band(a", "define.band(a must be a name or a name(p, q)", ("band",), "definition-heads"),
         ("my band", "define.my band must be called by a name", ("my_band",), "declared-names"),
         ("exp(x)", "define.exp(x) must be called otherwise", ("exp_",), "reserved-names"),
@@ -217,6 +220,20 @@ def test_what_a_definition_does_wrong_is_marked_in_the_file() -> None:
     ]
     with pytest.raises(attngen.ExpressionError):
         attngen.load(HEAD_DIM + "define:\n  half: q_ops // 2\nmask: kv_idx < half\n")
+
+
+def test_the_last_parameters_may_have_defaults() -> None:
+    """Numbers and truth values, for calls that leave them out."""
+    define = (
+        'define:\n  "near(width, shift = -2, both = true)": abs(kv_idx - q_pos + shift) < width and both\n'
+    )
+    short, whole = (attngen.load(HEAD_DIM + define + f"mask: near(4{rest})\n") for rest in ("", ", -2, true"))
+    assert short.mask_expr is whole.mask_expr
+    assert attngen.load(HEAD_DIM + define + "mask: near(4, 0)\n").mask_expr is not short.mask_expr
+    for call in ("near(4, 0, true, 1)", "near"):
+        fault = only(HEAD_DIM + define + f"mask: {call}\n")
+        assert "near(width, shift = -2, both = true)" in fault.message + "".join(fault.nearest)
+    assert "takes 1 to 3 arguments" in only(HEAD_DIM + define + "mask: near(4, 0, true, 1)\n").note
 
 
 def test_one_mistake_is_told_once() -> None:
