@@ -16,7 +16,7 @@ from attngen.errors import (
     ToolchainError,
 )
 from attngen.expr.python import Expression, expression
-from attngen.expr.traced import functions, where
+from attngen.expr.traced_calls import functions, where
 from attngen.spec import Spec, load
 from attngen.version import __version__
 

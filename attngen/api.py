@@ -12,7 +12,7 @@ import torch
 from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.emit import Manifest, emit, manifest, serving
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
-from attngen.expr.python import Expression
+from attngen.expr.python import bound_by, check_text, joined
 from attngen.lower import lower
 from attngen.plan import Plan
 from attngen.quantization import Quantization
@@ -49,10 +49,19 @@ class Kernel:
         plan: every number that was decided.
         shorter: kernels that take the calls of fewer keys, the fewest first; an edited source takes all calls.
         quantization: the kernels that make e4m3 operands; None where inputs are none.
+        bound: tensors of the spec's expressions, which a call passes by itself where it is given no others.
     """
 
-    def __init__(self, spec: Spec, plan: Plan, lineinfo: bool = False, source: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        plan: Plan,
+        lineinfo: bool = False,
+        source: str | None = None,
+        bound: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.spec = spec
+        self.bound = bound or {}
         self.plan = plan
         self._lineinfo = lineinfo
         self._edited = source
@@ -170,6 +179,7 @@ class Kernel:
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]
     ) -> tuple[Any, Any, Any, Mapping[str, Any]]:
         """What the attention kernel itself is passed: tensors of its input type, and everything by name."""
+        declared = {**self.bound, **declared} if self.bound else declared
         if self.quantization is None:
             return q, k, v, declared
         return self.quantization.operands_of(q, k, v, layout, declared)
@@ -338,17 +348,20 @@ def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -
     """Lower a spec and make it callable; the cubin is built at first need, once per machine.
 
     Args:
-        spec: a path, the name of a shipped spec, YAML text, a dict or a Spec.
+        spec: a path, the name of a shipped spec, YAML text, a dict or a Spec. The mask and the score of a dict may be
+            `attngen.Expression`s, which bring what they declare and the tensors that they hold.
         arch: overrides the spec's target.
         lineinfo: keep line numbers in the cubin for profilers.
 
     Raises:
         SpecError: the spec breaks rules; all of them are in the report.
         PlanError: no legal kernel; the report names the rule and the nearest valid values.
+        ArgumentError: the mask or the score of a dict is no text.
     """
     loaded = load(spec)
     plan = lower(loaded, resolve_arch(loaded, arch))
-    kernel = Kernel(loaded, plan, lineinfo)
+    bound = bound_by(spec.get("mask"), spec.get("score")) if isinstance(spec, Mapping) else {}
+    kernel = Kernel(loaded, plan, lineinfo, bound=bound)
     if plan.arch.emits and torch.cuda.is_available():
         kernel.compile()  # so that a call never does
     return kernel
@@ -401,14 +414,15 @@ def attention(
         k: see q.
         v: see q.
         mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
-            brings what it declares.
+            brings what it declares and the tensors that it holds.
         score: a score expression, likewise.
         scalars: types of scalars by name, as in a spec: `{"cap": "f32 = 30.0"}`.
         tensors: formats and dimensions of tensors by name, as in a spec: `{"slopes": "f32[num_heads_q]"}`.
         **options: the other arguments of `Kernel.__call__`, with a value for each scalar and tensor.
 
     Raises:
-        ArgumentError: a tensor that no kernel takes, or two declarations of one name that are not the same.
+        ArgumentError: a tensor that no kernel takes, a mask or score that is no text, or two declarations of one name
+            that are not the same.
         SpecError: a fault in mask or score.
     """
     check_plain("q", q)
@@ -419,26 +433,16 @@ def attention(
         raise ArgumentError("q" if q.dim() != 4 else "v", "another number of dimensions", "4")
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     arch = arch_for_capability(capability).name if capability else "simulator"
+    for name, text in (("mask", mask), ("score", score)):
+        check_text(name, text)
     wanted = _Wanted(
         _INPUTS[q.dtype],
         q.shape[-1],
         v.shape[-1],
         str(mask),
         str(score),
-        _joined("scalars", scalars, mask, score),
-        _joined("tensors", tensors, mask, score),
+        tuple(joined("scalars", scalars, mask, score).items()),
+        tuple(joined("tensors", tensors, mask, score).items()),
         arch,
     )
-    return _kernel_for(wanted)(q, k, v, **options)
-
-
-def _joined(kind: str, given: Mapping[str, str] | None, *texts: str) -> tuple[tuple[str, str], ...]:
-    """The declarations of a kind that are given, and those that expressions bring."""
-    joined: dict[str, str] = {}
-    for brought in (given or {}, *(getattr(text, kind) for text in texts if isinstance(text, Expression))):
-        for name, declared in brought.items():
-            if joined.setdefault(name, declared) != declared:
-                raise ArgumentError(
-                    kind, f"{name}: {declared}", f"{name}: {joined[name]}, as declared before"
-                )
-    return tuple(joined.items())
+    return _kernel_for(wanted)(q, k, v, **{**bound_by(mask, score), **options})

@@ -9,6 +9,7 @@ from typing import Any, Never
 import yaml
 
 from attngen.errors import ArgumentError, Diagnostic, Location, SpecError
+from attngen.expr.python import Expression, check_text, joined
 from attngen.resources import shipped_names, spec_path
 from attngen.spec.document import MAX_NESTING, Document, dump_text, read_document
 from attngen.spec.source import Mark, Source
@@ -24,11 +25,12 @@ def load(source: "str | Path | Mapping[str, Any] | Spec") -> Spec:
     """Read a spec.
 
     Args:
-        source: a path, the name of a shipped spec, YAML text, a dict, or a Spec (returned as it is).
+        source: a path, the name of a shipped spec, YAML text, a dict, or a Spec (returned as it is). The mask and the
+            score of a dict may be `attngen.Expression`s, which bring what they declare.
 
     Raises:
         SpecError: every violation, in the order of the text.
-        ArgumentError: the source is none of these.
+        ArgumentError: the source is none of these, or a dict's mask or score is a function, a tensor or None.
     """
     if isinstance(source, Spec):
         return source
@@ -58,6 +60,17 @@ def replace(spec: Spec, changes: Mapping[str, Any]) -> Spec:
 
 def _load_dict(source: Mapping[Any, Any]) -> Spec:
     data = _with_text_keys(source)
+    texts = {key: source[key] for key in ("mask", "score") if key in source}
+    for key, text in texts.items():
+        if text is None or not isinstance(
+            text, bool | int | float | list | tuple | Mapping
+        ):  # as of a text of YAML
+            check_text(key, text)
+    for key in ("scalars", "tensors"):
+        if any(isinstance(text, Expression) for text in texts.values()) and isinstance(
+            data.get(key, {}), dict
+        ):
+            data |= {key: joined(key, data.get(key), *texts.values())}
     return _validate_data("<dict>", data, {}, data)
 
 
