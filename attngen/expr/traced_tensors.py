@@ -188,9 +188,8 @@ def constant_of(value: Any) -> Any:
             refuse("a tensor that requires grad is taken for a number", "traced-tensors", shown(value), note)
         return value.item()
     word = _variable_of(value)
-    note = f"write {word}[...]" if word != _UNNAMED else "write [...]"
-    message = f"the tensor `{word}`, {value.dtype} of shape {tuple(value.shape)}, is used without an index"
-    refuse(message, "traced-operands", word, note)
+    message = f"{_described(value, word)} is used without an index"
+    refuse(message, "traced-operands", word, f"write {word}[...], with an index for each dimension")
 
 
 def _is_tensor(value: object) -> bool:
@@ -204,7 +203,7 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype in _FORMATS:
         return _FORMATS[dtype], tensor
-    shown = f"the tensor `{word}`, {tensor.dtype} of shape {tuple(tensor.shape)},"
+    shown = _described(tensor, word)
     if dtype not in _CONVERTED:
         note = f"it may be one of {', '.join((*_FORMATS, *_CONVERTED))}"
         refuse(f"{shown} has no format of the language", "traced-tensors", word, note)
@@ -217,6 +216,12 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
     if not torch.equal(torch.nan_to_num(rounded.to(tensor.dtype)), torch.nan_to_num(tensor)):
         refuse(f"{shown} holds numbers that f32 rounds", "traced-tensors", word, f"write {word}.float()")
     return "f32", rounded
+
+
+def _described(tensor: "torch.Tensor", word: str) -> str:
+    """A tensor as the subject of a sentence."""
+    subject = f"the tensor `{word}`" if word != _UNNAMED else "a tensor"
+    return f"{subject}, {tensor.dtype} of shape {tuple(tensor.shape)},"
 
 
 _UNNAMED = "tensor"

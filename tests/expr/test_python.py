@@ -6,10 +6,12 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 import attngen
 from attngen.errors import Diagnostic
@@ -48,6 +50,8 @@ def only(function: Callable[..., Any], **declared: Any) -> Diagnostic:
         (lambda h, h_kv: True & (h < h_kv), "true and h < h_kv"),
         (lambda: attngen.functions.causal & attngen.functions.window(128, 0), "causal and window(128, 0)"),
         (lambda b, kv_idx, width=4: kv_idx < width, "kv_idx < 4"),
+        (lambda kv_idx: np.bool_(True) & (kv_idx > np.int64(2)) & (np.array(3) > kv_idx),
+         "true and kv_idx > 2 and kv_idx < 3"),
     ],
 )  # fmt: skip
 def test_a_mask_is_written_as_its_function_is(function: Callable[..., Any], text: str) -> None:
@@ -75,6 +79,49 @@ def test_a_score_is_written_as_its_function_is(function: Callable[..., Any], tex
     """A function that takes `score` is a score; constants are written so that they are read as they were."""
     written = attngen.expression(function)
     assert written == text and parse_score(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda batch_idx, head_idx, q_idx, kv_idx: kv_idx > q_idx - head_idx, "kv_idx > q_idx - h"),
+        (lambda b, h, q, kv: q >= kv, "q_idx >= kv_idx"),
+        (lambda b, h, *places: places[0] >= places[1], "q_idx >= kv_idx"),
+        (lambda *places: places[3] >= places[0], "kv_idx >= b"),
+        (lambda batch, h, q_idx, kv_idx, **more: q_idx < 3 + len(more), "q_idx < 3"),
+        (lambda a, b_, c, d, /: a < d, "b < kv_idx"),
+        (lambda w, x, y, z, width=4: z - y < width, "kv_idx - q_idx < 4"),
+        (lambda w, x, y, z, *, width=4: z - y < width, "kv_idx - q_idx < 4"),
+        (noop_mask, "true"),
+        (and_masks(lambda b, h, q, kv: q >= kv, noop_mask), "true and q_idx >= kv_idx and true"),
+        (or_masks(lambda b, h, q, kv: q >= kv, lambda b, h, m, n: m < 3), "false or q_idx >= kv_idx or q_idx < 3"),
+    ],
+)  # fmt: skip
+def test_four_parameters_are_a_mask_mod_whatever_their_names(function: Callable[..., Any], text: str) -> None:
+    """FlexAttention passes b, h, q_idx, kv_idx by position; and_masks and or_masks of torch among others."""
+    assert attngen.expression(function) == text
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda score, batch, head, token_q, token_kv: score * 0.5 + token_q, "score * 0.5 + q_idx"),
+        (lambda s, b, h, m, n: s + (m - n), "score + (q_idx - kv_idx)"),
+        (lambda s, b, h, *places: s + places[1], "score + kv_idx"),
+        (lambda score, *places: score + places[1], "score + h"),
+    ],
+)
+def test_five_parameters_are_a_score_mod(function: Callable[..., Any], text: str) -> None:
+    """The score comes first; a known name among them tells how many there are before `*rest`."""
+    assert attngen.expression(function) == text
+
+
+def test_declared_parameters_stand_beside_those_by_position() -> None:
+    """A declared name is what is declared, wherever it stands."""
+    written = attngen.expression(
+        lambda score, batch, head, q, kv, slopes: score + slopes[head] * (kv - q), tensors=SLOPES
+    )
+    assert written == "score + slopes[h] * (kv_idx - q_idx)"
 
 
 def pairs(parts: st.SearchStrategy[str], *signs: str) -> st.SearchStrategy[str]:
@@ -176,13 +223,29 @@ def test_the_function_may_be_any_that_has_parameters() -> None:
         (lambda q_idx, kv_idx: kv_idx < (3 if q_idx < 2 else 4), "traced-truth", "attngen.where(c, x, y)"),
         (lambda q_idx, kv_idx: max(q_idx, kv_idx) < 3, "traced-truth", "attngen.where"),
         (lambda q_idx: q_idx in (1, 2), "traced-truth", "q_idx == 1"),
-        (lambda q_idx, kv_idx: [1, 2][q_idx] < 3, "traced-value", "tensors={...}"),
-        (lambda q_idx, kv_idx: torch.arange(9)[q_idx] < 3, "traced-operators", "tensors={...}"),
-        (lambda q_idx, kv_idx: torch.arange(9) < q_idx, "traced-operators", "tensors={...}"),
+        (lambda q_idx, kv_idx: [1, 2][q_idx] < 3, "traced-value", "a torch tensor"),
+        (lambda q_idx, kv_idx: torch.arange(9) < q_idx, "traced-operands", "without an index"),
         (lambda q_idx, kv_idx: int(q_idx) < 3, "traced-value", "only the kernel knows"),
         (lambda q_idx, kv_idx: all(q_idx), "traced-value", "holds no others"),
         (lambda q_idx, kv_idx: q_idx**2 < kv_idx, "traced-operators", "no such operation on `q_idx`"),
-        (lambda q_idx, kv_idx: (q_idx < 1) ^ (kv_idx < 1), "traced-operators", "& | ~"),
+        (lambda q_idx, kv_idx: q_idx ^ kv_idx, "traced-operators", "bitwise `^`"),
+        (lambda q_idx, kv_idx: (q_idx & 5) == 1, "traced-operators", "2**n - 1"),
+        (lambda q_idx, kv_idx: q_idx << kv_idx, "traced-operators", "by a constant"),
+        (lambda q_idx, kv_idx: (q_idx < 1) & kv_idx, "traced-operators", "`x != 0`"),
+        (lambda q_idx, kv_idx: (q_idx < 1) - (kv_idx < 1), "traced-operators", "`a ^ b`"),
+        (lambda q_idx, kv_idx: q_idx.item() < 3, "traced-function", "no attribute 'item'"),
+        (lambda q_idx, kv_idx: np.abs(q_idx - kv_idx) < 3, "traced-function", "torch's functions"),
+        (lambda q_idx, kv_idx: np.where(q_idx < 3, q_idx, kv_idx) < 3, "traced-function", "torch's functions"),
+        (lambda q_idx, kv_idx: np.arange(9)[q_idx] < 3, "traced-function", "cannot be read"),
+        (lambda q_idx, kv_idx: [].pop() < kv_idx, "traced-function", "pop from empty list"),
+        (lambda score: score.add_(1), "traced-operators", "x = x.add(y)"),
+        (lambda score: torch.zeros(()).add_(score), "traced-operators", "writes to a tensor"),
+        (lambda score: torch.nn.functional.gelu(score), "traced-operators", "no torch.gelu"),
+        (lambda score: score.add(1, alpha=2), "traced-operators", "torch.add with these arguments"),
+        (lambda score: torch.clamp(score, lo=1), "traced-function", "clamp() received an invalid"),
+        (lambda score: score.to(torch.bfloat16), "traced-operators", "convert to torch.bfloat16"),
+        (lambda score: score + score.new_ones((3,)), "traced-operators", "shape (3,)"),
+        (lambda score: torch.nn.Parameter(torch.tensor(1.0)) * score, "traced-tensors", ".detach()"),
         (lambda q_idx, kv_idx: torch.erf(q_idx) < 1, "traced-operators", "torch.erf"),
         (lambda q_idx, kv_idx: q_idx < "3", "traced-operands", "no str '3'"),
         (lambda q_idx, kv_idx: q_idx < None, "traced-operands", "no NoneType None"),
@@ -191,8 +254,10 @@ def test_the_function_may_be_any_that_has_parameters() -> None:
         (lambda q_idx: None, "traced-result", "returns None"),
         (lambda score: 0.5, "traced-result", "returns 0.5"),
         (lambda q_index, kv_idx: q_index < 3, "traced-parameters", "q_index"),
-        (lambda *names: names[0] < 3, "traced-parameters", "*names"),
-        (lambda q_idx, **names: q_idx < 3, "traced-parameters", "**names"),
+        (lambda q_idx, *names: names[0] < 3, "traced-parameters", "*names"),
+        (lambda q_idx, kv_idx, b, x: q_idx < x, "traced-parameters", "`x`"),
+        (lambda b, h, q_idx, kv_idx, doc: doc < 3, "traced-parameters", "`doc`"),
+        (lambda a, b, c: a < b, "traced-parameters", "score before them"),
         (lambda slopes: slopes < 3, "traced-parameters", "tensors={...}"),
         (max, "traced-parameters", "no function"),
         (5, "traced-parameters", "no function"),
@@ -219,7 +284,8 @@ def test_a_tensor_without_an_index_and_what_it_is_not() -> None:
 @pytest.mark.parametrize(
     ("function", "declared", "rule"),
     [
-        (lambda q_idx, kv_idx: (q_idx < 3) + kv_idx < 2, {}, "expression-types"),
+        (lambda q_idx, kv_idx: (q_idx < 3) + kv_idx, {}, "expression-types"),
+        (lambda q_idx, kv_idx: q_idx * 0.5 // 2 < kv_idx, {}, "expression-types"),
         (lambda q_idx, kv_idx: q_idx - kv_idx, {}, "expression-types"),
         (lambda score, q_idx: score < q_idx, {}, "expression-types"),
         (lambda score, slopes, h: score + slopes[h, h], {"tensors": SLOPES}, "tensor-index"),
