@@ -20,7 +20,7 @@ from attngen.expr.derivative import derivative
 from attngen.expr.keys import KeyRange, extremes, key_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
-from attngen.expr.ranges import index_range
+from attngen.expr.ranges import index_range, never_holds
 from attngen.expr.real_ranges import magnitude, real_range
 from attngen.expr.scope import LocateOf, check_definitions, prelude
 from attngen.expr.syntax import Locate
@@ -102,6 +102,7 @@ __all__ = [
     "magnitude",
     "name",
     "negate",
+    "never_holds",
     "nodes",
     "parse_mask",
     "parse_score",

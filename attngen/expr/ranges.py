@@ -1,4 +1,4 @@
-"""Static ranges: between which integers an i32 expression stays, whatever the call.
+"""Static ranges: between which integers an i32 expression stays, whatever the call, and what that rules out.
 
 The range is what the arguments' ranges allow, each taken for itself, so it may be wider than the values are: that
 of `max(q_idx, 5) - q_idx` reaches below 0. It is computed without limit of size; who needs to know whether 32 bits
@@ -33,6 +33,22 @@ def index_range(expr: Expr) -> Range:
             if each.type == "i32" and each not in _ranges:
                 _ranges[each] = _range_of(each)
     return _ranges[expr]
+
+
+def never_holds(condition: Expr) -> bool:
+    """Whether ranges rule a condition out in every legal call; it may be ruled out by more than ranges."""
+    found: dict[Expr, bool] = {}
+    for each in nodes(condition):
+        if each.op == "const":
+            found[each] = each.value is False
+        elif each.op in ("le", "eq"):
+            lowest, highest = index_range(each.args[0])
+            found[each] = lowest > 0 or (each.op == "eq" and highest < 0)
+        elif each.op in ("and", "or"):
+            found[each] = (any if each.op == "and" else all)(found[arg] for arg in each.args)
+        else:
+            found[each] = False
+    return found[condition]
 
 
 _ranges: WeakKeyDictionary[Expr, Range] = WeakKeyDictionary()

@@ -4,14 +4,14 @@ An expression that reads a faulty declaration is not judged, so that one mistake
 """
 
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from attngen.errors import Diagnostic, ExpressionError, SpecWarning
+from attngen.errors import Diagnostic, ExpressionError
 from attngen.expr.declarations import Declarations
 from attngen.expr.declare import read_declarations
 from attngen.expr.parse import ignores_score, parse_mask, parse_score
+from attngen.expr.ranges import never_holds
 from attngen.expr.scope import check_definitions
 from attngen.expr.syntax import Locate
 from attngen.expr.tree import Expr, free_names, tensor_names
@@ -27,6 +27,7 @@ class Expressions:
     Attributes:
         declaration_faults: of the blocks that declare.
         text_faults: inside the texts of expressions.
+        doubts: what is legal and rarely meant.
     """
 
     def __init__(self, document: Document) -> None:
@@ -40,6 +41,7 @@ class Expressions:
         reading = read_declarations(**blocks, locate=document.locate)
         self.declaration_faults = reading.faults
         self.text_faults: list[Diagnostic] = []
+        self.doubts: list[Diagnostic] = []
         self._unjudged = reading.faulty
         self._declarations = self._judged(reading.declarations)
         self._tell(check_definitions(self._declarations, self._locate_of))
@@ -89,7 +91,7 @@ class Expressions:
         return self._locate(self._paths[name]) if name in self._paths else None
 
     def _check_use(self, mask: Expr, score: Expr) -> None:
-        """What is declared must be read, and a score is expected to read the score."""
+        """What is declared must be read, a mask is expected to show a key, and a score to read the score."""
         read = set().union(*(free_names(expr) | tensor_names(expr) for expr in (mask, score)))
         for block, names in (
             ("scalars", self._declarations.scalars),
@@ -106,10 +108,16 @@ class Expressions:
                     self.declaration_faults.append(
                         Diagnostic(message, "unread-declarations", place, path, name, note)
                     )
+        if never_holds(mask):
+            is_window = "window" in self._document.data["mask"]
+            note = "every row is 0, with lse -inf"
+            note += "; -1 is a length in window, and not `without bound`" if is_window else ""
+            self._doubt("mask", "mask shows no key to any query", "mask-shows-nothing", note)
         if ignores_score(score):
-            text = self._document.data["score"]
-            place = self._document.locate("score", (0, len(text.rstrip())))
-            message, note = "score ignores `score`", "q and k have no part in the result but through the mask"
-            warnings.warn(
-                SpecWarning(Diagnostic(message, "score-ignored", place, "score", text, note)), stacklevel=5
-            )
+            note = "q and k have no part in the result but through the mask"
+            self._doubt("score", "score ignores `score`", "score-ignored", note)
+
+    def _doubt(self, path: str, message: str, rule: str, note: str) -> None:
+        text = self._document.data[path]
+        place = self._document.locate(path, (0, len(text.rstrip())))
+        self.doubts.append(Diagnostic(message, rule, place, path, text, note))

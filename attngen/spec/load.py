@@ -19,6 +19,7 @@ from attngen.spec.validate import validate
 _MAX_BYTES = 1 << 20  # no spec comes near; a larger file was named by mistake
 _MAX_NAME = 200
 _SUFFIXES = (".yaml", ".yml")
+_OF_EXPRESSIONS = ("scalars", "tensors", "define", "mask", "score")
 
 
 def load(source: "str | Path | Mapping[str, Any] | Spec") -> Spec:
@@ -55,7 +56,10 @@ def replace(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     for path, value in changes.items():
         _set(data, path, _with_text_keys(value))
         marks = {key: mark for key, mark in marks.items() if not f"{key}.".startswith(f"{path}.")}
-    return _validate_data("<replace>", data, marks, changes)
+    warns = any(
+        path.partition(".")[0] in _OF_EXPRESSIONS for path in changes
+    )  # the others have been warned of
+    return _validate_data("<replace>", data, marks, changes, warns)
 
 
 def _load_dict(source: Mapping[Any, Any]) -> Spec:
@@ -71,7 +75,7 @@ def _load_dict(source: Mapping[Any, Any]) -> Spec:
             data.get(key, {}), dict
         ):
             data |= {key: joined(key, data.get(key), *texts.values())}
-    return _validate_data("<dict>", data, {}, data)
+    return _validate_data("<dict>", data, {}, data, warns=True)
 
 
 def _with_text_keys(value: Any, depth: int = 0) -> Any:
@@ -85,17 +89,17 @@ def _with_text_keys(value: Any, depth: int = 0) -> Any:
 
 
 def _validate_data(
-    file: str, data: dict[str, Any], marks: Mapping[str, Mark], written: Mapping[str, Any]
+    file: str, data: dict[str, Any], marks: Mapping[str, Mark], written: Mapping[str, Any], warns: bool
 ) -> Spec:
     """A Spec of data that came from no text; if it is faulty, what was written becomes a text to point into."""
     try:
-        return validate(Document(Source(file, ""), data, dict(marks)))
+        return validate(Document(Source(file, ""), data, dict(marks)), warns=warns)
     except SpecError as fault:
         try:
             source = Source(file, dump_text(written))
         except (yaml.YAMLError, RecursionError):
             raise fault from None  # something in it has no text to point into
-    return validate(Document(source, data, {**marks, **read_document(source).marks}))
+    return validate(Document(source, data, {**marks, **read_document(source).marks}), warns=False)
 
 
 def _set(data: dict[str, Any], path: str, value: Any) -> None:

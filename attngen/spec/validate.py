@@ -1,5 +1,6 @@
 """From a document to a Spec, or to one report of everything that is wrong with it."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from typing import Any, get_args
 import pydantic
 from pydantic.fields import FieldInfo
 
-from attngen.errors import Diagnostic, ExpressionError, Location, SpecError
+from attngen.errors import Diagnostic, ExpressionError, Location, SpecError, SpecWarning
 from attngen.spec.document import Document
 from attngen.spec.expressions import Expressions
 from attngen.spec.rules import check_rules
@@ -20,14 +21,20 @@ _MAX_SHOWN = 40  # characters of a value that a message repeats; the source line
 _REQUIRED = "problem.head_dim"
 
 
-def validate(document: Document) -> Spec:
+def validate(document: Document, *, warns: bool = True) -> Spec:
     """The Spec that a document describes.
+
+    Args:
+        document: a text, or data.
+        warns: of what is legal and rarely meant, by SpecWarning.
 
     Raises:
         SpecError: every violation, in the order of the text; an ExpressionError where all are in expressions.
     """
     model = None
     expressions = Expressions(document)
+    for doubt in expressions.doubts if warns else ():
+        warnings.warn(SpecWarning(doubt), stacklevel=3)
     faults = document.diagnostics + expressions.declaration_faults
     expression_faults = expressions.text_faults
     if document.is_spec:

@@ -289,6 +289,40 @@ def test_a_score_that_ignores_the_score_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
+    "mask",
+    [
+        "window(-1, 0)", "window(-1, -1)", "window(-5, 2)", "causal and window(-1, 0)", "kv_idx < 0", "sinks(0)",
+        "false", "not full", "kv_idx % 4 == 5", "kv_idx >= 3 and kv_idx < 3", "abs(kv_idx - q_pos) < 0",
+        "sinks(0) or h < 0", "neighbourhood(8, -1)", "doc[b, kv_idx] < 3 and q_idx < 0", "max(kv_idx, 4) == 3",
+    ],
+)  # fmt: skip
+def test_a_mask_that_shows_nothing_is_warned_of(mask: str) -> None:
+    """Once, at its place, when the spec is read; -1 is a length. What the call decides is no matter of this."""
+    tensors = "tensors: {doc: 'i32[batch, seqlen_k]'}\n" if "doc" in mask else ""
+    with pytest.warns(SpecWarning) as caught:
+        spec = attngen.load(f"{HEAD_DIM}{tensors}mask: {mask}\n")
+        spec.replace({"target": "simulator"})
+    (warning,) = caught
+    assert isinstance(warning.message, SpecWarning)
+    assert ("-1 is a length" in str(warning.message)) == ("window" in mask)
+    assert underlined(warning.message.diagnostic) == mask
+    assert warning.message.diagnostic.rule == "mask-shows-nothing" and warning.filename == __file__
+    with pytest.warns(SpecWarning, match="shows no key"):
+        attngen.load(HEAD_DIM).replace({"mask": "false"})
+
+
+@pytest.mark.parametrize(
+    "mask", ["window(left, 0)", "kv_idx < left", "kv_idx < 1", "q_idx > 5", "window(0, 0)"]
+)
+def test_a_mask_that_may_show_something_is_not_warned_of(mask: str) -> None:
+    """By a scalar of the call, or at some lengths."""
+    scalars = "scalars: {left: i32}\n" if "left" in mask else ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attngen.load(f"{HEAD_DIM}{scalars}mask: {mask}\n")
+
+
+@pytest.mark.parametrize(
     ("text", "marked", "nearest"),
     [
         ("define: {half: q_pos // 2}", "q_pos // 2", 'define.half: "q_pos // 2"'),
