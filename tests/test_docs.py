@@ -29,7 +29,10 @@ def test_every_name_is_in_the_reference() -> None:
     for name in FUNCTIONS:
         assert re.search(rf"`{name}[(`]", PAGES["docs/language.md"]), name
     for each in prelude().values():
-        signature = f"{each.name}({', '.join(each.parameters)})" if each.parameters else each.name
+        defaults = [f" = {default}" for default in each.defaults]
+        defaults = [""] * (len(each.parameters) - len(defaults)) + defaults
+        parameters = [name + default for name, default in zip(each.parameters, defaults, strict=True)]
+        signature = f"{each.name}({', '.join(parameters)})" if parameters else each.name
         assert f"`{signature}`" in PAGES["docs/language.md"], signature
 
 

@@ -115,6 +115,7 @@ MASKS = (
     "kv_idx < lens[b]",
     "g[b, kv_idx] < 0.5 or causal",
     "kv_idx * 16 < rank[q_idx] or kv_idx == 20",
+    "(g[b, kv_idx] < 0.5) == (g[b, q_pos] < 0.5) and strict != (kv_idx == 1)",
     "kv_idx <= q_pos + reach and (strict or kv_idx != 1)",
     "false",
     "kv_idx < 0 or kv_idx * q_idx < 0 - 1",
