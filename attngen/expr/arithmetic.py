@@ -192,8 +192,7 @@ def where(condition: Expr, yes: Expr, no: Expr) -> Expr:
 def compare(sign: str, a: Expr, b: Expr) -> Expr:
     """The comparison `a sign b`, sign one of < <= > >= == != for two numbers, == or != for two conditions."""
     if a.type == b.type == "bool":
-        are_equal = where(a, b, negate(b))
-        return are_equal if sign == "==" else negate(are_equal)
+        return where(a, b, negate(b)) if sign == "==" else where(a, negate(b), b)
     a, b = promoted(a, b)
     if sign in (">", ">="):
         sign, a, b = sign.replace(">", "<"), b, a

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from attngen.errors import InternalError
 from attngen.expr.arithmetic import times
+from attngen.expr.logic import agreement, negate
 from attngen.expr.ranges import index_range
 from attngen.expr.text import write_comparison, written_terms
 from attngen.expr.tree import (
@@ -200,6 +201,10 @@ class _Writer:
     def _logic(self, expr: Expr) -> tuple[str, int]:
         """Operands with lookups are joined bit by bit: what they load is wanted anyway, and a branch each is not."""
         if tensor_names(expr):
+            for equality, condition in (("==", expr), ("!=", negate(expr))):
+                if sides := agreement(condition):
+                    a, b = (self.text(side, _SUM) for side in sides)
+                    return f"{a} {equality} {b}", _EQUALITY
             sign, own = (" & ", _BITS) if expr.op == "and" else (" | ", _BITS)
             return sign.join(self.text(arg, _UNARY) for arg in expr.args), own
         sign, own = (" && ", _AND) if expr.op == "and" else (" || ", _OR)

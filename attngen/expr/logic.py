@@ -113,6 +113,15 @@ def conjunction(conditions: Iterable[Expr]) -> Expr:
     return _sorted_node("and", parts)
 
 
+def agreement(condition: Expr) -> tuple[Expr, Expr] | None:
+    """The a and b of `a and b or not a and not b`, which is what `a == b` means; None of any other condition."""
+    if condition.op != "or" or any(arg.op != "and" or len(arg.args) != 2 for arg in condition.args):
+        return None
+    both, *others = condition.args
+    a, b = both.args
+    return (a, b) if len(others) == 1 and {negate(a), negate(b)} == set(others[0].args) else None
+
+
 def _is_ruled_out(condition: Expr, parts: set[Expr]) -> bool:
     """Whether conjuncts contradict one of them: they negate it, or every branch of it."""
     branches = condition.args if condition.op == "or" else (condition,)

@@ -60,7 +60,7 @@ def attribute(value: Traced, name: str) -> Any:
     if name == "where":  # whose method has the condition second
         return lambda condition, other: call("where", condition, value, other)
     if name.startswith("__") or (name not in _FUNCTIONS and name not in FUNCTIONS and not name.endswith("_")):
-        raise AttributeError(f"an expression has no attribute {name!r}", name=name, obj=value)
+        raise AttributeError(f"`{value.text}` has no {name!r}: it is one value", name=name, obj=value)
     return partial(apply, name, value)
 
 

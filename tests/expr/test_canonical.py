@@ -53,6 +53,13 @@ from tests.expr.strategies import MASKS
         ("(q_idx // 3) % 4 < q_idx // 3", "q_idx // 12 > 0"),
         ("q_idx % 3 - q_idx + 3 * (q_idx // 3 % 4) < 0", "q_idx // 12 > 0"),
         ("b < b % -4", "b % -4 > b"),
+        ("causal == full", "causal"),
+        ("causal != full", "kv_idx > q_pos"),
+        ("(b < 3) == (h < 4)", "(h < 4) == (b < 3)"),
+        ("(b < 3) == (h < 4)", "(b >= 3) == (h >= 4)"),
+        ("(b < 3) != (h < 4)", "(b < 3) == (h >= 4)"),
+        ("(b < 3) == (h < 4)", "h < 4 if b < 3 else h >= 4"),
+        ("(b < 3) == (h < 4) == (b < 3)", "(b < 3) == (h < 4)"),
     ],
 )
 def test_equal_meanings_are_one_node(text: str, same: str) -> None:
@@ -73,6 +80,8 @@ def test_equal_meanings_are_one_node(text: str, same: str) -> None:
         ("(b < 1 or h < 1) and not (b < 1 or h < 1)", FALSE),
         ("(b < 1 or h < 1) or not (b < 1 or h < 1)", TRUE),
         ("not true or false", FALSE),
+        ("causal == causal", TRUE),
+        ("causal != causal", FALSE),
         ("0 < 1 < 2", TRUE),
     ],
 )

@@ -233,7 +233,7 @@ def test_the_function_may_be_any_that_has_parameters() -> None:
         (lambda q_idx, kv_idx: q_idx << kv_idx, "traced-operators", "by a constant"),
         (lambda q_idx, kv_idx: (q_idx < 1) & kv_idx, "traced-operators", "`x != 0`"),
         (lambda q_idx, kv_idx: (q_idx < 1) - (kv_idx < 1), "traced-operators", "`a ^ b`"),
-        (lambda q_idx, kv_idx: q_idx.item() < 3, "traced-function", "no attribute 'item'"),
+        (lambda q_idx, kv_idx: q_idx.item() < 3, "traced-function", "`q_idx` has no 'item'"),
         (lambda q_idx, kv_idx: np.abs(q_idx - kv_idx) < 3, "traced-function", "torch's functions"),
         (lambda q_idx, kv_idx: np.where(q_idx < 3, q_idx, kv_idx) < 3, "traced-function", "torch's functions"),
         (lambda q_idx, kv_idx: np.arange(9)[q_idx] < 3, "traced-function", "cannot be read"),

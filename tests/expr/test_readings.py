@@ -13,8 +13,10 @@ from attngen.errors import InternalError
 from attngen.expr import (
     LARGEST_INDEX,
     LARGEST_LENGTH,
+    Declarations,
     KeyRange,
     Leaves,
+    TensorType,
     affine,
     const,
     evaluate,
@@ -108,6 +110,28 @@ def test_cuda_text_is_what_an_expert_would_write(text: str, cuda: str) -> None:
     """No bracket that C does not need, and 64 bits only where 32 may not do."""
     names = PLAIN | {"seqlen_q": "p.seqlen_q", "seqlen_k": "p.seqlen_k"}
     assert to_cuda(parse_mask(text), Leaves(names)) == cuda
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"),
+    [
+        ("im[q_idx] == im[kv_idx]", "{k} == {q}"),
+        ("im[q_idx] != im[kv_idx]", "{k} == !{q}"),
+        ("not im[q_idx] == im[kv_idx]", "{k} != {q}"),
+        ("im[q_idx] == (kv_idx > 2)", "(kv_idx >= 3) == {q}"),
+        ("(im[q_idx] != im[kv_idx]) and kv_idx < 2", "(kv_idx <= 1) & ({k} == !{q})"),
+        ("im[q_idx] and kv_idx < 2 or not im[q_idx]", "((kv_idx <= 1) & {q}) | !{q}"),
+    ],
+)  # fmt: skip
+def test_conditions_on_elements_are_compared_as_such(text: str, cuda: str) -> None:
+    """What says that both hold or neither is one comparison, since both elements are loaded anyway."""
+    declared = Declarations(tensors={"im": TensorType("im", "bool", ("seqlen_k",))})
+    leaves = Leaves(PLAIN, {"im": ("p.size",)})
+    read = {
+        side: f"read_im(params, clamp_index({name}, p.size))"
+        for side, name in (("q", "q_idx"), ("k", "kv_idx"))
+    }
+    assert to_cuda(parse_mask(text, declared), leaves) == cuda.format(**read)
 
 
 @pytest.mark.parametrize(

@@ -231,3 +231,20 @@ def test_v_may_be_wider_than_q(dims: tuple[int, int], mask: str) -> None:
     for plan in (kernel.plan, *kernel.plan.shorter):
         out, lse = simulate(plan, q, k, v, return_lse=True)
         assert compare(out, lse, q, k, v, plan.mask).ok
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("schedule", KINDS)
+def test_what_is_hidden_of_v_spreads_within_its_tile_and_column(schedule: str, value: float) -> None:
+    """A weight of 0 times NaN or infinity is NaN; what a skipped tile holds reaches nobody, and K none at all."""
+    plan = lowered(schedule, "causal", 1, inputs="f32")
+    shape = Shape(1, 1, 1, 4 * plan.block_m, 4 * plan.block_m)
+    q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, torch.float32, seed=0)
+    want = simulate(plan, q, k, v)
+    want = want[0] if isinstance(want, tuple) else want
+    v[0, shape.seqlen_k - 1, 0, 3] = value
+    found = simulate(plan, q, k, v)
+    found = found[0] if isinstance(found, tuple) else found
+    spoilt = found[0, :, 0].isnan() | found[0, :, 0].isinf()
+    assert spoilt[-1, 3] and spoilt[:, 3].sum() <= plan.block_m and not spoilt[: -plan.block_m].any()
+    assert torch.equal(found[~spoilt[None, :, None]], want[~spoilt[None, :, None]])
