@@ -93,7 +93,7 @@ def reals(depth: int) -> st.SearchStrategy[str]:
     )  # fmt: skip
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(conditions(3))
 def test_a_mask_means_what_torch_computes(body: str) -> None:
     """Random functions of FlexAttention, called on tensors and read as a text."""
@@ -101,7 +101,7 @@ def test_a_mask_means_what_torch_computes(body: str) -> None:
     assert torch.equal(meaning(attngen.expression(function)), function(B, H, Q, K))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(reals(3))
 def test_a_score_means_what_torch_computes(body: str) -> None:
     """Up to the rounding of a sum that torch makes in f64, as of a table in f64."""
