@@ -1,7 +1,6 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from attngen.quantization import Quantization
 from attngen.quantize import Operands
 from attngen.runtime import (
     CompiledKernel,
+    CompilerPool,
     DiskCache,
     KernelResources,
     Launcher,
@@ -117,8 +117,8 @@ class Kernel:
     def compile(self) -> None:
         """Build what has not been built, `shorter` too and at the same time."""
         parts = (self, *self.shorter, *((self.quantization,) if self.quantization else ()))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda part: part.compiled, parts))
+        with CompilerPool() as pool:
+            pool.each(lambda part: part.compiled, parts)
 
     @cached_property
     def _launcher(self) -> Launcher:

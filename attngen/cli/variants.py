@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, product
 from os import cpu_count
@@ -16,6 +15,7 @@ from attngen.arch import Arch
 from attngen.errors import SpecError, ToolchainError
 from attngen.lower import lower
 from attngen.resources import specs_dir
+from attngen.runtime import CompilerPool
 from attngen.spec import Spec, load
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -135,8 +135,8 @@ def compile_all(kernels: Iterable[Kernel]) -> dict[Kernel, ToolchainError | None
         return None
 
     wanted = [kernel for kernel in kernels if kernel.plan.arch.emits]
-    with ThreadPoolExecutor(max_workers=cpu_count() or 1) as pool:
-        return dict(zip(wanted, pool.map(attempt, wanted), strict=True))
+    with CompilerPool(max_workers=cpu_count() or 1) as pool:
+        return dict(zip(wanted, pool.each(attempt, wanted), strict=True))
 
 
 def _read_sweep(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> Sweep:

@@ -9,13 +9,16 @@ from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvr
 from attngen.runtime.prepared import LaunchReport, explain_launch
 from attngen.runtime.quantizer import QuantizeLauncher, check_sources, check_values
 from attngen.runtime.sass import disassemble
+from attngen.runtime.stopping import TIMEOUT_VARIABLE, CompilerPool
 from attngen.runtime.tables import TableSignature, TileTables
 from attngen.runtime.tensors import check_plain
 
 __all__ = [
+    "TIMEOUT_VARIABLE",
     "CacheWarning",
     "Compiled",
     "CompiledKernel",
+    "CompilerPool",
     "DeclaredValues",
     "DiskCache",
     "KernelResources",

@@ -1,16 +1,20 @@
 """CUDA C++ text -> cubin with NVRTC, and what ptxas says of it. Needs no GPU; caches nothing."""
 
+import ctypes
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from attngen.errors import CompileError, ToolchainError
+from attngen.runtime.stopping import run_stoppable
 
 FLAGS = ("--std=c++17", "-default-device", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
 """Flags of every compilation; ptxas options are given one by one, since NVRTC refuses a list."""
 
+_FLOW_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -91,13 +95,26 @@ def compile_source(source: str, arch: str, *, lineinfo: bool = False) -> Compile
         lineinfo: keep line numbers for profilers.
 
     Raises:
-        CompileError: NVRTC refused the text; its log is in the error.
+        CompileError: NVRTC refused the text, whose log is in the error, or was stopped, by Ctrl-C or since
+            it took longer than $ATTNGEN_COMPILE_TIMEOUT.
         ToolchainError: NVRTC is missing or broken.
+        ArgumentError: $ATTNGEN_COMPILE_TIMEOUT is no time.
     """
+    return run_stoppable(lambda is_stopped: _compile(source, arch, lineinfo, is_stopped))
+
+
+def _compile(source: str, arch: str, lineinfo: bool, is_stopped: Callable[[], bool]) -> Compiled:
+    """Compile in this thread; NVRTC gives up when it next asks whether it is stopped."""
     version = nvrtc_version()
     nvrtc = _nvrtc()
     program = _call(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    asks = _FLOW_CALLBACK(
+        lambda payload, reserved: int(is_stopped())
+    )  # some sixty times, seconds apart at worst
     try:
+        _call(
+            nvrtc, (*nvrtc.nvrtcSetFlowCallback(program, ctypes.cast(asks, ctypes.c_void_p).value, 0), None)
+        )
         options = [flag.encode() for flag in flags(arch, lineinfo)]
         start = time.perf_counter()
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
