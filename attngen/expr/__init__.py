@@ -53,11 +53,14 @@ from attngen.expr.tree import (
     tensor_names,
     with_nodes,
 )
+from attngen.expr.weights import LARGEST_INLINE, LARGEST_KERNEL, WEIGHT_OF_TABLE, weight
 
 __all__ = [
     "FALSE",
     "INDEX_NAMES",
     "LARGEST_INDEX",
+    "LARGEST_INLINE",
+    "LARGEST_KERNEL",
     "LARGEST_LENGTH",
     "LARGEST_TILE",
     "NO_DECLARATIONS",
@@ -65,6 +68,7 @@ __all__ = [
     "TILE_NAMES",
     "TRUE",
     "VALUE_TYPES",
+    "WEIGHT_OF_TABLE",
     "Body",
     "Declarations",
     "Definition",
@@ -118,5 +122,6 @@ __all__ = [
     "tile_classes",
     "to_cuda",
     "to_text",
+    "weight",
     "with_nodes",
 ]

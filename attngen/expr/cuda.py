@@ -8,7 +8,7 @@ may be contracted and approximated. Nodes that are used more than once become co
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from attngen.errors import InternalError
@@ -29,6 +29,7 @@ from attngen.expr.tree import (
     sub,
     tensor_names,
 )
+from attngen.expr.weights import LARGEST_INLINE, weight
 
 _PRIMARY = re.compile(r"\w+([.]\w+|->\w+|\[\w+\]|\([\w, ]*\))*")  # a C operand that binds before any operator
 _INT_MAX = 2**31 - 1
@@ -49,6 +50,8 @@ class Leaves:
             then done once a thread and not once a key. Empty: there is no such part.
         score_scale: what `names["score"]` is still to be multiplied by; a constant that a score is multiplied by joins
             it. Empty: the score is scaled.
+        branchless: conditions are joined bit by bit: hundreds of branches in a row take NVRTC time that grows by their
+            square.
     """
 
     names: Mapping[str, str]
@@ -58,13 +61,19 @@ class Leaves:
     exact: bool = True
     key_step: str = ""
     score_scale: str = ""
+    branchless: bool = False
 
 
 class Body(NamedTuple):
-    """Expressions as C++: definitions of constants, then an expression for each."""
+    """Expressions as C++: definitions of constants, then an expression for each.
+
+    Attributes:
+        is_outlined: whether they weigh too much to be written out at every call of their function.
+    """
 
     lines: tuple[str, ...]
     results: tuple[str, ...]
+    is_outlined: bool = False
 
 
 def to_cuda(expr: Expr, leaves: Leaves) -> str:
@@ -91,7 +100,8 @@ def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:
     Raises:
         InternalError: a name or a tensor has no text.
     """
-    writer = _Writer(leaves)
+    is_outlined = weight(*exprs) > LARGEST_INLINE
+    writer = _Writer(replace(leaves, branchless=is_outlined))
     uses = Counter(arg for each in nodes(*exprs) for arg in each.args) + Counter(exprs)
     lines: list[str] = []
     for each in nodes(*exprs):
@@ -100,7 +110,7 @@ def cuda_body(exprs: Sequence[Expr], leaves: Leaves) -> Body:
             if not _PRIMARY.fullmatch(text):
                 known = writer.define(each, f"t{len(lines)}")
                 lines.append(f"const {c_type(each)} {known} = {text};")
-    return Body(tuple(lines), tuple(map(writer.text, exprs)))
+    return Body(tuple(lines), tuple(map(writer.text, exprs)), is_outlined)
 
 
 def c_type(expr: Expr) -> str:
@@ -200,7 +210,7 @@ class _Writer:
 
     def _logic(self, expr: Expr) -> tuple[str, int]:
         """Operands with lookups are joined bit by bit: what they load is wanted anyway, and a branch each is not."""
-        if tensor_names(expr):
+        if self._leaves.branchless or tensor_names(expr):
             for equality, condition in (("==", expr), ("!=", negate(expr))):
                 if sides := agreement(condition):
                     a, b = (self.text(side, _SUM) for side in sides)

@@ -33,6 +33,10 @@ from attngen.expr.tree import (
     scale,
 )
 
+_MAX_READINGS = (
+    3_000  # of numbers, each for one part of the tile; a mask of a hundred branches takes some hundred
+)
+
 
 @dataclass(frozen=True)
 class TileClasses:
@@ -228,6 +232,9 @@ class _Reader:
         )
 
     def _where_it_holds(self, condition: Expr, tile: _Tile) -> _Tile:
+        """The tile narrowed by a condition; after many readings no more, since choices of choices double them."""
+        if len(self._bounds) > _MAX_READINGS:
+            return tile
         for part in condition.args if condition.op == "and" else (condition,):
             tile = self._narrowed(part, tile) or tile
         return tile

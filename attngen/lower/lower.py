@@ -18,7 +18,14 @@ from attngen.lower.pairs import (
     table_spaces,
 )
 from attngen.lower.places import key_blocks, params, places, workspaces
-from attngen.lower.refusal import diagnostics, wrong_dtypes, wrong_fields, wrong_inputs, wrong_target
+from attngen.lower.refusal import (
+    diagnostics,
+    wrong_dtypes,
+    wrong_fields,
+    wrong_inputs,
+    wrong_target,
+    wrong_weight,
+)
 from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, WarpgroupChoice
 from attngen.plan import KernelPlan, Launch, Plan, Quantizer, Role, Scheduler, ceil_div, product
@@ -46,6 +53,7 @@ def lower(spec: Spec, arch: Arch) -> Plan:
         *wrong_target(spec, arch, schedule),
         *wrong_inputs(spec, arch, schedule),
         *wrong_fields(spec, schedule),
+        *wrong_weight(spec, arch),
     ):
         raise PlanError(wrong)
     if plan := _from_table(spec, arch):

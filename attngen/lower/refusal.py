@@ -8,7 +8,15 @@ from collections.abc import Callable
 from attngen.arch import ARCHS, Arch
 from attngen.dtypes import dtype
 from attngen.errors import Diagnostic
-from attngen.expr import LARGEST_TILE
+from attngen.expr import (
+    LARGEST_INLINE,
+    LARGEST_KERNEL,
+    LARGEST_TILE,
+    WEIGHT_OF_TABLE,
+    key_range,
+    tile_classes,
+    weight,
+)
 from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
 from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Violation
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
@@ -125,6 +133,29 @@ def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
             nearest=("auto",),
         )
         for field, value in given(spec, *fields).items()
+    )
+
+
+def wrong_weight(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
+    """A mask and a score of more instructions than are compiled in the time that somebody waits."""
+    weights = {"mask": weight(spec.mask_expr), "score": weight(spec.score_expr)}
+    if arch.emits and weights["mask"] > LARGEST_INLINE and key_range(spec.mask_expr) is None:
+        classes = tile_classes(spec.mask_expr)
+        weights["mask"] += weight(classes.may) + weight(classes.must) + WEIGHT_OF_TABLE * len(classes.tables)
+    total = sum(weights.values())
+    if not arch.emits or total <= LARGEST_KERNEL:
+        return ()
+    path = max(weights, key=weights.__getitem__)
+    return (
+        Diagnostic(
+            message=f"{path} means {weights[path]:,} instructions, of the {total:,} of mask and score",
+            rule="expression-weight",
+            location=spec.locate(path),
+            path=path,
+            value=weights[path],
+            note=f"at most {LARGEST_KERNEL:,} are compiled; a tensor can hold what differs by constants",
+            nearest=(f"{LARGEST_KERNEL - total + weights[path]:,} instructions",),
+        ),
     )
 
 
