@@ -19,7 +19,20 @@ from attngen.expr.logic import (
     less_equal,
     negate,
 )
-from attngen.expr.tree import Expr, add, affine, affine_parts, const, node, real, scale, sort_key, sub
+from attngen.expr.tree import (
+    LARGEST_DIVISOR,
+    Expr,
+    add,
+    affine,
+    affine_parts,
+    const,
+    node,
+    real,
+    scale,
+    sort_key,
+    steps_of,
+    sub,
+)
 
 
 @dataclass(frozen=True)
@@ -129,9 +142,10 @@ def floor_divide(a: Expr, b: Expr) -> Expr:
         return add(whole, rest)
     if len(coefficients) == 1 and not constant:
         ((atom, factor),) = coefficients.items()
-        if factor == 1 and atom.op == "arith" and atom.name == "//" and atom.args[1].op == "const":
-            inner, steps = atom.args  # (x // s) // d is x // (s · d)
-            return add(whole, floor_divide(inner, const(int(steps.value) * divisor)))
+        if factor == 1 and (steps := steps_of(atom)) and steps * divisor < LARGEST_DIVISOR:
+            return add(
+                whole, floor_divide(atom.args[0], const(steps * divisor))
+            )  # (x // s) // d is x // (s · d)
     return add(whole, node("arith", (rest, const(divisor)), "//", 0, "i32"))
 
 

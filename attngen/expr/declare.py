@@ -68,6 +68,10 @@ _SCALAR = re.compile(r"\s*(\w+)\s*(?:=\s*(.*?))?\s*", re.DOTALL)
 _TENSOR = re.compile(r"\s*(\w+)\s*\[(.*)\]\s*", re.DOTALL)
 _HEAD = re.compile(r"\s*([^\s(]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _MAX_SHOWN = 40  # characters of a text that a message repeats
+_MAX_NAME = 100  # characters
+_MAX_DECLARATION = 1_000  # characters of the text of a scalar or a tensor
+_MAX_DIMENSIONS = 16
+_MAX_DEFINITIONS = 100_000  # characters of the texts of all definitions: ten of the longest that are read
 
 
 @dataclass
@@ -109,8 +113,9 @@ def read_declarations(
     owners = {entry.name: entry for entry in reversed(entries)}
     for entry in entries:
         entry.check_name(owners[entry.name])
-    read_scalars = [_read_scalar(entry) for entry in scalar_entries]
-    read_tensors = [_read_tensor(entry, owners) for entry in tensor_entries]
+    read_scalars = [_read_scalar(entry) for entry in scalar_entries if entry.check_length()]
+    read_tensors = [_read_tensor(entry, owners) for entry in tensor_entries if entry.check_length()]
+    _check_lengths(definition_entries)
     read_definitions = [_read_definition(entry) for entry in definition_entries]
     faulty = {entry.name for entry in entries if entry.faults}
     return Reading(
@@ -138,6 +143,10 @@ class _Entry:
         """Refuse what is no name, has a meaning already, or is declared elsewhere first."""
         if not _NAME.fullmatch(self.name):
             self.refuse_key("must be called by a name", "declared-names", nearest=_as_name(self.name))
+        elif len(self.name) > _MAX_NAME:
+            note = f"it has {len(self.name):,} characters"
+            must = f"must be called by a name of at most {_MAX_NAME} characters"
+            self.refuse_key(must, "declared-names", note, (self.name[:_MAX_NAME],))
         elif self.name in _RESERVED:
             note = f"`{self.name}` is {_RESERVED[self.name]}"
             self.refuse_key("must be called otherwise", "reserved-names", note, (f"{self.name}_",))
@@ -145,6 +154,14 @@ class _Entry:
             place = self._locate(first.path, None)
             note = f"first declared in line {place.line}" if place else ""
             self.refuse_key(f"declares `{self.name}`, which is {first.path}", "unique-names", note)
+
+    def check_length(self) -> bool:
+        """Whether the text is short enough to be the declaration of a scalar or a tensor, else refuse it."""
+        if len(self.text) <= _MAX_DECLARATION:
+            return True
+        note = f"it has {len(self.text):,} characters"
+        self.refuse(f"must have at most {_MAX_DECLARATION:,} characters", "declaration-length", note=note)
+        return False
 
     def refuse_key(self, must: str, rule: str, note: str = "", nearest: Iterable[str] = ()) -> None:
         """Record a fault of the key."""
@@ -159,12 +176,23 @@ class _Entry:
     ) -> None:
         """Record a fault of the text, or of a stretch of it."""
         start, end = span or _trimmed(self.text)
-        shown = " ".join(self.text.split())
+        shown = " ".join(self.text[:_MAX_DECLARATION].split())
         shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "…"
         given = f"{self.path} = {shown}" if shown else f"{self.path} is empty; it"
         place = self._locate(self.path, (start, end))
         value = self.text[start:end]
         self.faults.append(Diagnostic(f"{given} {must}", rule, place, self.path, value, note, tuple(nearest)))
+
+
+def _check_lengths(entries: Iterable[_Entry]) -> None:
+    """Refuse the definitions from the one on that makes all of them longer than what is read."""
+    total = 0
+    for entry in entries:
+        total += len(entry.text)
+        if total > _MAX_DEFINITIONS:
+            note = f"up to here definitions have {total:,} characters"
+            message = f"makes the definitions longer than {_MAX_DEFINITIONS:,} characters together"
+            entry.refuse_key(message, "expression-length", note)
 
 
 def _read_scalar(entry: _Entry) -> Scalar | None:
@@ -201,7 +229,11 @@ def _read_tensor(entry: _Entry, owners: Mapping[str, _Entry]) -> TensorType | No
         note = "one number for a whole call is a scalar"
         entry.refuse("must have dimensions", "tensor-dimensions", note=note, nearest=(f"{found[1]}[batch]",))
         return None
-    dims = [_read_dimension(entry, owners, span) for span in _parts(found[2], found.start(2))]
+    spans = _parts(found[2], found.start(2))
+    if len(spans) > _MAX_DIMENSIONS:
+        entry.refuse(f"must have at most {_MAX_DIMENSIONS} dimensions", "tensor-dimensions")
+        return None
+    dims = [_read_dimension(entry, owners, span) for span in spans]
     return TensorType(entry.name, found[1], tuple(dim for dim in dims if dim is not None))
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from lark import Token, Tree
@@ -12,7 +12,7 @@ from attngen.expr.arithmetic import compare, floor_divide, minus, modulo, negati
 from attngen.expr.logic import conjunction, disjunction, negate
 from attngen.expr.ranges import LARGEST_I32, index_range
 from attngen.expr.syntax import Syntax
-from attngen.expr.tree import FALSE, TRUE, Expr, affine_parts, const, real
+from attngen.expr.tree import FALSE, TRUE, Expr, affine_parts, const, real, total
 
 MAX_NODES = 10_000
 LARGEST_VALUE = 2**62  # of an i32 expression: one bit below i64, so that comparisons fit as well
@@ -33,6 +33,10 @@ class Formulas(ABC):
         self, rule: str, message: str, at: Meta | Token, note: str = "", nearest: tuple[str, ...] = ()
     ) -> None:
         """Record a fault."""
+
+    @abstractmethod
+    def _is_shallow(self, expr: Expr, at: Meta) -> bool:
+        """Whether a tree is not too deep to be gone through; a long chain is asked at each link."""
 
     def _read_true(self, tree: Syntax, depth: int) -> Expr:
         return TRUE
@@ -72,12 +76,16 @@ class Formulas(ABC):
         operands = self._operands(tree.children[::2], depth, "number", "`+` and `-`")
         if operands is None:
             return None
-        total, *others = operands
-        for sign, other in zip(tree.children[1::2], others, strict=True):
-            if total.type == "i32" and other.type == "f32" and not self._is_in_range(total, tree.meta):
+        signs = [1, *(-1 if sign == "-" else 1 for sign in tree.children[1::2])]
+        count = sum(1 for _ in takewhile(lambda operand: operand.type == "i32", operands))
+        result = total(zip(signs[:count], operands[:count], strict=True)) if count else operands[0]
+        if 0 < count < len(operands) and not self._is_in_range(result, tree.meta):
+            return None
+        for sign, operand in list(zip(signs, operands, strict=True))[max(count, 1) :]:
+            result = plus(result, operand) if sign > 0 else minus(result, operand)
+            if not self._is_shallow(result, tree.meta):
                 return None
-            total = plus(total, other) if sign == "+" else minus(total, other)
-        return total
+        return result
 
     def _read_product(self, tree: Syntax, depth: int) -> Expr | None:
         operands = self._operands(tree.children[::2], depth, "number", "`*`, `/`, `//` and `%`")
@@ -87,6 +95,8 @@ class Formulas(ABC):
             if operands is None or product is None:
                 return None
             product = self._scaled(str(places[at]), product, operands[at // 2 + 1], tree, child(tree, at + 2))
+            if product is not None and not self._is_shallow(product, tree.meta):
+                return None
         return product
 
     def _scaled(self, sign: str, a: Expr, b: Expr, tree: Syntax, divisor: Syntax) -> Expr | None:
@@ -183,9 +193,12 @@ class Formulas(ABC):
 
     def _operands(self, trees: Sequence[Any], depth: int, type: str, taker: str) -> list[Expr] | None:
         """All operands, read before any is missed, so that each tells its own faults."""
-        operands = [self._operand(tree, depth, type, taker) for tree in trees]
-        found = [operand for operand in operands if operand is not None]
-        return found if len(found) == len(operands) else None
+        found = []
+        for tree in trees:  # no comprehension, which is one more frame at each level of a deep text
+            operand = self._operand(tree, depth, type, taker)
+            if operand is not None:
+                found.append(operand)
+        return found if len(found) == len(trees) else None
 
     def _operand(self, tree: Syntax, depth: int, type: str, taker: str) -> Expr | None:
         operand = self.read(tree, depth)

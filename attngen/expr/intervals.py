@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 
 from attngen.errors import InternalError
+from attngen.expr import tree
 from attngen.expr.arithmetic import (
     call,
     floor_divide,
@@ -37,7 +38,7 @@ class Bounds:
 def total(terms: Iterable[Bounds]) -> Bounds:
     """The sum of i32."""
     found = list(terms)
-    return Bounds(reduce(add, (term.lo for term in found)), reduce(add, (term.hi for term in found)))
+    return Bounds(tree.total((1, term.lo) for term in found), tree.total((1, term.hi) for term in found))
 
 
 def multiple(factor: int, x: Bounds) -> Bounds:

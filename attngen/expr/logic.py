@@ -7,12 +7,25 @@ De Morgan's law, so that only conjunction has rules. Two texts that differ by mo
 two nodes; that costs nothing but a second compilation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import gcd
 from operator import eq, le, lt, ne
 
-from attngen.expr.tree import FALSE, TRUE, Expr, Op, affine, affine_parts, const, node, scale, sort_key, sub
+from attngen.expr.tree import (
+    FALSE,
+    TRUE,
+    Expr,
+    Op,
+    affine,
+    affine_parts,
+    const,
+    node,
+    nodes,
+    scale,
+    sort_key,
+    sub,
+)
 
 _NEGATED: dict[Op, Op] = {"eq": "ne", "ne": "eq", "and": "or", "or": "and"}
 _INDEX_COMPARISONS = ("le", "eq", "ne")
@@ -60,17 +73,14 @@ def compare_reals(sign: str, a: Expr, b: Expr) -> Expr:
 
 def negate(condition: Expr) -> Expr:
     """Whether the condition does not hold."""
-    return _negate(condition, {})
-
-
-def _negate(condition: Expr, known: dict[Expr, Expr]) -> Expr:
-    """The negation; `known` holds those of the parts, since a part may be shared exponentially often."""
-    if condition not in known:
-        known[condition] = _negated(condition, known)
+    known: dict[Expr, Expr] = {}
+    for each in nodes(condition, below=("and", "or")):
+        known[each] = _negated(each, known)
     return known[condition]
 
 
-def _negated(condition: Expr, known: dict[Expr, Expr]) -> Expr:
+def _negated(condition: Expr, known: Mapping[Expr, Expr]) -> Expr:
+    """The negation of a condition whose parts have theirs."""
     if condition.op == "const":
         return const(not condition.value)
     if condition.op == "le":
@@ -84,7 +94,7 @@ def _negated(condition: Expr, known: dict[Expr, Expr]) -> Expr:
     if condition.op not in ("and", "or"):
         return node("not", (condition,), "", 0, "bool")
     # What is canonical stays so under De Morgan's law; only the order of the arguments changes.
-    return _sorted_node(_NEGATED[condition.op], (_negate(arg, known) for arg in condition.args))
+    return _sorted_node(_NEGATED[condition.op], (known[arg] for arg in condition.args))
 
 
 def disjunction(conditions: Iterable[Expr]) -> Expr:
@@ -106,7 +116,8 @@ def conjunction(conditions: Iterable[Expr]) -> Expr:
             elif part is not TRUE:
                 others.add(part)
     parts = [part for direction, band in bands.items() for part in band.conditions(direction)] + list(others)
-    if FALSE in parts or any(_is_ruled_out(other, set(parts)) for other in others):
+    known = set(parts)
+    if FALSE in known or any(_is_ruled_out(other, known) for other in others):
         return FALSE
     if len(parts) <= 1:
         return parts[0] if parts else TRUE

@@ -1,12 +1,13 @@
 """Names for syntax errors, learnt from examples of mistakes.
 
-The parser stops in some state at some token; lark's `match_examples` finds the example that stops in the same
-state at the same token, or else at the same kind of token, and so the general mistakes stand first. What a
-mistake means is said here; where it is drawn is syntax.py's business.
+The parser stops in some state at some token; a mistake is named by the first example that stops in the same state at
+the same token, or else at the same kind of token, and so the general mistakes stand first. What a mistake means is
+said here; where it is drawn is syntax.py's business.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from lark import Token, Tree, UnexpectedToken
 
@@ -94,22 +95,26 @@ _MISTAKES = (
 
 
 def name_mistake(error: UnexpectedToken, parse: Callable[[str], Tree[Token]]) -> Mistake:
-    """The mistake whose example fails as `error` did."""
-
-    def parse_example(text: str) -> Tree[Token]:
-        try:
-            return parse(text)
-        except UnexpectedToken as mistake:
-            raise _at_position(mistake) from None
-
-    examples = {index: mistake.examples for index, mistake in enumerate(_MISTAKES)}
-    found = _at_position(error).match_examples(
-        parse_example, examples, token_type_match_fallback=True, use_accepts=False
-    )
-    return _MISTAKES[0 if found is None else found]
+    """The mistake whose example fails as `error` did: at the same token, else at one of its type, else at any."""
+    known = _failures(parse)
+    return next((known[key] for key in _keys(error) if key in known), _MISTAKES[0])
 
 
-def _at_position(error: UnexpectedToken) -> UnexpectedToken:
-    """The error with the parser's position as its state: lark would also compare how deep its stack is."""
-    error.state = error.state.position
-    return error
+@cache
+def _failures(parse: Callable[[str], Tree[Token]]) -> dict[tuple[object, ...], Mistake]:
+    """The first mistake to fail in each way; every example is parsed once."""
+    known: dict[tuple[object, ...], Mistake] = {}
+    for mistake in _MISTAKES:
+        for example in mistake.examples:
+            try:
+                parse(example)
+            except UnexpectedToken as error:
+                for key in _keys(error):
+                    known.setdefault(key, mistake)
+    return known
+
+
+def _keys(error: UnexpectedToken) -> tuple[tuple[object, ...], ...]:
+    """How the parser fails, most precise first: at its position (without lark's depth of the stack), at a token."""
+    position, token = error.state.position, error.token
+    return (position, token.type, str(token)), (position, token.type), (position,)

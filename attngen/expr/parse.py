@@ -7,7 +7,7 @@ from attngen.expr.arithmetic import to_f32
 from attngen.expr.declarations import NO_DECLARATIONS, Declarations
 from attngen.expr.formulas import MAX_NODES, WORDS
 from attngen.expr.read import Reader, Work
-from attngen.expr.scope import LocateOf, Value, global_scope, prelude
+from attngen.expr.scope import LocateOf, global_scope, prelude
 from attngen.expr.syntax import MAX_LENGTH, Fragment, Locate, Report, parse
 from attngen.expr.text import to_text
 from attngen.expr.tree import Expr, free_names, name, nodes
@@ -71,9 +71,9 @@ def _parse(
 ) -> Expr:
     report = Report()
     fragment = Fragment(title, text, locate, report)
-    scope: dict[str, Value] = dict(global_scope(declarations, report, locate_of))
+    scope = global_scope(declarations, report, locate_of)
     if title == "score":
-        scope["score"] = name("score")
+        scope = scope.binding({"score": name("score")})
     syntax = parse(fragment)
     expr = None if syntax is None else Reader(Work(), fragment, scope).read(syntax, 0)
     if expr is not None:

@@ -28,10 +28,9 @@ def index_range(expr: Expr) -> Range:
     """
     if expr.type != "i32":
         raise InternalError(f"{expr} is no i32")
-    if expr not in _ranges:
-        for each in nodes(expr):
-            if each.type == "i32" and each not in _ranges:
-                _ranges[each] = _range_of(each)
+    for each in nodes(expr, known=_ranges):
+        if each.type == "i32":
+            _ranges[each] = _range_of(each)
     return _ranges[expr]
 
 

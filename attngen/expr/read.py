@@ -15,7 +15,7 @@ from attngen.expr.declarations import TensorType
 from attngen.expr.formulas import MAX_NODES, Formulas, child
 from attngen.expr.scope import RESERVED, Closure, Scope, Value, describe, example, nearest_names
 from attngen.expr.syntax import Fragment, Syntax
-from attngen.expr.tree import Expr
+from attngen.expr.tree import Expr, nodes
 
 MAX_NESTING = 100
 _MAX_READINGS = 3 * MAX_NODES  # each makes a node or two, or none; a second's work
@@ -36,10 +36,9 @@ class Work:
 
     def height(self, expr: Expr) -> int:
         """How deep a tree is."""
-        found = self._heights.get(expr)
-        if found is None:
-            found = self._heights[expr] = 1 + max(map(self.height, expr.args), default=0)
-        return found
+        for each in nodes(expr, known=self._heights):
+            self._heights[each] = 1 + max((self._heights[arg] for arg in each.args), default=0)
+        return self._heights[expr]
 
 
 class Reader(Formulas):
@@ -74,11 +73,13 @@ class Reader(Formulas):
         expr: Expr | None = getattr(self, f"_read_{tree.data}")(tree, depth + 1)
         if expr is None or (expr.type == "i32" and not self._is_in_range(expr, tree.meta)):
             return None
-        if self._work.height(expr) > MAX_NESTING:
-            message = f"means a tree more than {MAX_NESTING} deep here"
-            self.fault("expression-nesting", message, tree.meta)
-            return None
-        return expr
+        return expr if self._is_shallow(expr, tree.meta) else None
+
+    def _is_shallow(self, expr: Expr, at: Meta) -> bool:
+        if self._work.height(expr) <= MAX_NESTING:
+            return True
+        self.fault("expression-nesting", f"means a tree more than {MAX_NESTING} deep here", at)
+        return False
 
     def _read_let_value(self, tree: Syntax, depth: int) -> Expr | None:
         return self._read_lets(tree, depth)
@@ -103,7 +104,7 @@ class Reader(Formulas):
                 reader.fault(
                     "definition-heads", f"has two parameters of one name in `{word}`", child(tree, 1).meta
                 )
-            scope = {**reader._scope, str(word): meaning}
+            scope = reader._scope.binding({str(word): meaning})
             reader = Reader(self._work, self._fragment, scope, self._caller)
             tree = body
         expr = reader.read(tree, depth)
@@ -116,7 +117,7 @@ class Reader(Formulas):
         return word not in RESERVED
 
     def _closure(self, names: Sequence[Token], body: Syntax) -> Closure:
-        scope = {key: value for key, value in self._scope.items() if key != "score"}
+        scope = self._scope.without("score")
         return Closure(str(names[0]), tuple(map(str, names[1:])), self._fragment, scope, lambda: body)
 
     def _read_reference(self, tree: Syntax, depth: int) -> Expr | None:
@@ -221,7 +222,7 @@ class Reader(Formulas):
         if values not in closure.readings:
             if closure.body is None:
                 return None
-            scope = {**closure.scope, **dict(zip(closure.parameters, values, strict=True))}
+            scope = closure.scope.binding(dict(zip(closure.parameters, values, strict=True)))
             caller = f"called as {self._fragment.quote(tree.meta)}"
             self._work.open.append(closure)
             reader = Reader(self._work, closure.fragment, scope, caller)
@@ -238,7 +239,7 @@ class Reader(Formulas):
                 "known-names", "reads `score`", at, note or "a mask is decided before there is a score"
             )
             return
-        nearest = nearest_names(word, self._scope, kind)
+        nearest = () if self._fragment.report.is_full else nearest_names(word, self._scope, kind)
         verb = "calls" if kind is Closure else "indexes" if kind else "reads"
         self.fault("known-names", f"{verb} `{word}`", at, "nothing has this name", nearest)
 

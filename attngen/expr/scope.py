@@ -6,10 +6,11 @@ reserved.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache, cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Union
 
@@ -32,7 +33,43 @@ LocateOf = Callable[[str], Locate | None]
 Value = Union[Expr, TensorType, "Closure", None]
 """What a name stands for; None where that has a fault, which has been told."""
 
-Scope = Mapping[str, Value]
+
+@dataclass(frozen=True)
+class Scope:
+    """What names stand for; what many texts share is not copied for each `let` and call.
+
+    Attributes:
+        shared: of the prelude and the spec.
+        bound: by `let`, as parameters, and `score`: they hide what is shared.
+    """
+
+    shared: Mapping[str, Value]
+    bound: Mapping[str, Value] = field(default_factory=dict)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self.bound or word in self.shared
+
+    def __getitem__(self, word: str) -> Value:
+        return self.bound[word] if word in self.bound else self.shared[word]
+
+    def get(self, word: str) -> Value:
+        """What a name stands for; None where it is unknown too."""
+        return self.bound[word] if word in self.bound else self.shared.get(word)
+
+    def items(self) -> Iterator[tuple[str, Value]]:
+        """All names and what they stand for, what hides others first."""
+        return chain(self.bound.items(), self.shared.items())
+
+    def binding(self, values: Mapping[str, Value]) -> "Scope":
+        """This scope with more names, which hide others."""
+        return Scope(self.shared, {**self.bound, **values})
+
+    def without(self, word: str) -> "Scope":
+        """This scope without a name that is bound."""
+        return Scope(self.shared, {key: value for key, value in self.bound.items() if key != word})
+
+
+_MAX_COMPARED = 500  # names that an unknown one is compared with, each some ten microseconds
 
 _PRELUDE = Path(__file__).with_name("prelude.attn")
 _SIGNATURE = re.compile(r"(?P<name>\w+)(?:\((?P<parameters>[^)]*)\))? = (?P<text>.*)")
@@ -84,18 +121,20 @@ def global_scope(declarations: Declarations, report: Report, locate_of: LocateOf
         fragment = _fragment(each, report, None)
         parse_body = partial(_prelude_syntax, each.name)
         prelude_scope[each.name] = Closure(
-            each.name, each.parameters, fragment, prelude_scope, parse_body, each.defaults
+            each.name, each.parameters, fragment, Scope(prelude_scope), parse_body, each.defaults
         )
     prelude_scope |= indices
     scope = prelude_scope.copy()
     for each in declarations.definitions.values():
         fragment = _fragment(each, report, locate_of)
         parse_body = partial(parse, fragment)
-        scope[each.name] = Closure(each.name, each.parameters, fragment, scope, parse_body, each.defaults)
+        scope[each.name] = Closure(
+            each.name, each.parameters, fragment, Scope(scope), parse_body, each.defaults
+        )
     scope.update(declarations.tensors)
     scope.update({key: each.expr for key, each in declarations.scalars.items()})
     scope.update(indices)
-    return scope
+    return Scope(scope)
 
 
 @cache
@@ -133,8 +172,9 @@ def check_definitions(
 
 
 def nearest_names(word: str, scope: Scope, kind: type[Closure | TensorType] | None = None) -> tuple[str, ...]:
-    """The known names that are spelt most like a word: of tensors, of what is called, or of all."""
-    known = {key.lower(): key for key, value in scope.items() if kind is None or isinstance(value, kind)}
+    """The names that are spelt most like a word: of tensors, of what is called, or of all; of many the first."""
+    names = (key for key, value in scope.items() if kind is None or isinstance(value, kind))
+    known = {key.lower(): key for key in islice(names, _MAX_COMPARED)}
     known |= {key: key for key in (() if kind is TensorType else FUNCTIONS)}
     known |= {key: key for key in (() if kind else ("true", "false", "inf"))}
     close = get_close_matches(word.lower(), known, n=3)

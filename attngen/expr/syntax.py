@@ -12,7 +12,7 @@ from pathlib import Path
 from lark import Lark, Token, Tree, UnexpectedToken
 from lark.tree import Meta
 
-from attngen.errors import Diagnostic, ExpressionError, Location
+from attngen.errors import MAX_TOLD, Diagnostic, ExpressionError, Location
 from attngen.expr.mistakes import name_mistake
 
 Locate = Callable[[int], Location]
@@ -44,6 +44,11 @@ class Report:
         self._places.add(place)
 
     @property
+    def is_full(self) -> bool:
+        """Whether there are as many faults as are told: what makes one more helpful is not worth its time."""
+        return len(self._faults) >= MAX_TOLD
+
+    @property
     def faults(self) -> tuple[Diagnostic, ...]:
         """All that has been recorded, in the order of the text."""
         return tuple(sorted(self._faults, key=_place))
@@ -64,13 +69,14 @@ class Fragment:
 
     Attributes:
         title: what the text is: `mask`, `definition window`.
+        report: where they go.
     """
 
     def __init__(self, title: str, text: str, locate: Locate | None, report: Report) -> None:
         self.title = title
         self.text = text
+        self.report = report
         self._locate = locate or self._locate_in_text
-        self._report = report
 
     def fault(
         self,
@@ -93,7 +99,7 @@ class Fragment:
             note="; ".join(part for part in (note, call) if part),
             nearest=nearest,
         )
-        self._report.add(fault, once=bool(call))
+        self.report.add(fault, once=bool(call))
 
     def quote(self, at: Meta) -> str:
         """A stretch of the text, as a message repeats it, with its place."""

@@ -13,7 +13,7 @@ Trees are made by this module, arithmetic.py and logic.py. Text is made in text.
 
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,6 +49,9 @@ rows and of keys. Like every name that is made up here, each holds a character t
 
 LARGEST_INDEX = 2**30 - 1
 """No index exceeds this, and none is negative."""
+
+LARGEST_DIVISOR = 2**31
+"""Divisors are not multiplied to this or more: no literal could write them."""
 
 LARGEST_TILE = 512
 """Most rows or keys of a tile on a GPU (a rule of the plan)."""
@@ -187,36 +190,59 @@ def affine_parts(expr: Expr) -> tuple[dict[Expr, int], int]:
 
 def add(a: Expr, b: Expr) -> Expr:
     """The sum a + b of two i32."""
-    coefficients, constant = affine_parts(a)
-    more, more_constant = affine_parts(b)
-    for atom, coefficient in more.items():
-        coefficients[atom] = coefficients.get(atom, 0) + coefficient
-    return affine(*_without_remainders(coefficients, constant + more_constant))
+    return total(((1, a), (1, b)))
+
+
+def total(terms: Iterable[tuple[int, Expr]]) -> Expr:
+    """The sum of factor times i32, at once: one by one, each sum would be sorted anew."""
+    coefficients: dict[Expr, int] = {}
+    constant = 0
+    for factor, form in terms:
+        more, more_constant = affine_parts(form)
+        for atom, coefficient in more.items():
+            coefficients[atom] = coefficients.get(atom, 0) + factor * coefficient
+        constant += factor * more_constant
+    return affine(*_without_remainders(coefficients, constant))
 
 
 def _without_remainders(coefficients: dict[Expr, int], constant: int) -> tuple[dict[Expr, int], int]:
     """k · (x % c) - k · x is -k · c · (x // c), wherever the sum has both and c is positive."""
-    for atom, factor in coefficients.items():
-        if atom.op != "arith" or atom.name != "%" or atom.args[1].op != "const" or not factor:
-            continue
-        dividend, divisor = atom.args[0], int(atom.args[1].value)
+    while (
+        atom := next((each for each in coefficients if _is_taken_back(each, coefficients)), None)
+    ) is not None:
+        factor, dividend, divisor = coefficients[atom], atom.args[0], int(atom.args[1].value)
         parts, rest = affine_parts(dividend)
-        if divisor > 0 and all(coefficients.get(part, 0) == -factor * count for part, count in parts.items()):
-            others = {
-                each: count for each, count in coefficients.items() if each is not atom and each not in parts
-            }
-            quotient = _quotient(dividend, divisor)
-            others[quotient] = others.get(quotient, 0) - factor * divisor
-            return _without_remainders(others, constant + factor * rest)
+        coefficients = {
+            each: count for each, count in coefficients.items() if each is not atom and each not in parts
+        }
+        quotient = _quotient(dividend, divisor)
+        coefficients[quotient] = coefficients.get(quotient, 0) - factor * divisor
+        constant += factor * rest
     return coefficients, constant
+
+
+def _is_taken_back(atom: Expr, coefficients: Mapping[Expr, int]) -> bool:
+    """Whether an atom of a sum is some x % c, and the sum takes x away as often as it adds that."""
+    factor = coefficients[atom]
+    if atom.op != "arith" or atom.name != "%" or atom.args[1].op != "const" or not factor:
+        return False
+    parts, _ = affine_parts(atom.args[0])
+    return int(atom.args[1].value) > 0 and all(
+        coefficients.get(part, 0) == -factor * count for part, count in parts.items()
+    )
 
 
 def _quotient(dividend: Expr, divisor: int) -> Expr:
     """The canonical x // c of the x of a canonical x % c: (x // s) // c is x // (s · c)."""
-    if dividend.op == "arith" and dividend.name == "//" and dividend.args[1].op == "const":
-        dividend, steps = dividend.args
-        divisor *= int(steps.value)
+    if (steps := steps_of(dividend)) and steps * divisor < LARGEST_DIVISOR:
+        dividend, divisor = dividend.args[0], steps * divisor
     return node("arith", (dividend, const(divisor)), "//", 0, "i32")
+
+
+def steps_of(number: Expr) -> int:
+    """The c of an i32 that is some x // c, else 0."""
+    is_quotient = number.op == "arith" and number.name == "//" and number.args[1].op == "const"
+    return int(number.args[1].value) if is_quotient else 0
 
 
 def scale(factor: int, a: Expr) -> Expr:
@@ -239,19 +265,26 @@ def substitute(form: Expr, index: Expr, by: Expr) -> Expr:
     return add(affine(coefficients, constant), scale(factor, by))
 
 
-def nodes(*exprs: Expr) -> tuple[Expr, ...]:
-    """Every node of the trees once, arguments before what they are arguments of."""
+def nodes(*exprs: Expr, known: Container[Expr] = (), below: Container[Op] | None = None) -> tuple[Expr, ...]:
+    """Every node of the trees once, arguments before what they are arguments of.
+
+    Args:
+        exprs: the trees.
+        known: what is left out, with all that only it holds.
+        below: the ops whose arguments are followed; by default all.
+    """
     found: dict[Expr, None] = {}
     pending = [(expr, False) for expr in reversed(exprs)]
     while pending:
         expr, is_open = pending.pop()
-        if expr in found:
+        if expr in found or expr in known:
             continue
         if is_open:
             found[expr] = None
         else:
             pending.append((expr, True))
-            pending.extend((arg, False) for arg in reversed(expr.args))
+            if below is None or expr.op in below:
+                pending.extend((arg, False) for arg in reversed(expr.args))
     return tuple(found)
 
 
@@ -280,10 +313,10 @@ def tensor_names(expr: Expr) -> frozenset[str]:
 
 def sort_key(expr: Expr) -> tuple[Any, ...]:
     """A total order on nodes that depends on their content only, so that it is the same in every process."""
-    key = _sort_keys.get(expr)
-    if key is None:
-        key = _sort_keys[expr] = (expr.op, expr.name, expr.value, expr.type, tuple(map(sort_key, expr.args)))
-    return key
+    for each in nodes(expr, known=_sort_keys):
+        args = tuple(_sort_keys[arg] for arg in each.args)
+        _sort_keys[each] = (each.op, each.name, each.value, each.type, args)
+    return _sort_keys[expr]
 
 
 _sort_keys: WeakKeyDictionary[Expr, tuple[Any, ...]] = WeakKeyDictionary()
