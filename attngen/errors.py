@@ -10,8 +10,14 @@ import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
+MAX_TOLD = 20
+"""Violations that one report tells; of the others it tells the number."""
+
 _REPORT_WIDTH = 92  # the rule's name ends in this column, as in the documented form
 _SOURCE_WIDTH = 100  # longer source lines are cut around the carets
+_SENTENCE_WIDTH = (
+    500  # longer messages, notes and nearest values are cut: a hostile file may put anything in them
+)
 _REPLACEMENT = "\ufffd"  # stands for a control character, so that a hostile file cannot drive the terminal
 
 
@@ -61,15 +67,20 @@ class Diagnostic:
 
     def draw(self) -> str:
         """The violation as the user sees it: two to four lines without a final line break."""
-        lines = [_printable(f"{self.location}: {self.message}" if self.location else self.message)]
+        message = _shortened(self.message)
+        lines = [_printable(f"{self.location}: {message}" if self.location else message)]
         if self.location:
-            lines += _draw_source(self.location, self.note)
+            lines += _draw_source(self.location, _shortened(self.note))
         elif self.note:
-            lines.append(f"  {_printable(self.note)}")
+            lines.append(f"  {_printable(_shortened(self.note))}")
         rule = f"[rule {self.rule}]"
-        nearest = f"  nearest valid: {_printable(_either(self.nearest))}" if self.nearest else ""
+        nearest = f"  nearest valid: {_printable(_shortened(_either(self.nearest)))}" if self.nearest else ""
         lines.append(f"{nearest}{rule:>{max(_REPORT_WIDTH - len(nearest), len(rule) + 2)}}")
         return "\n".join(lines)
+
+
+def _shortened(sentence: str) -> str:
+    return sentence if len(sentence) <= _SENTENCE_WIDTH else f"{sentence[:_SENTENCE_WIDTH]}…"
 
 
 def _either(choices: tuple[str, ...]) -> str:
@@ -118,18 +129,21 @@ class AttngenError(Exception):
 
 
 class SpecError(AttngenError):
-    """A spec that breaks rules; its text is the report of all violations.
+    """A spec that breaks rules; its text is the report of the first violations, and the number of the others.
 
     Attributes:
-        diagnostics: the violations, in the order of the source.
+        diagnostics: the first `MAX_TOLD` violations, in the order of the source.
+        untold: how many more there are.
     """
 
-    def __init__(self, diagnostics: tuple[Diagnostic, ...]) -> None:
-        super().__init__(diagnostics)
-        self.diagnostics = diagnostics
+    def __init__(self, diagnostics: tuple[Diagnostic, ...], untold: int = 0) -> None:
+        self.diagnostics = diagnostics[:MAX_TOLD]
+        self.untold = untold + len(diagnostics) - len(self.diagnostics)
+        super().__init__(self.diagnostics, self.untold)
 
     def __str__(self) -> str:
-        return "\n\n".join(diagnostic.draw() for diagnostic in self.diagnostics)
+        told = [diagnostic.draw() for diagnostic in self.diagnostics]
+        return "\n\n".join([*told, f"and {self.untold:,} more"] if self.untold else told)
 
 
 class ExpressionError(SpecError):

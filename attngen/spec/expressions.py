@@ -27,6 +27,7 @@ class Expressions:
     Attributes:
         declaration_faults: of the blocks that declare.
         text_faults: inside the texts of expressions.
+        untold: how many more of those there are.
         doubts: what is legal and rarely meant.
     """
 
@@ -41,6 +42,7 @@ class Expressions:
         reading = read_declarations(**blocks, locate=document.locate)
         self.declaration_faults = reading.faults
         self.text_faults: list[Diagnostic] = []
+        self.untold = 0
         self.doubts: list[Diagnostic] = []
         self._unjudged = reading.faulty
         self._declarations = self._judged(reading.declarations)
@@ -57,11 +59,16 @@ class Expressions:
 
     def _judged(self, declarations: Declarations) -> Declarations:
         """Without the definitions that read what cannot be judged, and without those that read these in turn."""
-        judged = dict(declarations.definitions)
-        while unjudged := [name for name, each in judged.items() if self._is_unjudged(each.text)]:
-            self._unjudged.update(unjudged)
-            for name in unjudged:
-                del judged[name]
+        readers: dict[str, list[str]] = {}
+        for name, each in declarations.definitions.items():
+            for word in set(_WORD.findall(each.text)):
+                readers.setdefault(word, []).append(name)
+        pending = list(self._unjudged)
+        while pending:
+            unjudged = set(readers.get(pending.pop(), ())) - self._unjudged
+            self._unjudged |= unjudged
+            pending += unjudged
+        judged = {name: each for name, each in declarations.definitions.items() if name not in self._unjudged}
         return replace(declarations, definitions=judged)
 
     def _is_unjudged(self, text: str) -> bool:
@@ -76,6 +83,7 @@ class Expressions:
             return parse(text, self._declarations, self._locate(path), locate_of=self._locate_of)
         except ExpressionError as error:
             self._tell(error.diagnostics)
+            self.untold += error.untold
             return None
 
     def _tell(self, faults: Iterable[Diagnostic]) -> None:

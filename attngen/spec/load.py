@@ -4,19 +4,22 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import yaml
 
-from attngen.errors import ArgumentError, Diagnostic, Location, SpecError
+from attngen.errors import ArgumentError, Location, SpecError
 from attngen.expr.python import Expression, check_text, joined
 from attngen.resources import shipped_names, spec_path
-from attngen.spec.document import MAX_NESTING, Document, dump_text, read_document
+from attngen.spec.document import Document, dump_text
+from attngen.spec.plain import PlainData
+from attngen.spec.read import read_document
+from attngen.spec.refusal import MAX_BYTES, refuse_size, refuse_source
 from attngen.spec.source import Mark, Source
 from attngen.spec.spec import Spec
 from attngen.spec.validate import validate
 
-_MAX_BYTES = 1 << 20  # no spec comes near; a larger file was named by mistake
+_MAX_DRAWN = 1 << 17  # characters of data that came from no text and is written as one, to point into
 _MAX_NAME = 200
 _SUFFIXES = (".yaml", ".yml")
 _OF_EXPRESSIONS = ("scalars", "tensors", "define", "mask", "score")
@@ -52,52 +55,44 @@ def replace(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     Raises:
         SpecError: the result is no legal spec; a new value stands in a file called `<replace>`.
     """
+    plain = PlainData("<replace>")
+    written = {path: plain.read(value, path) for path, value in changes.items()}
     data, marks = spec.to_dict(), dict(spec.marks)
-    for path, value in changes.items():
-        _set(data, path, _with_text_keys(value))
+    for path, value in written.items():
+        _set(data, path, value)
         marks = {key: mark for key, mark in marks.items() if not f"{key}.".startswith(f"{path}.")}
-    warns = any(
-        path.partition(".")[0] in _OF_EXPRESSIONS for path in changes
-    )  # the others have been warned of
-    return _validate_data("<replace>", data, marks, changes, warns)
+    # the other expressions have been warned of
+    warns = any(path.partition(".")[0] in _OF_EXPRESSIONS for path in changes)
+    return _validate_data(plain, data, marks, written, warns)
 
 
 def _load_dict(source: Mapping[Any, Any]) -> Spec:
-    data = _with_text_keys(source)
     texts = {key: source[key] for key in ("mask", "score") if key in source}
     for key, text in texts.items():
-        if text is None or not isinstance(
-            text, bool | int | float | list | tuple | Mapping
-        ):  # as of a text of YAML
+        # what YAML may have in a text's place is the schema's to refuse
+        if text is None or not isinstance(text, bool | int | float | list | tuple | Mapping):
             check_text(key, text)
-    for key in ("scalars", "tensors"):
-        if any(isinstance(text, Expression) for text in texts.values()) and isinstance(
-            data.get(key, {}), dict
-        ):
-            data |= {key: joined(key, data.get(key), *texts.values())}
-    return _validate_data("<dict>", data, {}, data, warns=True)
-
-
-def _with_text_keys(value: Any, depth: int = 0) -> Any:
-    """Plain data as YAML would give it, where every key is a text. Data that holds itself is not followed."""
-    if isinstance(value, Mapping) and depth < MAX_NESTING:
-        return {str(key): _with_text_keys(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, str):
-        return str(value)  # an attngen.Expression is a text and more
-    is_list = isinstance(value, list | tuple) and depth < MAX_NESTING
-    return [_with_text_keys(inner, depth + 1) for inner in value] if is_list else value
+    plain = PlainData("<dict>")
+    data = plain.read(source)
+    if any(isinstance(text, Expression) for text in texts.values()):
+        for key in ("scalars", "tensors"):
+            if isinstance(data.get(key, {}), dict):
+                data |= {key: joined(key, data.get(key), *texts.values())}
+    return _validate_data(plain, data, {}, data, warns=True)
 
 
 def _validate_data(
-    file: str, data: dict[str, Any], marks: Mapping[str, Mark], written: Mapping[str, Any], warns: bool
+    plain: PlainData, data: dict[str, Any], marks: Mapping[str, Mark], written: Mapping[str, Any], warns: bool
 ) -> Spec:
     """A Spec of data that came from no text; if it is faulty, what was written becomes a text to point into."""
     try:
-        return validate(Document(Source(file, ""), data, dict(marks)), warns=warns)
+        return validate(Document(Source(plain.file, ""), data, dict(marks)), warns=warns)
     except SpecError as fault:
+        if plain.characters > _MAX_DRAWN:
+            raise
         try:
-            source = Source(file, dump_text(written))
-        except (yaml.YAMLError, RecursionError):
+            source = Source(plain.file, dump_text(written))
+        except yaml.YAMLError:
             raise fault from None  # something in it has no text to point into
     return validate(Document(source, data, {**marks, **read_document(source).marks}), warns=False)
 
@@ -115,6 +110,8 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
 
 def _find_text(source: str) -> Source:
     """The text that a string is, or that the file or the shipped spec it names holds."""
+    if len(source) > MAX_BYTES:
+        refuse_size("<text>")
     text = Source("<text>", source.removeprefix("\ufeff"))
     if "\n" in source or not source.strip():
         return text
@@ -127,7 +124,7 @@ def _find_text(source: str) -> Source:
     if shipped is not None:
         return _read_file(shipped)
     known = shipped_names()
-    _refuse(
+    refuse_source(
         f"{source[:_MAX_NAME]!r} is neither a file nor a shipped spec",
         source,
         nearest=tuple(get_close_matches(source, known, n=2)) or tuple(known),
@@ -148,15 +145,13 @@ def _is_file(path: Path) -> bool:
 def _read_file(path: Path) -> Source:
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         near = [sibling for sibling in _siblings(path) if get_close_matches(path.name, [sibling.name])]
-        _refuse(f"{path} cannot be read: {reason}", str(path), nearest=tuple(map(str, near[:2])))
-    if len(data) > _MAX_BYTES:
-        _refuse(
-            f"{path} is larger than {_MAX_BYTES >> 20} MiB", str(path), note="a spec is a text of a few lines"
-        )
+        refuse_source(f"{path} cannot be read: {reason}", str(path), nearest=tuple(map(str, near[:2])))
+    if len(data) > MAX_BYTES:
+        refuse_size(str(path))
     try:
         return Source(str(path), data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -165,7 +160,7 @@ def _read_file(path: Path) -> Source:
         text = data.split(b"\n")[len(lines) - 1].decode("utf-8", errors="replace").rstrip("\r")
         column = len(lines[-1].decode("utf-8", errors="replace")) + 1
         location = Location(str(path), len(lines), column, text)
-        _refuse(f"{path} is not a text", str(path), location, note=byte)
+        refuse_source(f"{path} is not a text", str(path), location, note=byte)
 
 
 def _siblings(path: Path) -> list[Path]:
@@ -173,13 +168,3 @@ def _siblings(path: Path) -> list[Path]:
         return sorted(sibling for sibling in path.parent.iterdir() if sibling.suffix in _SUFFIXES)
     except (OSError, ValueError):
         return []
-
-
-def _refuse(
-    message: str,
-    value: str,
-    location: Location | None = None,
-    note: str = "",
-    nearest: tuple[str, ...] = (),
-) -> Never:
-    raise SpecError((Diagnostic(message, "spec-file", location, value=value, note=note, nearest=nearest),))

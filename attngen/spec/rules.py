@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
+from attngen.expr import LARGEST_LENGTH
 from attngen.quantize import HADAMARD_DIMS
 from attngen.spec.schema import Precision
 
@@ -46,13 +47,28 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     """Every rule that the data of a spec breaks."""
     problem, precision = data.get("problem"), data.get("precision")
     head_dim = problem.get("head_dim") if isinstance(problem, dict) else None
-    said = _PRECISION | (precision if isinstance(precision, dict) else {})
-    yield from _head_dims(head_dim, legal_head_dims(data.get("target", "auto"), said["inputs"]))
+    said = _said(precision)
+    yield from _head_dims(head_dim, _legal_of(data))
     yield from _fields_of_e4m3(said, head_dim)
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
         if isinstance(shape, dict):
             yield from _grouped_heads(f"check[{index}]", shape)
+
+
+def nearest_head_dims(data: dict[str, Any], dim: int) -> tuple[str, ...]:
+    """The head dims nearest to a number, of those that the target and the format in the data take."""
+    legal = _legal_of(data)
+    return (str(dim),) if dim in legal else tuple(map(str, _neighbours(dim, legal)))
+
+
+def _legal_of(data: dict[str, Any]) -> range:
+    return legal_head_dims(data.get("target", "auto"), _said(data.get("precision"))["inputs"])
+
+
+def _said(precision: object) -> dict[str, Any]:
+    """The fields of `precision`, with defaults."""
+    return _PRECISION | (precision if isinstance(precision, dict) else {})
 
 
 def legal_head_dims(target: object, inputs: object) -> range:
@@ -140,7 +156,7 @@ def _neighbours(dim: int, legal: range) -> list[int]:
 
 def _grouped_heads(path: str, shape: dict[str, Any]) -> Iterator[Broken]:
     heads, heads_kv = shape.get("heads", 1), shape.get("heads_kv")
-    if _is_positive(heads) and _is_positive(heads_kv) and heads % heads_kv:
+    if _is_positive(heads) and _is_positive(heads_kv) and heads <= LARGEST_LENGTH and heads % heads_kv:
         divisors = [divisor for divisor in range(1, min(heads, 4096) + 1) if heads % divisor == 0]
         below = [divisor for divisor in divisors if divisor < heads_kv][-1:]
         above = [divisor for divisor in divisors if divisor > heads_kv][:1]

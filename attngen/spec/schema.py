@@ -45,11 +45,11 @@ def _nearest_integer(
     lowest: int, highest: int | None = None, other: Nearest = ()
 ) -> Callable[[Any], Nearest]:
     def nearest(value: Any) -> Nearest:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return other
         try:
             number = value if isinstance(value, int) else round(float(value))
-        except (TypeError, ValueError, OverflowError):
-            return other
-        if isinstance(value, bool):
+        except (ValueError, OverflowError):
             return other
         return (str(max(lowest, number if highest is None else min(number, highest))),)
 

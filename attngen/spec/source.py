@@ -32,12 +32,15 @@ class Source:
     def _line_starts(self) -> tuple[int, ...]:
         return (0, *(found.end() for found in _LINE_BREAK.finditer(self.text)))
 
+    @cached_property
+    def _lines(self) -> list[str]:
+        """The lines without their breaks: all places in one line share its text, however long it is."""
+        return _LINE_BREAK.split(self.text)
+
     def location(self, start: int, end: int) -> Location:
         """The stretch from offset `start` to before `end`, cut at the end of its first line."""
         line = bisect_right(self._line_starts, start) - 1
-        first = self._line_starts[line]
-        line_break = _LINE_BREAK.search(self.text, first)
-        text = self.text[first : line_break.start() if line_break else None]
+        first, text = self._line_starts[line], self._lines[line]
         length = max(1, min(end - start, len(text) - (start - first)))
         return Location(self.file, line + 1, start - first + 1, text, length)
 

@@ -4,16 +4,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from types import GenericAlias
 from typing import Any, get_args
 
 import pydantic
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from attngen.errors import Diagnostic, ExpressionError, Location, SpecError, SpecWarning
+from attngen.errors import MAX_TOLD, Diagnostic, ExpressionError, Location, SpecError, SpecWarning
 from attngen.spec.document import Document
 from attngen.spec.expressions import Expressions
-from attngen.spec.rules import check_rules
+from attngen.spec.rules import check_rules, nearest_head_dims
 from attngen.spec.schema import Expects, SpecModel
 from attngen.spec.spec import Spec
 
@@ -33,6 +35,7 @@ def validate(document: Document, *, warns: bool = True) -> Spec:
     """
     model = None
     expressions = Expressions(document)
+    untold = expressions.untold
     for doubt in expressions.doubts if warns else ():
         warnings.warn(SpecWarning(doubt), stacklevel=3)
     faults = document.diagnostics + expressions.declaration_faults
@@ -41,11 +44,12 @@ def validate(document: Document, *, warns: bool = True) -> Spec:
         try:
             model = SpecModel.model_validate(document.data)
         except pydantic.ValidationError as error:
-            faults += _schema_faults(document, error)
+            found, others = _schema_faults(document, error)
+            faults, untold = faults + found, untold + others
         faults += _rule_faults(document)
     if faults or expression_faults:
         report = tuple(sorted(faults + expression_faults, key=_place))
-        raise SpecError(report) if faults else ExpressionError(report)
+        raise (SpecError if faults else ExpressionError)(report, untold)
     assert model is not None  # a document without faults has a model
     return Spec.from_model(model, document.marks)
 
@@ -85,24 +89,33 @@ class _Place:
     block: type[pydantic.BaseModel]
 
 
-def _schema_faults(document: Document, error: pydantic.ValidationError) -> Iterator[Diagnostic]:
-    """pydantic's errors, one for a value: the arms of a union and both ends of a head_dim fail together."""
-    told: set[str] = set()
+def _schema_faults(document: Document, error: pydantic.ValidationError) -> tuple[list[Diagnostic], int]:
+    """pydantic's errors, one for a value: the arms of a union and both ends of a head_dim fail together.
+
+    Told are the first in the text, with how many more there are: what is told of one takes a while to find out.
+    """
+    found: dict[str, tuple[_Place, ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         place = _resolve(document, details["loc"])
-        if place.path in told or any(f"{place.path}.".startswith(f"{path}.") for path in document.faulty):
-            continue
-        told.add(place.path)
-        if details["type"] == "extra_forbidden":
-            yield _unknown_key(document, place)
-        elif details["type"] == "missing":
-            yield _missing_key(document, place)
-        else:
-            yield _wrong_value(document, place, details["input"])
+        if place is not None:
+            found.setdefault(place.path, (place, details))
+    first = sorted(found.values(), key=lambda each: document.start(each[0].path))[:MAX_TOLD]
+    return [_schema_fault(document, *each) for each in first], len(found) - len(first)
 
 
-def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place:
-    """The place of an error, no deeper than the data goes: past that stand the arms of a union."""
+def _schema_fault(document: Document, place: _Place, details: ErrorDetails) -> Diagnostic:
+    if details["type"] == "extra_forbidden":
+        return _unknown_key(document, place)
+    if details["type"] == "missing":
+        return _missing_key(document, place)
+    return _wrong_value(document, place, details["input"])
+
+
+def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place | None:
+    """The place of an error, no deeper than the data goes: past that stand the arms of a union.
+
+    None where a fault of the text is told already, of the value or of what holds it.
+    """
     place = _Place("", "", None, SpecModel)
     data: Any = document.data
     inner: type[pydantic.BaseModel] | None = SpecModel
@@ -119,6 +132,8 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place:
             data = data.get(part)
         else:
             break
+        if place.path in document.faulty:
+            return None
     return place
 
 
@@ -144,17 +159,39 @@ def _wrong_value(document: Document, place: _Place, value: Any) -> Diagnostic:
         location=_value_location(document, place.path),
         path=place.path,
         value=value,
-        nearest=expects.nearest(value),
+        note=_kind_of(value),
+        nearest=_nearest_values(document, place.path, expects.nearest(value)),
     )
+
+
+def _nearest_values(document: Document, path: str, nearest: tuple[str, ...]) -> tuple[str, ...]:
+    """What the schema takes for a value, or what the rule of head dims leaves of it."""
+    if not f"{path}.".startswith(f"{_REQUIRED}.") or not nearest:
+        return nearest
+    return nearest_head_dims(document.data, int(nearest[0]))
+
+
+def _kind_of(value: Any) -> str:
+    """What a collection is where something else should stand: of its text a bracket or the first line is shown."""
+    if isinstance(value, dict):
+        keys = ", ".join(islice(map(str, value), 3))
+        return (
+            f"this is a mapping, with keys {keys}{', ...' if len(value) > 3 else ''}"
+            if keys
+            else "this is a mapping"
+        )
+    return "this is a list" if isinstance(value, list | tuple) else ""
 
 
 def _given(document: Document, path: str, value: Any) -> str:
     """The value as it was written, as far as it is short."""
-    mark = document.marks.get(path)
-    shown = mark.source.text[slice(*mark.value)] if mark and mark.offsets else str(value)
     if value is None:
         return f"{path} is empty; it"
-    if isinstance(value, dict | list | tuple) or "\n" in shown:
+    if isinstance(value, dict | list | tuple):
+        return path
+    mark = document.marks.get(path)
+    shown = mark.source.text[slice(*mark.value)] if mark and mark.offsets else str(value)
+    if "\n" in shown:
         return path
     return f"{path} = {shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + '…'}"
 
@@ -186,7 +223,9 @@ def _missing_key(document: Document, place: _Place) -> Diagnostic:
 def _unknown_key(document: Document, place: _Place) -> Diagnostic:
     path = place.path
     # A dotted path of `replace` has a mark for itself and for none of its blocks.
-    mark = next((mark for known, mark in document.marks.items() if f"{known}.".startswith(f"{path}.")), None)
+    mark = document.marks.get(path) or next(
+        (mark for known, mark in document.marks.items() if f"{known}.".startswith(f"{path}.")), None
+    )
     return Diagnostic(
         message=f"unknown key {path or repr(path)}",
         rule="known-keys",
