@@ -4,12 +4,13 @@ Like those of `attngen.inputs`, values depend on declarations, sizes and seed al
 moved. Nothing here knows a kernel; whether a tensor fits its declaration is checked where a call is.
 """
 
+import math
+import os
 import pickle
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attngen.errors import ArgumentError
 from attngen.expr import Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
 from attngen.inputs import Shape
+from attngen.memory import check_room
 from attngen.torch_state import torch_defaults
 
 KINDS = ("sorted", "random", "hashed", "zeros")
@@ -110,6 +112,7 @@ def declared_inputs(
 
     Raises:
         ArgumentError: a scalar has neither default nor value, or a value, kind or file is none.
+        MemoryError: this machine can never hold a tensor.
     """
     scalars = {
         scalar.name: _scalar(scalar, given.scalars.get(scalar.name))
@@ -150,7 +153,7 @@ def _read(name: str, path: str, device: torch.device | str) -> torch.Tensor:
     """The tensor of a file."""
     near = get_close_matches(path, KINDS, n=1)
     cure = f"--tensor {name}={near[0]}" if near else f"torch.save(tensor, {path!r}) writes one"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         must = f"{', '.join(KINDS)}, or the path of a file"
         raise ArgumentError(f"--tensor {name}", repr(path), must, cure if near else None)
     try:
@@ -168,14 +171,16 @@ def _read(name: str, path: str, device: torch.device | str) -> torch.Tensor:
 def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | None) -> torch.Tensor:
     """One tensor, on the CPU."""
     dims = [dim if isinstance(dim, int) else sizes.get(dim, NEW_DIMENSION) for dim in tensor.dims]
+    dtype = element_dtype(tensor.dtype)
+    check_room(dtype.itemsize * math.prod(dims), f"{tensor.name}, {tuple(dims)}")
     kind = kind or ("sorted" if tensor.dtype in _INTEGERS else "random")
     if kind == "zeros":
-        return torch.zeros(dims, dtype=element_dtype(tensor.dtype))
+        return torch.zeros(dims, dtype=dtype)
     if kind == "hashed" and tensor.dtype not in _INTEGERS:
         must = f"sorted, random or zeros: the spec declares {tensor}"
         raise ArgumentError(f"--tensor {tensor.name}", "hashed, which is for integers", must)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(tensor.name.encode()))
-    count = torch.Size(dims).numel()
+    count = math.prod(dims)
     few = (min(count, MOST_DRAWN),)
     if tensor.dtype in _INTEGERS:
         numbers = torch.randint(0, IDS, few, generator=generator)
@@ -184,10 +189,10 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     else:
         numbers = torch.randn(few, generator=generator, dtype=torch.float32)
     if few[0] < count:
-        numbers = numbers.to(element_dtype(tensor.dtype)).repeat(-(-count // few[0]))[:count]
+        numbers = numbers.to(dtype).repeat(-(-count // few[0]))[:count]
     numbers = numbers.reshape(dims)
     if kind != "random" and numbers.numel():
         numbers = numbers.sort(dim=-1).values
     if kind == "hashed":
         numbers = (numbers + 1) * _HASH % _INTEGERS[tensor.dtype]
-    return numbers.to(element_dtype(tensor.dtype))
+    return numbers.to(dtype)

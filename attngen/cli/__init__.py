@@ -11,10 +11,10 @@ from attngen.cli.build import build
 from attngen.cli.cache import cache
 from attngen.cli.check import check
 from attngen.cli.explain import explain
+from attngen.cli.fuzz import fuzz
 from attngen.cli.output import Commands
 from attngen.cli.run import run
 from attngen.cli.schema import schema
-from attngen.fuzz.command import fuzz
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,10 +14,11 @@ from attngen import bench as measuring
 from attngen.api import Kernel, resolve_arch
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
-from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table
+from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
+from attngen.cli.shapes import POSITIVE
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.declared_inputs import Given, declared_inputs
-from attngen.errors import SpecError, ToolchainError
+from attngen.errors import ArgumentError, SpecError, ToolchainError
 from attngen.judging import draw
 
 OURS = "attngen"
@@ -31,9 +32,7 @@ def _words(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, 
 
 
 def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
-    if not all(word.isdigit() and int(word) > 0 for word in text.split(",")):
-        raise click.BadParameter(f"{text!r} is no list of lengths such as 1024,4096")
-    return tuple(int(word) for word in text.split(","))
+    return tuple(POSITIVE.convert(word, param, ctx) for word in text.split(","))
 
 
 @click.command()
@@ -47,13 +46,9 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
     help=f"Peers, all of them torch's: {', '.join(measuring.PEERS)}.",
 )
 @click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_lengths)
-@click.option(
-    "--tokens", type=click.IntRange(1), default=measuring.TOKENS, show_default=True, help="batch x seqlen."
-)
-@click.option(
-    "--width", type=click.IntRange(1), default=measuring.WIDTH, show_default=True, help="heads x head_dim."
-)
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--tokens", type=POSITIVE, default=measuring.TOKENS, show_default=True, help="batch x seqlen.")
+@click.option("--width", type=POSITIVE, default=measuring.WIDTH, show_default=True, help="heads x head_dim.")
+@click.option("--rounds", type=POSITIVE, default=7, show_default=True)
 @declared_options
 @click.option(
     "--source",
@@ -86,7 +81,7 @@ def bench(
     """
     if not torch.cuda.is_available():
         raise ToolchainError("bench times a GPU and this machine has none", "attngen explain needs no GPU")
-    edited = None if source is None else source.read_text(encoding="utf-8")
+    edited = None if source is None else _read_source(source)
     said, chosen = given_values(tensors, scalars, variants(specs, sweep))
     lowered = [(variant, _lower(variant, arch, edited)) for variant in chosen]
     kernels = [kernel for _, kernel in lowered if isinstance(kernel, Kernel)]
@@ -116,9 +111,17 @@ def bench(
     for line in dict.fromkeys(line for row in measured for line in row["absent"].values()):
         click.echo(line, err=True)
     if out is not None and measured:
-        measuring.write_json(out / "bench.json", rows)
-        _plot(measured, names, out)
+        with writing("--out", out):
+            measuring.write_json(out / "bench.json", rows)
+            _plot(measured, names, out)
     ctx.exit(GOOD if measured and not faults else USER_FAULT)
+
+
+def _read_source(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ArgumentError("--source", f"{path} ({failure})", "a text in UTF-8") from failure
 
 
 def _named(facts: Iterable[str]) -> dict[str, str]:

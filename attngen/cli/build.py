@@ -6,9 +6,9 @@ import click
 from rich.table import Table
 
 from attngen.api import Kernel, resolve_arch
-from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, size_text, table
+from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, size_text, table, writing
 from attngen.cli.variants import Sweep, arch_option, compile_all, kernel_of, specs_argument, variants
-from attngen.errors import ArgumentError, Diagnostic, SpecError
+from attngen.errors import Diagnostic, SpecError
 from attngen.spec import Spec
 
 
@@ -47,14 +47,12 @@ def build(
             raise error
     if kernels:
         console().print(_report(kernels))
-    for _, kernel in kernels if output else ():
-        try:
-            for path in kernel.save(output or "."):
+    if output is not None:
+        for _, kernel in kernels:
+            with writing("--output", output):
+                paths = kernel.save(output)
+            for path in paths:
                 click.echo(f"wrote {path}")
-        except OSError as failure:
-            raise ArgumentError(
-                "--output", f"{output} ({failure.strerror})", "a directory to write to"
-            ) from failure
     ctx.exit(USER_FAULT if refused else GOOD)
 
 

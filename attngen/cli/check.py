@@ -5,7 +5,7 @@ import click
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, table
-from attngen.cli.shapes import shape_text, shapes_of
+from attngen.cli.shapes import SEED, shape_text, shapes_of
 from attngen.cli.variants import (
     Sweep,
     arch_option,
@@ -22,7 +22,7 @@ from attngen.errors import SpecError
 @specs_argument
 @arch_option
 @click.option("--run", is_flag=True, help="Run the check shapes on the simulator against the reference.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs of --run.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the inputs of --run.")
 @declared_options
 @click.pass_context
 def check(

@@ -134,7 +134,7 @@ def _picture(found: list[Loss], suffix: str) -> bytes:
     from matplotlib import pyplot
 
     labels = list(dict.fromkeys(loss.label for loss in found))
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
         figure, panels = pyplot.subplots(
             1, len(KINDS), figsize=(12, 5), sharey=True, squeeze=False, layout="constrained"
         )

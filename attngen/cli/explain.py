@@ -8,10 +8,17 @@ import click
 from attngen.api import Kernel
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
-from attngen.cli.output import GOOD, USER_FAULT, console, report, table
+from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
-from attngen.cli.tiles import SHAPE_TO_DRAW, draw_tiles, tile_map
-from attngen.cli.timeline import draw, picture_path, prediction_line, resident_blocks, shape_to_draw
+from attngen.cli.tiles import SHAPE_TO_DRAW, check_tiles, draw_tiles, tile_map
+from attngen.cli.timeline import (
+    check_length,
+    draw,
+    picture_path,
+    prediction_line,
+    resident_blocks,
+    shape_to_draw,
+)
 from attngen.cli.variants import (
     Sweep,
     Variant,
@@ -121,6 +128,7 @@ def _print_facts(
     for variant, kernel in lowered:
         if isinstance(kernel, Kernel):
             shape = shapes_of(kernel.spec, given)[0]
+            check_tiles(kernel.plan, shape)
             passed, tiles = {}, None
             if _is_known(kernel, said):
                 passed = declared_inputs(kernel.spec.declarations, shape, given=said)
@@ -152,6 +160,9 @@ def _is_known(kernel: Kernel, said: Given) -> bool:
 
 def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -> None:
     """One panel a kernel, and one line of figures."""
+    for _, kernel in lowered:
+        if isinstance(kernel, Kernel):
+            check_tiles(kernel.plan, shape)
     maps = {
         variant.label: tile_map(kernel, shape, declared_inputs(kernel.spec.declarations, shape, given=said))
         for variant, kernel in lowered
@@ -159,7 +170,8 @@ def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -
     }
     for label, tiles in maps.items():
         click.echo(f"{label}, {shape_text(shape)}: {tiles}")
-    draw_tiles(maps, path)
+    with writing("--tiles", path):
+        draw_tiles(maps, path)
     click.echo(f"tiles: {path}")
 
 
@@ -175,6 +187,8 @@ def _draw_timelines(
     for variant, kernel in lowered:
         if isinstance(kernel, Kernel):
             plan, shape = kernel.plan, shape_to_draw(kernel.plan, given)
+            check_tiles(plan, shape)
+            check_length(plan, shape)
             sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
             slots = resident_blocks(plan, resources.get(kernel))
             passed = declared_inputs(kernel.spec.declarations, shape, given=said)
@@ -182,7 +196,8 @@ def _draw_timelines(
             prediction = predict(plan, *sizes, slots=slots, declared=passed)
             line = prediction_line(plan, shape, timelines[variant.label], prediction)
             click.echo(f"{variant.label}: {line}")
-    draw(timelines, path)
+    with writing("--timeline", path):
+        draw(timelines, path)
     click.echo(f"timeline: {path}")
 
 

@@ -10,8 +10,8 @@ from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.errors_report import Loss, at_lengths, losses, losses_table, plot, report_path
-from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report
-from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
+from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, writing
+from attngen.cli.shapes import SEED, given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.variants import (
     Sweep,
     arch_option,
@@ -38,7 +38,7 @@ SIMULATED = (
     "--device", type=click.Choice(["cpu", "cuda"]), help="Where [cuda where there is a GPU, else cpu]."
 )
 @shape_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of random inputs.")
 @click.option(
     "--trace", is_flag=True, help="Print S, maxima, sums and O after every block of keys; on the CPU."
 )
@@ -138,7 +138,8 @@ def run(
     if picture is not None:
         if not over_lengths:
             raise click.UsageError("--report is for specs of e4m3 inputs, and none was run")
-        plot(over_lengths, picture)
+        with writing("--report", picture):
+            plot(over_lengths, picture)
         click.echo(f"report: {picture}")
     for line in clamped:
         click.echo(f"warning: {line}", err=True)

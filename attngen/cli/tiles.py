@@ -10,6 +10,7 @@ import torch
 from attngen.api import Kernel
 from attngen.cli.shapes import shape_text
 from attngen.emit import serving
+from attngen.errors import ArgumentError
 from attngen.expr import evaluate
 from attngen.inputs import Shape
 from attngen.plan import Plan
@@ -24,6 +25,10 @@ SHAPE_TO_DRAW = Shape(batch=1, heads=1, heads_kv=1, seqlen_q=4096, seqlen_k=4096
 """Where no shape is given."""
 MOST_PAIRS = 2**28
 """Pairs of query and key that are asked one by one: 16k x 16k, which takes some seconds."""
+MOST_TILES = 2**24
+"""Tiles of one head whose classes are held and drawn: 262,144 keys and queries in tiles of 64x64."""
+MOST_ROW_BLOCKS = 2**22
+"""Blocks of rows of all heads, each a tile of the launch, that are dealt out one by one."""
 TOO_MANY = 1.3
 """Visited tiles over those that hold a visible pair, from which on it is worth a line."""
 
@@ -71,6 +76,23 @@ class TileMap:
         share = f" ({self.visited / tiles:.1%})" if tiles else ""
         least = "" if self.needed is None else f", {self.needed} hold a visible pair"
         return f"{counts}: {self.visited} of {tiles} tiles visited{share}{least}"
+
+
+def check_tiles(plan: Plan, shape: Shape) -> None:
+    """Refuse a shape whose tiles are too many to be looked at one by one.
+
+    Raises:
+        ArgumentError: tiles of a head, or blocks of rows of all heads, pass what is held at once.
+    """
+    rows, columns = ceil_div(shape.seqlen_q, plan.block_m), ceil_div(shape.seqlen_k, plan.block_n)
+    launched = rows * shape.batch * shape.heads
+    hint = "shorter lengths, fewer heads or a smaller batch show the same"
+    if rows * columns > MOST_TILES:
+        got = f"{rows} x {columns} tiles of {plan.block_m}x{plan.block_n} in a head"
+        raise ArgumentError("--seqlen", got, f"at most {MOST_TILES} tiles", hint)
+    if launched > MOST_ROW_BLOCKS:
+        got = f"{shape_text(shape)}, {launched} blocks of {plan.block_m} rows"
+        raise ArgumentError("--batch, --heads", got, f"at most {MOST_ROW_BLOCKS} blocks", hint)
 
 
 def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileMap:
@@ -125,7 +147,7 @@ def draw_tiles(maps: Mapping[str, TileMap], path: Path) -> None:
 
     columns = min(_PANELS_A_ROW, len(maps))
     rows = ceil_div(len(maps), columns)
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
         size = (6.5 * columns, 7.2 * rows)
         figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         panels = list(grid.flat)

@@ -11,14 +11,18 @@ from attngen.bench import CAUSAL, Point, grid_shape
 from attngen.cli.limits import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.shapes import shape_text
+from attngen.errors import ArgumentError
 from attngen.inputs import Shape
 from attngen.plan import Plan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
+from attngen.simulate.visits import ceil_div
 
 SUFFIXES = (".svg", ".png")
 BLOCKS = 8
 """Blocks of keys of the sequence that is drawn where no length is given."""
+MOST_BLOCKS = 2**14
+"""Blocks of keys that one tile of the launch may visit, to be simulated in a minute or two."""
 MOST_CYCLES = 40_000
 """More than this is not drawn: bars would be thinner than a pixel."""
 
@@ -60,6 +64,19 @@ def shape_to_draw(plan: Plan, given: Shape | None) -> Shape:
     return grid_shape(BLOCKS * plan.block_n, plan.head_dim_qk)
 
 
+def check_length(plan: Plan, shape: Shape) -> None:
+    """Refuse a shape of which one tile takes too long to simulate.
+
+    Raises:
+        ArgumentError: it visits more than `MOST_BLOCKS`.
+    """
+    rows, blocks = ceil_div(shape.seqlen_q, plan.block_m), ceil_div(shape.seqlen_k, plan.block_n)
+    if plan.kernel.scheduler.kind == "heads":  # a tile is a head
+        blocks *= rows
+    if blocks > MOST_BLOCKS:
+        raise ArgumentError("--timeline", f"{blocks} blocks of keys in a tile", f"at most {MOST_BLOCKS}")
+
+
 def resident_blocks(plan: Plan, used: KernelResources | None) -> int:
     """Blocks that share an SM: as launched, else as many as it holds, which ptxas's registers tell."""
     kernel = plan.kernel
@@ -94,7 +111,7 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
 
     end = min(MOST_CYCLES, max(timeline.cycles for timeline in timelines.values()))
     lanes = [len(UNITS) + len(timeline.roles) for timeline in timelines.values()]
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
         figure, panels = pyplot.subplots(
             len(lanes),
             1,

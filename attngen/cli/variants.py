@@ -1,10 +1,10 @@
 """Which kernels a command is about: its specs, times every combination of what `--set` sweeps."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, product
-from os import cpu_count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from attngen.spec import Spec, load
 Command = TypeVar("Command", bound=Callable[..., Any])
 Sweep = Mapping[str, tuple[Any, ...]]
 
+_INTEGER = re.compile(r"[-+]?[0-9]{1,1000}")  # Python converts no longer one without being asked
 _TRUTH = {"true": True, "false": False}
 
 ARCH_WITHOUT_GPU = "sm_80"
@@ -99,7 +100,7 @@ def variants(sources: Iterable[str], sweep: Sweep) -> Iterator[Variant]:
 
 def _in_folder(source: str) -> Iterator[str]:
     """The specs of a folder, sorted, or the source itself where it is no folder."""
-    folders = [folder for folder in (Path(source), specs_dir() / source) if folder.is_dir()]
+    folders = [folder for folder in (Path(source), specs_dir() / source) if os.path.isdir(folder)]
     yield from sorted(map(str, folders[0].glob("*.yaml"))) if folders else (source,)
 
 
@@ -135,7 +136,7 @@ def compile_all(kernels: Iterable[Kernel]) -> dict[Kernel, ToolchainError | None
         return None
 
     wanted = [kernel for kernel in kernels if kernel.plan.arch.emits]
-    with CompilerPool(max_workers=cpu_count() or 1) as pool:
+    with CompilerPool(max_workers=os.cpu_count() or 1) as pool:
         return dict(zip(wanted, pool.each(attempt, wanted), strict=True))
 
 
@@ -151,7 +152,7 @@ def _read_sweep(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
             )
         if key in sweep:
             raise click.BadParameter(f"{key} is given twice: --set {key}=V1,V2 sweeps it", ctx, param)
-        sweep[key] = tuple(_value(part) for part in _split(values))
+        sweep[key] = tuple(read_value(part) for part in _split(values))
     return sweep
 
 
@@ -167,12 +168,12 @@ def _split(values: str) -> list[str]:
     return parts
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """A number or a truth value where the text is one; the spec's schema judges the rest."""
     text = text.strip()
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else _TRUTH.get(text, text)
+    return int(text) if _INTEGER.fullmatch(text) else _TRUTH.get(text, text)
 
 
 def _text(value: Any) -> str:
-    """The value as `_value` reads it."""
+    """The value as `read_value` reads it."""
     return str(value).lower() if isinstance(value, bool) else str(value)

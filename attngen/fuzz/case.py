@@ -8,9 +8,11 @@ import torch
 
 from attngen.declared_inputs import declared_inputs
 from attngen.dtypes import dtype
+from attngen.expr import LARGEST_LENGTH
 from attngen.fuzz.states import PLAIN, STATES
 from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
 from attngen.judging import call_dtype
+from attngen.runtime.arguments import LARGEST_SCALE
 from attngen.spec import Spec, load
 from attngen.torch_state import torch_defaults
 
@@ -64,20 +66,38 @@ class Case:
             ValueError: the text is not JSON, or its keys are not a case's.
             SpecError: the spec in it is not legal.
         """
-        data: dict[str, Any] = json.loads(text)
         try:
+            data: dict[str, Any] = json.loads(text)
             case = Case(**data | {"spec": load(data["spec"]), "shape": Shape(**data["shape"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a case of fuzzing: {error}") from None
+        except RecursionError:
+            raise ValueError("not a case of fuzzing: it is nested too deep") from None
+        if (fault := case._fault()) is not None:
+            raise ValueError(f"not a case of fuzzing: {fault}")
+        return case
+
+    def _fault(self) -> str | None:
+        """What of a case that came from a text no case has."""
+        shape, scale = self.shape, self.softmax_scale
         for value, known in (
-            (case.memory, MEMORIES),
-            (case.layout, CALL_LAYOUTS),
-            (case.kind, KINDS_WITH_SCALES),
-            (case.state, STATES),
+            (self.memory, MEMORIES),
+            (self.layout, CALL_LAYOUTS),
+            (self.kind, KINDS_WITH_SCALES),
+            (self.state, STATES),
         ):
             if value not in known:
-                raise ValueError(f"not a case of fuzzing: {value} is none of {', '.join(known)}")
-        return case
+                return f"{value} is none of {', '.join(known)}"
+        for name, size in asdict(shape).items():
+            if type(size) is not int or not 0 <= size <= LARGEST_LENGTH:
+                return f"{name} is no integer from 0 to {LARGEST_LENGTH}"
+        if shape.heads % shape.heads_kv if shape.heads_kv else shape.heads:
+            return f"heads_kv is {shape.heads_kv}, which does not divide {shape.heads} heads"
+        if scale is not None and (type(scale) not in (int, float) or not abs(scale) <= LARGEST_SCALE):
+            return f"softmax_scale is no number of at most {LARGEST_SCALE:.3g}"
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            return "seed is no integer from 0 to 2^63 - 1"
+        return None
 
     def inputs(self, device: str) -> Tensors:
         """q, k and v, (batch, seqlen, heads, head_dim) each; bf16 where the kernel's inputs are e4m3."""

@@ -19,6 +19,7 @@ from attngen.fuzz.case import Case
 from attngen.fuzz.states import STATES
 from attngen.inputs import Canary, poison
 from attngen.judging import judge as judged
+from attngen.memory import is_out_of_memory
 from attngen.plan import Plan
 from attngen.reference import attention_as_fractions
 from attngen.spec import Spec
@@ -395,6 +396,8 @@ def _complaint(case: Case, make: Make, device: str) -> tuple[str, Complaint]:
         for name in dict.fromkeys(("error", case.rule)):
             if (complaint := RULES[name].check(trial)) is not None:
                 return name, complaint
-    except Exception as raised:  # whatever a legal call raises is a finding
+    except Exception as raised:  # whatever a legal call raises is a finding, but for this machine's size
+        if is_out_of_memory(raised):
+            raise
         return "crash", f"{type(raised).__name__}: {raised}"
     return "", None

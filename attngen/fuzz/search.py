@@ -25,6 +25,7 @@ from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
 from attngen.fuzz.strategies import cases, plan_of, specs
+from attngen.lower import lower
 from attngen.simulate import one_thread
 from attngen.spec import Spec, load
 
@@ -221,7 +222,15 @@ def fuzz(
 
 
 def reproduce(case: Case, device: str = "cpu", make: Make | None = None) -> PropertyFailure | None:
-    """Try one case again; its failure, or None."""
+    """Try one case again; its failure, or None.
+
+    Raises:
+        AttngenError: its spec has no plan here, or a scalar of it no default; or there is no such property.
+    """
+    _refuse_without_default(case.spec)
+    lower(case.spec, resolve_arch(case.spec))
+    if case.rule not in RULES:
+        raise ArgumentError("rule", case.rule, f"one of {', '.join(RULES)}")
     try:
         check(case, make or kernels(), device)
     except PropertyFailure as failure:

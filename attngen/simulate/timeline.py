@@ -152,7 +152,9 @@ def predict(
     """
     sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
     costs, slots = costs or costs_of(plan.arch), slots or plan.kernel.blocks_per_sm
-    launch = [(tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, plan.kernel, sizes, batch * heads)]
+    launch = [
+        (tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, plan.kernel, sizes, max(1, batch * heads))
+    ]
     kinds = {pairs: tile for tile, pairs in launch}
     if not kinds:
         return Prediction(0, 0, 0)

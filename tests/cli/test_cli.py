@@ -134,7 +134,7 @@ def test_the_simulator_has_nothing_to_build(attngen: Attngen) -> None:
         (("--trace", "--device", "cuda"), "leave out --device cuda"),
         (
             ("--device", "cpu", "--heads", "3", "--heads-kv", "2"),
-            "argument k: got 2 heads, expected a divisor",
+            "argument --heads-kv: got 2, expected a divisor of 3",
         ),
     ],
 )

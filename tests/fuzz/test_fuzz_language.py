@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from cpu_probe import CpuProbe, compile_on_cpu
 
+from attngen.cli import main
 from attngen.emit.device import used_by
 from attngen.emit.pairs import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
@@ -20,7 +21,6 @@ from attngen.expr.tiles import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
 from attngen.fuzz import classes, elementwise, functions
 from attngen.fuzz.classes import Problem, check_classes, fuzz_classes
-from attngen.fuzz.command import fuzz as command
 from attngen.fuzz.elementwise import MODULE_SIZE, draw_expressions, source_of
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
@@ -117,7 +117,7 @@ def test_bounds_hold_for_the_right_value_and_not_for_much_more(bounds: Mapping[s
 
 def test_the_command_tries_expressions_alone() -> None:
     """`--expressions` asks for no cases."""
-    result = CliRunner().invoke(command, ["--expressions", "20", "--seed", "2"])
+    result = CliRunner().invoke(main, ["fuzz", "--expressions", "20", "--seed", "2"])
     assert result.exit_code == 0, result.output
     assert result.output.strip() == "ok: 20 expressions on cpu, seed 2"
 

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as with_seed
 from planted_faults import FAULTS, plant
 
+from attngen.cli import main
 from attngen.dtypes import dtype
 from attngen.errors import PlanError
 from attngen.fuzz import RULES, Case, fuzz, reproduce
 from attngen.fuzz.case import FAR
-from attngen.fuzz.command import fuzz as command
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.names import emitted_names
 from attngen.fuzz.pairs import PairTexts, pair_texts
@@ -269,7 +269,7 @@ def spec_file(folder: Path) -> str:
 
 def test_the_command_prints_what_was_met(tmp_path: Path) -> None:
     """A good run exits with 0 and prints the table."""
-    result = CliRunner().invoke(command, [spec_file(tmp_path), "--examples", "30", "--seed", "2"])
+    result = CliRunner().invoke(main, ["fuzz", spec_file(tmp_path), "--examples", "30", "--seed", "2"])
     assert result.exit_code == 0, result.output
     assert "blocks per row" in result.output and "ok: 30 cases on cpu" in result.output
 
@@ -283,13 +283,13 @@ def test_a_failing_run_prints_a_line_that_shows_it_again(
     made = plant(FAULTS["lse unscaled"])
     with monkeypatch.context() as patch:
         patch.setattr(search, "kernels", lambda: made)
-        result = CliRunner().invoke(command, [spec_file(tmp_path), "--examples", "30"])
+        result = CliRunner().invoke(main, ["fuzz", spec_file(tmp_path), "--examples", "30"])
         assert result.exit_code == 1, result.output
         line = result.output.rstrip().splitlines()[-1]
         assert line.startswith("attngen fuzz --device cpu --repro '{")
         repro = line.partition("--repro ")[2].strip("'")
-        assert CliRunner().invoke(command, ["--repro", repro]).exit_code == 1
-    again = CliRunner().invoke(command, ["--repro", repro])
+        assert CliRunner().invoke(main, ["fuzz", "--repro", repro]).exit_code == 1
+    again = CliRunner().invoke(main, ["fuzz", "--repro", repro])
     assert again.exit_code == 0 and "the case holds" in again.output
 
 
@@ -305,7 +305,7 @@ def test_a_failing_run_prints_a_line_that_shows_it_again(
 )
 def test_the_users_faults_exit_with_2(arguments: list[str]) -> None:
     """An unknown spec or arch and a case that is none are told on stderr."""
-    result = CliRunner().invoke(command, [*arguments, "--examples", "1"])
+    result = CliRunner().invoke(main, ["fuzz", *arguments, "--examples", "1"])
     assert result.exit_code == 2, result.output
 
 

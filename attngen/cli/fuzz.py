@@ -1,13 +1,16 @@
-"""The command `attngen fuzz`."""
+"""`attngen fuzz`: search for a case that breaks a property, and make it small."""
 
-import sys
+import math
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from attngen.errors import AttngenError, InternalError
+from attngen.cli.output import COMPARISON_FAILED, GOOD, console
+from attngen.cli.shapes import POSITIVE, SEED
+from attngen.cli.variants import read_value
+from attngen.errors import ArgumentError
 from attngen.fuzz import search
 from attngen.fuzz.case import Case
 from attngen.fuzz.language import EXPRESSIONS, fuzz_language
@@ -15,15 +18,24 @@ from attngen.fuzz.properties import RULES
 from attngen.spec import Spec, load
 
 
-@click.command(name="fuzz")
+def _finite(ctx: click.Context, param: click.Parameter, given: float | None) -> float | None:
+    if given is not None and math.isnan(given):
+        raise click.BadParameter("nan is no number of minutes", ctx, param)
+    return given
+
+
+@click.command()
 @click.argument("spec", required=False)
+@click.option("--examples", type=POSITIVE, help=f"Cases to try; {search.EXAMPLES} unless --minutes is given.")
 @click.option(
-    "--examples", type=click.IntRange(1), help=f"Cases to try; {search.EXAMPLES} unless --minutes is given."
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    callback=_finite,
+    help="Try cases for so long.",
 )
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Try cases for so long.")
 @click.option(
     "--expressions",
-    type=click.IntRange(1),
+    type=POSITIVE,
     is_flag=False,
     flag_value=EXPRESSIONS,
     help=f"Try random expressions of the language, {EXPRESSIONS} unless told; and no cases unless these are asked for.",
@@ -31,10 +43,12 @@ from attngen.spec import Spec, load
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--arch", help="Target in place of the spec's; without SPEC, of the specs that are drawn.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a value of SPEC.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything that is drawn.")
 @click.option("--property", "rules", multiple=True, type=click.Choice(list(RULES)), help="Only these.")
 @click.option("--repro", metavar="CASE", help="Try this one case, as a failing run printed it.")
+@click.pass_context
 def fuzz(
+    ctx: click.Context,
     spec: str | None,
     examples: int | None,
     minutes: float | None,
@@ -55,56 +69,48 @@ def fuzz(
     With --expressions: on cpu, ranges and classes of tiles against all pairs; on cuda also values bit by bit, classes
     and tables against the simulator's, and the largest error of every function.
     """
-    console = Console(soft_wrap=True)
-    try:
-        if repro is not None:
-            sys.exit(_repeat_case(console, repro, device))
-        if expressions is not None:
-            is_ok = _try_expressions(console, expressions, device, arch, seed)
-            if not is_ok or (examples is None and minutes is None):
-                sys.exit(0 if is_ok else 1)
-        chosen = None if spec is None else _changed(load(spec), arch, changes)
-        columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        total = examples or (search.EXAMPLES if minutes is None else None)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            report = search.fuzz(
-                chosen,
-                examples=examples,
-                minutes=minutes,
-                device=device,
-                seed=seed,
-                targets=search.targets_for(device, arch) if chosen is None else None,
-                rules=rules or tuple(RULES),
-                progress=lambda cases: bar.update(task, completed=cases),
-            )
-    except InternalError:
-        raise  # attngen's own fault: its traceback is what a report needs
-    except AttngenError as fault:
-        click.echo(str(fault), err=True)
-        sys.exit(2)
-    console.print(report)
-    sys.exit(0 if report.ok else 1)
+    out = console()
+    out.soft_wrap = True
+    if repro is not None:
+        ctx.exit(_repeat_case(out, repro, device))
+    if expressions is not None:
+        is_ok = _try_expressions(out, expressions, device, arch, seed)
+        if not is_ok or (examples is None and minutes is None):
+            ctx.exit(GOOD if is_ok else COMPARISON_FAILED)
+    chosen = None if spec is None else _changed(load(spec), arch, changes)
+    columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    total = examples or (search.EXAMPLES if minutes is None else None)
+    with Progress(*columns, console=console(err=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        report = search.fuzz(
+            chosen,
+            examples=examples,
+            minutes=minutes,
+            device=device,
+            seed=seed,
+            targets=search.targets_for(device, arch) if chosen is None else None,
+            rules=rules or tuple(RULES),
+            progress=lambda cases: bar.update(task, completed=cases),
+        )
+    out.print(report)
+    ctx.exit(GOOD if report.ok else COMPARISON_FAILED)
 
 
-def _try_expressions(console: Console, count: int, device: str, arch: str | None, seed: int) -> bool:
+def _try_expressions(out: Console, count: int, device: str, arch: str | None, seed: int) -> bool:
     (target,) = search.targets_for(device, arch) if device != "cpu" else ("",)
     report = fuzz_language(count, device, seed, target)
-    console.print(str(report), markup=False, highlight=False)
+    out.print(str(report), markup=False, highlight=False)
     return report.ok
 
 
-def _repeat_case(console: Console, text: str, device: str) -> int:
+def _repeat_case(out: Console, text: str, device: str) -> int:
     try:
         case = Case.from_json(text)
     except ValueError as error:
-        click.echo(f"--repro: {error}", err=True)
-        return 2
+        raise ArgumentError("--repro", error, "a case as a failing run printed it") from None
     failure = search.reproduce(case, device)
-    console.print(
-        "ok: the case holds" if failure is None else f"FAILED {failure}", markup=False, highlight=False
-    )
-    return 0 if failure is None else 1
+    out.print("ok: the case holds" if failure is None else f"FAILED {failure}", markup=False, highlight=False)
+    return GOOD if failure is None else COMPARISON_FAILED
 
 
 def _changed(spec: Spec, arch: str | None, changes: tuple[str, ...]) -> Spec:
@@ -113,5 +119,5 @@ def _changed(spec: Spec, arch: str | None, changes: tuple[str, ...]) -> Spec:
         key, equals, value = change.partition("=")
         if not equals:
             raise click.BadParameter(f"{change} is not KEY=VALUE", param_hint="--set")
-        values[key] = int(value) if value.isdigit() else value
+        values[key] = read_value(value)
     return spec.replace(values) if values else spec
