@@ -10,7 +10,7 @@ import torch
 
 from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.emit import Manifest, emit, manifest, serving
-from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError
+from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr.python import bound_by, check_text, joined
 from attngen.lower import lower
 from attngen.plan import Plan
@@ -28,7 +28,9 @@ from attngen.runtime import (
     check_arguments,
     check_declared,
     check_length,
+    check_overlap,
     check_plain,
+    check_writable,
     disassemble,
     explain_launch,
     softmax_scale_of,
@@ -166,6 +168,8 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
+        if isinstance(out, torch.Tensor):
+            check_writable(out)  # before anything is quantised, and in the mode of the call
         q8, k8, v8, passed = self._operands(q, k, v, layout, declared)
         try:
             is_on_gpu = q8.is_cuda
@@ -201,6 +205,8 @@ class Kernel:
             raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
         problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
         values = check_declared(self.manifest, declared, problem.sizes, q.device)
+        if out is not None:
+            check_overlap(out, values.tensors | values.descales)
         served = serving(self, self.shorter, problem.seqlen_k)
         if tables is not None:
             signature = TableSignature.of(served.manifest, problem.sizes, values)
@@ -318,9 +324,12 @@ def resolve_arch(spec: Spec, arch: str | None = None) -> Arch:
 
     Raises:
         SpecError: no such arch, or the spec is not legal for it.
+        ArgumentError: arch is no name.
         ToolchainError: the target is `auto` and there is no GPU to take it from.
     """
-    name = arch or spec.target
+    name = spec.target if arch is None else arch
+    if not isinstance(name, str):
+        raise ArgumentError("arch", shown(name), f"a name: {', '.join(ARCHS)}")
     if name not in ("auto", *ARCHS):
         raise SpecError(
             (

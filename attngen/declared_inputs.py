@@ -6,7 +6,7 @@ moved. Nothing here knows a kernel; whether a tensor fits its declaration is che
 
 import math
 import os
-import pickle
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attngen.dtypes import element_dtype
-from attngen.errors import ArgumentError
+from attngen.errors import ArgumentError, shown
 from attngen.expr import Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
 from attngen.inputs import Shape
@@ -38,6 +38,7 @@ NEW_DIMENSION = 16
 MOST_DRAWN = 2**26
 """Numbers drawn of a tensor; a larger one repeats them, since a bias over all pairs has billions."""
 
+_MOST_SHOWN = 200  # characters of a reason that a message repeats
 _INTEGERS = {"u8": 2**8, "i32": 2**31}
 """How many numbers of these formats are not negative."""
 _HASH = 2_654_435_761
@@ -145,7 +146,7 @@ def _scalar(scalar: Scalar, text: str | None) -> Any:
     value = read_default(scalar.type, text)
     if value is None:
         near = " or ".join(f"--scalar {scalar.name}={near}" for near in nearest_defaults(scalar.type, text))
-        raise ArgumentError(scalar.name, repr(text), DEFAULTS[scalar.type], near or cure)
+        raise ArgumentError(scalar.name, shown(text), DEFAULTS[scalar.type], near or cure)
     return value
 
 
@@ -157,14 +158,20 @@ def _read(name: str, path: str, device: torch.device | str) -> torch.Tensor:
         must = f"{', '.join(KINDS)}, or the path of a file"
         raise ArgumentError(f"--tensor {name}", repr(path), must, cure if near else None)
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of old formats is nothing to the user
+            found = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a stranger's file makes the reading machine raise anything at all
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0][:_MOST_SHOWN]
+        reason = reason or type(error).__name__
         raise ArgumentError(f"--tensor {name}", f"{path} ({reason})", "a file with a tensor", cure) from error
     if not isinstance(found, torch.Tensor):
         raise ArgumentError(
             f"--tensor {name}", f"{path} with a {type(found).__name__}", "a file with a tensor", cure
         )
+    if found.is_nested or found.layout != torch.strided or found.is_quantized or found.is_meta:
+        got = f"{path} with a tensor that is nested, sparse, quantized or without data"
+        raise ArgumentError(f"--tensor {name}", got, "a dense tensor (torch.strided)", cure)
     return found
 
 

@@ -15,6 +15,8 @@ MAX_TOLD = 20
 
 _REPORT_WIDTH = 92  # the rule's name ends in this column, as in the documented form
 _SOURCE_WIDTH = 100  # longer source lines are cut around the carets
+_MOST_SHOWN = 60  # characters of a value that an argument's error repeats
+_MOST_BITS = 128  # of an integer that it repeats
 _SENTENCE_WIDTH = (
     500  # longer messages, notes and nearest values are cut: a hostile file may put anything in them
 )
@@ -122,6 +124,17 @@ def _columns(char: str) -> int:
 
 def _printable(text: str) -> str:
     return "".join(_REPLACEMENT if unicodedata.category(c) == "Cc" and c != "\t" else c for c in text)
+
+
+def shown(value: object) -> str:
+    """A value for a message: its repr, cut where it is long. Python writes no integer of many digits out."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"an integer of {value.bit_length():,} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # such an integer is in it
+        return f"a {type(value).__name__} too long to be written out"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}… of {len(text)} characters"
 
 
 class AttngenError(Exception):

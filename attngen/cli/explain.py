@@ -10,7 +10,7 @@ from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
-from attngen.cli.tiles import SHAPE_TO_DRAW, check_tiles, draw_tiles, tile_map
+from attngen.cli.tiles import SHAPE_TO_DRAW, check_passed, check_tiles, draw_tiles, tile_map
 from attngen.cli.timeline import (
     check_length,
     draw,
@@ -192,6 +192,7 @@ def _draw_timelines(
             sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
             slots = resident_blocks(plan, resources.get(kernel))
             passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+            check_passed(kernel, shape, passed)
             timelines[variant.label] = timeline(plan, *sizes, slots=slots, declared=passed)
             prediction = predict(plan, *sizes, slots=slots, declared=passed)
             line = prediction_line(plan, shape, timelines[variant.label], prediction)

@@ -69,9 +69,10 @@ def _faults_told() -> Iterator[None]:
         _leave(ToolchainError(f"out of memory: {lack_of_memory(error)}", cure))
     except OSError as error:
         _discard(sys.stdout)
-        where = "standard output" if error.filename is None else error.filename
+        if error.filename is not None:
+            _leave(ToolchainError(f"{error.filename}: {error.strerror}", "a path that may be used so"))
         cure = "print to a terminal, to a pipe that is read or to a disk with room"
-        _leave(ToolchainError(f"{where} cannot be used: {error.strerror}", cure))
+        _leave(ToolchainError(f"standard output cannot be used: {error.strerror or error}", cure))
 
 
 def _leave(error: AttngenError) -> NoReturn:

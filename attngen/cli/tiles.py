@@ -14,7 +14,7 @@ from attngen.errors import ArgumentError
 from attngen.expr import evaluate
 from attngen.inputs import Shape
 from attngen.plan import Plan
-from attngen.runtime import check_declared
+from attngen.runtime import DeclaredValues, check_declared
 from attngen.simulate import Sizes, block_bounds
 from attngen.simulate.visits import ANY_HEAD, ceil_div, declared_values, heads_differ, walk_of
 
@@ -95,6 +95,17 @@ def check_tiles(plan: Plan, shape: Shape) -> None:
         raise ArgumentError("--batch, --heads", got, f"at most {MOST_ROW_BLOCKS} blocks", hint)
 
 
+def check_passed(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> DeclaredValues:
+    """What a call passes for masks and scores to read, on the CPU.
+
+    Raises:
+        ArgumentError: a value that the kernel does not take.
+    """
+    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    of_masks = replace(kernel.manifest, descales=())  # which no mask reads
+    return check_declared(of_masks, declared, sizes.values, torch.device("cpu"))
+
+
 def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileMap:
     """The classes of the tiles of the first head of a call's first batch element.
 
@@ -109,8 +120,7 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
     serves = serving(kernel, kernel.shorter, shape.seqlen_k)
     plan = serves.plan
     sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    of_masks = replace(serves.manifest, descales=())  # which no mask reads
-    values = check_declared(of_masks, declared, sizes.values, torch.device("cpu"))
+    values = check_passed(serves, shape, declared)
     is_empty = shape.batch * shape.heads * shape.seqlen_q == 0
     rows = 0 if is_empty else ceil_div(shape.seqlen_q, plan.block_m)
     classes = torch.zeros(rows, ceil_div(shape.seqlen_k, plan.block_n), dtype=torch.int64)

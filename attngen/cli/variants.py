@@ -106,7 +106,7 @@ def _in_folder(source: str) -> Iterator[str]:
 
 def arch_without_gpu(spec: Spec, arch: str | None) -> Arch:
     """The arch for work that needs no GPU: as given, as the spec's target, or `ARCH_WITHOUT_GPU` for `auto`."""
-    return resolve_arch(spec, arch or (ARCH_WITHOUT_GPU if spec.target == "auto" else None))
+    return resolve_arch(spec, arch if arch is not None or spec.target != "auto" else ARCH_WITHOUT_GPU)
 
 
 def stand_in_note(spec: Spec, arch: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """The runtime: NVRTC, the disk cache, the driver and the launch. Imports no driver until one is needed."""
 
-from attngen.runtime.arguments import Problem, check_arguments, check_length
+from attngen.runtime.arguments import Problem, check_arguments, check_length, check_overlap
 from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
 from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.launch import Launcher
@@ -12,6 +12,7 @@ from attngen.runtime.sass import disassemble
 from attngen.runtime.stopping import TIMEOUT_VARIABLE, CompilerPool
 from attngen.runtime.tables import TableSignature, TileTables
 from attngen.runtime.tensors import check_plain
+from attngen.runtime.writable import check_writable
 
 __all__ = [
     "TIMEOUT_VARIABLE",
@@ -31,9 +32,11 @@ __all__ = [
     "check_arguments",
     "check_declared",
     "check_length",
+    "check_overlap",
     "check_plain",
     "check_sources",
     "check_values",
+    "check_writable",
     "compile_source",
     "disassemble",
     "explain_launch",

@@ -10,7 +10,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.dtypes import dtype, torch_dtype
-from attngen.errors import ArgumentError
+from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.quantize import KEY_BLOCK
 from attngen.runtime.numbers import softmax_scale_of
@@ -119,7 +119,7 @@ def check_arguments(
             raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
     if out is not None:
         _check_shape("out", out, layout, (batch, seqlen_q, num_heads_q, manifest.head_dim_v))
-        _check_overlap(out, {"q": q, "k": k, "v": v})
+        check_overlap(out, {"q": q, "k": k, "v": v})
     return Problem(
         batch,
         seqlen_q,
@@ -203,7 +203,7 @@ def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, 
 
 def _check_layout(layout: str) -> None:
     if not isinstance(layout, str) or layout not in ("bshd", "bhsd"):
-        raise ArgumentError("layout", repr(layout), "'bshd' or 'bhsd'")
+        raise ArgumentError("layout", shown(layout), "'bshd' or 'bhsd'")
 
 
 def _check_dimensions(name: str, x: torch.Tensor) -> None:
@@ -239,12 +239,15 @@ def _check_packed_values(v: torch.Tensor, expected: tuple[int, int, int, int]) -
         raise ArgumentError("v", f"shape {tuple(v.shape)}", must, "pass k and v of one length")
 
 
-def _check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+def check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
     """Refuse an `out` two of whose elements may share memory, or that may share memory with an input.
 
     Dimensions sorted by stride must nest: each stride at least spans what the smaller ones reach. An input may lie
     between the rows of `out` only where both step through memory with the same strides (slices of one packed
     tensor) and neither row reaches into the other's.
+
+    Raises:
+        ArgumentError: `out` overlaps itself or an input.
     """
     if out.numel() == 0:
         return

@@ -12,7 +12,7 @@ import torch
 from attngen.dtypes import dtype, torch_dtype
 from attngen.emit.manifest import Manifest, serving
 from attngen.errors import ArgumentError
-from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments
+from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, check_overlap
 from attngen.runtime.counters import COUNTERS
 from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.driver import Module, launch
@@ -92,6 +92,8 @@ class Launcher:
                        x.requires_grad and torch.is_grad_enabled()) for x in tensors],
                     *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
+                if out is not None:
+                    check_overlap(out, dict(zip(self._tensors, tensors, strict=True)))
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attngen.errors import ArgumentError
+from attngen.errors import ArgumentError, shown
 from attngen.runtime.tensors import check_no_derivative, check_plain
 from attngen.torch_state import subnormal_numbers
 
@@ -72,13 +72,6 @@ def scalar_of(name: str, type: str, value: Any) -> bool | int | float:
     if not is_right(number):
         raise ArgumentError(name, shown(number), must)
     return _as_f32(number) if type == "f32" else number
-
-
-def shown(value: object) -> str:
-    """A value in a message; Python does not write integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)
 
 
 def _as_f32(number: float) -> float:

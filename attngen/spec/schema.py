@@ -84,6 +84,11 @@ SizeOrAuto = Annotated[
     _Positive | _Auto,
     Expects("positive-integer", "a positive integer or auto", _nearest_integer(1, other=("auto",))),
 ]
+CountOrAuto = Annotated[
+    Annotated[int, Field(ge=1, le=1024), BeforeValidator(_integer)] | _Auto,
+    Expects("positive-integer", "an integer from 1 to 1024 or auto", _nearest_integer(1, 1024, ("auto",))),
+]
+"""Of stages, warps or warpgroups: far more than any rule allows, few enough to make a plan that says so."""
 FlagOrAuto = Annotated[
     bool | _Auto,
     BeforeValidator(_boolean),
@@ -209,11 +214,11 @@ class Schedule(_Model):
     ] = "auto"
     """serial is FlashAttention-1's Algorithm 1, fa2 FlashAttention-2's partition, warp_specialized FlashAttention-3
     without turn-taking, pingpong with it."""
-    stages: SizeOrAuto = "auto"
+    stages: CountOrAuto = "auto"
     """Blocks of K and V in shared memory at a time."""
-    warps: SizeOrAuto = "auto"
+    warps: CountOrAuto = "auto"
     """Warps of a thread block; serial and fa2."""
-    warpgroups: SizeOrAuto = "auto"
+    warpgroups: CountOrAuto = "auto"
     """Consumer warpgroups of a thread block, 64 rows each; warp_specialized and pingpong."""
     overlap: FlagOrAuto = "auto"
     """The softmax of a block runs under the output GEMM of the one before; warp_specialized and pingpong."""
