@@ -33,7 +33,7 @@ class Commands(click.Group):
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
-        except OSError:  # stderr is lost: what went wrong elsewhere has been told
+        except OSError:  # what is wrong with an option could not be printed
             _discard(sys.stderr)
             sys.exit(USER_FAULT)
 
@@ -76,7 +76,10 @@ def _faults_told() -> Iterator[None]:
 
 
 def _leave(error: AttngenError) -> NoReturn:
-    report(error)
+    try:
+        report(error)
+    except OSError:  # nobody can be told
+        _discard(sys.stderr)
     sys.exit(USER_FAULT)
 
 

@@ -164,12 +164,11 @@ def _inputs(kernel: Kernel, file: Path | None, given: Shape | None, device: str,
 
 
 def _read_inputs(file: Path, device: str) -> Inputs:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(file, device=device)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a stranger's header may say what the reader has no name for
         raise ArgumentError("--inputs", f"{file} ({error})", "a safetensors file") from error
     missing = [name for name in ("q", "k", "v") if name not in tensors]
     if missing:

@@ -25,8 +25,8 @@ SHAPE_TO_DRAW = Shape(batch=1, heads=1, heads_kv=1, seqlen_q=4096, seqlen_k=4096
 """Where no shape is given."""
 MOST_PAIRS = 2**28
 """Pairs of query and key that are asked one by one: 16k x 16k, which takes some seconds."""
-MOST_TILES = 2**24
-"""Tiles of one head whose classes are held and drawn: 262,144 keys and queries in tiles of 64x64."""
+MOST_TILES = 2**22
+"""Tiles of one head whose classes are worked out and drawn: 131,072 keys and queries in tiles of 64x64."""
 MOST_ROW_BLOCKS = 2**22
 """Blocks of rows of all heads, each a tile of the launch, that are dealt out one by one."""
 TOO_MANY = 1.3

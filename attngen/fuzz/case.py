@@ -88,6 +88,8 @@ class Case:
         ):
             if value not in known:
                 return f"{value} is none of {', '.join(known)}"
+        if not isinstance(self.rule, str):
+            return "rule is no name"
         for name, size in asdict(shape).items():
             if type(size) is not int or not 0 <= size <= LARGEST_LENGTH:
                 return f"{name} is no integer from 0 to {LARGEST_LENGTH}"

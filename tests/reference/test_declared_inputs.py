@@ -1,9 +1,15 @@
 """Values for what specs declare: kinds, sizes, files, and what is refused."""
 
+import io
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from attngen.declared_inputs import IDS, MOST_DRAWN, NEW_DIMENSION, Given, declared_inputs
 from attngen.errors import ArgumentError
@@ -137,3 +143,100 @@ def test_names_that_nothing_declares_are_refused() -> None:
         Given({"slops": "zeros"}).check_names(both)
     with pytest.raises(ArgumentError, match="none: no scalar is declared"):
         Given(scalars={"n": "1"}).check_names(both)
+
+
+def saved(x: object, *, as_zip: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(x, file, _use_new_zipfile_serialization=as_zip)
+    return file.getvalue()
+
+
+def with_pickle(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """A file of torch.save with another pickle in it, and checksums that fit."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(old.read(name)) if name.endswith("data.pkl") else old.read(name))
+    return file.getvalue()
+
+
+IDS_OF_10 = torch.arange(10, dtype=torch.int32)
+ZIPPED = [
+    saved(x) for x in (IDS_OF_10, IDS_OF_10.to_sparse(), {"a": IDS_OF_10}, torch.nn.Parameter(torch.ones(3)))
+]
+PLAIN = [saved(IDS_OF_10, as_zip=False), saved(torch.ones(3, dtype=torch.complex64), as_zip=False)]
+CHANGES = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+def changed(data: bytes, changes: list[tuple[int, int]]) -> bytes:
+    mutable = bytearray(data)
+    for place, byte in changes:
+        mutable[place % len(data)] = byte
+    return bytes(mutable)
+
+
+@given(file=st.sampled_from([*ZIPPED, *PLAIN]), changes=CHANGES, cut=st.integers(0, 3000))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_mutated_file_is_taken_or_refused_in_one_sentence(
+    tmp_path: Path, file: bytes, changes: list[tuple[int, int]], cut: int
+) -> None:
+    """Bytes changed, in the pickle with its checksum too, or cut off: a tensor or one short error, and no warning."""
+    path = tmp_path / "x.pt"
+    for data in (
+        changed(file, changes),
+        file[:cut],
+        with_pickle(file, lambda pickle: changed(pickle, changes)) if file in ZIPPED else b"",
+    ):
+        path.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                declared_inputs(declared({"x": "i32[batch, seqlen_k]"}), SHAPE, given=Given({"x": str(path)}))
+            except ArgumentError as fault:
+                assert str(fault).startswith("argument --tensor x: got ") and str(fault).count("\n") == 1
+                assert len(str(fault)) < 600
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(3).to_sparse(),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_of_a_tensor_without_plain_data_is_refused(
+    tmp_path: Path, make: Callable[[], torch.Tensor]
+) -> None:
+    """Sparse, nested, quantized and meta tensors are no values of a declared tensor."""
+    path = tmp_path / "x.pt"
+    torch.save(make(), path)
+    with pytest.raises(ArgumentError, match="expected a (dense tensor|file with a tensor)"):
+        declared_inputs(declared({"x": "f32[batch]"}), SHAPE, given=Given({"x": str(path)}))
+
+
+class Harm:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    """A pickle that would open a file for writing is refused, and the file is not there."""
+    path = tmp_path / "x.pt"
+    torch.save(Harm(str(tmp_path / "harm")), path)
+    with pytest.raises(ArgumentError, match="a file with a tensor"):
+        declared_inputs(declared({"x": "f32[batch]"}), SHAPE, given=Given({"x": str(path)}))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_tensor_that_no_memory_holds_is_refused_before_it_is_drawn() -> None:
+    """Dimensions of 2^30 each are legal to declare."""
+    with pytest.raises(MemoryError, match="x, .* takes .* GiB, and this machine has"):
+        declared_inputs(declared({"x": "f32[1073741823, 1073741823, 1073741823]"}), SHAPE)
