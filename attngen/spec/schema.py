@@ -86,7 +86,9 @@ SizeOrAuto = Annotated[
 ]
 CountOrAuto = Annotated[
     Annotated[int, Field(ge=1, le=1024), BeforeValidator(_integer)] | _Auto,
-    Expects("positive-integer", "an integer from 1 to 1024 or auto", _nearest_integer(1, 1024, ("auto",))),
+    Expects(
+        "positive-integer", "a positive integer or auto, at most 1024", _nearest_integer(1, 1024, ("auto",))
+    ),
 ]
 """Of stages, warps or warpgroups: far more than any rule allows, few enough to make a plan that says so."""
 FlagOrAuto = Annotated[
