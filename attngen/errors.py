@@ -17,9 +17,7 @@ _REPORT_WIDTH = 92  # the rule's name ends in this column, as in the documented 
 _SOURCE_WIDTH = 100  # longer source lines are cut around the carets
 _MOST_SHOWN = 60  # characters of a value that an argument's error repeats
 _MOST_BITS = 128  # of an integer that it repeats
-_SENTENCE_WIDTH = (
-    500  # longer messages, notes and nearest values are cut: a hostile file may put anything in them
-)
+_SENTENCE_WIDTH = 500  # of a message, a note or nearest values: a hostile file may put anything in them
 _REPLACEMENT = "\ufffd"  # stands for a control character, so that a hostile file cannot drive the terminal
 
 
@@ -82,6 +80,7 @@ class Diagnostic:
 
 
 def _shortened(sentence: str) -> str:
+    """A sentence without the end of a value that somebody wrote too long."""
     return sentence if len(sentence) <= _SENTENCE_WIDTH else f"{sentence[:_SENTENCE_WIDTH]}…"
 
 

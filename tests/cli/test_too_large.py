@@ -37,7 +37,9 @@ NUMBERS = st.one_of(
     st.sampled_from([2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**9, 10**22, -(2**63) - 1, -(10**22)]).map(
         str
     ),
-    st.integers(-(10**40), 10**40).map(str),
+    st.one_of(st.integers(2**40, 10**40), st.integers(-(10**40), 20)).map(
+        str
+    ),  # between them calls take hours
 )
 OF_CALLS = ("--batch", "--heads", "--heads-kv", "--seqlen", "--seqlen-q", "--seqlen-k")
 ARGUMENTS: tuple[tuple[str, ...], ...] = (
