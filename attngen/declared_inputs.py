@@ -153,10 +153,10 @@ def _scalar(scalar: Scalar, text: str | None) -> Any:
 def _read(name: str, path: str, device: torch.device | str) -> torch.Tensor:
     """The tensor of a file."""
     near = get_close_matches(path, KINDS, n=1)
-    cure = f"--tensor {name}={near[0]}" if near else f"torch.save(tensor, {path!r}) writes one"
+    cure = f"--tensor {name}={near[0]}" if near else f"torch.save(tensor, {shown(path)}) writes one"
     if not os.path.isfile(path):
         must = f"{', '.join(KINDS)}, or the path of a file"
-        raise ArgumentError(f"--tensor {name}", repr(path), must, cure if near else None)
+        raise ArgumentError(f"--tensor {name}", shown(path), must, cure if near else None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of old formats is nothing to the user
