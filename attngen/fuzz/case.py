@@ -12,7 +12,7 @@ from attngen.expr import LARGEST_LENGTH
 from attngen.fuzz.states import PLAIN, STATES
 from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
 from attngen.judging import call_dtype
-from attngen.runtime.arguments import LARGEST_SCALE
+from attngen.runtime.numbers import LARGEST_SCALE
 from attngen.spec import Spec, load
 from attngen.torch_state import torch_defaults
 
@@ -84,7 +84,7 @@ class Case:
             (self.memory, MEMORIES),
             (self.layout, CALL_LAYOUTS),
             (self.kind, KINDS_WITH_SCALES),
-            (self.state, STATES),
+            (self.state, tuple(STATES)),
         ):
             if value not in known:
                 return f"{value} is none of {', '.join(known)}"
