@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from attngen.errors import ArgumentError, AttngenError, Diagnostic, ExpressionError
+from attngen.errors import ArgumentError, AttngenError, Diagnostic, ExpressionError, shown
 from attngen.expr.declare import read_declarations
 from attngen.expr.parse import parse_mask, parse_score
-from attngen.expr.traced import Traced, operand, refuse, shown
+from attngen.expr.traced import Traced, operand, refuse
 from attngen.expr.traced_tensors import TracedTensor, capturing, constant_of
 from attngen.expr.tree import INDEX_NAMES
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, Never, cast
 
-from attngen.errors import Diagnostic, ExpressionError
+from attngen.errors import Diagnostic, ExpressionError, shown
 from attngen.expr.syntax import MAX_LENGTH
 from attngen.expr.tree import Type
 
@@ -234,11 +234,6 @@ def operand(value: object) -> Traced:
 def literal(value: Traced) -> int | None:
     """The integer that a text is; None of any other."""
     return int(value.text) if value.text.lstrip("-").isdecimal() else None
-
-
-def shown(value: object) -> str:
-    """A value in a message."""
-    return repr(value)[:80]
 
 
 def refuse(message: str, rule: str, value: str, note: str = "", nearest: tuple[str, ...] = ()) -> Never:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Never
 
+from attngen.errors import shown
 from attngen.expr.declarations import VALUE_TYPES, TensorType
 from attngen.expr.scope import example
-from attngen.expr.traced import Traced, literal, operand, refuse, shown
+from attngen.expr.traced import Traced, literal, operand, refuse
 
 if TYPE_CHECKING:
     import torch
