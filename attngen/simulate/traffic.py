@@ -11,6 +11,7 @@ from typing import Any
 from attngen.dtypes import DType
 from attngen.plan import Plan
 from attngen.simulate.visits import Member, Sizes, ceil_div, declared_values, heads_alike, visited_blocks
+from attngen.torch_state import torch_defaults
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Traffic:
         return self.bytes_read + self.bytes_written
 
 
+@torch_defaults()
 def closed_form(
     plan: Plan,
     seqlen_q: int,
