@@ -3,7 +3,7 @@
 What a thread may set is set aside by `torch_defaults`, and so are the precision of matrix products and the demand for
 deterministic algorithms, which are the process's. The default dtype is the process's too, but another thread may be
 making a model under it: nothing here touches it, and no tensor of attngen leaves its format to it
-(tests/test_architecture.py). Thread counts are let alone, they decide how fast sums are made.
+(tests/test_architecture.py). Thread counts are let alone here; `attngen.simulate.one_thread` is for the simulator.
 """
 
 import sys

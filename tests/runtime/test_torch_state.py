@@ -66,7 +66,7 @@ def simulated(name: str, dtype: torch.dtype) -> Any:
     out, lse = made(q, k, v, SCALE, return_lse=True, **passed)
     verdict = judge(made.spec, made.plan, out, lse, q, k, v, SCALE, declared=passed)
     assert verdict.ok, verdict
-    return out, lse, verdict.max_error, verdict.rmse_bound
+    return {"out": out, "lse": lse, "verdict": (verdict.max_error, verdict.rmse_bound)}
 
 
 class ExactRecorder(Recorder):
@@ -101,7 +101,12 @@ def references() -> Any:
     out, lse = standard_attention(*given, **about)
     exact = attention_as_fractions(*random_inputs(SHAPE, 4, 4, torch.float32, kind="integers"))
     verdict = compare(out, lse, *given, **about)
-    return out, lse, *exact, *attention(*given, **about), *attention_chunked(*given, **about), verdict
+    others = (*attention(*given, **about), *attention_chunked(*given, **about))
+    return {
+        "fractions": exact,
+        "references": (out, lse, *others),
+        "verdict": (verdict.max_error, verdict.rmse_bound),
+    }
 
 
 def products() -> Any:
@@ -163,8 +168,8 @@ def expected(result: str) -> Any:
     return RESULTS[result]()
 
 
-def check_equal(found: Any, right: Any, to_the_bit: bool) -> None:
-    """Equal, and of one type and one device, all the way down."""
+def check_equal(found: Any, right: Any, near: tuple[str, ...] = (), to_the_bit: bool = True) -> None:
+    """Equal, and of one type and one device, all the way down; what is called as in `near` is close by."""
     assert type(found) is type(right)
     if isinstance(right, torch.Tensor):
         assert (found.dtype, found.device, found.shape) == (right.dtype, right.device, right.shape)
@@ -175,13 +180,13 @@ def check_equal(found: Any, right: Any, to_the_bit: bool) -> None:
     elif isinstance(right, dict):
         assert list(found) == list(right)
         for name in right:
-            check_equal(found[name], right[name], to_the_bit)
+            check_equal(found[name], right[name], near, to_the_bit and name not in near)
     elif isinstance(right, list | tuple):
         assert len(found) == len(right)
         for pair in zip(found, right, strict=True):
-            check_equal(*pair, to_the_bit)
+            check_equal(*pair, near, to_the_bit)
     else:
-        assert found == right or not to_the_bit
+        assert found == (right if to_the_bit else pytest.approx(right, rel=1e-3, abs=1e-6))
 
 
 ALL_STATES = {**STATES, "fake tensors": FakeTensorMode}  # which takes seconds to load, too many for fuzzing
@@ -211,7 +216,7 @@ def state_of_torch() -> tuple[Any, ...]:
 def test_no_state_of_torch_reaches_a_result(state: str, result: str) -> None:
     """Every result is the same under each state, which is afterwards what it was; nothing random is drawn.
 
-    The same bits; but more threads add up products of matrices in another order, where inputs are f32.
+    The same bits; but a reference uses as many threads as it may, which add up products of f32 in another order.
     """
     right, random = expected(result), torch.get_rng_state()
     with ALL_STATES[state]():
@@ -219,4 +224,4 @@ def test_no_state_of_torch_reaches_a_result(state: str, result: str) -> None:
         found = RESULTS[result]()
         assert state_of_torch() == before
     assert torch.equal(torch.get_rng_state(), random)
-    check_equal(found, right, to_the_bit=state != "threads")
+    check_equal(found, right, near=("references", "verdict") if state == "threads" else ())
