@@ -126,7 +126,7 @@ def test_cuda_text_is_what_an_expert_would_write(text: str, cuda: str) -> None:
 def test_conditions_on_elements_are_compared_as_such(text: str, cuda: str) -> None:
     """What says that both hold or neither is one comparison, since both elements are loaded anyway."""
     declared = Declarations(tensors={"im": TensorType("im", "bool", ("seqlen_k",))})
-    leaves = Leaves(PLAIN, {"im": ("p.size",)})
+    leaves = Leaves(PLAIN, {"im": "read_im"}, {"im": ("p.size",)})
     read = {
         side: f"read_im(params, clamp_index({name}, p.size))"
         for side, name in (("q", "q_idx"), ("k", "kv_idx"))
