@@ -36,8 +36,6 @@ def validate(document: Document, *, warns: bool = True) -> Spec:
     model = None
     expressions = Expressions(document)
     untold = expressions.untold
-    for doubt in expressions.doubts if warns else ():
-        warnings.warn(SpecWarning(doubt), stacklevel=3)
     faults = document.diagnostics + expressions.declaration_faults
     expression_faults = expressions.text_faults
     if document.is_spec:
@@ -51,6 +49,8 @@ def validate(document: Document, *, warns: bool = True) -> Spec:
         report = tuple(sorted(faults + expression_faults, key=_place))
         raise (SpecError if faults else ExpressionError)(report, untold)
     assert model is not None  # a document without faults has a model
+    for doubt in expressions.doubts if warns else ():
+        warnings.warn(SpecWarning(doubt), stacklevel=3)
     return Spec.from_model(model, document.marks)
 
 
