@@ -30,7 +30,9 @@ def check_writable(out: torch.Tensor) -> None:
     reach = sum(step * (size - 1) for step, size in zip(out.stride(), out.shape, strict=True))
     last = (out.storage_offset() + reach + 1) * out.element_size()
     if out.untyped_storage().nbytes() < last:
-        raise ArgumentError("out", "a tensor whose storage was freed", f"{last} bytes of storage", allocate)
+        raise ArgumentError(
+            "out", "a tensor whose storage was freed in part", f"{last} bytes of storage", allocate
+        )
     if out.device.type == "cpu" and not _is_mapped_for_writing(out.data_ptr()):
         raise ArgumentError("out", "memory that can only be read", "memory that can be written", allocate)
 
