@@ -18,7 +18,7 @@ from attngen.fuzz.case import FAR
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.names import emitted_names
 from attngen.fuzz.pairs import PairTexts, pair_texts
-from attngen.fuzz.properties import PropertyFailure, check, names_of
+from attngen.fuzz.properties import WIDE_WINDOW, PropertyFailure, check, names_of
 from attngen.fuzz.search import CPU_TARGETS, kernels
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
@@ -176,6 +176,21 @@ def test_a_right_kernel_of_e4m3_holds_each_rule_that_applies(kind: Kind, scales:
     for rule in applicable:
         case = Case(spec, Shape(2, 4, 2, 9, 150), seed=5, rule=rule, kind=kind)
         assert (failure := reproduce(case)) is None, str(failure)
+
+
+def test_a_window_that_has_no_plan_is_no_finding() -> None:
+    """Found by fuzzing: a tile of the full mask may leave no registers for a window's, and nothing is compared."""
+    spec = load(
+        {
+            "target": "sm_90a",
+            "problem": {"head_dim": 64},
+            "precision": {"inputs": "e4m3", "scales": "per_block", "promote": 1},
+            "tile": {"block_m": 192, "block_n": 128},
+            "schedule": {"kind": "warp_specialized", "warpgroups": 3, "stages": 2},
+        }
+    )
+    assert plan_of(spec) is not None and plan_of(spec.replace({"mask": WIDE_WINDOW})) is None
+    check(Case(spec, Shape(1, 1, 1, 3, 5), rule="wide-window"), kernels())
 
 
 def test_e4m3_without_keys() -> None:
