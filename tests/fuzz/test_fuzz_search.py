@@ -34,7 +34,9 @@ SMALL: dict[str, object] = {
 
 
 NO_SHAPE = json.dumps({"spec": SMALL})
-NO_MEMORY = Case(load(SMALL), Shape(1, 1, 1, 1, 1)).to_json().replace("contiguous", "scattered")
+WHOLE = Case(load(SMALL), Shape(1, 1, 1, 1, 1)).to_json()
+NO_MEMORY = WHOLE.replace("contiguous", "scattered")
+NO_STATE = WHOLE.replace('"as imported"', "[]")
 
 
 def small(**changes: object) -> Spec:
@@ -50,7 +52,7 @@ def test_a_case_survives_its_line_of_json(case: Case) -> None:
     assert Case.from_json(line) == case
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"shape": 3}', NO_SHAPE, NO_MEMORY])
+@pytest.mark.parametrize("text", ["{", "[]", '{"shape": 3}', NO_SHAPE, NO_MEMORY, NO_STATE])
 def test_what_is_no_case_is_refused(text: str) -> None:
     """Text that is no JSON, or lacks a case's keys or has values of its own, is a ValueError."""
     with pytest.raises(ValueError):
