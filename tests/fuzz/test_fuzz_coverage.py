@@ -11,29 +11,49 @@ from attngen.spec import load
 
 EXAMPLES = {"simulator": 700, "sm_80": 300, "sm_90a": 600}
 SEEDS = {"simulator": 2, "sm_80": 2, "sm_90a": 2}
+RUNS = 4
+"""At most, of one seed after another: draws of a seed part now and then (docs/design.md), and may miss something."""
 KNOBS = ("schedule", "warpgroups", "overlap", "persistent", "order", "tiles per block")
+
+Runs = tuple[str, list[FuzzReport]]
 
 
 @pytest.fixture(scope="module", params=EXAMPLES)
-def report(request: pytest.FixtureRequest) -> FuzzReport:
+def runs(request: pytest.FixtureRequest) -> Runs:
+    """A target, and its runs until everything is met: one, if nothing is missing."""
     target: str = request.param
-    return fuzz(examples=EXAMPLES[target], seed=SEEDS[target], targets=(target,))
+    reports: list[FuzzReport] = []
+    while len(reports) < RUNS and (not reports or missing((target, reports))):
+        seed = SEEDS[target] + len(reports)
+        reports.append(fuzz(examples=EXAMPLES[target], seed=seed, targets=(target,)))
+    return target, reports
 
 
-def test_plans_hold_every_property(report: FuzzReport) -> None:
+def missing(runs: Runs) -> list[tuple[str, str]]:
+    """What none of the runs has met."""
+    target, reports = runs
+    every = Coverage()
+    for report in reports:
+        every.counts += report.coverage.counts
+    return every.missing((target,))
+
+
+def test_plans_hold_every_property(runs: Runs) -> None:
     """No drawn case breaks a property, and as many ran as were asked for."""
-    assert report.ok, report
-    assert report.examples in EXAMPLES.values()
+    target, reports = runs
+    for report in reports:
+        assert report.ok, report
+        assert report.examples == EXAMPLES[target]
 
 
-def test_a_seeded_run_meets_everything(report: FuzzReport) -> None:
+def test_seeded_runs_meet_everything(runs: Runs) -> None:
     """Every schedule, dtype, head_dim, length class, group, stride, property, and every range empty and not."""
-    target = next(target for target, examples in EXAMPLES.items() if examples == report.examples)
-    assert report.coverage.missing((target,)) == []
+    assert missing(runs) == []
 
 
-def test_the_table_names_what_was_met(report: FuzzReport) -> None:
+def test_the_table_names_what_was_met(runs: Runs) -> None:
     """Each dimension that was met is a line of the table, with its counts."""
+    report = runs[1][0]
     table = report.coverage.table()
     every = [*dict.fromkeys(dimension for dimension, _ in expected(CPU_TARGETS)), "target"]
     met = {dimension for dimension, _ in report.coverage.counts}
