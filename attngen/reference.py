@@ -102,7 +102,10 @@ def attention(
     scores = problem.modified(scores, *every).masked_fill(~problem.sees(*every), -math.inf)
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    out = _weighted_sum(p, values)
+    total = p.sum(
+        dim=-1, keepdim=True
+    )  # 1, unless scores are so large that adding the sum's logarithm changes nothing
+    out = torch.where(total == 0, 0.0, _weighted_sum(p, values) / total)
     return problem.finish(out, lse)
 
 
@@ -246,7 +249,6 @@ def standard_attention(
     lse.fill_(-math.inf)
     if problem.seqlen_k == 0:
         return problem.finish(out, lse)
-    log2_e = math.log2(math.e)
     # Of f32 the order of sums is all that errs, and torch's differs from machine to machine.
     sums = torch.float64 if q.dtype == torch.float32 else torch.float32
     largest_p = torch.finfo(q.dtype).max
@@ -259,9 +261,9 @@ def standard_attention(
         places = (b, h, problem.rows[here][:, None], kv_idx)
         products = queries @ keys.mT if roundings is None else roundings.products(queries, keys)
         if score is None:
-            scores = problem.softmax_scale * log2_e * products  # (chunk, seqlen_k)
+            scores = _in_log2(products, problem.softmax_scale)  # (chunk, seqlen_k)
         else:
-            scores = log2_e * problem.modified(problem.softmax_scale * products, *places)
+            scores = _in_log2(problem.modified(problem.softmax_scale * products, *places), 1.0)
         scores = scores.masked_fill(~problem.sees(*places), -math.inf)
         row_max = scores.amax(dim=-1, keepdim=True)
         row_max.masked_fill_(row_max.isneginf() | is_bounded, 0.0)
@@ -387,6 +389,13 @@ class _Problem:
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     """What a call multiplies products by: 1/sqrt(head_dim_qk) where it does not say."""
     return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+
+
+def _in_log2(scores: Tensor, factor: float) -> Tensor:
+    """f32 scores times a factor, in log2 units; what is finite stays so."""
+    largest = torch.finfo(scores.dtype).max
+    exponents = (scores * (factor * math.log2(math.e))).clamp(-largest, largest)
+    return torch.where(scores.isinf(), scores, exponents)
 
 
 def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:

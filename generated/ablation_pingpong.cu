@@ -16,6 +16,9 @@ typedef long long i64;
 // Infinity, without a header.
 DEV float infinity() { return __int_as_float(0x7f800000); }
 
+// The lowest finite number.
+DEV float lowest() { return __int_as_float(0xff7fffff); }
+
 // Keep a value from being computed ahead of the loop it is used in: what it leads to is cheap, registers are not.
 DEV u32 stay_in_loop(u32 x) {
   asm volatile("" : "+r"(x));
@@ -481,7 +484,7 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
@@ -500,23 +503,25 @@ DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], cons
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __int_as_float(largest) * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __fmul_ru(__int_as_float(largest), scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
 // The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                                    const Scale& scale_log2) {
+                                    const float (&scale_log2)[kGroups][2 * kRowTiles]) {
   float top[2 * kRowTiles];
   bool will_do = true;
 #pragma unroll
@@ -532,19 +537,69 @@ DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alp
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
+struct Maximum {
+  float row_max, reference, of_old;
+};
+
+// A row's maximum from a block's.
+DEV Maximum raised(float old, float top, float scale_log2) {
+  const float row_max = fmaxf(old, top), reference = __fmul_ru(row_max, scale_log2);
+  return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
+}
+
+// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
+template <int kRowTiles, int kColTiles>
+DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+    for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][j][e] -= row_max;
+  }
+  return {row_max, 0.f, (old - row_max) * scale_log2};
+}
+
+// row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
+// is not fine.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+  Maximum of[2 * kRowTiles];
+  bool will_do = true;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
+      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
+}
+
+// s = 2^(scaled s - reference + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Reference, class Scale>
+DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const Reference& reference,
                       const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
+    const float lowered = reference[i] - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
         sum += s[i / 2][j][e];
       }
     }
@@ -588,6 +643,21 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
   const float none[N] = {};
   finish_rows(inv_sum, lse, none, row_sum);
+}
+
+// The same of maxima that are scores; large ones are brought to natural units at once.
+template <int N>
+DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
+                               float lift = 0.f, float top = 1.f) {
+  float reference[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  finish_rows(inv_sum, lse, reference, row_sum, lift, top);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
+    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+  }
 }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
@@ -757,6 +827,7 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
     float acc_o[kRowTiles][16][4];
     float row_max[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float reference[2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
@@ -769,7 +840,7 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       fill(acc_o, 0.f);
-      fill(row_max, -infinity());
+      fill(row_max, lowest());
       fill(row_sum, 0.f);
       mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
       if (params.scale_is_negative) {
@@ -794,8 +865,8 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
           }
           mask_scores(acc_s, end);
         }
-        update_row_max_by_integers(row_max, alpha, acc_s, params.softmax_scale_log2);
-        exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+        update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
+        exponentiate(acc_s, row_sum, reference, alpha, params.softmax_scale_log2);
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
@@ -816,9 +887,9 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
           // online softmax of block n
-          update_row_max_by_integers(row_max, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
           scale_rows(acc_o, alpha);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          exponentiate(acc_s, row_sum, reference, alpha, params.softmax_scale_log2);
           convert_p<Input>(p, acc_s);
         }
       }
@@ -837,7 +908,7 @@ attn_fwd_sm90a_f16_d128_full_pingpong_0d8fa0ad(const __grid_constant__ Params pa
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);
-      finish_rows(inv_sum, row_lse, row_max, total);
+      finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2);
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();

@@ -16,6 +16,9 @@ typedef long long i64;
 // Infinity, without a header.
 DEV float infinity() { return __int_as_float(0x7f800000); }
 
+// The lowest finite number.
+DEV float lowest() { return __int_as_float(0xff7fffff); }
+
 // Keep a value from being computed ahead of the loop it is used in: what it leads to is cheap, registers are not.
 DEV u32 stay_in_loop(u32 x) {
   asm volatile("" : "+r"(x));
@@ -383,40 +386,122 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// The same, or 0 if that is larger: numbers that are not negative are ordered as the integers of their bits, and of integers
+// one instruction takes the largest of three. Programming Guide: DPX.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = 0.f;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    int largest = 0;
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __fmul_ru(__int_as_float(largest), scale_of(scale_log2, g, i)));
+  }
+  return top;
+}
+
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const Scale& scale_log2) {
+// The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
+template <int kRowTiles, int kColTiles, int kGroups>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
+                                    const float (&scale_log2)[kGroups][2 * kRowTiles]) {
+  float top[2 * kRowTiles];
+  bool will_do = true;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    top[i] = quad_max(largest_positive_score(s, scale_log2, i));
+    will_do &= top[i] > 0.f || row_max[i] >= 0.f;
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) top[i] = quad_max(largest_score(s, scale_log2, i));
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
+struct Maximum {
+  float row_max, reference, of_old;
+};
+
+// A row's maximum from a block's.
+DEV Maximum raised(float old, float top, float scale_log2) {
+  const float row_max = fmaxf(old, top), reference = __fmul_ru(row_max, scale_log2);
+  return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
+}
+
+// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
+template <int kRowTiles, int kColTiles>
+DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+    for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][j][e] -= row_max;
+  }
+  return {row_max, 0.f, (old - row_max) * scale_log2};
+}
+
+// row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
+// is not fine.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+  Maximum of[2 * kRowTiles];
+  bool will_do = true;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
+      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
+}
+
+// s = 2^(scaled s - reference + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Reference, class Scale>
+DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const Reference& reference,
                       const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
+    const float lowered = reference[i] - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
         sum += s[i / 2][j][e];
       }
     }
@@ -460,6 +545,21 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
   const float none[N] = {};
   finish_rows(inv_sum, lse, none, row_sum);
+}
+
+// The same of maxima that are scores; large ones are brought to natural units at once.
+template <int N>
+DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
+                               float lift = 0.f, float top = 1.f) {
+  float reference[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  finish_rows(inv_sum, lse, reference, row_sum, lift, top);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
+    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+  }
 }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
@@ -573,6 +673,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
   float acc_o[kRowTiles][16][4];
   float row_max[2 * kRowTiles];
   float alpha[2 * kRowTiles];
+  float reference[2 * kRowTiles];
   float row_sum[2 * kRowTiles];
   float total[2 * kRowTiles];
   float inv_sum[2 * kRowTiles];
@@ -580,11 +681,11 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
 
   Tile tile = decode_tile(params, blockIdx.x);
   const int m_max = (tile.seqlen_q + kBlockM - 1) / kBlockM, n_end = (tile.seqlen_k + kBlockN - 1) / kBlockN;
-  // line 2: O = 0, row_sum = 0, row_max = -inf in device memory
+  // line 2: O = 0, row_sum = 0, row_max = lowest in device memory
   #pragma unroll 1
   for (int m = 0; m < m_max; ++m) {  // any tiles
     fill(acc_o, 0.f);
-    fill(row_max, -infinity());
+    fill(row_max, lowest());
     fill(total, 0.f);
     store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q);
     store_rows<kRowTiles>(dense_head(params.saved_max, params, tile), row_max, m * kBlockM, tile.seqlen_q);
@@ -629,15 +730,15 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
           mask_scores(acc_s, end);
         }
         // lines 10 and 11: new row_max and row_sum
-        update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-        exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+        update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
+        exponentiate(acc_s, row_sum, reference, alpha, params.softmax_scale_log2);
         // line 12: O = (row_sum alpha O + P V) / new row_sum
         scale_rows(acc_o, total);
         scale_rows(acc_o, alpha);
         convert_p<Input>(p, acc_s);
         output_gemm<Input, VTile>(acc_o, p, v_smem);
         reduce_rows(total, row_sum);
-        finish_rows(inv_sum, row_lse, row_max, total);
+        finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2);
         scale_rows(acc_o, inv_sum);
         store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q);
         // line 13: write row_sum and row_max
@@ -653,7 +754,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
     load_fragment<kHeadDimV>(acc_o, dense_head(params.o_acc, params, tile, kHeadDimV), m * kBlockM, tile.seqlen_q);
     load_rows<kRowTiles>(row_max, dense_head(params.saved_max, params, tile), m * kBlockM, tile.seqlen_q);
     load_rows<kRowTiles>(total, dense_head(params.saved_sum, params, tile), m * kBlockM, tile.seqlen_q);
-    finish_rows(inv_sum, row_lse, row_max, total);
+    finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2);
     if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, m * kBlockM, tile.seqlen_q);
     __syncthreads();
     copy_tile<Output, OutTile>(out_smem, acc_o);

@@ -16,6 +16,9 @@ typedef long long i64;
 // Infinity, without a header.
 DEV float infinity() { return __int_as_float(0x7f800000); }
 
+// The lowest finite number.
+DEV float lowest() { return __int_as_float(0xff7fffff); }
+
 // Keep a value from being computed ahead of the loop it is used in: what it leads to is cheap, registers are not.
 DEV u32 stay_in_loop(u32 x) {
   asm volatile("" : "+r"(x));
@@ -482,40 +485,68 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const Scale& scale_log2) {
+                        const float (&scale_log2)[kGroups][2 * kRowTiles]) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// What a row's scores and its maximum are multiplied by: the scale or, for a maximum that is not fine, the power of two below it, of
+// which products are exact. Scores that are not the largest are then so much smaller that they count by neither.
+DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2) {
+  const float power = __int_as_float(__float_as_int(scale_log2) & 0x7f800000);
+  const float rounded = __fmul_ru(row_max, scale_log2), exact = __fmul_ru(row_max, power), old = reference;
+  exponent_scale = is_fine(rounded) ? scale_log2 : power;
+  reference = is_fine(rounded) ? rounded : exact;
+  alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
+}
+
+// The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    row_max[i] = fmaxf(row_max[i], quad_max(largest_score(s, scale_log2, i)));
+    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2);
+  }
+}
+
+// s = 2^(scaled s - reference + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Reference, class Scale>
+DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const Reference& reference,
                       const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
+    const float lowered = reference[i] - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
         sum += s[i / 2][j][e];
       }
     }
@@ -568,6 +599,21 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
   const float none[N] = {};
   finish_rows(inv_sum, lse, none, row_sum);
+}
+
+// The same of maxima that are scores; large ones are brought to natural units at once.
+template <int N>
+DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
+                               float lift = 0.f, float top = 1.f) {
+  float reference[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  finish_rows(inv_sum, lse, reference, row_sum, lift, top);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
+    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+  }
 }
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
@@ -739,6 +785,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
     float acc_o[kRowTiles][32][4];
     float row_max[2 * kRowTiles];
     float alpha[2 * kRowTiles];
+    float reference[2 * kRowTiles];
+    float exponent_scale[1][2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
@@ -747,7 +795,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
     for (Tile tile = decode_tile(params, blockIdx.x); tile.exists;) {
       const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
       fill(acc_o, 0.f);
-      fill(row_max, -infinity());
+      fill(row_max, lowest());
+      fill(reference, lowest());
       fill(row_sum, 0.f);
       mbarrier_wait_warp(full<1>(q_ring, q_at), q_at.phase);
       if (params.scale_is_negative) {
@@ -772,8 +821,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
           }
           mask_scores(acc_s, end);
         }
-        update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-        exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+        update_row_max(row_max, reference, alpha, exponent_scale, acc_s, params.softmax_scale_log2);
+        exponentiate(acc_s, row_sum, reference, alpha, exponent_scale);
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
@@ -796,8 +845,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
             }
             mask_scores(acc_s, end);
           }
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          update_row_max(row_max, reference, alpha, exponent_scale, acc_s, params.softmax_scale_log2);
+          exponentiate(acc_s, row_sum, reference, alpha, exponent_scale);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
@@ -818,8 +867,8 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
           // online softmax of block n
-          update_row_max(row_max, alpha, acc_s, params.softmax_scale_log2);
-          exponentiate(acc_s, row_sum, row_max, alpha, params.softmax_scale_log2);
+          update_row_max(row_max, reference, alpha, exponent_scale, acc_s, params.softmax_scale_log2);
+          exponentiate(acc_s, row_sum, reference, alpha, exponent_scale);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
@@ -841,7 +890,7 @@ attn_fwd_sm90a_bf16_d256_causal_warp_specialized_500176a5(const __grid_constant_
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);
-      finish_rows(inv_sum, row_lse, row_max, total);
+      finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2);
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       stage_tile<Output, OutTile>(out_smem, acc_o);

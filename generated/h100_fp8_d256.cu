@@ -525,44 +525,79 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const Scale& scale_log2) {
+                        const float (&scale_log2)[kGroups][2 * kRowTiles]) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// What a row's scores and its maximum are multiplied by: the scale or, for a maximum that is not fine, the power of two below it, of
+// which products are exact. Scores that are not the largest are then so much smaller that they count by neither.
+DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2) {
+  const float power = __int_as_float(__float_as_int(scale_log2) & 0x7f800000);
+  const float rounded = __fmul_ru(row_max, scale_log2), exact = __fmul_ru(row_max, power), old = reference;
+  exponent_scale = is_fine(rounded) ? scale_log2 : power;
+  reference = is_fine(rounded) ? rounded : exact;
+  alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
+}
+
+// The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    row_max[i] = fmaxf(row_max[i], quad_max(largest_score(s, scale_log2, i)));
+    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2);
+  }
+}
+
+// References of exponents where operands have scales of their own: the maxima, or 0 for a row that has seen no key.
+template <int N>
+struct MaximumOrZero {
+  const float (&row_max)[N];
+  __device__ __forceinline__ float operator[](int i) const { return exponent_reference(row_max[i]); }
+};
+
 // As `exponentiate`, and s times a weight of its group of columns, in the exponents; the sums are without it.
-template <int kColTiles, class Scale, int kGroups>
-DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const float (&row_max)[2], const float (&alpha)[2],
+template <int kColTiles, class Reference, class Scale, int kGroups>
+DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const Reference& reference, const float (&alpha)[2],
                                const Scale& scale_log2, float lift, const float (&weight)[kGroups][2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = 0.f;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const float reference = exponent_reference(row_max[i]) - lift - log2_approx(weight[g][i]);
+      const float lowered = reference[i] - lift - log2_approx(weight[g][i]);
       float of_group = 0.f;
 #pragma unroll
       for (int t = 0; t < kColTiles / kGroups; ++t) {
         const int j = g * kColTiles / kGroups + t;
 #pragma unroll
         for (int e = i * 2; e < i * 2 + 2; ++e) {
-          s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+          s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
           of_group += s[0][j][e];
         }
       }
@@ -870,7 +905,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
           mask_scores(acc_s, end);
         }
         update_row_max(row_max, alpha, acc_s, score_scale);
-        exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
+        exponentiate_weighted(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, score_scale, 8.f, value_weight);
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
@@ -902,7 +937,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
           scale_rows(acc_o, alpha);
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, score_scale, 8.f, value_weight);
           convert_p_8bit<Input>(p, acc_s);
         }
         #pragma unroll 1
@@ -926,7 +961,7 @@ attn_fwd_sm90a_e4m3_d256_causal_warp_specialized_99f5d872(const __grid_constant_
           if (is_first_thread) mbarrier_arrive(empty<2>(v_ring, v_at));
           advance<2>(v_at);
           scale_rows(acc_o, alpha);
-          exponentiate_weighted(acc_s, row_sum, row_max, alpha, score_scale, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, score_scale, 8.f, value_weight);
           convert_p_8bit<Input>(p, acc_s);
         }
       }

@@ -502,7 +502,7 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
@@ -521,23 +521,25 @@ DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], cons
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __int_as_float(largest) * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __fmul_ru(__int_as_float(largest), scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
 // The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                                    const Scale& scale_log2) {
+                                    const float (&scale_log2)[kGroups][2 * kRowTiles]) {
   float top[2 * kRowTiles];
   bool will_do = true;
 #pragma unroll
@@ -553,19 +555,76 @@ DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alp
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
+struct Maximum {
+  float row_max, reference, of_old;
+};
+
+// A row's maximum from a block's.
+DEV Maximum raised(float old, float top, float scale_log2) {
+  const float row_max = fmaxf(old, top), reference = __fmul_ru(row_max, scale_log2);
+  return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
+}
+
+// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
+template <int kRowTiles, int kColTiles>
+DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+    for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][j][e] -= row_max;
+  }
+  return {row_max, 0.f, (old - row_max) * scale_log2};
+}
+
+// row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
+// is not fine.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+  Maximum of[2 * kRowTiles];
+  bool will_do = true;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
+      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
+}
+
+// References of exponents where operands have scales of their own: the maxima, or 0 for a row that has seen no key.
+template <int N>
+struct MaximumOrZero {
+  const float (&row_max)[N];
+  __device__ __forceinline__ float operator[](int i) const { return exponent_reference(row_max[i]); }
+};
+
+// s = 2^(scaled s - reference + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Reference, class Scale>
+DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const Reference& reference,
                       const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
+    const float lowered = reference[i] - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
         sum += s[i / 2][j][e];
       }
     }
@@ -853,7 +912,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_k4096(const __grid_constant__ 
           mask_scores(acc_s, end);
         }
         update_row_max_by_integers(row_max, alpha, acc_s, row_scale);
-        exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
+        exponentiate(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, row_scale, 8.f);
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
@@ -865,6 +924,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_k4096(const __grid_constant__ 
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<0>();
           pin(acc_s);
+          named_barrier_arrive(1 + next_warpgroup, 256);
           if (is_first_thread) mbarrier_arrive(empty<3>(k_ring, k_at));
           advance<3>(k_at);
           wgmma_wait<0>();
@@ -883,8 +943,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_k4096(const __grid_constant__ 
             mask_scores(acc_s, end);
           }
           update_row_max_by_integers(row_max, alpha, acc_s, row_scale);
-          exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
-          named_barrier_arrive(1 + next_warpgroup, 256);
+          exponentiate(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, row_scale, 8.f);
           convert_p_8bit<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
         }
@@ -898,6 +957,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_k4096(const __grid_constant__ 
           issue_output_gemm_8bit<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<0>();
           pin(acc_s);
+          named_barrier_arrive(1 + next_warpgroup, 256);
           if (is_first_thread) mbarrier_arrive(empty<3>(k_ring, k_at));
           advance<3>(k_at);
           wgmma_wait<0>();
@@ -907,8 +967,7 @@ attn_fwd_sm90a_e4m3_d128_causal_pingpong_8df30bae_k4096(const __grid_constant__ 
           advance<3>(v_at);
           // online softmax of block n
           update_row_max_by_integers(row_max, alpha, acc_s, row_scale);
-          exponentiate(acc_s, row_sum, row_max, alpha, row_scale, 8.f);
-          named_barrier_arrive(1 + next_warpgroup, 256);
+          exponentiate(acc_s, row_sum, MaximumOrZero<2 * kRowTiles>{row_max}, alpha, row_scale, 8.f);
           convert_p_8bit<Input>(p, acc_s);
           scale_rows(acc_o, alpha);
         }

@@ -82,6 +82,10 @@ struct E4m3 {
   }
 };
 
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
 // An f16 of a tensor as f32.
 DEV float f16_to_float(u16 x) {
   float y;

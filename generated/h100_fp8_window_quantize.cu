@@ -91,6 +91,10 @@ struct E4m3 {
   }
 };
 
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
 // -1, 0 or 1; 0 of a NaN.
 template <class T>
 DEV T sign(T x) { return (T)((x > 0) - (x < 0)); }

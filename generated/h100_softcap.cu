@@ -428,6 +428,10 @@ DEV void mask_scores(float (&s)[kRowTiles][kColTiles][4], const int (&end)[2 * k
   }
 }
 
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
 // s = 2^(scaled s), row_sum = row_sum + this lane's sums of s: of scores that need no maximum.
 template <int kRowTiles, int kColTiles>
 DEV void exponentiate_bounded(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], float scale_log2) {

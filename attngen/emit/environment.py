@@ -29,7 +29,7 @@ from attngen.plan import (
     View,
     walk,
 )
-from attngen.plan.steps import Exponentiate, ModifyScores, PassTurn, RowMax, SeedScores
+from attngen.plan.steps import Exponentiate, FinishRows, ModifyScores, PassTurn, RowMax, SeedScores
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
@@ -167,7 +167,7 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
     return env
 
 
-def _score_scale(step: RowMax | Exponentiate) -> str:
+def _score_scale(step: RowMax | Exponentiate | FinishRows) -> str:
     """What the softmax multiplies scores by."""
     return "1.f" if step.is_scaled else step.scale.name if step.scale else "params.softmax_scale_log2"
 

@@ -61,6 +61,8 @@ _ADDED = (
     "cos(q_idx * 0.1)",
 )
 """What may be added to it."""
+_HUGE = st.builds("{}e{}".format, st.integers(1, 3), st.integers(3, 38))
+"""What models hide padding by, and more: 1e3 to 3e38."""
 
 
 def _affine(offset: int) -> str:
@@ -111,7 +113,9 @@ def _scores(draw: DrawFn) -> str:
     """A bounded function of the score, terms that are added, and perhaps a condition."""
     text = " + ".join([draw(st.sampled_from(_TERMS)), *draw(st.lists(st.sampled_from(_ADDED), max_size=2))])
     if draw(st.integers(0, 2)) == 2:
-        otherwise = draw(st.sampled_from(("-inf", "score", "0.5 * score - 1")))
+        huge = draw(_HUGE)
+        padded = (f"-{huge}", huge, f"score - {huge}", f"score + {huge}")
+        otherwise = draw(st.sampled_from(("-inf", "score", "0.5 * score - 1", *padded)))
         text = f"({text} if {draw(_formulas())} else {otherwise})"
     return text
 

@@ -148,8 +148,8 @@ def _warp_plan(
     tables = _tables(common)
     of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
     at = places(choice, arch, *dtypes, head_dims, pairs)
-    if schedule == "serial":  # which keeps its maxima in device memory
-        at = replace(at, bounded_scores=False)
+    if schedule == "serial":  # which keeps its maxima in device memory, and nothing that follows from them
+        at = replace(at, bounded_scores=False, integer_maxima=True)
     spaces = workspaces(at) if schedule == "serial" else ()
     heads = product("batch", "num_heads_q")
     grid = heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))

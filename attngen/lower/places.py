@@ -47,6 +47,8 @@ def tile_places(
         p=RegTile("p", inputs, m, n, n, "a_fragment"),
         acc_o=RegTile("acc_o", F32, m, out.cols, head_dim_v, "accumulator"),
         row_max=RegVec("row_max", m),
+        reference=RegVec("reference", m, is_counted=False),
+        exponent_scale=RegVec("exponent_scale", m, groups=1, is_counted=False),
         row_sum=RegVec("row_sum", m, partial=True),
         alpha=RegVec("alpha", m),
         total=RegVec("total", m),

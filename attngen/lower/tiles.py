@@ -112,15 +112,16 @@ def warpgroup_table(head_dim_qk: int, head_dim_v: int, demands: Demands = Demand
         return rows
     if widest <= 64:
         small = WarpgroupChoice(64, 128, 2, 1, rescale="last", q_stages=2, blocks_per_sm=2)
+        wide = WarpgroupChoice(192, 128, 3, 3, q_stages=2)
         return (
             *((Row(4096, "warp_specialized", small),) if demands.bounded else ()),
-            Row(None, "pingpong", WarpgroupChoice(192, 128, 3, 3, passes_late=True, q_stages=2)),
+            Row(None, "pingpong", replace(wide, passes_late=True, integer_maxima=True)),
         )
     if widest <= 96:
         long = WarpgroupChoice(192, 112, 2, 3) if widest <= 80 else WarpgroupChoice(192, 96, 2, 3)
         return (
             Row(1024, "pingpong", WarpgroupChoice(128, 128, 2, 2, q_stages=2)),
-            Row(None, "pingpong", long),
+            Row(None, "pingpong", replace(long, integer_maxima=True)),
         )
     if widest <= 128:
         return (Row(None, "warp_specialized", WarpgroupChoice(128, 128, 2, 2, integer_maxima=True)),)

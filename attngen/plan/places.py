@@ -294,12 +294,14 @@ class RegVec:
     Attributes:
         partial: each of the four lanes that share a row holds its own part, and their sum is meant.
         groups: of a tile's columns that have each a value of their own; None where a row has one for all of them.
+        is_counted: the rule on registers counts it; NVRTC was seen to find room for the others.
     """
 
     name: str
     rows: int
     partial: bool = False
     groups: int | None = None
+    is_counted: bool = True
 
     def registers_per_thread(self, warps: int) -> int:
         """32-bit registers that each of the warps' threads spends on it: four lanes share a row."""

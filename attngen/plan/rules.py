@@ -200,7 +200,8 @@ def _shared_memory(plan: Plan) -> Iterator[Violation]:
 def free_registers(plan: Plan) -> int:
     """Registers a thread of the computing role has for its tiles."""
     worker = plan.kernel.worker
-    vectors = {vector: vector.registers_per_thread(worker.warps) for vector in worker.reg_vecs}
+    counted = (vector for vector in worker.reg_vecs if vector.is_counted)
+    vectors = {vector: vector.registers_per_thread(worker.warps) for vector in counted}
     if plan.arch.emits and any(scale.axis == "k" and scale.granule == 1 for scale in plan.scales):
         held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
         return held - SPARE_BY_KEY - sum(vectors.values())

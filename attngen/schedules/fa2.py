@@ -39,7 +39,7 @@ def fa2(at: Places) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                *(() if at.bounded_scores else (Clear(at.row_max, "-inf"),)),
+                *at.start_maximum,
                 Clear(at.row_sum),
                 *at.start_keys(LOAD, VISIT),
                 at.when_first(

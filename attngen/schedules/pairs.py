@@ -1,5 +1,6 @@
 """What a spec says of a query and a key, taken apart for the places where a kernel works it out."""
 
+import math
 from dataclasses import dataclass, replace
 
 from attngen.expr import (
@@ -52,6 +53,7 @@ class Pairs:
         """The same, what is added to the product wherever that enters taken out of the score.
 
         A term that is looked up for each key stays, and what is added after it: behind the GEMM it has longer to come.
+        So does one that may be huge, for all that the text says.
         """
         total, added = SCORE, None
         while (parent := _only_use(total, self.score)) and (term := _term_beside(total, parent)) is not None:
@@ -101,7 +103,30 @@ def _term_beside(total: Expr, parent: Expr) -> Expr | None:
     term = b if a is total else a
     if "score" in free_names(term) or loads_by_key(term) or (b is total and parent.name == "-"):
         return None
+    if _may_be_huge(term):
+        return None
     return term if parent.name == "+" else negative(term)
+
+
+LARGEST_SEED = 2.0**14
+"""Of larger numbers the tensor core drops too much while it adds up (`lower.pairs.COLUMNS_SEEDED`), and over a small
+softmax_scale they might overflow."""
+
+
+def _may_be_huge(term: Expr) -> bool:
+    """Whether a term has a large number, a scalar of f32, or an element of f32 that stands for padding.
+
+    An element that is multiplied, as a slope is by a distance, is trusted to stand for none.
+    """
+    found = nodes(term)
+    factors = {arg for each in found if each.op == "arith" and each.name == "*" for arg in each.args}
+    return any(
+        (each.op == "const" and LARGEST_SEED < abs(float(each.value)) < math.inf)
+        or each.op == "name"
+        or (each.op == "lookup" and each not in factors)
+        for each in found
+        if each.type == "f32"
+    )
 
 
 def _multiple_of_score(expr: Expr) -> Expr | None:

@@ -11,7 +11,6 @@ from attngen.plan.steps import (
     CommitCopies,
     ConvertP,
     CopyTile,
-    FinishRows,
     ForBlocks,
     ForTiles,
     LoadFragment,
@@ -41,7 +40,7 @@ def serial(at: Places) -> Program:
     land = (CommitCopies(), WaitCopies(0), SyncThreads())
     initialise = (
         Clear(at.acc_o),
-        Clear(at.row_max, "-inf"),
+        *at.start_maximum,
         Clear(at.total),
         StoreFragment(at.acc_o, at.o_acc, M),
         StoreRows(at.row_max, at.saved_max, M),
@@ -70,7 +69,7 @@ def serial(at: Places) -> Program:
         ConvertP(at.acc_s, at.p),
         OutputGemm(at.acc_o, at.p, at.v.at()),
         ReduceRows(at.total, at.row_sum),
-        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        at.finish_rows,
         ScaleRows(at.acc_o, at.inv_sum),
         StoreFragment(at.acc_o, at.o_acc, M),
         Note("line 13: write row_sum and row_max"),
@@ -81,7 +80,7 @@ def serial(at: Places) -> Program:
         LoadFragment(at.acc_o, at.o_acc, M),
         LoadRows(at.row_max, at.saved_max, M),
         LoadRows(at.total, at.saved_sum, M),
-        FinishRows(at.row_max, at.total, at.inv_sum, at.row_lse),
+        at.finish_rows,
         StoreRows(at.row_lse, at.lse, M),
         SyncThreads(),
         CopyTile(at.acc_o, at.out.at()),
@@ -91,7 +90,7 @@ def serial(at: Places) -> Program:
     return (
         ForTiles(
             (
-                Note("line 2: O = 0, row_sum = 0, row_max = -inf in device memory"),
+                Note("line 2: O = 0, row_sum = 0, row_max = lowest in device memory"),
                 ForBlocks(ALL_ROWS, "m", initialise),
                 Note("line 5: every block of keys"),
                 ForBlocks(

@@ -20,6 +20,7 @@ from attngen.plan import (
 )
 from attngen.plan.steps import (
     ByTanh,
+    Clear,
     Exponentiate,
     FinishRows,
     ForBlocks,
@@ -126,7 +127,8 @@ class TilePlaces:
         integer_maxima: as `RowMax.by_integers`.
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
         acc_s, p, acc_o: (block_m, block_n) scores, the same rounded, (block_m, head_dim_v) output.
-        row_max, row_sum, alpha, total, inv_sum, row_lse: one value per row; `row_sum` is partial, `total` whole.
+        row_max, reference, exponent_scale, row_sum, alpha, total, inv_sum, row_lse: one value per row, see the Steps of
+            the softmax; `row_sum` is partial, `total` whole.
         q_in, k_in, v_in, result, lse: tensors in device memory.
         scales: of 8-bit operands; None for others.
     """
@@ -144,6 +146,8 @@ class TilePlaces:
     p: RegTile
     acc_o: RegTile
     row_max: RegVec
+    reference: RegVec
+    exponent_scale: RegVec
     row_sum: RegVec
     alpha: RegVec
     total: RegVec
@@ -165,7 +169,9 @@ class TilePlaces:
     def row_vectors(self) -> tuple[RegVec, ...]:
         """What is kept of each row."""
         of_maximum = () if self.bounded_scores else (self.row_max, self.alpha)
-        return (*of_maximum, self.row_sum, self.total, self.inv_sum, self.row_lse)
+        of_reference = () if self.bounded_scores or self._score_scale else (self.reference,)
+        of_scale = (self.exponent_scale,) if self._chooses_scale else ()
+        return (*of_maximum, *of_reference, *of_scale, self.row_sum, self.total, self.inv_sum, self.row_lse)
 
     # ---- scales of 8-bit operands -----------------------------------------------------------------------------------
     def start_scales(self, rows: BlockIndex) -> Program:
@@ -232,12 +238,24 @@ class TilePlaces:
         return (WhenBlock(block - 1, N_MIN, self.look_up(rows, block - 1)),)
 
     @property
+    def start_maximum(self) -> Program:
+        """The maximum of a row that has seen no key."""
+        if self.bounded_scores:
+            return ()
+        if self._score_scale:
+            return (Clear(self.row_max, "-inf"),)
+        of_reference = (Clear(self.reference, "lowest"),) if self._chooses_scale else ()
+        return (Clear(self.row_max, "lowest"), *of_reference)
+
+    @property
     def row_max_of_scores(self) -> Program:
         """The running maximum of a row, and what it does to all before."""
         if self.bounded_scores:
             return ()
-        scale = (self._score_scale, self._is_scaled)
-        return (RowMax(self.acc_s, self.row_max, self.alpha, *scale, self.integer_maxima),)
+        chosen = self.exponent_scale if self._chooses_scale else None
+        of_row = (self.row_max, None if self._score_scale else self.reference, self.alpha)
+        scale = (self._score_scale, chosen, self._is_scaled)
+        return (RowMax(self.acc_s, *of_row, *scale, self.integer_maxima),)
 
     @property
     def exponentials(self) -> Program:
@@ -245,8 +263,10 @@ class TilePlaces:
         at = self.scales
         lift, weight = (at.lift, at.weight) if at else (0, None)
         row_max, alpha = (None, None) if self.bounded_scores else (self.row_max, self.alpha)
-        scale = (self._score_scale, self._is_scaled)
-        return (Exponentiate(self.acc_s, row_max, self.row_sum, alpha, *scale, lift, weight),)
+        reference = None if self.bounded_scores or self._score_scale else self.reference
+        scale = self.exponent_scale if self._chooses_scale else self._score_scale
+        of_row = (self.row_sum, reference, row_max, alpha, scale, self._is_scaled and scale is None)
+        return (Exponentiate(self.acc_s, *of_row, lift, weight),)
 
     def rescale_output(self, votes: bool = False) -> Program:
         """O under the new maximum."""
@@ -257,7 +277,13 @@ class TilePlaces:
         """The factor of each row of O, and its log-sum-exp."""
         of_scales = (self.scales.lift, self.scales.top) if self.scales else ()
         row_max = None if self.bounded_scores else self.row_max
-        return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_scales)
+        of_max = (self._score_scale, self._is_scaled)
+        return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_max, *of_scales)
+
+    @property
+    def _chooses_scale(self) -> bool:
+        """Whether each row's maximum says what its scores are multiplied by."""
+        return not (self.bounded_scores or self.integer_maxima or self._score_scale)
 
     @property
     def _is_scaled(self) -> bool:

@@ -167,7 +167,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                *(() if at.bounded_scores else (Clear(at.row_max, "-inf"),)),
+                *at.start_maximum,
                 Clear(at.row_sum),
                 *at.start_keys(VISIT),
                 *at.start_scales(M_BLOCK),
@@ -212,6 +212,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     """S of a block and O of the block before; alpha rescales what was summed under the old maximum."""
     rings = at.consumer
     pass_turn = (PassTurn(at.turn),) if turns else ()
+    when_issued, when_landed = ((), pass_turn) if at.passes_late else (pass_turn, ())
     issue = (
         *at.look_up_here(M_BLOCK, block.n),
         *at.seed(M_BLOCK, block.n),
@@ -222,7 +223,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         _issue_scores(at),
         WaitFull(rings.v),
         _issue_output(at),
-        *(() if at.passes_late else pass_turn),
+        *when_issued,
     )
     scores_done = (*at.scale_keys(rings.k), Release(rings.k), Advance(rings.k))
     row_max = (
@@ -233,9 +234,10 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         *at.row_max_of_scores,
     )
     exponentiate = at.exponentials
-    land_scores = (WaitGemm(1, (at.acc_s,)), *scores_done)
+    # A late turn is passed ahead of the vote on maxima: ptxas would put it off until the end of the softmax.
+    land_scores = (WaitGemm(1, (at.acc_s,)), *when_landed, *scores_done)
     if not at.overlap:
-        land_both = (WaitGemm(0, (at.acc_s,)), *scores_done, *_land_output(at, at.alpha))
+        land_both = (WaitGemm(0, (at.acc_s,)), *when_landed, *scores_done, *_land_output(at, at.alpha))
         softmax = (*land_both, *row_max, *_rescale(at, "middle"), *exponentiate)
     elif at.rescale == "middle":
         output = _land_output(at, at.alpha_before)
@@ -245,7 +247,6 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     return (
         *issue,
         *softmax,
-        *(pass_turn if at.passes_late else ()),
         ConvertP(at.acc_s, at.p),
         *_rescale(at, "last"),
     )

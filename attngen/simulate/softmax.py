@@ -5,6 +5,7 @@ Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the f
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from attngen.plan.steps import (
     ScaleRows,
     SeedScores,
 )
+from attngen.scaling import COARSE_SCORES
 from attngen.simulate.copies import rounded
 from attngen.simulate.roles import RoleRun
 
@@ -35,25 +37,49 @@ Scale = torch.Tensor | float
 """What scores are multiplied by: a number of the call, or (members, rows, keys or 1)."""
 
 
-def running_max(s: torch.Tensor, row_max: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """max(row_max, scaled maximum of s). NaN is passed over here; it comes back through the exponential."""
-    top = torch.nan_to_num(s * scale, nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1)
-    return torch.fmax(row_max, top)
+def scaled(s: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Scores in log2 units, rounded up, so that no exponent relative to a maximum of these is positive."""
+    exact = s.double() * scale
+    nearest = exact.float()
+    return torch.where(nearest < exact, nearest.nextafter(torch.full_like(nearest, math.inf)), nearest)
 
 
-def exponent_reference(row_max: torch.Tensor) -> torch.Tensor:
+def running_max(s: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
+    """max(row_max, maximum of s). NaN is passed over here; it comes back through the exponential."""
+    return torch.fmax(row_max, s.masked_fill(s.isnan(), -math.inf).amax(-1))
+
+
+def is_coarse(row_max: torch.Tensor, scale_log2: float) -> torch.Tensor:
+    """Of which rows rounding the maximum in log2 units would tell: see `scaling.COARSE_SCORES`."""
+    return scaled(row_max, scale_log2).abs() >= COARSE_SCORES
+
+
+def maximum_or_zero(row_max: torch.Tensor) -> torch.Tensor:
     """What exponents are taken relative to: the maximum, or 0 for a row that has seen no key."""
     return row_max.masked_fill(row_max == -math.inf, 0.0)
 
 
-def rescale_factor(old_max: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
-    """What sums under the old maximum are worth under the new one."""
-    return torch.exp2(old_max - exponent_reference(row_max))
+def relative_scores(s: torch.Tensor, row_max: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    """Scores, those of coarse rows relative to the maximum."""
+    if not bool(coarse.any()):
+        return s
+    return torch.where(coarse.unsqueeze(-1), s - row_max.unsqueeze(-1), s)
 
 
-def exponentials(s: torch.Tensor, row_max: torch.Tensor, scale: Scale, lift: Scale = 0) -> torch.Tensor:
-    """2^(scaled s - row_max + lift), the exponent rounded once, as a fused multiply-add does."""
-    exact = s.double().mul_(scale).sub_(exponent_reference(row_max).unsqueeze(-1) - lift)
+def power_below(scale_log2: float) -> float:
+    """The power of two below a scale."""
+    _, exponent = math.frexp(scale_log2)
+    return math.ldexp(1.0, exponent - 1)
+
+
+def rescale_factor(old_reference: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """What sums under the old reference are worth under the new one; of two scales the new one may be less."""
+    return torch.exp2(-(old_reference - reference).abs())
+
+
+def exponentials(s: torch.Tensor, reference: torch.Tensor, scale: Scale, lift: Scale = 0) -> torch.Tensor:
+    """2^(scaled s - reference + lift), the exponent rounded once, as a fused multiply-add does."""
+    exact = s.double().mul_(scale).sub_(reference.unsqueeze(-1) - lift)
     return torch.exp2_(exact.float())
 
 
@@ -62,9 +88,20 @@ def inverse_sum(row_sum: torch.Tensor) -> torch.Tensor:
     return torch.where(row_sum == 0, 0.0, row_sum.reciprocal())
 
 
-def log_sum_exp(row_max: torch.Tensor, row_sum: torch.Tensor, lift: int = 0) -> torch.Tensor:
+def log_sum_exp(reference: torch.Tensor, row_sum: torch.Tensor, lift: int = 0) -> torch.Tensor:
     """The natural logarithm of the sum of exponentials that are lifted, or -inf for a row that saw no key."""
-    return torch.where(row_sum == 0, -math.inf, (row_max - lift + torch.log2(row_sum)) * LN_2)
+    return torch.where(row_sum == 0, -math.inf, (reference - lift + torch.log2(row_sum)) * LN_2)
+
+
+def log_sum_exp_of_scores(
+    row_max: torch.Tensor, row_sum: torch.Tensor, scale_log2: float, lift: int = 0
+) -> torch.Tensor:
+    """The same of maxima that are scores; large ones are brought to natural units at once, and stay finite."""
+    fine = log_sum_exp(scaled(row_max, scale_log2), row_sum, lift)
+    exact = row_max.double() * (scale_log2 * LN_2) + (torch.log2(row_sum) - lift) * LN_2
+    largest = torch.finfo(row_max.dtype).max
+    coarse = is_coarse(row_max, scale_log2) & (row_sum != 0)
+    return torch.where(coarse, exact.clamp(-largest, largest).float(), fine)
 
 
 def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -75,7 +112,7 @@ def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 # ---- softmax ------------------------------------------------------------------------------------------
 def clear(step: Clear, role: RoleRun) -> None:
     """Fill registers."""
-    value = -math.inf if step.value == "-inf" else 0.0
+    value = {"0": 0.0, "-inf": -math.inf, "lowest": torch.finfo(torch.float32).min}[step.value]
     rows = len(role.own_rows(step.dst.rows))
     shape = (rows, step.dst.cols) if isinstance(step.dst, RegTile) else (rows,)
     role.write(step.dst, lambda: torch.full((len(role.tile.members), *shape), value, dtype=torch.float32))
@@ -185,8 +222,37 @@ def _indices(
 def row_max(step: RowMax, role: RoleRun) -> None:
     """Raise the running maximum, and say what the sums so far are worth under it."""
     s, old = role.read(step.s), role.read(step.row_max)
-    new = role.write(step.row_max, running_max, s, old, _scale(step, role))
-    role.write(step.alpha, rescale_factor, old, new)
+    if step.reference is None or step.scale is not None:
+        _raise_scaled(step, role, s, old)
+        return
+    scale = _scale(step, role)
+    top = role.write(step.row_max, running_max, s, old)
+    if step.exponent_scale is not None:
+        before = role.read(step.reference)
+        power = power_below(scale)
+        of_rows = role.write(
+            step.exponent_scale, lambda: torch.where(is_coarse(top, scale), power, scale).unsqueeze(-1)
+        )
+        new = role.write(step.reference, lambda: scaled(top, of_rows.squeeze(-1)))
+        role.write(step.alpha, rescale_factor, before, new)
+        return
+    role.write(step.s, lambda: relative_scores(s, top, is_coarse(top, scale)))
+    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(is_coarse(top, scale), 0.0))
+    role.write(
+        step.alpha,
+        lambda: torch.where(
+            is_coarse(top, scale),
+            torch.exp2((old - top) * scale),
+            rescale_factor(scaled(old, scale), new),
+        ),
+    )
+
+
+def _raise_scaled(step: RowMax, role: RoleRun, s: torch.Tensor, old: torch.Tensor) -> None:
+    """The same where operands have scales of their own."""
+    scale = _scale(step, role)
+    top = role.write(step.row_max, lambda: running_max(scaled(s, scale), old))
+    role.write(step.alpha, lambda: torch.exp2(old - maximum_or_zero(top)))
 
 
 def exponentiate(step: Exponentiate, role: RoleRun) -> None:
@@ -196,17 +262,19 @@ def exponentiate(step: Exponentiate, role: RoleRun) -> None:
         s = role.write(step.s, lambda: torch.exp2(s * scale))
         role.write(step.row_sum, lambda: total + s.sum(-1))
         return
-    top, alpha = role.read(step.row_max), role.read(step.alpha)
+    alpha = role.read(step.alpha)
+    reference = role.read(step.reference) if step.reference else maximum_or_zero(role.read(step.row_max))
     if step.weight is None:
-        s = role.write(step.s, exponentials, s, top, scale, step.lift)
+        s = role.write(step.s, exponentials, s, reference, scale, step.lift)
         role.write(step.row_sum, lambda: alpha * total + s.sum(-1))
     else:
         weight = role.read(step.weight)
-        s = role.write(step.s, lambda: exponentials(s, top, scale, step.lift + torch.log2(weight)))
+        s = role.write(step.s, lambda: exponentials(s, reference, scale, step.lift + torch.log2(weight)))
         role.write(step.row_sum, lambda: alpha * total + (s / weight).sum(-1))
 
 
-def _scale(step: RowMax | Exponentiate, role: RoleRun) -> Scale:
+def _scale(step: RowMax | Exponentiate | FinishRows, role: RoleRun) -> Any:
+    """What brings scores to log2 units: a number, or one for each row and group of columns."""
     if step.is_scaled:
         return 1.0
     return role.call.scale["softmax_scale_log2"] if step.scale is None else role.read(step.scale)
@@ -234,4 +302,7 @@ def finish_rows(step: FinishRows, role: RoleRun) -> None:
     top = role.read(step.row_max) if step.row_max else torch.zeros((), dtype=torch.float32)
     by = role.read(step.top) if step.top else None
     role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
-    role.write(step.lse, log_sum_exp, top, total, step.lift)
+    if step.row_max is None or step.scale is not None:
+        role.write(step.lse, log_sum_exp, top, total, step.lift)
+    else:
+        role.write(step.lse, log_sum_exp_of_scores, top, total, _scale(step, role), step.lift)

@@ -150,7 +150,7 @@ class _Board:
                 {
                     "keys": keys,
                     "s": event.value(step.s)[: len(rows), : len(keys)] * self._unit(step, event.role),
-                    "row_max": event.value(step.row_max)[: len(rows)] * math.log(2),
+                    "row_max": self._natural_maximum(event, step)[: len(rows)],
                     "alpha": event.value(step.alpha)[: len(rows)],
                 }
             )
@@ -168,6 +168,12 @@ class _Board:
         elif isinstance(step, CopyTile | StageTile):
             o = event.value(step.src)[: len(rows), : plan.head_dim_v]
             self.records.append(FinishedRecord(event.tile.members[0], rows, o, self._lse[event.role]))
+
+    def _natural_maximum(self, event: Event, step: RowMax) -> torch.Tensor:
+        """The largest score of each row; -inf where it has seen no key."""
+        found: torch.Tensor = event.value(step.row_max)
+        unit = math.log(2) if step.scale is not None else self._unit(step, event.role)
+        return (found * unit).masked_fill(found == torch.finfo(found.dtype).min, -math.inf)
 
     def _unit(self, step: RowMax, role: RoleRun) -> float:
         """What makes a score natural."""

@@ -67,7 +67,7 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = fmaxf(largest, fmaxf(x[i % 2 * 2], x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? largest : fmaxf(top, largest * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? largest : fmaxf(top, __fmul_ru(largest, scale_of(scale_log2, g, i)));
   }
   return top;
 }
@@ -86,31 +86,33 @@ DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], cons
       const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
       largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
     }
-    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __int_as_float(largest) * scale_of(scale_log2, g, i));
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __fmul_ru(__int_as_float(largest), scale_of(scale_log2, g, i)));
   }
   return top;
 }
 
-// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new). Units: log2, scaled.
-template <int N, class Scale>
-DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const Scale& scale_log2, int i) {
+// ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
+
+// Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
+template <int kGroups, int N>
+DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const float (&scale_log2)[kGroups][N], int i) {
   const float old = row_max[i];
-  row_max[i] = fmaxf(old, GroupsOf<Scale>::kCount == 1 ? top * scale_of(scale_log2, 0, i) : top);
+  row_max[i] = fmaxf(old, kGroups == 1 ? __fmul_ru(top, scale_log2[0][i]) : top);
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
 // row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const Scale& scale_log2) {
+                        const float (&scale_log2)[kGroups][2 * kRowTiles]) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
 // The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
-template <int kRowTiles, int kColTiles, class Scale>
+template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                                    const Scale& scale_log2) {
+                                    const float (&scale_log2)[kGroups][2 * kRowTiles]) {
   float top[2 * kRowTiles];
   bool will_do = true;
 #pragma unroll
@@ -126,19 +128,97 @@ DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alp
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
-// s = 2^(scaled s - row_max + lift), row_sum = alpha row_sum + this lane's sums of s.
-template <int kRowTiles, int kColTiles, class Scale>
-DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+// ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
+
+// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
+DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+
+// The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
+struct Maximum {
+  float row_max, reference, of_old;
+};
+
+// A row's maximum from a block's.
+DEV Maximum raised(float old, float top, float scale_log2) {
+  const float row_max = fmaxf(old, top), reference = __fmul_ru(row_max, scale_log2);
+  return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
+}
+
+// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
+template <int kRowTiles, int kColTiles>
+DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+    for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][j][e] -= row_max;
+  }
+  return {row_max, 0.f, (old - row_max) * scale_log2};
+}
+
+// row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
+// is not fine.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+  Maximum of[2 * kRowTiles];
+  bool will_do = true;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
+      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
+}
+
+// What a row's scores and its maximum are multiplied by: the scale or, for a maximum that is not fine, the power of two below it, of
+// which products are exact. Scores that are not the largest are then so much smaller that they count by neither.
+DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2) {
+  const float power = __int_as_float(__float_as_int(scale_log2) & 0x7f800000);
+  const float rounded = __fmul_ru(row_max, scale_log2), exact = __fmul_ru(row_max, power), old = reference;
+  exponent_scale = is_fine(rounded) ? scale_log2 : power;
+  reference = is_fine(rounded) ? rounded : exact;
+  alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
+}
+
+// The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    row_max[i] = fmaxf(row_max[i], quad_max(largest_score(s, scale_log2, i)));
+    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2);
+  }
+}
+
+// References of exponents where operands have scales of their own: the maxima, or 0 for a row that has seen no key.
+template <int N>
+struct MaximumOrZero {
+  const float (&row_max)[N];
+  __device__ __forceinline__ float operator[](int i) const { return exponent_reference(row_max[i]); }
+};
+
+// s = 2^(scaled s - reference + lift), row_sum = alpha row_sum + this lane's sums of s.
+template <int kRowTiles, int kColTiles, class Reference, class Scale>
+DEV void exponentiate(float (&s)[kRowTiles][kColTiles][4], float (&row_sum)[2 * kRowTiles], const Reference& reference,
                       const float (&alpha)[2 * kRowTiles], const Scale& scale_log2, float lift = 0.f) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const float reference = exponent_reference(row_max[i]) - lift;
+    const float lowered = reference[i] - lift;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
       for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) {
-        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+        s[i / 2][j][e] = exp2_approx(__fmaf_rn(s[i / 2][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
         sum += s[i / 2][j][e];
       }
     }
@@ -163,22 +243,22 @@ DEV void exponentiate_bounded(float (&s)[kRowTiles][kColTiles][4], float (&row_s
 }
 
 // As `exponentiate`, and s times a weight of its group of columns, in the exponents; the sums are without it.
-template <int kColTiles, class Scale, int kGroups>
-DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const float (&row_max)[2], const float (&alpha)[2],
+template <int kColTiles, class Reference, class Scale, int kGroups>
+DEV void exponentiate_weighted(float (&s)[1][kColTiles][4], float (&row_sum)[2], const Reference& reference, const float (&alpha)[2],
                                const Scale& scale_log2, float lift, const float (&weight)[kGroups][2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float sum = 0.f;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      const float reference = exponent_reference(row_max[i]) - lift - log2_approx(weight[g][i]);
+      const float lowered = reference[i] - lift - log2_approx(weight[g][i]);
       float of_group = 0.f;
 #pragma unroll
       for (int t = 0; t < kColTiles / kGroups; ++t) {
         const int j = g * kColTiles / kGroups + t;
 #pragma unroll
         for (int e = i * 2; e < i * 2 + 2; ++e) {
-          s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -reference));
+          s[0][j][e] = exp2_approx(__fmaf_rn(s[0][j][e], scale_of(scale_log2, j * GroupsOf<Scale>::kCount / kColTiles, i), -lowered));
           of_group += s[0][j][e];
         }
       }
@@ -243,4 +323,19 @@ template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
   const float none[N] = {};
   finish_rows(inv_sum, lse, none, row_sum);
+}
+
+// The same of maxima that are scores; large ones are brought to natural units at once.
+template <int N>
+DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
+                               float lift = 0.f, float top = 1.f) {
+  float reference[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  finish_rows(inv_sum, lse, reference, row_sum, lift, top);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
+    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+  }
 }

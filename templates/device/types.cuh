@@ -7,6 +7,9 @@ typedef long long i64;
 // Infinity, without a header.
 DEV float infinity() { return __int_as_float(0x7f800000); }
 
+// The lowest finite number.
+DEV float lowest() { return __int_as_float(0xff7fffff); }
+
 // Keep a value from being computed ahead of the loop it is used in: what it leads to is cheap, registers are not.
 DEV u32 stay_in_loop(u32 x) {
   asm volatile("" : "+r"(x));

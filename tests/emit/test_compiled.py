@@ -7,10 +7,10 @@ import pytest
 import attngen
 from attngen.arch import ARCHS
 from attngen.plan import walk
-from attngen.plan.steps import RowMax
+from attngen.plan.steps import PassTurn, RowMax
 from attngen.resources import shipped_names
 from attngen.runtime import compile_source, disassemble
-from tests.emit.sass import committed_cells, done_before_waiting, hot_loop, rows
+from tests.emit.sass import committed_cells, done_before_waiting, hot_loop, loops, rows
 
 SHIPPED = [name for name in shipped_names() if attngen.load(name).target != "simulator"]
 
@@ -112,7 +112,7 @@ def test_e4m3_compiles_without_spills(head_dim: object, scales: str, mask: str, 
     assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
 
 
-@pytest.mark.parametrize(("name", "threes"), [("h100_bf16", 32), ("h100_fp8_per_head", 56), ("h100_d64", 0)])
+@pytest.mark.parametrize(("name", "threes"), [("h100_bf16", 32), ("h100_fp8_per_head", 56), ("h100_d256", 0)])
 def test_integer_maxima_take_three_at_a_time(name: str, threes: int) -> None:
     """A score costs half an instruction where the plan says so; where positive scores are missing, one."""
     made = attngen.compile(name)
@@ -212,3 +212,15 @@ def test_a_bias_is_loaded_in_pairs_and_under_no_gemm(which: str, head_dim: int) 
     assert len(re.findall(r"\bLDG\.E\.LTC128B\.CONSTANT\b", sass)) == pairs
     under_gemms = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR", sass, re.DOTALL)
     assert len(under_gemms) == 3 and not any("LDG" in text for text in under_gemms)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "prefix(100)"])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_late_turns_are_passed_before_the_softmax(head_dim: int, mask: str) -> None:
+    """The others' GEMMs run under this warpgroup's exponentials: ptxas has not put the arrival behind them."""
+    made = attngen.compile({"problem": {"head_dim": head_dim}, "mask": mask}, arch="sm_90a")
+    assert any(isinstance(step, PassTurn) for step in walk(made.plan.kernel.worker.program))
+    units = {"HGMMA", "MUFU"}
+    bodies = (body for body in loops(made.sass()) if units <= {name.split(".")[0] for name in body})
+    hot = min((body for body in bodies if "BAR.ARV" in body), key=len)
+    assert hot.index("BAR.ARV") < next(i for i, name in enumerate(hot) if name.startswith("MUFU"))

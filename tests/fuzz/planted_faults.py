@@ -38,7 +38,6 @@ from attngen.plan.steps import (
 )
 from attngen.quantization import Quantization
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
-from attngen.simulate.softmax import exponentials, log_sum_exp, rescale_factor, running_max
 from attngen.simulate.visits import Member
 from attngen.spec import Spec
 
@@ -226,9 +225,8 @@ def _first_batch(member: Member, role: RoleRun) -> Member:
 
 
 def _lse_in_log2(step: FinishRows, role: RoleRun) -> None:
-    top, total = role.read(step.row_max), role.read(step.row_sum)
     STEPS_SIMULATED[FinishRows](step, role)
-    role.write(step.lse, lambda: log_sum_exp(top, total) / math.log(2))
+    role.write(step.lse, torch.div, role.read(step.lse), math.log(2))
 
 
 def _no_guard_for_empty_rows(step: FinishRows, role: RoleRun) -> None:
@@ -238,18 +236,16 @@ def _no_guard_for_empty_rows(step: FinishRows, role: RoleRun) -> None:
 
 
 def _max_of_the_block(step: RowMax, role: RoleRun) -> None:
-    """The maximum forgets the blocks before; what was summed is still rescaled by its change."""
-    s, old = role.read(step.s), role.read(step.row_max)
-    new = role.write(
-        step.row_max,
-        lambda: running_max(s, torch.full_like(old, -math.inf), role.call.scale["softmax_scale_log2"]),
-    )
-    role.write(step.alpha, rescale_factor, old, new)
+    """The maximum forgets the blocks before; O and its sums are as they were."""
+    role.write(step.row_max, torch.full_like, role.read(step.row_max), torch.finfo(torch.float32).min)
+    STEPS_SIMULATED[RowMax](step, role)
+    role.write(step.alpha, torch.ones_like, role.read(step.alpha))
 
 
 def _sum_not_rescaled(step: Exponentiate, role: RoleRun) -> None:
-    top, total = role.read(step.row_max), role.read(step.row_sum, partial=True)
-    s = role.write(step.s, exponentials, role.read(step.s), top, role.call.scale["softmax_scale_log2"])
+    total = role.read(step.row_sum, partial=True)
+    STEPS_SIMULATED[Exponentiate](step, role)
+    s = role.read(step.s)
     role.write(step.row_sum, lambda: total + s.sum(-1))
 
 

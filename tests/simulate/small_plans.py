@@ -61,6 +61,8 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         p=RegTile("p", dtype, block_m, block_n, block_n, "a_fragment"),
         acc_o=RegTile("acc_o", F32, block_m, dim, dim, "accumulator"),
         row_max=RegVec("row_max", block_m),
+        reference=RegVec("reference", block_m),
+        exponent_scale=RegVec("exponent_scale", block_m, groups=1),
         row_sum=RegVec("row_sum", block_m, partial=True),
         alpha=RegVec("alpha", block_m),
         total=RegVec("total", block_m),

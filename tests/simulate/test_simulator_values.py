@@ -63,7 +63,12 @@ def test_the_bound_catches_faults(schedule: str, step: type) -> None:
 
     def undone(step: MaskScores | RowMax, role) -> None:  # type: ignore[no-untyped-def]
         if isinstance(step, RowMax):
-            role.write(step.alpha, torch.zeros_like, role.read(step.row_max))
+            row_max = role.read(step.row_max)
+            role.write(step.alpha, torch.zeros_like, row_max)
+            role.write(step.reference, torch.zeros_like, row_max)
+            if step.exponent_scale:
+                scale = role.call.scale["softmax_scale_log2"]
+                role.write(step.exponent_scale, lambda: torch.full_like(row_max, scale)[..., None])
 
     q, k, v = random_inputs(Shape(2, 3, 3, 9, 17), plan.head_dim_qk, plan.head_dim_v, torch.float32)
     out, _ = simulate(plan, q, k, v, steps={step: undone})

@@ -10,10 +10,10 @@ from attngen.plan.steps.step import Step
 
 @dataclass(frozen=True)
 class Clear(Step):
-    """Fill registers with 0, or with -inf."""
+    """Fill registers with 0, with -inf, or with the lowest finite number."""
 
     dst: RegTile | RegVec
-    value: Literal["0", "-inf"] = "0"
+    value: Literal["0", "-inf", "lowest"] = "0"
 
     def __str__(self) -> str:
         return f"{self.dst} = {self.value}"
@@ -134,18 +134,27 @@ class MaskScoresEach(Step):
 
 @dataclass(frozen=True)
 class RowMax(Step):
-    """row_max = max(row_max, scaled maxima of s); alpha = 2^(old row_max - new). Units: log2, scaled.
+    """row_max = max(row_max, maxima of s); reference = that in log2 units, rounded up; alpha = 2^(old reference - new).
+
+    Where rounding would leave an exponent of its own (`scaling.COARSE_SCORES`) a row takes one of two ways. With
+    `by_integers`, where a warp votes anyway, its scores become relative to the maximum here, and reference is 0. Else
+    its scale becomes a power of two, with which nothing is rounded.
 
     Attributes:
-        scale: of each row, and group of columns; the call's softmax_scale where None.
+        row_max: in the units of s, the lowest number while a row has seen no key; with `scale` in log2 units, and -inf.
+        reference: what the exponents of this block are taken relative to; with `scale` None, and row_max is that.
+        scale: of each row, and group of columns, where operands have scales of their own; a row then has no other way.
+        exponent_scale: what a row's scores are to be multiplied by, where that is chosen here.
         is_scaled: s has been scaled.
         by_integers: positive scores are compared as integers, three by an instruction; the maximum is the same.
     """
 
     s: RegTile
     row_max: RegVec
+    reference: RegVec | None
     alpha: RegVec
     scale: RegVec | None = None
+    exponent_scale: RegVec | None = None
     is_scaled: bool = False
     by_integers: bool = False
 
@@ -155,28 +164,32 @@ class RowMax(Step):
 
 @dataclass(frozen=True)
 class Exponentiate(Step):
-    """s = 2^(scaled s - row_max); row_sum = alpha row_sum + sums of s.
+    """s = 2^(scaled s - reference); row_sum = alpha row_sum + sums of s.
 
     Attributes:
+        reference: of `RowMax`; None where that is `row_max`, or 0 while a row has seen no key.
         row_max, alpha: None where scores are bounded, so that they are exponents as they are.
-        scale, is_scaled: as in `RowMax`.
+        scale: of each row, and group of columns, given or chosen by `RowMax`; the call's softmax_scale where None.
+        is_scaled: as in `RowMax`.
         lift: s = 2^lift times that, and so are the sums.
         weight: s is multiplied by that as well; the sums are not.
     """
 
     s: RegTile
-    row_max: RegVec | None
     row_sum: RegVec
-    alpha: RegVec | None
+    reference: RegVec | None = None
+    row_max: RegVec | None = None
+    alpha: RegVec | None = None
     scale: RegVec | None = None
     is_scaled: bool = False
     lift: int = 0
     weight: RegVec | None = None
 
     def __str__(self) -> str:
-        if self.row_max is None:
+        if self.alpha is None:
             return f"{self.s} = exp2(scaled {self.s}); {self.row_sum} = {self.row_sum} + sums"
-        return f"{self.s} = exp2(scaled {self.s} - {self.row_max}); {self.row_sum} = {self.alpha} {self.row_sum} + sums"
+        total = f"{self.row_sum} = {self.alpha} {self.row_sum} + sums"
+        return f"{self.s} = exp2(scaled {self.s} - {self.reference or self.row_max}); {total}"
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,7 @@ class FinishRows(Step):
 
     Attributes:
         row_max: None where exponents were taken as they are.
+        scale, is_scaled: as in `RowMax`.
         lift: the sums are 2^lift times what they mean.
         top: what inv_sum is multiplied by; 1 where None.
     """
@@ -233,6 +247,8 @@ class FinishRows(Step):
     row_sum: RegVec
     inv_sum: RegVec
     lse: RegVec
+    scale: RegVec | None = None
+    is_scaled: bool = False
     lift: int = 0
     top: RegVec | None = None
 

@@ -1,0 +1,25 @@
+"""Scores that are huge and finite, on a GPU: see tests/reference/huge_scores.py."""
+
+import pytest
+from kernels import KINDS, compile_specs, skip_unless_runs_here
+
+from tests.reference.huge_scores import CONSTANTS, PADDINGS, faults, spec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("inputs", ["bf16", "f16", "e4m3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_counts_for_nothing_or_alone(kind: str, inputs: str) -> None:
+    """Good keys are as without padding; a row of padding alone is the mean of V, and its lse the padding's number."""
+    skip_unless_runs_here(kind)
+    if inputs == "e4m3" and kind in ("fa2", "serial"):
+        pytest.skip("e4m3 is for warpgroups")
+    kernels = compile_specs([spec(how, inputs, schedule={"kind": kind}) for how in PADDINGS.values()])
+    found = [
+        f"{name}: {fault}"
+        for (name, how), kernel in zip(PADDINGS.items(), kernels, strict=True)
+        for fill in CONSTANTS
+        for fault in faults(kernel, how, inputs, fill, device="cuda")
+    ]
+    assert not found, "\n".join(found)
