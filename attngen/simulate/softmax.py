@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attngen.expr import evaluate, found_of, with_nodes
-from attngen.plan import RegTile
+from attngen.plan import RegTile, RegVec
 from attngen.plan.steps import (
     Clear,
     ConvertP,
@@ -66,10 +66,11 @@ def relative_scores(s: torch.Tensor, row_max: torch.Tensor, coarse: torch.Tensor
     return torch.where(coarse.unsqueeze(-1), s - row_max.unsqueeze(-1), s)
 
 
-def power_below(scale_log2: float) -> float:
-    """The power of two below a scale."""
+def exponent_scales(row_max: torch.Tensor, scale_log2: float) -> torch.Tensor:
+    """What the scores of each row are multiplied by: the scale or, of coarse rows, the power of two below it."""
     _, exponent = math.frexp(scale_log2)
-    return math.ldexp(1.0, exponent - 1)
+    scales = torch.full_like(row_max, scale_log2)
+    return scales.masked_fill_(is_coarse(row_max, scale_log2), math.ldexp(1.0, exponent - 1))
 
 
 def rescale_factor(old_reference: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -221,38 +222,44 @@ def _indices(
 
 def row_max(step: RowMax, role: RoleRun) -> None:
     """Raise the running maximum, and say what the sums so far are worth under it."""
-    s, old = role.read(step.s), role.read(step.row_max)
-    if step.reference is None or step.scale is not None:
-        _raise_scaled(step, role, s, old)
-        return
-    scale = _scale(step, role)
-    top = role.write(step.row_max, running_max, s, old)
-    if step.exponent_scale is not None:
-        before = role.read(step.reference)
-        power = power_below(scale)
-        of_rows = role.write(
-            step.exponent_scale, lambda: torch.where(is_coarse(top, scale), power, scale).unsqueeze(-1)
-        )
-        new = role.write(step.reference, lambda: scaled(top, of_rows.squeeze(-1)))
-        role.write(step.alpha, rescale_factor, before, new)
-        return
-    role.write(step.s, lambda: relative_scores(s, top, is_coarse(top, scale)))
-    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(is_coarse(top, scale), 0.0))
-    role.write(
-        step.alpha,
-        lambda: torch.where(
-            is_coarse(top, scale),
-            torch.exp2((old - top) * scale),
-            rescale_factor(scaled(old, scale), new),
-        ),
-    )
+    if step.scale is not None:
+        _raise_scaled(step, role)
+    elif step.exponent_scale is not None:
+        _raise_and_choose_scale(step, step.exponent_scale, role)
+    else:
+        _raise_and_subtract(step, role)
 
 
-def _raise_scaled(step: RowMax, role: RoleRun, s: torch.Tensor, old: torch.Tensor) -> None:
-    """The same where operands have scales of their own."""
-    scale = _scale(step, role)
+def _raise_scaled(step: RowMax, role: RoleRun) -> None:
+    """Where operands have scales of their own the maximum is in log2 units."""
+    s, old, scale = role.read(step.s), role.read(step.row_max), _scale(step, role)
     top = role.write(step.row_max, lambda: running_max(scaled(s, scale), old))
     role.write(step.alpha, lambda: torch.exp2(old - maximum_or_zero(top)))
+
+
+def _raise_and_choose_scale(step: RowMax, exponent_scale: RegVec, role: RoleRun) -> None:
+    """A coarse row takes a scale of which products are exact."""
+    assert step.reference is not None, "scores share a scale"
+    s, old, before = role.read(step.s), role.read(step.row_max), role.read(step.reference)
+    top = role.write(step.row_max, running_max, s, old)
+    scales = role.write(exponent_scale, lambda: exponent_scales(top, _scale(step, role)).unsqueeze(-1))
+    new = role.write(step.reference, lambda: scaled(top, scales.squeeze(-1)))
+    role.write(step.alpha, rescale_factor, before, new)
+
+
+def _raise_and_subtract(step: RowMax, role: RoleRun) -> None:
+    """The scores of a coarse row become relative to its maximum."""
+    assert step.reference is not None, "scores share a scale"
+    s, old, scale = role.read(step.s), role.read(step.row_max), _scale(step, role)
+    top = role.write(step.row_max, running_max, s, old)
+    role.write(step.s, lambda: relative_scores(s, top, is_coarse(top, scale)))
+    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(is_coarse(top, scale), 0.0))
+
+    def alpha() -> torch.Tensor:
+        exact = torch.exp2((old - top) * scale)
+        return torch.where(is_coarse(top, scale), exact, rescale_factor(scaled(old, scale), new))
+
+    role.write(step.alpha, alpha)
 
 
 def exponentiate(step: Exponentiate, role: RoleRun) -> None:
