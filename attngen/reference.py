@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attngen.expr import Expr, evaluate, magnitude
-from attngen.scaling import needs_no_maximum
+from attngen.scaling import SMALLEST_SCALE, needs_no_maximum
 from attngen.torch_state import torch_defaults
 
 Layout = Literal["bshd", "bhsd"]
@@ -224,7 +224,7 @@ def standard_attention(
     16k keys, and the yardstick would forgive too much). What the kernel does besides, rescaling and another order
     of sums, is f32.
 
-    The scores are kept in log2 units, as in the kernels, so that weights which are powers of two are exact
+    Exponents are in log2 units, as in the kernels, so that weights which are powers of two are exact
     (see `attngen.inputs.EXACT_SCALE`). On CUDA, f32 inputs want torch's TF32 off, as it is by default.
 
     Args:
@@ -249,6 +249,7 @@ def standard_attention(
     lse.fill_(-math.inf)
     if problem.seqlen_k == 0:
         return problem.finish(out, lse)
+    log2_e = math.log2(math.e)
     # Of f32 the order of sums is all that errs, and torch's differs from machine to machine.
     sums = torch.float64 if q.dtype == torch.float32 else torch.float32
     largest_p = torch.finfo(q.dtype).max
@@ -260,21 +261,27 @@ def standard_attention(
         queries, keys, values = (x.float() for x in pieces)
         places = (b, h, problem.rows[here][:, None], kv_idx)
         products = queries @ keys.mT if roundings is None else roundings.products(queries, keys)
-        if score is None:
-            scores = _in_log2(products, problem.softmax_scale)  # (chunk, seqlen_k)
+        if (
+            score is None
+        ):  # what a score is times `unit`, in log2 units, is taken after its maximum: it may be huge
+            scores, unit = (
+                math.copysign(1.0, problem.softmax_scale) * products,
+                abs(problem.softmax_scale) * log2_e,
+            )
         else:
-            scores = _in_log2(problem.modified(problem.softmax_scale * products, *places), 1.0)
-        scores = scores.masked_fill(~problem.sees(*places), -math.inf)
+            scores, unit = problem.modified(problem.softmax_scale * products, *places), log2_e
+        unit = max(unit, SMALLEST_SCALE)
+        scores = scores.masked_fill(~problem.sees(*places), -math.inf)  # (chunk, seqlen_k)
         row_max = scores.amax(dim=-1, keepdim=True)
         row_max.masked_fill_(row_max.isneginf() | is_bounded, 0.0)
-        p = scores.sub_(row_max).exp2_()
+        p = (scores - row_max).mul_(unit).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
         if roundings is None:
             acc_o = _weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
         else:
             acc_o = roundings.weighted_sum(p, values, b, h_kv)
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)
-        lse[b, h, here] = ((row_max + row_sum.log2()) * math.log(2.0))[:, 0]
+        lse[b, h, here] = (row_max.double() * unit + row_sum.log2())[:, 0] * math.log(2.0)
     return problem.finish(out, lse)
 
 
@@ -389,13 +396,6 @@ class _Problem:
 def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     """What a call multiplies products by: 1/sqrt(head_dim_qk) where it does not say."""
     return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-
-
-def _in_log2(scores: Tensor, factor: float) -> Tensor:
-    """f32 scores times a factor, in log2 units; what is finite stays so."""
-    largest = torch.finfo(scores.dtype).max
-    exponents = (scores * (factor * math.log2(math.e))).clamp(-largest, largest)
-    return torch.where(scores.isinf(), scores, exponents)
 
 
 def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:

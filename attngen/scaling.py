@@ -14,6 +14,19 @@ SHARE_OF_EXPONENTS = 5 / 8
 up to 2^27."""
 
 
+def coarse_where_scales_are_chosen(largest_p: float) -> float:
+    """From which maximum on, in log2 units, a row chooses a power of two for its scale.
+
+    Until then its largest exponent is off 0 by up to half a unit in the last place of the maximum, for which P must
+    have room: 8 where it is f16, 32 else. From then on its other scores are 8 exponents below or more, mostly 11, or 32
+    and 46.
+
+    Args:
+        largest_p: the largest finite number of P's format.
+    """
+    return 2.0**28 if largest_p < 2.0**32 else 2.0**30
+
+
 def needs_no_maximum(magnitude: float, largest_p: float) -> bool:
     """Whether scores are so small that their exponentials need no maximum to be taken relative to.
 

@@ -540,9 +540,6 @@ DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alp
 
 // ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
 
-// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
-DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
-
 // The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
 struct Maximum {
   float row_max, reference, of_old;
@@ -566,22 +563,22 @@ DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row
 }
 
 // row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
-// is not fine.
+// is coarse: rounding it in log2 units would tell.
 template <int kRowTiles, int kColTiles>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
-                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2, float coarse) {
   Maximum of[2 * kRowTiles];
   bool will_do = true;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
-    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && fabsf(of[i].reference) < coarse;
   }
   if (!__all_sync(~0u, will_do)) {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
-      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+      if (!(fabsf(of[i].reference) < coarse)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
     }
   }
 #pragma unroll
@@ -628,12 +625,13 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf. No row that
+// did sums up to less than 2^-100, but one of e4m3 whose maximum was rounded up by more; its inverse would be infinite.
 template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool sees_none = row_sum[i] == 0.f;
+    const bool sees_none = row_sum[i] < 0x1p-100f;
     inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
     lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
@@ -646,18 +644,18 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum
   finish_rows(inv_sum, lse, none, row_sum);
 }
 
-// The same of maxima that are scores; large ones are brought to natural units at once.
+// The same of maxima that are scores; coarse ones are brought to natural units at once.
 template <int N>
 DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
-                               float lift = 0.f, float top = 1.f) {
+                               float coarse, float lift = 0.f, float top = 1.f) {
   float reference[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  for (int i = 0; i < N; ++i) reference[i] = row_max[i] * scale_log2;
   finish_rows(inv_sum, lse, reference, row_sum, lift, top);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
-    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+    if (row_sum[i] != 0.f && !(fabsf(reference[i]) < coarse)) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
   }
 }
 
@@ -864,7 +862,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           }
           mask_scores(acc_s, end);
         }
-        update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
+        update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2, 134217728.0f);
         exponentiate(acc_s, row_sum, reference, alpha, params.softmax_scale_log2);
         convert_p<Input>(p, acc_s);
         #pragma unroll 1
@@ -888,7 +886,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
             }
             mask_scores(acc_s, end);
           }
-          update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2, 134217728.0f);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
@@ -910,7 +908,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
           advance<2>(k_at);
           // online softmax of block n
-          update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, params.softmax_scale_log2, 134217728.0f);
           wgmma_wait<0>();
           pin(acc_o);
           pin(p);
@@ -936,7 +934,7 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);
-      finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2);
+      finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 134217728.0f);
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();

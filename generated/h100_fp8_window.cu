@@ -536,6 +536,25 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
   return top;
 }
 
+// The same, or 0 if that is larger: numbers that are not negative are ordered as the integers of their bits, and of integers
+// one instruction takes the largest of three. Programming Guide: DPX.
+template <int kRowTiles, int kColTiles, class Scale>
+DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
+  constexpr int kGroups = GroupsOf<Scale>::kCount;
+  float top = 0.f;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    int largest = 0;
+#pragma unroll
+    for (int t = 0; t < kColTiles / kGroups; ++t) {
+      const float(&x)[4] = s[i / 2][g * kColTiles / kGroups + t];
+      largest = max(max(largest, __float_as_int(x[i % 2 * 2])), __float_as_int(x[i % 2 * 2 + 1]));
+    }
+    top = kGroups == 1 ? __int_as_float(largest) : fmaxf(top, __fmul_ru(__int_as_float(largest), scale_of(scale_log2, g, i)));
+  }
+  return top;
+}
+
 // ---- the maximum, where operands have scales of their own: row_max is in log2 units, rounded up, so that no exponent is positive
 
 // Of row i: row_max = max(row_max, scaled top), alpha = 2^(old - new).
@@ -546,38 +565,70 @@ DEV void raise_row_max(float (&row_max)[N], float (&alpha)[N], float top, const 
   alpha[i] = exp2_approx(old - exponent_reference(row_max[i]));
 }
 
-// row_max = max(row_max, scaled maxima of s), alpha = 2^(old - new).
+// The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
 template <int kRowTiles, int kColTiles, int kGroups>
-DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
-                        const float (&scale_log2)[kGroups][2 * kRowTiles]) {
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
+                                    const float (&scale_log2)[kGroups][2 * kRowTiles]) {
+  float top[2 * kRowTiles];
+  bool will_do = true;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    top[i] = quad_max(largest_positive_score(s, scale_log2, i));
+    will_do &= top[i] > 0.f || row_max[i] >= 0.f;
+  }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) top[i] = quad_max(largest_score(s, scale_log2, i));
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, top[i], scale_log2, i);
 }
 
 // ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
 
-// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
-DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
+// The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
+struct Maximum {
+  float row_max, reference, of_old;
+};
 
-// What a row's scores and its maximum are multiplied by: the scale or, for a maximum that is not fine, the power of two below it, of
-// which products are exact. Scores that are not the largest are then so much smaller that they count by neither.
-DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2) {
-  const float power = __int_as_float(__float_as_int(scale_log2) & 0x7f800000);
-  const float rounded = __fmul_ru(row_max, scale_log2), exact = __fmul_ru(row_max, power), old = reference;
-  exponent_scale = is_fine(rounded) ? scale_log2 : power;
-  reference = is_fine(rounded) ? rounded : exact;
-  alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
+// A row's maximum from a block's.
+DEV Maximum raised(float old, float top, float scale_log2) {
+  const float row_max = fmaxf(old, top), reference = __fmul_ru(row_max, scale_log2);
+  return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
 }
 
-// The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
+// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
 template <int kRowTiles, int kColTiles>
-DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
-                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+#pragma unroll
+    for (int e = i % 2 * 2; e < i % 2 * 2 + 2; ++e) s[i / 2][j][e] -= row_max;
+  }
+  return {row_max, 0.f, (old - row_max) * scale_log2};
+}
+
+// row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
+// is coarse: rounding it in log2 units would tell.
+template <int kRowTiles, int kColTiles>
+DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2, float coarse) {
+  Maximum of[2 * kRowTiles];
+  bool will_do = true;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    row_max[i] = fmaxf(row_max[i], quad_max(largest_score(s, scale_log2, i)));
-    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2);
+    of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && fabsf(of[i].reference) < coarse;
   }
+  if (!__all_sync(~0u, will_do)) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
+      if (!(fabsf(of[i].reference) < coarse)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
 }
 
 // As `exponentiate`, and s times a weight of its group of columns, in the exponents; the sums are without it.
@@ -636,12 +687,13 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf. No row that
+// did sums up to less than 2^-100, but one of e4m3 whose maximum was rounded up by more; its inverse would be infinite.
 template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool sees_none = row_sum[i] == 0.f;
+    const bool sees_none = row_sum[i] < 0x1p-100f;
     inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
     lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
@@ -654,18 +706,18 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum
   finish_rows(inv_sum, lse, none, row_sum);
 }
 
-// The same of maxima that are scores; large ones are brought to natural units at once.
+// The same of maxima that are scores; coarse ones are brought to natural units at once.
 template <int N>
 DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
-                               float lift = 0.f, float top = 1.f) {
+                               float coarse, float lift = 0.f, float top = 1.f) {
   float reference[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  for (int i = 0; i < N; ++i) reference[i] = row_max[i] * scale_log2;
   finish_rows(inv_sum, lse, reference, row_sum, lift, top);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
-    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+    if (row_sum[i] != 0.f && !(fabsf(reference[i]) < coarse)) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
   }
 }
 
@@ -922,7 +974,6 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
     float row_max[2 * kRowTiles];
     float alpha[2 * kRowTiles];
     float reference[2 * kRowTiles];
-    float exponent_scale[1][2 * kRowTiles];
     float row_sum[2 * kRowTiles];
     float total[2 * kRowTiles];
     float inv_sum[2 * kRowTiles];
@@ -938,7 +989,6 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
       const TanhOfMultiple tanh_of = tanh_of_score(params, tile);
       fill(acc_o, 0.f);
       fill(row_max, lowest());
-      fill(reference, lowest());
       fill(row_sum, 0.f);
       #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -1000,8 +1050,8 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           mask_scores(acc_s, end);
           mask_scores_before(acc_s, first);
         }
-        update_row_max(row_max, reference, alpha, exponent_scale, acc_s, 1.f);
-        exponentiate_weighted(acc_s, row_sum, reference, alpha, exponent_scale, 8.f, value_weight);
+        update_row_max_by_integers(row_max, reference, alpha, acc_s, 1.f, 134217728.0f);
+        exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
         convert_p_8bit<Input>(p, acc_s);
         #pragma unroll 1
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
@@ -1062,13 +1112,13 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores_before(acc_s, first);
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, reference, alpha, exponent_scale, acc_s, 1.f);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, 1.f, 134217728.0f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, reference, alpha, exponent_scale, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
@@ -1125,13 +1175,13 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             }
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, reference, alpha, exponent_scale, acc_s, 1.f);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, 1.f, 134217728.0f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, reference, alpha, exponent_scale, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
@@ -1199,13 +1249,13 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
             mask_scores_before(acc_s, first);
           }
           copy_rows(alpha_before, alpha);
-          update_row_max(row_max, reference, alpha, exponent_scale, acc_s, 1.f);
+          update_row_max_by_integers(row_max, reference, alpha, acc_s, 1.f, 134217728.0f);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
           issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
-          exponentiate_weighted(acc_s, row_sum, reference, alpha, exponent_scale, 8.f, value_weight);
+          exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
           pin(p);
@@ -1236,7 +1286,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
       }
       // normalise once, at the end
       reduce_rows(total, row_sum);
-      finish_rows_of_scores(inv_sum, row_lse, row_max, total, 1.f, 8.f, top_scale[0]);
+      finish_rows_of_scores(inv_sum, row_lse, row_max, total, 1.f, 134217728.0f, 8.f, top_scale[0]);
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();

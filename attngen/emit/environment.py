@@ -169,7 +169,10 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
 
 def _score_scale(step: RowMax | Exponentiate | FinishRows) -> str:
     """What the softmax multiplies scores by."""
-    return "1.f" if step.is_scaled else step.scale.name if step.scale else "params.softmax_scale_log2"
+    if step.is_scaled:
+        return "1.f"
+    given = None if isinstance(step, FinishRows) else step.scale
+    return given.name if given else "params.softmax_scale_log2"
 
 
 def _tile_type(place: Buffer | View) -> str:

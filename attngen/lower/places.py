@@ -38,7 +38,7 @@ def tile_places(
         ahead=(),
         by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
         bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
-        integer_maxima=integer_maxima,
+        integer_maxima=integer_maxima or (scales is not None and pairs.modifies_scores),
         q=q,
         k=k,
         v=v,

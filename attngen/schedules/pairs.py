@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from attngen.expr import (
+    INDEX_NAMES,
     Expr,
     KeyRange,
     free_names,
@@ -114,18 +115,35 @@ softmax_scale they might overflow."""
 
 
 def _may_be_huge(term: Expr) -> bool:
-    """Whether a term has a large number, a scalar of f32, or an element of f32 that stands for padding.
+    """Whether a term has a large number, or a scalar or an element that may stand for padding.
 
-    An element that is multiplied, as a slope is by a distance, is trusted to stand for none.
+    An element that is multiplied by a number made of indices, as a slope by a distance, is trusted to stand for none.
     """
     found = nodes(term)
-    factors = {arg for each in found if each.op == "arith" and each.name == "*" for arg in each.args}
+    slopes = {
+        slope
+        for each in found
+        if each.op == "arith" and each.name == "*"
+        for slope, other in (each.args, each.args[::-1])
+        if _is_of_indices(other)
+    }
     return any(
         (each.op == "const" and LARGEST_SEED < abs(float(each.value)) < math.inf)
-        or each.op == "name"
-        or (each.op == "lookup" and each not in factors)
+        or (each.op == "name" and each.name not in INDEX_NAMES)
+        or (each.op == "lookup" and each not in slopes)
         for each in found
-        if each.type == "f32"
+    )
+
+
+_ARITHMETIC = ("const", "name", "add", "mul", "arith")
+
+
+def _is_of_indices(expr: Expr) -> bool:
+    """Whether an expression is arithmetic on indices and numbers, of one size for all that is near a query."""
+    return (
+        "kv_idx" in free_names(expr)
+        and free_names(expr) <= set(INDEX_NAMES)
+        and all(each.op in _ARITHMETIC or each.name in ("f32", "abs") for each in nodes(expr))
     )
 
 

@@ -47,6 +47,7 @@ from attngen.plan.steps import (
     WhenPartial,
     WhenVisited,
 )
+from attngen.scaling import COARSE_SCORES, coarse_where_scales_are_chosen
 from attngen.schedules.pairs import Pairs
 
 M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
@@ -253,9 +254,20 @@ class TilePlaces:
         if self.bounded_scores:
             return ()
         chosen = self.exponent_scale if self._chooses_scale else None
-        of_row = (self.row_max, None if self._score_scale else self.reference, self.alpha)
-        scale = (self._score_scale, chosen, self._is_scaled)
-        return (RowMax(self.acc_s, *of_row, *scale, self.integer_maxima),)
+        reference = None if self._score_scale else self.reference
+        return (
+            RowMax(
+                self.acc_s,
+                self.row_max,
+                reference,
+                self.alpha,
+                self._score_scale,
+                chosen,
+                self._coarse,
+                self._is_scaled,
+                self.integer_maxima,
+            ),
+        )
 
     @property
     def exponentials(self) -> Program:
@@ -277,13 +289,22 @@ class TilePlaces:
         """The factor of each row of O, and its log-sum-exp."""
         of_scales = (self.scales.lift, self.scales.top) if self.scales else ()
         row_max = None if self.bounded_scores else self.row_max
-        of_max = (self._score_scale, self._is_scaled)
+        of_max = (self._coarse, self._is_scaled)
         return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_max, *of_scales)
 
     @property
     def _chooses_scale(self) -> bool:
         """Whether each row's maximum says what its scores are multiplied by."""
         return not (self.bounded_scores or self.integer_maxima or self._score_scale)
+
+    @property
+    def _coarse(self) -> float | None:
+        """From which maximum on a row takes another way, where there is one and rows have that."""
+        if self.bounded_scores or self._score_scale:
+            return None
+        return (
+            coarse_where_scales_are_chosen(self.p.dtype.max_finite) if self._chooses_scale else COARSE_SCORES
+        )
 
     @property
     def _is_scaled(self) -> bool:

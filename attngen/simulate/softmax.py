@@ -1,6 +1,7 @@
 """What the Steps of the softmax compute. Pure functions first, then the Steps that apply them.
 
-S is kept as Q Kᵀ without the scale; row_max is in units of log2, scaled. Everything is f32 unless it says so.
+S is kept as Q Kᵀ without the scale, and so is row_max, but where operands have scales of their own. Everything is f32
+unless it says so.
 Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in the form of FlashAttention-2.
 """
 
@@ -26,11 +27,12 @@ from attngen.plan.steps import (
     ScaleRows,
     SeedScores,
 )
-from attngen.scaling import COARSE_SCORES
 from attngen.simulate.copies import rounded
 from attngen.simulate.roles import RoleRun
 
 LN_2 = math.log(2)
+SMALLEST_SUM = 2.0**-100
+"""Of a row that has seen a key, but one of e4m3 whose maximum was rounded up by more."""
 
 
 Scale = torch.Tensor | float
@@ -49,9 +51,9 @@ def running_max(s: torch.Tensor, row_max: torch.Tensor) -> torch.Tensor:
     return torch.fmax(row_max, s.masked_fill(s.isnan(), -math.inf).amax(-1))
 
 
-def is_coarse(row_max: torch.Tensor, scale_log2: float) -> torch.Tensor:
-    """Of which rows rounding the maximum in log2 units would tell: see `scaling.COARSE_SCORES`."""
-    return scaled(row_max, scale_log2).abs() >= COARSE_SCORES
+def is_coarse(reference: torch.Tensor, coarse: float) -> torch.Tensor:
+    """Which rows are coarse, by their maxima in log2 units."""
+    return ~(reference.abs() < coarse)
 
 
 def maximum_or_zero(row_max: torch.Tensor) -> torch.Tensor:
@@ -59,18 +61,18 @@ def maximum_or_zero(row_max: torch.Tensor) -> torch.Tensor:
     return row_max.masked_fill(row_max == -math.inf, 0.0)
 
 
-def relative_scores(s: torch.Tensor, row_max: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
-    """Scores, those of coarse rows relative to the maximum."""
-    if not bool(coarse.any()):
+def relative_scores(s: torch.Tensor, row_max: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Scores, those of some rows relative to the maximum."""
+    if not bool(rows.any()):
         return s
-    return torch.where(coarse.unsqueeze(-1), s - row_max.unsqueeze(-1), s)
+    return torch.where(rows.unsqueeze(-1), s - row_max.unsqueeze(-1), s)
 
 
-def exponent_scales(row_max: torch.Tensor, scale_log2: float) -> torch.Tensor:
+def exponent_scales(row_max: torch.Tensor, scale_log2: float, coarse: float) -> torch.Tensor:
     """What the scores of each row are multiplied by: the scale or, of coarse rows, the power of two below it."""
     _, exponent = math.frexp(scale_log2)
     scales = torch.full_like(row_max, scale_log2)
-    return scales.masked_fill_(is_coarse(row_max, scale_log2), math.ldexp(1.0, exponent - 1))
+    return scales.masked_fill_(is_coarse(row_max * scale_log2, coarse), math.ldexp(1.0, exponent - 1))
 
 
 def rescale_factor(old_reference: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -86,23 +88,23 @@ def exponentials(s: torch.Tensor, reference: torch.Tensor, scale: Scale, lift: S
 
 def inverse_sum(row_sum: torch.Tensor) -> torch.Tensor:
     """1 / row_sum, or 0 for a row that saw no key."""
-    return torch.where(row_sum == 0, 0.0, row_sum.reciprocal())
+    return torch.where(row_sum < SMALLEST_SUM, 0.0, row_sum.reciprocal())
 
 
 def log_sum_exp(reference: torch.Tensor, row_sum: torch.Tensor, lift: int = 0) -> torch.Tensor:
     """The natural logarithm of the sum of exponentials that are lifted, or -inf for a row that saw no key."""
-    return torch.where(row_sum == 0, -math.inf, (reference - lift + torch.log2(row_sum)) * LN_2)
+    return torch.where(row_sum < SMALLEST_SUM, -math.inf, (reference - lift + torch.log2(row_sum)) * LN_2)
 
 
 def log_sum_exp_of_scores(
-    row_max: torch.Tensor, row_sum: torch.Tensor, scale_log2: float, lift: int = 0
+    row_max: torch.Tensor, row_sum: torch.Tensor, scale_log2: float, coarse: float, lift: int = 0
 ) -> torch.Tensor:
-    """The same of maxima that are scores; large ones are brought to natural units at once, and stay finite."""
-    fine = log_sum_exp(scaled(row_max, scale_log2), row_sum, lift)
+    """The same of maxima that are scores; coarse ones are brought to natural units at once, and stay finite."""
+    reference, largest = row_max * scale_log2, torch.finfo(row_max.dtype).max
     exact = row_max.double() * (scale_log2 * LN_2) + (torch.log2(row_sum) - lift) * LN_2
-    largest = torch.finfo(row_max.dtype).max
-    coarse = is_coarse(row_max, scale_log2) & (row_sum != 0)
-    return torch.where(coarse, exact.clamp(-largest, largest).float(), fine)
+    natural = is_coarse(reference, coarse) & (row_sum != 0)
+    fine = log_sum_exp(reference, row_sum, lift)
+    return torch.where(natural, exact.clamp(-largest, largest).float(), fine)
 
 
 def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -239,25 +241,39 @@ def _raise_scaled(step: RowMax, role: RoleRun) -> None:
 
 def _raise_and_choose_scale(step: RowMax, exponent_scale: RegVec, role: RoleRun) -> None:
     """A coarse row takes a scale of which products are exact."""
-    assert step.reference is not None, "scores share a scale"
-    s, old, before = role.read(step.s), role.read(step.row_max), role.read(step.reference)
+    assert step.reference is not None and step.coarse is not None, "scores share a scale"
+    s, old, before, coarse = (
+        role.read(step.s),
+        role.read(step.row_max),
+        role.read(step.reference),
+        step.coarse,
+    )
+    scale = _scale(step, role)
     top = role.write(step.row_max, running_max, s, old)
-    scales = role.write(exponent_scale, lambda: exponent_scales(top, _scale(step, role)).unsqueeze(-1))
-    new = role.write(step.reference, lambda: scaled(top, scales.squeeze(-1)))
-    role.write(step.alpha, rescale_factor, before, new)
+    role.write(exponent_scale, lambda: exponent_scales(top, scale, coarse).unsqueeze(-1))
+
+    def reference() -> torch.Tensor:
+        rounded, exact = top * scale, scaled(top, exponent_scales(top, scale, coarse))
+        return torch.where(is_coarse(rounded, coarse), exact, rounded)
+
+    role.write(step.alpha, rescale_factor, before, role.write(step.reference, reference))
 
 
 def _raise_and_subtract(step: RowMax, role: RoleRun) -> None:
     """The scores of a coarse row become relative to its maximum."""
-    assert step.reference is not None, "scores share a scale"
-    s, old, scale = role.read(step.s), role.read(step.row_max), _scale(step, role)
+    assert step.reference is not None and step.coarse is not None, "scores share a scale"
+    s, old, coarse = role.read(step.s), role.read(step.row_max), step.coarse
+    scale = _scale(step, role)
     top = role.write(step.row_max, running_max, s, old)
-    role.write(step.s, lambda: relative_scores(s, top, is_coarse(top, scale)))
-    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(is_coarse(top, scale), 0.0))
+
+    def rows() -> torch.Tensor:
+        return is_coarse(scaled(top, scale), coarse)
+
+    role.write(step.s, lambda: relative_scores(s, top, rows()))
+    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(rows(), 0.0))
 
     def alpha() -> torch.Tensor:
-        exact = torch.exp2((old - top) * scale)
-        return torch.where(is_coarse(top, scale), exact, rescale_factor(scaled(old, scale), new))
+        return torch.where(rows(), torch.exp2((old - top) * scale), rescale_factor(scaled(old, scale), new))
 
     role.write(step.alpha, alpha)
 
@@ -284,7 +300,8 @@ def _scale(step: RowMax | Exponentiate | FinishRows, role: RoleRun) -> Any:
     """What brings scores to log2 units: a number, or one for each row and group of columns."""
     if step.is_scaled:
         return 1.0
-    return role.call.scale["softmax_scale_log2"] if step.scale is None else role.read(step.scale)
+    given = None if isinstance(step, FinishRows) else step.scale
+    return role.call.scale["softmax_scale_log2"] if given is None else role.read(given)
 
 
 def convert_p(step: ConvertP, role: RoleRun) -> None:
@@ -309,7 +326,7 @@ def finish_rows(step: FinishRows, role: RoleRun) -> None:
     top = role.read(step.row_max) if step.row_max else torch.zeros((), dtype=torch.float32)
     by = role.read(step.top) if step.top else None
     role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
-    if step.row_max is None or step.scale is not None:
+    if step.coarse is None:
         role.write(step.lse, log_sum_exp, top, total, step.lift)
     else:
-        role.write(step.lse, log_sum_exp_of_scores, top, total, _scale(step, role), step.lift)
+        role.write(step.lse, log_sum_exp_of_scores, top, total, _scale(step, role), step.coarse, step.lift)

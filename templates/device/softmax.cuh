@@ -130,9 +130,6 @@ DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alp
 
 // ---- the maximum, where all scores share a scale: row_max is a score, of a row that has seen no key the lowest number
 
-// Whether rounding a maximum in log2 units leaves little of an exponent; from 2^27 on it may leave 8.
-DEV bool is_fine(float reference) { return fabsf(reference) < 134217728.f; }
-
 // The maximum of a row, what it refers exponents to, and the exponent of what was summed under the old one.
 struct Maximum {
   float row_max, reference, of_old;
@@ -156,46 +153,47 @@ DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row
 }
 
 // row_max = max(row_max, maxima of s), alpha = 2^(old reference - new), by integers as above. One vote sees also to rows whose maximum
-// is not fine.
+// is coarse: rounding it in log2 units would tell.
 template <int kRowTiles, int kColTiles>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
-                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+                                    float (&s)[kRowTiles][kColTiles][4], float scale_log2, float coarse) {
   Maximum of[2 * kRowTiles];
   bool will_do = true;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     of[i] = raised(row_max[i], quad_max(largest_positive_score(s, scale_log2, i)), scale_log2);
-    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && is_fine(of[i].reference);
+    will_do &= (of[i].row_max > 0.f || row_max[i] >= 0.f) && fabsf(of[i].reference) < coarse;
   }
   if (!__all_sync(~0u, will_do)) {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       of[i] = raised(row_max[i], quad_max(largest_score(s, scale_log2, i)), scale_log2);
-      if (!is_fine(of[i].reference)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
+      if (!(fabsf(of[i].reference) < coarse)) of[i] = subtracted(s, row_max[i], of[i].row_max, scale_log2, i);
     }
   }
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) row_max[i] = of[i].row_max, reference[i] = of[i].reference, alpha[i] = exp2_approx(of[i].of_old);
 }
 
-// What a row's scores and its maximum are multiplied by: the scale or, for a maximum that is not fine, the power of two below it, of
-// which products are exact. Scores that are not the largest are then so much smaller that they count by neither.
-DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2) {
+// What a row's scores and its maximum are multiplied by: the scale or, for a coarse maximum, the power of two below it, of which
+// products are exact. Scores that are not the largest are then so much smaller that they hardly count by either.
+DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float row_max, float scale_log2, float coarse) {
   const float power = __int_as_float(__float_as_int(scale_log2) & 0x7f800000);
-  const float rounded = __fmul_ru(row_max, scale_log2), exact = __fmul_ru(row_max, power), old = reference;
-  exponent_scale = is_fine(rounded) ? scale_log2 : power;
-  reference = is_fine(rounded) ? rounded : exact;
+  const float rounded = row_max * scale_log2, exact = __fmul_ru(row_max, power), old = reference;
+  const bool is_fine = fabsf(rounded) < coarse;
+  exponent_scale = is_fine ? scale_log2 : power;
+  reference = is_fine ? rounded : exact;
   alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
 }
 
 // The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
 template <int kRowTiles, int kColTiles>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
-                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2) {
+                        float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2, float coarse) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     row_max[i] = fmaxf(row_max[i], quad_max(largest_score(s, scale_log2, i)));
-    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2);
+    refer_to(reference[i], alpha[i], exponent_scale[0][i], row_max[i], scale_log2, coarse);
   }
 }
 
@@ -307,12 +305,13 @@ DEV void reduce_rows(float (&total)[N], const float (&part)[N]) {
   for (int i = 0; i < N; ++i) total[i] = quad_sum(part[i]);
 }
 
-// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf.
+// inv_sum = top / row_sum, lse = natural log-sum-exp, both of sums that are lifted; a row that saw no key gets 0 and -inf. No row that
+// did sums up to less than 2^-100, but one of e4m3 whose maximum was rounded up by more; its inverse would be infinite.
 template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float lift = 0.f, float top = 1.f) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool sees_none = row_sum[i] == 0.f;
+    const bool sees_none = row_sum[i] < 0x1p-100f;
     inv_sum[i] = sees_none ? 0.f : top * __frcp_rn(row_sum[i]);
     lse[i] = sees_none ? -infinity() : (row_max[i] - lift + log2_approx(row_sum[i])) * 0.6931471805599453f;
   }
@@ -325,17 +324,17 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum
   finish_rows(inv_sum, lse, none, row_sum);
 }
 
-// The same of maxima that are scores; large ones are brought to natural units at once.
+// The same of maxima that are scores; coarse ones are brought to natural units at once.
 template <int N>
 DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
-                               float lift = 0.f, float top = 1.f) {
+                               float coarse, float lift = 0.f, float top = 1.f) {
   float reference[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) reference[i] = __fmul_ru(row_max[i], scale_log2);
+  for (int i = 0; i < N; ++i) reference[i] = row_max[i] * scale_log2;
   finish_rows(inv_sum, lse, reference, row_sum, lift, top);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float of_sum = (log2_approx(row_sum[i]) - lift) * 0.6931471805599453f;
-    if (row_sum[i] != 0.f && !is_fine(reference[i])) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
+    if (row_sum[i] != 0.f && !(fabsf(reference[i]) < coarse)) lse[i] = __fmaf_rz(row_max[i], scale_log2 * 0.6931471805599453f, of_sum);
   }
 }

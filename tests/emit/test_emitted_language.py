@@ -157,7 +157,6 @@ def test_two_ways_to_a_score_want_registers(score: str, spec: dict[str, Any], by
     ("score", "seed", "rest"),
     [
         ("score + alibi(slopes)", "slopes[h] * f32(kv_idx + seqlen_q - q_idx - seqlen_k)", "score"),
-        ("f32(q_idx) + score - slopes[h] * 2.0", "f32(q_idx) + -(slopes[h] * 2.0)", "score"),
         ("f32(q_idx) + score - slopes[h]", "f32(q_idx)", "score - slopes[h]"),
         ("2.0 * (score + f32(kv_idx))", "f32(kv_idx)", "score"),
         ("tanh(score - f32(kv_idx)) + slopes[h]", "-f32(kv_idx)", "tanh(score) + slopes[h]"),

@@ -136,7 +136,7 @@ class MaskScoresEach(Step):
 class RowMax(Step):
     """row_max = max(row_max, maxima of s); reference = that in log2 units, rounded up; alpha = 2^(old reference - new).
 
-    Where rounding would leave an exponent of its own (`scaling.COARSE_SCORES`) a row takes one of two ways. With
+    A coarse row, of whose maximum rounding would leave an exponent of its own, takes one of two ways. With
     `by_integers`, where a warp votes anyway, its scores become relative to the maximum here, and reference is 0. Else
     its scale becomes a power of two, with which nothing is rounded.
 
@@ -145,6 +145,7 @@ class RowMax(Step):
         reference: what the exponents of this block are taken relative to; with `scale` None, and row_max is that.
         scale: of each row, and group of columns, where operands have scales of their own; a row then has no other way.
         exponent_scale: what a row's scores are to be multiplied by, where that is chosen here.
+        coarse: from which maximum on, in log2 units, a row is that; None with `scale`.
         is_scaled: s has been scaled.
         by_integers: positive scores are compared as integers, three by an instruction; the maximum is the same.
     """
@@ -155,6 +156,7 @@ class RowMax(Step):
     alpha: RegVec
     scale: RegVec | None = None
     exponent_scale: RegVec | None = None
+    coarse: float | None = None
     is_scaled: bool = False
     by_integers: bool = False
 
@@ -238,7 +240,7 @@ class FinishRows(Step):
 
     Attributes:
         row_max: None where exponents were taken as they are.
-        scale, is_scaled: as in `RowMax`.
+        coarse, is_scaled: as in `RowMax`; of row_max and no scale of operands.
         lift: the sums are 2^lift times what they mean.
         top: what inv_sum is multiplied by; 1 where None.
     """
@@ -247,7 +249,7 @@ class FinishRows(Step):
     row_sum: RegVec
     inv_sum: RegVec
     lse: RegVec
-    scale: RegVec | None = None
+    coarse: float | None = None
     is_scaled: bool = False
     lift: int = 0
     top: RegVec | None = None
