@@ -73,7 +73,7 @@ def subnormal_numbers() -> Iterator[None]:
 
 
 class _Process:
-    """What all threads share: the first to enter sets it, the last to leave sets it back."""
+    """What all threads share: the first to enter sets it; the last to leave sets back what nobody has set meanwhile."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -109,9 +109,16 @@ def _make_matmuls_exact() -> Iterator[Callable[[], None]]:
     if of_all == "highest" and not {*of_backends} - {"none", "ieee"}:
         return
     torch.set_float32_matmul_precision("highest")  # of each backend too
-    yield lambda: torch.set_float32_matmul_precision(of_all)
-    for setting, precision in zip(settings, of_backends, strict=True):
-        yield lambda setting=setting, precision=precision: setattr(setting, "fp32_precision", precision)  # type: ignore[misc]
+    made_exact = [each.fp32_precision for each in settings]
+
+    def set_back() -> None:
+        if [each.fp32_precision for each in settings] != made_exact:
+            return
+        torch.set_float32_matmul_precision(of_all)
+        for setting, precision in zip(settings, of_backends, strict=True):
+            setting.fp32_precision = precision
+
+    yield set_back
 
 
 def _allow_all_algorithms() -> Iterator[Callable[[], None]]:
@@ -119,4 +126,9 @@ def _allow_all_algorithms() -> Iterator[Callable[[], None]]:
     if torch.are_deterministic_algorithms_enabled():
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
         torch.use_deterministic_algorithms(False)
-        yield lambda: torch.use_deterministic_algorithms(True, warn_only=warns)
+
+        def set_back() -> None:
+            if not torch.are_deterministic_algorithms_enabled():
+                torch.use_deterministic_algorithms(True, warn_only=warns)
+
+        yield set_back
