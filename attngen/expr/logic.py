@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import gcd
 from operator import eq, le, lt, ne
+from weakref import WeakKeyDictionary
 
 from attngen.expr.tree import (
     FALSE,
@@ -71,11 +72,17 @@ def compare_reals(sign: str, a: Expr, b: Expr) -> Expr:
     return node("compare", (a, b), sign, 0, "bool")
 
 
+_negations: WeakKeyDictionary[Expr, Expr] = WeakKeyDictionary()
+
+
 def negate(condition: Expr) -> Expr:
     """Whether the condition does not hold."""
+    if (remembered := _negations.get(condition)) is not None:
+        return remembered
     known: dict[Expr, Expr] = {}
     for each in nodes(condition, below=("and", "or")):
-        known[each] = _negated(each, known)
+        known[each] = _negations.get(each) or _negated(each, known)
+    _negations.update(known)
     return known[condition]
 
 

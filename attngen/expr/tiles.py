@@ -37,6 +37,9 @@ _MAX_READINGS = (
     3_000  # of numbers, each for one part of the tile; a mask of a hundred branches takes some hundred
 )
 
+_MAX_TRUTHS = 1_000
+"""Of conditions, likewise: alternatives of alternatives double them. Then nothing narrows the tile any more."""
+
 
 @dataclass(frozen=True)
 class TileClasses:
@@ -165,7 +168,7 @@ class _Reader:
         """The part of the tile where a comparison of one index with a uniform number holds; None for all others."""
         if part in tile.known:
             return tile
-        if part.op not in ("le", "eq"):
+        if part.op not in ("le", "eq") or len(self._truths) > _MAX_TRUTHS:
             return None
         coefficients, constant = affine_parts(part.args[0])
         mixed = [atom for atom in coefficients if not self.is_uniform(atom)]

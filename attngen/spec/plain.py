@@ -1,6 +1,6 @@
 """Data of a program to what a text would give: texts for keys, plain numbers, and no more than a text may hold."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attngen.spec.composer import MAX_VALUES
@@ -42,9 +42,12 @@ class PlainData:
             return {key: self.read(inner, f"{head}{key}", depth + 1) for key, inner in keys.items()}
         if isinstance(value, list | tuple):
             return [self.read(inner, f"{path}[{index}]", depth + 1) for index, inner in enumerate(value)]
-        return (
-            str(value) if isinstance(value, str) else _small(value, path)
-        )  # an attngen.Expression is more than text
+        if isinstance(value, str):
+            return str(value)  # an attngen.Expression is more than text
+        if isinstance(value, Iterable) and not hasattr(value, "shape"):  # of any size, perhaps without an end
+            what = f"{path or self.file} is of type {type(value).__name__}"
+            refuse_source(what, path, note="a spec holds mappings, lists, texts, numbers and truth values")
+        return _small(value, path)
 
     def _key(self, key: Any, path: str) -> str:
         text = str(_small(key, f"a key in {path or self.file}"))

@@ -93,3 +93,12 @@ def test_choices_of_choices_are_classed_in_time() -> None:
     start = time.process_time()
     classes = tile_classes(parse_mask(f"let x0 = q_idx in {lets}x39 < kv_idx"))
     assert weight(classes.may, classes.must) < 10 * LARGEST_KERNEL and time.process_time() - start < 2
+
+
+def test_conditions_that_alternate_are_classed_in_time() -> None:
+    """Each comparison of conditions doubles the ways through those before it, of which only so many are followed."""
+    count = 16
+    mask = "(" * count + "b < 1" + "".join(f") != (kv_idx < {9 * i})" for i in range(count))
+    began = time.process_time()
+    plan = plan_of("simulator", mask=mask)
+    assert time.process_time() - began < SECONDS and plan.tile_classes is not None

@@ -134,6 +134,9 @@ def bomb() -> list[Any]:
         ({"tile": {"block_m": 10**5000}}, "tile.block_m is an integer of 16,610 bits"),
         ({10**5000: 1}, "a key in <dict> is an integer of 16,610 bits"),
         ({"problem": {"head_dim": 10**900}}, "must be a multiple of 8"),
+        ({"check": range(10**9)}, "check is of type range"),
+        ({"name": b"x" * 10**7}, "name is of type bytes"),
+        ({"tile": {"block_m": frozenset(range(10**5))}}, "tile.block_m is of type frozenset"),
     ],
 )
 def test_a_hostile_dict_is_refused_in_time(data: dict[Any, Any], expected: str) -> None:
