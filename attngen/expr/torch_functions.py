@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from attngen.errors import shown
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.traced import Traced, condition, number, operand, operate, refuse
 from attngen.expr.traced_calls import call
@@ -64,14 +65,12 @@ def attribute(value: Traced, name: str) -> Any:
     return partial(apply, name, value)
 
 
-def converted(value: object, dtype: "torch.dtype | Traced | None") -> Traced:
-    """A value in a format of torch, or in that of another value."""
+def converted(value: object, like: object) -> Traced:
+    """A value in a format of torch, or in that of another value or a tensor."""
     import torch
 
     traced = operand(value)
-    dtype = dtype.dtype if isinstance(dtype, Traced) else dtype
-    if dtype is None:
-        return traced
+    dtype = like.dtype if isinstance(like, torch.Tensor | Traced | TracedTensor) else like
     if dtype == torch.bool:
         return condition(traced)
     if dtype == torch.float32:
@@ -87,14 +86,41 @@ def converted(value: object, dtype: "torch.dtype | Traced | None") -> Traced:
     )
 
 
-def _to(value: Traced, *targets: Any, **named: Any) -> Traced:
+def _to(
+    value: Traced,
+    *targets: object,
+    device: object = None,
+    dtype: object = None,
+    other: object = None,
+    **how: object,
+) -> Traced:
     """`x.to(torch.int32)`, `x.to(device)`, `x.to(other)`, `x.to(device, dtype)`."""
     import torch
 
-    for target in (*targets, *named.values()):
-        if isinstance(target, torch.dtype | Traced):
-            return converted(value, target)
-    return value
+    named = [each for each in (device, dtype, other) if each is not None]
+    # Behind the targets stand non_blocking and copy.
+    given = [each for place, each in enumerate(targets) if not (place and isinstance(each, bool))] + named
+    formats = [each for each in given if not _is_device(each)]
+    wrong = [
+        each for each in formats if not isinstance(each, torch.dtype | torch.Tensor | Traced | TracedTensor)
+    ]
+    if wrong or not given or not how.keys() <= {"non_blocking", "copy", "memory_format"}:
+        what = ", ".join(map(shown, wrong or how))
+        message = (
+            f"the language has no `{operand(value).text}.to({what})`, which names no dtype, tensor or device"
+        )
+        refuse(message, "traced-operators", what, "write x.to(torch.int32), of float32 or of bool")
+    return converted(value, formats[0]) if formats else value
+
+
+def _is_device(target: object) -> bool:
+    """Whether torch moves a tensor there: a device, or the text of one."""
+    import torch
+
+    try:
+        return isinstance(target, torch.device | str) and bool(torch.device(target))
+    except RuntimeError:
+        return False
 
 
 def _filled(

@@ -53,6 +53,13 @@ class TracedTensor:
         """Whether no index has been given yet."""
         return not self._indices
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The format that is declared, as torch calls it."""
+        names = {format: name for name, format in _FORMATS.items()}
+        dtype: torch.dtype = getattr(sys.modules["torch"], names[self._tensor.dtype])
+        return dtype
+
     def __getitem__(self, indices: object) -> "Traced | TracedTensor":
         listed = indices if isinstance(indices, tuple) else (indices,)
         given = self._indices + tuple(

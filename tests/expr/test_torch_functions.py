@@ -148,3 +148,45 @@ def test_the_types_of_the_prelude_are_known() -> None:
     with pytest.raises(attngen.ExpressionError, match="takes left, right"):
         attngen.expression(lambda q_idx: functions.window(1, r=0))
     assert attngen.expression(lambda q_idx: functions.window(right=0, left=1)) == "window(1, 0)"
+
+
+@pytest.mark.parametrize(
+    ("convert", "text"),
+    [
+        (lambda x, flags: x.to(FLAGS), "score != 0"),
+        (lambda x, flags: x.to(other=FLAGS), "score != 0"),
+        (lambda x, flags: x.type_as(FLAGS), "score != 0"),
+        (lambda x, flags: x.to(flags), "score != 0"),
+        (lambda x, flags: x.type_as(flags), "score != 0"),
+        (lambda x, flags: x.to("cpu", torch.bool, True), "score != 0"),
+        (lambda x, flags: x.to(torch.bool, copy=True), "score != 0"),
+        (lambda x, flags: x.to("cuda") != 0, "score != 0"),
+        (lambda x, flags: x.to(torch.device("cpu:0")) != 0, "score != 0"),
+        (lambda x, flags: x.to(IDS) != 0, "i32(score) != 0"),
+    ],
+)
+def test_a_value_is_converted_to_the_format_of_a_tensor(convert: Callable[..., Any], text: str) -> None:
+    """Of one that is held and of one that is declared; a device changes no value."""
+    function = lambda score, flags: torch.where(convert(score, flags), score, 0.0)  # noqa: E731
+    written = attngen.expression(function, tensors={"flags": "bool[seqlen_k]"})
+    assert written == f"where({text}, score, 0.0)"
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x: x.to(int),
+        lambda x: x.to("int32"),
+        lambda x: x.to(3),
+        lambda x: x.to(),
+        lambda x: x.to(torch.int32, to=3),
+        lambda x: x.to("cpu", 3),
+        lambda x: x.type_as(3),
+        lambda x: x.to(SLOPES),
+    ],
+)
+def test_what_is_no_format_is_no_conversion(convert: Callable[..., Any]) -> None:
+    """Nothing is passed over: the value would keep its type."""
+    with pytest.raises(attngen.ExpressionError) as caught:
+        attngen.expression(lambda score: convert(score))
+    assert [each.rule for each in caught.value.diagnostics] == ["traced-operators"]
