@@ -13,7 +13,7 @@ from attngen.errors import ArgumentError, AttngenError, Diagnostic, ExpressionEr
 from attngen.expr.declare import read_declarations
 from attngen.expr.parse import parse_mask, parse_score
 from attngen.expr.traced import Traced, operand, refuse
-from attngen.expr.traced_tensors import TracedTensor, capturing, constant_of
+from attngen.expr.traced_tensors import TracedTensor, capturing, constant_of, declaration_of
 from attngen.expr.tree import INDEX_NAMES
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ def expression(
         tensors: formats and dimensions of tensors by name, as in a spec; the function indexes them.
 
     Raises:
+        ArgumentError: scalars or tensors are no texts by name.
         ExpressionError: the function does what the language cannot say.
     """
-    scalars, tensors = dict(scalars or {}), dict(tensors or {})
+    scalars, tensors = _texts("scalars", scalars), _texts("tensors", tensors)
     reading = read_declarations(scalars, tensors, {})
     if reading.faults:
         raise ExpressionError(tuple(reading.faults))
@@ -89,6 +90,26 @@ def expression(
     parse = parse_score if is_score else parse_mask
     parse(text, read_declarations(scalars, text.tensors, {}).declarations)
     return text
+
+
+def _texts(kind: str, given: object) -> dict[str, str]:
+    """Declarations of a kind, `scalars` or `tensors`, as they are given: texts by name."""
+    form = "{'cap': 'f32 = 30.0'}" if kind == "scalars" else "{'doc': 'i32[batch, seqlen_k]'}"
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        what = f"{type(given).__name__} {shown(given)}"
+        raise ArgumentError(kind, what, "texts of declarations by name", f"write {kind}={form}")
+    for name, text in given.items():
+        if isinstance(name, str) and isinstance(text, str):
+            continue
+        what = f"{shown(name)}: {type(text).__name__} {shown(text)}"
+        if not isinstance(name, str):
+            raise ArgumentError(kind, what, "a name before each text", f"write {kind}={form}")
+        near = f"{name!r}: {declaration_of(text)!r}"
+        cure = f"write {kind}={{{near}}}; a call passes the value, {name}=..."
+        raise ArgumentError(kind, what, "a text for each name", cure)
+    return dict(given)
 
 
 def _arguments(
@@ -203,7 +224,9 @@ def check_text(argument: str, value: object) -> None:
     if isinstance(value, str):
         return
     default = {"mask": "full", "score": "score"}[argument]
-    must, shape = "a text of the language, or an attngen.Expression", getattr(value, "shape", None)
+    must = "a text of the language, or an attngen.Expression"
+    # A nested tensor refuses to say its shape.
+    shape = None if getattr(value, "is_nested", False) is True else getattr(value, "shape", None)
     if value is None:
         raise ArgumentError(argument, "None", must, f"leave it out, or write {default!r}")
     if callable(getattr(value, "mask_mod", None)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from attngen.errors import shown
 from attngen.expr.declarations import VALUE_TYPES, TensorType
+from attngen.expr.literals import nearest_declarations
 from attngen.expr.scope import example
 from attngen.expr.traced import Traced, literal, operand, refuse
 
@@ -216,7 +217,8 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
         note = f"it may be one of {', '.join((*_FORMATS, *_CONVERTED))}"
         refuse(f"{shown} has no format of the language", "traced-tensors", word, note)
     if _CONVERTED[dtype] == "i32":
-        if tensor.numel() and not -(2**31) <= int(tensor.min()) <= int(tensor.max()) < 2**31:
+        wide = tensor.to(torch.int64)  # torch finds no minimum of uint16
+        if wide.numel() and not -(2**31) <= int(wide.min()) <= int(wide.max()) < 2**31:
             note = "an integer of the language is looked up from 32 bits"
             refuse(f"{shown} holds integers beyond 2^31", "traced-tensors", word, note)
         return "i32", tensor.to(torch.int32)
@@ -224,6 +226,14 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
     if not torch.equal(torch.nan_to_num(rounded.to(tensor.dtype)), torch.nan_to_num(tensor)):
         refuse(f"{shown} holds numbers that f32 rounds", "traced-tensors", word, f"write {word}.float()")
     return "f32", rounded
+
+
+def declaration_of(value: Any) -> str:
+    """The text that declares what is like a value: of a tensor its format and sizes, of a number its type."""
+    if not _is_tensor(value) or value.is_nested or not value.dim():
+        return nearest_declarations(str(value).lower())[0]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{_FORMATS.get(dtype) or _CONVERTED.get(dtype, 'f32')}[{', '.join(map(str, value.shape))}]"
 
 
 def _described(tensor: "torch.Tensor", word: str) -> str:

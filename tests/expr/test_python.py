@@ -316,3 +316,34 @@ def test_a_function_that_is_no_function_of_the_language() -> None:
     with pytest.raises(AttributeError, match="softcap"):
         attngen.functions.softcapp  # noqa: B018
     assert {"softcap", "where", "tanh", "causal"} <= set(dir(attngen.functions))
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"scalars": {"w": 5}}, "got 'w': int 5, expected a text for each name\n  hint: write scalars={'w': 'i32"),
+        ({"scalars": {"w": 0.5}}, "write scalars={'w': 'f32 = 0.5'}"),
+        ({"scalars": {"w": True}}, "write scalars={'w': 'bool = true'}"),
+        ({"scalars": {"w": None}}, "got 'w': NoneType None"),
+        ({"tensors": {"t": torch.zeros(2, 12, dtype=torch.int32)}}, "write tensors={'t': 'i32[2, 12]'}"),
+        ({"tensors": {"t": torch.zeros(3, dtype=torch.bfloat16)}}, "write tensors={'t': 'bf16[3]'}"),
+        ({"scalars": {5: "i32"}}, "got 5: str 'i32', expected a name before each text"),
+        ({"scalars": ["w"]}, "got list ['w'], expected texts of declarations by name"),
+        ({"scalars": "w"}, "got str 'w', expected texts of declarations by name"),
+        ({"tensors": 3}, "write tensors={'doc': 'i32[batch, seqlen_k]'}"),
+    ],
+)  # fmt: skip
+def test_what_is_no_declaration_is_refused_with_one_that_is(declared: dict[str, Any], message: str) -> None:
+    """The key, the value, and the text to write."""
+    with pytest.raises(attngen.ArgumentError) as caught:
+        attngen.expression(lambda q_idx: q_idx > 3, **declared)
+    assert message in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_no_text() -> None:
+    """Of a strided one torch does not tell the shape."""
+    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.strided)
+    for spec in ({"mask": nested}, {"score": nested}):
+        with pytest.raises(attngen.ArgumentError, match="expected a text of the language"):
+            attngen.load({"problem": {"head_dim": 64}, **spec})

@@ -202,3 +202,18 @@ def test_an_expression_brings_its_declarations_into_a_dict() -> None:
         attngen.load(
             {"problem": {"head_dim": 64}, "mask": mask, "tensors": {"mask_doc": "u8[batch, seqlen_k]"}}
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int8, torch.int64])
+def test_integers_of_every_width_become_i32(dtype: torch.dtype) -> None:
+    """torch itself does not order some of them."""
+    table = torch.tensor([3, 0, 100]).to(dtype)
+    written = attngen.expression(lambda h: table[h] > 2)
+    assert written.bound["mask_table"].tolist() == [3, 0, 100]
+    assert written.bound["mask_table"].dtype == torch.int32
+
+
+def test_an_unsigned_integer_beyond_i32_is_refused() -> None:
+    """None is wrapped to a negative one."""
+    table = torch.tensor([2**31]).to(torch.uint32)
+    assert "beyond 2^31" in only(lambda h: table[h] > 2).message
