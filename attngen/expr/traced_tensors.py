@@ -222,10 +222,10 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
             note = "an integer of the language is looked up from 32 bits"
             refuse(f"{shown} holds integers beyond 2^31", "traced-tensors", word, note)
         return "i32", tensor.to(torch.int32)
-    rounded = tensor.to(torch.float32)
-    if not torch.equal(torch.nan_to_num(rounded.to(tensor.dtype)), torch.nan_to_num(tensor)):
+    rounded = tensor.detach().to(torch.float32)
+    if not bool(((rounded.to(tensor.dtype) == tensor) | tensor.isnan()).all()):
         refuse(f"{shown} holds numbers that f32 rounds", "traced-tensors", word, f"write {word}.float()")
-    return "f32", rounded
+    return "f32", rounded.requires_grad_(tensor.requires_grad)  # which the call judges, as of any tensor
 
 
 def declaration_of(value: Any) -> str:

@@ -217,3 +217,30 @@ def test_an_unsigned_integer_beyond_i32_is_refused() -> None:
     """None is wrapped to a negative one."""
     table = torch.tensor([2**31]).to(torch.uint32)
     assert "beyond 2^31" in only(lambda h: table[h] > 2).message
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float64).max, torch.finfo(torch.float64).min, 1e39])
+def test_finite_numbers_that_become_infinite_are_refused(value: float) -> None:
+    """The largest of f64 too, which is no other name of inf."""
+    table = torch.tensor([value, 0.0], dtype=torch.float64)
+    assert "f32 rounds" in only(lambda score, h: score + table[h]).message
+
+
+def test_infinities_and_nans_of_f64_are_kept() -> None:
+    """f32 has them."""
+    table = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.5], dtype=torch.float64)
+    bound = attngen.expression(lambda score, h: score + table[h]).bound["score_table"]
+    assert torch.equal(bound.nan_to_num(7.0), table.float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_that_requires_grad_is_refused_wherever_it_was_read(dtype: torch.dtype) -> None:
+    """The copy in f32 requires grad as its original does."""
+    bias = torch.tensor([0.5, -2.0], dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        score = attngen.expression(lambda score, h: score + bias[h])
+    with pytest.raises(attngen.ArgumentError, match="grad"):
+        attngen.attention(*inputs(12), score=score)
+    with torch.no_grad():
+        attngen.attention(*inputs(12), score=score)
+    assert copy.deepcopy(score.bound["score_bias"]).requires_grad
