@@ -279,7 +279,11 @@ def _read_definition(entry: _Entry) -> Definition | None:
         parameter, sign, default = (each.strip() for each in part.partition("="))
         _check_parameter(entry, parameter, parameters)
         value = read_constant(default)
-        if sign and value is None:
+        if value is None and read_integer(default) is not None:
+            nearest = nearest_defaults("i32", default)
+            note = f"a default is {DEFAULTS['i32']}, or a number with a point"
+            entry.refuse_key(f"has `{default}` for a default", "number-range", note, nearest)
+        elif sign and value is None:
             note = "a default is a number, true or false"
             entry.refuse_key(f"has `{default}` for a default", "definition-heads", note)
         elif defaults and not sign:

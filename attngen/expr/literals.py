@@ -49,8 +49,9 @@ def read_default(type: Type, text: str) -> int | float | bool | None:
 
 
 def read_constant(text: str) -> Expr | None:
-    """The constant that a text writes; None where it is anything else."""
-    for type in reversed(SCALAR_TYPES):  # of `3` it is an i32
+    """The constant that a text writes; None where it is anything else, or an integer beyond i32."""
+    types: tuple[Type, ...] = ("i32",) if read_integer(text) is not None else ("bool", "f32")
+    for type in types:
         value = read_default(type, text)
         if value is not None:
             return real(value) if isinstance(value, float) else const(value)

@@ -178,6 +178,18 @@ def test_faults_of_tensors(text: str, message: str, marked: str, nearest: tuple[
         ("band(a b)", "define.band(a b) has `a b` for a parameter", ("a_b",), "definition-heads"),
         ("band(kv_idx)", "define.band(kv_idx) has `kv_idx` for a parameter", ("kv_idx_",), "reserved-names"),
         ("band(a=b)", "define.band(a=b) has `b` for a default", (), "definition-heads"),
+        (
+            "band(a=2147483648)",
+            "define.band(a=2147483648) has `2147483648` for a default",
+            ("2147483647",),
+            "number-range",
+        ),
+        (
+            "band(a=-2147483649)",
+            "define.band(a=-2147483649) has `-2147483649` for a default",
+            ("-2147483648",),
+            "number-range",
+        ),
         ("band(a=)", "define.band(a=) has `` for a default", (), "definition-heads"),
         ("band(a=1, c)", "define.band(a=1, c) has `c` after one with a default", (), "definition-heads"),
         ("band(a", "define.band(a must be a name or a name(p, q)", ("band",), "definition-heads"),
