@@ -51,7 +51,7 @@ def attribute(value: Traced, name: str) -> Any:
     import torch
 
     attributes = {
-        "dtype": {"bool": torch.bool, "i32": torch.int32, "f32": torch.float32}[value.type],
+        "dtype": {"bool": torch.bool, "i32": torch.int32, "f32": torch.float32}[value.kind],
         "device": torch.device("cpu"),
         "shape": torch.Size(()),
         "ndim": 0,
@@ -74,9 +74,9 @@ def converted(value: object, like: object) -> Traced:
     if dtype == torch.bool:
         return condition(traced)
     if dtype == torch.float32:
-        return traced if traced.type == "f32" else call("f32", traced)
+        return traced if traced.kind == "f32" else call("f32", traced)
     if dtype in (torch.int32, torch.int64):
-        return call("i32", traced) if traced.type == "f32" else number(traced)
+        return call("i32", traced) if traced.kind == "f32" else number(traced)
     note = "values are bool, 32-bit integers (int32, int64) and float32"
     refuse(
         f"the language does not convert to {dtype}, as of `{traced.text}`",
@@ -165,6 +165,12 @@ def _of_conditions(sign: str) -> Callable[[object, object], Traced]:
     return lambda a, b: operate(condition(a), sign, condition(b))
 
 
+def _extreme(name: str, sign: str, a: object, b: object) -> Traced:
+    """The smaller or the larger of two numbers; of two conditions, whether both hold or one does."""
+    a, b = operand(a), operand(b)
+    return operate(a, sign, b) if a.kind == b.kind == "bool" else call(name, a, b)
+
+
 def _kept(value: Traced, *how: Any, **named: Any) -> Traced:
     return value
 
@@ -183,8 +189,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "logical_or": _of_conditions("|"),
     "logical_xor": _of_conditions("^"),
     "logical_not": lambda x: ~condition(x),
-    **dict.fromkeys(("minimum", "fmin", "min"), lambda a, b: call("min", a, b)),
-    **dict.fromkeys(("maximum", "fmax", "max"), lambda a, b: call("max", a, b)),
+    **dict.fromkeys(("minimum", "fmin", "min"), lambda a, b: _extreme("min", "&", a, b)),
+    **dict.fromkeys(("maximum", "fmax", "max"), lambda a, b: _extreme("max", "|", a, b)),
     **dict.fromkeys(("clamp", "clip"), _clamped),
     "clamp_min": lambda x, min: call("max", x, min),
     "clamp_max": lambda x, max: call("min", x, max),
@@ -197,6 +203,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": lambda condition, a, b: call("where", condition, a, b),
     "masked_fill": lambda x, mask, value: call("where", mask, value, x),
     "to": _to,
+    "type": lambda x, dtype: converted(x, dtype),
     "type_as": lambda x, other: converted(x, other),
     "bool": lambda x: converted(x, _dtype("bool")),
     **dict.fromkeys(("int", "long"), lambda x: converted(x, _dtype("int32"))),

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Never, cast
 
 from attngen.errors import Diagnostic, ExpressionError, shown
+from attngen.expr.literals import read_default, read_integer
 from attngen.expr.syntax import MAX_LENGTH
 from attngen.expr.tree import Type
 
@@ -32,7 +33,7 @@ class Traced:
 
     Attributes:
         text: of the value.
-        type: of the value; of a text that the parser is to refuse any.
+        kind: its type; of a text that the parser is to refuse any. (`x.type` is a method of torch.)
     """
 
     __hash__ = None  # type: ignore[assignment]  # `==` gives a condition, so that no set could hold it
@@ -43,7 +44,7 @@ class Traced:
             note = f"it is longer than {MAX_LENGTH} characters; a value that is used twice is written twice"
             refuse("the expression grows too long", "expression-length", text, note)
         self.text = text
-        self.type: Type = type
+        self.kind: Type = type
         self._binds = binds
 
     def __repr__(self) -> str:
@@ -72,10 +73,13 @@ class Traced:
     __ne__, _ = _both_ways("!=")  # type: ignore[assignment]
 
     def __invert__(self) -> "Traced":
-        return Traced(f"not {self.within(_NOT)}", "bool", _NOT) if self.type == "bool" else -1 - self
+        return Traced(f"not {self.within(_NOT)}", "bool", _NOT) if self.kind == "bool" else -1 - self
 
     def __neg__(self) -> "Traced":
-        return Traced(f"-{self.within(_SIGN)}", self.type, _SIGN)
+        value = read_default(self.kind, self.text) if self.kind != "bool" else None
+        if value is not None:
+            return operand(-value)
+        return Traced(f"-{self.within(_SIGN)}", self.kind, _SIGN)
 
     def __pos__(self) -> "Traced":
         return self
@@ -146,7 +150,7 @@ def operate(left: object, sign: str, right: object) -> Traced:
         return _joined(a, sign, b)
     if sign in ("<<", ">>"):
         return _shifted(a, sign, b)
-    if not (a.type == b.type == "bool" and sign in ("==", "!=")):
+    if not (a.kind == b.kind == "bool" and sign in ("==", "!=")):
         a, b = number(a), number(b)
     # Comparisons chain, so that a comparison of a comparison needs brackets on both sides.
     return Traced(f"{a.within(_SUM)} {sign} {b.within(_SUM)}", "bool", _COMPARISON)
@@ -154,7 +158,7 @@ def operate(left: object, sign: str, right: object) -> Traced:
 
 def _arithmetic(a: Traced, sign: str, b: Traced) -> Traced:
     """Of conditions torch makes numbers; but the sum and the product of two are conditions again."""
-    if a.type == b.type == "bool" and sign in "+-*":
+    if a.kind == b.kind == "bool" and sign in "+-*":
         if sign == "-":
             note = "nor has torch; `a & ~b` holds where a alone does, `a ^ b` where one does"
             refuse(
@@ -162,23 +166,23 @@ def _arithmetic(a: Traced, sign: str, b: Traced) -> Traced:
             )
         return _joined(a, "|" if sign == "+" else "&", b)
     a, b = number(a), number(b)
-    type: Type = "f32" if sign == "/" or "f32" in (a.type, b.type) else "i32"
+    type: Type = "f32" if sign == "/" or "f32" in (a.kind, b.kind) else "i32"
     binds = _BINDS[sign]
     return Traced(f"{a.within(binds)} {sign} {b.within(binds + 1)}", type, binds)
 
 
 def _joined(a: Traced, sign: str, b: Traced) -> Traced:
     """`&`, `|` or `^` of two conditions; of integers `&` takes the last bits."""
-    if a.type == b.type == "bool":
+    if a.kind == b.kind == "bool":
         word, binds = _LOGIC[sign]
         first, second = (_SUM, _SUM) if sign == "^" else (binds, binds + 1)
         return Traced(f"{a.within(first)} {word} {b.within(second)}", "bool", binds)
-    if "bool" in (a.type, b.type):
+    if "bool" in (a.kind, b.kind):
         message = f"`{sign}` joins a condition and a number, `{a.text}` and `{b.text}`"
         refuse(message, "traced-operators", a.text, "`x != 0` makes a condition of a number")
     for bits, mask in ((a, b), (b, a)):
         last = literal(mask)
-        if sign == "&" and bits.type == "i32" and last is not None and last & (last + 1) == 0 <= last:
+        if sign == "&" and bits.kind == "i32" and last is not None and last & (last + 1) == 0 <= last:
             return operate(bits, "%", last + 1)
     note = "of bits it has `x & (2**n - 1)`, `x << n` and `x >> n`, with n a constant"
     message = f"the language has no bitwise `{sign}` of integers, as `{a.text} {sign} {b.text}`"
@@ -188,7 +192,7 @@ def _joined(a: Traced, sign: str, b: Traced) -> Traced:
 def _shifted(a: Traced, sign: str, b: Traced) -> Traced:
     """`<<` or `>>` by a constant, which are a product and a quotient."""
     count = literal(b)
-    if a.type != "i32" or count is None or not 0 <= count <= 30:
+    if a.kind != "i32" or count is None or not 0 <= count <= 30:
         message = f"the language has no bitwise `{sign}` as in `{a.text} {sign} {b.text}`"
         note = "an integer is shifted, by a constant up to 30"
         refuse(message, "traced-operators", a.text, note)
@@ -198,7 +202,7 @@ def _shifted(a: Traced, sign: str, b: Traced) -> Traced:
 def number(value: object) -> Traced:
     """A value as a number: 1 of a condition that holds, else 0."""
     traced = operand(value)
-    return traced if traced.type != "bool" else Traced(f"where({traced.text}, 1, 0)", "i32")
+    return traced if traced.kind != "bool" else Traced(f"where({traced.text}, 1, 0)", "i32")
 
 
 def condition(value: object) -> Traced:
@@ -207,7 +211,7 @@ def condition(value: object) -> Traced:
     constant = literal(traced)
     if constant is not None:
         return operand(constant != 0)
-    return traced if traced.type == "bool" else operate(traced, "!=", 0)
+    return traced if traced.kind == "bool" else operate(traced, "!=", 0)
 
 
 def operand(value: object) -> Traced:
@@ -233,7 +237,7 @@ def operand(value: object) -> Traced:
 
 def literal(value: Traced) -> int | None:
     """The integer that a text is; None of any other."""
-    return int(value.text) if value.text.lstrip("-").isdecimal() else None
+    return read_integer(value.text)
 
 
 def refuse(message: str, rule: str, value: str, note: str = "", nearest: tuple[str, ...] = ()) -> Never:

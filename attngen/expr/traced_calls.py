@@ -25,9 +25,9 @@ def call(name: str, *arguments: object) -> Traced:
     takes = FUNCTIONS[name].takes
     if takes != "choice":
         values = [number(each) for each in values]
-    elif {each.type for each in values[1:]} > {"bool"}:
+    elif {each.kind for each in values[1:]} > {"bool"}:
         values[1:] = [number(each) for each in values[1:]]
-    types = {each.type for each in values[takes == "choice" :]}
+    types = {each.kind for each in values[takes == "choice" :]}
     type: Type = "bool" if types == {"bool"} else "f32" if takes == "f32" or "f32" in types else "i32"
     type = {"i32": "i32", "f32": "f32"}.get(name, type)  # type: ignore[assignment]
     return Traced(f"{name}({', '.join(each.text for each in values)})", type)

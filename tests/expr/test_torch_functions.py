@@ -72,7 +72,8 @@ def conditions(depth: int) -> st.SearchStrategy[str]:
         pairs(integers(depth - 1), "<", "<=", ">", ">=", "==", "!=")
         | pairs(parts, "&", "|", "^", "==", "!=", "<", ">=", "+", "*")
         | made(parts, "(~{})", "torch.logical_xor({}, {})", "{}.logical_or({})", "({} & True)", "({} == 1)",
-               "torch.where({}, {}, q < 3)", "(torch.tensor(True) ^ {})", "{}.to(q.device)", "({} != False)")
+               "torch.where({}, {}, q < 3)", "(torch.tensor(True) ^ {})", "{}.to(q.device)", "({} != False)",
+               "torch.maximum({}, {})", "torch.min({}, {})")
         | made(integers(depth - 1), "(q + {}).bool()", "torch.logical_not(q + {})", "(q + {}).to(torch.bool)")
     )  # fmt: skip
 
@@ -141,8 +142,8 @@ def test_the_types_of_the_prelude_are_known() -> None:
         ) -> Any:
             called = getattr(functions, name)
             called = called(*(given.get(each, 3) for each in parameters)) if parameters else called
-            assert called.type in ("bool", "i32", "f32")
-            return score + (called.float() if called.type == "bool" else called)
+            assert called.kind in ("bool", "i32", "f32")
+            return score + (called.float() if called.kind == "bool" else called)
 
         assert attngen.expression(function).startswith("score + ")
     with pytest.raises(attngen.ExpressionError, match="takes left, right"):
@@ -163,6 +164,7 @@ def test_the_types_of_the_prelude_are_known() -> None:
         (lambda x, flags: x.to("cuda") != 0, "score != 0"),
         (lambda x, flags: x.to(torch.device("cpu:0")) != 0, "score != 0"),
         (lambda x, flags: x.to(IDS) != 0, "i32(score) != 0"),
+        (lambda x, flags: x.type(torch.int64) != 0, "i32(score) != 0"),
     ],
 )
 def test_a_value_is_converted_to_the_format_of_a_tensor(convert: Callable[..., Any], text: str) -> None:
@@ -182,6 +184,7 @@ def test_a_value_is_converted_to_the_format_of_a_tensor(convert: Callable[..., A
         lambda x: x.to(torch.int32, to=3),
         lambda x: x.to("cpu", 3),
         lambda x: x.type_as(3),
+        lambda x: x.type(),
         lambda x: x.to(SLOPES),
     ],
 )
