@@ -83,12 +83,16 @@ def expression(
     symbols |= {name: TracedTensor(tensor) for name, tensor in declared.tensors.items()}
     arguments, named = _arguments(function, symbols, (*scalars, *tensors))
     is_score = any(each is symbols["score"] for each in (*arguments, *named.values()))
-    with capturing("score" if is_score else "mask", tuple(symbols)) as captured:
+    sizes = (size for tensor in declared.tensors.values() for size in tensor.dims if isinstance(size, str))
+    with capturing("score" if is_score else "mask", (*symbols, *sizes)) as captured:
         result = _result(function, arguments, named)
     text = Expression(result.text)
     text.scalars, text.tensors, text.bound = scalars, tensors | captured.declared, captured.bound
     parse = parse_score if is_score else parse_mask
-    parse(text, read_declarations(scalars, text.tensors, {}).declarations)
+    reading = read_declarations(scalars, text.tensors, {})
+    if reading.faults:
+        raise ExpressionError(tuple(reading.faults))
+    parse(text, reading.declarations)
     return text
 
 

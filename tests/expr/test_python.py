@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -347,3 +348,33 @@ def test_a_nested_tensor_is_no_text() -> None:
     for spec in ({"mask": nested}, {"score": nested}):
         with pytest.raises(attngen.ArgumentError, match="expected a text of the language"):
             attngen.load({"problem": {"head_dim": 64}, **spec})
+
+
+@pytest.mark.parametrize("number", [5, -5, 0, 0.5, -0.0, float("inf"), 2**31 - 1])
+def test_the_sign_of_a_number_is_part_of_it(number: float) -> None:
+    """However often it is turned."""
+
+    def function(score: Any, q_idx: Any) -> Any:
+        like = q_idx if isinstance(number, int) else score
+        return score + operator.neg(operator.neg(like.new_tensor(number)))
+
+    assert attngen.expression(function) == f"score + {number!r}"
+
+
+def test_a_number_of_two_signs_is_a_constant() -> None:
+    """To a shift and to an index."""
+    table = torch.arange(9)
+
+    def function(q_idx: Any) -> Any:
+        five, two = (operator.neg(operator.neg(q_idx.new_tensor(number))) for number in (5, 2))
+        return table[five] + (q_idx << two) > 3
+
+    assert attngen.expression(function) == "mask_table[5] + q_idx * 4 > 3"
+
+
+def test_the_name_of_a_declared_dimension_is_taken() -> None:
+    """A tensor that is held is called otherwise."""
+    x = torch.arange(9)
+    text = attngen.expression(lambda kv_idx, t: x[kv_idx] > t[kv_idx], tensors={"t": "i32[mask_x]"})
+    assert text == "mask_x_2[kv_idx] > t[kv_idx]"
+    assert text.tensors == {"t": "i32[mask_x]", "mask_x_2": "i32[mask_x_2_size0]"}
