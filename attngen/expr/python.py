@@ -96,24 +96,30 @@ def expression(
     return text
 
 
-def _texts(kind: str, given: object) -> dict[str, str]:
-    """Declarations of a kind, `scalars` or `tensors`, as they are given: texts by name."""
-    form = "{'cap': 'f32 = 30.0'}" if kind == "scalars" else "{'doc': 'i32[batch, seqlen_k]'}"
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        what = f"{type(given).__name__} {shown(given)}"
-        raise ArgumentError(kind, what, "texts of declarations by name", f"write {kind}={form}")
-    for name, text in given.items():
-        if isinstance(name, str) and isinstance(text, str):
-            continue
+_FORMS = {"scalars": "{'cap': 'f32 = 30.0'}", "tensors": "{'doc': 'i32[batch, seqlen_k]'}"}
+"""Declarations of each kind, as an example."""
+
+
+def _by_name(kind: str, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Declarations of a kind, `scalars` or `tensors`, as they are given."""
+    if given is None or isinstance(given, Mapping):
+        return given or {}
+    what = f"{type(given).__name__} {shown(given)}"
+    raise ArgumentError(kind, what, "texts of declarations by name", f"write {kind}={_FORMS[kind]}")
+
+
+def _texts(kind: str, given: Mapping[str, str] | None) -> dict[str, str]:
+    """The same, each a text by a name."""
+    for name, text in _by_name(kind, given).items():
         what = f"{shown(name)}: {type(text).__name__} {shown(text)}"
         if not isinstance(name, str):
-            raise ArgumentError(kind, what, "a name before each text", f"write {kind}={form}")
-        near = f"{name!r}: {declaration_of(text)!r}"
-        cure = f"write {kind}={{{near}}}; a call passes the value, {name}=..."
-        raise ArgumentError(kind, what, "a text for each name", cure)
-    return dict(given)
+            raise ArgumentError(kind, what, "a name before each text", f"write {kind}={_FORMS[kind]}")
+        if not isinstance(text, str):
+            written = declaration_of(text)
+            place = "tensors" if "[" in written else "scalars"
+            cure = f"write {place}={{{name!r}: {written!r}}}; a call passes the value, {name}=..."
+            raise ArgumentError(kind, what, "a text for each name", cure)
+    return dict(given or {})
 
 
 def _arguments(
@@ -204,10 +210,13 @@ def joined(kind: str, given: Mapping[str, str] | None, *texts: object) -> dict[s
     """The declarations of a kind, `scalars` or `tensors`, that are given and that expressions bring.
 
     Raises:
-        ArgumentError: two of one name that are not the same.
+        ArgumentError: two of one name that are not the same; or what is given is no mapping.
     """
     found: dict[str, str] = {}
-    for brought in (given or {}, *(getattr(text, kind) for text in texts if isinstance(text, Expression))):
+    for brought in (
+        _by_name(kind, given),
+        *(getattr(text, kind) for text in texts if isinstance(text, Expression)),
+    ):
         for name, declared in brought.items():
             if found.setdefault(name, declared) != declared:
                 raise ArgumentError(kind, f"{name}: {declared}", f"{name}: {found[name]}, as declared before")

@@ -229,11 +229,14 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
 
 
 def declaration_of(value: Any) -> str:
-    """The text that declares what is like a value: of a tensor its format and sizes, of a number its type."""
-    if not _is_tensor(value) or value.is_nested or not value.dim():
-        return nearest_declarations(str(value).lower())[0]
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f"{_FORMATS.get(dtype) or _CONVERTED.get(dtype, 'f32')}[{', '.join(map(str, value.shape))}]"
+    """The text that declares what is like a value: of a tensor or an array with its sizes, of a number by its type."""
+    if isinstance(value, list | tuple) or getattr(value, "is_nested", False) is True:
+        return "f32[batch]"
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or not shape:
+        return nearest_declarations(str(constant_of(value)).lower())[0]
+    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return f"{_FORMATS.get(dtype) or _CONVERTED.get(dtype, 'f32')}[{', '.join(map(str, shape))}]"
 
 
 def _described(tensor: "torch.Tensor", word: str) -> str:

@@ -328,6 +328,10 @@ def test_a_function_that_is_no_function_of_the_language() -> None:
         ({"scalars": {"w": None}}, "got 'w': NoneType None"),
         ({"tensors": {"t": torch.zeros(2, 12, dtype=torch.int32)}}, "write tensors={'t': 'i32[2, 12]'}"),
         ({"tensors": {"t": torch.zeros(3, dtype=torch.bfloat16)}}, "write tensors={'t': 'bf16[3]'}"),
+        ({"tensors": {"t": np.zeros((2, 3))}}, "write tensors={'t': 'f32[2, 3]'}"),
+        ({"tensors": {"t": [0.5, 1.0]}}, "write tensors={'t': 'f32[batch]'}"),
+        ({"tensors": {"t": torch.tensor(3)}}, "write scalars={'t': 'i32 = 3'}"),
+        ({"scalars": {"w": torch.zeros(3)}}, "write tensors={'w': 'f32[3]'}"),
         ({"scalars": {5: "i32"}}, "got 5: str 'i32', expected a name before each text"),
         ({"scalars": ["w"]}, "got list ['w'], expected texts of declarations by name"),
         ({"scalars": "w"}, "got str 'w', expected texts of declarations by name"),
@@ -339,6 +343,15 @@ def test_what_is_no_declaration_is_refused_with_one_that_is(declared: dict[str, 
     with pytest.raises(attngen.ArgumentError) as caught:
         attngen.expression(lambda q_idx: q_idx > 3, **declared)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["scalars", "tensors"])
+@pytest.mark.parametrize("given", ["w", ["w"], 3])
+def test_declarations_of_a_call_are_texts_by_name(kind: str, given: Any) -> None:
+    """As those of an expression."""
+    q = torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(attngen.ArgumentError, match="expected texts of declarations by name"):
+        attngen.attention(q, q, q, "causal", **{kind: given})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
