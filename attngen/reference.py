@@ -102,9 +102,8 @@ def attention(
     scores = problem.modified(scores, *every).masked_fill(~problem.sees(*every), -math.inf)
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    total = p.sum(
-        dim=-1, keepdim=True
-    )  # 1, unless scores are so large that adding the sum's logarithm changes nothing
+    # Their sum is 1, unless scores are so large that adding the logarithm of a sum changes nothing.
+    total = p.sum(dim=-1, keepdim=True)
     out = torch.where(total == 0, 0.0, _weighted_sum(p, values) / total)
     return problem.finish(out, lse)
 

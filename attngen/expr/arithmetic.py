@@ -143,9 +143,8 @@ def floor_divide(a: Expr, b: Expr) -> Expr:
     if len(coefficients) == 1 and not constant:
         ((atom, factor),) = coefficients.items()
         if factor == 1 and (steps := steps_of(atom)) and steps * divisor < LARGEST_DIVISOR:
-            return add(
-                whole, floor_divide(atom.args[0], const(steps * divisor))
-            )  # (x // s) // d is x // (s · d)
+            # (x // s) // d is x // (s · d)
+            return add(whole, floor_divide(atom.args[0], const(steps * divisor)))
     return add(whole, node("arith", (rest, const(divisor)), "//", 0, "i32"))
 
 

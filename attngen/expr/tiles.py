@@ -33,9 +33,8 @@ from attngen.expr.tree import (
     scale,
 )
 
-_MAX_READINGS = (
-    3_000  # of numbers, each for one part of the tile; a mask of a hundred branches takes some hundred
-)
+_MAX_READINGS = 3_000
+"""Of numbers, each for one part of the tile; a mask of a hundred branches takes some hundred."""
 
 _MAX_TRUTHS = 1_000
 """Of conditions, likewise: alternatives of alternatives double them. Then nothing narrows the tile any more."""

@@ -38,9 +38,8 @@ def python_number(name: str, value: Any) -> Any:
     numpy = sys.modules.get("numpy")  # what has not been imported has made no number
     if numpy is not None and isinstance(value, numpy.generic | numpy.ndarray) and not value.ndim:
         number = value.item()
-        return (
-            float(number) if isinstance(number, numpy.floating) else number
-        )  # of longdouble it is still one
+        # The number of a longdouble is still one of numpy's.
+        return float(number) if isinstance(number, numpy.floating) else number
     return value
 
 

@@ -108,9 +108,8 @@ def _compile(source: str, arch: str, lineinfo: bool, is_stopped: Callable[[], bo
     version = nvrtc_version()
     nvrtc = _nvrtc()
     program = _call(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    asks = _FLOW_CALLBACK(
-        lambda payload, reserved: int(is_stopped())
-    )  # some sixty times, seconds apart at worst
+    # NVRTC calls it some sixty times, seconds apart at worst.
+    asks = _FLOW_CALLBACK(lambda payload, reserved: int(is_stopped()))
     try:
         _call(
             nvrtc, (*nvrtc.nvrtcSetFlowCallback(program, ctypes.cast(asks, ctypes.c_void_p).value, 0), None)

@@ -242,19 +242,14 @@ def _raise_scaled(step: RowMax, role: RoleRun) -> None:
 def _raise_and_choose_scale(step: RowMax, exponent_scale: RegVec, role: RoleRun) -> None:
     """A coarse row takes a scale of which products are exact."""
     assert step.reference is not None and step.coarse is not None, "scores share a scale"
-    s, old, before, coarse = (
-        role.read(step.s),
-        role.read(step.row_max),
-        role.read(step.reference),
-        step.coarse,
-    )
-    scale = _scale(step, role)
+    s, old, before = role.read(step.s), role.read(step.row_max), role.read(step.reference)
+    scale, coarse = _scale(step, role), step.coarse
     top = role.write(step.row_max, running_max, s, old)
-    role.write(exponent_scale, lambda: exponent_scales(top, scale, coarse).unsqueeze(-1))
+    scales = role.write(exponent_scale, lambda: exponent_scales(top, scale, coarse).unsqueeze(-1))
 
     def reference() -> torch.Tensor:
-        rounded, exact = top * scale, scaled(top, exponent_scales(top, scale, coarse))
-        return torch.where(is_coarse(rounded, coarse), exact, rounded)
+        rounded = top * scale
+        return torch.where(is_coarse(rounded, coarse), scaled(top, scales.squeeze(-1)), rounded)
 
     role.write(step.alpha, rescale_factor, before, role.write(step.reference, reference))
 
@@ -262,20 +257,18 @@ def _raise_and_choose_scale(step: RowMax, exponent_scale: RegVec, role: RoleRun)
 def _raise_and_subtract(step: RowMax, role: RoleRun) -> None:
     """The scores of a coarse row become relative to its maximum."""
     assert step.reference is not None and step.coarse is not None, "scores share a scale"
-    s, old, coarse = role.read(step.s), role.read(step.row_max), step.coarse
-    scale = _scale(step, role)
+    s, old = role.read(step.s), role.read(step.row_max)
+    scale, coarse = _scale(step, role), step.coarse
     top = role.write(step.row_max, running_max, s, old)
-
-    def rows() -> torch.Tensor:
-        return is_coarse(scaled(top, scale), coarse)
-
-    role.write(step.s, lambda: relative_scores(s, top, rows()))
-    new = role.write(step.reference, lambda: scaled(top, scale).masked_fill(rows(), 0.0))
+    rounded = role.write(step.reference, scaled, top, scale)
+    role.write(step.s, lambda: relative_scores(s, top, is_coarse(rounded, coarse)))
 
     def alpha() -> torch.Tensor:
-        return torch.where(rows(), torch.exp2((old - top) * scale), rescale_factor(scaled(old, scale), new))
+        exact = torch.exp2((old - top) * scale)
+        return torch.where(is_coarse(rounded, coarse), exact, rescale_factor(scaled(old, scale), rounded))
 
     role.write(step.alpha, alpha)
+    role.write(step.reference, lambda: rounded.masked_fill(is_coarse(rounded, coarse), 0.0))
 
 
 def exponentiate(step: Exponentiate, role: RoleRun) -> None:

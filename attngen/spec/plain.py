@@ -7,9 +7,8 @@ from attngen.spec.composer import MAX_VALUES
 from attngen.spec.read import MAX_KEY
 from attngen.spec.refusal import MAX_BYTES, refuse_size, refuse_source
 
-_MAX_FOLLOWED = (
-    4  # one level more than the schema has: what lies deeper is no part of a spec, and may hold itself
-)
+_MAX_FOLLOWED = 4
+"""One level more than the schema has: what lies deeper is no part of a spec, and may hold itself."""
 _MAX_BITS = 3322  # of an integer: a thousand digits, as in a text
 
 
