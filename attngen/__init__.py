@@ -3,7 +3,7 @@
 `compile` and `attention` are the faces; importing this package needs no CUDA driver and no GPU.
 """
 
-from attngen.api import Kernel, attention, compile
+from attngen.api import attention, compile
 from attngen.errors import (
     ArgumentError,
     AttngenError,
@@ -17,6 +17,7 @@ from attngen.errors import (
 )
 from attngen.expr.python import Expression, expression
 from attngen.expr.traced_calls import functions, where
+from attngen.kernel import Kernel
 from attngen.spec import Spec, load
 from attngen.version import __version__
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.errors import SpecError
 from attngen.judging import Inputs
+from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.reference import attention_chunked
 from attngen.spec import Spec

@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from attngen import bench as measuring
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
@@ -20,6 +20,7 @@ from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kerne
 from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import ArgumentError, SpecError, ToolchainError
 from attngen.judging import draw
+from attngen.kernel import Kernel
 
 OURS = "attngen"
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, size_text, table, writing
 from attngen.cli.variants import Sweep, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.errors import Diagnostic, SpecError
+from attngen.kernel import Kernel
 from attngen.spec import Spec
 
 

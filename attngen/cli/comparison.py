@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from attngen.accuracy import Accuracy
-from attngen.api import Kernel
 from attngen.bench import Point, measure
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
@@ -17,6 +16,7 @@ from attngen.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
 from attngen.errors import ArgumentError
 from attngen.inputs import Kind, Shape
 from attngen.judging import Inputs, draw, judge
+from attngen.kernel import Kernel
 from attngen.simulate import trace
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from attngen.api import Kernel
 from attngen.cli.comparison import draw_declared, draw_inputs
 from attngen.cli.output import table
 from attngen.cli.shapes import shape_text
 from attngen.declared_inputs import Given
 from attngen.inputs import Kind, Shape
+from attngen.kernel import Kernel
 from attngen.losses import beside, rmse_of
 
 SUFFIXES = (".html", ".png", ".svg")

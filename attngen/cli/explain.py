@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from attngen.api import Kernel
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
@@ -33,6 +32,7 @@ from attngen.cli.variants import (
 from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import SpecError
 from attngen.inputs import Shape
+from attngen.kernel import Kernel
 from attngen.plan import listing
 from attngen.runtime import KernelResources
 from attngen.simulate import predict, timeline

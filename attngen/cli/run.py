@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import torch
 
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
@@ -24,6 +24,7 @@ from attngen.cli.variants import (
 from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
 from attngen.inputs import Shape
 from attngen.judging import Inputs
+from attngen.kernel import Kernel
 from attngen.spec import Spec
 
 SIMULATED = (

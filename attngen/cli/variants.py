@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.arch import Arch
 from attngen.errors import SpecError, ToolchainError
+from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.resources import specs_dir
 from attngen.runtime import CompilerPool

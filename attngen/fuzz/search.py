@@ -18,13 +18,14 @@ from hypothesis.strategies import SearchStrategy
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from attngen.api import Kernel, compile, resolve_arch
+from attngen.api import compile, resolve_arch
 from attngen.arch import arch_for_capability
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
 from attngen.fuzz.strategies import cases, plan_of, specs
+from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.simulate import one_thread
 from attngen.spec import Spec, load

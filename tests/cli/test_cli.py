@@ -195,12 +195,12 @@ def test_a_wrong_kernel_fails_the_comparison(
     attngen: Attngen, small: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An output of zeros exits with 1 and says where the error is largest."""
-    from attngen import api
+    from attngen import kernel
 
     def zeros(plan: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> object:
         return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
 
-    monkeypatch.setattr(api, "simulate", zeros)
+    monkeypatch.setattr(kernel, "simulate", zeros)
     result = attngen(command[0], small, *command[1:])
     assert result.exit_code == 1, result.output
     assert "FAILED (" in result.stdout and "got 0, expected" in result.stdout

@@ -9,10 +9,11 @@ import torch
 from click.testing import Result
 
 from attngen import bench, load
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.cli.comparison import draw_declared, draw_inputs, execute
 from attngen.inputs import Shape
 from attngen.judging import draw
+from attngen.kernel import Kernel
 from attngen.lower import lower
 
 Attngen = Callable[..., Result]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from click.testing import Result
 
-from attngen.api import Kernel, resolve_arch
+from attngen.api import resolve_arch
 from attngen.cli import errors_report
 from attngen.inputs import Shape, random_inputs
+from attngen.kernel import Kernel
 from attngen.losses import beside, in_bf16, per_tensor, rmse_of, sampled_rows
 from attngen.lower import lower
 from attngen.reference import attention
