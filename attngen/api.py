@@ -35,7 +35,7 @@ def resolve_arch(spec: Spec, arch: str | None = None) -> Arch:
         raise SpecError(
             (
                 Diagnostic(
-                    f"arch = {name} is not a target of attngen",
+                    f"arch = {shown(name)} is not a target of attngen",
                     "target",
                     path="target",
                     value=name,

@@ -65,6 +65,7 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
 @example(("explain", "small.yaml", "--heads-kv"), "3")
 @example(("check", "small.yaml", "--set", "schedule.stages="), str(10**9))
 @example(("fuzz", "--repro"), "[" * 100_000)
+@example(("build", "small.yaml", "--arch"), LONG)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_number_of_any_option_is_taken_or_refused(
     attngen: Attngen, small: str, arguments: tuple[str, ...], number: str
