@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from attngen.arch import ARCHS, Arch, arch_for_capability
+from attngen.bind import check_plain
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr.python import bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
-from attngen.runtime import check_plain
 from attngen.spec import Spec, load
 
 SpecSource = Spec | Path | str | dict[str, Any]
@@ -69,10 +69,10 @@ def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -
         ArgumentError: the mask or the score of a dict is no text.
     """
     loaded = load(spec)
-    plan = lower(loaded, resolve_arch(loaded, arch))
+    call = lower(loaded, resolve_arch(loaded, arch))
     bound = bound_by(spec.get("mask"), spec.get("score")) if isinstance(spec, Mapping) else {}
-    kernel = Kernel(loaded, plan, lineinfo, bound=bound)
-    if plan.arch.emits and torch.cuda.is_available():
+    kernel = Kernel(loaded, call, lineinfo, bound=bound)
+    if call.arch.emits and torch.cuda.is_available():
         kernel.compile()  # so that a call never does
     return kernel
 

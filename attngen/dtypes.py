@@ -87,9 +87,9 @@ ELEMENTS = {
 
 
 def element_dtype(name: str) -> "torch.dtype":
-    """The torch dtype of a key of `ELEMENTS`."""
+    """The torch dtype of a key of `ELEMENTS` or of a format."""
     import torch
 
-    found = getattr(torch, ELEMENTS[name])
+    found = getattr(torch, ELEMENTS[name] if name in ELEMENTS else dtype(name).torch_name)
     assert isinstance(found, torch.dtype)
     return found

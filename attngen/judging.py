@@ -15,7 +15,7 @@ from attngen.accuracy import Accuracy, compare, score_unit_of
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
 from attngen.inputs import Kind, MemoryLayout, Shape, random_inputs
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
 from attngen.reference import Layout, Roundings
 from attngen.spec import Spec
@@ -30,7 +30,7 @@ def call_dtype(inputs: DType) -> torch.dtype:
 
 
 def draw(
-    plan: Plan,
+    plan: KernelPlan,
     shape: Shape,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -43,7 +43,7 @@ def draw(
     )
 
 
-def quantized(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
+def quantized(plan: KernelPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
     """What a kernel of e4m3 inputs makes of 16-bit tensors (batch, seqlen, heads, head_dim), by the reference."""
     assert plan.quantizer is not None
     return quantize(q, k, v, plan.quantizer.scales, plan.quantizer.hadamard_seed)
@@ -52,7 +52,7 @@ def quantized(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 @torch_defaults()
 def judge(
     spec: Spec,
-    plan: Plan,
+    plan: KernelPlan,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     q: torch.Tensor | Operands,

@@ -1,17 +1,28 @@
 """A spec, lowered: what is emitted and compiled of it, and the call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attngen.emit import Manifest, emit, manifest, serving
+from attngen.arch import Arch
+from attngen.bind import (
+    Given,
+    TableSignature,
+    TileTables,
+    bind,
+    check_arguments,
+    check_length,
+    check_rows_of_heads,
+    check_writable,
+    softmax_scale_of,
+)
+from attngen.emit import emit_module
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.plan import Plan
-from attngen.quantization import Quantization
-from attngen.quantize import Operands
+from attngen.plan import OPERANDS, OPERANDS_INTAKE, Call, KernelPlan, Manifest, Sheet, assemble
+from attngen.quantize import DESCALES, Operands
 from attngen.runtime import (
     CompiledKernel,
     CompilerPool,
@@ -19,62 +30,40 @@ from attngen.runtime import (
     KernelResources,
     Launcher,
     LaunchReport,
-    TableSignature,
-    TileTables,
-    check_arguments,
-    check_declared,
-    check_length,
-    check_overlap,
-    check_writable,
     disassemble,
     explain_launch,
-    softmax_scale_of,
 )
-from attngen.simulate import Progress, closed_form, simulate
+from attngen.simulate import SIMULATED_SMS, Progress, closed_form, run_call
 from attngen.spec import Spec
 from attngen.torch_state import torch_defaults
 
 
-class Kernel:
-    """A spec, lowered for one arch: callable on CUDA tensors (the cubin) and on CPU tensors (the simulator).
+class Module:
+    """Kernels of a call that stand in one text and one cubin.
 
     Attributes:
-        spec: what was asked for.
-        plan: every number that was decided.
-        shorter: kernels that take the calls of fewer keys, the fewest first; an edited source takes all calls.
-        quantization: the kernels that make e4m3 operands; None where inputs are none.
-        bound: tensors of the spec's expressions, which a call passes by itself where it is given no others.
+        name: of the files.
+        kernels: what it holds; none of a text that is not emitted.
     """
 
     def __init__(
         self,
-        spec: Spec,
-        plan: Plan,
+        name: str,
+        kernels: Sequence[KernelPlan | Sheet],
+        arch: Arch,
         lineinfo: bool = False,
         source: str | None = None,
-        bound: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        self.spec = spec
-        self.bound = bound or {}
-        self.plan = plan
+        self.name = name
+        self.kernels = kernels
+        self._arch = arch
         self._lineinfo = lineinfo
         self._edited = source
-        plans = plan.shorter if source is None else ()
-        self.shorter = tuple(Kernel(spec, shorter, lineinfo) for shorter in plans)
-        self.quantization = Quantization(plan.quantizer) if plan.quantizer else None
-
-    def __repr__(self) -> str:
-        return f"<attngen.Kernel {self.plan.name}>"
 
     @cached_property
     def source(self) -> str:
         """The CUDA C++ text: emitted, or the edited one that was given in its place."""
-        return emit(self.plan) if self._edited is None else self._edited
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """What a launch needs to know."""
-        return manifest(self.plan)
+        return emit_module(self.kernels) if self._edited is None else self._edited
 
     @cached_property
     def compiled(self) -> CompiledKernel:
@@ -83,46 +72,109 @@ class Kernel:
         Raises:
             ToolchainError: NVRTC is missing.
         """
-        return DiskCache().get(self.source, self.plan.arch.name, lineinfo=self._lineinfo)
+        return DiskCache().get(self.source, self._arch.name, lineinfo=self._lineinfo)
+
+
+class Kernel:
+    """A spec, lowered for one arch: callable on CUDA tensors (the cubins) and on CPU tensors (the simulator).
+
+    Attributes:
+        spec: what was asked for.
+        call: what calls launch, with every number that was decided; of an edited source one kernel takes all calls.
+        modules: texts and cubins by their names; that of the attention kernel for any length first.
+        bound: tensors of the spec's expressions, which a call passes by itself where it is given no others.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        call: Call,
+        lineinfo: bool = False,
+        source: str | None = None,
+        bound: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.bound = bound or {}
+        self.call = call if source is None else assemble((call.attention,))
+        own = self.plan.module
+        names = sorted(self.call.modules, key=lambda name: name != own)
+        self.modules = {
+            name: Module(name, self.call.modules[name], call.arch, lineinfo, source if name == own else None)
+            for name in names
+        }
+
+    def __repr__(self) -> str:
+        return f"<attngen.Kernel {self.plan.name}>"
+
+    @property
+    def plan(self) -> KernelPlan:
+        """The attention kernel that takes calls of any length."""
+        return self.call.attention
+
+    @property
+    def module(self) -> Module:
+        """What that kernel stands in."""
+        return self.modules[self.plan.module]
+
+    @property
+    def source(self) -> str:
+        """The CUDA C++ text of `module`."""
+        return self.module.source
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a launch needs to know."""
+        return self.call.manifest
+
+    @property
+    def compiled(self) -> CompiledKernel:
+        """The cubin of `module` and its report.
+
+        Raises:
+            ToolchainError: NVRTC is missing.
+        """
+        return self.module.compiled
 
     @property
     def resources(self) -> tuple[KernelResources, ...]:
-        """Registers, spills and stack of each kernel, without those of `shorter`."""
+        """Registers, spills and stack of each kernel of `module`."""
         return self.compiled.resources
 
     @property
     def was_cached(self) -> bool:
-        """Whether the cubin came from the disk cache."""
+        """Whether the cubin of `module` came from the disk cache."""
         return self.compiled.was_cached
 
     @property
     def compile_seconds(self) -> float:
-        """How long NVRTC took, when it did."""
+        """How long NVRTC took over `module`, when it did."""
         return self.compiled.seconds
 
-    def serving(self, k: torch.Tensor, layout: str = "bshd") -> "Kernel":
-        """Which kernel takes a call with this K: itself or one of `shorter`.
+    @property
+    def takes_operands(self) -> bool:
+        """Whether inputs are e4m3, which calls may quantise."""
+        return self.manifest.scales is not None
+
+    def serving(self, k: torch.Tensor, layout: str = "bshd") -> KernelPlan:
+        """Which attention kernel takes a call with this K.
 
         Raises:
             ArgumentError: k or layout is not what a call may pass.
         """
-        return serving(self, self.shorter, check_length(k, layout))
+        return self.call.serving(check_length(k, layout))
 
     def compile(self) -> None:
-        """Build what has not been built, `shorter` too and at the same time."""
-        parts = (self, *self.shorter, *((self.quantization,) if self.quantization else ()))
+        """Build what has not been built, all modules at the same time."""
         with CompilerPool() as pool:
-            pool.each(lambda part: part.compiled, parts)
+            pool.each(lambda module: module.compiled, tuple(self.modules.values()))
 
     @cached_property
     def _launcher(self) -> Launcher:
-        if not self.plan.arch.emits:
+        if not self.call.arch.emits:
             raise ToolchainError(
-                f"target {self.plan.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
+                f"target {self.call.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
             )
-        return Launcher(
-            self.manifest, self.compiled.cubin, tuple(kernel._launcher for kernel in self.shorter)
-        )
+        return Launcher(self.manifest, lambda module: self.modules[module].compiled.cubin)
 
     def __call__(
         self,
@@ -162,23 +214,45 @@ class Kernel:
         """
         if isinstance(out, torch.Tensor):
             check_writable(out)  # before anything is quantised, and in the mode of the call
-        q8, k8, v8, passed = self._operands(q, k, v, layout, declared)
+        q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         try:
-            is_on_gpu = q8.is_cuda
+            is_on_gpu = q.is_cuda  # type: ignore[union-attr]
         except AttributeError:
-            raise ArgumentError("q", type(q8).__name__, "a torch tensor") from None
+            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
         run = self._launcher.run if is_on_gpu else self._simulate
-        result, lse = run(q8, k8, v8, softmax_scale, return_lse, out, layout, passed, tables)
+        result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
 
-    def _operands(
+    def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]
-    ) -> tuple[Any, Any, Any, Mapping[str, Any]]:
-        """What the attention kernel itself is passed: tensors of its input type, and everything by name."""
+    ) -> tuple[Any, Any, Any, Mapping[str, Any], str | None]:
+        """What the call is given: q, k and v, everything by name, and the intake where q does not tell."""
         declared = {**self.bound, **declared} if self.bound else declared
-        if self.quantization is None:
-            return q, k, v, declared
-        return self.quantization.operands_of(q, k, v, layout, declared)
+        if not isinstance(q, Operands):
+            return q, k, v, declared, None
+        for name, x in (("k", k), ("v", v)):
+            if x is not None:
+                raise ArgumentError(name, type(x).__name__, "nothing beside operands of kernel.quantize")
+        for name in DESCALES:
+            if name in declared:
+                raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
+        self._check_operands(q)
+        rows = (q.q.transpose(1, 2), q.k.transpose(1, 2)) if layout == "bhsd" else (q.q, q.k)
+        return *rows, q.v, {**declared, **{name: getattr(q, name) for name in DESCALES}}, OPERANDS_INTAKE
+
+    def _check_operands(self, operands: Operands) -> None:
+        """Refuse operands whose scales or whose basis are another kernel's."""
+        wanted = self.manifest
+        if wanted.scales is None:
+            raise ArgumentError("q", "operands of kernel.quantize", f"a tensor of {wanted.inputs}")
+        if operands.scales != wanted.scales:
+            must = f"scales {wanted.scales}, as the spec has them"
+            raise ArgumentError("q", f"operands with scales {operands.scales}", must)
+        if operands.hadamard != wanted.hadamard:
+            basis, must = ("hadamard", "none") if operands.hadamard else ("none", "hadamard")
+            raise ArgumentError(
+                "q", f"operands of incoherent: {basis}", f"incoherent: {must}, as the spec has it"
+            )
 
     def _simulate(
         self,
@@ -191,41 +265,51 @@ class Kernel:
         layout: str,
         declared: Mapping[str, Any],
         tables: TileTables | None,
+        intake: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Out and, if it is asked for, lse of CPU tensors of the kernel's input type."""
+        """Out and, if it is asked for, lse of CPU tensors."""
+        given = self._check_on_cpu(q, k, v, softmax_scale, out, layout, declared, intake)
+        kept = self._kept(tables, given) if tables is not None else {}
+        wanted = ("out", "lse") if return_lse else ("out",)
+        scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
+        bound = bind(self.manifest, given, wanted, SIMULATED_SMS, scale, kept)
+        with Progress(lambda: self._flops(given)) as progress:
+            made = run_call(self.call, bound, kept, layout=layout, memory=progress)
+        if out is None:
+            return made["out"], made.get("lse")
+        with torch_defaults(), torch.inference_mode(out.is_inference()):  # where alone it may be written
+            return out.copy_(made["out"]), made.get("lse")
+
+    def _check_on_cpu(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None,
+        out: torch.Tensor | None,
+        layout: str,
+        declared: Mapping[str, Any],
+        intake: str | None,
+    ) -> Given:
         if q.device.type != "cpu":
             raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
-        problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-        values = check_declared(self.manifest, declared, problem.sizes, q.device)
-        if out is not None:
-            check_overlap(out, values.tensors | values.descales)
-        served = serving(self, self.shorter, problem.seqlen_k)
-        if tables is not None:
-            signature = TableSignature.of(served.manifest, problem.sizes, values)
-            TileTables.check(tables, signature, values.tensors.values())
-        passed = values.scalars | values.tensors
+        return check_arguments(self.manifest, q, k, v, softmax_scale, out, layout, declared, intake)
 
-        def flops() -> int:
-            lengths, heads = (problem.seqlen_q, problem.seqlen_k), (problem.num_heads_q, problem.num_heads_kv)
-            return closed_form(served.plan, *lengths, problem.batch, *heads, declared=passed).flops
+    def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
+        """The values of tables that an earlier call has filled."""
+        served = self.call.serving(given.sizes["seqlen_k"])
+        signature = TableSignature.of(served.name, given)
+        TileTables.check(tables, signature, given.declared.values())
+        if isinstance(tables.memory, torch.Tensor):
+            raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
+        return tables.memory
 
-        with Progress(flops) as progress:
-            result, lse = simulate(
-                served.plan,
-                q,
-                k,
-                v,
-                softmax_scale=None if softmax_scale is None else softmax_scale_of(softmax_scale),
-                return_lse=return_lse,
-                layout=layout,
-                memory=progress,
-                declared=passed,
-                descales=values.descales,
-            )
-        if out is None:
-            return result, lse
-        with torch_defaults(), torch.inference_mode(out.is_inference()):  # where alone it may be written
-            return out.copy_(result), lse
+    def _flops(self, given: Given) -> int:
+        """Those of the attention kernel that takes a call."""
+        served, sizes = self.call.serving(given.sizes["seqlen_k"]), given.sizes
+        names = ("seqlen_q", "seqlen_k", "batch", "num_heads_q", "num_heads_kv")
+        passed = {**given.scalars, **given.declared}
+        return closed_form(served, *(sizes[name] for name in names), declared=passed).flops
 
     def tables(
         self,
@@ -244,18 +328,19 @@ class Kernel:
         Raises:
             ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
         """
-        if not self.manifest.tables:
+        if not self.manifest.kept:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
-        q8, k8, v8, passed = self._operands(q, k, v, layout, declared)
-        if isinstance(q8, torch.Tensor) and q8.is_cuda:
-            return self._launcher.tables(q8, k8, v8, layout, passed)
-        problem = check_arguments(self.manifest, q8, k8, v8, None, None, layout)
-        values = check_declared(self.manifest, passed, problem.sizes, q8.device)
-        served = serving(self, self.shorter, problem.seqlen_k)
-        signature = TableSignature.of(served.manifest, problem.sizes, values)
-        return TileTables.of(signature, values.tensors.values())  # the simulator makes its own
+        first, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        if isinstance(first, torch.Tensor) and first.is_cuda:
+            return self._launcher.tables(first, k, v, layout, named, intake)
+        given = self._check_on_cpu(first, k, v, None, None, layout, named, intake)
+        whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
+        prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
+        served = self.call.serving(given.sizes["seqlen_k"])
+        made = run_call(self.call, prefix)
+        return TileTables.of(TableSignature.of(served.name, given), given.declared.values(), made)
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
@@ -269,43 +354,38 @@ class Kernel:
         Raises:
             ArgumentError: the kernel's inputs are not e4m3, or an argument is not what it takes.
         """
-        if self.quantization is None:
+        scales = self.manifest.scales
+        if scales is None:
             raise ArgumentError("self", f"a kernel of {self.plan.inputs.name} inputs", "one of e4m3 inputs")
-        return self.quantization.quantize(q, k, v, layout)
+        if isinstance(q, torch.Tensor) and q.is_cuda:
+            made = dict(zip(OPERANDS, self._launcher.make(OPERANDS, q, k, v, layout=layout), strict=True))
+        else:
+            given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
+            made = run_call(self.call, bind(self.manifest, given, OPERANDS, SIMULATED_SMS))
+        if scales == "per_tensor":
+            heads = made["v"].shape[:2]
+            made |= {name: made[name].expand(heads) for name in DESCALES}
+        return Operands(**made, scales=scales, hadamard=self.manifest.hadamard)
 
     def sass(self) -> str:
-        """The machine code, disassembled."""
+        """The machine code of `module`, disassembled."""
         return disassemble(self.compiled.cubin)
 
     def explain_launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
     ) -> tuple[LaunchReport, ...]:
-        """What a call on these tensors (of any device, meta too) would launch to attend.
-
-        Of a kernel of e4m3 inputs the tensors are bf16 or f16; what quantises them is not among the reports.
-        """
-        if self.quantization is not None:
-            problem = self.quantization.check_sources(q, k, v, layout)
-        else:
-            problem = check_arguments(self.manifest, q, k, v, None, None, layout)
-        return explain_launch(serving(self, self.shorter, problem.seqlen_k).manifest, problem)
+        """What a call on these tensors (of any device, meta too) would launch, what quantises them too."""
+        given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
+        return explain_launch(self.manifest, given)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
-        """Write NAME.cu, .json and .cubin, those of `shorter` and NAME_quantize.* too, and return their paths."""
+        """Write .cu and .cubin of every module, and NAME.json of the whole call, and return their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        contents: dict[str, bytes] = {
-            ".cu": self.source.encode(),
-            ".json": self.manifest.to_json().encode(),
-            ".cubin": self.compiled.cubin,
-        }
-        if self.quantization is not None:
-            contents["_quantize.cu"] = self.quantization.source.encode()
-            contents["_quantize.json"] = self.quantization.manifest.encode()
-            contents["_quantize.cubin"] = self.quantization.compiled.cubin
-        for suffix, data in contents.items():
-            path = folder / f"{self.plan.name}{suffix}"
-            path.write_bytes(data)
-            written.append(path)
-        return (*written, *(path for kernel in self.shorter for path in kernel.save(folder)))
+        contents = {f"{self.plan.name}.json": self.manifest.to_json().encode()}
+        for module in self.modules.values():
+            contents[f"{module.name}.cu"] = module.source.encode()
+            contents[f"{module.name}.cubin"] = module.compiled.cubin
+        for name, data in contents.items():
+            (folder / name).write_bytes(data)
+        return tuple(folder / name for name in contents)

@@ -75,7 +75,12 @@ class Operands:
 
 @torch_defaults()
 def quantize(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: ScaleKind, hadamard_seed: int | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: ScaleKind,
+    hadamard_seed: int | None = None,
+    maxima: torch.Tensor | None = None,
 ) -> Operands:
     """Quantise attention's inputs; any device, any strides.
 
@@ -86,16 +91,16 @@ def quantize(
         scales: what shares a scale.
         hadamard_seed: multiply Q and K by the Hadamard matrix with the signs of this seed; not at all where None. What
             is not finite in the product is NaN.
+        maxima: of `find_maxima`, found here where None.
     """
     num_heads_kv = k.shape[2]
     of_values: ScaleKind = "per_block" if scales == "per_token" else scales
-    rows, factor = [q.float(), k.float()], 1.0
-    if hadamard_seed is not None:
-        rows, factor = [_hadamard(x, hadamard_seed) for x in rows], q.shape[-1] ** -0.5
-    q8, q_descale = _quantized(rows[0], scales, Q_BLOCK, num_heads_kv, factor)
-    k8, k_descale = _quantized(rows[1], scales, KEY_BLOCK, num_heads_kv, factor)
+    rows, factor = _in_basis(q, k, hadamard_seed)
+    found = [None] * 3 if maxima is None else [largest.expand(k.shape[0], num_heads_kv) for largest in maxima]
+    q8, q_descale = _quantized(rows[0], scales, Q_BLOCK, num_heads_kv, factor, amax=found[0])
+    k8, k_descale = _quantized(rows[1], scales, KEY_BLOCK, num_heads_kv, factor, amax=found[1])
     v8, v_descale = _quantized(
-        v.float(), of_values, KEY_BLOCK, num_heads_kv, by_powers=of_values == "per_block"
+        v.float(), of_values, KEY_BLOCK, num_heads_kv, by_powers=of_values == "per_block", amax=found[2]
     )
     return Operands(
         q8,
@@ -107,6 +112,33 @@ def quantize(
         scales,
         hadamard_seed is not None,
     )
+
+
+@torch_defaults()
+def find_maxima(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: ScaleKind, hadamard_seed: int | None = None
+) -> torch.Tensor:
+    """The largest finite magnitudes of Q, K and V, as they will be quantised, where a scale is a head's or a tensor's.
+
+    Returns:
+        f32: (3,) per tensor, (3, batch, num_heads_kv) per head; arguments as of `quantize`.
+    """
+    rows, _ = _in_basis(q, k, hadamard_seed)
+    found = torch.stack([_amax(_magnitudes(x), scales, KEY_BLOCK, k.shape[2]) for x in (*rows, v.float())])
+    return found[:, 0, 0] if scales == "per_tensor" else found
+
+
+def _in_basis(q: torch.Tensor, k: torch.Tensor, seed: int | None) -> tuple[list[torch.Tensor], float]:
+    """Q and K in f32, times the Hadamard matrix where there is a seed, and the factor that is left to do."""
+    rows = [q.float(), k.float()]
+    if seed is None:
+        return rows, 1.0
+    return [_hadamard(x, seed) for x in rows], q.shape[-1] ** -0.5
+
+
+def _magnitudes(x: torch.Tensor) -> torch.Tensor:
+    """Of what is finite; 0 of what is not."""
+    return x.abs().masked_fill(~x.isfinite(), 0)
 
 
 @torch_defaults()
@@ -189,12 +221,13 @@ def _quantized(
     num_heads_kv: int,
     x_factor: float = 1.0,
     by_powers: bool = False,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 values, and descales as of `Operands`, of x_factor times rows (batch, seqlen, heads, head_dim), f32.
 
-    `by_powers`: descales are powers of two.
+    `by_powers`: descales are powers of two. `amax` is found where it is None.
     """
-    amax = _amax(x.abs().masked_fill(~x.isfinite(), 0), scales, block, num_heads_kv) * x_factor
+    amax = (_amax(_magnitudes(x), scales, block, num_heads_kv) if amax is None else amax) * x_factor
     amax = torch.where(amax == 0, E4M3_MAX, amax.clamp(min=SMALLEST_AMAX))
     # A tensor of 448: torch divides by a number, and a number by a tensor, by way of a reciprocal.
     most = torch.full_like(amax, E4M3_MAX)

@@ -134,7 +134,7 @@ def _lower(variant: Variant, arch: str | None, edited: str | None) -> Kernel | S
         kernel = kernel_of(variant.spec, resolve_arch(variant.spec, arch))
     except SpecError as fault:
         return fault
-    return kernel if edited is None else Kernel(kernel.spec, kernel.plan, source=edited)
+    return kernel if edited is None else Kernel(kernel.spec, kernel.call, source=edited)
 
 
 def _measure(

@@ -19,7 +19,7 @@ from attngen.spec import Spec
     "-o",
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write NAME.cu, NAME.json and NAME.cubin to this directory.",
+    help="Write NAME.json, and .cu and .cubin of every module, to this directory.",
 )
 @arch_option
 @click.option("--lineinfo", is_flag=True, help="Keep line numbers in the cubin, for profilers.")
@@ -77,9 +77,9 @@ def _kernel_to_build(spec: Spec, arch: str | None, lineinfo: bool) -> Kernel:
 
 def _report(kernels: list[tuple[str, Kernel]]) -> Table:
     rows = []
-    for label, kernel in ((label, each) for label, whole in kernels for each in (whole, *whole.shorter)):
-        of_launch = {plan.name: plan.smem_bytes for plan in kernel.plan.kernels}  # a table kernel has none
-        for used in kernel.resources:
+    for label, module in ((label, module) for label, each in kernels for module in each.modules.values()):
+        of_launch = {entry.name: entry.smem_bytes for entry in module.kernels}
+        for used in module.compiled.resources:
             rows.append(
                 (
                     label,
@@ -88,7 +88,7 @@ def _report(kernels: list[tuple[str, Kernel]]) -> Table:
                     f"{used.spill_stores} + {used.spill_loads}",
                     str(used.stack_bytes),
                     size_text(of_launch.get(used.name, 0) + used.static_smem_bytes),
-                    "cached" if kernel.was_cached else seconds_text(kernel.compile_seconds),
+                    "cached" if module.compiled.was_cached else seconds_text(module.compiled.seconds),
                 )
             )
     columns = (

@@ -89,7 +89,7 @@ def execute(
     shape, passed = shape_of(kernel, inputs), dict(declared or {})
     board = ""
     started = time.perf_counter()
-    if with_trace and kernel.quantization is not None:
+    if with_trace and kernel.takes_operands:
         must = "16-bit or f32 inputs: the board has no place for scales"
         raise ArgumentError("--trace", f"a kernel of {kernel.plan.inputs.name} inputs", must)
     if with_trace:
@@ -100,7 +100,7 @@ def execute(
     seconds, tflops = time.perf_counter() - started, None
     accuracy = judge(kernel.spec, kernel.plan, out, lse, q, k, v, declared=passed)
     if q.is_cuda:
-        call = inputs if kernel.quantization is None else (kernel.quantize(q, k, v),)
+        call = (kernel.quantize(q, k, v),) if kernel.takes_operands else inputs
         seconds = median(measure({label: lambda: kernel(*call, **passed)})[label]) / 1e3
         point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")
         tflops = point.flops / seconds / 1e12

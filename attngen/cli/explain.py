@@ -203,8 +203,7 @@ def _draw_timelines(
 
 
 def _print_program(kernel: Kernel) -> None:
-    for plan in kernel.plan.kernels:
-        for role in plan.roles:
-            click.echo(f"{plan.name}, role {role_text(role)}:")
-            click.echo(listing(role.program, indent=1))
-            click.echo()
+    for role in kernel.plan.roles:
+        click.echo(f"{kernel.plan.name}, role {role_text(role)}:")
+        click.echo(listing(role.program, indent=1))
+        click.echo()

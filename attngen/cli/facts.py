@@ -10,7 +10,7 @@ from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.inputs import Shape
 from attngen.kernel import Kernel
-from attngen.plan import Buffer, Descales, Plan, Role, walk
+from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, source_of, walk
 from attngen.plan.rules import takes_warpgroups
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
@@ -56,8 +56,8 @@ def facts(
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
         "block": _block(plan),
-        "of fewer keys": _shorter(plan),
-        "shared memory": size_text(plan.kernel.smem_bytes),
+        "of fewer keys": _shorter(kernel),
+        "shared memory": size_text(plan.smem_bytes),
         "memory map": _memory_map(plan),
     }
     lines |= _compiled(kernel, used)
@@ -85,21 +85,19 @@ def role_text(role: Role) -> str:
 def attention_resources(kernel: Kernel) -> KernelResources | None:
     """What ptxas says of the attention kernel; None on the simulator, or where an edited source names it otherwise."""
     known = kernel.resources if kernel.plan.arch.emits else ()
-    return next((used for used in known if used.name == kernel.plan.kernel.name), None)
+    return next((used for used in known if used.name == kernel.plan.name), None)
 
 
 def sweep_facts(kernel: Kernel, used: KernelResources | None) -> tuple[str, ...]:
     """The `SWEEP_COLUMNS` of a legal kernel; `used` is None where nothing was or could be compiled."""
     plan = kernel.plan
-    workers = (
-        f"warpgroups {plan.kernel.worker.warpgroups}" if takes_warpgroups(plan) else f"warps {plan.warps}"
-    )
+    workers = f"warpgroups {plan.worker.warpgroups}" if takes_warpgroups(plan) else f"warps {plan.warps}"
     tile = f"{plan.block_m}x{plan.block_n}, stages {plan.stages}, {workers}"
     known = (UNKNOWN, UNKNOWN) if used is None else (str(used.registers), _spills(used))
     held = UNKNOWN if used is None else _occupancy(plan, used)
     if not plan.arch.emits:
-        return (tile, "-", "-", size_text(plan.kernel.smem_bytes), "-", "-")
-    return (tile, *known, size_text(plan.kernel.smem_bytes), held, _binding(plan))
+        return (tile, "-", "-", size_text(plan.smem_bytes), "-", "-")
+    return (tile, *known, size_text(plan.smem_bytes), held, _binding(plan))
 
 
 def refused_facts(fault: SpecError) -> tuple[str, ...]:
@@ -109,21 +107,21 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
     return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
 
 
-def _added(plan: Plan) -> str:
+def _added(plan: KernelPlan) -> str:
     """What of the score the score GEMM adds to."""
-    steps = walk(plan.kernel.worker.program)
+    steps = walk(plan.worker.program)
     return next((f"+ {step.added}" for step in steps if isinstance(step, SeedScores)), "-")
 
 
-def _row_maximum(plan: Plan) -> str:
+def _row_maximum(plan: KernelPlan) -> str:
     """What exponentials are taken relative to."""
-    maxima = [step for step in walk(plan.kernel.worker.program) if isinstance(step, RowMax)]
+    maxima = [step for step in walk(plan.worker.program) if isinstance(step, RowMax)]
     if not maxima:
         return "none: scores are bounded"
     return "running, three integers at a time" if maxima[0].by_integers else "running"
 
 
-def _declared(plan: Plan) -> str:
+def _declared(plan: KernelPlan) -> str:
     """The tensors and scalars that every call passes by name, one a line."""
     scalars = plan.declarations.scalars.values()
     lines = [f"{tensor.name}: {tensor}" for tensor in plan.declarations.tensors.values()]
@@ -140,16 +138,18 @@ def _of_8bit(kernel: Kernel) -> dict[str, str]:
     if quantizer is None:
         return {}
     seed = quantizer.hadamard_seed
-    parts = {tile.cols for tile in plan.kernel.worker.reg_tiles if tile.name == "part_o"}
+    parts = {tile.cols for tile in plan.worker.reg_tiles if tile.name == "part_o"}
     slices = "".join(f", {cols} of {plan.v_cols} columns at a time" for cols in parts if cols < plan.v_cols)
-    launches = [each.kernel.removeprefix(f"{plan.name}_") for each in quantizer.launches("bf16")]
+    sources = {source_of(name, "bf16") for name in TENSORS}
+    launches = kernel.manifest.launches_for(sources, OPERANDS, {"seqlen_k": 0})
+    names = [launch.kernel.removeprefix(f"{plan.name}_") for launch in launches]
     return {
         "scales": "\n".join((quantizer.scales, *map(_scale_text, plan.scales))),
         "before quantising": "-"
         if seed is None
         else f"q and k times a Hadamard matrix, signs of seed {seed}",
         "promotion": f"every block of keys{slices}" if parts else "never",
-        "quantises": f"bf16 or f16 q, k and v: {', then '.join(launches)} (CPU tensors: torch)",
+        "quantises": f"bf16 or f16 q, k and v: {', then '.join(names)} (CPU tensors: torch)",
     }
 
 
@@ -166,43 +166,43 @@ def _text(default: int | float | bool) -> str:
     return str(default).lower()
 
 
-def _key_blocks(plan: Plan) -> str:
+def _key_blocks(plan: KernelPlan) -> str:
     """How those that a row sees are found, and what is worked out for it before."""
     if plan.key_blocks is not None:
         return "from bounds in closed form"
     lines = ["by a walk, each block classed empty, partial or full"]
-    tables = plan.table_kernel.tables if plan.table_kernel else ()
     blocks = {"q": f"{plan.block_m} rows", "k": f"{plan.block_n} keys"}
-    for table in tables:
+    for table in plan.tables:
         over = " and ".join(blocks[letter] for letter in table.reads)
         lines.append(f"table {table.name}: extremes of {table.lookup} over blocks of {over}")
     return "\n".join(lines)
 
 
-def _block(plan: Plan) -> str:
+def _block(plan: KernelPlan) -> str:
     """The roles, where there are several, and the threads of all."""
     if not takes_warpgroups(plan):
-        return f"{plan.warps} warp{'s' * (plan.warps != 1)}, {plan.kernel.threads} threads"
-    return "\n".join([*map(role_text, plan.kernel.roles), f"{plan.kernel.threads} threads in all"])
+        return f"{plan.warps} warp{'s' * (plan.warps != 1)}, {plan.threads} threads"
+    return "\n".join([*map(role_text, plan.roles), f"{plan.threads} threads in all"])
 
 
-def _shorter(plan: Plan) -> str:
-    """The plans that take calls of fewer keys."""
+def _shorter(kernel: Kernel) -> str:
+    """The kernels that take calls of fewer keys."""
     lines = (
         f"up to {each.up_to}: {each.schedule}, {each.block_m} queries x {each.block_n} keys, stages {each.stages}"
-        for each in plan.shorter
+        for each in kernel.call.programs
+        if each.up_to is not None
     )
     return "\n".join(lines) or "-"
 
 
-def _schedule(plan: Plan) -> str:
+def _schedule(plan: KernelPlan) -> str:
     if not takes_warpgroups(plan):
         return plan.schedule
-    flags = {"overlap": plan.overlap, "persistent": plan.kernel.scheduler.persistent}
+    flags = {"overlap": plan.overlap, "persistent": plan.scheduler.persistent}
     return ", ".join([plan.schedule, *(f"{name}: {str(flag).lower()}" for name, flag in flags.items())])
 
 
-def _binding(plan: Plan) -> str:
+def _binding(plan: KernelPlan) -> str:
     bound = binding(plan)
     return f"{bound.rule} ({bound.share:.0%})"
 
@@ -223,11 +223,9 @@ def _compiled(kernel: Kernel, used: KernelResources | None) -> dict[str, str]:
     }
 
 
-def _registers(plan: Plan, used: KernelResources, in_tiles: str) -> str:
+def _registers(plan: KernelPlan, used: KernelResources, in_tiles: str) -> str:
     """What a thread holds: what the launch gives it, and from setmaxnreg on what its role keeps."""
-    later = ", ".join(
-        f"{role.name} {role.registers}" for role in plan.kernel.roles if role.registers is not None
-    )
+    later = ", ".join(f"{role.name} {role.registers}" for role in plan.roles if role.registers is not None)
     return f"{used.registers} a thread{f' at launch, then {later}' if later else ''} ({in_tiles})"
 
 
@@ -235,14 +233,14 @@ def _spills(used: KernelResources) -> str:
     return f"{used.spill_stores} + {used.spill_loads}"
 
 
-def _occupancy(plan: Plan, used: KernelResources) -> str:
-    smem = plan.kernel.smem_bytes + used.static_smem_bytes
-    return str(occupancy(plan.arch, plan.kernel.threads, used.registers, smem))
+def _occupancy(plan: KernelPlan, used: KernelResources) -> str:
+    smem = plan.smem_bytes + used.static_smem_bytes
+    return str(occupancy(plan.arch, plan.threads, used.registers, smem))
 
 
-def _memory_map(plan: Plan) -> str:
+def _memory_map(plan: KernelPlan) -> str:
     """One line a buffer: its bytes, what it holds, and what it overlays; then the mbarriers of the rings."""
-    kernel = plan.kernel
+    kernel = plan
     places = [(buffer.offset, buffer.size_bytes, _contents(buffer)) for buffer in kernel.buffers]
     for ring in kernel.rings:
         stages = f" x {ring.stages} stages" if ring.stages > 1 else ""
@@ -262,7 +260,7 @@ def _contents(buffer: Buffer) -> str:
     return f"{buffer.name}: {buffer.rows} x {buffer.cols} {buffer.dtype.name}{stages}{panels}{over}"
 
 
-def _traffic(plan: Plan, shape: Shape, declared: Mapping[str, Any]) -> dict[str, str]:
+def _traffic(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> dict[str, str]:
     """FLOPs and bytes of one call: counted, by formula, and of the standard algorithm."""
     sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
     alike = heads_alike(plan, Sizes(shape.batch, *sizes[:2], shape.heads, shape.heads_kv))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from attngen.arch import RESERVED_SMEM_BYTES, Arch
 from attngen.expr import LARGEST_TILE
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.plan.rules import (
     MOST_STAGES,
     MOST_WARPGROUPS,
@@ -52,68 +52,67 @@ class Margin:
         return f"{self.used} of {self.limit} {self.unit} ({self.limit - self.used} left)"
 
 
-def tile_registers(plan: Plan) -> int:
+def tile_registers(plan: KernelPlan) -> int:
     """32-bit registers that a thread of the computing role spends on tiles that share none."""
-    return sum(tile.registers_per_thread(plan.kernel.worker.warps) for tile in tiles_in_registers(plan))
+    return sum(tile.registers_per_thread(plan.worker.warps) for tile in tiles_in_registers(plan))
 
 
-def _registers(plan: Plan) -> Margin:
+def _registers(plan: KernelPlan) -> Margin:
     unit = "tile registers" if takes_warpgroups(plan) else "accumulator registers"
     return Margin("registers", tile_registers(plan), free_registers(plan), unit)
 
 
-def _shared_memory(plan: Plan) -> Margin:
-    used = max(kernel.smem_bytes for kernel in plan.kernels)
-    return Margin("shared-memory", used, plan.arch.smem_bytes_per_block, "bytes")
+def _shared_memory(plan: KernelPlan) -> Margin:
+    return Margin("shared-memory", plan.smem_bytes, plan.arch.smem_bytes_per_block, "bytes")
 
 
-def _largest_tile(plan: Plan) -> Margin:
+def _largest_tile(plan: KernelPlan) -> Margin:
     return Margin("largest-tile", max(plan.block_m, plan.block_n), LARGEST_TILE, "rows or keys")
 
 
-def _mma_rows(plan: Plan) -> Margin | None:
+def _mma_rows(plan: KernelPlan) -> Margin | None:
     if takes_warpgroups(plan):
         return None
     return Margin("mma-rows", plan.block_m, plan.arch.mma.m * plan.warps, "rows", is_amount=False)
 
 
-def _wgmma_rows(plan: Plan) -> Margin | None:
+def _wgmma_rows(plan: KernelPlan) -> Margin | None:
     if not takes_warpgroups(plan) or plan.arch.wgmma is None:
         return None
-    step = plan.arch.wgmma.m * plan.kernel.worker.warpgroups
+    step = plan.arch.wgmma.m * plan.worker.warpgroups
     return Margin("wgmma-rows", plan.block_m, step, "rows", is_amount=False)
 
 
-def _wgmma_columns(plan: Plan) -> Margin | None:
+def _wgmma_columns(plan: KernelPlan) -> Margin | None:
     if not takes_warpgroups(plan) or not plan.arch.emits:
         return None
     return Margin("wgmma-columns", plan.block_n, MOST_WGMMA_COLUMNS, "keys")
 
 
-def _k_step(plan: Plan) -> Margin:
+def _k_step(plan: KernelPlan) -> Margin:
     return Margin("mma-k-step", plan.block_n, plan.arch.k_step(plan.inputs), "keys", is_amount=False)
 
 
-def _staged_scales(plan: Plan) -> Margin | None:
+def _staged_scales(plan: KernelPlan) -> Margin | None:
     found = staged_groups(plan)
     return Margin("staged-scales", *found, "groups of columns") if found else None
 
 
-def _threads(plan: Plan) -> Margin:
-    return Margin("threads-per-block", plan.kernel.threads, plan.arch.threads_per_block, "threads")
+def _threads(plan: KernelPlan) -> Margin:
+    return Margin("threads-per-block", plan.threads, plan.arch.threads_per_block, "threads")
 
 
-def _warpgroups(plan: Plan) -> Margin | None:
+def _warpgroups(plan: KernelPlan) -> Margin | None:
     if not takes_warpgroups(plan):
         return None
-    return Margin("warpgroups", plan.kernel.worker.warpgroups, MOST_WARPGROUPS, "consumer warpgroups")
+    return Margin("warpgroups", plan.worker.warpgroups, MOST_WARPGROUPS, "consumer warpgroups")
 
 
-def _stages(plan: Plan) -> Margin:
+def _stages(plan: KernelPlan) -> Margin:
     return Margin("stages", plan.stages, 1 if plan.schedule == "serial" else MOST_STAGES, "stages")
 
 
-MARGINS: dict[str, Callable[[Plan], Margin | None]] = {
+MARGINS: dict[str, Callable[[KernelPlan], Margin | None]] = {
     "threads-per-block": _threads,
     "stages": _stages,
     "warpgroups": _warpgroups,
@@ -132,12 +131,12 @@ CHOSEN = frozenset({"stages", "threads-per-block", "warpgroups"})
 """Rules about what the spec counts out itself; a tile is bound by what it costs."""
 
 
-def margins(plan: Plan) -> tuple[Margin, ...]:
+def margins(plan: KernelPlan) -> tuple[Margin, ...]:
     """The margin of every rule that says something of the plan's schedule."""
     return tuple(found for margin in MARGINS.values() if (found := margin(plan)) is not None)
 
 
-def binding(plan: Plan) -> Margin:
+def binding(plan: KernelPlan) -> Margin:
     """The rule that a larger tile would break first: the one whose allowance is most used up."""
     return max((m for m in margins(plan) if m.rule not in CHOSEN), key=lambda m: m.share)
 

@@ -119,7 +119,7 @@ def run(
                 shapes.append(outcome.shape)
                 if outcome.board:
                     click.echo(outcome.board)
-            if kernel.quantization is not None:
+            if kernel.takes_operands:
                 with progress.status(f"what e4m3 costs {variant.label}"):
                     shape = max(shapes, key=_pairs)
                     lost += losses(kernel, variant.label, (shape,), on, seed, said)

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from attngen.bind import check_declared
 from attngen.cli.shapes import shape_text
-from attngen.emit import serving
 from attngen.errors import ArgumentError
 from attngen.expr import evaluate
 from attngen.inputs import Shape
 from attngen.kernel import Kernel
-from attngen.plan import Plan
-from attngen.runtime import DeclaredValues, check_declared
+from attngen.plan import KernelPlan
 from attngen.simulate import Sizes, block_bounds
 from attngen.simulate.visits import ANY_HEAD, ceil_div, declared_values, heads_differ, walk_of
 
@@ -50,7 +49,7 @@ class TileMap:
     """
 
     mask: str
-    plan: Plan
+    plan: KernelPlan
     shape: Shape
     classes: torch.Tensor
     needed: int | None
@@ -78,7 +77,7 @@ class TileMap:
         return f"{counts}: {self.visited} of {tiles} tiles visited{share}{least}"
 
 
-def check_tiles(plan: Plan, shape: Shape) -> None:
+def check_tiles(plan: KernelPlan, shape: Shape) -> None:
     """Refuse a shape whose tiles are too many to be looked at one by one.
 
     Raises:
@@ -95,38 +94,38 @@ def check_tiles(plan: Plan, shape: Shape) -> None:
         raise ArgumentError("--batch, --heads", got, f"at most {MOST_ROW_BLOCKS} blocks", hint)
 
 
-def check_passed(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> DeclaredValues:
-    """What a call passes for masks and scores to read, on the CPU.
+def check_passed(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call passes for masks and scores to read, on the CPU: scalars, defaults included, and tensors.
 
     Raises:
         ArgumentError: a value that the kernel does not take.
     """
-    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    of_masks = replace(kernel.manifest, descales=())  # which no mask reads
-    return check_declared(of_masks, declared, sizes.values, torch.device("cpu"))
+    manifest = kernel.manifest
+    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv).values
+    tensors, scalars, _ = check_declared(manifest, manifest.intakes[0], declared, sizes, torch.device("cpu"))
+    return {**scalars, **{name.removeprefix("tensor."): x for name, x in tensors.items()}}
 
 
 def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileMap:
     """The classes of the tiles of the first head of a call's first batch element.
 
     Args:
-        kernel: of the call; the one of its shorter plans that takes it is shown.
+        kernel: of the call; of its attention kernels the one that takes it is shown.
         shape: of the call.
         declared: what the call passes for what the spec declares, on the CPU.
 
     Raises:
         ArgumentError: a declared value that the kernel does not take.
     """
-    serves = serving(kernel, kernel.shorter, shape.seqlen_k)
-    plan = serves.plan
+    plan = kernel.call.serving(shape.seqlen_k)
     sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    values = check_passed(serves, shape, declared)
+    passed = check_passed(kernel, shape, declared)
     is_empty = shape.batch * shape.heads * shape.seqlen_q == 0
     rows = 0 if is_empty else ceil_div(shape.seqlen_q, plan.block_m)
     classes = torch.zeros(rows, ceil_div(shape.seqlen_k, plan.block_n), dtype=torch.int64)
     if is_empty:
         return TileMap(kernel.spec.mask, plan, shape, classes, needed=0)
-    sizes = replace(sizes, declared=declared_values(plan, sizes, values.scalars | values.tensors))
+    sizes = replace(sizes, declared=declared_values(plan, sizes, passed))
     for m in range(rows):
         _class_row(classes[m], plan, sizes, m)
     is_short = shape.seqlen_q * shape.seqlen_k <= MOST_PAIRS
@@ -171,7 +170,7 @@ def draw_tiles(maps: Mapping[str, TileMap], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _class_row(row: torch.Tensor, plan: Plan, sizes: Sizes, m: int) -> None:
+def _class_row(row: torch.Tensor, plan: KernelPlan, sizes: Sizes, m: int) -> None:
     """Fill in the classes of a block of rows."""
     if plan.key_blocks is None:
         for block in walk_of(plan, sizes, m):
@@ -182,7 +181,7 @@ def _class_row(row: torch.Tensor, plan: Plan, sizes: Sizes, m: int) -> None:
         row[bounds.n_full_begin : bounds.n_full_end] = FULL
 
 
-def _needed(plan: Plan, sizes: Sizes) -> int:
+def _needed(plan: KernelPlan, sizes: Sizes) -> int:
     """How many tiles hold a visible pair."""
     keys = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n) * plan.block_n)
     first_head = {"b": ANY_HEAD.batch, "h": ANY_HEAD.head, "h_kv": ANY_HEAD.head_kv}

@@ -13,7 +13,7 @@ from attngen.cli.output import seconds_text
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
 from attngen.inputs import Shape
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
 from attngen.simulate.visits import ceil_div
@@ -57,36 +57,36 @@ def picture_path(ctx: click.Context, param: click.Parameter, given: Path | None)
     raise click.BadParameter(message, ctx, param)
 
 
-def shape_to_draw(plan: Plan, given: Shape | None) -> Shape:
+def shape_to_draw(plan: KernelPlan, given: Shape | None) -> Shape:
     """The shape given, or one with `BLOCKS` blocks of keys that fills a GPU."""
     if given is not None:
         return given
     return grid_shape(BLOCKS * plan.block_n, plan.head_dim_qk)
 
 
-def check_length(plan: Plan, shape: Shape) -> None:
+def check_length(plan: KernelPlan, shape: Shape) -> None:
     """Refuse a shape of which one tile takes too long to simulate.
 
     Raises:
         ArgumentError: it visits more than `MOST_BLOCKS`.
     """
     rows, blocks = ceil_div(shape.seqlen_q, plan.block_m), ceil_div(shape.seqlen_k, plan.block_n)
-    if plan.kernel.scheduler.kind == "heads":  # a tile is a head
+    if plan.scheduler.kind == "heads":  # a tile is a head
         blocks *= rows
     if blocks > MOST_BLOCKS:
         raise ArgumentError("--timeline", f"{blocks} blocks of keys in a tile", f"at most {MOST_BLOCKS}")
 
 
-def resident_blocks(plan: Plan, used: KernelResources | None) -> int:
+def resident_blocks(plan: KernelPlan, used: KernelResources | None) -> int:
     """Blocks that share an SM: as launched, else as many as it holds, which ptxas's registers tell."""
-    kernel = plan.kernel
+    kernel = plan
     if kernel.scheduler.persistent or used is None:
         return kernel.blocks_per_sm
     smem = kernel.smem_bytes + used.static_smem_bytes
     return max(1, occupancy(plan.arch, kernel.threads, used.registers, smem).blocks)
 
 
-def prediction_line(plan: Plan, shape: Shape, timeline: Timeline, prediction: Prediction) -> str:
+def prediction_line(plan: KernelPlan, shape: Shape, timeline: Timeline, prediction: Prediction) -> str:
     """What a timeline comes to, in one line."""
     busy = ", ".join(f"{unit} {timeline.share(unit):.0%}" for unit in UNITS)
     flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is CAUSAL).flops

@@ -1,18 +1,6 @@
-"""Emission: renders a plan with Jinja into CUDA C++, and its manifest."""
+"""Emission: renders the kernels of a call with Jinja into CUDA C++."""
 
-from attngen.emit.kernel import emit
-from attngen.emit.manifest import KernelEntry, LaunchEntry, Manifest, WorkspaceEntry, manifest, serving
-from attngen.emit.quantizer import QuantizerEntries, quantizer_entries, quantizer_text
+from attngen.emit.kernel import emit, emit_module
+from attngen.emit.sheets import emit_quantizing
 
-__all__ = [
-    "KernelEntry",
-    "LaunchEntry",
-    "Manifest",
-    "QuantizerEntries",
-    "WorkspaceEntry",
-    "emit",
-    "manifest",
-    "quantizer_entries",
-    "quantizer_text",
-    "serving",
-]
+__all__ = ["emit", "emit_module", "emit_quantizing"]

@@ -19,8 +19,8 @@ from attngen.plan import (
     BlockIndex,
     Buffer,
     Cursor,
+    KernelPlan,
     Param,
-    Plan,
     Program,
     RegTile,
     Role,
@@ -111,7 +111,7 @@ def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
     return {name: macro for module in modules for name, macro in vars(module).items() if name[0].isupper()}
 
 
-def emission_environment(plan: Plan) -> jinja2.Environment:
+def emission_environment(plan: KernelPlan) -> jinja2.Environment:
     """The environment for one plan, with the filters that its templates use."""
     env = strict_environment()
     sees = "key_blocks(params, tile, m).visits(n)" if plan.key_blocks else "visits(params, tile, m, n)"
@@ -119,12 +119,11 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         f"tensor.{tensor.name}.ptr": _TENSOR_POINTEES[tensor.dtype]
         for tensor in plan.declarations.tensors.values()
     }
-    if plan.table_kernel:
-        pointees |= {
-            f"workspace.{space}": "float" if table.lookup.type == "f32" else "int"
-            for table in plan.table_kernel.tables
-            for space in table.ends
-        }
+    pointees |= {
+        f"{plan.table_values[end]}.ptr": "float" if table.lookup.type == "f32" else "int"
+        for table in plan.tables
+        for end in table.ends
+    }
     conditions = _CONDITIONS | {"m sees n": sees}
 
     def program(steps: Program, indent: int = 2) -> str:
@@ -158,9 +157,9 @@ def emission_environment(plan: Plan) -> jinja2.Environment:
         valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
     )
     env.globals.update(
-        scheduler=plan.kernel.scheduler,
+        scheduler=plan.scheduler,
         walks=plan.tile_classes is not None,
-        by_warp=any(role.name == "producer" and not role.single_thread for role in plan.kernel.roles),
+        by_warp=any(role.name == "producer" and not role.single_thread for role in plan.roles),
         has_score_terms=bool(score_terms(plan.score)),
     )
     macros = step_macros(env)

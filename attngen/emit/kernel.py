@@ -1,14 +1,16 @@
-"""Plan -> one readable .cu file: the frame of templates/kernel.cu.j2 around the programs of the roles."""
+"""A kernel plan -> one readable .cu file: the frame of templates/kernel.cu.j2 around the programs of the roles."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
-from attngen.emit.pairs import pair_functions, table_function
+from attngen.emit.pairs import pair_functions, table_texts
+from attngen.emit.sheets import emit_quantizing, sheet_text
 from attngen.errors import InternalError
-from attngen.plan import Plan, walk
+from attngen.plan import FillTables, KernelPlan, Sheet, walk
 from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm
 from attngen.version import __version__
 
@@ -21,8 +23,15 @@ class Constant(NamedTuple):
     origin: str
 
 
-def emit(plan: Plan) -> str:
-    """The CUDA C++ text of a plan. The same plan gives the same bytes.
+def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
+    """The CUDA C++ text of the kernels of one module of a call."""
+    plan = next((kernel for kernel in kernels if isinstance(kernel, KernelPlan)), None)
+    sheets = [kernel for kernel in kernels if isinstance(kernel, Sheet)]
+    return emit_quantizing(sheets) if plan is None else emit(plan)
+
+
+def emit(plan: KernelPlan) -> str:
+    """The CUDA C++ text of a plan, and of the kernel that fills its tables. The same plan gives the same bytes.
 
     Raises:
         InternalError: the plan's arch runs on the simulator only.
@@ -30,31 +39,35 @@ def emit(plan: Plan) -> str:
     if not plan.arch.emits:
         raise InternalError(f"nothing is emitted for {plan.arch.name}")
     env = emission_environment(plan)
-    kernel = plan.kernel
-    scheduler = getattr(env.get_template("scheduler.cuh.j2").module, kernel.scheduler.kind)
+    scheduler = getattr(env.get_template("scheduler.cuh.j2").module, plan.scheduler.kind)
     frame = env.get_template("kernel.cu.j2")
     body = frame.render(
         plan=plan,
-        kernel=kernel,
+        kernel=plan,
         version=__version__,
         constants=_constants(plan),
-        scheduler=str(scheduler(kernel.scheduler)).strip("\n"),
+        scheduler=str(scheduler(plan.scheduler)).strip("\n"),
         pair_functions=pair_functions(plan, env),
-        table_kernel=table_function(plan, env),
+        table_kernel=table_kernel(plan, env),
     )
     head, _, rest = body.partition(_THIS_KERNEL)
     return head + "\n\n".join(used_by(rest, _wgmmas(plan, env))) + "\n\n" + _THIS_KERNEL + rest
 
 
+def table_kernel(plan: KernelPlan, env: jinja2.Environment) -> str:
+    """The kernel that fills the tables of a plan; nothing where it has none."""
+    return sheet_text(env, FillTables(plan), tables=table_texts(plan)) if plan.tables else ""
+
+
 _THIS_KERNEL = "// ---- this kernel"
 
 
-def _constants(plan: Plan) -> tuple[Constant, ...]:
-    worker = plan.kernel.worker
-    is_specialised = len(plan.kernel.roles) > 1
+def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
+    worker = plan.worker
+    is_specialised = len(plan.roles) > 1
     if is_specialised:
         padding = (f"padded to {plan.arch.k_step(plan.inputs)}, the k of wgmma", "columns of O")
-        producers = plan.kernel.roles[1].warps
+        producers = plan.roles[1].warps
         threads = f"{worker.warpgroups} consumer warpgroups of 128, and the producer's {producers} warps"
     else:
         padding = (f"padded to {plan.arch.mma.k}, the k of mma.sync", "padded likewise")
@@ -67,16 +80,16 @@ def _constants(plan: Plan) -> tuple[Constant, ...]:
         Constant("kQkCols", plan.qk_cols, padding[0]),
         Constant("kVCols", plan.v_cols, padding[1]),
         Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
-        Constant("kThreads", plan.kernel.threads, threads),
+        Constant("kThreads", plan.threads, threads),
         Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
     )
 
 
-def _wgmmas(plan: Plan, env: jinja2.Environment) -> list[str]:
+def _wgmmas(plan: KernelPlan, env: jinja2.Environment) -> list[str]:
     """One function for every shape of wgmma that the plan's Steps issue."""
     macros: Any = env.get_template("wgmma.cuh.j2").module
     found = {}
-    for step in walk(plan.kernel.worker.program):
+    for step in walk(plan.worker.program):
         if isinstance(step, IssueScoreGemm):
             found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, plan.inputs)
         elif isinstance(step, IssueOutputGemm):

@@ -17,7 +17,6 @@ from attngen.expr import (
     TILE_NAMES,
     Expr,
     Leaves,
-    Table,
     c_type,
     cuda_body,
     found_of,
@@ -29,7 +28,7 @@ from attngen.expr import (
     with_nodes,
 )
 from attngen.expr.arithmetic import minus, plus, times
-from attngen.plan import Plan, walk
+from attngen.plan import KernelPlan, walk
 from attngen.plan.steps import TANH, LookUp, MaskScores, MaskScoresEach, ModifyScores, SeedScores
 
 _VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
@@ -54,7 +53,7 @@ _ELEMENTS = {
 }
 
 
-def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
+def pair_functions(plan: KernelPlan, env: jinja2.Environment) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     macros: Any = env.get_template("mask.cuh.j2").module
     texts = (
@@ -67,13 +66,10 @@ def pair_functions(plan: Plan, env: jinja2.Environment) -> list[str]:
     return [str(text).strip("\n") for text in texts]
 
 
-def table_function(plan: Plan, env: jinja2.Environment) -> str:
-    """The kernel that fills the tables of a plan."""
-    macros: Any = env.get_template("tables.cuh.j2").module
-    kernel, sizes = plan.table_kernel, _table_sizes(plan)
-    if kernel is None:
-        return ""
-    tables = [
+def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
+    """What the kernel that fills the tables of a plan looks up for each, as CUDA text."""
+    sizes = _table_sizes(plan)
+    return [
         {
             "name": table.name,
             "lookup": str(table.lookup),
@@ -83,18 +79,17 @@ def table_function(plan: Plan, env: jinja2.Environment) -> str:
             "reads_k": "k" in table.reads,
             "value": cuda_body([table.lookup], leaves(plan)),
         }
-        for table in kernel.tables
+        for table in plan.tables
     ]
-    return str(macros.fill_tables(kernel, tables, plan.arch)).strip("\n")
 
 
-def _descales(plan: Plan, env: jinja2.Environment) -> Iterator[str]:
+def _descales(plan: KernelPlan, env: jinja2.Environment) -> Iterator[str]:
     macros: Any = env.get_template("scales.cuh.j2").module
     yield from map(macros.descale, plan.scales)
     yield from (macros.largest(of) for of in plan.scales if of.name == "v_descale" and of.granule)
 
 
-def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
+def _lookups(plan: KernelPlan, macros: Any) -> Iterator[str]:
     for name in _read_one_by_one(plan):
         tensor = plan.declarations.tensors[name]
         c_type, element = _ELEMENTS[tensor.dtype]
@@ -109,7 +104,7 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
             }
         )
     sizes = _table_sizes(plan)
-    for table in _tables(plan):
+    for table in plan.tables:
         indices = [_VARIABLES[index.name] for index in table.indices]
         place = indices[0]
         for index, variable in zip(table.indices[1:], indices[1:], strict=True):
@@ -127,15 +122,15 @@ def _lookups(plan: Plan, macros: Any) -> Iterator[str]:
             )
 
 
-def _read_one_by_one(plan: Plan) -> list[str]:
+def _read_one_by_one(plan: KernelPlan) -> list[str]:
     """The tensors of which some lookup is not loaded ahead, as declared."""
-    ahead = {step.lookup for step in walk(plan.kernel.worker.program) if isinstance(step, LookUp)}
+    ahead = {step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
     lookups = (each for each in nodes(plan.mask, plan.score) if each.op == "lookup" and each not in ahead)
     names = {each.name for each in lookups}
     return [name for name in plan.declarations.tensors if name in names]
 
 
-def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
+def _blocks(plan: KernelPlan, macros: Any) -> Iterator[str]:
     if plan.key_blocks is not None:
         yield macros.key_blocks(_bounds_text(plan))
         return
@@ -143,12 +138,12 @@ def _blocks(plan: Plan, macros: Any) -> Iterator[str]:
     classes = plan.tile_classes
     may, must = (cuda_body([expr], leaves(plan)) for expr in (classes.may, classes.must))
     yield macros.tile_classes(may, must)
-    if plan.kernel.scheduler.kind == "query_blocks":
+    if plan.scheduler.kind == "query_blocks":
         yield macros.walk(not classes.tables)
 
 
-def _ahead(plan: Plan, macros: Any) -> Iterator[str]:
-    steps = {step.dst: step.lookup for step in walk(plan.kernel.worker.program) if isinstance(step, LookUp)}
+def _ahead(plan: KernelPlan, macros: Any) -> Iterator[str]:
+    steps = {step.dst: step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
     for tile, lookup in steps.items():
         *places, _ = places_of(lookup, leaves(plan))
         strides = [f"params.stride_{i}_of_{lookup.name}" for i in range(len(lookup.args))]
@@ -167,8 +162,8 @@ def _ahead(plan: Plan, macros: Any) -> Iterator[str]:
         )
 
 
-def _pairs(plan: Plan, macros: Any) -> Iterator[str]:
-    steps = {type(step): step for step in walk(plan.kernel.worker.program)}
+def _pairs(plan: KernelPlan, macros: Any) -> Iterator[str]:
+    steps = {type(step): step for step in walk(plan.worker.program)}
     if terms := score_terms(plan.score):
         found = cuda_body(list(terms), leaves(plan))
         types = ("int" if each.type == "bool" else c_type(each) for each in terms)
@@ -206,7 +201,7 @@ _SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"
 
 
 def _known_of_score(
-    plan: Plan, terms: Mapping[Expr, str], ahead: Mapping[Expr, str] = MappingProxyType({})
+    plan: KernelPlan, terms: Mapping[Expr, str], ahead: Mapping[Expr, str] = MappingProxyType({})
 ) -> tuple[dict[Expr, Expr], Leaves]:
     """What stands for the lookups of a score that have been done, and how its leaves are written."""
     operands = {**ahead, **{each: f"terms.{name}" for each, name in terms.items()}}
@@ -244,7 +239,7 @@ def score_terms(score: Expr) -> dict[Expr, str]:
     return {each: name for each, name in found.items() if each not in inner}
 
 
-def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
+def leaves(plan: KernelPlan, exact: bool = True, key_step: str = "") -> Leaves:
     """How names and tensors are written in the functions of a plan."""
     scalars = {
         scalar.name: f"(params.arg_{scalar.name} != 0)"
@@ -258,7 +253,7 @@ def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
     }
     readers = {name: f"read_arg_{name}" for name in plan.declarations.tensors}
     of_tables = _table_sizes(plan)
-    for table in _tables(plan):
+    for table in plan.tables:
         for space, field in zip(table.ends, table.fields, strict=True):
             readers[space] = f"read_{field}"
             sizes[space] = [of_tables[index.name] for index in table.indices]
@@ -266,15 +261,15 @@ def leaves(plan: Plan, exact: bool = True, key_step: str = "") -> Leaves:
     return Leaves(names, readers, sizes, of_tables, exact, key_step)
 
 
-def _size(plan: Plan, dim: str | int) -> str:
+def _size(plan: KernelPlan, dim: str | int) -> str:
     """A dimension of a tensor, as the parameter that carries it."""
     if isinstance(dim, int):
         return str(dim)
-    has_own = dim in SIZE_NAMES and any(param.name == dim for param in plan.kernel.params)
+    has_own = dim in SIZE_NAMES and any(param.name == dim for param in plan.params)
     return f"params.{dim}" if has_own else f"params.size_of_{dim}"
 
 
-def _table_sizes(plan: Plan) -> dict[str, str]:
+def _table_sizes(plan: KernelPlan) -> dict[str, str]:
     """How many values each index of a table takes."""
     return {
         "b": _size(plan, "batch"),
@@ -285,17 +280,13 @@ def _table_sizes(plan: Plan) -> dict[str, str]:
     }
 
 
-def _tables(plan: Plan) -> tuple[Table, ...]:
-    return plan.tile_classes.tables if plan.tile_classes else ()
-
-
-def _bounds_text(plan: Plan) -> Mapping[str, object]:
+def _bounds_text(plan: KernelPlan) -> Mapping[str, object]:
     """The bounds with every key as CUDA text."""
     bounds = plan.key_blocks
     assert bounds is not None
     flags = {
         "last_is_masked": bounds.last_is_masked,
-        "tells_visits": plan.kernel.scheduler.kind == "heads",
+        "tells_visits": plan.scheduler.kind == "heads",
     }
     return flags | {
         name: [to_cuda(key, leaves(plan)) for key in getattr(bounds, name)]

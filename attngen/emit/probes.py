@@ -11,15 +11,16 @@ import jinja2
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
-from attngen.emit.pairs import leaves, pair_functions, table_function
+from attngen.emit.kernel import table_kernel
+from attngen.emit.pairs import leaves, pair_functions
 from attngen.expr import Expr, cuda_body
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 
 PROBE_THREADS = 128
 """Threads of a block of every probe."""
 
 
-def elementwise_source(plan: Plan, kernels: Mapping[str, Sequence[Expr]], exact: bool = True) -> str:
+def elementwise_source(plan: KernelPlan, kernels: Mapping[str, Sequence[Expr]], exact: bool = True) -> str:
     """A kernel each for some expressions, whose results it writes one after the other.
 
     Args:
@@ -38,7 +39,7 @@ def elementwise_source(plan: Plan, kernels: Mapping[str, Sequence[Expr]], exact:
     return _with_library([str(text) for text in texts])
 
 
-def classes_source(plans: Mapping[str, Plan]) -> str:
+def classes_source(plans: Mapping[str, KernelPlan]) -> str:
     """A kernel each that classes all tiles of a call, by its name, with the kernels that fill the plans' tables."""
     texts = []
     for name, plan in plans.items():
@@ -52,10 +53,10 @@ def _macros(env: jinja2.Environment) -> Any:
     return env.get_template("elementwise.cu.j2").module
 
 
-def _functions(plan: Plan, env: jinja2.Environment) -> str:
+def _functions(plan: KernelPlan, env: jinja2.Environment) -> str:
     """The constants, the parameters and the functions of a plan."""
     constants = (("kBlockM", plan.block_m), ("kBlockN", plan.block_n))
-    return str(_macros(env).functions(plan, constants, pair_functions(plan, env), table_function(plan, env)))
+    return str(_macros(env).functions(plan, constants, pair_functions(plan, env), table_kernel(plan, env)))
 
 
 def _with_library(texts: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
 from attngen.inputs import KINDS, KINDS_WITH_SCALES
-from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
+from attngen.plan import BlockIndex, KernelPlan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk
 from attngen.quantize import SCALE_KINDS
@@ -53,7 +53,7 @@ class Coverage:
         self.cases = 0
         self.counts: Counter[Met] = Counter()
 
-    def add(self, case: Case, plan: Plan) -> None:
+    def add(self, case: Case, plan: KernelPlan) -> None:
         """Count a case."""
         self.cases += 1
         self.counts.update(set(met_by(case, plan, self.num_sms)))
@@ -131,7 +131,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     yield from (("torch", state) for state in STATES)
 
 
-def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
+def met_by(case: Case, plan: KernelPlan, num_sms: int | None = None) -> Iterator[Met]:
     """What one case meets; blocks and ranges only where there are rows to visit them."""
     shape = case.shape
     dims = case.spec.problem.head_dim
@@ -181,7 +181,7 @@ def met_by(case: Case, plan: Plan, num_sms: int | None = None) -> Iterator[Met]:
         yield from _met_by_blocks(plan, case)
 
 
-def _sizes(plan: Plan, case: Case, num_sms: int | None = None) -> Sizes:
+def _sizes(plan: KernelPlan, case: Case, num_sms: int | None = None) -> Sizes:
     """The sizes of the case's call, and what it passes."""
     shape = case.shape
     sizes = Sizes(
@@ -190,20 +190,20 @@ def _sizes(plan: Plan, case: Case, num_sms: int | None = None) -> Sizes:
     return replace(sizes, declared=declared_values(plan, sizes, case.declared("cpu")))
 
 
-def _met_by_warpgroups(plan: Plan, case: Case, num_sms: int | None) -> Iterator[Met]:
+def _met_by_warpgroups(plan: KernelPlan, case: Case, num_sms: int | None) -> Iterator[Met]:
     """What only the schedules of warpgroups leave open."""
-    is_persistent = plan.kernel.scheduler.persistent
-    yield ("warpgroups", str(plan.kernel.worker.warpgroups))
+    is_persistent = plan.scheduler.persistent
+    yield ("warpgroups", str(plan.worker.warpgroups))
     yield ("overlap", "yes" if plan.overlap else "no")
     yield ("persistent", "yes" if is_persistent else "no")
     sizes = _sizes(plan, case, num_sms)
-    drawn = sum(1 for _ in tiles(plan, plan.kernel, sizes, 1 if num_sms else LOCKSTEP))
-    blocks = evaluate_formula(plan.launches[0].grid, sizes.values)
+    drawn = sum(1 for _ in tiles(plan, sizes, 1 if num_sms else LOCKSTEP))
+    blocks = evaluate_formula(plan.grid, sizes.values)
     if is_persistent and drawn:
         yield ("tiles per block", "many" if drawn > blocks else "1")
 
 
-def _mask_class(plan: Plan) -> str:
+def _mask_class(plan: KernelPlan) -> str:
     if plan.mask_text in ("full", "causal"):
         return plan.mask_text
     if free_names(plan.mask) & {"b", "h", "h_kv"}:
@@ -211,11 +211,11 @@ def _mask_class(plan: Plan) -> str:
     return "no closed form" if key_range(plan.mask) is None else "one range"
 
 
-def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
+def _met_by_blocks(plan: KernelPlan, case: Case) -> Iterator[Met]:
     """Blocks per row, ranges and conditions, over all blocks of rows of the first head."""
     shape = case.shape
     sizes = _sizes(plan, case)
-    steps = list(walk(plan.kernel.worker.program))
+    steps = list(walk(plan.worker.program))
     ranges = {step.range for step in steps if isinstance(step, ForBlocks)}
     conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}
     m_max, n_end = -(-shape.seqlen_q // plan.block_m), -(-shape.seqlen_k // plan.block_n)
@@ -229,13 +229,13 @@ def _met_by_blocks(plan: Plan, case: Case) -> Iterator[Met]:
         for range_ in ranges:
             state = "filled" if _runs(range_, variables) else "empty"
             yield ("range", f"{plan.schedule} {range_.name} {state}")
-        for state in _states(conditions, visited, n_end, plan.kernel.worker.warpgroups):
+        for state in _states(conditions, visited, n_end, plan.worker.warpgroups):
             yield ("condition", state)
     if "scale is negative" in conditions:
         yield ("condition", f"scale is negative: {'yes' if (case.softmax_scale or 0) < 0 else 'no'}")
 
 
-def _met_by_walk(plan: Plan, sizes: Sizes, m_block: int) -> Iterator[str]:
+def _met_by_walk(plan: KernelPlan, sizes: Sizes, m_block: int) -> Iterator[str]:
     """The kinds of blocks that a walk comes to, or that it comes to none."""
     found = {"some partial" if block.is_partial else "some full" for block in walk_of(plan, sizes, m_block)}
     yield from found or {"no block"}

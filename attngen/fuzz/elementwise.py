@@ -34,7 +34,7 @@ from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.expressions import DECLARATIONS, integers, masks, scores
 from attngen.fuzz.functions import EXACT, excess
 from attngen.fuzz.probe import INDICES, Probe, as_f32, moved, parameters, plan_that_reads_all, sample_fields
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 
 MODULE_SIZE = 200
 """Expressions of a module."""
@@ -133,7 +133,7 @@ def modules(drawn: Sequence[Drawn]) -> list[Sequence[Drawn]]:
     return [drawn[start : start + MODULE_SIZE] for start in range(0, len(drawn), MODULE_SIZE)]
 
 
-def source_of(drawn: Sequence[Drawn], plan: Plan) -> str:
+def source_of(drawn: Sequence[Drawn], plan: KernelPlan) -> str:
     """The file of a kernel for each expression."""
     kernels = {_kernel(i): (each.expr, *_Cut.of(each.expr).calls) for i, each in enumerate(drawn)}
     return elementwise_source(plan, kernels)

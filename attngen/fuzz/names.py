@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from attngen.arch import ARCHS
-from attngen.emit import emit, quantizer_text
+from attngen.emit import emit_module
 from attngen.emit.device import names_in
 from attngen.expr.declare import read_declarations
 from attngen.lower import lower
@@ -52,7 +52,4 @@ def _emitted(source: Any) -> Iterator[str]:
     spec = load(source)
     arch = ARCHS[spec.target]
     if arch.emits:
-        plan = lower(spec, arch)
-        yield from map(emit, (plan, *plan.shorter))
-        if plan.quantizer:
-            yield quantizer_text(plan.quantizer)
+        yield from map(emit_module, lower(spec, arch).modules.values())

@@ -11,7 +11,7 @@ from attngen.emit.probes import PROBE_THREADS
 from attngen.expr import VALUE_TYPES, Declarations
 from attngen.fuzz.declared import declaration_texts
 from attngen.lower import lower
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.runtime.driver import Module, launch, preparing
 from attngen.runtime.nvrtc import compile_source
 from attngen.spec import Spec, load
@@ -80,7 +80,7 @@ def _struct(fields: Iterable[Field]) -> ctypes.Structure:
 
 
 def parameters(
-    plan: Plan,
+    plan: KernelPlan,
     sizes: Mapping[str, int],
     scalars: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
@@ -103,8 +103,8 @@ def parameters(
     for name, x in tensors.items():
         values[f"tensor.{name}.ptr"] = x.data_ptr()
         values |= {f"tensor.{name}.stride_{i}": stride for i, stride in enumerate(x.stride())}
-    values |= {f"workspace.{name}": space.data_ptr() for name, space in (spaces or {}).items()}
-    return [(param.ctype, values.get(param.value, 0)) for param in plan.kernel.params]
+    values |= {f"{name}.ptr": space.data_ptr() for name, space in (spaces or {}).items()}
+    return [(param.ctype, values.get(param.value, 0)) for param in plan.params]
 
 
 def spec_of(
@@ -123,11 +123,11 @@ def spec_of(
     )
 
 
-def plan_that_reads_all(declarations: Declarations, target: str) -> Plan:
+def plan_that_reads_all(declarations: Declarations, target: str) -> KernelPlan:
     """The plan of a kernel that has every declared scalar and tensor among its parameters."""
     reads = [_INDEX[each.type].format(each.name) for each in declarations.scalars.values()]
     for tensor in declarations.tensors.values():
         element = f"{tensor.name}[{', '.join('0' for _ in tensor.dims)}]"
         reads.append(_INDEX[VALUE_TYPES[tensor.dtype]].format(element))
     spec = spec_of(" and ".join(["b == 0", "h_kv == 0", *reads]), declarations, target)
-    return lower(spec, resolve_arch(spec))
+    return lower(spec, resolve_arch(spec)).attention

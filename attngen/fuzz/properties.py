@@ -20,7 +20,7 @@ from attngen.fuzz.states import STATES
 from attngen.inputs import Canary, poison
 from attngen.judging import judge as judged
 from attngen.memory import is_out_of_memory
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.reference import attention_as_fractions
 from attngen.spec import Spec
 
@@ -37,7 +37,7 @@ class Subject(Protocol):
     """What is tried: a kernel, or a simulated plan with a planted fault."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> KernelPlan:
         """Its plan."""
 
     def __call__(
@@ -329,22 +329,22 @@ class Rule:
     """
 
     check: Callable[[Trial], Complaint]
-    applies: Callable[[Plan, Set[str]], bool] = lambda plan, names: True
+    applies: Callable[[KernelPlan, Set[str]], bool] = lambda plan, names: True
     is_rare: bool = False
 
 
-def names_of(plan: Plan) -> Set[str]:
+def names_of(plan: KernelPlan) -> Set[str]:
     """What mask and score read, and the sizes that declared tensors have."""
     sizes = (dim for tensor in plan.declarations.tensors.values() for dim in tensor.dims)
     return {*free_names(plan.mask), *free_names(plan.score), *map(str, sizes)}
 
 
-def _scales_span(plan: Plan, *kinds: str) -> bool:
+def _scales_span(plan: KernelPlan, *kinds: str) -> bool:
     """Whether scales are of one of these kinds; those of 16-bit inputs, none, are of all."""
     return plan.quantizer is None or plan.quantizer.scales in kinds
 
 
-def _is_plain(plan: Plan, names: Set[str]) -> bool:
+def _is_plain(plan: KernelPlan, names: Set[str]) -> bool:
     """Whether every query sees every key, by its plain score."""
     return plan.mask is TRUE and not plan.has_score
 

@@ -18,7 +18,7 @@ from attngen.fuzz.properties import RULES, names_of
 from attngen.fuzz.states import STATES
 from attngen.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.lower import lower
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.plan.rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
@@ -50,10 +50,10 @@ LONGEST = 260
 
 
 @lru_cache(maxsize=4096)
-def plan_of(spec: Spec) -> Plan | None:
+def plan_of(spec: Spec) -> KernelPlan | None:
     """The spec's plan on its own target, or None where it has none."""
     try:
-        return lower(spec, ARCHS[spec.target])
+        return lower(spec, ARCHS[spec.target]).attention
     except SpecError:
         return None
 

@@ -18,7 +18,7 @@ from attngen.fuzz.elementwise import Drawn
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.probe import Field, Probe, moved, parameters, spec_of
 from attngen.lower import lower
-from attngen.plan import Plan, evaluate_formula
+from attngen.plan import FillTables, KernelPlan, evaluate_formula
 from attngen.simulate import Sizes, block_bounds
 from attngen.simulate.visits import Declared, Member, walk_of
 
@@ -40,10 +40,10 @@ class WrongTile:
         return f"{self.text}\n{self.complaint}, {lengths}"
 
 
-def plan_of_mask(mask: Drawn, target: str) -> Plan:
+def plan_of_mask(mask: Drawn, target: str) -> KernelPlan:
     """The plan of a kernel with that mask and what it reads."""
     spec = spec_of(str(mask.expr), _read_by(mask.expr), target, TILE)
-    return lower(spec, ARCHS[target])
+    return lower(spec, ARCHS[target]).attention
 
 
 def _read_by(mask: Expr) -> Declarations:
@@ -54,7 +54,7 @@ def _read_by(mask: Expr) -> Declarations:
     )
 
 
-def source_of_classes(plans: Sequence[Plan]) -> str:
+def source_of_classes(plans: Sequence[KernelPlan]) -> str:
     """The file of a kernel for each plan."""
     return classes_source({_kernel(place): plan for place, plan in enumerate(plans)})
 
@@ -82,7 +82,7 @@ def check_tiles(masks: Sequence[Drawn], target: str, seed: int = 0, device: str 
 def _complaint(
     probe: Probe,
     kernel: str,
-    plan: Plan,
+    plan: KernelPlan,
     sizes: Sizes,
     scalars: dict[str, Any],
     tensors: dict[str, torch.Tensor],
@@ -90,8 +90,8 @@ def _complaint(
     on_gpu = moved(tensors, probe.device)
     expected: Mapping[str, torch.Tensor] = {}
     spaces: dict[str, torch.Tensor] = {}
-    if plan.table_kernel is not None:
-        expected = fill_tables(plan.table_kernel.tables, sizes.values, scalars, tensors, *TILE)
+    if plan.tables:
+        expected = fill_tables(plan.tables, sizes.values, scalars, tensors, *TILE)
         spaces = filled_on_gpu(probe, plan, sizes, scalars, on_gpu, expected)
     for name, table in expected.items():
         got = spaces[name].cpu().to(table.dtype)
@@ -118,15 +118,14 @@ def _complaint(
 
 def filled_on_gpu(
     probe: Probe,
-    plan: Plan,
+    plan: KernelPlan,
     sizes: Sizes,
     scalars: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     like: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The tables of a plan, filled by its own kernel."""
-    kernel = plan.table_kernel
-    assert kernel is not None
+    kernel = FillTables(plan)
     spaces = {
         name: torch.full(
             table.shape,
@@ -141,7 +140,9 @@ def filled_on_gpu(
     return spaces
 
 
-def simulated_classes(plan: Plan, sizes: Sizes, declared: Declared, blocks: Sequence[int]) -> torch.Tensor:
+def simulated_classes(
+    plan: KernelPlan, sizes: Sizes, declared: Declared, blocks: Sequence[int]
+) -> torch.Tensor:
     """0 for an empty tile, 1 for a partial one, 2 for a full one: (batch, num_heads_q, m, n)."""
     sizes = Sizes(
         sizes.batch, sizes.seqlen_q, sizes.seqlen_k, sizes.num_heads_q, sizes.num_heads_kv, declared=declared

@@ -1,4 +1,4 @@
-"""Lowering: Spec x Arch -> Plan. Every number is decided here and nowhere later."""
+"""Lowering: Spec x Arch -> KernelPlan. Every number is decided here and nowhere later."""
 
 from attngen.lower.given import candidates
 from attngen.lower.lower import build, lower

@@ -1,4 +1,4 @@
-"""From a spec and an arch to a plan that passes every rule, or an error that says which choice would."""
+"""From a spec and an arch to kernels that pass every rule, or an error that says which choice would."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, DType, dtype
 from attngen.errors import PlanError
-from attngen.expr import Table, definitions, tile_classes, to_text
+from attngen.expr import definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.given import KNOBS, WARPGROUP_FIELDS, candidates, given, scale_kind, table
 from attngen.lower.pairs import (
@@ -14,10 +14,8 @@ from attngen.lower.pairs import (
     declarations_read_by,
     lookups_by_key,
     pair_params,
-    table_kernel,
-    table_spaces,
 )
-from attngen.lower.places import key_blocks, params, places, workspaces
+from attngen.lower.places import key_blocks, params, places
 from attngen.lower.refusal import (
     diagnostics,
     wrong_dtypes,
@@ -28,7 +26,7 @@ from attngen.lower.refusal import (
 )
 from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, WarpgroupChoice
-from attngen.plan import KernelPlan, Launch, Plan, Quantizer, Role, Scheduler, ceil_div, product
+from attngen.plan import Call, KernelPlan, Quantizer, Role, Scheduler, assemble
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs, Scales
 from attngen.spec import Spec
@@ -37,15 +35,15 @@ _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q")
 """Sizes that every kernel has among its parameters."""
 
 
-def lower(spec: Spec, arch: Arch) -> Plan:
-    """Decide every number of a kernel.
+def lower(spec: Spec, arch: Arch) -> Call:
+    """Decide every number of every kernel.
 
     Args:
         spec: what is wanted; values that are `auto` are chosen from `attngen.lower.tiles`.
         arch: where it shall run.
 
     Raises:
-        PlanError: no legal plan; what breaks which rule, with the nearest values that pass.
+        PlanError: no legal kernel; what breaks which rule, with the nearest values that pass.
     """
     schedule = _schedule(spec, arch)
     if wrong := (
@@ -56,14 +54,14 @@ def lower(spec: Spec, arch: Arch) -> Plan:
         *wrong_weight(spec, arch),
     ):
         raise PlanError(wrong)
-    if plan := _from_table(spec, arch):
-        return plan
+    if plans := _from_table(spec, arch):
+        return assemble(plans)
     refused = []
     for choice in candidates(spec, arch, schedule):
         plan = build(spec, arch, schedule, choice)
         violations = verify(plan)
         if not violations:
-            return plan
+            return assemble((plan,))
         refused.append(violations)
 
     def passes(knob: str, value: int) -> bool:
@@ -74,21 +72,19 @@ def lower(spec: Spec, arch: Arch) -> Plan:
     raise PlanError(diagnostics(spec, arch, min(reversed(refused), key=len), passes))
 
 
-def _from_table(spec: Spec, arch: Arch) -> Plan | None:
-    """The plan that measurement says is best, with those for shorter sequences, where the spec leaves all to `auto`."""
+def _from_table(spec: Spec, arch: Arch) -> tuple[KernelPlan, ...]:
+    """The kernels that measurement says are best, the one for any length last, where the spec leaves all to `auto`."""
     if not arch.wgmma or not arch.emits or given(spec, "kind", "order", *KNOBS.values(), *WARPGROUP_FIELDS):
-        return None
+        return ()
     rows = table(spec)
     *shorter, plan = (build(spec, arch, row.schedule, row.choice, row.up_to) for row in rows)
-    return (
-        None if verify(plan) else replace(plan, shorter=tuple(each for each in shorter if not verify(each)))
-    )
+    return () if verify(plan) else (*(each for each in shorter if not verify(each)), plan)
 
 
 def build(
     spec: Spec, arch: Arch, schedule: str, choice: Choice | WarpgroupChoice, up_to: int | None = None
-) -> Plan:
-    """The plan of a choice, whether or not it passes the rules; `up_to` as of `Plan`."""
+) -> KernelPlan:
+    """The kernel of a choice, whether or not it passes the rules; `up_to` as of `KernelPlan`."""
     head_dims = (spec.problem.head_dim.qk, spec.problem.head_dim.v)
     inputs = dtype(spec.precision.inputs)
     natural = BF16 if inputs is E4M3 else inputs
@@ -103,7 +99,6 @@ def build(
     name += f"_k{up_to}" if up_to else ""
     common: dict[str, Any] = dict(
         name=name,
-        spec_name=spec.name,
         spec_digest=digest,
         arch=arch,
         inputs=inputs,
@@ -142,20 +137,25 @@ def _warp_plan(
     dtypes: tuple[DType, DType],
     head_dims: tuple[int, int],
     pairs: Pairs,
-) -> Plan:
-    """The plan of a schedule that every warp runs alike."""
-    name, schedule = common["name"], common["schedule"]
-    tables = _tables(common)
-    of_pairs = pair_params(pairs, common["declarations"], tables, _SIZES)
+) -> KernelPlan:
+    """The kernel of a schedule that every warp runs alike."""
+    schedule = common["schedule"]
     at = places(choice, arch, *dtypes, head_dims, pairs)
     if schedule == "serial":  # which keeps its maxima in device memory, and nothing that follows from them
         at = replace(at, bounded_scores=False, integer_maxima=True)
-    spaces = workspaces(at) if schedule == "serial" else ()
-    heads = product("batch", "num_heads_q")
-    grid = heads if spaces else product(heads, ceil_div("seqlen_q", choice.block_m))
-    kernel = KernelPlan(
-        name=name,
-        scheduler=Scheduler("heads") if spaces else Scheduler("query_blocks", choice.longest_first),
+    scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
+    return KernelPlan(
+        **common,
+        warps=choice.warps,
+        qk_cols=at.q.cols,
+        v_cols=at.v.cols,
+        row_tiles=choice.block_m // (arch.mma.m * choice.warps),
+        overlap=False,
+        key_blocks=key_blocks(pairs.visible, last_is_masked=False),
+        reads=(at.q_in, at.k_in, at.v_in),
+        writes=(at.result, at.lse),
+        scratch=scratch,
+        scheduler=Scheduler("heads") if scratch else Scheduler("query_blocks", choice.longest_first),
         roles=(
             Role(
                 "warps",
@@ -167,24 +167,9 @@ def _warp_plan(
             ),
         ),
         buffers=(at.q, at.k, at.v, at.out),
-        params=params(spaces, of_pairs),
+        params=params(scratch, pair_params(pairs, common, _SIZES)),
         blocks_per_sm=choice.blocks_per_sm,
         smem_bytes=max(at.v.offset + at.v.size_bytes, at.out.size_bytes),
-    )
-    return Plan(
-        **common,
-        warps=choice.warps,
-        qk_cols=at.q.cols,
-        v_cols=at.v.cols,
-        row_tiles=choice.block_m // (arch.mma.m * choice.warps),
-        overlap=False,
-        key_blocks=key_blocks(pairs.visible, last_is_masked=False),
-        tensors=(at.q_in, at.k_in, at.v_in, at.result, *((at.o_acc,) if spaces else ())),
-        rows=(at.lse, *((at.saved_max, at.saved_sum) if spaces else ())),
-        kernels=(kernel,),
-        workspaces=(*spaces, *table_spaces(tables, common["block_m"], common["block_n"])),
-        launches=(Launch(name, grid, grid),),
-        table_kernel=table_kernel(name, kernel.params, tables, common["block_m"], common["block_n"]),
     )
 
 
@@ -196,36 +181,30 @@ def _warpgroup_plan(
     head_dims: tuple[int, int],
     pairs: Pairs,
     scaled: Scales | None,
-) -> Plan:
-    """The plan of a schedule of a producer and consumer warpgroups."""
-    name = common["name"]
+) -> KernelPlan:
+    """The kernel of a schedule of a producer and consumer warpgroups."""
     by_key = lookups_by_key(common["score"], common["declarations"])
     at = warpgroups.places(choice, arch, *dtypes, head_dims, pairs, scaled, by_key)
-    tables = _tables(common)
-    of_pairs = pair_params(pairs, common["declarations"], tables, ("batch", *_SIZES))
-    kernel = warpgroups.kernel(name, common["schedule"], choice, at, of_pairs)
-    return Plan(
+    of_pairs = pair_params(pairs, common, ("batch", *_SIZES))
+    worker, *_ = roles = warpgroups.roles(common["schedule"], choice, at)
+    return KernelPlan(
         **common,
-        warps=kernel.worker.warps,
+        warps=worker.warps,
         qk_cols=at.q.cols,
         v_cols=at.out.cols,
         row_tiles=1,
         overlap=choice.overlap,
         key_blocks=key_blocks(pairs.visible, last_is_masked=True),
-        tensors=(at.q_in, at.k_in, at.v_in, at.result),
-        rows=(at.lse,),
+        reads=(at.q_in, at.k_in, at.v_in),
+        writes=(at.result, at.lse),
+        scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),
+        roles=roles,
+        **warpgroups.storage(choice, at),
+        params=warpgroups.params(choice, at, of_pairs),
+        blocks_per_sm=choice.blocks_per_sm,
+        tensor_maps=warpgroups.tensor_maps(choice, at),
         scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
-        kernels=(kernel,),
-        workspaces=table_spaces(tables, common["block_m"], common["block_n"]),
-        launches=(warpgroups.launch(name, choice),),
-        table_kernel=table_kernel(name, kernel.params, tables, common["block_m"], common["block_n"]),
     )
-
-
-def _tables(common: dict[str, Any]) -> tuple[Table, ...]:
-    """What the classes of blocks read, if they are classed."""
-    classes = common["tile_classes"]
-    return classes.tables if classes else ()
 
 
 def _schedule(spec: Spec, arch: Arch) -> str:

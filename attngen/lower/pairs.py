@@ -1,8 +1,11 @@
 """What a kernel needs beside tiles for the spec's mask and score: parameters, and tables of extremes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from attngen.dtypes import BF16, F32, DType, dtype
-from attngen.expr import INDEX_NAMES, Declarations, Expr, Table, free_names, name, nodes, tensor_names
-from attngen.plan import Formula, Param, TableKernel, Workspace, ceil_div, maximum, minimum, product
+from attngen.expr import INDEX_NAMES, Declarations, Expr, TileClasses, free_names, name, nodes, tensor_names
+from attngen.plan import Param, table_value
 from attngen.plan.steps import ByTanh
 from attngen.schedules import Pairs
 from attngen.schedules.pairs import loads_by_key
@@ -18,17 +21,17 @@ def declarations_read_by(declared: Declarations, *exprs: Expr) -> Declarations:
     )
 
 
-def pair_params(
-    pairs: Pairs, read: Declarations, tables: tuple[Table, ...], sizes: tuple[str, ...]
-) -> tuple[Param, ...]:
+def pair_params(pairs: Pairs, common: Mapping[str, Any], sizes: tuple[str, ...]) -> tuple[Param, ...]:
     """What scores and expressions read: scale, tensors, tables, sizes of these that no other field has, scalars.
 
     Args:
         pairs: of the spec.
-        read: what of the spec's declarations the kernel reads.
-        tables: that classes of blocks read.
+        common: fields of the kernel's plan: what it reads of the spec's declarations, how it classes blocks of keys.
         sizes: fields that are there anyway.
     """
+    read: Declarations = common["declarations"]
+    classes: TileClasses | None = common["tile_classes"]
+    tables = classes.tables if classes else ()
     dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
     dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
     return (
@@ -40,9 +43,9 @@ def pair_params(
             for i in range(len(tensor.dims))
         ),
         *(
-            Param(field, "pointer", f"workspace.{space}")
+            Param(field, "pointer", f"{table_value(end, common['up_to'])}.ptr")
             for table in tables
-            for field, space in zip(table.fields, table.ends, strict=True)
+            for field, end in zip(table.fields, table.ends, strict=True)
         ),
         *(
             Param(f"size_of_{dim}", "i32", f"size.{dim}")
@@ -122,32 +125,3 @@ def _is_capped_product(score: Expr) -> bool:
         a, b = score.args
         score = a if "score" in free_names(a) else b
     return score.name == "tanh" and not tensor_names(score) and free_names(score).isdisjoint(INDEX_NAMES)
-
-
-def table_spaces(tables: tuple[Table, ...], block_m: int, block_n: int) -> tuple[Workspace, ...]:
-    """Device memory for the smallest and the largest value of each entry."""
-    return tuple(
-        Workspace(space, _shape(table, block_m, block_n)) for table in tables for space in table.ends
-    )
-
-
-def table_kernel(
-    attention: str, of_attention: tuple[Param, ...], tables: tuple[Table, ...], block_m: int, block_n: int
-) -> TableKernel | None:
-    """What fills the tables, if there are any."""
-    if not tables:
-        return None
-    entries = [product(1, *_shape(table, block_m, block_n)) for table in tables]
-    grid = product(maximum(*entries), minimum(1, "seqlen_q", "seqlen_k"))  # of no pair, nothing is looked up
-    return TableKernel(f"{attention}_tables", of_attention, tables, grid)
-
-
-def _shape(table: Table, block_m: int, block_n: int) -> tuple[Formula, ...]:
-    sizes: dict[str, Formula] = {
-        "b": "batch",
-        "h": "num_heads_q",
-        "h_kv": "num_heads_kv",
-        "q_idx.tile": ceil_div("seqlen_q", block_m),
-        "kv_idx.tile": ceil_div("seqlen_k", block_n),
-    }
-    return tuple(sizes[index.name] for index in table.indices)

@@ -7,7 +7,7 @@ from attngen.dtypes import F32, DType
 from attngen.expr import KeyRange, extremes, name
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
-from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor, Workspace
+from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import Pairs, Places, Scales
 
@@ -110,23 +110,13 @@ def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | No
     )
 
 
-def workspaces(at: Places) -> tuple[Workspace, ...]:
-    """Device memory for what the schedule keeps there: O, row_max and row_sum, in f32."""
-    rows = ("batch", "num_heads_q", "seqlen_q")
-    return (
-        Workspace(at.o_acc.name, (*rows, at.o_acc.cols)),
-        Workspace(at.saved_max.name, rows),
-        Workspace(at.saved_sum.name, rows),
-    )
-
-
-def params(spaces: tuple[Workspace, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
+def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
     """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
     tensors = ("q", "k", "v", "out")
     return (
         *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
         Param("lse", "pointer", "lse.ptr"),
-        *(Param(space.name, "pointer", f"workspace.{space.name}") for space in spaces),
+        *(Param(place.name, "pointer", f"{place.name}.ptr") for place in scratch),
         *(
             Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
             for tensor in tensors

@@ -41,7 +41,7 @@ def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
 def scale_params(of: Scales) -> tuple[Param, ...]:
     """The fields of the parameter struct: addresses, and strides in elements."""
     return tuple(
-        Param(field, ctype, f"tensor.{each.name}.{value}")
+        Param(field, ctype, f"{each.name}.{value}")
         for each in (of.q, of.k, of.v)
         for field, ctype, value in _fields(each)
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
@@ -15,20 +16,14 @@ from attngen.plan import (
     WARPGROUP_WARPS,
     Buffer,
     Cursor,
-    KernelPlan,
-    Launch,
     NamedBarriers,
     Param,
     RegTile,
     RegVec,
     Ring,
     Role,
-    Scheduler,
     Tensor,
     TensorMap,
-    ceil_div,
-    minimum,
-    product,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, Scales, WarpgroupPlaces
@@ -136,16 +131,47 @@ def _fit(arch: Arch, warpgroups: int, tiles: Iterable[RegTile]) -> bool:
     )
 
 
-def kernel(
-    name: str, schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]
-) -> KernelPlan:
-    """The kernel: consumers first, so that a warp's number tells its rows; the producer's warps last.
+def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[Role, Role]:
+    """Who runs what: consumers first, so that a warp's number tells its rows; the producer's warps last.
 
-    A producer that walks needs the lanes of a warp to class blocks with, one that stages a scale for each key to load
+    A whole warp of the producer loads where its lanes class blocks of keys together, or scales of keys are spread over
     them; else one thread does.
     """
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = WARPGROUP_REGISTERS.get(choice.warpgroups)
+    of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
+
+    def cursors(of: RingCursors) -> tuple[Cursor, ...]:
+        return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
+
+    return (
+        Role(
+            "consumer",
+            WARPGROUP_WARPS * choice.warpgroups,
+            programs["consumer"],
+            (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
+            (
+                *at.row_vectors,
+                *of_promotion[1],
+                *(at.scales.vectors if at.scales else ()),
+            ),
+            cursors(at.consumer),
+            choice.warpgroups,
+            share.consumer if share else None,
+        ),
+        Role(
+            "producer",
+            4 if share else 1,
+            programs["producer"],
+            cursors=cursors(at.producer),
+            registers=share.producer if share else None,
+            single_thread=not (at.walks or (at.scales and at.scales.has_key_scales)),
+        ),
+    )
+
+
+def storage(choice: WarpgroupChoice, at: WarpgroupPlaces) -> dict[str, Any]:
+    """The fields of `KernelPlan` that are shared memory: buffers, then mbarriers and the number of the next tile."""
     rings = tuple(
         cursor.ring
         for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
@@ -155,60 +181,11 @@ def kernel(
     buffers = (at.q, at.k, at.v, at.out, *staged)
     end = max(buffer.offset + buffer.size_bytes for buffer in buffers)
     barrier_bytes = sum(ring.size_bytes for ring in rings)
-    of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
-
-    def cursors(of: RingCursors) -> tuple[Cursor, ...]:
-        return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
-
-    return KernelPlan(
-        name=name,
-        scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),
-        roles=(
-            Role(
-                "consumer",
-                WARPGROUP_WARPS * choice.warpgroups,
-                programs["consumer"],
-                (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
-                (
-                    *at.row_vectors,
-                    *of_promotion[1],
-                    *(at.scales.vectors if at.scales else ()),
-                ),
-                cursors(at.consumer),
-                choice.warpgroups,
-                share.consumer if share else None,
-            ),
-            Role(
-                "producer",
-                4 if share else 1,
-                programs["producer"],
-                cursors=cursors(at.producer),
-                registers=share.producer if share else None,
-                single_thread=not (at.walks or (at.scales and at.scales.has_key_scales)),
-            ),
-        ),
-        buffers=buffers,
-        params=(
-            *_params(choice.persistent),
-            *of_pairs,
-            *(scale_params(at.scales) if at.scales else ()),
-        ),
-        blocks_per_sm=choice.blocks_per_sm,
-        smem_bytes=end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0),
-        rings=rings,
-        rings_offset=end,
-        tensor_maps=_tensor_maps(choice, at),
-    )
+    smem_bytes = end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0)
+    return dict(buffers=buffers, rings=rings, rings_offset=end, smem_bytes=smem_bytes)
 
 
-def launch(name: str, choice: WarpgroupChoice) -> Launch:
-    """One block per tile, or as many as the GPU holds at a time."""
-    tiles = product("batch", "num_heads_q", ceil_div("seqlen_q", choice.block_m))
-    resident = product("num_sms", choice.blocks_per_sm)
-    return Launch(name, minimum(resident, tiles) if choice.persistent else tiles, tiles)
-
-
-def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap, ...]:
+def tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap, ...]:
     """One box is what one copy moves: a panel of a block, and of O the rows of one warpgroup."""
 
     def box(tensor: Tensor, rows: int) -> TensorMap:
@@ -222,11 +199,13 @@ def _tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMa
     )
 
 
-def _params(persistent: bool) -> tuple[Param, ...]:
-    """The first fields of the parameter struct: tensor maps, pointers, sizes."""
+def params(choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
+    """The fields of the parameter struct: tensor maps, pointers, sizes, what expressions read, and scales."""
     return (
-        *(Param(f"{tensor}_map", "tensor_map", f"map.{tensor}") for tensor in ("q", "k", "v", "out")),
+        *(Param(f"{tensor}_map", "tensor_map", f"{tensor}.map") for tensor in ("q", "k", "v", "out")),
         Param("lse", "pointer", "lse.ptr"),
-        *((Param("tile_counter", "pointer", "counter.ptr"),) if persistent else ()),
+        *((Param("tile_counter", "pointer", "counter.ptr"),) if choice.persistent else ()),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
+        *of_pairs,
+        *(scale_params(at.scales) if at.scales else ()),
     )

@@ -1,79 +1,15 @@
-"""The Plan: everything lowering decided, from which the kernel is emitted and simulated.
+"""A kernel of programs: places, roles, and every number. Numbers that change from call to call are `Formula`s."""
 
-It holds one or more kernels, the workspaces between them and the launches in order. Sizes that change from call
-to call appear as `Formula`s over the run-time values of `RUNTIME_SIZES`; all other numbers are final.
-"""
-
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
+from attngen.plan.formulas import Formula, ceil_div, minimum, product
 from attngen.plan.places import Buffer, Cursor, Descales, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.quantizer import Quantizer
 from attngen.plan.steps import Program
-
-if TYPE_CHECKING:
-    from attngen.plan.quantizer import Quantizer
-
-Formula = int | str | dict[str, Any]
-"""An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
-
-FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "mul": lambda a, b: a * b,
-    "ceil_div": lambda a, b: -(-a // b),
-    "max": max,
-    "min": min,
-}
-
-RUNTIME_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms")
-"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand."""
-
-
-def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
-    """The value of a formula; operators take two or more arguments, from the left."""
-    if isinstance(formula, int):
-        return formula
-    if isinstance(formula, str):
-        return values[formula]
-    first, *rest = (evaluate_formula(argument, values) for argument in formula["args"])
-    for argument in rest:
-        first = FORMULA_OPS[formula["op"]](first, argument)
-    return first
-
-
-def formula_text(formula: Formula) -> str:
-    """A formula as people read it: ceil_div(seqlen_k, 128)."""
-    if isinstance(formula, dict):
-        return f"{formula['op']}({', '.join(map(formula_text, formula['args']))})"
-    return str(formula)
-
-
-def product(*factors: Formula) -> Formula:
-    """The formula that multiplies its arguments."""
-    return {"op": "mul", "args": list(factors)}
-
-
-def total(*terms: Formula) -> Formula:
-    """The formula that adds its arguments."""
-    return {"op": "add", "args": list(terms)}
-
-
-def minimum(*values: Formula) -> Formula:
-    """The formula of the smallest of its arguments."""
-    return {"op": "min", "args": list(values)}
-
-
-def maximum(*values: Formula) -> Formula:
-    """The formula of the largest of its arguments."""
-    return {"op": "max", "args": list(values)}
-
-
-def ceil_div(a: Formula, b: Formula) -> Formula:
-    """The formula that divides and rounds up."""
-    return {"op": "ceil_div", "args": [a, b]}
 
 
 @dataclass(frozen=True)
@@ -130,17 +66,6 @@ class Role:
     registers: int | None = None
     single_thread: bool = False
 
-    @property
-    def accumulator_registers(self) -> int:
-        """32-bit registers that a thread's accumulators take."""
-        tiles = (tile for tile in self.reg_tiles if tile.layout == "accumulator")
-        return sum(tile.registers_per_thread(self.warps) for tile in tiles)
-
-    @property
-    def tile_registers(self) -> int:
-        """32-bit registers a thread spends on tiles, where no two share a register."""
-        return sum(tile.registers_per_thread(self.warps) for tile in self.reg_tiles)
-
 
 @dataclass(frozen=True)
 class Param:
@@ -165,89 +90,18 @@ class TensorMap:
     box_cols: int
 
 
+def table_value(end: str, up_to: int | None) -> str:
+    """The value that is an end of a table, of the kernel for calls of up to so many keys."""
+    return end if up_to is None else f"{end}.k{up_to}"
+
+
 @dataclass(frozen=True)
 class KernelPlan:
-    """One kernel: places, roles and their programs."""
-
-    name: str
-    scheduler: Scheduler
-    roles: tuple[Role, ...]
-    buffers: tuple[Buffer, ...]
-    params: tuple[Param, ...]
-    blocks_per_sm: int
-    smem_bytes: int
-    rings: tuple[Ring, ...] = ()
-    rings_offset: int = 0
-    tensor_maps: tuple[TensorMap, ...] = ()
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 32 * sum(role.warps for role in self.roles)
-
-    @property
-    def worker(self) -> Role:
-        """The role that computes."""
-        return self.roles[0]
-
-    def ring_offset(self, ring: Ring) -> int:
-        """Where in shared memory the mbarriers of a ring start: `full` of every stage, then `empty`."""
-        before = self.rings[: self.rings.index(ring)]
-        return self.rings_offset + sum(other.size_bytes for other in before)
-
-    @property
-    def tile_slot_offset(self) -> int:
-        """Where in shared memory the number of the next tile stands, after the mbarriers."""
-        return self.rings_offset + sum(ring.size_bytes for ring in self.rings)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Device memory that a call needs beside its outputs, f32, uninitialised."""
-
-    name: str
-    shape: tuple[Formula, ...]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch on a one-dimensional grid.
+    """One kernel of programs: everything lowering decided of it, from which it is emitted and simulated.
 
     Attributes:
-        grid: blocks.
-        tiles: what they work on, together.
-    """
-
-    kernel: str
-    grid: Formula
-    tiles: Formula
-
-
-@dataclass(frozen=True)
-class TableKernel:
-    """The kernel that works out the extremes of lookups over each block of rows or keys, before the attention kernel.
-
-    Block i of threads works on entry i of every table that has one.
-
-    Attributes:
-        params: those of the attention kernel.
-        tables: what is worked out; each has two workspaces, `<name>_lo` and `<name>_hi`.
-    """
-
-    name: str
-    params: tuple[Param, ...]
-    tables: tuple[Table, ...]
-    grid: Formula
-    threads: int = 128
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a spec became on an arch.
-
-    Attributes:
-        name: entry name of the attention kernel; facts first, digest last.
-        spec_name, spec_digest, mask_text: of the spec it came from.
+        name: entry name; facts first, digest last.
+        spec_digest, mask_text: of the spec it came from.
         mask, score: what is computed of each pair of query and key.
         score_factor: the constant factor of the score that is left to the exponentials.
         tile_classes: how blocks of keys are classed; None where `key_blocks` has them in closed form.
@@ -257,15 +111,15 @@ class Plan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
+        reads, writes: tensors and rows of the call, whoever makes them.
+        scratch: tensors and rows that nobody else sees.
+        up_to: most keys of the calls that it takes; None for any.
         scales: of e4m3 Q, K and V; empty for others.
-        quantizer: the kernels that make e4m3 operands of 16-bit tensors.
-        table_kernel: what fills the tables that `tile_classes` reads, if it reads any.
-        up_to: most keys of the calls that this plan is for; None for any.
-        shorter: plans for calls of fewer keys, the fewest first; the first whose `up_to` suffices takes the call.
+        quantizer: how their operands are made of 16-bit tensors; None for others.
+        params: fields of the struct that the kernel takes by value.
     """
 
     name: str
-    spec_name: str
     spec_digest: str
     arch: Arch
     inputs: DType
@@ -288,16 +142,26 @@ class Plan:
     row_tiles: int
     overlap: bool
     key_blocks: KeyBlocks | None
-    tensors: tuple[Tensor, ...]
-    rows: tuple[Rows, ...]
-    kernels: tuple[KernelPlan, ...]
-    workspaces: tuple[Workspace, ...]
-    launches: tuple[Launch, ...]
+    reads: tuple[Tensor, ...]
+    writes: tuple[Tensor | Rows, ...]
+    scheduler: Scheduler
+    roles: tuple[Role, ...]
+    buffers: tuple[Buffer, ...]
+    params: tuple[Param, ...]
+    blocks_per_sm: int
+    smem_bytes: int
+    scratch: tuple[Tensor | Rows, ...] = ()
+    rings: tuple[Ring, ...] = ()
+    rings_offset: int = 0
+    tensor_maps: tuple[TensorMap, ...] = ()
     scales: tuple[Descales, ...] = ()
-    quantizer: "Quantizer | None" = None
-    table_kernel: TableKernel | None = None
+    quantizer: Quantizer | None = None
     up_to: int | None = None
-    shorter: tuple["Plan", ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Name of the text that it is emitted to."""
+        return self.name
 
     @property
     def has_score(self) -> bool:
@@ -305,6 +169,51 @@ class Plan:
         return self.score is not name("score")
 
     @property
-    def kernel(self) -> KernelPlan:
-        """The attention kernel itself."""
-        return self.kernels[0]
+    def tables(self) -> tuple[Table, ...]:
+        """Extremes of lookups over blocks of rows or keys, which the classes of blocks of keys read."""
+        return self.tile_classes.tables if self.tile_classes else ()
+
+    @property
+    def table_values(self) -> dict[str, str]:
+        """The values that are the ends of tables, by the names that expressions have for them."""
+        return {end: table_value(end, self.up_to) for table in self.tables for end in table.ends}
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The tensors that it writes."""
+        return tuple(place for place in self.writes if isinstance(place, Tensor))
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * sum(role.warps for role in self.roles)
+
+    @property
+    def worker(self) -> Role:
+        """The role that computes."""
+        return self.roles[0]
+
+    @property
+    def tiles(self) -> Formula:
+        """What the blocks of a launch work on, together."""
+        heads = product("batch", "num_heads_q")
+        if self.scheduler.kind == "heads":
+            return heads
+        return product(heads, ceil_div("seqlen_q", self.block_m))
+
+    @property
+    def grid(self) -> Formula:
+        """Blocks of a launch: one for each tile, or as many as the GPU holds at a time."""
+        if not self.scheduler.persistent:
+            return self.tiles
+        return minimum(product("num_sms", self.blocks_per_sm), self.tiles)
+
+    def ring_offset(self, ring: Ring) -> int:
+        """Where in shared memory the mbarriers of a ring start: `full` of every stage, then `empty`."""
+        before = self.rings[: self.rings.index(ring)]
+        return self.rings_offset + sum(other.size_bytes for other in before)
+
+    @property
+    def tile_slot_offset(self) -> int:
+        """Where in shared memory the number of the next tile stands, after the mbarriers."""
+        return self.rings_offset + sum(ring.size_bytes for ring in self.rings)

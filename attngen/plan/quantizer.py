@@ -1,26 +1,18 @@
-"""The Quantizer: the kernels that turn Q, K and V into the operands of an e4m3 attention kernel, with every number.
+"""How the kernels that quantise Q, K and V share out their work: the numbers of `plan.sheets`' Quantize and its like.
 
-Convention and layout are those of `attngen.quantize`. One launch quantises all three tensors, 128 rows of a head at a
-time: first those of Q, then of K, then of V. A thread copies its share of the next rows to shared memory while it works
-on the ones before. Where a scale spans more rows, a launch before finds the maxima. Nothing is emitted here.
+Convention and layout are those of `attngen.quantize`. A block of threads takes 128 rows of a head at a time; a thread
+copies its share of the next rows to shared memory while it works on the ones before.
 """
 
 from dataclasses import dataclass
 
 from attngen.arch import RESERVED_SMEM_BYTES, Arch
-from attngen.plan.plan import Formula, Launch, Param, Workspace, ceil_div, maximum, minimum, product, total
-from attngen.quantize import DESCALES, KEY_BLOCK, Q_BLOCK, ScaleKind, signs
+from attngen.quantize import KEY_BLOCK, ScaleKind, signs
 
 ROW_LANES = 4
 """Lanes that share a row of Q or K: together they write 32 bytes at a time, a whole sector."""
 CHUNK = 8
 """Elements of 16 bits that one load moves."""
-SOURCES = ("bf16", "f16")
-"""Formats that the kernels read."""
-TENSORS = ("q", "k", "v")
-_OUTPUTS = (*(f"{name}8" for name in TENSORS), *DESCALES)
-_STRIDES = ("batch", "seqlen", "head")
-_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
 MOST_COPIES = 8
 """Of 16 bytes that a thread has under way: 64 elements."""
 _BOOKKEEPING_REGISTERS = 48
@@ -29,7 +21,7 @@ _BOOKKEEPING_REGISTERS = 48
 
 @dataclass(frozen=True)
 class Quantizer:
-    """The kernels `<name>_quantize_<source>`, `<name>_amax_<source>` and `<name>_pack_v`.
+    """Every number of the kernels that quantise for one attention kernel.
 
     Attributes:
         name: prefix of the kernels' names; that of the attention kernel they serve.
@@ -74,7 +66,7 @@ class Quantizer:
 
     @property
     def packed_units(self) -> int:
-        """The same where V is of 8 bits."""
+        """How often it takes 16 bytes of four keys of V that is of 8 bits."""
         return -(-_warp_copies(self.head_dim_v, 2 * CHUNK) // (self.threads // 32))
 
     @property
@@ -127,75 +119,6 @@ class Quantizer:
                         words[register // 16] |= 1 << 15 + 16 * half - register % 16
             lanes.append(tuple(words))
         return tuple(lanes)
-
-    @property
-    def params(self) -> tuple[Param, ...]:
-        """Of each of the kernels; pointers first."""
-        pointers = (*TENSORS, *_OUTPUTS, *(("maxima",) if self.finds_maxima else ()))
-        return (
-            *(Param(name, "pointer", f"{name}.ptr") for name in pointers),
-            *(
-                Param(f"{name}_stride_{dim}", "i64", f"{name}.stride_{dim}")
-                for name in TENSORS
-                for dim in _STRIDES
-            ),
-            *(Param(size, "i32", size) for size in _SIZES),
-        )
-
-    @property
-    def outputs(self) -> tuple[Workspace, ...]:
-        """What the kernels write, dense: e4m3 operands, then f32 descales, one for all of a tensor where per tensor."""
-        q_blocks, k_blocks = ceil_div("seqlen_q", Q_BLOCK), ceil_div("seqlen_k", KEY_BLOCK)
-        per_block: tuple[tuple[Formula, ...], ...] = (
-            ("batch", "num_heads_q", q_blocks),
-            ("batch", "num_heads_kv", k_blocks),
-            ("batch", "num_heads_kv", k_blocks),
-        )
-        descales = {
-            "per_tensor": ((1,), (1,), (1,)),
-            "per_head": (("batch", "num_heads_kv"),) * 3,
-            "per_block": per_block,
-            "per_token": (
-                ("batch", "num_heads_q", "seqlen_q"),
-                ("batch", "num_heads_kv", "seqlen_k"),
-                per_block[2],
-            ),
-        }[self.scales]
-        seqlen_pad = product(KEY_BLOCK, k_blocks)
-        return (
-            Workspace("q8", ("batch", "seqlen_q", "num_heads_q", self.head_dim_qk)),
-            Workspace("k8", ("batch", "seqlen_k", "num_heads_kv", self.head_dim_qk)),
-            Workspace("v8", ("batch", "num_heads_kv", self.head_dim_v, seqlen_pad)),
-            *map(Workspace, DESCALES, descales),
-        )
-
-    @property
-    def maxima(self) -> Workspace | None:
-        """The largest magnitudes of Q, of K and of V, f32, zero at first; where a launch finds them."""
-        if not self.finds_maxima:
-            return None
-        return Workspace("maxima", (3,) if self.scales == "per_tensor" else (3, "batch", "num_heads_kv"))
-
-    def launches(self, source: str) -> tuple[Launch, ...]:
-        """What quantises Q, K and V of a format, in order."""
-        parts = total(
-            product("batch", "num_heads_q", self._parts("seqlen_q")),
-            product(2, "batch", "num_heads_kv", self._parts("seqlen_k")),
-        )
-        kernels = ("amax", "quantize") if self.finds_maxima else ("quantize",)
-        grid = minimum(parts, product("num_sms", self.blocks_per_sm)) if self.persistent else parts
-        return tuple(Launch(f"{self.name}_{kernel}_{source}", grid, parts) for kernel in kernels)
-
-    @property
-    def pack_launch(self) -> Launch:
-        """What lays out V that is e4m3 already."""
-        blocks = product("batch", "num_heads_kv", ceil_div("seqlen_k", KEY_BLOCK))
-        return Launch(f"{self.name}_pack_v", blocks, blocks)
-
-    def _parts(self, seqlen: str) -> Formula:
-        """Parts of a head; one at least where it has a descale though it has no rows."""
-        parts = ceil_div(seqlen, KEY_BLOCK)
-        return maximum(1, parts) if self.finds_maxima else parts
 
 
 def _warp_copies(head_dim_v: int, chunk: int) -> int:

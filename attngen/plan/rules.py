@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from attngen.expr import LARGEST_TILE
 from attngen.plan.places import RegTile
-from attngen.plan.plan import Plan
+from attngen.plan.plan import KernelPlan
 from attngen.plan.steps import StageScales, walk
 from attngen.quantize import KEY_BLOCK
 
@@ -65,12 +65,12 @@ class Violation:
     others: tuple["Violation", ...] = ()
 
 
-def takes_warpgroups(plan: Plan) -> bool:
+def takes_warpgroups(plan: KernelPlan) -> bool:
     """Whether consumer warpgroups compute, with wgmma."""
-    return len(plan.kernel.roles) > 1
+    return len(plan.roles) > 1
 
 
-def _largest_tile(plan: Plan) -> Iterator[Violation]:
+def _largest_tile(plan: KernelPlan) -> Iterator[Violation]:
     for path, size in (("tile.block_m", plan.block_m), ("tile.block_n", plan.block_n)):
         if plan.arch.emits and size > LARGEST_TILE:
             yield Violation(
@@ -82,7 +82,7 @@ def _largest_tile(plan: Plan) -> Iterator[Violation]:
             )
 
 
-def _mma_rows(plan: Plan) -> Iterator[Violation]:
+def _mma_rows(plan: KernelPlan) -> Iterator[Violation]:
     if takes_warpgroups(plan):
         return
     step = plan.arch.mma.m * plan.warps
@@ -99,10 +99,10 @@ def _mma_rows(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _wgmma_rows(plan: Plan) -> Iterator[Violation]:
+def _wgmma_rows(plan: KernelPlan) -> Iterator[Violation]:
     if not takes_warpgroups(plan) or plan.arch.wgmma is None:
         return
-    step, count = plan.arch.wgmma.m, plan.kernel.worker.warpgroups
+    step, count = plan.arch.wgmma.m, plan.worker.warpgroups
     if plan.block_m % count or (plan.arch.has_mma_granularity and plan.block_m != step * count):
         if step > 1:
             must = f"must be {step} for each consumer warpgroup"
@@ -122,7 +122,7 @@ def _wgmma_rows(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _wgmma_columns(plan: Plan) -> Iterator[Violation]:
+def _wgmma_columns(plan: KernelPlan) -> Iterator[Violation]:
     if takes_warpgroups(plan) and plan.arch.emits and plan.block_n > MOST_WGMMA_COLUMNS:
         yield Violation(
             "wgmma-columns",
@@ -133,8 +133,8 @@ def _wgmma_columns(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _warpgroups(plan: Plan) -> Iterator[Violation]:
-    count, wgmma = plan.kernel.worker.warpgroups, plan.arch.wgmma
+def _warpgroups(plan: KernelPlan) -> Iterator[Violation]:
+    count, wgmma = plan.worker.warpgroups, plan.arch.wgmma
     if count > MOST_WARPGROUPS and wgmma is not None:
         note = "a fourth would leave each thread fewer than 128 registers"
         rows = Violation(
@@ -154,7 +154,7 @@ def _warpgroups(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _mma_k_step(plan: Plan) -> Iterator[Violation]:
+def _mma_k_step(plan: KernelPlan) -> Iterator[Violation]:
     step = plan.arch.k_step(plan.inputs)
     if plan.block_n % step:
         yield Violation(
@@ -166,40 +166,39 @@ def _mma_k_step(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _cost(rule: str, plan: Plan, must: str, note: str, *paths: str) -> Violation:
+def _cost(rule: str, plan: KernelPlan, must: str, note: str, *paths: str) -> Violation:
     """A sum that is too large, by each of the values that it grows or shrinks with."""
     values = {
         "tile.block_m": plan.block_m,
         "tile.block_n": plan.block_n,
         "schedule.stages": plan.stages,
         "schedule.warps": plan.warps,
-        "schedule.warpgroups": plan.kernel.worker.warpgroups,
+        "schedule.warpgroups": plan.worker.warpgroups,
     }
     first, *others = (Violation(rule, path, values[path], must, note) for path in paths)
     return replace(first, others=tuple(others))
 
 
-def _shared_memory(plan: Plan) -> Iterator[Violation]:
+def _shared_memory(plan: KernelPlan) -> Iterator[Violation]:
     limit = plan.arch.smem_bytes_per_block
-    for kernel in plan.kernels:
-        if kernel.smem_bytes > limit:
-            sizes = {buffer.name: buffer.size_bytes for buffer in kernel.buffers if buffer.overlays is None}
-            if rest := kernel.smem_bytes - sum(sizes.values()):
-                sizes["barriers"] = rest
-            parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
-            yield _cost(
-                "shared-memory",
-                plan,
-                f"asks for {kernel.smem_bytes} bytes of shared memory and {plan.arch.name} has {limit}",
-                f"{parts} = {kernel.smem_bytes} bytes",
-                *("tile.block_n", "schedule.stages", "tile.block_m"),
-                *(("schedule.warpgroups",) if takes_warpgroups(plan) else ()),
-            )
+    if plan.smem_bytes > limit:
+        sizes = {buffer.name: buffer.size_bytes for buffer in plan.buffers if buffer.overlays is None}
+        if rest := plan.smem_bytes - sum(sizes.values()):
+            sizes["barriers"] = rest
+        parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
+        yield _cost(
+            "shared-memory",
+            plan,
+            f"asks for {plan.smem_bytes} bytes of shared memory and {plan.arch.name} has {limit}",
+            f"{parts} = {plan.smem_bytes} bytes",
+            *("tile.block_n", "schedule.stages", "tile.block_m"),
+            *(("schedule.warpgroups",) if takes_warpgroups(plan) else ()),
+        )
 
 
-def free_registers(plan: Plan) -> int:
+def free_registers(plan: KernelPlan) -> int:
     """Registers a thread of the computing role has for its tiles."""
-    worker = plan.kernel.worker
+    worker = plan.worker
     counted = (vector for vector in worker.reg_vecs if vector.is_counted)
     vectors = {vector: vector.registers_per_thread(worker.warps) for vector in counted}
     if plan.arch.emits and any(scale.axis == "k" and scale.granule == 1 for scale in plan.scales):
@@ -215,19 +214,19 @@ def free_registers(plan: Plan) -> int:
     return worker.registers - SPARE_8BIT
 
 
-def _promotes(plan: Plan) -> bool:
+def _promotes(plan: KernelPlan) -> bool:
     """Whether O is added up from parts that the tensor core sums."""
-    return any(tile.name == "part_o" for tile in plan.kernel.worker.reg_tiles)
+    return any(tile.name == "part_o" for tile in plan.worker.reg_tiles)
 
 
-def tiles_in_registers(plan: Plan) -> tuple[RegTile, ...]:
+def tiles_in_registers(plan: KernelPlan) -> tuple[RegTile, ...]:
     """The tiles that have registers of their own: P shares those of S, except where it outlives the next S."""
-    tiles = plan.kernel.worker.reg_tiles
+    tiles = plan.worker.reg_tiles
     return tiles if takes_warpgroups(plan) else tuple(tile for tile in tiles if tile.layout == "accumulator")
 
 
-def _registers(plan: Plan) -> Iterator[Violation]:
-    free, warps = free_registers(plan), plan.kernel.worker.warps
+def _registers(plan: KernelPlan) -> Iterator[Violation]:
+    free, warps = free_registers(plan), plan.worker.warps
     used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
     if sum(used.values()) > free:
         parts = " + ".join(f"{name} {count}" for name, count in used.items())
@@ -242,15 +241,15 @@ def _registers(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def staged_groups(plan: Plan) -> tuple[int, int] | None:
+def staged_groups(plan: KernelPlan) -> tuple[int, int] | None:
     """Groups of columns whose scales the producer stages, if it does, and how many it has registers for."""
-    if not takes_warpgroups(plan) or (registers := plan.kernel.roles[1].registers) is None:
+    if not takes_warpgroups(plan) or (registers := plan.roles[1].registers) is None:
         return None
-    staged = [step.groups for step in walk(plan.kernel.roles[1].program) if isinstance(step, StageScales)]
+    staged = [step.groups for step in walk(plan.roles[1].program) if isinstance(step, StageScales)]
     return (staged[0], registers // REGISTERS_OF_STAGED_GROUP) if staged and plan.arch.emits else None
 
 
-def _staged_scales(plan: Plan) -> Iterator[Violation]:
+def _staged_scales(plan: KernelPlan) -> Iterator[Violation]:
     found = staged_groups(plan)
     if found and found[0] > found[1]:
         yield Violation(
@@ -262,7 +261,7 @@ def _staged_scales(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _threads(plan: Plan) -> Iterator[Violation]:
+def _threads(plan: KernelPlan) -> Iterator[Violation]:
     limit = plan.arch.threads_per_block // 32
     if not takes_warpgroups(plan) and plan.warps > limit:
         yield Violation(
@@ -274,7 +273,7 @@ def _threads(plan: Plan) -> Iterator[Violation]:
         )
 
 
-def _stages(plan: Plan) -> Iterator[Violation]:
+def _stages(plan: KernelPlan) -> Iterator[Violation]:
     if plan.schedule == "serial" and plan.stages != 1:
         yield Violation(
             "serial-stages", "schedule.stages", plan.stages, "must be 1", "serial overlaps nothing"
@@ -289,7 +288,7 @@ def _stages(plan: Plan) -> Iterator[Violation]:
         )
 
 
-RULES: dict[str, Callable[[Plan], Iterator[Violation]]] = {
+RULES: dict[str, Callable[[KernelPlan], Iterator[Violation]]] = {
     "threads-per-block": _threads,
     "stages": _stages,
     "warpgroups": _warpgroups,
@@ -308,6 +307,6 @@ COSTS = ("shared-memory", "registers")
 """Rules of what a tile costs. Where rows have no owner, that is the cost of a tile that nobody can run."""
 
 
-def verify(plan: Plan) -> tuple[Violation, ...]:
+def verify(plan: KernelPlan) -> tuple[Violation, ...]:
     """Every violation of every rule."""
     return tuple(violation for rule in RULES.values() for violation in rule(plan))

@@ -1,4 +1,4 @@
-"""Launching a kernel from its manifest on torch tensors: the path of every call, so it does little twice.
+"""Launching a call from its manifest on torch tensors: the path of every call, so it does little twice.
 
 What depends only on shapes, strides, types and device is worked out once per signature (`runtime/prepared.py`); each
 call patches the pointers, which are checked every time. Nothing is copied, padded or synchronised.
@@ -9,30 +9,37 @@ from typing import Any
 
 import torch
 
-from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import Manifest, serving
+from attngen.bind import (
+    ROW_ALIGNMENT,
+    Given,
+    TileTables,
+    bind,
+    check_arguments,
+    check_overlap,
+    check_plain,
+    check_rows_of_heads,
+    scalar_of,
+    softmax_scale_of,
+)
 from attngen.errors import ArgumentError
-from attngen.runtime.arguments import ROW_ALIGNMENT, Problem, check_arguments, check_overlap
+from attngen.plan import Manifest
 from attngen.runtime.counters import COUNTERS
-from attngen.runtime.declared import DeclaredValues, check_declared
 from attngen.runtime.driver import Module, launch
+from attngen.runtime.kept_memory import KeptMemory
 from attngen.runtime.loaded import LoadedKernels
-from attngen.runtime.numbers import scalar_of, softmax_scale_of
-from attngen.runtime.prepared import Prepared, PreparedStruct, prepare_signature, remember
-from attngen.runtime.tables import TableMemory, TileTables
-from attngen.runtime.tensors import check_plain
+from attngen.runtime.prepared import Prepared, prepare_signature, remember, sms_of
 from attngen.torch_state import is_altered, torch_defaults
 
 _NOTHING: Mapping[str, Any] = {}
+OUT, OUT_AND_LSE = ("out",), ("out", "lse")
 
 
 class Launcher:
-    """Runs one compiled kernel on CUDA tensors.
+    """Runs the compiled kernels of a call on CUDA tensors.
 
     Args:
         manifest: what to launch and with what.
-        cubin: the machine code.
-        shorter: launchers of kernels for fewer keys, the fewest first.
+        cubin_of: the machine code of a module, by its name; asked for when it is first needed.
         load: makes a module of a cubin; tests pass a recorder.
         start: launches; tests pass a recorder.
     """
@@ -40,19 +47,17 @@ class Launcher:
     def __init__(
         self,
         manifest: Manifest,
-        cubin: bytes,
-        shorter: "tuple[Launcher, ...]" = (),
+        cubin_of: Callable[[str], bytes],
         load: Callable[[bytes], Any] = Module,
         start: Callable[..., None] = launch,
     ) -> None:
         self.manifest = manifest
-        self._shorter = shorter
-        self._kernels = LoadedKernels(manifest.arch, manifest.kernels, cubin, load, start)
+        self._kernels = LoadedKernels(manifest.arch, manifest.kernels, cubin_of, load, start)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
-        self._table_memory = TableMemory()
-        self._output = torch_dtype(dtype(manifest.output))
-        self._tensors = tuple(entry.name for entry in (*manifest.tensors, *manifest.descales))
-        self._declared = len(manifest.tensors)  # of those, the ones that tables may be made of
+        self._kept_memory = KeptMemory()
+        self._tensors = tuple(str(value.argument) for value in manifest.declared)
+        beside = {name: manifest.value_of[name] for intake in manifest.intakes for name in intake.values}
+        self._beside = tuple(str(value.argument) for value in beside.values() if not value.axes)
         self._scalars = {scalar.name: scalar.type for scalar in manifest.scalars}
 
     def run(
@@ -66,26 +71,61 @@ class Launcher:
         layout: str = "bshd",
         declared: Mapping[str, Any] = _NOTHING,
         tables: TileTables | None = None,
+        intake: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Launch on torch's current stream of q's device; see `attngen.Kernel.__call__` for the arguments."""
+        """Out, and lse if it is asked for; see `attngen.Kernel.__call__` for the arguments."""
+        wanted = OUT_AND_LSE if return_lse else OUT
+        made = self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
+        return made[0], (made[1] if return_lse else None)
+
+    def make(
+        self,
+        wanted: tuple[str, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+        declared: Mapping[str, Any] = _NOTHING,
+        tables: TileTables | None = None,
+        intake: str | None = None,
+    ) -> list[torch.Tensor]:
+        """Launch on torch's current stream of q's device what the wanted values need, and return these.
+
+        Args:
+            wanted: names of values of the manifest. Where they are not what the call ends with, nothing is looked at
+                but q, k and v.
+            q: see `attngen.Kernel.__call__`, as for all that follow.
+            k: likewise.
+            v: likewise.
+            softmax_scale: likewise.
+            out: memory for the first wanted value.
+            layout: likewise.
+            declared: what is passed by name.
+            tables: likewise.
+            intake: as of `check_arguments`.
+        """
         if is_altered():
-            self._check(q, k, v, softmax_scale, out, layout, declared)
+            self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
             with torch_defaults():
-                return self.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
+                return self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
         try:
             if softmax_scale is not None and softmax_scale.__class__ is not float:
                 softmax_scale = softmax_scale_of(softmax_scale)
             device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
             if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
-                check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
+                check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
             key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                 device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(), softmax_scale,
                 q.__class__ is k.__class__ is v.__class__ is torch.Tensor or (q.__class__, k.__class__, v.__class__),
+                wanted, tables is None, intake,
             )  # fmt: skip
             tensors: list[torch.Tensor] = []
             if declared:
-                tensors = [declared[name] for name in self._tensors]
+                names = self._names(declared)
+                tensors = [declared[name] for name in names]
                 key += (
                     *declared,
                     *[(x.shape, x.stride(), x.dtype, x.get_device(), x.__class__, x.is_neg(),
@@ -93,62 +133,88 @@ class Launcher:
                     *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
                 if out is not None:
-                    check_overlap(out, dict(zip(self._tensors, tensors, strict=True)))
+                    check_overlap(out, dict(zip(names, tensors, strict=True)))
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             # nothing, no tensor, no strides, a list, an array
-            self._check(q, k, v, softmax_scale, out, layout, declared)
+            self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
             raise
         if prepared is None:
             if numbers := self._numbers(declared):
                 declared = {**declared, **numbers}
-                return self.run(q, k, v, softmax_scale, return_lse, out, layout, declared, tables)
-            prepared = self._prepare(q, k, v, softmax_scale, out, layout, declared)
+                return self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
+            given = self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
+            prepared = self._prepare(wanted, given, q, softmax_scale, out, layout, tables is not None)
             remember(self._prepared, key, prepared)
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT or not (q_pointer and k_pointer and v_pointer):
-            check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)  # of the empty some lie at 0
-        if out is None:
-            shape = prepared.out_shape  # None where it is q's: not to spell it takes a third less
-            out = torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=self._output)
-        lse = q.new_empty(prepared.lse_shape, dtype=torch.float32) if return_lse else None
-        structs, memory, scratch = prepared.structs, None, None
+            # of the empty some lie at 0
+            check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
+        made = [] if out is None else [out]
+        for shape, dtype in prepared.outputs if out is None else prepared.outputs[1:]:
+            # Not to spell the shape takes a third less.
+            made.append(torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=dtype))
         stream = torch._C._cuda_getCurrentRawStream(device)
+        kept = scratch = zeroed = None
+        kept_size, scratch_size, zeroed_size = prepared.sizes
         if tables is not None:
-            if not self.manifest.tables:
-                raise ArgumentError("tables", "tables", "None: this kernel reads none")
-            TileTables.check(tables, prepared.tables, tensors[: self._declared])
-            structs, memory = prepared.without_tables, tables.memory
-        elif prepared.tables_size:
-            memory = self._table_memory.on(device, stream, q, prepared.tables_size)
-        if prepared.scratch_size:
-            scratch = q.new_empty(prepared.scratch_size)
-        addresses: tuple[int, ...] = (
-            q_pointer, k_pointer, v_pointer, out.data_ptr(), 0 if lse is None else lse.data_ptr(),
-            0 if memory is None else memory.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
+            kept = self._kept(tables, prepared, tensors)
+        elif kept_size:
+            kept = self._kept_memory.on(device, stream, q, kept_size)
+        if scratch_size:
+            scratch = q.new_empty(scratch_size, dtype=torch.uint8)
+        if zeroed_size:
+            zeroed = q.new_zeros(zeroed_size, dtype=torch.uint8)
+        pointers = [x.data_ptr() for x in tensors]
+        if 0 in pointers:
+            for name, x in zip(self._names(declared), tensors, strict=True):
+                check_plain(name, x)
+        addresses = (
+            q_pointer, k_pointer, v_pointer, *pointers, *[x.data_ptr() for x in made],
+            0 if kept is None else kept.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
+            0 if zeroed is None else zeroed.data_ptr(),
         )  # fmt: skip
-        if tensors:
-            pointers = tuple([x.data_ptr() for x in tensors])
-            if 0 in pointers:
-                for name, x in zip(self._tensors, tensors, strict=True):
-                    check_plain(name, x)
-            addresses += pointers
-        self._launch(prepared, structs, addresses, device, stream)
-        return out, lse
+        if prepared.draws_tiles:
+            addresses = (*addresses, COUNTERS.address(device, stream))
+        self._kernels.launch(prepared.structs, addresses, device, stream)
+        return made
 
     def tables(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, declared: Mapping[str, Any]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str,
+        declared: Mapping[str, Any],
+        intake: str | None = None,
     ) -> TileTables:
         """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
-        prepared = self._prepare(q, k, v, None, None, layout, declared)
+        given = self._check(OUT, q, k, v, None, None, layout, declared, intake)
+        whole = self._prepare(OUT, given, q, None, None, layout, is_given_tables=False)
+        prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, None, layout, False)
         with torch_defaults():
-            memory = q.new_empty(prepared.tables_size)
-        tensors = [declared[name] for name in self._tensors]
-        addresses = (*(0,) * 5, memory.data_ptr(), 0, *[x.data_ptr() for x in tensors])
+            memory = q.new_empty(whole.bound.kept.size_bytes, dtype=torch.uint8)
+        made = [memory.data_ptr() + beyond for beyond in whole.bound.kept.offsets.values()]
+        tensors = [declared[name] for name in self._names(declared)]
+        addresses = (*(x.data_ptr() for x in (q, k, v, *tensors)), *made, 0, 0, 0)
         device = q.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        self._launch(prepared, prepared.of_tables, addresses, device, stream)
-        return TileTables.of(prepared.tables, tensors[: self._declared], memory)
+        self._kernels.launch(prefix.structs, addresses, device, torch._C._cuda_getCurrentRawStream(device))
+        return TileTables.of(whole.tables, tensors[: len(self._tensors)], memory)
+
+    def _kept(self, tables: TileTables, prepared: Prepared, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The memory of tables that an earlier call has filled."""
+        if not self.manifest.kept:
+            raise ArgumentError("tables", "tables", "None: this kernel reads none")
+        TileTables.check(tables, prepared.tables, tensors[: len(self._tensors)])
+        if not isinstance(tables.memory, torch.Tensor):
+            raise ArgumentError("tables", "tables of CPU tensors", "those of a call on this device")
+        return tables.memory
+
+    def _names(self, declared: Mapping[str, Any]) -> tuple[str, ...]:
+        """The tensors that a call passes by name, in the order in which they are bound."""
+        return (
+            self._tensors + self._beside if any(map(declared.__contains__, self._beside)) else self._tensors
+        )
 
     def _numbers(self, declared: Mapping[str, Any]) -> dict[str, Any]:
         """Python's numbers for scalars that are not: a tensor is the same key whatever it holds."""
@@ -161,6 +227,7 @@ class Launcher:
 
     def _check(
         self,
+        wanted: tuple[str, ...],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -168,42 +235,28 @@ class Launcher:
         out: torch.Tensor | None,
         layout: str,
         declared: Mapping[str, Any],
-    ) -> tuple[Problem, DeclaredValues]:
-        """Look at everything that a call passes."""
-        problem = check_arguments(self.manifest, q, k, v, softmax_scale, out, layout)
-        return problem, check_declared(self.manifest, declared, problem.sizes, q.device)
-
-    def _launch(
-        self,
-        prepared: Prepared,
-        structs: tuple[PreparedStruct, ...],
-        addresses: tuple[int, ...],
-        device: int,
-        stream: int,
-    ) -> None:
-        if prepared.draws_tiles:
-            addresses = (*addresses, COUNTERS.address(device, stream))
-        self._kernels.launch(structs, addresses, device, stream)
+        intake: str | None,
+    ) -> Given:
+        """Look at everything that a call passes, or at q, k and v where what is wanted is made of nothing else."""
+        if all(self.manifest.value_of[name].source == "scratch" for name in wanted):
+            return check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
+        return check_arguments(self.manifest, q, k, v, softmax_scale, out, layout, declared, intake)
 
     def _prepare(
         self,
+        wanted: tuple[str, ...],
+        given: Given,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
         softmax_scale: float | None,
         out: torch.Tensor | None,
         layout: str,
-        declared: Mapping[str, Any],
+        is_given_tables: bool,
     ) -> Prepared:
-        """Check a signature and have at hand all that its launches need, of the kernel that takes it."""
-        problem, values = self._check(q, k, v, softmax_scale, out, layout, declared)
-        if (launcher := serving(self, self._shorter, problem.seqlen_k)) is not self:
-            return launcher._prepare(q, k, v, softmax_scale, out, layout, declared)
+        """Have at hand all that the launches of a signature need."""
+        kept = self.manifest.kept if is_given_tables else ()
+        bound = bind(self.manifest, given, wanted, sms_of(self.manifest.arch, q.device), softmax_scale, kept)
         with torch_defaults(), self._kernels.preparing(q.device):
-            function = self._kernels.function
-            prepared = prepare_signature(
-                self.manifest, function, problem, q, softmax_scale, out, layout, values
-            )
+            prepared = prepare_signature(bound, self._kernels.function, q, out, layout)
             if prepared.draws_tiles:
                 COUNTERS.prepare(q.get_device())
         return prepared

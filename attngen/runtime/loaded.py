@@ -1,4 +1,4 @@
-"""The kernels of one cubin on the GPUs of this process: loaded when first needed, launched with a call's addresses."""
+"""The kernels of a call on the GPUs of this process: loaded when first needed, launched with a call's addresses."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attngen.emit.manifest import KernelEntry
+from attngen.plan import KernelEntry
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
 from attngen.runtime.prepared import WORD, PreparedStruct
 from attngen.runtime.tensor_maps import encode
@@ -18,8 +18,8 @@ class LoadedKernels:
 
     Args:
         arch: that the kernels are compiled for.
-        kernels: those to load of the cubin; it may hold others.
-        cubin: the machine code.
+        kernels: of all modules.
+        cubin_of: the machine code of a module, by its name.
         load: makes a module of a cubin; tests pass a recorder.
         start: launches; tests pass a recorder.
     """
@@ -28,13 +28,13 @@ class LoadedKernels:
         self,
         arch: str,
         kernels: tuple[KernelEntry, ...],
-        cubin: bytes,
+        cubin_of: Callable[[str], bytes],
         load: Callable[[bytes], Any] = Module,
         start: Callable[..., None] = launch,
     ) -> None:
         self._arch = arch
         self._kernels = kernels
-        self._cubin = cubin
+        self._cubin_of = cubin_of
         self._load = load
         self._start = start
         self._functions: dict[str, Function] = {}
@@ -55,11 +55,12 @@ class LoadedKernels:
 
     def function(self, kernel: KernelEntry, device: int) -> Function:
         """A kernel, loaded and ready on a device; to be called while `preparing`."""
-        if not self._functions:
-            module = self._load(self._cubin)
-            self._functions = {
+        if kernel.name not in self._functions:
+            module = self._load(self._cubin_of(kernel.module))
+            self._functions |= {
                 each.name: module.function(each.name, each.smem_bytes, each.starts_early)
                 for each in self._kernels
+                if each.module == kernel.module
             }
         function = self._functions[kernel.name]
         function.prepare(device)
@@ -81,13 +82,11 @@ class LoadedKernels:
                 return self.launch(structs, addresses, device, stream)
         for each in structs:
             words, address = each.arguments.words_and_address
-            for word, number in each.patches:
-                words[word] = addresses[number]
-            for word, number, beyond in each.workspaces:
+            for word, number, beyond in each.patches:
                 words[word] = addresses[number] + beyond
-            for word, number, map_ in each.encodings:
+            for word, number, beyond, map_ in each.encodings:
                 start = ctypes.addressof(words) + word * WORD
-                ctypes.memmove(start, encode(map_, addresses[number]), TENSOR_MAP_BYTES)
+                ctypes.memmove(start, encode(map_, addresses[number] + beyond), TENSOR_MAP_BYTES)
             for ready in each.launches:
                 self._start(
                     ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address

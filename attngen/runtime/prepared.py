@@ -1,46 +1,32 @@
-"""What a signature launches, worked out once: grids, parameter structs but for their addresses, memory between kernels.
+"""What a signature launches, made ready for the driver: parameter structs but for their addresses, and grids.
 
-Nothing here knows the values of a call, and nothing is launched.
+Nothing here knows the addresses of a call, and nothing is launched.
 """
 
 import ctypes
-import math
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 
 from attngen.arch import ARCHS
-from attngen.dtypes import dtype, torch_dtype
-from attngen.emit.manifest import KernelEntry, LaunchEntry, Manifest, WorkspaceEntry
-from attngen.errors import ArgumentError
-from attngen.plan import evaluate_formula
-from attngen.runtime.arguments import Problem, strides
-from attngen.runtime.declared import DeclaredValues
+from attngen.bind import Bound, Given, TableSignature, bind
+from attngen.plan import COUNTER, KernelEntry, Manifest
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
-from attngen.runtime.tables import TableSignature
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
-from attngen.scaling import scale_values
 
 MOST_SIGNATURES = 4096
 """Signatures that a launcher remembers; a program with more starts over."""
-LARGEST_GRID = 2**31 - 1
-LARGEST_TILE_NUMBER = 2**31 - 1
-"""Kernels count tiles in an i32."""
-WORKSPACE_ALIGNMENT = 256
-"""Bytes; workspaces lie side by side in one piece of memory."""
 WORD = 8
-COUNTER = "counter.ptr"
 
 _FORMATS = {"pointer": "Q", "i64": "q", "i32": "i", "f32": "f", "tensor_map": "128s"}
 _SIZES = {"pointer": 8, "i64": 8, "i32": 4, "f32": 4, "tensor_map": TENSOR_MAP_BYTES}
 _ALIGNMENTS = {**_SIZES, "tensor_map": 64}
-_FIRST_ADDRESSES = ("q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse.ptr", "tables", "scratch")
+_REGIONS = ("kept", "scratch", "zeroed")
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -78,17 +64,12 @@ class Arguments(threading.local):
 
 @dataclass(frozen=True)
 class PreparedLaunch:
-    """A launch of one signature: what the driver is told besides parameters.
-
-    Attributes:
-        fills_tables: it is the table kernel's, which a call with tables leaves out.
-    """
+    """A launch of one signature: what the driver is told besides parameters."""
 
     function: Function
     grid: int
     threads: int
     smem_bytes: int
-    fills_tables: bool
 
 
 @dataclass(frozen=True)
@@ -96,55 +77,37 @@ class PreparedStruct:
     """A parameter struct, all but its addresses, and the launches that read it one after another.
 
     Attributes:
-        patches: (word of the struct, number of the address that goes there).
-        workspaces: (word, number of an address, bytes beyond it that the workspace starts).
-        encodings: (word, number, map) of tensor maps that must be encoded anew for every address.
+        patches: (word of the struct, number of an address, bytes beyond it) for each pointer.
+        encodings: (word, number, bytes beyond, map) of tensor maps that must be encoded anew for every address.
     """
 
     arguments: Arguments
-    patches: tuple[tuple[int, int], ...]
-    workspaces: tuple[tuple[int, int, int], ...]
-    encodings: tuple[tuple[int, int, MapGeometry], ...]
+    patches: tuple[tuple[int, int, int], ...]
+    encodings: tuple[tuple[int, int, int, MapGeometry], ...]
     launches: tuple[PreparedLaunch, ...]
-
-    def only(self, fills_tables: bool) -> "PreparedStruct":
-        """With the launches alone that fill tables, or with the others."""
-        kept = tuple(ready for ready in self.launches if ready.fills_tables == fills_tables)
-        return replace(self, launches=kept)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything about a signature that does not change from call to call.
 
-    Addresses are, in this order: q, k, v, out, lse, the memory of tables, that of the other workspaces, the declared
-    tensors, and the tile counter.
+    Addresses are, in this order: the tensors that are passed, the values that are wanted, the memory of kept, of
+    scratch and of zeroed values, and the tile counter.
 
     Attributes:
-        out_shape: of a fresh output; None where it has the shape, the strides and the type of q.
-        tables_size: what tables take, in elements of q.
-        scratch_size: what the other workspaces take, in elements of q.
+        outputs: shape and type of each wanted value, in the call's layout; a shape of None is that of q, with its
+            strides and type.
+        sizes: what kept, scratch and zeroed values take, in bytes.
         draws_tiles: whether the kernels need a tile counter.
         tables: what tables of this signature are known by.
     """
 
-    out_shape: tuple[int, ...] | None
-    lse_shape: tuple[int, ...]
-    tables_size: int
-    scratch_size: int
+    bound: Bound
+    outputs: tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]
+    sizes: tuple[int, int, int]
     structs: tuple[PreparedStruct, ...]
     draws_tiles: bool
     tables: TableSignature
-
-    @cached_property
-    def without_tables(self) -> tuple[PreparedStruct, ...]:
-        """What is launched by a call that brings its tables."""
-        return tuple(each.only(fills_tables=False) for each in self.structs)
-
-    @cached_property
-    def of_tables(self) -> tuple[PreparedStruct, ...]:
-        """What fills tables and nothing else."""
-        return tuple(each.only(fills_tables=True) for each in self.structs)
 
 
 def remember(prepared: dict[_Key, _Value], key: _Key, value: _Value) -> None:
@@ -155,141 +118,98 @@ def remember(prepared: dict[_Key, _Value], key: _Key, value: _Value) -> None:
 
 
 def prepare_signature(
-    manifest: Manifest,
+    bound: Bound,
     function: Callable[[KernelEntry, int], Function],
-    problem: Problem,
     q: torch.Tensor,
-    softmax_scale: float | None,
     out: torch.Tensor | None,
     layout: str,
-    declared: DeclaredValues,
 ) -> Prepared:
-    """Work out what a signature launches; its arguments have been checked.
+    """Have at hand what a signature launches.
 
     Args:
-        manifest: of the kernel that takes the call.
-        function: makes a kernel of it ready on a device.
-        problem: sizes and strides of the call.
+        bound: what that is.
+        function: makes a kernel ready on a device.
         q: of the call, like those that follow.
-        softmax_scale: 1/sqrt(head_dim_qk) where None.
         out: None where it will be allocated.
         layout: "bshd" or "bhsd".
-        declared: the scalars and tensors that the spec declares.
     """
-    out_shape, output = (*q.shape[:3], manifest.head_dim_v), torch_dtype(dtype(manifest.output))
-    sample = torch.empty(out_shape, dtype=output, device="meta") if out is None else out
-    out_is_like_q = (q.shape, q.stride(), q.dtype) == (out_shape, sample.stride(), output)
-    scale = 1 / math.sqrt(manifest.head_dim_qk) if softmax_scale is None else softmax_scale
-    sizes = {**problem.sizes, "num_sms": sms_of(manifest.arch, q.device)}
-    steps = {"q": problem.q, "k": problem.k, "v": problem.v, "out": strides(sample, layout)}
-    values: dict[str, Any] = {
-        **sizes,
-        **scale_values(scale, manifest.score_factor),
-        **declared.parameters,
-    }
-    for name, (batch, seqlen, head) in steps.items():
-        values |= {
-            f"{name}.stride_batch": batch,
-            f"{name}.stride_seqlen": seqlen,
-            f"{name}.stride_head": head,
-        }
-    maps = {
-        entry.tensor: geometry(entry, sizes, steps[entry.tensor])
-        for kernel in manifest.kernels
-        for entry in kernel.tensor_maps
-    }
-    values |= {f"map.{tensor}": encode(map_, 0) for tensor, map_ in maps.items()}
-    numbers = {name: number for number, name in enumerate(_addresses(manifest))}
-    spaces, taken = _workspaces(manifest, sizes)
-    values |= dict.fromkeys((*numbers, *spaces), 0)
-    kernels = {kernel.name: kernel for kernel in manifest.kernels}
-    reports = [report for report in explain_launch(manifest, problem, sizes["num_sms"]) if report.grid]
+    numbers = bound.numbers(out, layout)
+    places = _places(bound)
+    launched = bound.kernels()
     structs = []
-    for _, readers in groupby(reports, lambda report: kernels[report.kernel].params):
+    for _, readers in groupby(launched, lambda each: (each[0].params, each[0].tensor_maps)):
         of_struct = tuple(readers)
         launches = tuple(
-            PreparedLaunch(
-                function(kernels[report.kernel], q.get_device()),
-                report.grid,
-                report.threads,
-                report.smem_bytes,
-                report.kernel == manifest.table_kernel,
-            )
-            for report in of_struct
+            PreparedLaunch(function(kernel, q.get_device()), grid, kernel.threads, kernel.smem_bytes)
+            for kernel, grid in of_struct
         )
-        structs.append(_struct(kernels[of_struct[0].kernel], launches, values, maps, numbers, spaces))
+        structs.append(_struct(bound, of_struct[0][0], launches, numbers, places))
     return Prepared(
-        None if out_is_like_q else out_shape,
-        (problem.batch, problem.num_heads_q, problem.seqlen_q),
-        taken["tables"] // q.element_size(),
-        taken["scratch"] // q.element_size(),
+        bound,
+        tuple(_output(bound, name, q, layout) for name in bound.wanted),
+        (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),
         tuple(structs),
-        bool(reports) and any(map(_draws_tiles, manifest.kernels)),
-        TableSignature.of(manifest, problem.sizes, declared),
+        any(param.value == COUNTER for kernel, _ in launched for param in kernel.params),
+        TableSignature.of(bound.launches[-1].kernel, bound.given),
     )
 
 
-def _addresses(manifest: Manifest) -> tuple[str, ...]:
-    """What a call's addresses are of, in order."""
-    tensors = (f"tensor.{entry.name}.ptr" for entry in (*manifest.tensors, *manifest.descales))
-    return (*_FIRST_ADDRESSES, *tensors, COUNTER)
+def _places(bound: Bound) -> dict[str, tuple[int, int]]:
+    """Where each pointer of a call leads: the number of an address, and bytes beyond it."""
+    wholes = (*bound.given.tensors, *bound.wanted, *_REGIONS, "counter")
+    number_of = {name: number for number, name in enumerate(wholes)}
+    places = {f"{name}.ptr": (number, 0) for name, number in number_of.items() if name not in _REGIONS}
+    for region, values in zip(_REGIONS, (bound.kept, bound.scratch, bound.zeroed), strict=True):
+        places |= {f"{name}.ptr": (number_of[region], beyond) for name, beyond in values.offsets.items()}
+    return places
 
 
-def _workspaces(
-    manifest: Manifest, sizes: Mapping[str, int]
-) -> tuple[dict[str, tuple[str, int]], dict[str, int]]:
-    """Which memory each workspace lies in and how many bytes from its start, and how many bytes each memory takes."""
-    spaces, ends = {}, {"tables": 0, "scratch": 0}
-    for space in manifest.workspaces:
-        memory = "tables" if space.name in manifest.tables else "scratch"
-        spaces[f"workspace.{space.name}"] = memory, ends[memory]
-        taken = _bytes(space, sizes)
-        ends[memory] += taken + -taken % WORKSPACE_ALIGNMENT
-    return spaces, ends
-
-
-def _bytes(space: WorkspaceEntry, sizes: Mapping[str, int]) -> int:
-    return 4 * math.prod(evaluate_formula(size, sizes) for size in space.shape)
+def _output(
+    bound: Bound, name: str, q: torch.Tensor, layout: str
+) -> tuple[tuple[int, ...] | None, torch.dtype]:
+    """The shape of a wanted value, in the call's layout where it is an output, and its type."""
+    made = bound.made[name]
+    shape = made.stored
+    if made.value.source == "output" and made.value.axes and layout == "bhsd":
+        shape = (shape[0], shape[2], shape[1], shape[3])
+    dense = torch.empty(shape, dtype=made.dtype, device="meta").stride()
+    is_like_q = (q.shape, q.stride(), q.dtype) == (shape, dense, made.dtype)
+    return None if is_like_q else shape, made.dtype
 
 
 def _struct(
+    bound: Bound,
     kernel: KernelEntry,
     launches: tuple[PreparedLaunch, ...],
-    values: Mapping[str, Any],
-    maps: Mapping[str, MapGeometry],
-    numbers: Mapping[str, int],
-    spaces: Mapping[str, tuple[str, int]],
+    numbers: Mapping[str, Any],
+    places: Mapping[str, tuple[int, int]],
 ) -> PreparedStruct:
     """Pack what does not change, and tell where the addresses go.
 
     Args:
+        bound: what the call launches.
         kernel: the first that reads the struct.
         launches: all that do.
-        values: of the fields; an address is 0.
-        maps: by tensor.
-        numbers: of the addresses, by name.
-        spaces: of the fields that are workspaces: in which memory, and how many bytes from its start.
+        numbers: what fields carry but addresses and maps.
+        places: of the addresses, see `_places`.
     """
     words = {name: offset // WORD for name, offset in offsets(kernel).items()}
-    patches = [(words[name], number) for name, number in numbers.items() if name in words]
-    mapped = [
-        (words[f"map.{entry.tensor}"], numbers[f"{entry.tensor}.ptr"], maps[entry.tensor])
+    maps = {
+        entry.value: geometry(entry, bound.sizes, [numbers[f"{entry.value}.stride_{axis}"] for axis in _ROWS])
         for entry in kernel.tensor_maps
-    ]
+    }
+    fields: dict[str, Any] = {**dict.fromkeys((param.value for param in kernel.params), 0), **numbers}
+    fields |= {f"{name}.map": encode(map_, 0) for name, map_ in maps.items()}
+    patches = [(word, *places[name]) for name, word in words.items() if name in places]
+    mapped = [(words[f"{name}.map"], *places[f"{name}.ptr"], map_) for name, map_ in maps.items()]
     if mapped and address_comes_first():
-        patches += [(word, number) for word, number, _ in mapped]
+        patches += [(word, number, beyond) for word, number, beyond, _ in mapped]
         mapped = []
-    return PreparedStruct(
-        Arguments(pack(kernel, values)),
-        tuple(patches),
-        tuple(
-            (words[name], numbers[memory], beyond)
-            for name, (memory, beyond) in spaces.items()
-            if name in words
-        ),
-        tuple(mapped),
-        launches,
-    )
+    return PreparedStruct(Arguments(pack(kernel, fields)), tuple(patches), tuple(mapped), launches)
+
+
+_ROWS = ("batch", "seqlen", "head")
+"""Axes whose strides a tensor map holds."""
 
 
 def offsets(kernel: KernelEntry) -> dict[str, int]:
@@ -312,10 +232,6 @@ def pack(kernel: KernelEntry, values: Mapping[str, Any]) -> bytes:
     return bytes(data)
 
 
-def _draws_tiles(kernel: KernelEntry) -> bool:
-    return any(param.value == COUNTER for param in kernel.params)
-
-
 def sms_of(arch: str, device: torch.device) -> int:
     """Multiprocessors of a device; of the target's largest part where it is no GPU."""
     if device.type == "cuda":
@@ -323,46 +239,20 @@ def sms_of(arch: str, device: torch.device) -> int:
     return ARCHS[arch].num_sms
 
 
-def grid_of(entry: LaunchEntry, sizes: Mapping[str, int], persistent: bool) -> int:
-    """How many blocks of threads a launch has.
+def explain_launch(manifest: Manifest, given: Given, num_sms: int | None = None) -> tuple[LaunchReport, ...]:
+    """What a call launches, from the manifest alone.
 
     Args:
-        entry: the launch.
-        sizes: of the call.
-        persistent: whether a block may work on many tiles, and look once more than there is work for it: their numbers
-            run on by as many as there are blocks.
-
-    Raises:
-        ArgumentError: more than CUDA allows, or more tiles than a kernel can count.
-    """
-    grid, tiles = evaluate_formula(entry.grid, sizes), evaluate_formula(entry.tiles, sizes)
-    if grid > LARGEST_GRID:
-        raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
-    most = LARGEST_TILE_NUMBER + 1 - (grid if persistent else 0)
-    if tiles > most:
-        raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
-    return grid
-
-
-def explain_launch(
-    manifest: Manifest, problem: Problem, num_sms: int | None = None
-) -> tuple[LaunchReport, ...]:
-    """What a call of these sizes launches, from the manifest alone.
-
-    Args:
-        manifest: of the kernel.
-        problem: the sizes of the call.
+        manifest: of the call.
+        given: its arguments.
         num_sms: of the GPU; the manifest's arch tells where None.
 
     Raises:
         ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
-    kernels = {kernel.name: kernel for kernel in manifest.kernels}
-    sizes = {**problem.sizes, "num_sms": num_sms or ARCHS[manifest.arch].num_sms}
-    workspace_bytes = {space.name: _bytes(space, sizes) for space in manifest.workspaces}
-    reports = []
-    for entry in manifest.launches:
-        kernel = kernels[entry.kernel]
-        grid = grid_of(entry, sizes, persistent=_draws_tiles(kernel))
-        reports.append(LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes))
-    return tuple(reports)
+    bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms)
+    workspace_bytes = {name: made.size_bytes for name, made in bound.made.items() if name != "out"}
+    return tuple(
+        LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes)
+        for kernel, grid in bound.kernels()
+    )

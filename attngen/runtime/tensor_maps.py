@@ -1,12 +1,11 @@
 """Tensor maps: the copy engine's descriptors, from the manifest and a tensor's strides."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from attngen.dtypes import dtype
-from attngen.emit.manifest import TensorMapEntry
-from attngen.plan import evaluate_formula
-from attngen.runtime.arguments import Strides
+from attngen.plan import TensorMapEntry, evaluate_formula
 from attngen.runtime.driver import encode_tensor_map
 
 ADDRESS_BYTES = 8
@@ -24,7 +23,7 @@ class MapGeometry:
     element_bytes: int = 2
 
 
-def geometry(entry: TensorMapEntry, sizes: dict[str, int], strides: Strides) -> MapGeometry:
+def geometry(entry: TensorMapEntry, sizes: Mapping[str, int], strides: Sequence[int]) -> MapGeometry:
     """The geometry of a call's tensor.
 
     Args:

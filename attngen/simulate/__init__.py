@@ -9,17 +9,18 @@ from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.progress import Progress
 from attngen.simulate.roles import Event, RoleRun, StepFunction
-from attngen.simulate.run import STEPS_SIMULATED, count, simulate
+from attngen.simulate.run import STEPS_SIMULATED, count, run_call, simulate
 from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import tiles
 from attngen.simulate.timeline import Prediction, Timeline, predict, timeline
 from attngen.simulate.trace import Trace, trace
 from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
 from attngen.simulate.units import UNITS, Interval, Unit
-from attngen.simulate.visits import BlockBounds, Sizes, block_bounds, visited_blocks
+from attngen.simulate.visits import SIMULATED_SMS, BlockBounds, Sizes, block_bounds, visited_blocks
 
 __all__ = [
     "COSTS",
+    "SIMULATED_SMS",
     "STEPS_SIMULATED",
     "UNITS",
     "BlockBounds",
@@ -42,6 +43,7 @@ __all__ = [
     "count",
     "one_thread",
     "predict",
+    "run_call",
     "simulate",
     "standard_algorithm",
     "tiles",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.plan import KernelPlan, Plan, Step
+from attngen.plan import KernelPlan, Step
 from attngen.scaling import scale_values
 from attngen.simulate.barriers import Barrier, NamedBarrier, StageBarriers, stage_barriers
 from attngen.simulate.clocks import Stamp
@@ -22,8 +22,8 @@ from attngen.simulate.visits import Sizes
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call fixes for all its blocks.
+class KernelRun:
+    """What one launch of a kernel fixes for all its blocks.
 
     Attributes:
         scale: what softmax_scale becomes, by the names of the parameters that carry it.
@@ -32,7 +32,7 @@ class Call:
         observer: called after every Step, or None.
     """
 
-    plan: Plan
+    plan: KernelPlan
     sizes: Sizes
     scale: Mapping[str, float]
     device: DeviceMemory
@@ -40,11 +40,10 @@ class Call:
     observer: Callable[[Event], None] | None = None
 
 
-def scale_params(plan: Plan, softmax_scale: float) -> dict[str, float]:
-    """`Call.scale`, each rounded to f32."""
+def scale_params(plan: KernelPlan, softmax_scale: float) -> dict[str, float]:
+    """`KernelRun.scale`, each rounded to f32."""
     values = scale_values(float(softmax_scale), plan.score_factor)
-    params = (param for kernel in plan.kernels for param in kernel.params if param.value in values)
-    values |= {param.name: values[param.value] for param in params}
+    values |= {param.name: values[param.value] for param in plan.params if param.value in values}
     return {name: torch.tensor(value, dtype=torch.float32).item() for name, value in values.items()}
 
 
@@ -55,8 +54,9 @@ class Block:
         tiles: where it gets its tiles from; `first` is its own.
     """
 
-    def __init__(self, call: Call, kernel: KernelPlan, tiles: TileSource, first: int) -> None:
-        self.call = call
+    def __init__(self, run: KernelRun, tiles: TileSource, first: int) -> None:
+        self.call = run
+        kernel = run.plan
         self.tiles = tiles
         self.first = first
         divided = (name for role in kernel.roles for name in divided_buffers(role.program))

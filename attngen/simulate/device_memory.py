@@ -2,7 +2,7 @@
 
 import torch
 
-from attngen.plan import Plan, Rows, Tensor, evaluate_formula
+from attngen.plan import KernelPlan, Rows, Tensor
 from attngen.simulate.tiles import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Sizes, ceil_div
@@ -21,18 +21,16 @@ class DeviceMemory:
 
     def __init__(
         self,
-        plan: Plan,
         sizes: Sizes,
         tensors: dict[str, torch.Tensor] | None,
         traffic: Traffic | None,
         wanted: tuple[str, ...] = (),
     ) -> None:
-        """Make the workspaces, full of NaN.
+        """Take the values of a call.
 
         Args:
-            plan: names the places.
             sizes: of the call.
-            tensors: what the user passed, by name, without rows not asked for; None to count only.
+            tensors: by the names of places, without rows not asked for; None to count only.
             traffic: where to count, or None.
             wanted: optional rows to write although they are not among the tensors.
         """
@@ -43,9 +41,6 @@ class DeviceMemory:
         self.wanted = frozenset((*wanted, *self.tensors))
         self.members_written: dict[tuple[str, int], int] = {}
         self.share_rows: dict[str, int] = {}
-        for workspace in plan.workspaces if self.holds_values else ():
-            shape = [evaluate_formula(size, sizes.values) for size in workspace.shape]
-            self.tensors[workspace.name] = torch.full(shape, float("nan"), dtype=torch.float32)
 
     def wants(self, place: Rows) -> bool:
         """Whether these rows are to be written: the user asked for them, or they are not optional."""
@@ -109,11 +104,11 @@ class DeviceMemory:
             target.dtype
         )
 
-    def unwritten(self, plan: Plan) -> tuple[str, int] | None:
+    def unwritten(self, plan: KernelPlan) -> tuple[str, int] | None:
         """An output block, by name and number, that not every head has written exactly once."""
         heads = self.sizes.batch * self.sizes.num_heads_q
-        outputs = ["out", *(rows.name for rows in plan.rows if not rows.workspace and self.wants(rows))]
-        for name in outputs:
+        wanted = (place for place in plan.writes if isinstance(place, Tensor) or self.wants(place))
+        for name in (place.name for place in wanted):
             rows = self.share_rows.get(name, plan.block_m)
             for share in range(ceil_div(self.sizes.seqlen_q, rows)):
                 if self.members_written.get((name, share), 0) != heads:

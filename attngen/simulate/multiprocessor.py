@@ -7,8 +7,8 @@ one: the four of `fa2` never drift apart here, as they may on a GPU.
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from attngen.plan import Plan, Step
-from attngen.simulate.blocks import Block, Call, scale_params
+from attngen.plan import KernelPlan, Step
+from attngen.simulate.blocks import Block, KernelRun, scale_params
 from attngen.simulate.charges import CHARGES, MEETINGS, Charge
 from attngen.simulate.costs import Costs
 from attngen.simulate.device_memory import DeviceMemory
@@ -29,7 +29,7 @@ class Multiprocessor:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: KernelPlan,
         sizes: Sizes,
         costs: Costs,
         slots: int,
@@ -37,13 +37,13 @@ class Multiprocessor:
     ) -> None:
         self.units = Units(costs)
         self.slots = slots
-        self._kernel = plan.kernel
+        self._kernel = plan
         simulated = {**STEPS_SIMULATED, **(steps or {})}
         timed = {
             kind: self._timed(kind, function, CHARGES[kind]) if kind in CHARGES else function
             for kind, function in simulated.items()
         }
-        self._call = Call(plan, sizes, scale_params(plan, 1.0), DeviceMemory(plan, sizes, None, None), timed)
+        self._call = KernelRun(plan, sizes, scale_params(plan, 1.0), DeviceMemory(sizes, None, None), timed)
 
     def run(self, work: list[Tile]) -> None:
         """Let the slots work on these tiles.
@@ -67,7 +67,7 @@ class Multiprocessor:
                     running.append((slot, self._start(source, waiting.pop(0), slot, begin)))
 
     def _start(self, source: TileSource, number: int, slot: int, begin: int) -> Block:
-        block = Block(self._call, self._kernel, source, number)
+        block = Block(self._call, source, number)
         for role in block.roles:
             name = role.name if self.slots == 1 else f"block {slot}, {role.name}"
             self.units.admit(role, name, begin)

@@ -1,44 +1,45 @@
-"""Running a whole plan on the CPU: its launches, block after block, for values or only to count."""
+"""Running a call on the CPU: launch after launch, programs block after block; for values, or only to count."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from attngen.dtypes import torch_dtype
-from attngen.plan import STEPS, KernelPlan, Plan, Step, evaluate_formula
+from attngen.bind import Bound, Given, bind
+from attngen.plan import STEPS, Call, KernelPlan, Launch, Step, assemble, evaluate_formula
 from attngen.quantize import unpack_values
 from attngen.simulate import control, copies, gemms, scales, softmax, sync
-from attngen.simulate.blocks import Block, Call, scale_params
+from attngen.simulate.blocks import Block, KernelRun, scale_params
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
+from attngen.simulate.names import function_name
 from attngen.simulate.roles import Event, StepFunction
+from attngen.simulate.sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import Sizes, declared_values
+from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values
 from attngen.torch_state import torch_defaults
+
+_STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
 
 
 def _function_of(step: type[Step]) -> StepFunction:
-    """The function that has the Step's name in the spelling of functions: ForTiles, for_tiles."""
-    name = re.sub(r"(?<!^)([A-Z])", r"_\1", step.__name__).lower()
+    """The function that has the Step's name in the spelling of functions."""
+    name = function_name(step)
     found: StepFunction = next(vars(module)[name] for module in _STEP_MODULES if name in vars(module))
     return found
 
 
-_STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
 STEPS_SIMULATED: dict[type[Step], StepFunction] = {step: _function_of(step) for step in STEPS}
 """What each Step does."""
 
 
 @torch_defaults()
-@one_thread()
 def simulate(
-    plan: Plan,
+    plan: KernelPlan | Call,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -52,10 +53,10 @@ def simulate(
     declared: Mapping[str, Any] | None = None,
     descales: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention as the plan's kernels do: same tiles, same order, same roundings.
+    """Compute attention as one attention kernel does: same tiles, same order, same roundings.
 
     Args:
-        plan: what to run.
+        plan: what to run, or the call of its kernel; the kernel that fills its tables runs before.
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), the plan's input type, on the CPU; arguments have been
             checked by the caller.
         k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
@@ -67,8 +68,8 @@ def simulate(
         steps: functions to use instead of `STEPS_SIMULATED`'s, to see what a fault of theirs would do.
         memory: where to count FLOPs and bytes.
         declared: the scalars and tensors of the spec, by name.
-        descales: of 8-bit q, k and v, by the names of `Plan.scales`: (batch, heads), or (batch, heads, granules). v is
-            then as `attngen.quantize.Operands` has it: transposed, and keys in the order of fragments.
+        descales: of 8-bit q, k and v, by the names of `KernelPlan.scales`: (batch, heads), or (batch, heads, granules).
+            v is then as `attngen.quantize.Operands` has it: transposed, and keys in the order of fragments.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), the plan's output type.
@@ -77,41 +78,128 @@ def simulate(
     Raises:
         SimulationFault: a program broke a rule.
     """
-    q_heads, k_heads = (x if layout == "bhsd" else x.transpose(1, 2) for x in (q, k))
-    if plan.scales:  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
-        v_heads = unpack_values(v, k_heads.shape[2]).permute(0, 2, 3, 1)
-    else:
-        v_heads = v if layout == "bhsd" else v.transpose(1, 2)
-    batch, num_heads_q, seqlen_q, _ = q_heads.shape
-    sizes = Sizes(batch, seqlen_q, k_heads.shape[2], num_heads_q, k_heads.shape[1])
-    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
-    out = torch.full((*q.shape[:3], plan.head_dim_v), math.nan, dtype=torch_dtype(plan.output))
-    lse = torch.full((batch, num_heads_q, seqlen_q), math.nan, dtype=torch.float32) if return_lse else None
-    tensors = {
-        "q": q_heads,
-        "k": k_heads,
-        "v": v_heads,
-        "out": out if layout == "bhsd" else out.transpose(1, 2),
-        **(descales or {}),
+    call = plan if isinstance(plan, Call) else assemble((replace(plan, up_to=None),))
+    q, k = (x.transpose(1, 2) if layout == "bhsd" else x for x in (q, k))
+    if layout == "bhsd" and not descales:
+        v = v.transpose(1, 2)
+    sizes = {
+        "batch": q.shape[0],
+        "seqlen_q": q.shape[1],
+        "seqlen_k": k.shape[1],
+        "num_heads_q": q.shape[2],
+        "num_heads_kv": k.shape[2],
+        "group": q.shape[2] // max(1, k.shape[2]),
     }
-    if lse is not None:
-        tensors["lse"] = lse
-    scale = 1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale
-    call = Call(
-        plan,
+    passed, scalars = dict(declared or {}), call.manifest.scalars
+    named = {f"tensor.{value.argument}": passed[str(value.argument)] for value in call.manifest.declared}
+    given = Given(
+        call.manifest.intakes[-1],
         sizes,
-        scale=scale_params(plan, scale),
-        device=DeviceMemory(plan, sizes, tensors, memory),
-        steps={**STEPS_SIMULATED, **(steps or {})},
-        observer=observer,
+        {"q": q, "k": k, "v": v, **named, **(descales or {})},
+        {scalar.name: passed.get(scalar.name, scalar.default) for scalar in scalars},
+        {},
     )
-    _launch(call, lockstep=LOCKSTEP if observer is None else 1)
-    return out, lse
+    wanted = ("out", "lse") if return_lse else ("out",)
+    bound = bind(call.manifest, given, wanted, SIMULATED_SMS, softmax_scale)
+    made = run_call(call, bound, layout=layout, observer=observer, steps=steps, memory=memory)
+    return made["out"], made.get("lse")
+
+
+@torch_defaults()
+@one_thread()
+def run_call(
+    call: Call,
+    bound: Bound,
+    kept: Mapping[str, torch.Tensor] | None = None,
+    *,
+    layout: str = "bshd",
+    observer: Callable[[Event], None] | None = None,
+    steps: Mapping[type[Step], StepFunction] | None = None,
+    memory: Traffic | None = None,
+) -> dict[str, torch.Tensor]:
+    """Run what a call launches, and return the values that are wanted of it, by name.
+
+    Args:
+        call: the kernels.
+        bound: what is launched, with the tensors that the call passes.
+        kept: values that an earlier call has made.
+        layout: of the output, as of `simulate`, like those that follow.
+        observer: see layout.
+        steps: see layout.
+        memory: see layout.
+
+    Raises:
+        SimulationFault: a program broke a rule.
+    """
+    values = {**bound.given.tensors, **(kept or {}), **_allocate(bound, layout)}
+    declared = Declared(bound.given.scalars, bound.given.declared)
+    sizes = Sizes.of(bound.sizes, declared)
+    for launch in bound.launches:
+        if not bound.grid(launch):
+            continue
+        kernel = call.kernel_of[launch.kernel]
+        if not isinstance(kernel, KernelPlan):
+            values |= SHEETS_SIMULATED[type(kernel)](kernel, values, sizes)
+            continue
+        run = KernelRun(
+            kernel,
+            _with_tables(kernel, sizes, values),
+            scale_params(kernel, bound.softmax_scale),
+            DeviceMemory(sizes, _by_heads(kernel, sizes, values), memory),
+            {**STEPS_SIMULATED, **(steps or {})},
+            observer,
+        )
+        _launch(run, launch, lockstep=LOCKSTEP if observer is None else 1)
+    return {
+        name: _in_layout(values[name], layout) if bound.made[name].value.axes else values[name]
+        for name in bound.wanted
+    }
+
+
+def _allocate(bound: Bound, layout: str) -> dict[str, torch.Tensor]:
+    """The values that a call makes, in the order of their axes: NaN, or 0, until something is written."""
+    made = {}
+    for name, each in bound.made.items():
+        is_output = each.value.source == "output" and bool(each.value.axes)
+        shape = [each.shape[i] for i in (0, 2, 1, 3)] if is_output and layout == "bhsd" else each.stored
+        fill = 0.0 if each.value.zeroed or not each.dtype.is_floating_point else math.nan
+        whole = torch.full(shape, fill, dtype=torch.float32).to(each.dtype)
+        made[name] = _in_layout(whole, layout) if is_output else whole.expand(each.shape)
+    return made
+
+
+def _in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """A tensor (batch, seqlen, heads, cols) in a layout, or back from it."""
+    return x.transpose(1, 2) if layout == "bhsd" else x
+
+
+def _with_tables(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> Sizes:
+    """The sizes of a call whose classes of blocks also find the tables that were filled."""
+    tables = {end: values[name] for end, name in plan.table_values.items() if name in values}
+    declared = sizes.declared
+    return replace(sizes, declared=Declared(declared.scalars, {**declared.tensors, **tables}))
+
+
+def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values that an attention kernel's places name, heads before rows."""
+    found = {scale.name: values[scale.name] for scale in plan.scales}
+    found |= {
+        place.name: values[place.name] for place in (*plan.scratch, *plan.writes) if place.name in values
+    }
+    for tensor in (*plan.reads, *plan.outputs):
+        x = values[tensor.name]
+        if (
+            tensor.transposed
+        ):  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
+            found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
+        else:
+            found[tensor.name] = x.transpose(1, 2)
+    return found
 
 
 @torch_defaults()
 def count(
-    plan: Plan,
+    plan: KernelPlan,
     seqlen_q: int,
     seqlen_k: int,
     batch: int = 1,
@@ -121,7 +209,7 @@ def count(
     return_lse: bool = False,
     declared: Mapping[str, Any] | None = None,
 ) -> Traffic:
-    """The FLOPs and bytes of a call, by running its programs without values.
+    """The FLOPs and bytes of an attention kernel, by running its programs without values.
 
     Heads that take the same way through the program are run once and counted as often as there are. Blocks of keys
     that depend on what `declared` does not hold are all visited.
@@ -129,43 +217,39 @@ def count(
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
-    device = DeviceMemory(plan, sizes, None, traffic, wanted=("lse",) if return_lse else ())
-    _launch(Call(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED), lockstep=batch * heads)
+    device = DeviceMemory(sizes, None, traffic, wanted=("lse",) if return_lse else ())
+    if evaluate_formula(plan.grid, sizes.values):
+        call = assemble((replace(plan, up_to=None),))
+        run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
+        _launch(run, call.manifest.launches[-1], lockstep=batch * heads)
     return traffic
 
 
-def _launch(call: Call, lockstep: int) -> None:
-    """Run every launch of the plan."""
-    plan, sizes = call.plan, call.sizes
-    if sizes.batch * sizes.seqlen_q * sizes.num_heads_q == 0:
-        return  # the output is empty and nothing is launched
-    for launch in plan.launches:
-        kernel = next(kernel for kernel in plan.kernels if kernel.name == launch.kernel)
-        grid = evaluate_formula(launch.grid, sizes.values)
-        source = TileSource(tiles(plan, kernel, sizes, lockstep), kernel.scheduler.persistent, grid)
-        expected = evaluate_formula(launch.tiles, sizes.values)
-        if source.heads != expected or (grid != expected and not source.is_drawn_from):
-            message = (
-                f"{kernel.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
-            )
-            raise SimulationFault("wrong grid", message)
-        _run_blocks(call, kernel, source)
-    if missing := call.device.unwritten(plan):
+def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
+    """Run the blocks of a launch, and see that they wrote what the kernel is to write."""
+    plan, sizes = run.plan, run.sizes
+    grid, expected = (evaluate_formula(formula, sizes.values) for formula in (launch.grid, launch.tiles))
+    source = TileSource(tiles(plan, sizes, lockstep), plan.scheduler.persistent, grid)
+    if source.heads != expected or (grid != expected and not source.is_drawn_from):
+        message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
+        raise SimulationFault("wrong grid", message)
+    _run_blocks(run, source)
+    if missing := run.device.unwritten(plan):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name
         )
 
 
-def _run_blocks(call: Call, kernel: KernelPlan, source: TileSource) -> None:
+def _run_blocks(run: KernelRun, source: TileSource) -> None:
     """Run the blocks of a launch: those of a persistent kernel in turns, the others one after another."""
     at_a_time = source.blocks if source.is_drawn_from else 1
     for first in range(0, source.blocks, at_a_time):
-        blocks = [Block(call, kernel, source, i) for i in range(first, first + at_a_time)]
+        blocks = [Block(run, source, i) for i in range(first, first + at_a_time)]
         while running := [block for block in blocks if not block.is_done]:
             for block in running:
                 block.go_on()
     if source.counter:
         raise SimulationFault(
-            "never reset", f"the tile counter of {kernel.name} stands at {source.counter} at the end"
+            "never reset", f"the tile counter of {run.plan.name} stands at {source.counter} at the end"
         )

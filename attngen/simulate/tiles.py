@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from attngen.plan import KernelPlan, Plan
+from attngen.plan import KernelPlan
 from attngen.simulate.visits import (
     BlockBounds,
     Member,
@@ -67,11 +67,11 @@ class Tile:
         return f"{rows}head {head}, batch {batch}{more}"
 
 
-def tiles(plan: Plan, kernel: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
+def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
     """The tiles of a launch in the order of its blocks; up to `lockstep` heads that take one way are one."""
     m_blocks = range(ceil_div(sizes.seqlen_q, plan.block_m))
     heads = heads_alike(plan, sizes)
-    if kernel.scheduler.kind == "heads":
+    if plan.scheduler.kind == "heads":
 
         def visits(member: Member) -> tuple[tuple[int, ...], ...]:
             return tuple(visited_blocks(plan, sizes, m, member) for m in m_blocks)
@@ -79,7 +79,7 @@ def tiles(plan: Plan, kernel: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP
         for _, members in _stacked(heads, visits, lockstep):
             yield Tile(None, None, None, members)
         return
-    for m_block in reversed(m_blocks) if kernel.scheduler.longest_first else m_blocks:
+    for m_block in reversed(m_blocks) if plan.scheduler.longest_first else m_blocks:
         if plan.key_blocks:
             for bounds, members in _stacked(heads, partial(block_bounds, plan, sizes, m_block), lockstep):
                 yield Tile(m_block, bounds, None, members)

@@ -13,7 +13,7 @@ from functools import cached_property
 from heapq import heapify, heapreplace
 from typing import Any
 
-from attngen.plan import Plan, Step
+from attngen.plan import KernelPlan, Step
 from attngen.simulate.costs import Costs, costs_of
 from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
@@ -80,7 +80,7 @@ class Prediction:
 
 @torch_defaults()
 def timeline(
-    plan: Plan,
+    plan: KernelPlan,
     seqlen_q: int,
     seqlen_k: int,
     batch: int = 1,
@@ -111,16 +111,15 @@ def timeline(
         SimulationFault: a program broke a rule, or no role can go on.
     """
     sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
-    kernel = plan.kernel
-    first = next(tiles(plan, kernel, sizes, 1), None)
-    rounds = 2 if kernel.scheduler.persistent else 1
-    costs, slots = costs or costs_of(plan.arch), slots or kernel.blocks_per_sm
+    first = next(tiles(plan, sizes, 1), None)
+    rounds = 2 if plan.scheduler.persistent else 1
+    costs, slots = costs or costs_of(plan.arch), slots or plan.blocks_per_sm
     work = [] if first is None else [first] * rounds * slots
     return _on_one_sm(plan, sizes, work, costs, slots, steps)
 
 
 def _on_one_sm(
-    plan: Plan,
+    plan: KernelPlan,
     sizes: Sizes,
     work: list[Tile],
     costs: Costs,
@@ -134,7 +133,7 @@ def _on_one_sm(
 
 @torch_defaults()
 def predict(
-    plan: Plan,
+    plan: KernelPlan,
     seqlen_q: int,
     seqlen_k: int,
     batch: int = 1,
@@ -151,10 +150,8 @@ def predict(
     pairs of blocks. Tiles go in the launch's order to whoever is free first.
     """
     sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
-    costs, slots = costs or costs_of(plan.arch), slots or plan.kernel.blocks_per_sm
-    launch = [
-        (tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, plan.kernel, sizes, max(1, batch * heads))
-    ]
+    costs, slots = costs or costs_of(plan.arch), slots or plan.blocks_per_sm
+    launch = [(tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, sizes, max(1, batch * heads))]
     kinds = {pairs: tile for tile, pairs in launch}
     if not kinds:
         return Prediction(0, 0, 0)
@@ -171,7 +168,7 @@ def predict(
     return Prediction(one_more[known[-1]], cycles, cycles / costs.clock_hz)
 
 
-def _tile_cycles(plan: Plan, sizes: Sizes, tile: Tile, costs: Costs, slots: int) -> tuple[float, float]:
+def _tile_cycles(plan: KernelPlan, sizes: Sizes, tile: Tile, costs: Costs, slots: int) -> tuple[float, float]:
     """What one more such tile costs, and how much longer the first takes."""
     scale = 1.0
     if tile.m_block is None:  # a whole head: a shorter one, so that it does not take minutes
@@ -187,7 +184,7 @@ def _tile_cycles(plan: Plan, sizes: Sizes, tile: Tile, costs: Costs, slots: int)
     return (twice - once) / slots, max(0.0, 2 * once - twice)
 
 
-def _pairs(plan: Plan, sizes: Sizes, tile: Tile) -> int:
+def _pairs(plan: KernelPlan, sizes: Sizes, tile: Tile) -> int:
     """How many pairs of a block of rows and a block of keys a tile is made of."""
     if tile.m_block is not None:
         return tile.visits
@@ -196,7 +193,7 @@ def _pairs(plan: Plan, sizes: Sizes, tile: Tile) -> int:
 
 
 def _sizes(
-    plan: Plan,
+    plan: KernelPlan,
     seqlen_q: int,
     seqlen_k: int,
     batch: int,

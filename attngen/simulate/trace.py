@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.plan.steps import (
     CopyTile,
     Exponentiate,
@@ -95,7 +95,7 @@ class Trace:
 
 
 def trace(
-    plan: Plan,
+    plan: KernelPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -129,7 +129,7 @@ class _Board:
     outside a loop over keys are the last one of their rows.
     """
 
-    def __init__(self, plan: Plan, scale: float, seqlen_q: int, seqlen_k: int) -> None:
+    def __init__(self, plan: KernelPlan, scale: float, seqlen_q: int, seqlen_k: int) -> None:
         self.records: list[BlockRecord | FinishedRecord] = []
         self._plan, self._scale, self._seqlen_q, self._seqlen_k = plan, scale, seqlen_q, seqlen_k
         self._seen: dict[RoleRun, deque[dict[str, Any]]] = defaultdict(deque)

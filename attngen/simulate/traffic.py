@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attngen.dtypes import DType
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.simulate.visits import Member, Sizes, ceil_div, declared_values, heads_alike, visited_blocks
 from attngen.torch_state import torch_defaults
 
@@ -61,7 +61,7 @@ class Traffic:
 
 @torch_defaults()
 def closed_form(
-    plan: Plan,
+    plan: KernelPlan,
     seqlen_q: int,
     seqlen_k: int,
     batch: int = 1,
@@ -83,11 +83,11 @@ def closed_form(
     return _total((_of_head(plan, sizes, members[0], return_lse), len(members)) for members in alike)
 
 
-def _of_head(plan: Plan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:
+def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:
     """What one head costs."""
     seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
     traffic = Traffic()
-    loads_q_anyway = bool(plan.kernel.rings)  # the producer of a ring fills it for every tile
+    loads_q_anyway = bool(plan.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
     for m in range(ceil_div(seqlen_q, plan.block_m)):
         visited = visited_blocks(plan, sizes, m, member)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -34,6 +34,13 @@ class Sizes:
     num_sms: int = SIMULATED_SMS
     declared: Declared = Declared()
 
+    @classmethod
+    def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
+        """The sizes of a call that has been bound."""
+        names = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "num_sms")
+        batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms = (sizes[name] for name in names)
+        return cls(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms, declared)
+
     @property
     def group(self) -> int:
         """Query heads that share a head of K and V."""
@@ -46,7 +53,7 @@ class Sizes:
         return {name: getattr(self, name) for name in names}
 
 
-def declared_values(plan: Plan, sizes: Sizes, passed: Mapping[str, Any]) -> Declared:
+def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -> Declared:
     """What a call passes by name, with the defaults of scalars and the tables that the plan's table kernel fills.
 
     Tensors that are not passed are unknown: nothing is read of them, and what depends on them is not classed.
@@ -55,10 +62,8 @@ def declared_values(plan: Plan, sizes: Sizes, passed: Mapping[str, Any]) -> Decl
     scalars |= {name: value for name, value in passed.items() if name in scalars}
     tensors = {name: passed[name] for name in plan.declarations.tensors if name in passed}
     are_known = len(tensors) == len(plan.declarations.tensors) and sizes.seqlen_q and sizes.seqlen_k
-    if plan.table_kernel is not None and are_known:
-        tensors |= fill_tables(
-            plan.table_kernel.tables, sizes.values, scalars, tensors, plan.block_m, plan.block_n
-        )
+    if plan.tables and are_known:
+        tensors |= fill_tables(plan.tables, sizes.values, scalars, tensors, plan.block_m, plan.block_n)
     return Declared(scalars, tensors)
 
 
@@ -103,7 +108,7 @@ def clamp(x: int, low: int, high: int) -> int:
     return max(low, min(x, high))
 
 
-def block_bounds(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> BlockBounds:
+def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> BlockBounds:
     """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form.
 
     Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
@@ -126,7 +131,7 @@ def block_bounds(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HE
     return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_last), n_max)
 
 
-def walk_of(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> tuple[Visited, ...]:
+def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> tuple[Visited, ...]:
     """The blocks of keys that block `m_block` of rows visits, from right to left, each classed by itself.
 
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
@@ -152,7 +157,9 @@ def walk_of(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -
     return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
 
 
-def visited_blocks(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> tuple[int, ...]:
+def visited_blocks(
+    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD
+) -> tuple[int, ...]:
     """The numbers of the blocks of keys that block `m_block` of rows visits."""
     if plan.key_blocks is None:
         return tuple(block.n for block in walk_of(plan, sizes, m_block, member))
@@ -160,12 +167,12 @@ def visited_blocks(plan: Plan, sizes: Sizes, m_block: int, member: Member = ANY_
     return tuple(range(bounds.n_min, bounds.n_max))
 
 
-def heads_differ(plan: Plan) -> bool:
+def heads_differ(plan: KernelPlan) -> bool:
     """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
     return bool(_names_of_heads(plan))
 
 
-def heads_alike(plan: Plan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
+def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
     """All heads of a call; those together that the mask does not tell apart, which visit the same blocks of keys."""
     named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
     alike: dict[tuple[int, ...], list[Member]] = {}
@@ -176,7 +183,7 @@ def heads_alike(plan: Plan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
     return tuple(map(tuple, alike.values()))
 
 
-def _names_of_heads(plan: Plan) -> frozenset[str]:
+def _names_of_heads(plan: KernelPlan) -> frozenset[str]:
     """By which names the blocks of keys that a row visits ask for its head and its place in the batch."""
     keys, classes = plan.key_blocks, plan.tile_classes
     if keys is not None:
@@ -193,7 +200,7 @@ def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
     return has_tensors and None not in (names[name] for name in free_names(expr))
 
 
-def _names_of_tile(plan: Plan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:
+def _names_of_tile(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:
     """What a condition on a block of rows may name."""
     return {
         "q_idx.tile": m_block,

@@ -6,7 +6,7 @@ from attngen.api import resolve_arch
 from attngen.arch import ARCHS
 from attngen.cli.limits import MARGINS, binding, margins, occupancy
 from attngen.lower import lower
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.plan.rules import RULES
 from attngen.spec import load
 
@@ -16,7 +16,7 @@ def test_every_rule_has_a_margin() -> None:
     assert set(MARGINS) == set(RULES)
 
 
-def assert_margins_are_kept(plan: Plan) -> None:
+def assert_margins_are_kept(plan: KernelPlan) -> None:
     for margin in margins(plan):
         assert margin.used <= margin.limit if margin.is_amount else margin.used % margin.limit == 0, margin
     tile_rules = ("registers", "shared-memory", "wgmma-columns")

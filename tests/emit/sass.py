@@ -81,7 +81,7 @@ class Row:
 def row(name: str, kernel: attngen.Kernel) -> Row:
     """The line of a kernel of a spec."""
     plan, loop = kernel.plan, hot_loop(kernel.sass())
-    used = next(used for used in kernel.resources if used.name == plan.kernel.name)
+    used = next(used for used in kernel.resources if used.name == plan.name)
     keys = f"up to {plan.up_to}" if plan.up_to else "any"
     tile = f"{plan.schedule} {plan.block_m}x{plan.block_n}"
     counts = (

@@ -44,7 +44,7 @@ def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
         "QGMMA" if name == "HGMMA" and kernel.plan.inputs.bits == 8 else name
         for name in MATRIX_INSTRUCTIONS[kernel.plan.schedule]
     }
-    plan = kernel.plan.kernel
+    plan = kernel.plan
     assert used.registers * plan.threads * plan.blocks_per_sm <= kernel.plan.arch.registers_per_sm
     if plan.worker.registers is None:
         planned.discard("USETMAXREG")
@@ -116,7 +116,7 @@ def test_e4m3_compiles_without_spills(head_dim: object, scales: str, mask: str, 
 def test_integer_maxima_take_three_at_a_time(name: str, threes: int) -> None:
     """A score costs half an instruction where the plan says so; where positive scores are missing, one."""
     made = attngen.compile(name)
-    steps = [step for step in walk(made.plan.kernel.worker.program) if isinstance(step, RowMax)]
+    steps = [step for step in walk(made.plan.worker.program) if isinstance(step, RowMax)]
     assert {step.by_integers for step in steps} == {threes > 0}
     body = hot_loop(disassemble(made.compiled.cubin))
     assert body["VIMNMX3"] == threes
@@ -219,7 +219,7 @@ def test_a_bias_is_loaded_in_pairs_and_under_no_gemm(which: str, head_dim: int) 
 def test_late_turns_are_passed_before_the_softmax(head_dim: int, mask: str) -> None:
     """The others' GEMMs run under this warpgroup's exponentials: ptxas has not put the arrival behind them."""
     made = attngen.compile({"problem": {"head_dim": head_dim}, "mask": mask}, arch="sm_90a")
-    assert any(isinstance(step, PassTurn) for step in walk(made.plan.kernel.worker.program))
+    assert any(isinstance(step, PassTurn) for step in walk(made.plan.worker.program))
     units = {"HGMMA", "MUFU"}
     bodies = (body for body in loops(made.sass()) if units <= {name.split(".")[0] for name in body})
     hot = min((body for body in bodies if "BAR.ARV" in body), key=len)

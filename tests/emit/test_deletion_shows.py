@@ -9,7 +9,7 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.lower import lower
-from attngen.plan import Plan, Program, Role, body_of
+from attngen.plan import KernelPlan, Program, Role, body_of
 
 
 def shorter_programs(program: Program) -> Iterator[tuple[str, Program]]:
@@ -20,14 +20,14 @@ def shorter_programs(program: Program) -> Iterator[tuple[str, Program]]:
             yield line, (*program[:i], replace(step, body=inner), *program[i + 1 :])  # type: ignore[call-arg]
 
 
-def unchanged_by_deletion(plan: Plan, role: Role) -> tuple[list[str], int]:
+def unchanged_by_deletion(plan: KernelPlan, role: Role) -> tuple[list[str], int]:
     """The Steps of a role whose deletion leaves the text as it is, and how many were deleted."""
     text = emit(plan)
     unchanged, deleted = [], 0
     for line, program in shorter_programs(role.program):
-        roles = tuple(replace(r, program=program) if r is role else r for r in plan.kernel.roles)
+        roles = tuple(replace(r, program=program) if r is role else r for r in plan.roles)
         deleted += 1
-        if emit(replace(plan, kernels=(replace(plan.kernel, roles=roles),))) == text:
+        if emit(replace(plan, kernels=(replace(plan, roles=roles),))) == text:
             unchanged.append(line)
     return unchanged, deleted
 
@@ -37,7 +37,7 @@ def test_every_deleted_step_changes_the_text(kind: str, stages: int) -> None:
     """Nested Steps too, on a causal kernel."""
     spec = {"problem": {"head_dim": 64}, "mask": "causal", "schedule": {"kind": kind, "stages": stages}}
     plan = lower(attngen.load(spec), ARCHS["sm_90a"])
-    (role,) = plan.kernel.roles
+    (role,) = plan.roles
     unchanged, deleted = unchanged_by_deletion(plan, role)
     assert deleted > 25
     assert unchanged == []
@@ -55,7 +55,7 @@ def test_every_deleted_step_of_every_role_changes_the_text(
     spec = {"problem": {"head_dim": head_dim}, "mask": "causal", "schedule": schedule}
     plan = lower(attngen.load(spec), ARCHS["sm_90a"])
     counts = {}
-    for role in plan.kernel.roles:
+    for role in plan.roles:
         unchanged, counts[role.name] = unchanged_by_deletion(plan, role)
         assert unchanged == [], role.name
     assert counts["consumer"] > 60 and counts["producer"] >= (22 if persistent else 19)

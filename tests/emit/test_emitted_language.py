@@ -82,7 +82,7 @@ def test_every_case_compiles(kind: str) -> None:
 def test_a_warp_looks_before_it_takes_a_tanh(score: str, multiple: str | None, is_tanh: bool) -> None:
     """Where the score enters by the tanh of a multiple alone: with all in hand a warp takes one of two ways."""
     made = kernel(LanguageCase(score=score), "warp_specialized")
-    steps = [each for each in walk(made.plan.kernel.worker.program) if isinstance(each, ModifyScores)]
+    steps = [each for each in walk(made.plan.worker.program) if isinstance(each, ModifyScores)]
     assert ("tanh_of.near(s)" in made.source) == ("tanh_of.far(s)" in made.source) == bool(multiple)
     if multiple is None:
         assert all(step.by_tanh is None for step in steps)
@@ -174,7 +174,7 @@ def test_what_is_added_to_the_product_starts_its_gemm(
 ) -> None:
     """Of wgmma on 16-bit inputs, whose accumulators are there before; what is left of the score is modified after."""
     made = kernel(LanguageCase(score=score), kind)
-    steps = {type(step): step for step in walk(made.plan.kernel.worker.program)}
+    steps = {type(step): step for step in walk(made.plan.worker.program)}
     found = steps.get(SeedScores)
     if kind == "fa2" or seed is None:
         assert found is None and isinstance(steps[ModifyScores], ModifyScores)
@@ -191,7 +191,7 @@ def test_not_all_products_are_added_to(inputs: str, dim: int) -> None:
     """The tensor core drops bits of large terms: more than e4m3, f16's P and long rows bear."""
     case = LanguageCase(score="score + alibi(slopes)")
     spec = case.spec(problem={"head_dim": dim}, precision={"inputs": inputs})
-    steps = {type(step) for step in walk(attngen.compile(spec, arch="sm_90a").plan.kernel.worker.program)}
+    steps = {type(step) for step in walk(attngen.compile(spec, arch="sm_90a").plan.worker.program)}
     assert ModifyScores in steps and SeedScores not in steps
 
 
@@ -217,7 +217,7 @@ def test_bounded_scores_need_no_maximum(
     case = LanguageCase("causal", score)
     spec = case.spec(problem={"head_dim": 64}, precision=precision, schedule={"kind": kind})
     made = attngen.compile(spec, arch="sm_90a")
-    program = tuple(walk(made.plan.kernel.worker.program))
+    program = tuple(walk(made.plan.worker.program))
     rescales = [step for step in program if isinstance(step, ScaleRows) and step.by.name == "alpha"]
     assert bool(rescales) == any(isinstance(step, RowMax) for step in program) == needs_maximum
     assert ("float row_max[" in made.source) == ("float alpha[" in made.source) == needs_maximum

@@ -9,14 +9,14 @@ from attngen.emit import emit
 from attngen.errors import PlanError
 from attngen.expr import LARGEST_INLINE, LARGEST_KERNEL, parse_mask, tile_classes, weight
 from attngen.lower import lower
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.runtime import compile_source
 from attngen.spec import load
 
 SECONDS = 10.0
 
 
-def plan_of(target: str = "sm_90a", **texts: object) -> Plan:
+def plan_of(target: str = "sm_90a", **texts: object) -> KernelPlan:
     """The plan of a mask, a score and tensors."""
     return lower(load({"problem": {"head_dim": 64}, **texts}), ARCHS[target])
 

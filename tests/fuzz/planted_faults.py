@@ -15,7 +15,7 @@ import torch
 from attngen.expr import add, const, evaluate
 from attngen.fuzz.properties import Make
 from attngen.fuzz.strategies import plan_of
-from attngen.plan import BlockIndex, Plan, Program, Step, View, body_of
+from attngen.plan import BlockIndex, KernelPlan, Program, Step, View, body_of
 from attngen.plan.steps import (
     Exponentiate,
     FinishRows,
@@ -54,14 +54,14 @@ class Fault:
     """
 
     steps: Mapping[type[Step], StepFunction] = field(default_factory=dict)
-    edit: Callable[[Plan], Plan] = lambda plan: plan
+    edit: Callable[[KernelPlan], KernelPlan] = lambda plan: plan
 
 
 @dataclass(frozen=True)
 class Planted:
     """A simulated kernel with a fault."""
 
-    plan: Plan
+    plan: KernelPlan
     fault: Fault
 
     def __call__(
@@ -116,10 +116,10 @@ def rewritten(program: Program, edit: Edit) -> Program:
     return tuple(result)
 
 
-def with_programs(plan: Plan, change: Callable[[Program], Program]) -> Plan:
+def with_programs(plan: KernelPlan, change: Callable[[Program], Program]) -> KernelPlan:
     """The plan with every role's program changed."""
-    roles = tuple(replace(role, program=change(role.program)) for role in plan.kernel.roles)
-    return replace(plan, kernels=(replace(plan.kernel, roles=roles), *plan.kernels[1:]))
+    roles = tuple(replace(role, program=change(role.program)) for role in plan.roles)
+    return replace(plan, kernels=(replace(plan, roles=roles), *plan.kernels[1:]))
 
 
 def in_program(edit: Edit) -> Fault:
@@ -174,7 +174,7 @@ def _last_block_dropped(step: Step) -> Step:
     )
 
 
-def _wide_full_range(plan: Plan) -> Plan:
+def _wide_full_range(plan: KernelPlan) -> KernelPlan:
     """A block counts as full where only its first key is visible to all."""
     keys = plan.key_blocks
     ends = tuple(add(bound, const(plan.block_n - 1)) for bound in keys.end_all)

@@ -64,7 +64,7 @@ def test_a_promotion_that_does_not_fit_is_told() -> None:
         "acc_s 64 + p 16 + acc_o 128 + part_o 32 = 240; part_o is what precision.promote: 0 does without"
     )
     plan = lower(attngen.load(changes | {"precision": precision | {"promote": 0}}), ARCHS["sm_90a"])
-    assert "part_o" not in {tile.name for tile in plan.kernel.worker.reg_tiles}
+    assert "part_o" not in {tile.name for tile in plan.worker.reg_tiles}
 
 
 DIMS_8BIT = [*((dim, dim) for dim in range(32, 257, 16)), (192, 128), (128, 208), (64, 256), (240, 64)]
@@ -83,7 +83,7 @@ def test_auto_has_a_plan_for_every_head_dim_of_e4m3(promote: int, scales: str) -
             "score": score,
         }
         plan = lower(attngen.load(spec), ARCHS["sm_90a"])
-        parts = [tile.cols for tile in plan.kernel.worker.reg_tiles if tile.name == "part_o"]
+        parts = [tile.cols for tile in plan.worker.reg_tiles if tile.name == "part_o"]
         assert len(parts) == promote and all(v % cols == 0 and cols % 8 == 0 for cols in parts)
         assert plan.block_n % 32 == 0
 

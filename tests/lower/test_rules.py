@@ -34,7 +34,7 @@ def test_the_nearest_values_pass_with_any_tile_that_auto_may_take(kind: str) -> 
     assert (fault.rule, fault.nearest) == ("mma-k-step", ("192", "208"))
     for block_n in (192, 208):
         plan = lower(attngen.load(changes | {"tile": {"block_n": block_n}}), ARCHS["sm_90a"])
-        assert (plan.block_n, plan.kernel.worker.warpgroups) == (block_n, 2)
+        assert (plan.block_n, plan.worker.warpgroups) == (block_n, 2)
 
 
 @pytest.mark.parametrize(("head_dim", "nearest"), [(64, "192"), (128, "192"), (256, "128")])
@@ -262,7 +262,7 @@ def test_a_warpgroup_owns_the_rows_of_one_wgmma() -> None:
         plan = lower(
             attngen.load({"problem": {"head_dim": 128}, "tile": {"block_m": block_m}}), ARCHS["sm_90a"]
         )
-        assert (plan.block_m, plan.kernel.worker.warpgroups) == (block_m, block_m // 64)
+        assert (plan.block_m, plan.worker.warpgroups) == (block_m, block_m // 64)
 
 
 def test_s_of_a_block_is_one_wgmma_wide() -> None:
@@ -364,7 +364,7 @@ def test_auto_finds_a_legal_tile_everywhere(arch: str, head_dim: int) -> None:
     for kind in ("serial", "fa2", *(SPECIALISED if ARCHS[arch].wgmma else ())):
         spec: Spec = attngen.load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}})
         plan = lower(spec, ARCHS[arch])
-        assert plan.kernel.smem_bytes <= ARCHS[arch].smem_bytes_per_block
+        assert plan.smem_bytes <= ARCHS[arch].smem_bytes_per_block
 
 
 @pytest.mark.parametrize("qk", range(32, 257, 8))
@@ -374,7 +374,7 @@ def test_no_buffer_runs_into_another(qk: int) -> None:
         spec = attngen.load({"problem": {"head_dim": {"qk": qk, "v": v}}, "mask": mask})
         whole = lower(spec, ARCHS["sm_90a"])
         for plan in (whole, *whole.shorter):
-            for a, b in combinations(plan.kernel.buffers, 2):
+            for a, b in combinations(plan.buffers, 2):
                 if a.offset < b.offset + b.size_bytes and b.offset < a.offset + a.size_bytes:
                     assert (b.overlays, a.stages) == (a.name, 1), plan.name
 

@@ -63,7 +63,7 @@ class Recorder:
         stream: int,
         arguments: int,
     ) -> None:
-        assert (threads, stream) == (self.kernel.plan.kernel.threads, 7)
+        assert (threads, stream) == (self.kernel.plan.threads, 7)
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None
         self.structs.append(ctypes.string_at(address, self.struct_bytes))
@@ -262,7 +262,7 @@ class SpecialisedRecorder(Recorder):
     ) -> None:
         address = ctypes.c_void_p.from_address(arguments).value
         assert address is not None and address % 64 == 0, "a tensor map stands on 64 bytes"
-        assert smem == self.kernel.plan.kernel.smem_bytes
+        assert smem == self.kernel.plan.smem_bytes
         super().start(function, grid, threads, smem, device, stream, arguments)
 
     def sent(self) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:

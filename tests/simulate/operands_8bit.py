@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from attngen.inputs import Shape
-from attngen.plan import Descales, Plan
+from attngen.plan import Descales, KernelPlan
 from attngen.quantize import Operands, pack_values
 
 
@@ -14,7 +14,7 @@ def descales_of(operands: Operands) -> dict[str, torch.Tensor]:
     return {name: getattr(operands, name) for name in ("q_descale", "k_descale", "v_descale")}
 
 
-def drawn_call(plan: Plan, shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+def drawn_call(plan: KernelPlan, shape: Shape, generator: torch.Generator) -> dict[str, Any]:
     """Arguments of `simulate`; every granule has a scale of its own, between 1/2 and 2."""
 
     def values(seqlen: int, heads: int, cols: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from attngen.plan import (
     KernelPlan,
     KeyBlocks,
     Launch,
-    Plan,
+    KernelPlan,
     Program,
     RegTile,
     RegVec,
@@ -87,7 +87,7 @@ def plan_of(
     key_blocks: KeyBlocks | None = None,
     mask: Expr = TRUE,
     grid: object = None,
-) -> Plan:
+) -> KernelPlan:
     """A plan of one kernel whose roles run these programs."""
     rows, dim = at.q.rows, at.q.cols
     heads = product("batch", "num_heads_q")
@@ -104,7 +104,7 @@ def plan_of(
         blocks_per_sm=1,
         smem_bytes=at.v.offset + at.v.size_bytes,
     )
-    return Plan(
+    return KernelPlan(
         name="attention",
         spec_name="",
         spec_digest="",
@@ -149,13 +149,13 @@ def warpgroup_places() -> WarpgroupPlaces:
     return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), FULL, None)
 
 
-def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
+def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> KernelPlan:
     """A plan on those places whose roles run these programs."""
     given = {"persistent": persistent, "warpgroups": 2}
     plan = lowered("pingpong", stages=2, block_m=4, block_n=4, head_dim=2, fields=given)
     programs = {"consumer": consumer, "producer": producer}
-    roles = tuple(replace(role, program=programs[role.name]) for role in plan.kernel.roles)
-    return replace(plan, kernels=(replace(plan.kernel, roles=roles),))
+    roles = tuple(replace(role, program=programs[role.name]) for role in plan.roles)
+    return replace(plan, kernels=(replace(plan, roles=roles),))
 
 
 def lowered(
@@ -174,7 +174,7 @@ def lowered(
     declarations: Mapping[str, Any] = MappingProxyType({}),
     precision: Mapping[str, Any] = MappingProxyType({}),
     **choices: Any,
-) -> Plan:
+) -> KernelPlan:
     """The plan of a spec, with tiles small enough for every range of a program to hold many blocks.
 
     `fields` is more of the spec's `schedule`, `precision` of its block of that name, `declarations` its tensors and
@@ -208,7 +208,7 @@ class Variant:
     persistent: bool | None = None
     warpgroups: int | None = None
 
-    def plan(self, mask: str = "full", **rest: Any) -> Plan:
+    def plan(self, mask: str = "full", **rest: Any) -> KernelPlan:
         """As `lowered`; three warpgroups share 12 rows."""
         named = {"overlap": self.overlap, "persistent": self.persistent, "warpgroups": self.warpgroups}
         fields = {name: value for name, value in named.items() if value is not None}

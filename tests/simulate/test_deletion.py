@@ -10,7 +10,7 @@ from operands_8bit import drawn_call
 from small_plans import lowered
 
 from attngen.inputs import Shape
-from attngen.plan import Plan, Program, Role, Step, body_of, walk
+from attngen.plan import KernelPlan, Program, Role, Step, body_of, walk
 from attngen.plan.steps import (
     Advance,
     CommitCopies,
@@ -64,7 +64,7 @@ class Case:
         """The mask and the score, with values for what they declare."""
         return LanguageCase(self.mask, self.score)
 
-    def plan(self) -> Plan:
+    def plan(self) -> KernelPlan:
         """Small enough for every range of a program to hold many blocks."""
         pairs: dict[str, Any] = {"score": self.score, "declarations": self.language.declarations}
         if self.overlap is None:
@@ -264,16 +264,16 @@ def without(program: Program, path: Path) -> Program:
     return (*before, replace(step, body=shorter), *after)  # type: ignore[call-arg]
 
 
-def without_step(plan: Plan, site: Site) -> Plan:
+def without_step(plan: KernelPlan, site: Site) -> KernelPlan:
     """The plan whose role lacks the Step."""
     roles = (
         replace(role, program=without(role.program, site.path)) if role.name == site.role else role
-        for role in plan.kernel.roles
+        for role in plan.roles
     )
-    return replace(plan, kernels=(replace(plan.kernel, roles=tuple(roles)), *plan.kernels[1:]))
+    return replace(plan, kernels=(replace(plan, roles=tuple(roles)), *plan.kernels[1:]))
 
 
-def results(plan: Plan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def results(plan: KernelPlan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Out and lse of every one of the fixed inputs."""
     for i, x in enumerate(case.inputs):
         shape = Shape(2, x.heads, x.heads_kv, x.seqlen_q, x.seqlen_k)
@@ -285,7 +285,7 @@ def results(plan: Plan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor
         yield out, lse
 
 
-def drawn_tensors(plan: Plan, shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def drawn_tensors(plan: KernelPlan, shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Q, K and V of a call."""
 
     def randn(seqlen: int, heads: int, cols: int) -> torch.Tensor:
@@ -305,7 +305,7 @@ def differ(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
     )
 
 
-def is_noticed(plan: Plan, case: Case, expected: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def is_noticed(plan: KernelPlan, case: Case, expected: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """Whether some input makes the plan fault or give something else than expected."""
     try:
         return any(differ(found, right) for found, right in zip(results(plan, case), expected, strict=True))
@@ -319,7 +319,7 @@ def test_every_step_is_needed(case: Case) -> None:
     plan = case.plan()
     expected = list(results(plan, case))
     unnoticed, listed = [], []
-    for site in (site for role in plan.kernel.roles for site in sites(case, role)):
+    for site in (site for role in plan.roles for site in sites(case, role)):
         if isinstance(site.step, Note):
             continue  # a heading for readers
         if any(claims(site) for claims in REDUNDANT.values()):
@@ -333,7 +333,7 @@ def test_every_step_is_needed(case: Case) -> None:
 def test_deletion_finds_nested_steps(case: Case) -> None:
     """The test reaches Steps in every body, and a deletion takes a Step and what is in it and no more."""
     plan = case.plan()
-    for role in plan.kernel.roles:
+    for role in plan.roles:
         every = list(sites(case, role))
         assert max(len(site.path) for site in every) >= 4
         for site in every:
@@ -346,7 +346,7 @@ def test_barrier_before_a_wide_output_is_needed() -> None:
     """Where O is wider than Q it takes bytes of K and V too, which the last block of keys has just read."""
     plan = lowered("fa2", "causal", 1, head_dim=4, head_dim_v=12)
     case = Case("fa2", "causal", 1)
-    every = sites(case, plan.kernel.worker)
+    every = sites(case, plan.worker)
     (site,) = (site for site in every if is_before_copy_of_out(site))
     with pytest.raises(SimulationFault, match="CopyTile") as caught:
         list(results(without_step(plan, site), case))

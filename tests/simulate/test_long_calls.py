@@ -13,7 +13,7 @@ from small_plans import KINDS, lowered
 
 import attngen
 from attngen.inputs import Shape, random_inputs
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.simulate import Event, Progress, closed_form, simulate
 
 
@@ -35,7 +35,7 @@ def elsewhere(ask: Callable[[], int]) -> int:
     return answers[0]
 
 
-def small_call() -> tuple[Plan, list[torch.Tensor]]:
+def small_call() -> tuple[KernelPlan, list[torch.Tensor]]:
     plan = lowered("fa2", "causal", 1)
     return plan, list(random_inputs(Shape(1, 2, 2, 9, 9), 4, 4, torch.float32))
 

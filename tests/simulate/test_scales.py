@@ -104,7 +104,7 @@ def test_masks_and_scores(case: LanguageCase, scales: str) -> None:
 def test_promotion_in_slices(head_dim: Any, part: int) -> None:
     """Slices that share out O evenly are promoted one after another."""
     kernel = compiled(head_dim=head_dim, precision={"scales": "per_head", "promote": 1})
-    promotions = [step for step in walk(kernel.plan.kernel.worker.program) if isinstance(step, Promote)]
+    promotions = [step for step in walk(kernel.plan.worker.program) if isinstance(step, Promote)]
     assert {step.part.cols for step in promotions} == {part}
     assert {step.first_column for step in promotions} == set(range(0, kernel.plan.head_dim_v, part))
     assert_right(kernel, kernel.quantize(*drawn(kernel, Shape(1, 2, 1, 9, 200))))

@@ -104,7 +104,7 @@ def test_heads_whose_walks_differ_are_not_stacked() -> None:
     allow[1, 2, 5] = allow[2] = True
     sizes = Sizes(1, 4, 12, 3, 3)
     sizes = Sizes(1, 4, 12, 3, 3, declared=declared_values(plan, sizes, {"allow": allow}))
-    found = {tile.members[0].head: tile.walk for tile in tiles(plan, plan.kernel, sizes)}
+    found = {tile.members[0].head: tile.walk for tile in tiles(plan, sizes)}
     assert found == {0: (), 1: ((1, True),), 2: ((2, False), (1, False), (0, False))}
 
 

@@ -11,7 +11,7 @@ import attngen
 from attngen.accuracy import compare
 from attngen.expr import parse_mask
 from attngen.inputs import Shape, poison, random_inputs
-from attngen.plan import Plan
+from attngen.plan import KernelPlan
 from attngen.plan.steps import ConvertP, LoadTile, MaskScores, RowMax, TmaLoad
 from attngen.reference import attention
 from attngen.simulate import STEPS_SIMULATED, simulate
@@ -27,7 +27,7 @@ SHAPES = [
 ]
 
 
-def accurate(plan: Plan, mask: str, shape: Shape, seed: int = 0, scale: float | None = None) -> None:
+def accurate(plan: KernelPlan, mask: str, shape: Shape, seed: int = 0, scale: float | None = None) -> None:
     """Hold a plan against the reference on random inputs."""
     dtype = getattr(torch, plan.inputs.torch_name)
     q, k, v = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, dtype, seed=seed)

@@ -80,7 +80,7 @@ def test_every_head_and_block_of_rows_has_one_tile() -> None:
     for lockstep in (1, 5, 64):
         found = [
             (tile.m_block, *member)
-            for tile in tiles(plan, plan.kernel, sizes, lockstep)
+            for tile in tiles(plan, sizes, lockstep)
             for member in tile.members
         ]
         assert sorted(found) == every  # type: ignore[type-var]
@@ -89,7 +89,7 @@ def test_every_head_and_block_of_rows_has_one_tile() -> None:
 def test_heads_that_see_other_keys_are_not_stacked() -> None:
     """A mask that asks for the head has its bounds worked out head by head."""
     plan = lowered("fa2", "kv_idx < 4 * h", 1, block_m=4, block_n=4)
-    found = {tile.members[0].head: tile.bounds for tile in tiles(plan, plan.kernel, Sizes(1, 4, 12, 3, 3))}
+    found = {tile.members[0].head: tile.bounds for tile in tiles(plan, Sizes(1, 4, 12, 3, 3))}
     assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
     assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2)).n_max == 2
 
@@ -111,7 +111,7 @@ def test_heads_are_stacked_where_they_take_one_way(schedule: str, mask: str) -> 
         )
 
     ways: Counter[object] = Counter()
-    for tile in tiles(plan, plan.kernel, sizes):
+    for tile in tiles(plan, sizes):
         rows = range(3) if tile.m_block is None else (tile.m_block,)
         found = {tuple(way(m, member) for m in rows) for member in tile.members}
         assert len(found) == 1
@@ -124,7 +124,7 @@ def test_heads_are_stacked_where_they_take_one_way(schedule: str, mask: str) -> 
 def test_persistent_blocks_draw_every_tile_once(count: int, resident: int) -> None:
     """Blocks that draw in turn, after the tile of their own number, get every tile once and leave the counter 0."""
     plan = lowered("warp_specialized", "full", 2, block_m=2)
-    source = TileSource(tiles(plan, plan.kernel, Sizes(1, 2 * count, 4, 1, 1)), True, resident)
+    source = TileSource(tiles(plan, Sizes(1, 2 * count, 4, 1, 1)), True, resident)
     assert source.blocks == min(count, resident)
     taken, at_work = [], list(range(source.blocks))
     while at_work:

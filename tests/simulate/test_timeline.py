@@ -9,7 +9,7 @@ import pytest
 from attngen.arch import ARCHS
 from attngen.errors import ToolchainError
 from attngen.lower import lower
-from attngen.plan import Plan, Program
+from attngen.plan import KernelPlan, Program
 from attngen.plan.steps import ForBlocks, ForTiles, PassTurn, Release, Step, When
 from attngen.simulate import (
     COSTS,
@@ -29,7 +29,7 @@ H200 = COSTS["sm_90a"]
 LENGTH = 1024
 
 
-def plan_of(kind: str, mask: str = "full", head_dim: int = 128, **schedule: Any) -> Plan:
+def plan_of(kind: str, mask: str = "full", head_dim: int = 128, **schedule: Any) -> KernelPlan:
     spec = {
         "target": "sm_90a",
         "problem": {"head_dim": head_dim},
@@ -50,7 +50,7 @@ PLANS = {
 }
 
 
-def without(plan: Plan, role: str, kind: type[Step]) -> Plan:
+def without(plan: KernelPlan, role: str, kind: type[Step]) -> KernelPlan:
     """The plan, one role of which lacks the first Step of a kind."""
 
     def cut(program: Program, left: list[int]) -> Program:
@@ -66,9 +66,9 @@ def without(plan: Plan, role: str, kind: type[Step]) -> Plan:
 
     roles = tuple(
         dataclasses.replace(r, program=cut(r.program, [1])) if r.name == role else r
-        for r in plan.kernel.roles
+        for r in plan.roles
     )
-    kernel = dataclasses.replace(plan.kernel, roles=roles)
+    kernel = dataclasses.replace(plan, roles=roles)
     return dataclasses.replace(plan, kernels=(kernel,))
 
 

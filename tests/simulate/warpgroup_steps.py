@@ -3,7 +3,7 @@
 import torch
 from small_plans import warpgroup_places, warpgroup_plan
 
-from attngen.plan import BlockIndex, Plan, Program
+from attngen.plan import BlockIndex, KernelPlan, Program
 from attngen.plan.steps import (
     Advance,
     Clear,
@@ -69,10 +69,10 @@ FIRST_TURN = When("last warpgroup", (PASS_TURN,))
 END = (CLEAR_O, STAGE, FENCE, MEET, STORE, STORED, MEET)
 
 
-def programs(consumer: Program, producer: Program, persistent: bool = False) -> Plan:
+def programs(consumer: Program, producer: Program, persistent: bool = False) -> KernelPlan:
     return warpgroup_plan((ForTiles(consumer),), (ForTiles(producer),), persistent)
 
 
-def run(plan: Plan, seqlen_q: int = 4) -> None:
+def run(plan: KernelPlan, seqlen_q: int = 4) -> None:
     q, kv = torch.ones(1, seqlen_q, 1, 2), torch.ones(1, 4, 1, 2)
     simulate(plan, q, kv, kv)

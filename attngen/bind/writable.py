@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
-from attngen.runtime.tensors import check_plain
 
 _MAPS = Path("/proc/self/maps")
 """Linux's list of what this process has mapped: `7f52-7f53 r--p ...`."""

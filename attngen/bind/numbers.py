@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from attngen.bind.tensors import check_no_derivative, check_plain
 from attngen.errors import ArgumentError, shown
-from attngen.runtime.tensors import check_no_derivative, check_plain
 from attngen.torch_state import subnormal_numbers
 
 LARGEST_SCALE = 2.0**127

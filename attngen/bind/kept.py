@@ -1,42 +1,15 @@
 """Tables of extremes that outlive a call: what they were made of is remembered, and a call that differs is refused."""
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from attngen.emit.manifest import Manifest
+from attngen.bind.arguments import Given
 from attngen.errors import ArgumentError
-from attngen.runtime.declared import DeclaredValues
-
-MOST_STREAMS = 64
-"""For which memory is kept; a program with more starts over."""
 
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
-
-
-class TableMemory(threading.local):
-    """Memory for the tables of calls, kept for each thread, device and stream: the largest asked for so far.
-
-    Calls of a stream follow one another, so one's tables may take the place of another's; but another thread's kernels
-    may come between the two of a call. A graph that is captured keeps memory of its own.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
-
-    def on(self, device: int, stream: int, q: torch.Tensor, size: int) -> torch.Tensor:
-        """At least `size` elements of q's type on q's device, whose current stream has that raw handle."""
-        if torch._C._cuda_getDevice() != device or torch._C._cuda_isCurrentStreamCapturing():
-            return q.new_empty(size)  # of another device nobody asks whether it captures
-        memory = self._kept.get((device, stream))
-        if memory is None or memory.numel() < size:
-            if len(self._kept) >= MOST_STREAMS:
-                self._kept.clear()
-            memory = self._kept[device, stream] = q.new_empty(size)
-        return memory
 
 
 class TableSignature(NamedTuple):
@@ -55,13 +28,13 @@ class TableSignature(NamedTuple):
     scalars: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, sizes: Mapping[str, int], declared: DeclaredValues) -> "TableSignature":
-        """The signature of a call."""
+    def of(cls, kernel: str, given: Given) -> "TableSignature":
+        """The signature of a call that this kernel takes."""
         return cls(
-            manifest.name,
-            tuple(sizes[name] for name in _SIZES),
-            tuple((name, tuple(x.shape), x.stride()) for name, x in declared.tensors.items()),
-            tuple(declared.scalars.items()),
+            kernel,
+            tuple(given.sizes[name] for name in _SIZES),
+            tuple((name, tuple(x.shape), x.stride()) for name, x in given.declared.items()),
+            tuple(given.scalars.items()),
         )
 
 
@@ -72,16 +45,19 @@ class TileTables:
     Attributes:
         signature: of the calls that may use them.
         contents: address and version of each tensor they were made of.
-        memory: the tables, one after another; None where the simulator makes its own.
+        memory: the tables: of a GPU one after another, as the binder lays them out; of the simulator by value.
     """
 
     signature: TableSignature
     contents: tuple[tuple[int, int], ...]
-    memory: torch.Tensor | None
+    memory: torch.Tensor | Mapping[str, torch.Tensor]
 
     @classmethod
     def of(
-        cls, signature: TableSignature, tensors: Iterable[torch.Tensor], memory: torch.Tensor | None = None
+        cls,
+        signature: TableSignature,
+        tensors: Iterable[torch.Tensor],
+        memory: torch.Tensor | Mapping[str, torch.Tensor],
     ) -> "TileTables":
         """The tables of a call that passes these tensors."""
         return cls(signature, _contents(tensors), memory)

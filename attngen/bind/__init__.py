@@ -1,0 +1,38 @@
+"""Binding: what a call passes is checked, and becomes what it launches and allocates; for the GPU and the simulator."""
+
+from attngen.bind.arguments import (
+    ROW_ALIGNMENT,
+    Given,
+    check_arguments,
+    check_length,
+    check_overlap,
+    check_rows_of_heads,
+    choose_intake,
+)
+from attngen.bind.binder import Allocation, Bound, Region, bind
+from attngen.bind.declared import check_declared
+from attngen.bind.kept import TableSignature, TileTables
+from attngen.bind.numbers import scalar_of, softmax_scale_of
+from attngen.bind.tensors import check_plain
+from attngen.bind.writable import check_writable
+
+__all__ = [
+    "ROW_ALIGNMENT",
+    "Allocation",
+    "Bound",
+    "Given",
+    "Region",
+    "TableSignature",
+    "TileTables",
+    "bind",
+    "check_arguments",
+    "check_declared",
+    "check_length",
+    "check_overlap",
+    "check_plain",
+    "check_rows_of_heads",
+    "check_writable",
+    "choose_intake",
+    "scalar_of",
+    "softmax_scale_of",
+]

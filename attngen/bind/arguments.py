@@ -1,0 +1,320 @@
+"""What a call may pass: every fault is an ArgumentError that names the argument, before anything is touched.
+
+The checks look at shapes, strides, types and addresses, so they serve the GPU and the simulator alike. What each value
+must be is its entry's in the manifest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from attngen.arch import ARCHS
+from attngen.bind.declared import check_declared
+from attngen.bind.numbers import softmax_scale_of
+from attngen.bind.tensors import check_no_derivative, check_plain
+from attngen.dtypes import dtype, torch_dtype
+from attngen.errors import ArgumentError, shown
+from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
+from attngen.plan import COLUMNS_OF_HEADS, OPERANDS_INTAKE, Intake, Manifest, Value, evaluate_formula
+
+Layout = Literal["bshd", "bhsd"]
+ROW_ALIGNMENT = 16
+"""Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
+NOTHING_DECLARED: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a call passes, checked.
+
+    Attributes:
+        intake: in which way it begins.
+        sizes: batch, lengths, heads and group.
+        tensors: by the names of their values, dimensions in the order of the values' axes.
+        scalars: what the spec declares, defaults included.
+        declared_sizes: of the dimensions that the spec's tensors are declared with.
+    """
+
+    intake: Intake
+    sizes: dict[str, int]
+    tensors: dict[str, torch.Tensor]
+    scalars: dict[str, Any]
+    declared_sizes: dict[str, int]
+
+    @property
+    def declared(self) -> dict[str, torch.Tensor]:
+        """The tensors of the spec's expressions, by the names that it has for them."""
+        prefix = "tensor."
+        return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
+
+
+def check_arguments(
+    manifest: Manifest,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    out: torch.Tensor | None = None,
+    layout: str = "bshd",
+    declared: Mapping[str, Any] = NOTHING_DECLARED,
+    intake: str | None = None,
+) -> Given:
+    """Check the arguments of a call against what its kernels were made for.
+
+    Args:
+        manifest: of the call.
+        q: (batch, seqlen_q, num_heads_q, head_dim_qk), of a type that the manifest takes; last dimension contiguous.
+        k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v).
+        softmax_scale: of at most 2^127, either sign, or None.
+        out: (batch, seqlen_q, num_heads_q, head_dim_v), the manifest's output type, or None.
+        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and out.
+        declared: what is passed by name.
+        intake: in which way the call begins; that of q's type where None.
+
+    Raises:
+        ArgumentError: the first fault found.
+    """
+    given = check_rows_of_heads(manifest, q, k, v, softmax_scale, out, layout, intake)
+    tensors, scalars, sizes = check_declared(manifest, given.intake, declared, given.sizes, q.device)
+    if out is not None:
+        check_overlap(out, {name.removeprefix("tensor."): x for name, x in tensors.items()})
+    return Given(given.intake, given.sizes, {**given.tensors, **tensors}, scalars, sizes)
+
+
+def check_rows_of_heads(
+    manifest: Manifest,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    out: torch.Tensor | None = None,
+    layout: str = "bshd",
+    intake: str | None = None,
+) -> Given:
+    """Check all that a call passes but what the spec declares; arguments as of `check_arguments`."""
+    _check_layout(layout)
+    if softmax_scale is not None:
+        softmax_scale_of(softmax_scale)
+    begun = choose_intake(manifest, q, intake)
+    entries = [manifest.value_of[name] for name in begun.values if manifest.value_of[name].axes]
+    passed = [*zip(entries, (q, k, v), strict=True)]
+    output = _output(manifest)
+    for value, x in (*passed, *([] if out is None else [(output, out)])):
+        _check_tensor(manifest.arch, value, x, q)
+    sizes: dict[str, int] = {}
+    tensors = {value.name: _bind_shape(value, x, layout, sizes) for value, x in passed}
+    _check_heads(sizes)
+    for name in ("q", "k"):
+        if (length := sizes[f"seqlen_{name}"]) > LARGEST_LENGTH:
+            raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
+    sizes["group"] = sizes["num_heads_q"] // max(1, sizes["num_heads_kv"])
+    if out is not None:
+        _bind_shape(output, out, layout, sizes)
+        check_overlap(out, {"q": q, "k": k, "v": v})
+    return Given(begun, sizes, tensors, {}, {})
+
+
+def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake:
+    """The way in which a call begins: the one of that name, or of q's type.
+
+    Raises:
+        ArgumentError: the call begins with no such q.
+    """
+    if name is not None:
+        return next(intake for intake in manifest.intakes if intake.name == name)
+    begun = [intake for intake in manifest.intakes if intake.name != OPERANDS_INTAKE] or manifest.intakes
+    if len(begun) == 1 or not isinstance(q, torch.Tensor):
+        return begun[0]
+    types = {torch_dtype(dtype(manifest.value_of[intake.values[0]].dtype)): intake for intake in begun}
+    if q.dtype not in types:
+        must = f"{', '.join(map(str, [*types][:-1]))} or {[*types][-1]}"
+        raise ArgumentError("q", f"dtype {q.dtype}", must, f"pass q.to({[*types][0]})")
+    return types[q.dtype]
+
+
+def _output(manifest: Manifest) -> Value:
+    return next(value for value in manifest.values if value.source == "output" and value.argument)
+
+
+def _check_heads(sizes: Mapping[str, int]) -> None:
+    heads_q, heads_kv = sizes["num_heads_q"], sizes["num_heads_kv"]
+    if heads_kv == 0 and heads_q > 0:
+        raise ArgumentError("k", "0 heads", f"a divisor of q's {heads_q} heads")
+    if heads_kv and heads_q % heads_kv:
+        raise ArgumentError(
+            "k",
+            f"{heads_kv} heads",
+            f"a divisor of q's {heads_q} heads",
+            "each key head serves a group",
+        )
+
+
+def check_length(x: torch.Tensor, layout: str, name: str = "k") -> int:
+    """The number of keys, of a K or V of which nothing else need be right.
+
+    Raises:
+        ArgumentError: x has no such dimension, or there is no such layout.
+    """
+    _check_layout(layout)
+    _check_dimensions(name, x)
+    return _bshd(x.shape, layout)[1]
+
+
+def strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Elements between neighbours in each dimension; 0 where there is only one, or none of anything."""
+    if not x.numel():
+        return (0,) * x.dim()
+    return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose derivative would be wanted.
+
+    Raises:
+        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad or has a tangent.
+    """
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+        raise ArgumentError(
+            name,
+            f"stride {x.stride(-1)} in the last dimension",
+            "1 (contiguous head_dim)",
+            f"pass {name}.contiguous()",
+        )
+    check_no_derivative(name, x)
+    if ARCHS[arch].emits:
+        check_alignment(name, x)
+
+
+def check_alignment(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose rows do not all start on 16 bytes.
+
+    Raises:
+        ArgumentError: the address or a stride is off.
+    """
+    if not x.numel():
+        return
+    size = x.element_size()
+    if x.data_ptr() % ROW_ALIGNMENT:
+        raise ArgumentError(
+            name,
+            f"an address that is {x.data_ptr() % ROW_ALIGNMENT} bytes past a multiple of {ROW_ALIGNMENT}",
+            f"rows that start on {ROW_ALIGNMENT} bytes",
+            f"pass {name}.clone()",
+        )
+    for dim, (extent, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):
+        if extent > 1 and step * size % ROW_ALIGNMENT:
+            raise ArgumentError(
+                name,
+                f"stride {step} in dimension {dim} ({step * size} bytes)",
+                f"a multiple of {ROW_ALIGNMENT // size} elements ({ROW_ALIGNMENT} bytes)",
+                f"pass {name}.contiguous()",
+            )
+
+
+def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
+    a, b, c, d = values
+    return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
+
+
+def _check_layout(layout: str) -> None:
+    if not isinstance(layout, str) or layout not in ("bshd", "bhsd"):
+        raise ArgumentError("layout", shown(layout), "'bshd' or 'bhsd'")
+
+
+def _check_dimensions(name: str, x: torch.Tensor) -> None:
+    """Refuse what has no four dimensions with strides."""
+    check_plain(name, x)
+    if x.dim() != 4:
+        raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
+
+
+def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> None:
+    """Refuse what is no tensor of the value's type, beside q, with rows that a kernel can read."""
+    name = value.argument or value.name
+    _check_dimensions(name, x)
+    expected = torch_dtype(dtype(value.dtype))
+    if x.dtype != expected:
+        raise ArgumentError(name, f"dtype {x.dtype}", f"{expected}", f"pass {name}.to({expected})")
+    if x.device != q.device:
+        raise ArgumentError(name, f"device {x.device}", f"{q.device}, the device of q")
+    check_rows(arch, name, x)
+
+
+def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int]) -> torch.Tensor:
+    """The tensor with its dimensions in the order of the value's axes; sizes that are new get its extents."""
+    name, follows_layout = value.argument or value.name, value.axes[1] == "seqlen"
+    ordered = x.transpose(1, 2) if follows_layout and layout == "bhsd" else x
+    for dim, size in zip(value.shape, ordered.shape, strict=True):
+        if isinstance(dim, str):
+            sizes.setdefault(dim, size)
+    expected = tuple(evaluate_formula(dim, sizes) for dim in value.shape)
+    if tuple(ordered.shape) != expected:
+        letters = [_LETTERS[axis] for axis in value.axes]
+        if follows_layout and layout == "bhsd":
+            letters[1:3], expected = letters[2:0:-1], (expected[0], expected[2], expected[1], expected[3])
+        must = f"{expected} = ({', '.join(letters)})"
+        raise ArgumentError(name, f"shape {tuple(x.shape)}", must, _CURES.get(value.axes))
+    return ordered
+
+
+_LETTERS = {"batch": "batch", "seqlen": "seqlen", "head": "heads", "column": "head_dim", "key": "padded keys"}
+_CURES: Mapping[tuple[str, ...], str] = {COLUMNS_OF_HEADS: "pass k and v of one length"}
+
+
+def check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    """Refuse an `out` two of whose elements may share memory, or that may share memory with an input.
+
+    Dimensions sorted by stride must nest: each stride at least spans what the smaller ones reach. An input may lie
+    between the rows of `out` only where both step through memory with the same strides (slices of one packed
+    tensor) and neither row reaches into the other's.
+
+    Raises:
+        ArgumentError: `out` overlaps itself or an input.
+    """
+    if out.numel() == 0:
+        return
+    reach = 1
+    dims = [(step, size) for step, size in zip(out.stride(), out.shape, strict=True) if size > 1]
+    for step, size in sorted(dims):
+        if step < reach:
+            raise ArgumentError(
+                "out", f"strides {tuple(out.stride())}", "a tensor that does not overlap itself"
+            )
+        reach += step * (size - 1)
+    first, last = _extent(out)
+    for name, x in inputs.items():
+        begin, end = _extent(x)
+        if x.numel() and begin < last and first < end and not _interleaved(out, x):
+            raise ArgumentError("out", f"memory shared with {name}", "memory of its own")
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    reach = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+
+
+def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are provably disjoint slices of one packed tensor.
+
+    They are where, for the stride of some dimension, both keep to parts of their own within one step of it.
+    """
+    if a.stride() != b.stride() or a.element_size() != b.element_size():
+        return False
+    steps = {step for x in (a, b) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1}
+    offset = b.data_ptr() - a.data_ptr()
+    for step in steps:
+        period = step * a.element_size()
+        if period and all(larger % step == 0 for larger in steps if larger > step):
+            ahead = offset % period
+            if _reach_within(a, step) <= ahead and ahead + _reach_within(b, step) <= period:
+                return True
+    return False
+
+
+def _reach_within(x: torch.Tensor, step: int) -> int:
+    """Bytes that the dimensions of smaller stride than `step` span."""
+    dims = zip(x.stride(), x.shape, strict=True)
+    return (1 + sum(inner * (size - 1) for inner, size in dims if inner < step)) * x.element_size()

@@ -1,0 +1,210 @@
+"""The binder: from what a call is given to what it launches and allocates. GPU and simulator run what it says.
+
+It works once for each signature, which is all that is not an address: nothing here knows where a tensor is, and
+nothing is launched or allocated.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from attngen.bind.arguments import Given, strides
+from attngen.dtypes import element_dtype
+from attngen.errors import ArgumentError
+from attngen.plan import KernelEntry, Launch, Manifest, Value, evaluate_formula
+from attngen.scaling import scale_values
+
+LARGEST_GRID = 2**31 - 1
+LARGEST_TILE_NUMBER = 2**31 - 1
+"""Kernels count tiles in an i32."""
+ALIGNMENT = 256
+"""Bytes; values that share a piece of memory start on a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A value that a call makes.
+
+    Attributes:
+        shape: in the order of its axes.
+        stored: the shape of its memory; one element where that stands for all.
+    """
+
+    value: Value
+    shape: tuple[int, ...]
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape of its memory: one element where that stands for all."""
+        return (1,) * len(self.shape) if self.value.shared else self.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        return element_dtype(self.value.dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its memory."""
+        return math.prod(self.stored) * self.dtype.itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """In elements, as those of a tensor that is passed."""
+        if not math.prod(self.shape):
+            return (0,) * len(self.shape)
+        steps = [math.prod(self.stored[axis + 1 :]) for axis in range(len(self.stored))]
+        return tuple(0 if size == 1 else step for size, step in zip(self.stored, steps, strict=True))
+
+
+@dataclass(frozen=True)
+class Region:
+    """Values that lie in one piece of memory, each so many bytes from its start."""
+
+    offsets: Mapping[str, int]
+    size_bytes: int
+
+    @classmethod
+    def of(cls, allocations: Collection[Allocation]) -> "Region":
+        """Lay values out one after another."""
+        offsets, end = {}, 0
+        for each in allocations:
+            offsets[each.value.name] = end
+            end += each.size_bytes + -each.size_bytes % ALIGNMENT
+        return cls(offsets, end)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a call of one signature launches and allocates.
+
+    Attributes:
+        given: what it passes.
+        sizes: `given.sizes`, and num_sms.
+        wanted: names of the values that it returns.
+        launches: in order.
+        made: what they write or need to be there, the wanted values among it, by name.
+        softmax_scale: what products are multiplied by.
+        scalars: what parameters carry besides sizes, addresses, strides and tensor maps.
+    """
+
+    manifest: Manifest
+    given: Given
+    sizes: Mapping[str, int]
+    wanted: tuple[str, ...]
+    launches: tuple[Launch, ...]
+    made: Mapping[str, Allocation]
+    softmax_scale: float
+    scalars: Mapping[str, Any]
+
+    @cached_property
+    def kept(self) -> Region:
+        """Values whose memory outlives the call."""
+        return Region.of([each for each in self._inner if each.value.source == "kept"])
+
+    @cached_property
+    def scratch(self) -> Region:
+        """Values of this call alone."""
+        rest = [each for each in self._inner if each.value.source != "kept"]
+        return Region.of([each for each in rest if not each.value.zeroed])
+
+    @cached_property
+    def zeroed(self) -> Region:
+        """Values of this call alone that are 0 at first."""
+        return Region.of([each for each in self._inner if each.value.zeroed])
+
+    @property
+    def _inner(self) -> list[Allocation]:
+        return [each for name, each in self.made.items() if name not in self.wanted]
+
+    def grid(self, launch: Launch) -> int:
+        """Blocks of threads of a launch.
+
+        Raises:
+            ArgumentError: more than CUDA allows, or more tiles than a kernel can count.
+        """
+        grid, tiles = (evaluate_formula(formula, self.sizes) for formula in (launch.grid, launch.tiles))
+        if grid > LARGEST_GRID:
+            raise ArgumentError("q", f"{grid} blocks of work", f"at most {LARGEST_GRID}", "split the batch")
+        repeats = self.manifest.kernel_of[launch.kernel].repeats
+        most = LARGEST_TILE_NUMBER + 1 - (grid if repeats else 0)  # each block draws once more than there is
+        if tiles > most:
+            raise ArgumentError("q", f"{tiles} tiles of work", f"at most {most}", "split the batch")
+        return grid
+
+    def kernels(self) -> list[tuple[KernelEntry, int]]:
+        """What is launched on how many blocks, in order; nothing on none."""
+        entries = ((self.manifest.kernel_of[launch.kernel], self.grid(launch)) for launch in self.launches)
+        return [(kernel, grid) for kernel, grid in entries if grid]
+
+    def strides_of(self, name: str) -> tuple[int, ...]:
+        """The strides of a value, in elements."""
+        return self.made[name].strides if name in self.made else strides(self.given.tensors[name])
+
+    def numbers(self, output: torch.Tensor | None, layout: str) -> dict[str, Any]:
+        """What parameters carry, by the names of their values, but addresses and maps.
+
+        Args:
+            output: memory that the caller passes for the output, in the call's layout; None where the call makes it,
+                dense in that layout.
+            layout: of the call.
+        """
+        numbers: dict[str, Any] = {**self.sizes, **self.scalars}
+        for name in (*self.given.tensors, *self.made):
+            value = self.manifest.value_of[name]
+            steps = self.strides_of(name)
+            if value.source == "output" and value.axes:
+                steps = self._output_strides(value, output, layout)
+            numbers |= {
+                f"{name}.stride_{axis}": step for axis, step in zip(value.stride_names, steps, strict=True)
+            }
+        return numbers
+
+    def _output_strides(self, value: Value, output: torch.Tensor | None, layout: str) -> tuple[int, ...]:
+        if output is None:
+            shape = self.made[value.name].shape
+            if layout == "bhsd":
+                shape = (shape[0], shape[2], shape[1], shape[3])
+            output = torch.empty(shape, device="meta", dtype=element_dtype(value.dtype))
+        return strides(output.transpose(1, 2) if layout == "bhsd" else output)
+
+
+def bind(
+    manifest: Manifest,
+    given: Given,
+    wanted: tuple[str, ...],
+    num_sms: int,
+    softmax_scale: float | None = None,
+    kept: Collection[str] = (),
+) -> Bound:
+    """Work out what a call launches and allocates.
+
+    Args:
+        manifest: of the call.
+        given: its arguments.
+        wanted: names of values to make.
+        num_sms: multiprocessors of the GPU.
+        softmax_scale: 1/sqrt(head_dim_qk) where None.
+        kept: names of values that an earlier call has made.
+    """
+    sizes = {**given.sizes, "num_sms": num_sms}
+    launches = manifest.launches_for({*given.tensors, *kept}, wanted, sizes)
+    names = dict.fromkeys(name for launch in launches for name in launch.writes)
+    needed = {*wanted, *(name for launch in launches for name in launch.reads)}
+    entries = (manifest.value_of[name] for name in names)
+    made = {
+        value.name: Allocation(value, tuple(evaluate_formula(size, sizes) for size in value.shape))
+        for value in entries
+        if not value.optional or value.name in needed
+    }
+    scale = 1 / math.sqrt(manifest.head_dim_qk) if softmax_scale is None else softmax_scale
+    scalars = {
+        **scale_values(scale, manifest.score_factor),
+        **{f"scalar.{name}": value for name, value in given.scalars.items()},
+        **{f"size.{name}": size for name, size in given.declared_sizes.items()},
+    }
+    return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars)

@@ -1,0 +1,109 @@
+"""What a call passes by name for the scalars and tensors of its spec: checked like every other argument."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from attngen.bind.numbers import scalar_of
+from attngen.bind.tensors import check_no_derivative, check_plain
+from attngen.dtypes import element_dtype
+from attngen.errors import ArgumentError
+from attngen.expr import SIZE_NAMES
+from attngen.plan import Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
+
+
+def check_declared(
+    manifest: Manifest,
+    intake: Intake,
+    passed: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, int]]:
+    """Check what a call passes by name.
+
+    Args:
+        manifest: of the call.
+        intake: in which way it begins; e4m3 tensors have descales beside them.
+        passed: by name.
+        sizes: of the call: batch, lengths, heads.
+        device: that tensors must be on.
+
+    Returns:
+        tensors by the names of their values, scalars by their own, and the sizes that tensors are declared with.
+
+    Raises:
+        ArgumentError: the first fault found.
+    """
+    declared = manifest.declared
+    beside = [manifest.value_of[name] for name in intake.values if not manifest.value_of[name].axes]
+    known = [value.argument for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
+    for name in passed:
+        if name not in known:
+            _refuse(manifest, name, [each for each in known if each is not None])
+    scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
+    sizes = {name: sizes[name] for name in SIZE_NAMES}  # all others are for tensors to bind
+    bound: dict[str, int] = {}
+    tensors = {
+        value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device)
+        for values, says in ((declared, "the spec declares"), (beside, "e4m3 tensors have"))
+        for value in values
+    }
+    return tensors, scalars, {**sizes, **bound}
+
+
+def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
+    """Refuse an argument that the call does not have."""
+    elsewhere = [manifest.value_of[each] for intake in manifest.intakes for each in intake.values]
+    if any(value.argument == name and not value.axes for value in elsewhere):
+        raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
+    near = get_close_matches(name, known, n=1) or known
+    must = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
+    raise ArgumentError(name, "an argument", must)
+
+
+def _scalar(entry: Scalar, passed: Mapping[str, Any]) -> bool | int | float:
+    value = passed.get(entry.name, entry.default)
+    if value is None:
+        raise ArgumentError(entry.name, "nothing", f"a value: the spec declares {entry.type} without default")
+    return scalar_of(entry.name, entry.type, value)
+
+
+def _tensor(
+    value: Value,
+    says: str,
+    passed: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    bound: dict[str, int],
+    device: torch.device,
+) -> torch.Tensor:
+    """The tensor, whose dimensions of new names bind these; one element expanded where that stands for all."""
+    name, expected_type = str(value.argument), element_dtype(value.dtype)
+    declared = f"{value.dtype}[{', '.join(map(formula_text, value.shape))}]"
+    x = passed.get(name)
+    if not isinstance(x, torch.Tensor):
+        got = "nothing" if x is None else type(x).__name__
+        raise ArgumentError(name, got, f"a torch tensor: {says} {declared}")
+    check_plain(name, x)
+    if x.dtype != expected_type:
+        raise ArgumentError(name, f"dtype {x.dtype}", f"{expected_type}", f"pass {name}.to({expected_type})")
+    if x.device != device:
+        raise ArgumentError(name, f"device {x.device}", f"{device}, the device of q")
+    check_no_derivative(name, x)
+    if value.shared and x.numel() == 1:
+        x = x.reshape((1,) * len(value.shape)).expand([evaluate_formula(dim, sizes) for dim in value.shape])
+    if x.dim() != len(value.shape):
+        raise ArgumentError(name, f"{x.dim()} dimensions", f"{len(value.shape)}: {declared}")
+    for dim, size in zip(value.shape, x.shape, strict=True):
+        is_bound_here = isinstance(dim, str) and dim not in sizes
+        if isinstance(dim, str) and is_bound_here:
+            bound.setdefault(dim, size)
+        expected = evaluate_formula(dim, {**sizes, **bound})
+        if size != expected:
+            raise ArgumentError(
+                name, f"shape {tuple(x.shape)}", f"{declared}, where {formula_text(dim)} is {expected}"
+            )
+        if not size and (is_bound_here or isinstance(dim, int)):
+            raise ArgumentError(name, f"shape {tuple(x.shape)}", f"at least one {dim}")
+    return x

@@ -1,0 +1,57 @@
+"""Sheets -> the text of their kernels: of tables for an attention kernel's file, of the others a file of their own."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+
+from attngen.emit.device import used_by
+from attngen.emit.environment import strict_environment
+from attngen.plan import FindMaxima, PackValues, Param, Quantize, Sheet
+from attngen.quantize import DESCALES
+
+_PAIRS = {"bf16": "Bf16Pair", "f16": "F16Pair"}
+_C_TYPES = {"i64": "i64", "i32": "int"}
+
+
+def sheet_text(env: jinja2.Environment, sheet: Sheet, **beside: Any) -> str:
+    """One kernel, by the macro that has its sheet's name."""
+    modules = (env.get_template(f"sheets/{file}.cuh.j2").module for file in SHEET_FILES)
+    macro = next(found for module in modules if (found := getattr(module, type(sheet).__name__, None)))
+    return str(macro(sheet, **beside)).strip("\n")
+
+
+SHEET_FILES = ("tables", "quantize")
+
+
+def emit_quantizing(sheets: Sequence[Sheet]) -> str:
+    """A file of nothing but kernels that make e4m3 operands, in a namespace of their own."""
+    text = quantizing_functions(sheets)
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def quantizing_functions(sheets: Sequence[Sheet]) -> str:
+    """The kernels, in their namespace; `used_by` has what they call."""
+    env = strict_environment()
+    env.filters["pair"] = _PAIRS.__getitem__
+    known = [sheet for sheet in sheets if isinstance(sheet, FindMaxima | Quantize | PackValues)]
+    quantizer = known[0].quantizer
+    factor = f"{quantizer.head_dim_qk**-0.5:.9g}f"
+    device: Any = env.get_template("sheets/quantize.cuh.j2").module
+    head = device.device(quantizer, list(_declarations(known[0].params)), factor)
+    kernels = (sheet_text(env, sheet) for sheet in known)
+    return "\n\n".join([str(head).strip("\n"), *kernels, "}  // namespace quantizer"])
+
+
+def _declarations(params: Iterable[Param]) -> Iterable[str]:
+    for param in params:
+        if param.ctype == "pointer":
+            yield f"{_pointee(param.name)}* {param.name}"
+        else:
+            yield f"{_C_TYPES[param.ctype]} {param.name}"
+
+
+def _pointee(field: str) -> str:
+    if field in ("maxima", *DESCALES):
+        return "float"
+    return "unsigned char" if field.endswith("8") else "const u16"

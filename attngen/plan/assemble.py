@@ -1,0 +1,204 @@
+"""A call out of its kernels: which values they read and make, the launches in order, and the manifest."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from attngen.dtypes import E4M3, F32
+from attngen.plan.call import (
+    OPERANDS_INTAKE,
+    Call,
+    Guard,
+    Intake,
+    KernelEntry,
+    Launch,
+    Manifest,
+    Scalar,
+    TensorMapEntry,
+    Value,
+)
+from attngen.plan.formulas import Formula, ceil_div, product
+from attngen.plan.places import PANEL_BYTES, Descales, Rows, Tensor
+from attngen.plan.plan import KernelPlan, TensorMap
+from attngen.plan.quantizer import Quantizer
+from attngen.plan.sheets import (
+    MAXIMA,
+    SOURCES,
+    TENSORS,
+    VALUE_ROWS,
+    FillTables,
+    FindMaxima,
+    PackValues,
+    Quantize,
+    Sheet,
+    source_of,
+    table_shape,
+)
+from attngen.quantize import DESCALES, KEY_BLOCK
+
+ROWS_OF_HEADS = ("batch", "seqlen", "head", "column")
+COLUMNS_OF_HEADS = ("batch", "head", "seqlen", "key")
+"""Axes of a tensor whose rows are columns; strides of its rows are called as those of others."""
+
+
+def assemble(plans: Iterable[KernelPlan]) -> Call:
+    """The call of attention kernels that take one spec's calls, by their numbers of keys.
+
+    Args:
+        plans: one for any number of keys (`up_to` is None), and any for fewer.
+    """
+    programs = sorted(plans, key=lambda plan: (plan.up_to is None, plan.up_to))
+    plan = programs[-1]
+    quantizer = plan.quantizer
+    kernels: list[KernelPlan | Sheet] = [*_quantizing(quantizer)] if quantizer else []
+    for each in programs:
+        kernels += [FillTables(each), each] if each.tables else [each]
+    values = {value.name: value for value in _values(programs)}
+    return Call(
+        plan.arch,
+        Manifest(
+            name=plan.name,
+            arch=plan.arch.name,
+            direction="forward",
+            head_dim_qk=plan.head_dim_qk,
+            head_dim_v=plan.head_dim_v,
+            inputs=plan.inputs.name,
+            output=plan.output.name,
+            scales=quantizer.scales if quantizer else None,
+            hadamard=quantizer is not None and quantizer.hadamard_seed is not None,
+            mask=plan.mask_text,
+            score=str(plan.score),
+            score_factor=plan.score_factor,
+            spec_digest=plan.spec_digest,
+            values=tuple(values.values()),
+            scalars=tuple(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
+            intakes=tuple(_intakes(plan)),
+            kernels=tuple(map(_entry, kernels)),
+            launches=tuple(map(_launch, kernels)),
+        ),
+        tuple(kernels),
+    )
+
+
+def _quantizing(quantizer: Quantizer) -> Iterator[Sheet]:
+    for source in SOURCES:
+        if quantizer.finds_maxima:
+            yield FindMaxima(quantizer, source)
+        yield Quantize(quantizer, source)
+    yield PackValues(quantizer)
+
+
+def _intakes(plan: KernelPlan) -> Iterator[Intake]:
+    if plan.quantizer:
+        for source in SOURCES:
+            yield Intake(source, tuple(source_of(name, source) for name in TENSORS))
+        yield Intake("e4m3", ("q", "k", VALUE_ROWS, *DESCALES))
+    descales = tuple(descale.name for descale in plan.scales)
+    yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
+
+
+def _launch(kernel: KernelPlan | Sheet) -> Launch:
+    if isinstance(kernel, Sheet):
+        plan = kernel.plan if isinstance(kernel, FillTables) else None
+        return Launch(kernel.name, kernel.grid, kernel.tiles, kernel.reads, kernel.writes, _guard(plan))
+    reads = (
+        *(tensor.name for tensor in kernel.reads),
+        *(descale.name for descale in kernel.scales),
+        *(f"tensor.{name}" for name in kernel.declarations.tensors),
+        *kernel.table_values.values(),
+    )
+    writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch))
+    return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, _guard(kernel))
+
+
+def _guard(plan: KernelPlan | None) -> Guard | None:
+    return None if plan is None or plan.up_to is None else Guard("seqlen_k", plan.up_to)
+
+
+def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
+    program = kernel.plan if isinstance(kernel, FillTables) else kernel  # whose struct it takes
+    maps = program.tensor_maps if isinstance(program, KernelPlan) else ()
+    return KernelEntry(
+        kernel.name,
+        kernel.module,
+        kernel.threads,
+        kernel.smem_bytes,
+        kernel.params,
+        tuple(map(_tensor_map, maps)),
+        kernel.scheduler.persistent if isinstance(kernel, KernelPlan) else kernel.repeats,
+        kernel.arch.starts_early,
+    )
+
+
+def _tensor_map(entry: TensorMap) -> TensorMapEntry:
+    batch, *rest = value_shape(entry.tensor)
+    # Of a tensor whose rows are columns the copy engine sees keys first, then columns.
+    heads, rows, cols = rest if entry.tensor.transposed else (rest[1], rest[0], rest[2])
+    box = (entry.box_cols, entry.box_rows, 1, 1)
+    return TensorMapEntry(
+        entry.tensor.name, entry.tensor.dtype.name, (cols, rows, heads, batch), box, PANEL_BYTES
+    )
+
+
+def value_shape(place: Tensor | Rows) -> tuple[Formula, ...]:
+    """The shape of what stands in device memory, in the order of its axes."""
+    if isinstance(place, Rows):
+        return ("batch", "num_heads_q", "seqlen_q")
+    seqlen, heads = f"seqlen_{place.axis}", f"num_heads_{place.heads}"
+    if place.transposed:
+        return ("batch", heads, place.cols, _padded(seqlen))
+    return ("batch", seqlen, heads, place.cols)
+
+
+def _padded(seqlen: str) -> Formula:
+    return product(KEY_BLOCK, ceil_div(seqlen, KEY_BLOCK))
+
+
+def _values(programs: list[KernelPlan]) -> Iterator[Value]:
+    """Every value of a call; some more than once."""
+    plan = programs[-1]
+    quantizer = plan.quantizer
+    if quantizer:
+        yield from _sources(plan, quantizer)
+    # What the call makes for itself, operands, it may be given all the same.
+    made: Literal["scratch", "given"] = "scratch" if quantizer else "given"
+    for tensor in plan.reads:
+        axes = COLUMNS_OF_HEADS if tensor.transposed else ROWS_OF_HEADS
+        yield Value(tensor.name, tensor.dtype.name, value_shape(tensor), made, tensor.name, axes)
+    for descale in plan.scales:
+        shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
+        yield Value(descale.name, F32.name, shape, made, descale.name, shared=shared)
+    for declared in plan.declarations.tensors.values():
+        yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
+    for each in programs:
+        for table in each.tables:
+            dtype = "f32" if table.lookup.type == "f32" else "i32"
+            for end in table.ends:
+                yield Value(each.table_values[end], dtype, table_shape(table, each), "kept")
+        for place in each.scratch:
+            columns = (place.cols,) if isinstance(place, Tensor) else ()
+            yield Value(place.name, F32.name, ("batch", "num_heads_q", "seqlen_q", *columns), "scratch")
+    for place in plan.writes:
+        if isinstance(place, Tensor):
+            yield Value(place.name, place.dtype.name, value_shape(place), "output", place.name, ROWS_OF_HEADS)
+        else:
+            yield Value(place.name, F32.name, value_shape(place), "output", optional=place.optional)
+
+
+def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:
+    """What e4m3 operands are made of."""
+    shapes = {
+        tensor.name: ("batch", f"seqlen_{tensor.axis}", f"num_heads_{tensor.heads}", tensor.cols)
+        for tensor in plan.reads
+    }
+    for source in SOURCES:
+        for name, shape in shapes.items():
+            yield Value(source_of(name, source), source, shape, "given", name, ROWS_OF_HEADS)
+    yield Value(VALUE_ROWS, E4M3.name, shapes["v"], "given", "v", ROWS_OF_HEADS)
+    if quantizer.finds_maxima:
+        heads: tuple[Formula, ...] = () if quantizer.scales == "per_tensor" else ("batch", "num_heads_kv")
+        yield Value(MAXIMA, F32.name, (len(TENSORS), *heads), "scratch", zeroed=True)
+
+
+def _descale_shape(of: Descales) -> tuple[Formula, ...]:
+    granules = () if of.granule is None else (ceil_div(f"seqlen_{of.axis}", of.granule),)
+    return ("batch", f"num_heads_{of.heads}", *granules)

@@ -1,0 +1,62 @@
+"""Formulas: numbers of a call, as trees over its run-time sizes. They are plain data, so a manifest can hold them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Formula = int | str | dict[str, Any]
+"""An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
+
+FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "ceil_div": lambda a, b: -(-a // b),
+    "max": max,
+    "min": min,
+}
+
+RUNTIME_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms")
+"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand."""
+
+
+def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
+    """The value of a formula; operators take two or more arguments, from the left."""
+    if isinstance(formula, int):
+        return formula
+    if isinstance(formula, str):
+        return values[formula]
+    first, *rest = (evaluate_formula(argument, values) for argument in formula["args"])
+    for argument in rest:
+        first = FORMULA_OPS[formula["op"]](first, argument)
+    return first
+
+
+def formula_text(formula: Formula) -> str:
+    """A formula as people read it: ceil_div(seqlen_k, 128)."""
+    if isinstance(formula, dict):
+        return f"{formula['op']}({', '.join(map(formula_text, formula['args']))})"
+    return str(formula)
+
+
+def product(*factors: Formula) -> Formula:
+    """The formula that multiplies its arguments."""
+    return {"op": "mul", "args": list(factors)}
+
+
+def total(*terms: Formula) -> Formula:
+    """The formula that adds its arguments."""
+    return {"op": "add", "args": list(terms)}
+
+
+def minimum(*values: Formula) -> Formula:
+    """The formula of the smallest of its arguments."""
+    return {"op": "min", "args": list(values)}
+
+
+def maximum(*values: Formula) -> Formula:
+    """The formula of the largest of its arguments."""
+    return {"op": "max", "args": list(values)}
+
+
+def ceil_div(a: Formula, b: Formula) -> Formula:
+    """The formula that divides and rounds up."""
+    return {"op": "ceil_div", "args": [a, b]}
