@@ -74,6 +74,10 @@ class Module:
         """
         return DiskCache().get(self.source, self._arch.name, lineinfo=self._lineinfo)
 
+    def sass(self) -> str:
+        """The machine code, disassembled."""
+        return disassemble(self.compiled.cubin)
+
 
 class Kernel:
     """A spec, lowered for one arch: callable on CUDA tensors (the cubins) and on CPU tensors (the simulator).
@@ -354,22 +358,17 @@ class Kernel:
         Raises:
             ArgumentError: the kernel's inputs are not e4m3, or an argument is not what it takes.
         """
-        scales = self.manifest.scales
-        if scales is None:
+        if not self.takes_operands:
             raise ArgumentError("self", f"a kernel of {self.plan.inputs.name} inputs", "one of e4m3 inputs")
         if isinstance(q, torch.Tensor) and q.is_cuda:
-            made = dict(zip(OPERANDS, self._launcher.make(OPERANDS, q, k, v, layout=layout), strict=True))
-        else:
-            given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
-            made = run_call(self.call, bind(self.manifest, given, OPERANDS, SIMULATED_SMS))
-        if scales == "per_tensor":
-            heads = made["v"].shape[:2]
-            made |= {name: made[name].expand(heads) for name in DESCALES}
-        return Operands(**made, scales=scales, hadamard=self.manifest.hadamard)
+            return operands_of(self.manifest, self._launcher.make(OPERANDS, q, k, v, layout=layout))
+        given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
+        made = run_call(self.call, bind(self.manifest, given, OPERANDS, SIMULATED_SMS))
+        return operands_of(self.manifest, [made[name] for name in OPERANDS])
 
     def sass(self) -> str:
         """The machine code of `module`, disassembled."""
-        return disassemble(self.compiled.cubin)
+        return self.module.sass()
 
     def explain_launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
@@ -389,3 +388,13 @@ class Kernel:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         return tuple(folder / name for name in contents)
+
+
+def operands_of(manifest: Manifest, made: Sequence[torch.Tensor]) -> Operands:
+    """The operands of a call out of the values `OPERANDS`; a descale that stands for a tensor is expanded."""
+    values = dict(zip(OPERANDS, made, strict=True))
+    assert manifest.scales is not None
+    if manifest.scales == "per_tensor":
+        heads = values["v"].shape[:2]
+        values |= {name: values[name].expand(heads) for name in DESCALES}
+    return Operands(**values, scales=manifest.scales, hadamard=manifest.hadamard)

@@ -22,9 +22,9 @@ import torch
 import attngen
 from attngen import bench
 from attngen.arch import ARCHS
-from attngen.emit import emit
 from attngen.inputs import random_inputs
 from attngen.lower import lower
+from attngen.plan import assemble
 
 ARCH = ARCHS["sm_90a"]
 LENGTHS = (512, 2048, 16384)
@@ -64,9 +64,8 @@ def kernels(only: str = "") -> Iterator[tuple[str, attngen.Kernel]]:
         if not re.search(only, name):
             continue
         spec = attngen.load(text | {"name": name, "target": ARCH.name})
-        plan = lower(spec, ARCH)
-        for each in (plan, *plan.shorter):
-            yield f"{name}_k{each.up_to or 'any'}", attngen.Kernel(spec, each, source=emit(each))
+        for plan in lower(spec, ARCH).programs:
+            yield f"{name}_k{plan.up_to or 'any'}", attngen.Kernel(spec, assemble((plan,)))
 
 
 def write(folder: Path) -> None:
@@ -92,7 +91,7 @@ def declared(spec: attngen.Spec, shape: bench.Shape) -> dict[str, torch.Tensor]:
 
 def call(kernel: attngen.Kernel, inputs: tuple[torch.Tensor, ...], **passed: torch.Tensor) -> bench.Run:
     """A call of the attention kernel alone."""
-    return partial(kernel, *((kernel.quantize(*inputs),) if kernel.quantization else inputs), **passed)
+    return partial(kernel, *((kernel.quantize(*inputs),) if kernel.takes_operands else inputs), **passed)
 
 
 def time(
@@ -102,7 +101,7 @@ def time(
     contenders = {
         name: {"here": kernel}
         | {
-            folder.name: attngen.Kernel(kernel.spec, kernel.plan, source=(folder / f"{name}.cu").read_text())
+            folder.name: attngen.Kernel(kernel.spec, kernel.call, source=(folder / f"{name}.cu").read_text())
             for folder in folders
         }
         for name, kernel in kernels(only)

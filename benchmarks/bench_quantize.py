@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 
+import attngen
 from attngen import bench
-from attngen.arch import arch_for_capability
-from attngen.emit.quantizer import quantizer_entries, quantizer_text
-from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind
-from attngen.runtime import compile_source
-from attngen.runtime.quantizer import QuantizeLauncher
 
 HEADS = 16
 TOKENS = ((1, 16384), (4, 16384))
@@ -29,12 +25,11 @@ HEAD_DIMS = (64, 128, 256)
 SEED = 1
 
 
-def launcher(head_dim: int, scales: ScaleKind, seed: int | None) -> QuantizeLauncher:
-    """The kernels of one kind, compiled."""
-    arch = arch_for_capability(torch.cuda.get_device_capability())
-    quantizer = Quantizer("bench", arch, head_dim, head_dim, scales, seed)
-    cubin = compile_source(quantizer_text(quantizer), arch.name).cubin
-    return QuantizeLauncher(quantizer_entries(quantizer), cubin)
+def kernel_of(head_dim: int, scales: ScaleKind, seed: int | None) -> attngen.Kernel:
+    """A kernel whose inputs are quantised so, compiled."""
+    basis = {} if seed is None else {"incoherent": "hadamard", "seed": seed}
+    precision = {"inputs": "e4m3", "scales": scales, **basis}
+    return attngen.compile({"problem": {"head_dim": head_dim}, "precision": precision})
 
 
 def candidates(
@@ -49,9 +44,15 @@ def candidates(
         read = 4 if scales in ("per_tensor", "per_head") else 2
         for seed in (None, SEED):
             name = scales if seed is None else f"{scales}, hadamard"
-            yield name, partial(launcher(q.shape[-1], scales, seed).quantize, *tensors), (read + 1) * elements
+            yield (
+                name,
+                partial(kernel_of(q.shape[-1], scales, seed).quantize, *tensors),
+                (read + 1) * elements,
+            )
     packed = v.to(torch.float8_e4m3fn)
-    yield "pack v", partial(launcher(q.shape[-1], "per_block", None).pack_v, packed), 2 * v.numel()
+    operands = kernel_of(q.shape[-1], "per_block", None).quantize(*tensors)
+    pack = kernel_of(q.shape[-1], "per_block", None)._launcher.make
+    yield "pack v", partial(pack, ("v",), operands.q, operands.k, packed), 2 * v.numel()
 
 
 def measured(batch: int, seqlen: int, head_dim: int, rounds: int) -> list[dict[str, Any]]:

@@ -17,8 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 import attngen
 from attngen.arch import ARCHS
 from attngen.bench import Point, geometric_mean, grid_shape
@@ -27,6 +25,7 @@ from attngen.cli.output import console, table
 from attngen.cli.timeline import resident_blocks
 from attngen.errors import ToolchainError
 from attngen.lower import lower
+from attngen.plan import assemble
 from attngen.simulate import costs_of, predict
 from attngen.spec import load
 
@@ -63,8 +62,10 @@ def measured(rows: list[dict[str, Any]]) -> Iterator[Measured]:
                 }
             )
             kernel = attngen.Kernel(spec, lower(spec, ARCH))
-            served = kernel.serving(torch.empty(1, row["seqlen"], 1, 1, device="meta"))
-            yield Measured(found["kind"], served, row["seqlen"], median(row["ms"]["attngen"]))
+            served = assemble((kernel.call.serving(row["seqlen"]),))
+            yield Measured(
+                found["kind"], attngen.Kernel(spec, served), row["seqlen"], median(row["ms"]["attngen"])
+            )
 
 
 def main(files: list[Path], clock_hz: float | None) -> None:

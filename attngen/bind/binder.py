@@ -87,7 +87,7 @@ class Bound:
         sizes: `given.sizes`, and num_sms.
         wanted: names of the values that it returns.
         launches: in order.
-        made: what they write or need to be there, the wanted values among it, by name.
+        made: what they write, the wanted values among it, and the kept values that they read, by name.
         softmax_scale: what products are multiplied by.
         scalars: what parameters carry besides sizes, addresses, strides and tensor maps.
     """
@@ -143,7 +143,10 @@ class Bound:
 
     def strides_of(self, name: str) -> tuple[int, ...]:
         """The strides of a value, in elements."""
-        return self.made[name].strides if name in self.made else strides(self.given.tensors[name])
+        if name in self.made:
+            return self.made[name].strides
+        x = self.given.tensors[name]
+        return strides(x) if self.manifest.value_of[name].axes else x.stride()
 
     def numbers(self, output: torch.Tensor | None, layout: str) -> dict[str, Any]:
         """What parameters carry, by the names of their values, but addresses and maps.
@@ -179,7 +182,7 @@ def bind(
     wanted: tuple[str, ...],
     num_sms: int,
     softmax_scale: float | None = None,
-    kept: Collection[str] = (),
+    known: Collection[str] = (),
 ) -> Bound:
     """Work out what a call launches and allocates.
 
@@ -189,13 +192,15 @@ def bind(
         wanted: names of values to make.
         num_sms: multiprocessors of the GPU.
         softmax_scale: 1/sqrt(head_dim_qk) where None.
-        kept: names of values that an earlier call has made.
+        known: names of more values that need not be made: an earlier call has, or nobody asks for their addresses.
     """
     sizes = {**given.sizes, "num_sms": num_sms}
-    launches = manifest.launches_for({*given.tensors, *kept}, wanted, sizes)
-    names = dict.fromkeys(name for launch in launches for name in launch.writes)
-    needed = {*wanted, *(name for launch in launches for name in launch.reads)}
-    entries = (manifest.value_of[name] for name in names)
+    launches = manifest.launches_for({*given.tensors, *known}, wanted, sizes)
+    read = [name for launch in launches for name in launch.reads]
+    written = [name for launch in launches for name in launch.writes]
+    needed = {*wanted, *read}
+    kept = (name for name in read if manifest.value_of[name].source == "kept")
+    entries = (manifest.value_of[name] for name in dict.fromkeys((*written, *kept)))
     made = {
         value.name: Allocation(value, tuple(evaluate_formula(size, sizes) for size in value.shape))
         for value in entries

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,13 +14,27 @@ from attngen.expr import SIZE_NAMES
 from attngen.plan import Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
 
 
+class DeclaredValues(NamedTuple):
+    """What a call passes by name.
+
+    Attributes:
+        tensors: by the names of their values.
+        scalars: a value each, defaults included.
+        sizes: of the dimensions that tensors are declared with.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    scalars: dict[str, Any]
+    sizes: dict[str, int]
+
+
 def check_declared(
     manifest: Manifest,
     intake: Intake,
     passed: Mapping[str, Any],
     sizes: Mapping[str, int],
     device: torch.device,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, int]]:
+) -> DeclaredValues:
     """Check what a call passes by name.
 
     Args:
@@ -29,9 +43,6 @@ def check_declared(
         passed: by name.
         sizes: of the call: batch, lengths, heads.
         device: that tensors must be on.
-
-    Returns:
-        tensors by the names of their values, scalars by their own, and the sizes that tensors are declared with.
 
     Raises:
         ArgumentError: the first fault found.
@@ -50,7 +61,7 @@ def check_declared(
         for values, says in ((declared, "the spec declares"), (beside, "e4m3 tensors have"))
         for value in values
     }
-    return tensors, scalars, {**sizes, **bound}
+    return DeclaredValues(tensors, scalars, {**sizes, **bound})
 
 
 def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:

@@ -189,8 +189,7 @@ def _shorter(kernel: Kernel) -> str:
     """The kernels that take calls of fewer keys."""
     lines = (
         f"up to {each.up_to}: {each.schedule}, {each.block_m} queries x {each.block_n} keys, stages {each.stages}"
-        for each in kernel.call.programs
-        if each.up_to is not None
+        for each in kernel.call.programs[:-1]
     )
     return "\n".join(lines) or "-"
 

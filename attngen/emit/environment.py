@@ -33,6 +33,8 @@ from attngen.plan.steps import Exponentiate, FinishRows, ModifyScores, PassTurn,
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
+_PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
+"""Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
 _POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "counter.ptr": "u32"}
 _TENSOR_POINTEES = {
@@ -91,7 +93,7 @@ _COMPILED = _CompiledTemplates()
 
 def strict_environment() -> jinja2.Environment:
     """An environment over `templates/` in which nothing is forgiven."""
-    return jinja2.Environment(
+    env = jinja2.Environment(
         bytecode_cache=_COMPILED,
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
@@ -100,6 +102,8 @@ def strict_environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=finalize,
     )
+    env.filters["pair"] = _PAIRS.__getitem__
+    return env
 
 
 STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "scales", "warpgroups")

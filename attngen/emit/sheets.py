@@ -1,6 +1,6 @@
 """Sheets -> the text of their kernels: of tables for an attention kernel's file, of the others a file of their own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -10,18 +10,21 @@ from attngen.emit.environment import strict_environment
 from attngen.plan import FindMaxima, PackValues, Param, Quantize, Sheet
 from attngen.quantize import DESCALES
 
-_PAIRS = {"bf16": "Bf16Pair", "f16": "F16Pair"}
 _C_TYPES = {"i64": "i64", "i32": "int"}
+
+
+SHEET_FILES = ("tables", "quantize")
+
+
+def sheet_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
+    """The macro of every sheet, by the sheet's name."""
+    modules = (env.get_template(f"sheets/{file}.cuh.j2").module for file in SHEET_FILES)
+    return {name: macro for module in modules for name, macro in vars(module).items() if name[0].isupper()}
 
 
 def sheet_text(env: jinja2.Environment, sheet: Sheet, **beside: Any) -> str:
     """One kernel, by the macro that has its sheet's name."""
-    modules = (env.get_template(f"sheets/{file}.cuh.j2").module for file in SHEET_FILES)
-    macro = next(found for module in modules if (found := getattr(module, type(sheet).__name__, None)))
-    return str(macro(sheet, **beside)).strip("\n")
-
-
-SHEET_FILES = ("tables", "quantize")
+    return str(sheet_macros(env)[type(sheet).__name__](sheet, **beside)).strip("\n")
 
 
 def emit_quantizing(sheets: Sequence[Sheet]) -> str:
@@ -33,7 +36,6 @@ def emit_quantizing(sheets: Sequence[Sheet]) -> str:
 def quantizing_functions(sheets: Sequence[Sheet]) -> str:
     """The kernels, in their namespace; `used_by` has what they call."""
     env = strict_environment()
-    env.filters["pair"] = _PAIRS.__getitem__
     known = [sheet for sheet in sheets if isinstance(sheet, FindMaxima | Quantize | PackValues)]
     quantizer = known[0].quantizer
     factor = f"{quantizer.head_dim_qk**-0.5:.9g}f"

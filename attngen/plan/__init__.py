@@ -1,6 +1,6 @@
 """Plans: places, Steps and the rule table that every plan passes."""
 
-from attngen.plan.assemble import COLUMNS_OF_HEADS, ROWS_OF_HEADS, assemble, value_shape
+from attngen.plan.assemble import COLUMNS_OF_HEADS, ROWS_OF_HEADS, assemble, quantizing_sheets, value_shape
 from attngen.plan.call import (
     COUNTER,
     OPERANDS_INTAKE,
@@ -127,6 +127,7 @@ __all__ = [
     "maximum",
     "minimum",
     "product",
+    "quantizing_sheets",
     "table_value",
     "total",
     "walk",

@@ -1,5 +1,6 @@
 """A call out of its kernels: which values they read and make, the launches in order, and the manifest."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -44,12 +45,12 @@ def assemble(plans: Iterable[KernelPlan]) -> Call:
     """The call of attention kernels that take one spec's calls, by their numbers of keys.
 
     Args:
-        plans: one for any number of keys (`up_to` is None), and any for fewer.
+        plans: the one for the most keys, or for any number, takes all calls that the others do not.
     """
-    programs = sorted(plans, key=lambda plan: (plan.up_to is None, plan.up_to))
+    programs = by_length(plans)
     plan = programs[-1]
     quantizer = plan.quantizer
-    kernels: list[KernelPlan | Sheet] = [*_quantizing(quantizer)] if quantizer else []
+    kernels: list[KernelPlan | Sheet] = [*quantizing_sheets(quantizer)] if quantizer else []
     for each in programs:
         kernels += [FillTables(each), each] if each.tables else [each]
     values = {value.name: value for value in _values(programs)}
@@ -73,18 +74,25 @@ def assemble(plans: Iterable[KernelPlan]) -> Call:
             scalars=tuple(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
             intakes=tuple(_intakes(plan)),
             kernels=tuple(map(_entry, kernels)),
-            launches=tuple(map(_launch, kernels)),
+            launches=tuple(_launch(kernel, plan) for kernel in kernels),
         ),
         tuple(kernels),
     )
 
 
-def _quantizing(quantizer: Quantizer) -> Iterator[Sheet]:
+def by_length(plans: Iterable[KernelPlan]) -> list[KernelPlan]:
+    """Attention kernels, those for the fewest keys first."""
+    return sorted(plans, key=lambda plan: math.inf if plan.up_to is None else plan.up_to)
+
+
+def quantizing_sheets(quantizer: Quantizer) -> tuple[Sheet, ...]:
+    """The kernels that make operands, of every format."""
+    sheets: list[Sheet] = []
     for source in SOURCES:
         if quantizer.finds_maxima:
-            yield FindMaxima(quantizer, source)
-        yield Quantize(quantizer, source)
-    yield PackValues(quantizer)
+            sheets.append(FindMaxima(quantizer, source))
+        sheets.append(Quantize(quantizer, source))
+    return (*sheets, PackValues(quantizer))
 
 
 def _intakes(plan: KernelPlan) -> Iterator[Intake]:
@@ -96,10 +104,13 @@ def _intakes(plan: KernelPlan) -> Iterator[Intake]:
     yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
 
 
-def _launch(kernel: KernelPlan | Sheet) -> Launch:
+def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
+    served = kernel.plan if isinstance(kernel, FillTables) else kernel
+    when = None
+    if isinstance(served, KernelPlan) and served is not longest and served.up_to is not None:
+        when = Guard("seqlen_k", served.up_to)
     if isinstance(kernel, Sheet):
-        plan = kernel.plan if isinstance(kernel, FillTables) else None
-        return Launch(kernel.name, kernel.grid, kernel.tiles, kernel.reads, kernel.writes, _guard(plan))
+        return Launch(kernel.name, kernel.grid, kernel.tiles, kernel.reads, kernel.writes, when)
     reads = (
         *(tensor.name for tensor in kernel.reads),
         *(descale.name for descale in kernel.scales),
@@ -107,11 +118,7 @@ def _launch(kernel: KernelPlan | Sheet) -> Launch:
         *kernel.table_values.values(),
     )
     writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch))
-    return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, _guard(kernel))
-
-
-def _guard(plan: KernelPlan | None) -> Guard | None:
-    return None if plan is None or plan.up_to is None else Guard("seqlen_k", plan.up_to)
+    return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, when)
 
 
 def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:

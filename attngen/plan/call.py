@@ -275,20 +275,18 @@ class Call:
 
     @property
     def programs(self) -> tuple[KernelPlan, ...]:
-        """The kernels that are programs of Steps: first the one for any call, then those for fewer keys."""
-        plans = [kernel for kernel in self.kernels if isinstance(kernel, KernelPlan)]
-        return tuple(sorted(plans, key=lambda plan: (plan.up_to is not None, plan.up_to)))
+        """The attention kernels, those for the fewest keys first."""
+        return tuple(kernel for kernel in self.kernels if isinstance(kernel, KernelPlan))
 
     @property
     def attention(self) -> KernelPlan:
         """The attention kernel that takes calls of any size."""
-        (plan,) = (plan for plan in self.programs if plan.up_to is None)
-        return plan
+        return self.programs[-1]
 
     def serving(self, seqlen_k: int) -> KernelPlan:
         """The attention kernel that takes a call of that many keys."""
-        *shorter, longest = sorted(self.programs, key=lambda plan: (plan.up_to is None, plan.up_to))
-        return next((plan for plan in shorter if plan.up_to is not None and seqlen_k <= plan.up_to), longest)
+        shorter = (plan for plan in self.programs[:-1] if plan.up_to is not None and seqlen_k <= plan.up_to)
+        return next(shorter, self.attention)
 
 
 def launches_for(

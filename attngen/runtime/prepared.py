@@ -250,7 +250,8 @@ def explain_launch(manifest: Manifest, given: Given, num_sms: int | None = None)
     Raises:
         ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
-    bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms)
+    declared = [value.name for value in manifest.declared]
+    bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms, known=declared)
     workspace_bytes = {name: made.size_bytes for name, made in bound.made.items() if name != "out"}
     return tuple(
         LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes)

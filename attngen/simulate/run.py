@@ -78,7 +78,7 @@ def simulate(
     Raises:
         SimulationFault: a program broke a rule.
     """
-    call = plan if isinstance(plan, Call) else assemble((replace(plan, up_to=None),))
+    call = plan if isinstance(plan, Call) else assemble((plan,))
     q, k = (x.transpose(1, 2) if layout == "bhsd" else x for x in (q, k))
     if layout == "bhsd" and not descales:
         v = v.transpose(1, 2)
@@ -131,7 +131,7 @@ def run_call(
     Raises:
         SimulationFault: a program broke a rule.
     """
-    values = {**bound.given.tensors, **(kept or {}), **_allocate(bound, layout)}
+    values = {**bound.given.tensors, **_allocate(bound, layout), **(kept or {})}
     declared = Declared(bound.given.scalars, bound.given.declared)
     sizes = Sizes.of(bound.sizes, declared)
     for launch in bound.launches:
@@ -219,7 +219,7 @@ def count(
     traffic = Traffic()
     device = DeviceMemory(sizes, None, traffic, wanted=("lse",) if return_lse else ())
     if evaluate_formula(plan.grid, sizes.values):
-        call = assemble((replace(plan, up_to=None),))
+        call = assemble((plan,))
         run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
         _launch(run, call.manifest.launches[-1], lockstep=batch * heads)
     return traffic

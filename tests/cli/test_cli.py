@@ -13,8 +13,8 @@ from attngen.api import compile
 from attngen.arch import ARCHS
 from attngen.cli.comparison import execute
 from attngen.inputs import Shape, random_inputs
-from attngen.lower import lower
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 Attngen = Callable[..., Result]
 
@@ -160,7 +160,7 @@ def test_check_lowers_and_runs_nothing_without_run(attngen: Attngen, small: str)
     """`check` prints the plan; only `--run` compares."""
     plain, run = attngen("check", small), attngen("check", small, "--run")
     assert (plain.exit_code, run.exit_code) == (0, 0), run.output
-    assert lower(load(small), ARCHS["sm_80"]).name in plain.stdout
+    assert kernel_plan(load(small), ARCHS["sm_80"]).name in plain.stdout
     assert "verdict" not in plain.stdout
     assert "batch 1, heads 2, 5x70" in run.stdout and " ok " in run.stdout
 
@@ -294,7 +294,7 @@ def test_build_writes_three_files_and_finds_them_cached(attngen: Attngen, small:
     first, second = attngen("build", small, "-o", "built"), attngen("build", small)
     lineinfo = attngen("build", small, "--lineinfo")
     assert (first.exit_code, second.exit_code) == (0, 0), first.output
-    name = lower(load(small), ARCHS["sm_80"]).name
+    name = kernel_plan(load(small), ARCHS["sm_80"]).name
     assert sorted(path.name for path in Path("built").iterdir()) == [
         f"{name}.{x}" for x in ("cu", "cubin", "json")
     ]

@@ -9,12 +9,12 @@ from click.testing import Result
 from attngen.api import resolve_arch
 from attngen.arch import ARCHS
 from attngen.cli.shapes import shapes_of
-from attngen.lower import lower
 from attngen.plan import listing
 from attngen.plan.rules import RULES
 from attngen.plan.steps import walk
 from attngen.simulate import count
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 Attngen = Callable[..., Result]
 
@@ -37,7 +37,7 @@ def test_explain_shows_specs_side_by_side(attngen: Attngen, small: str) -> None:
         assert name in lines
     for rule in RULES:
         assert any(name.startswith(f"rule {rule}") for name in lines)
-    plan = lower(load("blackboard"), ARCHS["simulator"])
+    plan = kernel_plan(load("blackboard"), ARCHS["simulator"])
     shape = shapes_of(load("blackboard"))[0]
     moved = count(plan, shape.seqlen_q, shape.seqlen_k, return_lse=True).bytes_moved
     assert f"{moved} B (reads" in lines["bytes, counted"]
@@ -64,7 +64,7 @@ def test_explain_program_prints_every_step(attngen: Attngen) -> None:
     result = attngen("explain", "blackboard", "--program")
     spec = load("blackboard")
     position = result.stdout.index("role warps, 1 warp:")
-    for step in walk(lower(spec, resolve_arch(spec)).kernel.worker.program):
+    for step in walk(kernel_plan(spec, resolve_arch(spec)).worker.program):
         position = result.stdout.index(str(step), position) + 1
 
 
@@ -73,7 +73,7 @@ def test_explain_program_prints_every_role(attngen: Attngen, hopper: str, kind: 
     """Consumer and producer have a listing each, in order, under who runs it and with how many registers."""
     result = attngen("explain", hopper, "--program", "--set", f"schedule.kind={kind}")
     assert result.exit_code == 0, result.output
-    roles = lower(load(hopper).replace({"schedule.kind": kind}), ARCHS["sm_90a"]).kernel.roles
+    roles = kernel_plan(load(hopper).replace({"schedule.kind": kind}), ARCHS["sm_90a"]).roles
     headings = (
         "role consumer, 2 warpgroups of 4 warps, 240 registers:",
         "role producer, 1 thread of 4 warps, 24 registers:",

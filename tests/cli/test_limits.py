@@ -5,10 +5,10 @@ import pytest
 from attngen.api import resolve_arch
 from attngen.arch import ARCHS
 from attngen.cli.limits import MARGINS, binding, margins, occupancy
-from attngen.lower import lower
 from attngen.plan import KernelPlan
 from attngen.plan.rules import RULES
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 
 def test_every_rule_has_a_margin() -> None:
@@ -27,7 +27,7 @@ def assert_margins_are_kept(plan: KernelPlan) -> None:
 def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
     """A plan that passed the rules is within every margin, and the margin says what binds."""
     spec = load(name)
-    plan = lower(spec, resolve_arch(spec))
+    plan = kernel_plan(spec, resolve_arch(spec))
     assert_margins_are_kept(plan)
     of_warpgroups = {"warpgroups", "wgmma-rows", "wgmma-columns", "staged-scales"}
     assert {m.rule for m in margins(plan)} == set(RULES) - of_warpgroups
@@ -37,7 +37,7 @@ def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
 @pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
 def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
     """The same where warpgroups compute; the rows of mma.sync say nothing there."""
-    plan = lower(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
+    plan = kernel_plan(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
     assert_margins_are_kept(plan)
     assert {m.rule for m in margins(plan)} == set(RULES) - {"mma-rows", "staged-scales"}
 
@@ -45,7 +45,7 @@ def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
 def test_staged_scales_have_a_margin() -> None:
     """Three groups of columns in 96 keys; a producer of 32 registers has room for five."""
     precision = {"inputs": "e4m3", "scales": "per_block"}
-    plan = lower(
+    plan = kernel_plan(
         load({"problem": {"head_dim": 64}, "precision": precision, "tile": {"block_n": 96}}), ARCHS["sm_90a"]
     )
     assert_margins_are_kept(plan)
@@ -53,7 +53,7 @@ def test_staged_scales_have_a_margin() -> None:
 
 
 def hopper_margin(rule: str, **changes: object) -> str:
-    plan = lower(load({"problem": {"head_dim": 128}} | changes), ARCHS["sm_90a"])
+    plan = kernel_plan(load({"problem": {"head_dim": 128}} | changes), ARCHS["sm_90a"])
     (found,) = [str(margin) for margin in margins(plan) if margin.rule == rule]
     return found
 
@@ -75,7 +75,7 @@ def test_the_registers_of_a_consumer_are_those_that_setmaxnreg_gives() -> None:
 
 def test_what_binds_warpgroups() -> None:
     """A block_n of 256, the widest wgmma, binds before anything else where registers are left."""
-    plan = lower(
+    plan = kernel_plan(
         load({"problem": {"head_dim": 32}, "tile": {"block_m": 128, "block_n": 256}}), ARCHS["sm_90a"]
     )
     assert str(binding(plan)) == "256 of 256 keys (0 left)"
@@ -88,7 +88,7 @@ def test_what_binds_warpgroups() -> None:
 def test_the_pools_of_setmaxnreg_are_what_the_launch_gives(count: int) -> None:
     """The roles' registers sum to the block's at launch: the largest number of eights that threads can get."""
     spec = load({"problem": {"head_dim": 64}, "schedule": {"kind": "pingpong", "warpgroups": count}})
-    kernel = lower(spec, ARCHS["sm_90a"]).kernel
+    kernel = kernel_plan(spec, ARCHS["sm_90a"])
     at_launch = ARCHS["sm_90a"].registers_per_sm // kernel.threads // 8 * 8
     held = [role.registers for role in kernel.roles if role.registers is not None]
     assert (
@@ -103,10 +103,10 @@ def test_the_plan_at_the_limit_of_registers_is_bound_by_them() -> None:
     from attngen.errors import PlanError
 
     spec = load("fa2_d128_causal").replace({"tile.block_m": 128, "tile.block_n": 64, "schedule.warps": 4})
-    assert str(binding(lower(spec, ARCHS["sm_90a"]))) == "192 of 208 accumulator registers (16 left)"
-    assert binding(lower(spec.replace({"tile.block_n": 80}), ARCHS["sm_90a"])).share == 1.0
+    assert str(binding(kernel_plan(spec, ARCHS["sm_90a"]))) == "192 of 208 accumulator registers (16 left)"
+    assert binding(kernel_plan(spec.replace({"tile.block_n": 80}), ARCHS["sm_90a"])).share == 1.0
     with pytest.raises(PlanError) as refused:
-        lower(spec.replace({"tile.block_n": 96}), ARCHS["sm_90a"])
+        kernel_plan(spec.replace({"tile.block_n": 96}), ARCHS["sm_90a"])
     assert [d.rule for d in refused.value.diagnostics] == ["registers"]
 
 

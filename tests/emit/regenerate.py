@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from attngen.arch import ARCHS
-from attngen.emit.kernel import emit
-from attngen.emit.manifest import manifest
+from attngen.emit import emit_module
 from attngen.lower import lower
-from attngen.quantization import Quantization
 from attngen.resources import shipped_specs
 from attngen.spec import load
 from tests.emit.sass import write_table
@@ -21,15 +19,12 @@ def expected_files() -> dict[str, str]:
         spec = load(path)
         arch = ARCHS[spec.target]
         if arch.emits:
-            plan = lower(spec, arch)
-            for each in (plan, *plan.shorter):
-                stem = spec.name + (f"_k{each.up_to}" if each.up_to else "")
-                files[f"{stem}.cu"] = emit(each)
-                files[f"{stem}.json"] = manifest(each).to_json()
-            if plan.quantizer:
-                quantization = Quantization(plan.quantizer)
-                files[f"{spec.name}_quantize.cu"] = quantization.source
-                files[f"{spec.name}_quantize.json"] = quantization.manifest
+            call = lower(spec, arch)
+            files[f"{spec.name}.json"] = call.manifest.to_json()
+            suffixes = {plan.module: f"_k{plan.up_to}" for plan in call.programs if plan.up_to}
+            for name, kernels in call.modules.items():
+                suffix = suffixes.get(name, name.removeprefix(call.attention.module))
+                files[f"{spec.name}{suffix}.cu"] = emit_module(kernels)
     return files
 
 

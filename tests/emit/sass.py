@@ -9,7 +9,9 @@ from pathlib import Path
 
 import attngen
 from attngen.arch import ARCHS
+from attngen.kernel import Module
 from attngen.lower import lower
+from attngen.plan import KernelPlan
 from attngen.resources import shipped_names
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "sass.md"
@@ -78,10 +80,10 @@ class Row:
         return f"| {' | '.join(self.cells)} | {self.seconds:.1f} |"
 
 
-def row(name: str, kernel: attngen.Kernel) -> Row:
-    """The line of a kernel of a spec."""
-    plan, loop = kernel.plan, hot_loop(kernel.sass())
-    used = next(used for used in kernel.resources if used.name == plan.name)
+def row(name: str, plan: KernelPlan, module: Module) -> Row:
+    """The line of an attention kernel of a spec."""
+    compiled, loop = module.compiled, hot_loop(module.sass())
+    used = next(used for used in compiled.resources if used.name == plan.name)
     keys = f"up to {plan.up_to}" if plan.up_to else "any"
     tile = f"{plan.schedule} {plan.block_m}x{plan.block_n}"
     counts = (
@@ -92,7 +94,7 @@ def row(name: str, kernel: attngen.Kernel) -> Row:
         loop["MUFU"],
         loop["R2UR"],
     )
-    return Row((name, keys, tile, *map(str, counts)), kernel.compile_seconds)
+    return Row((name, keys, tile, *map(str, counts)), compiled.seconds)
 
 
 def rows() -> list[Row]:
@@ -102,9 +104,9 @@ def rows() -> list[Row]:
         spec = attngen.load(name)
         if ARCHS[spec.target].emits:
             kernel = attngen.Kernel(spec, lower(spec, ARCHS[spec.target]))
-            named += [(name, each) for each in (kernel, *kernel.shorter)]
+            named += [(name, plan, kernel.modules[plan.module]) for plan in kernel.call.programs]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda pair: row(*pair), named))
+        return list(pool.map(lambda each: row(*each), named))
 
 
 def write_table() -> None:

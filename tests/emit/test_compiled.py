@@ -6,7 +6,8 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.plan import walk
+from attngen.kernel import Module
+from attngen.plan import KernelPlan, walk
 from attngen.plan.steps import PassTurn, RowMax
 from attngen.resources import shipped_names
 from attngen.runtime import compile_source, disassemble
@@ -27,25 +28,28 @@ MATRIX_INSTRUCTIONS = {
 def assert_compiles_as_planned(kernel: attngen.Kernel) -> None:
     """No spill, no stack, no local memory in the SASS, the planned matrix instruction and no other, no C75xx.
 
-    The same of the kernels for fewer keys; the registers leave room for as many blocks as planned.
+    So for calls of any length and those for fewer keys; the registers leave room for as many blocks as planned.
     """
-    for shorter in kernel.shorter:
-        assert_compiles_as_planned(shorter)
-    compiled = kernel.compiled
+    for plan in kernel.call.programs:
+        assert_program_compiles(plan, kernel.modules[plan.module])
+
+
+def assert_program_compiles(plan: KernelPlan, module: Module) -> None:
+    """What `assert_compiles_as_planned` says, of one attention kernel."""
+    compiled = module.compiled
     for used in compiled.resources:
         assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0), used.name
-    (used,) = (used for used in compiled.resources if used.name == kernel.plan.name)
+    (used,) = (used for used in compiled.resources if used.name == plan.name)
     assert compiled.warnings == ()
-    sass = kernel.sass()
+    sass = module.sass()
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    if kernel.plan.arch.starts_early:
+    if plan.arch.starts_early:
         assert not done_before_waiting(sass)
     planned = {
-        "QGMMA" if name == "HGMMA" and kernel.plan.inputs.bits == 8 else name
-        for name in MATRIX_INSTRUCTIONS[kernel.plan.schedule]
+        "QGMMA" if name == "HGMMA" and plan.inputs.bits == 8 else name
+        for name in MATRIX_INSTRUCTIONS[plan.schedule]
     }
-    plan = kernel.plan
-    assert used.registers * plan.threads * plan.blocks_per_sm <= kernel.plan.arch.registers_per_sm
+    assert used.registers * plan.threads * plan.blocks_per_sm <= plan.arch.registers_per_sm
     if plan.worker.registers is None:
         planned.discard("USETMAXREG")
     for instruction in (

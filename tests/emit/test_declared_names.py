@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.emit import emit, quantizer_text
+from attngen.emit import emit_module
 from attngen.emit.device import names_in
 from attngen.emit.pairs import leaves
 from attngen.emit.probes import elementwise_source
@@ -249,8 +249,7 @@ def test_no_other_identifier_begins_like_a_declared_one() -> None:
         spec = load(path)
         if not ARCHS[spec.target].emits:
             continue
-        plan = lower(spec, ARCHS[spec.target])
-        text = emit(plan) + (quantizer_text(plan.quantizer) if plan.quantizer else "")
+        text = "".join(map(emit_module, lower(spec, ARCHS[spec.target]).modules.values()))
         found = [found for each in names_in(text) if (found := PREFIX.fullmatch(each))]
         met |= {each[1] for each in found}
         declared = {*spec.declarations.scalars, *spec.declarations.tensors, *SIZE_NAMES}

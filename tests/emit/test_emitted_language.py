@@ -8,12 +8,12 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.emit import Manifest, emit, manifest
+from attngen.emit import emit
 from attngen.expr import evaluate
-from attngen.lower import lower
-from attngen.plan import walk
+from attngen.plan import Manifest, assemble, walk
 from attngen.plan.steps import TANH, IssueScoreGemm, ModifyScores, RowMax, ScaleRows, SeedScores
 from tests.emit.test_compiled import assert_compiles_as_planned
+from tests.plans import kernel_plan
 from tests.reference.language_cases import CASES, LanguageCase
 
 SINKS = "window(128, 0) or sinks(4)"
@@ -57,7 +57,7 @@ def test_every_case_compiles(kind: str) -> None:
         made = kernel(case, kind)
         compiled = made.compiled
         assert compiled.warnings == (), str(case)
-        names = {made.plan.name} | ({made.plan.table_kernel.name} if made.plan.table_kernel else set())
+        names = {made.plan.name} | ({f"{made.plan.name}_tables"} if made.plan.tables else set())
         assert {used.name for used in compiled.resources} == names
 
 
@@ -242,7 +242,7 @@ def test_a_mask_written_out_emits_what_its_definition_does(kind: str) -> None:
         {"mask": attngen.expression(lambda q_pos, kv_idx: q_pos >= kv_idx)},
     ]
     plans = [
-        lower(
+        kernel_plan(
             attngen.load({"problem": {"head_dim": 64}, "schedule": {"kind": kind}, **text}), ARCHS["sm_90a"]
         )
         for text in texts
@@ -250,14 +250,14 @@ def test_a_mask_written_out_emits_what_its_definition_does(kind: str) -> None:
     assert len({nameless(plan) for plan in plans}) == 1
     assert len({plan.name for plan in plans}) == 1
     other = attngen.load({"problem": {"head_dim": 64}, "schedule": {"kind": kind}, "mask": "kv_idx < q_pos"})
-    assert nameless(lower(other, ARCHS["sm_90a"])) != nameless(plans[0])
+    assert nameless(kernel_plan(other, ARCHS["sm_90a"])) != nameless(plans[0])
 
 
 def test_a_score_that_is_the_product_adds_nothing() -> None:
     """`score`, and `score` through a definition that changes nothing, emit what a spec without a score emits."""
     spec = {"problem": {"head_dim": 64}, "mask": "causal"}
     plain, named, same = (
-        nameless(lower(attngen.load(spec | more), ARCHS["sm_90a"]))
+        nameless(kernel_plan(attngen.load(spec | more), ARCHS["sm_90a"]))
         for more in ({}, {"score": "score"}, {"score": "mine(score)", "define": {"mine(x)": "x"}})
     )
     assert plain == named == same and "modify_score" not in plain
@@ -269,19 +269,19 @@ def test_the_manifest_of_the_language_survives_its_json(kind: str, case: Languag
     """Tensors, scalars, workspaces and the kernel of tables come back from the .json unchanged."""
     made = kernel(case, kind)
     found = Manifest.from_json(made.manifest.to_json())
-    assert found == made.manifest == manifest(made.plan)
+    assert found == made.manifest == assemble((made.plan,)).manifest
     declared = case.declarations
-    assert {entry.name for entry in found.tensors} == set(declared["tensors"])
+    assert {value.argument for value in found.declared} == set(declared["tensors"])
     assert {entry.name for entry in found.scalars} == set(declared["scalars"])
-    for entry in found.tensors:
-        assert f"{entry.dtype}[{', '.join(map(str, entry.dims))}]" == declared["tensors"][entry.name]
+    for value in found.declared:
+        assert f"{value.dtype}[{', '.join(map(str, value.shape))}]" == declared["tensors"][value.argument]
 
 
 def test_parameters_are_those_that_are_read() -> None:
     """A tensor brings its address, its strides and the sizes it binds, and a score the scale that it takes itself."""
     case = LanguageCase("causal", "score + t[0, min(kv_idx, 3)]")
-    values = {param.value for param in kernel(case).manifest.kernels[0].params}
-    plain = {param.value for param in kernel(LanguageCase("causal")).manifest.kernels[0].params}
+    values = {param.value for param in kernel(case).plan.params}
+    plain = {param.value for param in kernel(LanguageCase("causal")).plan.params}
     of_tensor = {"tensor.t.ptr", "tensor.t.stride_0", "tensor.t.stride_1", "size.n"}
     of_score = {"softmax_scale", "score_factor_log2"}
     assert values - plain == of_tensor | of_score
@@ -292,10 +292,12 @@ def test_tables_are_filled_before_they_are_read() -> None:
     """The kernel of tables is launched first, has the parameters of the other and a workspace for each extreme."""
     made = kernel(LanguageCase("document(doc)"), "warp_specialized").manifest
     assert [entry.kernel for entry in made.launches] == [f"{made.name}_tables", made.name]
-    spaces = [space.name for space in made.workspaces]
+    spaces = made.kept
     assert spaces and {name[-3:] for name in spaces} == {".lo", ".hi"}
     tables, attention = (
         {param.name: param.value for param in entry.params}
         for entry in sorted(made.kernels, key=lambda entry: entry.name, reverse=True)
     )
     assert tables == attention
+    first, second = made.launches
+    assert first.writes == spaces and set(spaces) <= set(second.reads)

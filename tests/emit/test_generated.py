@@ -6,18 +6,25 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.emit import Manifest, emit, manifest
-from attngen.emit.environment import emission_environment, finalize, step_macros
-from attngen.emit.manifest import SCHEMA_VERSION
+from attngen.emit import emit
+from attngen.emit.environment import emission_environment, finalize, step_macros, strict_environment
+from attngen.emit.sheets import sheet_macros
 from attngen.lower import lower
-from attngen.plan import STEPS
+from attngen.plan import SHEETS, STEPS, Manifest
+from attngen.plan.call import SCHEMA_VERSION
 from attngen.simulate import STEPS_SIMULATED
+from attngen.simulate.sheets import SHEETS_SIMULATED
 from attngen.spec import Spec
 from tests.emit.regenerate import FOLDER, expected_files
+from tests.plans import kernel_plan
 
 
 def plan(**changes: object):
-    return lower(attngen.load({"problem": {"head_dim": 64}} | changes), ARCHS["sm_90a"])
+    return kernel_plan(attngen.load({"problem": {"head_dim": 64}} | changes), ARCHS["sm_90a"])
+
+
+def made_of(**changes: object) -> Manifest:
+    return lower(attngen.load({"problem": {"head_dim": 64}} | changes), ARCHS["sm_90a"]).manifest
 
 
 def test_generated_is_in_step_with_the_templates() -> None:
@@ -34,6 +41,16 @@ def test_a_step_has_one_name_in_three_places() -> None:
     names = {step.__name__ for step in STEPS}
     assert set(step_macros(emission_environment(plan()))) == names
     assert {step.__name__ for step in STEPS_SIMULATED} == names
+
+
+def test_a_sheet_has_one_name_in_three_places() -> None:
+    """The classes of sheets, the macros that emit them and the functions that mean them are the same set."""
+    names = {sheet.__name__ for sheet in SHEETS}
+    assert set(sheet_macros(strict_environment())) == names
+    assert {sheet.__name__ for sheet in SHEETS_SIMULATED} == names
+    assert {function.__name__.replace("_", "") for function in SHEETS_SIMULATED.values()} == {
+        name.lower() for name in names
+    }
 
 
 def test_the_text_of_causal_emits_the_bytes_of_causal() -> None:
@@ -62,7 +79,7 @@ def test_templates_cannot_print_what_is_no_text(value: object) -> None:
 def test_the_manifest_survives_its_json() -> None:
     """What a launch needs comes back from the .json unchanged, and another schema version is refused."""
     for kind in ("serial", "fa2", "warp_specialized", "pingpong"):
-        made = manifest(plan(schedule={"kind": kind}))
+        made = made_of(schedule={"kind": kind})
         assert Manifest.from_json(made.to_json()) == made
         for version in (SCHEMA_VERSION - 1, 99):
             other = made.to_json().replace(
@@ -74,9 +91,9 @@ def test_the_manifest_survives_its_json() -> None:
 
 def test_the_manifest_describes_the_tensor_maps() -> None:
     """Each map parameter has a descriptor: extents by name, boxes of one panel, rows of a block or of a warpgroup."""
-    made = manifest(plan(problem={"head_dim": {"qk": 192, "v": 128}}))
-    (kernel,) = made.kernels
-    found = {entry.tensor: (entry.dims, entry.box) for entry in kernel.tensor_maps}
+    made = made_of(problem={"head_dim": {"qk": 192, "v": 128}})
+    *_, kernel = made.kernels
+    found = {entry.value: (entry.dims, entry.box) for entry in kernel.tensor_maps}
     assert found == {
         "q": ((192, "seqlen_q", "num_heads_q", "batch"), (64, 128, 1, 1)),
         "k": ((192, "seqlen_k", "num_heads_kv", "batch"), (64, 112, 1, 1)),
@@ -84,20 +101,20 @@ def test_the_manifest_describes_the_tensor_maps() -> None:
         "out": ((128, "seqlen_q", "num_heads_q", "batch"), (64, 64, 1, 1)),
     }
     assert {param.value for param in kernel.params if param.ctype == "tensor_map"} == {
-        f"map.{x}" for x in found
+        f"{x}.map" for x in found
     }
     assert {entry.dtype for entry in kernel.tensor_maps} == {"bf16"}
     assert {entry.swizzle_bytes for entry in kernel.tensor_maps} == {128}
-    assert manifest(plan(schedule={"kind": "fa2"})).kernels[0].tensor_maps == ()
+    assert made_of(schedule={"kind": "fa2"}).kernels[-1].tensor_maps == ()
 
 
 def test_only_a_persistent_kernel_asks_for_a_counter() -> None:
     """The counter is a parameter of what draws tiles, and its grid is bounded by the GPU's multiprocessors."""
     for persistent in (True, False):
-        made = manifest(plan(schedule={"persistent": persistent}))
-        values = {param.value for param in made.kernels[0].params}
+        made = made_of(schedule={"persistent": persistent})
+        values = {param.value for param in made.kernels[-1].params}
         assert ("counter.ptr" in values) == persistent
-        assert ("num_sms" in str(made.launches[0].grid)) == persistent
+        assert ("num_sms" in str(made.launches[-1].grid)) == persistent
 
 
 def test_an_emitted_kernel_carries_only_what_it_uses() -> None:

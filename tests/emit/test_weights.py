@@ -8,17 +8,17 @@ from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.errors import PlanError
 from attngen.expr import LARGEST_INLINE, LARGEST_KERNEL, parse_mask, tile_classes, weight
-from attngen.lower import lower
 from attngen.plan import KernelPlan
 from attngen.runtime import compile_source
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 SECONDS = 10.0
 
 
 def plan_of(target: str = "sm_90a", **texts: object) -> KernelPlan:
     """The plan of a mask, a score and tensors."""
-    return lower(load({"problem": {"head_dim": 64}, **texts}), ARCHS[target])
+    return kernel_plan(load({"problem": {"head_dim": 64}, **texts}), ARCHS[target])
 
 
 def documents(count: int) -> str:

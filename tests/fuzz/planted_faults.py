@@ -15,6 +15,7 @@ import torch
 from attngen.expr import add, const, evaluate
 from attngen.fuzz.properties import Make
 from attngen.fuzz.strategies import plan_of
+from attngen.judging import quantized
 from attngen.plan import BlockIndex, KernelPlan, Program, Step, View, body_of
 from attngen.plan.steps import (
     Exponentiate,
@@ -36,7 +37,7 @@ from attngen.plan.steps import (
     WaitGemm,
     When,
 )
-from attngen.quantization import Quantization
+from attngen.quantize import DESCALES
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction, simulate
 from attngen.simulate.visits import Member
 from attngen.spec import Spec
@@ -77,7 +78,11 @@ class Planted:
     ) -> Any:
         descales: Mapping[str, torch.Tensor] = {}
         if self.plan.quantizer is not None:
-            q, k, v, descales = Quantization(self.plan.quantizer).operands_of(q, k, v, layout, {})
+            operands = quantized(
+                self.plan, *(x if layout == "bshd" else x.transpose(1, 2) for x in (q, k, v))
+            )
+            q, k = (x if layout == "bshd" else x.transpose(1, 2) for x in (operands.q, operands.k))
+            v, descales = operands.v, {name: getattr(operands, name) for name in DESCALES}
         result, lse = simulate(
             self.plan,
             q,
@@ -119,7 +124,7 @@ def rewritten(program: Program, edit: Edit) -> Program:
 def with_programs(plan: KernelPlan, change: Callable[[Program], Program]) -> KernelPlan:
     """The plan with every role's program changed."""
     roles = tuple(replace(role, program=change(role.program)) for role in plan.roles)
-    return replace(plan, kernels=(replace(plan, roles=roles), *plan.kernels[1:]))
+    return replace(plan, roles=roles)
 
 
 def in_program(edit: Edit) -> Fault:

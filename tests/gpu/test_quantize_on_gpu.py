@@ -6,14 +6,13 @@ import pytest
 import torch
 from kernels import skip_unless_runs_here, wait_for_gpu
 
+import attngen
 from attngen.arch import arch_for_capability
-from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.inputs import Shape
-from attngen.plan import Quantizer
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS, ScaleKind, pack_values, quantize
-from attngen.runtime import compile_source
-from attngen.runtime.quantizer import QuantizeLauncher
+from attngen.runtime import Launcher
 from tests.quantize.cases import assert_same, outlying_inputs
+from tests.quantize.quantizing import Quantizing, kernel_that_quantises
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -34,13 +33,19 @@ DIMS_AND_SEEDS = [
 
 
 @cache
-def launcher(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> QuantizeLauncher:
+def kernel_of(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> attngen.Kernel:
     skip_unless_runs_here("pingpong")  # on no other GPU do kernels take e4m3
     arch = arch_for_capability(torch.cuda.get_device_capability())
-    quantizer = Quantizer("some", arch, *head_dims, scales, seed)
-    return QuantizeLauncher(
-        quantizer_entries(quantizer), compile_source(quantizer_text(quantizer), arch.name).cubin
-    )
+    return kernel_that_quantises(head_dims, scales, seed, arch.name)
+
+
+def launcher(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> Quantizing:
+    return fresh(kernel_of(head_dims, scales, seed))
+
+
+def fresh(kernel: attngen.Kernel) -> Quantizing:
+    """The kernels behind a launcher that has launched nothing yet."""
+    return Quantizing(Launcher(kernel.manifest, lambda module: kernel.modules[module].compiled.cubin))
 
 
 def on_gpu(x: torch.Tensor) -> torch.Tensor:
@@ -120,8 +125,7 @@ def test_packing(layout: str, head_dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("scales", ["per_tensor", "per_block"])
 def test_captured_and_on_a_side_stream(scales: ScaleKind) -> None:
     """A first call may be captured; a replay quantises what the inputs hold then, maxima found anew."""
-    quantizer = launcher((128, 128), scales, SEED)
-    run = QuantizeLauncher(quantizer.entries, _cubin(scales))
+    run = fresh(kernel_of((128, 128), scales, SEED))
     first, second = (outlying_inputs(SHAPES[0], (128, 128), torch.bfloat16, seed=seed) for seed in (1, 2))
     held = [x.cuda() for x in first]
     graph = torch.cuda.CUDAGraph()
@@ -136,8 +140,3 @@ def test_captured_and_on_a_side_stream(scales: ScaleKind) -> None:
             graph.replay()
         stream.synchronize()
         assert_same(found, quantize(*(x.cpu() for x in held), scales, SEED))
-
-
-def _cubin(scales: ScaleKind) -> bytes:
-    arch = arch_for_capability(torch.cuda.get_device_capability())
-    return compile_source(quantizer_text(Quantizer("some", arch, 128, 128, scales, SEED)), arch.name).cubin

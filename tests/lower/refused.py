@@ -5,14 +5,14 @@ import pytest
 import attngen
 from attngen.arch import ARCHS
 from attngen.errors import Diagnostic
-from attngen.lower import lower
+from tests.plans import kernel_plan
 
 SPECIALISED = ("warp_specialized", "pingpong")
 
 
 def diagnostics(arch: str = "sm_90a", **changes: object) -> tuple[Diagnostic, ...]:
     with pytest.raises(attngen.PlanError) as caught:
-        lower(attngen.load({"problem": {"head_dim": 128}} | changes), ARCHS[arch])
+        kernel_plan(attngen.load({"problem": {"head_dim": 128}} | changes), ARCHS[arch])
     return caught.value.diagnostics
 
 

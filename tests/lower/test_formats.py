@@ -9,7 +9,7 @@ from refused import SPECIALISED, diagnostics, faults, only
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.lower import lower
+from tests.plans import kernel_plan
 
 
 def test_f32_is_for_the_simulator() -> None:
@@ -18,7 +18,7 @@ def test_f32_is_for_the_simulator() -> None:
     assert (fault.rule, fault.nearest) == ("input-dtype", ("f16", "bf16", "e4m3"))
     assert fault.note == "the matrix instruction of sm_90a takes f16, bf16 and e4m3; f32 is for simulator"
     spec = attngen.load({"target": "simulator", "problem": {"head_dim": 3}, "precision": {"inputs": "f32"}})
-    assert lower(spec, ARCHS["simulator"]).block_m > 0
+    assert kernel_plan(spec, ARCHS["simulator"]).block_m > 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120"])
@@ -63,7 +63,7 @@ def test_a_promotion_that_does_not_fit_is_told() -> None:
     assert fault.note == (
         "acc_s 64 + p 16 + acc_o 128 + part_o 32 = 240; part_o is what precision.promote: 0 does without"
     )
-    plan = lower(attngen.load(changes | {"precision": precision | {"promote": 0}}), ARCHS["sm_90a"])
+    plan = kernel_plan(attngen.load(changes | {"precision": precision | {"promote": 0}}), ARCHS["sm_90a"])
     assert "part_o" not in {tile.name for tile in plan.worker.reg_tiles}
 
 
@@ -82,7 +82,7 @@ def test_auto_has_a_plan_for_every_head_dim_of_e4m3(promote: int, scales: str) -
             "mask": mask,
             "score": score,
         }
-        plan = lower(attngen.load(spec), ARCHS["sm_90a"])
+        plan = kernel_plan(attngen.load(spec), ARCHS["sm_90a"])
         parts = [tile.cols for tile in plan.worker.reg_tiles if tile.name == "part_o"]
         assert len(parts) == promote and all(v % cols == 0 and cols % 8 == 0 for cols in parts)
         assert plan.block_n % 32 == 0

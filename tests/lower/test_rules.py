@@ -11,8 +11,8 @@ from refused import SPECIALISED, diagnostics, faults, only
 import attngen
 from attngen.arch import ARCHS
 from attngen.errors import Diagnostic
-from attngen.lower import lower
 from attngen.spec import Spec
+from tests.plans import kernel_plan
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_the_nearest_values_pass_with_any_tile_that_auto_may_take(kind: str) -> 
     fault = only(tile={"block_n": 200}, **changes)
     assert (fault.rule, fault.nearest) == ("mma-k-step", ("192", "208"))
     for block_n in (192, 208):
-        plan = lower(attngen.load(changes | {"tile": {"block_n": block_n}}), ARCHS["sm_90a"])
+        plan = kernel_plan(attngen.load(changes | {"tile": {"block_n": block_n}}), ARCHS["sm_90a"])
         assert (plan.block_n, plan.worker.warpgroups) == (block_n, 2)
 
 
@@ -143,7 +143,7 @@ def assert_nearest_are_legal(arch: str, changes: dict[str, dict[str, Any]]) -> N
     for fault in diagnostics(arch, **changes):
         for value in fault.nearest:
             spec = attngen.load({"problem": {"head_dim": 128}} | changes)
-            lower(spec.replace({fault.path: int(value)}), ARCHS[arch])
+            kernel_plan(spec.replace({fault.path: int(value)}), ARCHS[arch])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_nearest_values_keep_what_the_spec_says(arch: str, changes: dict[str, di
 def test_a_tile_too_large_for_shared_memory() -> None:
     """sm_86 has 99 KB; the report gives the sum that exceeds it."""
     with pytest.raises(attngen.PlanError, match=r"= 131072 bytes") as caught:
-        lower(
+        kernel_plan(
             attngen.load(
                 {
                     "problem": {"head_dim": 256},
@@ -187,13 +187,13 @@ def test_a_schedule_of_warpgroups_names_the_targets_that_have_it(arch: str, kind
     assert fault.nearest == ("serial", "fa2")
     for nearest in fault.nearest:
         spec = attngen.load({"problem": {"head_dim": 128}, "schedule": {"kind": nearest}})
-        assert lower(spec, ARCHS[arch]).schedule == nearest
+        assert kernel_plan(spec, ARCHS[arch]).schedule == nearest
 
 
 def test_auto_is_the_fastest_schedule_of_the_target() -> None:
     """warp_specialized on Hopper, fa2 elsewhere."""
     spec = attngen.load({"problem": {"head_dim": 128}})
-    chosen = {name: lower(spec, arch).schedule for name, arch in ARCHS.items()}
+    chosen = {name: kernel_plan(spec, arch).schedule for name, arch in ARCHS.items()}
     assert chosen == dict.fromkeys(ARCHS, "fa2") | {"sm_90a": "warp_specialized"}
 
 
@@ -218,7 +218,7 @@ def test_a_field_of_another_schedule_is_refused(kind: str, field: str, value: ob
     )  # as YAML has it
     assert fault.note == f"it is for {belongs}"
     assert fault.nearest == ("auto",)
-    lower(
+    kernel_plan(
         attngen.load({"problem": {"head_dim": 128}, "schedule": {"kind": kind, field: "auto"}}),
         ARCHS["sm_90a"],
     )
@@ -228,7 +228,7 @@ def test_every_field_of_another_schedule_is_told() -> None:
     """Three fields that mean nothing to serial are three faults, each at its own place in the text."""
     text = "problem: {head_dim: 64}\nschedule:\n  kind: serial\n  overlap: true\n  warpgroups: 2\n  persistent: false\n"
     with pytest.raises(attngen.PlanError) as caught:
-        lower(attngen.load(text), ARCHS["sm_90a"])
+        kernel_plan(attngen.load(text), ARCHS["sm_90a"])
     places = {fault.path: fault.location.line for fault in caught.value.diagnostics if fault.location}
     assert places == {"schedule.overlap": 4, "schedule.warpgroups": 5, "schedule.persistent": 6}
 
@@ -259,7 +259,7 @@ def test_a_warpgroup_owns_the_rows_of_one_wgmma() -> None:
     fault = only("simulator", tile={"block_m": 5}, schedule=two)
     assert (fault.rule, fault.message) == ("wgmma-rows", "tile.block_m = 5 must be a multiple of 2")
     for block_m in (64, 128):
-        plan = lower(
+        plan = kernel_plan(
             attngen.load({"problem": {"head_dim": 128}, "tile": {"block_m": block_m}}), ARCHS["sm_90a"]
         )
         assert (plan.block_m, plan.worker.warpgroups) == (block_m, block_m // 64)
@@ -276,10 +276,10 @@ def test_s_of_a_block_is_one_wgmma_wide() -> None:
     assert set(found) == {"wgmma-columns", "registers"}
     assert found["wgmma-columns"].message == "tile.block_n = 272 must be at most 256"
     assert found["wgmma-columns"].nearest == ("256",)
-    widest = lower(attngen.load(changes | {"tile": {"block_m": 64, "block_n": 256}}), ARCHS["sm_90a"])
+    widest = kernel_plan(attngen.load(changes | {"tile": {"block_m": 64, "block_n": 256}}), ARCHS["sm_90a"])
     assert widest.block_n == 256
     on_simulator = attngen.load(changes | {"schedule": {"kind": "pingpong"}})
-    assert lower(on_simulator, ARCHS["simulator"]).block_n == 272
+    assert kernel_plan(on_simulator, ARCHS["simulator"]).block_n == 272
 
 
 def sum_told(fault: Diagnostic) -> tuple[dict[str, int], int]:
@@ -325,7 +325,7 @@ def test_only_a_persistent_block_has_room_for_its_next_tile(kind: str) -> None:
     """Shared memory ends with the mbarriers, and with 16 bytes for the number of the next tile where one is drawn."""
     for persistent in (False, True):
         schedule = {"kind": kind, "persistent": persistent}
-        kernel = lower(
+        kernel = kernel_plan(
             attngen.load({"problem": {"head_dim": 64}, "schedule": schedule}), ARCHS["sm_90a"]
         ).kernel
         assert kernel.smem_bytes - kernel.tile_slot_offset == 16 * persistent
@@ -352,9 +352,9 @@ def test_a_tile_of_a_gpu_has_512_rows_at_most() -> None:
     fault = only("sm_80", **changes)
     assert (fault.rule, fault.message) == ("largest-tile", "tile.block_m = 1024 must be at most 512")
     assert fault.nearest == ("512",)
-    lower(attngen.load(changes).replace({"tile.block_m": 512}), ARCHS["sm_80"])
+    kernel_plan(attngen.load(changes).replace({"tile.block_m": 512}), ARCHS["sm_80"])
     assert only("sm_80", **changes | {"tile": {"block_m": 500, "block_n": 16}}).nearest == ("256", "512")
-    assert lower(attngen.load(changes), ARCHS["simulator"]).block_m == 1024
+    assert kernel_plan(attngen.load(changes), ARCHS["simulator"]).block_m == 1024
 
 
 @pytest.mark.parametrize("head_dim", range(32, 257, 8))
@@ -363,7 +363,7 @@ def test_auto_finds_a_legal_tile_everywhere(arch: str, head_dim: int) -> None:
     """No head dim is without a kernel on any target, in any schedule that the target has."""
     for kind in ("serial", "fa2", *(SPECIALISED if ARCHS[arch].wgmma else ())):
         spec: Spec = attngen.load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}})
-        plan = lower(spec, ARCHS[arch])
+        plan = kernel_plan(spec, ARCHS[arch])
         assert plan.smem_bytes <= ARCHS[arch].smem_bytes_per_block
 
 
@@ -372,7 +372,7 @@ def test_no_buffer_runs_into_another(qk: int) -> None:
     """However wide V is: only a buffer that lies over another shares bytes, and with that one, of one stage."""
     for v, mask in product(range(32, 257, 8), ("full", "causal")):
         spec = attngen.load({"problem": {"head_dim": {"qk": qk, "v": v}}, "mask": mask})
-        whole = lower(spec, ARCHS["sm_90a"])
+        whole = kernel_plan(spec, ARCHS["sm_90a"])
         for plan in (whole, *whole.shorter):
             for a, b in combinations(plan.buffers, 2):
                 if a.offset < b.offset + b.size_bytes and b.offset < a.offset + a.size_bytes:
@@ -395,7 +395,7 @@ def test_what_no_tile_has_registers_for_is_refused() -> None:
     }
     fault = only(**wanted, **lookups)
     assert fault.rule == "registers" and "part_o is what precision.promote: 0 does without" in fault.note
-    lower(attngen.load(wanted), ARCHS["sm_90a"])
-    lower(
+    kernel_plan(attngen.load(wanted), ARCHS["sm_90a"])
+    kernel_plan(
         attngen.load(wanted | {"precision": wanted["precision"] | {"promote": 0}} | lookups), ARCHS["sm_90a"]
     )

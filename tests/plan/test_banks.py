@@ -6,8 +6,8 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.lower import lower
 from attngen.plan import Buffer
+from tests.plans import kernel_plan
 
 HEAD_DIMS = [(32, 32), (40, 40), (64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 
@@ -24,7 +24,7 @@ def conflicts(addresses: list[int], width: int) -> int:
 
 def buffers(dims: tuple[int, int], kind: str) -> tuple[Buffer, ...]:
     spec = {"problem": {"head_dim": {"qk": dims[0], "v": dims[1]}}, "schedule": {"kind": kind}}
-    return lower(attngen.load(spec), ARCHS["sm_90a"]).kernel.buffers
+    return kernel_plan(attngen.load(spec), ARCHS["sm_90a"]).buffers
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)

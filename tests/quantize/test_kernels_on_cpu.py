@@ -5,15 +5,14 @@ from functools import cache
 import pytest
 import torch
 
-from attngen.arch import ARCHS
-from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.errors import ArgumentError
 from attngen.inputs import Shape
-from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind, pack_values, quantize
-from attngen.runtime.quantizer import QuantizeLauncher
+from attngen.runtime import Launcher
+from tests.plans import no_code
 from tests.quantize.cases import assert_same, outlying_inputs
 from tests.quantize.on_cpu import CpuKernels
+from tests.quantize.quantizing import Quantizing, kernel_that_quantises
 
 SEED = 11
 
@@ -21,16 +20,17 @@ SEED = 11
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one multiprocessor, so that a block of threads works on several parts."""
-    monkeypatch.setattr("attngen.runtime.quantizer.sms_of", lambda arch, device: 1)
+    monkeypatch.setattr("attngen.runtime.launch.sms_of", lambda arch, device: 1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
 
 
 @cache
-def launcher(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> QuantizeLauncher:
-    quantizer = Quantizer("some", ARCHS["sm_90a"], *head_dims, scales, seed)
-    kernels = CpuKernels(quantizer_text(quantizer))
-    return QuantizeLauncher(quantizer_entries(quantizer), b"", load=kernels.load, start=kernels.start)
+def launcher(head_dims: tuple[int, int], scales: ScaleKind, seed: int | None) -> Quantizing:
+    kernel = kernel_that_quantises(head_dims, scales, seed)
+    (module,) = (module for name, module in kernel.modules.items() if name.endswith("_quantize"))
+    kernels = CpuKernels(module.source)
+    return Quantizing(Launcher(kernel.manifest, no_code, load=kernels.load, start=kernels.start))
 
 
 @pytest.mark.parametrize("seed", [None, SEED])
@@ -63,7 +63,7 @@ def test_the_largest_numbers(scales: ScaleKind) -> None:
 @pytest.mark.parametrize(
     ("head_dims", "seed"),
     [
-        ((16, 16), None),
+        ((32, 32), None),
         ((80, 48), None),
         ((192, 128), None),
         ((64, 256), None),
@@ -79,10 +79,10 @@ def test_head_dims(head_dims: tuple[int, int], seed: int | None) -> None:
         assert_same(launcher(head_dims, scales, seed).quantize(q, k, v), quantize(q, k, v, scales, seed))
 
 
-@pytest.mark.parametrize("dim", [16, 48, 128, 256])
+@pytest.mark.parametrize("dim", [32, 48, 128, 256])
 def test_packing(dim: int) -> None:
     """e4m3 V of any strides is laid out as the reference does."""
-    run = launcher({16: (16, 16), 48: (80, 48), 128: (192, 128), 256: (64, 256)}[dim], "per_block", None)
+    run = launcher({32: (32, 32), 48: (80, 48), 128: (192, 128), 256: (64, 256)}[dim], "per_block", None)
     codes = torch.randint(0, 256, (2, 3, 200, dim + 16), dtype=torch.uint8)[..., :dim].view(
         torch.float8_e4m3fn
     )

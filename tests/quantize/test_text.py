@@ -3,8 +3,8 @@
 import pytest
 
 from attngen.arch import ARCHS, RESERVED_SMEM_BYTES
-from attngen.emit.quantizer import quantizer_entries, quantizer_text
-from attngen.plan import Quantizer
+from attngen.emit import emit_quantizing
+from attngen.plan import Quantizer, quantizing_sheets
 from attngen.quantize import SCALE_KINDS, ScaleKind
 from attngen.runtime import compile_source, disassemble
 from tests.emit.sass import done_before_waiting
@@ -17,16 +17,20 @@ def quantizer(dim: int, scales: ScaleKind, seed: int | None, head_dim_v: int | N
     return Quantizer("some", ARCHS["sm_90a"], dim, head_dim_v or dim, scales, seed)
 
 
+def text_of(made: Quantizer) -> str:
+    return emit_quantizing(quantizing_sheets(made))
+
+
 @pytest.mark.parametrize("scales", SCALE_KINDS)
 @pytest.mark.parametrize("dim", [16, 80, 128, 192, 256])
 def test_kernels_compile_without_spills(dim: int, scales: ScaleKind) -> None:
     """Whole in registers, and as many blocks fit a multiprocessor as planned."""
     for seed in (None, 1) if dim in TRANSFORMED else (None,):
         made = quantizer(dim, scales, seed)
-        compiled = compile_source(quantizer_text(made), "sm_90a")
+        compiled = compile_source(text_of(made), "sm_90a")
         resources = compiled.resources
         assert not done_before_waiting(disassemble(compiled.cubin))
-        asked = {kernel.name: kernel.smem_bytes for kernel in quantizer_entries(made).kernels}
+        asked = {sheet.name: sheet.smem_bytes for sheet in quantizing_sheets(made)}
         assert {used.name for used in resources} == asked.keys()
         for used in resources:
             assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0), used
@@ -38,7 +42,7 @@ def test_kernels_compile_without_spills(dim: int, scales: ScaleKind) -> None:
 def test_many_columns_of_v() -> None:
     """Where V is wider than Q and K a thread holds more of it, and still spills nothing."""
     for scales in SCALE_KINDS:
-        for used in compile_source(quantizer_text(quantizer(64, scales, 1, 256)), "sm_90a").resources:
+        for used in compile_source(text_of(quantizer(64, scales, 1, 256)), "sm_90a").resources:
             assert (used.spill_stores, used.stack_bytes) == (0, 0), used
 
 
@@ -57,5 +61,5 @@ def test_enough_bytes_are_in_flight() -> None:
 def test_the_text_is_the_same_each_time() -> None:
     """The same quantizer gives the same bytes, another seed others."""
     made = quantizer(64, "per_block", 1)
-    assert quantizer_text(made) == quantizer_text(quantizer(64, "per_block", 1))
-    assert quantizer_text(made) != quantizer_text(quantizer(64, "per_block", 2))
+    assert text_of(made) == text_of(quantizer(64, "per_block", 1))
+    assert text_of(made) != text_of(quantizer(64, "per_block", 2))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import attngen
+from attngen.bind import check_arguments
+from attngen.bind.arguments import strides
 from attngen.expr import LARGEST_INDEX, LARGEST_LENGTH, LARGEST_TILE
-from attngen.runtime import check_arguments
 
 KERNEL = attngen.compile({"problem": {"head_dim": 64}, "mask": "causal"}, arch="sm_90a")
 
@@ -24,9 +25,11 @@ def refused(**changes: object) -> attngen.ArgumentError:
 
 def test_good_arguments_pass() -> None:
     """The sizes and strides come back, a stride of a size-1 dimension as 0."""
-    problem = check_arguments(KERNEL.manifest, **tensors(), softmax_scale=None, out=None, layout="bshd")
-    assert (problem.batch, problem.seqlen_q, problem.seqlen_k, problem.sizes["group"]) == (2, 16, 24, 2)
-    assert problem.q == (16 * 4 * 64, 4 * 64, 64)
+    given = check_arguments(KERNEL.manifest, **tensors(), softmax_scale=None, out=None, layout="bshd")
+    sizes = {"batch": 2, "seqlen_q": 16, "seqlen_k": 24, "num_heads_q": 4, "num_heads_kv": 2, "group": 2}
+    assert given.sizes == sizes
+    assert strides(given.tensors["q"]) == (16 * 4 * 64, 4 * 64, 64, 1)
+    assert strides(given.tensors["q"][:1, :, :1]) == (0, 4 * 64, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,8 @@ def test_a_length_leaves_room_for_the_last_tile() -> None:
         assert error.argument == next(iter(changes))
         assert (error.got, error.expected) == (f"length {2**30 - 511}", "at most 2^30 - 512")
     given = {name: x[:, 1:] for name, x in given.items()}
-    problem = check_arguments(KERNEL.manifest, **given, softmax_scale=None, out=None, layout="bshd")
-    assert problem.seqlen_q == problem.seqlen_k == LARGEST_LENGTH
+    sizes = check_arguments(KERNEL.manifest, **given, softmax_scale=None, out=None, layout="bshd").sizes
+    assert sizes["seqlen_q"] == sizes["seqlen_k"] == LARGEST_LENGTH
 
 
 def test_out_may_not_be_an_input() -> None:

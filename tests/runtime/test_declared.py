@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import attngen
-from attngen.emit import KernelEntry
+from attngen.bind import check_declared
 from attngen.expr import SIZE_NAMES
-from attngen.plan import RUNTIME_SIZES
-from attngen.runtime import Launcher, check_declared
+from attngen.plan import RUNTIME_SIZES, KernelEntry
+from attngen.runtime import Launcher
+from tests.plans import no_code
 
 SPEC = {
     "problem": {"head_dim": 64},
@@ -57,27 +58,29 @@ def good() -> dict[str, Any]:
 
 
 def check(passed: Mapping[str, Any]) -> Any:
-    return check_declared(KERNEL.manifest, passed, SIZES, CPU)
+    return check_declared(KERNEL.manifest, KERNEL.manifest.intakes[0], passed, SIZES, CPU)
 
 
 def test_what_is_declared_passes() -> None:
     """Defaults stand for what is left out, and a new name is bound to the size of its dimension."""
     found = check(good())
     assert found.scalars == {"cap": 30.0, "low": 0.5, "reach": -7, "strict": True}
-    assert list(found.tensors) == [tensor.name for tensor in KERNEL.manifest.tensors]
+    assert list(found.tensors) == [value.name for value in KERNEL.manifest.declared]
     assert (found.sizes["n"], found.sizes["wide"], found.sizes["batch"]) == (5, 3, 2)
     assert check(good() | {"cap": 2}).scalars["cap"] == 2.0
     assert check(good() | {"low": 0.1}).scalars["low"] == struct.unpack("f", struct.pack("f", 0.1))[0]
     assert check(good() | {"low": -math.inf}).scalars["low"] == -math.inf
 
 
-def test_any_strides_pass() -> None:
+def test_any_strides_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor may be a slice, a transpose or repeated: its strides are the kernel's to know."""
     spread = torch.zeros(24, 2, dtype=torch.int32).T
     repeated = torch.zeros(1, dtype=torch.bfloat16).expand(4, 16, 4)
-    parameters = check(good() | {"doc": spread, "bias": repeated}).parameters
-    assert (parameters["tensor.doc.stride_0"], parameters["tensor.doc.stride_1"]) == (1, 2)
-    assert [parameters[f"tensor.bias.stride_{i}"] for i in range(3)] == [0, 0, 0]
+    recorder = Recorder(monkeypatch, KERNEL)
+    recorder.run(*tensors(), **good() | {"doc": spread, "bias": repeated})
+    for _, _, sent in recorder.sent:
+        assert (sent["tensor.doc.stride_0"], sent["tensor.doc.stride_1"]) == (1, 2)
+        assert [sent[f"tensor.bias.stride_{i}"] for i in range(3)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_a_name_that_is_not_declared_is_refused_with_the_nearest() -> None:
         check(good() | {"zzz": 1})
     plain = attngen.compile({"problem": {"head_dim": 64}}, arch="sm_90a")
     with pytest.raises(attngen.ArgumentError, match="argument bias.*no such argument"):
-        check_declared(plain.manifest, {"bias": 1}, SIZES, CPU)
+        check_declared(plain.manifest, plain.manifest.intakes[0], {"bias": 1}, SIZES, CPU)
 
 
 def test_a_tensor_that_requires_grad_passes_where_no_grad_is_made() -> None:
@@ -170,7 +173,7 @@ class Recorder:
         monkeypatch.setattr("attngen.runtime.launch.COUNTERS", _Counters())
         monkeypatch.setattr("attngen.runtime.tensor_maps.encode_tensor_map", lambda *map_: bytes(128))
         monkeypatch.setattr("attngen.runtime.prepared.address_comes_first", lambda: True)
-        self.launcher = Launcher(kernel.manifest, b"", load=lambda cubin: _Module(), start=self._start)
+        self.launcher = Launcher(kernel.manifest, no_code, load=lambda cubin: _Module(), start=self._start)
 
     def run(self, *tensors: torch.Tensor, softmax_scale: float | None = None, **declared: Any) -> Any:
         return self.launcher.run(*tensors, softmax_scale=softmax_scale, declared=declared)
@@ -249,9 +252,9 @@ def test_the_struct_carries_what_is_declared(monkeypatch: pytest.MonkeyPatch) ->
         assert sent["softmax_scale"] == -0.5
         assert sent["score_factor_log2"] == pytest.approx(math.log2(math.e))
     tables, attention = (sent for *_, sent in recorder.sent)
-    spaces = [space.name for space in KERNEL.manifest.workspaces]
-    addresses = [attention[f"workspace.{space}"] for space in spaces]
-    assert addresses == [tables[f"workspace.{space}"] for space in spaces]
+    spaces = KERNEL.manifest.kept
+    addresses = [attention[f"{space}.ptr"] for space in spaces]
+    assert addresses == [tables[f"{space}.ptr"] for space in spaces]
     assert spaces and 0 not in addresses and len(set(addresses)) == len(addresses)
 
 
@@ -354,11 +357,11 @@ def test_a_call_with_tables_fills_none(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder.launcher.run(*tensors(), declared=passed, tables=tables)
     assert [name for name, *_ in recorder.sent] == [f"{KERNEL.plan.name}_tables", KERNEL.plan.name]
     made, used = (sent for *_, sent in recorder.sent)
-    assert tables.memory is not None
+    assert isinstance(tables.memory, torch.Tensor)
     start = tables.memory.data_ptr()
-    for name in KERNEL.manifest.tables:
-        address = made[f"workspace.{name}"]
-        assert start <= address == used[f"workspace.{name}"] < start + tables.memory.nbytes
+    for name in KERNEL.manifest.kept:
+        address = made[f"{name}.ptr"]
+        assert start <= address == used[f"{name}.ptr"] < start + tables.memory.nbytes
 
 
 def test_tables_of_another_call_are_refused_of_a_known_signature_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +412,7 @@ def test_tables_lie_side_by_side_in_memory_of_their_stream(monkeypatch: pytest.M
         sent = run_on(stream)
         assert len(made) == known
         memory = made[stream - 7]
-        starts = [sent[f"workspace.{space.name}"] - memory.data_ptr() for space in KERNEL.manifest.workspaces]
+        starts = [sent[f"{name}.ptr"] - memory.data_ptr() for name in KERNEL.manifest.kept]
         assert starts[0] == 0 and not any(start % 256 for start in starts)
         (report, *_) = KERNEL.explain_launch(*tensors())
         ends = [start + size for start, size in zip(starts, report.workspace_bytes.values(), strict=True)]

@@ -9,11 +9,12 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.emit import emit, manifest
+from attngen.emit import emit_module
 from attngen.lower import lower
 from attngen.runtime import Launcher, LaunchReport, tensor_maps
 from attngen.runtime import launch as launch_module
 from attngen.runtime.loaded import LoadedKernels
+from tests.plans import no_code
 
 CAUSAL = {"problem": {"head_dim": 64}, "mask": "causal"}
 KERNEL = attngen.compile(CAUSAL | {"schedule": {"kind": "fa2"}}, arch="sm_90a")
@@ -72,13 +73,13 @@ class Recorder:
 
 def fields(raw: bytes) -> dict[str, float]:
     values = struct.unpack("=5Q12q5if", raw)
-    return dict(zip((param.name for param in KERNEL.manifest.kernels[0].params), values, strict=True))
+    return dict(zip((param.name for param in KERNEL.plan.params), values, strict=True))
 
 
 def test_the_struct_carries_what_the_manifest_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pointers, strides, sizes and scale stand where C puts them; lse is 0 unless asked for."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
     out, lse = launcher.run(q, k, k, softmax_scale=-0.5)
     sent = fields(recorder.structs[0])
@@ -96,13 +97,14 @@ def test_kernels_that_wait_themselves_are_loaded_as_such(
 ) -> None:
     """Those of sm_90a, the one for tables too: their texts wait, and no others do."""
     spec = {"problem": {"head_dim": 64}, "mask": "document(doc)", "tensors": {"doc": "i32[batch, seqlen_k]"}}
-    plan = lower(attngen.load(spec), ARCHS[arch])
-    assert plan.table_kernel is not None
-    names = (plan.name, plan.table_kernel.name)
-    assert emit(plan).count("  wait_for_earlier_kernels();") == len(names) * starts_early
+    call = lower(attngen.load(spec), ARCHS[arch])
+    names = [kernel.name for kernel in call.kernels]
+    assert f"{call.attention.name}_tables" in names
+    texts = "".join(map(emit_module, call.modules.values()))
+    assert texts.count("  wait_for_earlier_kernels();") == len(names) * starts_early
     recorder = Recorder(monkeypatch)
-    loaded = LoadedKernels(arch, manifest(plan).kernels, b"", recorder.load, recorder.start)
-    for kernel in manifest(plan).kernels:
+    loaded = LoadedKernels(arch, call.manifest.kernels, no_code, recorder.load, recorder.start)
+    for kernel in call.manifest.kernels:
         loaded.function(kernel, 0)
     assert recorder.early == dict.fromkeys(names, starts_early)
 
@@ -110,7 +112,7 @@ def test_kernels_that_wait_themselves_are_loaded_as_such(
 def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered of a signature never holds a pointer."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     for _ in range(3):
         q = torch.randn(1, 64, 2, 64).bfloat16()
         out, lse = launcher.run(q, q, q, return_lse=True)
@@ -122,7 +124,7 @@ def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: 
 def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has q's order of dimensions and v's head_dim, and never q's strides, types and sizes where they are others."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     packed = torch.randn(2, 64, 3, 4, 64).bfloat16()
     plain = packed[:, :, 0].contiguous()
     for q in (plain, packed[:, :, 1], plain.transpose(1, 2).contiguous().transpose(1, 2), plain[:1, :1]):
@@ -134,7 +136,7 @@ def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPa
             assert (*steps, 1) == out.stride()
     wide = attngen.compile({"problem": {"head_dim": {"qk": 192, "v": 128}}, "mask": "causal"}, arch="sm_90a")
     other = SpecialisedRecorder(monkeypatch, True)
-    launcher = Launcher(wide.manifest, b"", load=other.load, start=lambda *arguments: None)
+    launcher = Launcher(wide.manifest, no_code, load=other.load, start=lambda *arguments: None)
     q = torch.zeros(1, 64, 2, 192).bfloat16()
     assert launcher.run(q, q, q[..., :128].contiguous())[0].shape == (1, 64, 2, 128)
 
@@ -142,7 +144,7 @@ def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPa
 def test_a_misaligned_pointer_of_a_known_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alignment is a matter of the call, not of the signature."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     storage = torch.randn(64 * 2 * 64 + 1).bfloat16()
     good, bad = storage[:-1].view(1, 64, 2, 64), storage[1:].view(1, 64, 2, 64)
     launcher.run(good, good, good)
@@ -166,7 +168,7 @@ def test_whatever_is_passed_in_its_place_an_argument_is_named(
 ) -> None:
     """None, a list, a number, a sparse tensor: an ArgumentError of that argument, known signature or not."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     q = torch.zeros(2, 8, 4, 64).bfloat16()
     good = {"q": q, "k": q, "v": q, "softmax_scale": 1.0, "layout": "bshd", "out": None}
     for call in (launcher.run, KERNEL):  # the GPU's path and the CPU's
@@ -201,7 +203,7 @@ def test_the_serving_kernel_is_asked_for_with_a_length() -> None:
 def test_an_empty_output_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No queries: no grid. No keys: the kernel must still write zeros."""
     recorder = Recorder(monkeypatch)
-    launcher = Launcher(KERNEL.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
     q, none = torch.randn(1, 64, 2, 64).bfloat16(), torch.zeros(1, 0, 2, 64).bfloat16()
     assert launcher.run(none, q, q)[0].shape == (1, 0, 2, 64)
     assert recorder.grids == []
@@ -268,7 +270,7 @@ class SpecialisedRecorder(Recorder):
     def sent(self) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
         """The maps and the other fields of the last launch, by name."""
         raw = self.structs[-1]
-        names = [param.name for param in self.kernel.manifest.kernels[0].params]
+        names = [param.name for param in self.kernel.plan.params]
         maps = {name: MAP.unpack_from(raw, 128 * i + self.address_at) for i, name in enumerate(names[:4])}
         values = struct.unpack_from(f"={self.pointers}Q6if", raw, 512)
         return maps, dict(zip(names[4:], values, strict=True))
@@ -288,7 +290,7 @@ def test_tensor_maps_carry_address_extents_strides_and_box(
 ) -> None:
     """Columns first, strides in bytes; whether the address may be patched or the map is made anew."""
     recorder = SpecialisedRecorder(monkeypatch, persistent, address_at)
-    launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(recorder.kernel.manifest, no_code, load=recorder.load, start=recorder.start)
     for _ in range(2):  # the second call has the first's signature and addresses of its own
         q, k = torch.randn(2, 300, 4, 64).bfloat16(), torch.randn(2, 100, 2, 64).bfloat16()
         v = torch.randn(2, 100, 2, 3, 64).bfloat16()[..., 1, :]
@@ -311,7 +313,7 @@ def test_a_known_signature_makes_no_map_again(monkeypatch: pytest.MonkeyPatch) -
     q = torch.randn(1, 64, 2, 64).bfloat16()
     for address_at, again in ((0, 0), (8, 4)):
         recorder = SpecialisedRecorder(monkeypatch, True, address_at)
-        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher = Launcher(recorder.kernel.manifest, no_code, load=recorder.load, start=recorder.start)
         launcher.run(q, q, q)
         before = len(recorder.encoded)
         launcher.run(q, q, q)
@@ -321,7 +323,7 @@ def test_a_known_signature_makes_no_map_again(monkeypatch: pytest.MonkeyPatch) -
 def test_a_dimension_of_one_has_a_stride_that_the_copy_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single batch, head or row may have any stride in torch; the map says 16 bytes. No keys: one row of them."""
     recorder = SpecialisedRecorder(monkeypatch, True)
-    launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+    launcher = Launcher(recorder.kernel.manifest, no_code, load=recorder.load, start=recorder.start)
     q = torch.randn(1, 1, 1, 64).bfloat16().as_strided((1, 1, 1, 64), (3, 5, 7, 1))
     launcher.run(q, torch.zeros(1, 0, 1, 64).bfloat16(), torch.zeros(1, 0, 1, 64).bfloat16())
     maps, values = recorder.sent()
@@ -336,7 +338,7 @@ def test_a_persistent_grid_fills_the_gpu_and_no_more(monkeypatch: pytest.MonkeyP
     for persistent in (True, False):
         recorder = SpecialisedRecorder(monkeypatch, persistent)
         assert recorder.kernel.plan.block_m == 192
-        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher = Launcher(recorder.kernel.manifest, no_code, load=recorder.load, start=recorder.start)
         for q in (few, many):
             launcher.run(q, q, q)
         launcher.run(few[:, :0], few, few)
@@ -350,7 +352,7 @@ def test_counters_are_at_hand_before_the_first_launch(monkeypatch: pytest.Monkey
     q = torch.zeros(1, 64, 2, 64).bfloat16()
     for persistent in (True, False):
         recorder = SpecialisedRecorder(monkeypatch, persistent)
-        launcher = Launcher(recorder.kernel.manifest, b"", load=recorder.load, start=recorder.start)
+        launcher = Launcher(recorder.kernel.manifest, no_code, load=recorder.load, start=recorder.start)
         launcher.run(q[:, :0], q, q)
         for _ in range(2):
             launcher.run(q, q, q)
@@ -375,12 +377,11 @@ def test_more_tiles_than_a_kernel_can_count_are_refused() -> None:
 
 
 def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to its bound the shorter kernel is launched, beyond it the other; the manifest of each says so."""
+    """Up to its bound the shorter kernel is launched, beyond it the other; and nothing else is looked at."""
     SpecialisedRecorder(monkeypatch, True)
     kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": 64}, "mask": "causal"})
-    (short,) = kernel.shorter
-    assert kernel.manifest.shorter == (short.manifest.name,) and kernel.manifest.up_to is None
-    bound = short.manifest.up_to
+    short, _ = kernel.call.programs
+    bound = short.up_to
     assert bound is not None
     launched: list[str] = []
 
@@ -397,14 +398,13 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.Monke
     def start(function: Named, *rest: object) -> None:
         launched.append(function.name)
 
-    short_launcher = Launcher(short.manifest, b"", load=lambda cubin: Named(), start=start)
-    launcher = Launcher(kernel.manifest, b"", (short_launcher,), load=lambda cubin: Named(), start=start)
-    for seqlen_k, expected in ((bound, short), (bound + 1, kernel), (0, short)):
+    launcher = Launcher(kernel.manifest, no_code, load=lambda cubin: Named(), start=start)
+    for seqlen_k, expected in ((bound, short), (bound + 1, kernel.plan), (0, short)):
         q, k = torch.empty(1, 8, 4, 64, device="meta"), torch.empty(1, seqlen_k, 2, 64, device="meta")
         q, k = q.bfloat16(), k.bfloat16()
         assert kernel.serving(k) is expected
         (report,) = kernel.explain_launch(q, k, k)
-        assert report.kernel == expected.manifest.name
+        assert report.kernel == expected.name
         assert kernel.serving(k.transpose(1, 2), "bhsd") is expected
         launcher.run(*(torch.empty_like(x, device="cpu") for x in (q, k, k)))
-        assert launched.pop() == expected.manifest.name
+        assert launched.pop() == expected.name

@@ -11,10 +11,10 @@ import pytest
 from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.errors import ArgumentError, CompileError
-from attngen.lower import lower
 from attngen.runtime import TIMEOUT_VARIABLE, CompilerPool, compile_source
 from attngen.runtime.stopping import run_stoppable
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 SLOW = " or ".join(f"sin(f32(q_idx - kv_idx) * {i}.5) < 0.5" for i in range(60))
 
@@ -79,7 +79,7 @@ def test_a_compilation_costs_little_more_than_its_work() -> None:
 
 def test_nvrtc_is_stopped_by_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its error names the limit and where it comes from."""
-    source = emit(lower(load({"problem": {"head_dim": 64}, "mask": SLOW}), ARCHS["sm_80"]))
+    source = emit(kernel_plan(load({"problem": {"head_dim": 64}, "mask": SLOW}), ARCHS["sm_80"]))
     monkeypatch.setenv(TIMEOUT_VARIABLE, "0.05")
     start = time.perf_counter()
     with pytest.raises(CompileError, match=r"it took more than ATTNGEN_COMPILE_TIMEOUT = 0\.05 s"):

@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from torch.masked import masked_tensor
 
 import attngen
-from attngen.emit import quantizer_entries
-from attngen.runtime import QuantizeLauncher
+from attngen.runtime import Launcher
+from tests.plans import no_code
+from tests.quantize.quantizing import Quantizing
 from tests.runtime.test_declared import Recorder, _Module
 
 SHAPE = (2, 8, 2, 64)
@@ -214,13 +215,14 @@ def test_the_quantising_launcher_refuses_as_the_other_does(
     compiled = attngen.compile(
         {"target": "sm_90a", "problem": {"head_dim": 64}, "precision": {"inputs": "e4m3"}}
     )
-    assert compiled.quantization is not None
     started: list[int] = []
-    launcher = QuantizeLauncher(
-        quantizer_entries(compiled.quantization.quantizer),
-        b"",
-        load=lambda cubin: _Module(),
-        start=lambda function, grid, *rest: started.append(grid),
+    launcher = Quantizing(
+        Launcher(
+            compiled.manifest,
+            no_code,
+            load=lambda cubin: _Module(),
+            start=lambda function, grid, *rest: started.append(grid),
+        )
     )
     plain = {each: torch.ones(SHAPE).half() for each in "qkv"}
     v8 = torch.ones(SHAPE).to(torch.float8_e4m3fn)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attngen
 from attngen.accuracy import compare
+from attngen.bind import check_declared
 from attngen.declared_inputs import Given, declared_inputs
 from attngen.fuzz.states import STATES
 from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Canary, Shape, poison, random_inputs
@@ -17,7 +18,6 @@ from attngen.judging import judge
 from attngen.losses import rmse_of
 from attngen.quantize import SCALE_KINDS, dequantize, quantize
 from attngen.reference import attention, attention_as_fractions, attention_chunked, standard_attention
-from attngen.runtime import check_declared
 from attngen.simulate import count, predict, trace
 from attngen.torch_state import subnormal_numbers
 from tests.runtime.test_declared import Recorder
@@ -158,7 +158,9 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "drawn": drawn,
     "quantised": quantised,
     "counted": counted,
-    "declared": lambda: vars(check_declared(LAUNCHED.manifest, declared(), SIZES, torch.device("cpu"))),
+    "declared": lambda: check_declared(
+        LAUNCHED.manifest, LAUNCHED.manifest.intakes[0], declared(), SIZES, torch.device("cpu")
+    )._asdict(),
     "losses": lambda: rmse_of({"e4m3": SIMULATED["tokens"]}, inputs(32, torch.bfloat16)),
 }
 

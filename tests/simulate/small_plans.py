@@ -17,11 +17,10 @@ from attngen.lower import build, candidates, warpgroups
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     Buffer,
+    Call,
     Cursor,
     KernelPlan,
     KeyBlocks,
-    Launch,
-    KernelPlan,
     Program,
     RegTile,
     RegVec,
@@ -29,9 +28,7 @@ from attngen.plan import (
     Rows,
     Scheduler,
     Tensor,
-    Workspace,
-    ceil_div,
-    product,
+    assemble,
 )
 from attngen.plan.rules import verify
 from attngen.schedules import Pairs, Places, WarpgroupPlaces
@@ -86,27 +83,11 @@ def plan_of(
     schedule: str = "fa2",
     key_blocks: KeyBlocks | None = None,
     mask: Expr = TRUE,
-    grid: object = None,
 ) -> KernelPlan:
-    """A plan of one kernel whose roles run these programs."""
-    rows, dim = at.q.rows, at.q.cols
-    heads = product("batch", "num_heads_q")
-    if schedule == "serial":
-        default_grid, kind = heads, "heads"
-    else:
-        default_grid, kind = product(heads, ceil_div("seqlen_q", rows)), "query_blocks"
-    kernel = KernelPlan(
-        name="attention",
-        scheduler=Scheduler(kind),
-        roles=tuple(Role(f"role {i}", 1, program) for i, program in enumerate(programs)),
-        buffers=(at.q, at.k, at.v, at.out),
-        params=(),
-        blocks_per_sm=1,
-        smem_bytes=at.v.offset + at.v.size_bytes,
-    )
+    """A kernel whose roles run these programs."""
+    dim = at.q.cols
     return KernelPlan(
         name="attention",
-        spec_name="",
         spec_digest="",
         arch=ARCHS["simulator"],
         inputs=at.q.dtype,
@@ -120,7 +101,7 @@ def plan_of(
         tile_classes=None,
         declarations=Declarations(),
         schedule=schedule,
-        block_m=rows,
+        block_m=at.q.rows,
         block_n=at.k.rows,
         stages=at.stages,
         warps=1,
@@ -129,16 +110,23 @@ def plan_of(
         row_tiles=1,
         overlap=False,
         key_blocks=key_blocks or KeyBlocks(),
-        tensors=(at.q_in, at.k_in, at.v_in, at.result, at.o_acc),
-        rows=(at.lse, at.saved_max, at.saved_sum),
-        kernels=(kernel,),
-        workspaces=(
-            Workspace("o_acc", ("batch", "num_heads_q", "seqlen_q", dim)),
-            Workspace("saved_max", ("batch", "num_heads_q", "seqlen_q")),
-            Workspace("saved_sum", ("batch", "num_heads_q", "seqlen_q")),
-        ),
-        launches=(Launch("attention", default_grid if grid is None else grid, default_grid),),
+        reads=(at.q_in, at.k_in, at.v_in),
+        writes=(at.result, at.lse),
+        scratch=(at.o_acc, at.saved_max, at.saved_sum),
+        scheduler=Scheduler("heads" if schedule == "serial" else "query_blocks"),
+        roles=tuple(Role(f"role {i}", 1, program) for i, program in enumerate(programs)),
+        buffers=(at.q, at.k, at.v, at.out),
+        params=(),
+        blocks_per_sm=1,
+        smem_bytes=at.v.offset + at.v.size_bytes,
     )
+
+
+def call_of(plan: KernelPlan, **launched: Any) -> Call:
+    """The call of a kernel, whose launch differs from the plan's in some fields."""
+    call = assemble((plan,))
+    (launch,) = call.manifest.launches
+    return replace(call, manifest=replace(call.manifest, launches=(replace(launch, **launched),)))
 
 
 TINY_WARPGROUPS = WarpgroupChoice(block_m=4, block_n=4, stages=2, warpgroups=2)
@@ -155,7 +143,7 @@ def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = Fals
     plan = lowered("pingpong", stages=2, block_m=4, block_n=4, head_dim=2, fields=given)
     programs = {"consumer": consumer, "producer": producer}
     roles = tuple(replace(role, program=programs[role.name]) for role in plan.roles)
-    return replace(plan, kernels=(replace(plan, roles=roles),))
+    return replace(plan, roles=roles)
 
 
 def lowered(

@@ -270,7 +270,7 @@ def without_step(plan: KernelPlan, site: Site) -> KernelPlan:
         replace(role, program=without(role.program, site.path)) if role.name == site.role else role
         for role in plan.roles
     )
-    return replace(plan, kernels=(replace(plan, roles=tuple(roles)), *plan.kernels[1:]))
+    return replace(plan, roles=tuple(roles))
 
 
 def results(plan: KernelPlan, case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,8 +1,10 @@
 """Every rule of the simulator is broken by a short program, and kept by the same program mended."""
 
+from typing import Any
+
 import pytest
 import torch
-from small_plans import places, plan_of
+from small_plans import call_of, places, plan_of
 
 from attngen.errors import InternalError
 from attngen.plan import STEPS, BlockIndex, Program, Range, Step
@@ -238,10 +240,12 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
 }
 
 
-def run(program: Program, grid: object = None, end: Program = END) -> None:
+def run(program: Program, end: Program = END, **launched: Any) -> None:
     """Simulate a program on 4 queries and 6 keys: the second block of 4 keys is half beyond the end."""
-    plan = plan_of(AT, (ForTiles((*program, *end)),), grid=grid)
-    simulate(plan, torch.ones(1, 4, 1, 2), torch.ones(1, 6, 1, 2), torch.ones(1, 6, 1, 2))
+    plan = plan_of(AT, (ForTiles((*program, *end)),))
+    simulate(
+        call_of(plan, **launched), torch.ones(1, 4, 1, 2), torch.ones(1, 6, 1, 2), torch.ones(1, 6, 1, 2)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -78,11 +78,7 @@ def test_every_head_and_block_of_rows_has_one_tile() -> None:
     sizes = Sizes(2, 9, 9, 6, 2)
     every = sorted((m, b, h, h // 3) for m in range(3) for b in range(2) for h in range(6))
     for lockstep in (1, 5, 64):
-        found = [
-            (tile.m_block, *member)
-            for tile in tiles(plan, sizes, lockstep)
-            for member in tile.members
-        ]
+        found = [(tile.m_block, *member) for tile in tiles(plan, sizes, lockstep) for member in tile.members]
         assert sorted(found) == every  # type: ignore[type-var]
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from attngen.arch import ARCHS
 from attngen.errors import ToolchainError
-from attngen.lower import lower
 from attngen.plan import KernelPlan, Program
 from attngen.plan.steps import ForBlocks, ForTiles, PassTurn, Release, Step, When
 from attngen.simulate import (
@@ -24,6 +23,7 @@ from attngen.simulate import (
 )
 from attngen.simulate.charges import CHARGES
 from attngen.spec import load
+from tests.plans import kernel_plan
 
 H200 = COSTS["sm_90a"]
 LENGTH = 1024
@@ -36,7 +36,7 @@ def plan_of(kind: str, mask: str = "full", head_dim: int = 128, **schedule: Any)
         "mask": mask,
         "schedule": {"kind": kind, **schedule},
     }
-    return lower(load(spec), ARCHS["sm_90a"])
+    return kernel_plan(load(spec), ARCHS["sm_90a"])
 
 
 PLANS = {
@@ -65,8 +65,7 @@ def without(plan: KernelPlan, role: str, kind: type[Step]) -> KernelPlan:
         return tuple(steps)
 
     roles = tuple(
-        dataclasses.replace(r, program=cut(r.program, [1])) if r.name == role else r
-        for r in plan.roles
+        dataclasses.replace(r, program=cut(r.program, [1])) if r.name == role else r for r in plan.roles
     )
     kernel = dataclasses.replace(plan, roles=roles)
     return dataclasses.replace(plan, kernels=(kernel,))

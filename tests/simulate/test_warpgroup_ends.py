@@ -4,10 +4,9 @@ The programs are of the Steps in `warpgroup_steps`; one tile unless said otherwi
 """
 
 import re
-from dataclasses import replace
 
 import pytest
-from small_plans import warpgroup_plan
+from small_plans import call_of, warpgroup_plan
 from warpgroup_steps import (
     CLEAR_O,
     DRAW,
@@ -106,10 +105,8 @@ def test_launch_must_say_its_tiles(persistent: bool) -> None:
     """A launch that counts other tiles than its scheduler has is a fault, whoever works on them."""
     plan = programs((*END, *(TAKE if persistent else ())), DRAW if persistent else (), persistent)
     run(plan, 20)
-    (launch,) = plan.launches
-    wrong = replace(plan, launches=(replace(launch, tiles=4),))
     with pytest.raises(SimulationFault, match="for 4 tiles and has 5") as caught:
-        run(wrong, 20)
+        run(call_of(plan, tiles=4), 20)
     assert caught.value.rule == "wrong grid"
 
 
