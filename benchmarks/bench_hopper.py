@@ -105,7 +105,8 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
         rows.append(
             {
                 "group": problem.group, "problem": str(problem), "head_dim": problem.dims, "mask": problem.mask,
-                "seqlen": problem.shape.seqlen_k, "kernel": served.name, "cubin": kernel.modules[served.module].compiled.digest,
+                "seqlen": problem.shape.seqlen_k, "kernel": served.name,
+                "cubin": kernel.modules[served.module].compiled.digest,
                 "tflops": tflops, "ms": samples,
             }
         )  # fmt: skip

@@ -327,7 +327,7 @@ def test_only_a_persistent_block_has_room_for_its_next_tile(kind: str) -> None:
         schedule = {"kind": kind, "persistent": persistent}
         kernel = kernel_plan(
             attngen.load({"problem": {"head_dim": 64}, "schedule": schedule}), ARCHS["sm_90a"]
-        ).kernel
+        )
         assert kernel.smem_bytes - kernel.tile_slot_offset == 16 * persistent
 
 
@@ -372,8 +372,7 @@ def test_no_buffer_runs_into_another(qk: int) -> None:
     """However wide V is: only a buffer that lies over another shares bytes, and with that one, of one stage."""
     for v, mask in product(range(32, 257, 8), ("full", "causal")):
         spec = attngen.load({"problem": {"head_dim": {"qk": qk, "v": v}}, "mask": mask})
-        whole = kernel_plan(spec, ARCHS["sm_90a"])
-        for plan in (whole, *whole.shorter):
+        for plan in lower(spec, ARCHS["sm_90a"]).programs:
             for a, b in combinations(plan.buffers, 2):
                 if a.offset < b.offset + b.size_bytes and b.offset < a.offset + a.size_bytes:
                     assert (b.overlays, a.stages) == (a.name, 1), plan.name

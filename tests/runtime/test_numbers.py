@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import attngen
 from attngen.bind.numbers import scalar_of
-from attngen.runtime import softmax_scale_of
+from attngen.bind import softmax_scale_of
 from tests.runtime.test_declared import Recorder
 
 SPEC = {

@@ -337,7 +337,7 @@ def test_deletion_finds_nested_steps(case: Case) -> None:
         every = list(sites(case, role))
         assert max(len(site.path) for site in every) >= 4
         for site in every:
-            (shorter,) = (r for r in without_step(plan, site).kernel.roles if r.name == role.name)
+            (shorter,) = (r for r in without_step(plan, site).roles if r.name == role.name)
             removed = 1 + sum(1 for _ in walk(body_of(site.step)))
             assert len(list(walk(shorter.program))) == len(every) - removed
 
