@@ -1,7 +1,7 @@
 """What 8-bit inputs cost: errors against fp64 attention on the inputs as they were before anything was rounded to e4m3.
 
 The same problem goes to a kernel of e4m3 inputs, to one with a scale per tensor and no Hadamard matrix, and to one of
-bf16. Whether a kernel is right is for `attngen.judging`; nothing here is held to a bound, printed or timed.
+bf16. Whether a kernel is right is for `attngen.check.judging`; nothing here is held to a bound, printed or timed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from attngen.api import resolve_arch
+from attngen.check.judging import Inputs
+from attngen.check.reference import attention_chunked
 from attngen.errors import SpecError
-from attngen.judging import Inputs
 from attngen.kernel import Kernel
 from attngen.lower import lower
-from attngen.reference import attention_chunked
 from attngen.spec import Spec
 from attngen.torch_state import torch_defaults
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import attngen
-from attngen import bench
 from attngen.arch import ARCHS
+from attngen.check import bench
+from attngen.check.inputs import random_inputs
 from attngen.emit import emit
-from attngen.inputs import random_inputs
 from attngen.lower import lower
 
 ARCH = ARCHS["sm_90a"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from attngen import bench
 from attngen.arch import arch_for_capability
+from attngen.check import bench
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind

@@ -21,7 +21,7 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.bench import Point, geometric_mean, grid_shape
+from attngen.check.bench import Point, geometric_mean, grid_shape
 from attngen.cli.facts import attention_resources
 from attngen.cli.output import console, table
 from attngen.cli.timeline import resident_blocks

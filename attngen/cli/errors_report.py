@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from attngen.check.declared_inputs import Given
+from attngen.check.inputs import Kind, Shape
 from attngen.cli.comparison import draw_declared, draw_inputs
 from attngen.cli.output import table
 from attngen.cli.shapes import shape_text
-from attngen.declared_inputs import Given
-from attngen.inputs import Kind, Shape
 from attngen.kernel import Kernel
 from attngen.losses import beside, rmse_of
 

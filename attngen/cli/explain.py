@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from attngen.check.declared_inputs import Given, declared_inputs
+from attngen.check.inputs import Shape
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
@@ -29,9 +31,7 @@ from attngen.cli.variants import (
     stand_in_note,
     variants,
 )
-from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import SpecError
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import listing
 from attngen.runtime import KernelResources

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from attngen.check.inputs import Shape
 from attngen.cli.limits import MARGINS, binding, occupancy, tile_registers
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import Buffer, Descales, Plan, Role, walk
 from attngen.plan.rules import takes_warpgroups

@@ -6,6 +6,8 @@ import click
 import torch
 
 from attngen.api import resolve_arch
+from attngen.check.inputs import Shape
+from attngen.check.judging import Inputs
 from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
@@ -22,8 +24,6 @@ from attngen.cli.variants import (
     variants,
 )
 from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
-from attngen.inputs import Shape
-from attngen.judging import Inputs
 from attngen.kernel import Kernel
 from attngen.spec import Spec
 

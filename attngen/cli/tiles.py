@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from attngen.check.inputs import Shape
 from attngen.cli.shapes import shape_text
 from attngen.emit import serving
 from attngen.errors import ArgumentError
 from attngen.expr import evaluate
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import Plan
 from attngen.runtime import DeclaredValues, check_declared

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from attngen.bench import CAUSAL, Point, grid_shape
+from attngen.check.bench import CAUSAL, Point, grid_shape
+from attngen.check.inputs import Shape
 from attngen.cli.limits import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
-from attngen.inputs import Shape
 from attngen.plan import Plan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline

@@ -10,11 +10,11 @@ from dataclasses import replace
 from rich.table import Table
 
 from attngen.arch import ARCHS
+from attngen.check.inputs import KINDS, KINDS_WITH_SCALES
 from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case
 from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
-from attngen.inputs import KINDS, KINDS_WITH_SCALES
 from attngen.plan import BlockIndex, Plan, Range, evaluate_formula
 from attngen.plan.rules import MOST_WARPGROUPS, takes_warpgroups
 from attngen.plan.steps import ForBlocks, When, walk

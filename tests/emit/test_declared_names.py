@@ -38,7 +38,7 @@ from attngen.lower import lower
 from attngen.resources import shipped_specs
 from attngen.runtime.nvrtc import compile_source
 from attngen.spec import load
-from tests.reference.language_cases import CASES, LanguageCase
+from tests.check.language_cases import CASES, LanguageCase
 
 NAMES = (*emitted_names(), "x1", "x2")  # a canonical text has names of its own too
 MADE_UP = (

@@ -13,8 +13,8 @@ from attngen.expr import evaluate
 from attngen.lower import lower
 from attngen.plan import walk
 from attngen.plan.steps import TANH, IssueScoreGemm, ModifyScores, RowMax, ScaleRows, SeedScores
+from tests.check.language_cases import CASES, LanguageCase
 from tests.emit.test_compiled import assert_compiles_as_planned
-from tests.reference.language_cases import CASES, LanguageCase
 
 SINKS = "window(128, 0) or sinks(4)"
 COMPILED = (

@@ -2,11 +2,11 @@
 
 import pytest
 
+from attngen.check.inputs import Shape
 from attngen.fuzz import Case, Coverage, FuzzReport, fuzz
 from attngen.fuzz.coverage import expected
 from attngen.fuzz.search import CPU_TARGETS
 from attngen.fuzz.strategies import plan_of
-from attngen.inputs import Shape
 from attngen.spec import load
 
 EXAMPLES = {"simulator": 700, "sm_80": 300, "sm_90a": 600}

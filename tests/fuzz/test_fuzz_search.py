@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as with_seed
 from planted_faults import FAULTS, plant
 
+from attngen.check.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
 from attngen.cli import main
 from attngen.dtypes import dtype
 from attngen.errors import PlanError
@@ -21,7 +22,6 @@ from attngen.fuzz.pairs import PairTexts, pair_texts
 from attngen.fuzz.properties import WIDE_WINDOW, PropertyFailure, check, names_of
 from attngen.fuzz.search import CPU_TARGETS, kernels
 from attngen.fuzz.strategies import cases, plan_of, specs
-from attngen.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
 from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
 

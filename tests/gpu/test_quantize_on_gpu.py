@@ -7,8 +7,8 @@ import torch
 from kernels import skip_unless_runs_here, wait_for_gpu
 
 from attngen.arch import arch_for_capability
+from attngen.check.inputs import Shape
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
-from attngen.inputs import Shape
 from attngen.plan import Quantizer
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS, ScaleKind, pack_values, quantize
 from attngen.runtime import compile_source

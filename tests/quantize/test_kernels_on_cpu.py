@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from attngen.arch import ARCHS
+from attngen.check.inputs import Shape
 from attngen.emit.quantizer import quantizer_entries, quantizer_text
 from attngen.errors import ArgumentError
-from attngen.inputs import Shape
 from attngen.plan import Quantizer
 from attngen.quantize import SCALE_KINDS, ScaleKind, pack_values, quantize
 from attngen.runtime.quantizer import QuantizeLauncher

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from attngen.accuracy import Accuracy, compare
+from attngen.check.accuracy import Accuracy, compare
+from attngen.check.inputs import MemoryLayout, Shape, arrange, random_inputs
 from attngen.expr import parse_mask
-from attngen.inputs import MemoryLayout, Shape, arrange, random_inputs
 from attngen.simulate import one_thread
 
 LENGTHS = (

@@ -1,7 +1,7 @@
 """Values for the scalars and tensors that a spec declares: drawn, read from files, or given as text.
 
-Like those of `attngen.inputs`, values depend on declarations, sizes and seed alone: they are drawn on the CPU and then
-moved. Nothing here knows a kernel; whether a tensor fits its declaration is checked where a call is.
+Like those of `attngen.check.inputs`, values depend on declarations, sizes and seed alone: they are drawn on the CPU and
+then moved. Nothing here knows a kernel; whether a tensor fits its declaration is checked where a call is.
 """
 
 import math
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from attngen.check.inputs import Shape
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError, shown
 from attngen.expr import Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
-from attngen.inputs import Shape
 from attngen.memory import check_room
 from attngen.torch_state import torch_defaults
 

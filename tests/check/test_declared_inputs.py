@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attngen.declared_inputs import IDS, MOST_DRAWN, NEW_DIMENSION, Given, declared_inputs
+from attngen.check.declared_inputs import IDS, MOST_DRAWN, NEW_DIMENSION, Given, declared_inputs
+from attngen.check.inputs import Shape
 from attngen.errors import ArgumentError
 from attngen.expr import Declarations, read_declarations
-from attngen.inputs import Shape
 
 SHAPE = Shape(batch=2, heads=6, heads_kv=3, seqlen_q=5, seqlen_k=400)
 
@@ -76,7 +76,7 @@ def test_a_seed_decides_and_a_tensor_does_not_depend_on_others() -> None:
 def test_large_tensors_repeat_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the most that is drawn numbers come again, in memory of their own."""
     assert MOST_DRAWN >= 2**20
-    monkeypatch.setattr("attngen.declared_inputs.MOST_DRAWN", 100)
+    monkeypatch.setattr("attngen.check.declared_inputs.MOST_DRAWN", 100)
     x = declared_inputs(declared({"x": "bf16[num_heads_q, seqlen_k]"}), SHAPE)["x"]
     assert x.is_contiguous() and torch.equal(x.flatten()[:100], x.flatten()[100:200])
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from attngen.accuracy import Accuracy, compare, score_unit_of
+from attngen.check.accuracy import Accuracy, compare, score_unit_of
+from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
+from attngen.check.reference import Layout, Roundings
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
-from attngen.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.plan import Plan
 from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
-from attngen.reference import Layout, Roundings
 from attngen.spec import Spec
 from attngen.torch_state import torch_defaults
 
@@ -65,7 +65,7 @@ def judge(
     rows: Sequence[int] | None = None,
     by_gpu: bool | None = None,
 ) -> Accuracy:
-    """Hold what a call returned to the rule of `attngen.accuracy`.
+    """Hold what a call returned to the rule of `attngen.check.accuracy`.
 
     Args:
         spec: of the kernel.

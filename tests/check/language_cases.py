@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import attngen
-from attngen.accuracy import Accuracy, compare
-from attngen.inputs import Shape, random_inputs
+from attngen.check.accuracy import Accuracy, compare
+from attngen.check.inputs import Shape, random_inputs
 
 WINDOW_AND_SINKS = "window(7, 0) or sinks(2)"
 TENSORS = {

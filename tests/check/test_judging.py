@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import attngen
-from attngen.accuracy import compare, score_unit_of
-from attngen.inputs import Kind, Shape
-from attngen.judging import Inputs, call_dtype, compare_operands, draw, judge, quantized, roundings_of
+from attngen.check.accuracy import compare, score_unit_of
+from attngen.check.inputs import Kind, Shape
+from attngen.check.judging import Inputs, call_dtype, compare_operands, draw, judge, quantized, roundings_of
 from attngen.quantize import SCALE_KINDS, Operands, ScaleKind, dequantize, quantize
 from attngen.spec import load
 

@@ -27,8 +27,8 @@ f32 inputs round P to nothing shorter, so that the order of f32 sums is all that
 whose matrix product is rounded once, is no bound for a loop over blocks. They are allowed one more term (see
 `_order_term`), which grows with the number of blocks.
 
-Of 8-bit operands (`attngen.judging`) the reference takes the numbers that they stand for, and the yardstick rounds P as
-the kernels do. There the rule has more of:
+Of 8-bit operands (`attngen.check.judging`) the reference takes the numbers that they stand for, and the yardstick
+rounds P as the kernels do. There the rule has more of:
 
 - chance: a number of e4m3 errs by up to 2^-4 of itself, and by nothing where it meets the format by luck. An element of
   out may then err by 2^-4 * spread, spread^2 = sum of P^2 V^2 over the keys. The largest is added to the first line and
@@ -48,11 +48,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attngen.check.reference import (
+    Layout,
+    Roundings,
+    attention,
+    attention_chunked,
+    scale_of,
+    standard_attention,
+)
 from attngen.errors import ArgumentError
 from attngen.expr import Expr
 from attngen.expr.arithmetic import times
 from attngen.expr.tree import real
-from attngen.reference import Layout, Roundings, attention, attention_chunked, scale_of, standard_attention
 from attngen.torch_state import torch_defaults
 
 MAX_FACTOR = 2.0

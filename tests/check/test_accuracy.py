@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attngen.accuracy import Accuracy, compare
+from attngen.check.accuracy import Accuracy, compare
+from attngen.check.inputs import KINDS, Kind, Shape, random_inputs
+from attngen.check.reference import attention, standard_attention
 from attngen.errors import ArgumentError
 from attngen.expr import Expr, parse_mask
-from attngen.inputs import KINDS, Kind, Shape, random_inputs
-from attngen.reference import attention, standard_attention
 
 BLOCK_N = 64  # keys in the last block that the mutant drops
 CAP = 217  # lengths of the table, capped so that the whole table runs in seconds
@@ -312,8 +312,8 @@ def test_long_problems_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the naive reference was asked for a long problem")
 
-    monkeypatch.setattr("attngen.accuracy.NAIVE_SCORES", 1000)
-    monkeypatch.setattr("attngen.accuracy.attention", refuse)
+    monkeypatch.setattr("attngen.check.accuracy.NAIVE_SCORES", 1000)
+    monkeypatch.setattr("attngen.check.accuracy.attention", refuse)
     chunked = compare(out, lse, q, k, v)
     assert chunked.max_error == pytest.approx(naive.max_error, rel=1e-9)
     assert chunked.rmse_bound == pytest.approx(naive.rmse_bound, rel=1e-9)

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attngen.expr import Expr, parse_mask
-from attngen.inputs import EXACT_SCALE, Shape, random_inputs
-from attngen.reference import (
+from attngen.check.inputs import EXACT_SCALE, Shape, random_inputs
+from attngen.check.reference import (
     Layout,
     attention,
     attention_as_fractions,
     attention_chunked,
     standard_attention,
 )
+from attngen.expr import Expr, parse_mask
 
 Visible = Callable[[dict[str, int]], bool]
 Oracle = Callable[..., tuple[Tensor, Tensor]]
@@ -323,7 +323,7 @@ def test_standard_splits_long_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few queries give the numbers of the whole, and no piece holds more scores than it may."""
     q, k, v = random_inputs(Shape(1, 2, 1, 65, 129), 16, 8, torch.bfloat16)
     whole, whole_lse = standard_attention(q, k, v, parse_mask("causal"))
-    monkeypatch.setattr("attngen.reference.STANDARD_SCORES", 129 * 4)
+    monkeypatch.setattr("attngen.check.reference.STANDARD_SCORES", 129 * 4)
     with LargestTensor() as largest:
         out, lse = standard_attention(q, k, v, parse_mask("causal"))
     assert largest.elements <= q.numel()  # 65 * 32, against 65 * 129 scores of a head

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from attngen.check.inputs import Shape
 from attngen.errors import ToolchainError
 from attngen.expr import TRUE, Expr, evaluate, free_names, parse_mask, parse_score
-from attngen.inputs import Shape
 
 Run = Callable[[], Any]
 PEERS = ("flash", "cudnn", "efficient", "flex")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attngen.accuracy import compare
-from attngen.inputs import (
+from attngen.check.accuracy import compare
+from attngen.check.inputs import (
     ALIGNMENT_BYTES,
     EXACT_SCALE,
     KINDS,
@@ -20,7 +20,7 @@ from attngen.inputs import (
     poison,
     random_inputs,
 )
-from attngen.reference import attention, standard_attention
+from attngen.check.reference import attention, standard_attention
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [

@@ -2,7 +2,7 @@
 
 `attention` is the definition written out, with the whole score matrix in memory. `attention_chunked` gives
 the same numbers with memory linear in the lengths. `standard_attention` is the same mathematics at the
-kernel's precision, which is what `attngen.accuracy` measures kernels against. `attention_as_fractions` is for
+kernel's precision, which is what `attngen.check.accuracy` measures kernels against. `attention_as_fractions` is for
 the tier of inputs on which sums are exact.
 
 All take tensors of one dtype and legal shapes, (batch, seqlen, heads, head_dim) unless layout="bhsd",
@@ -214,7 +214,7 @@ def standard_attention(
     declared: Mapping[str, Any] | None = None,
     roundings: Roundings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.accuracy`.
+    """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.check.accuracy`.
 
     S in f32; P = exp(S - row_max) rounded to the input dtype before it is normalised, or exp(S) where the score is
     bounded (`scaling.needs_no_maximum`); P V in f32 and divided by the f32 sum of the P that was not rounded; the
@@ -224,7 +224,7 @@ def standard_attention(
     of sums, is f32.
 
     Exponents are in log2 units, as in the kernels, so that weights which are powers of two are exact
-    (see `attngen.inputs.EXACT_SCALE`). On CUDA, f32 inputs want torch's TF32 off, as it is by default.
+    (see `attngen.check.inputs.EXACT_SCALE`). On CUDA, f32 inputs want torch's TF32 off, as it is by default.
 
     Args:
         q: As in `attention`, in the kernel's input dtype; with `roundings` f32, what 8-bit operands stand for.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from attngen.check.reference import attention, attention_chunked
 from attngen.expr import parse_mask
-from attngen.reference import attention, attention_chunked
-from tests.reference.length_grid import (
+from tests.check.length_grid import (
     HEAD_DIMS,
     INPUTS,
     LONGEST_ON_CPU,
