@@ -26,7 +26,7 @@ import attngen
 from attngen.check import bench
 from attngen.check.inputs import Shape, random_inputs
 from attngen.check.judging import Inputs
-from attngen.losses import rmse_of, sampled_rows
+from attngen.cli.losses import rmse_of, sampled_rows
 
 HEAD_DIM = 128
 SCALES: Mapping[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ PACKAGE = Path(attngen.__file__).parent
 ORDER = {
     "errors": 0, "memory": 0, "version": 0, "torch_state": 0, "dtypes": 1, "resources": 1, "quantize": 1,
     "scaling": 1, "arch": 2, "expr": 2, "spec": 3, "plan": 4, "schedules": 5, "lower": 6, "emit": 7, "simulate": 7,
-    "check": 7, "runtime": 8, "quantization": 9, "kernel": 10, "api": 11, "losses": 12, "fuzz": 12, "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "check": 7, "runtime": 8, "quantization": 9, "kernel": 10, "api": 11, "fuzz": 12, "cli": 13, "__init__": 14,
+    "__main__": 14,
 }  # fmt: skip
 OWNERS = {
     "jinja2": {"emit"},

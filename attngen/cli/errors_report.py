@@ -13,10 +13,10 @@ from rich.table import Table
 from attngen.check.declared_inputs import Given
 from attngen.check.inputs import Kind, Shape
 from attngen.cli.comparison import draw_declared, draw_inputs
+from attngen.cli.losses import beside, rmse_of
 from attngen.cli.output import table
 from attngen.cli.shapes import shape_text
 from attngen.kernel import Kernel
-from attngen.losses import beside, rmse_of
 
 SUFFIXES = (".html", ".png", ".svg")
 KINDS: dict[Kind, str] = {"randn": "normal", "outliers": "normal, 0.1 % of it with outliers of deviation 10"}

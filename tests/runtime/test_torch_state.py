@@ -14,8 +14,8 @@ from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Canary, Shape, poison, random_inputs
 from attngen.check.judging import judge
 from attngen.check.reference import attention, attention_as_fractions, attention_chunked, standard_attention
+from attngen.cli.losses import rmse_of
 from attngen.fuzz.states import STATES
-from attngen.losses import rmse_of
 from attngen.quantize import SCALE_KINDS, dequantize, quantize
 from attngen.runtime import check_declared
 from attngen.simulate import count, predict, trace

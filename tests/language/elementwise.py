@@ -2,8 +2,8 @@
 
 Everything is compared bit by bit: bool, i32, and the f32 arithmetic of the language, whose every operation is rounded
 correctly. What CUDA approximates (`exp`, `sin`, ...) is cut out of the tree: the kernel writes each such value too,
-which is held to the error that `attngen.fuzz.functions` states for the function, and the rest of the tree is evaluated
-from there. So errors never add up, and a comparison of two such values is still compared bit by bit.
+which is held to the error that `functions.py` states for the function, and the rest of the tree is evaluated from
+there. So errors never add up, and a comparison of two such values is still compared bit by bit.
 
 Indices reach the largest there may be, so that 32 bits overflow wherever the text lets them.
 """
@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-from attngen.emit.probes import PROBE_THREADS, elementwise_source
 from attngen.errors import ExpressionError
 from attngen.expr import (
     LARGEST_INDEX,
@@ -30,11 +29,12 @@ from attngen.expr import (
     scalar,
     with_nodes,
 )
-from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.expressions import DECLARATIONS, integers, masks, scores
-from attngen.fuzz.functions import EXACT, excess
-from attngen.fuzz.probe import INDICES, Probe, as_f32, moved, parameters, plan_that_reads_all, sample_fields
 from attngen.plan import Plan
+from tests.language.declared import random_scalars, random_tensors
+from tests.language.functions import EXACT, excess
+from tests.language.probe import INDICES, Probe, as_f32, moved, parameters, plan_that_reads_all, sample_fields
+from tests.language.probe_sources import PROBE_THREADS, elementwise_source
 
 MODULE_SIZE = 200
 """Expressions of a module."""

@@ -1,4 +1,4 @@
-"""Compiling a probe of `attngen.emit.probes` and running its kernels on a GPU."""
+"""Compiling a file of `probe_sources.py` and running its kernels on a GPU."""
 
 import ctypes
 from collections.abc import Iterable, Mapping
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from attngen.api import resolve_arch
-from attngen.emit.probes import PROBE_THREADS
 from attngen.expr import VALUE_TYPES, Declarations
-from attngen.fuzz.declared import declaration_texts
+from attngen.fuzz.pairs import declaration_texts
 from attngen.lower import lower
 from attngen.plan import Plan
 from attngen.runtime.driver import Module, launch, preparing
 from attngen.runtime.nvrtc import compile_source
 from attngen.spec import Spec, load
+from tests.language.probe_sources import PROBE_THREADS
 
 INDICES = ("b", "h", "h_kv", "q_idx", "kv_idx", "seqlen_q", "seqlen_k")
 """What an expression may read that is sampled, in the order of the struct Samples, without `score`."""
@@ -46,7 +46,7 @@ class Probe:
         with preparing(device):
             function = self._module.function(kernel, 0)
             function.prepare(device)
-        structs = [_struct(fields) for fields in arguments]
+        structs = [struct_of(fields) for fields in arguments]
         addresses = (ctypes.c_void_p * len(structs))(*(ctypes.addressof(struct) for struct in structs))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -54,7 +54,7 @@ class Probe:
 
 
 def sample_fields(samples: Mapping[str, torch.Tensor], found: torch.Tensor) -> list[Field]:
-    """The struct Samples of templates/elementwise.cu.j2."""
+    """The struct Samples of probes.cu.j2."""
     pointers = [samples[name].data_ptr() for name in (*INDICES, "score")] + [found.data_ptr()]
     return [*(("pointer", pointer) for pointer in pointers), ("i32", found.shape[1])]
 
@@ -72,7 +72,8 @@ def as_f32(bits: torch.Tensor) -> torch.Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _struct(fields: Iterable[Field]) -> ctypes.Structure:
+def struct_of(fields: Iterable[Field]) -> ctypes.Structure:
+    """A parameter struct with these fields, one after the other."""
     types, values = zip(*fields, strict=True)
     named = [(f"field{place}", _C_TYPES[each]) for place, each in enumerate(types)]
     made: ctypes.Structure = type("Struct", (ctypes.Structure,), {"_fields_": named})(*values)

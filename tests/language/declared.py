@@ -1,4 +1,4 @@
-"""Declarations as a spec writes them, and values for what they declare: scalars and tensors of every type."""
+"""Random values for what is declared: scalars and tensors of every type."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,6 @@ _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _WILD_REALS = (0.0, -0.0, 1.0, -2.5, 1e-40, 3e38, float("nan"), float("inf"), -float("inf"))
 _WILD_INTEGERS = (-(2**31), 2**31 - 1, -(2**30), 100_000, -1)
 _ROWS_BOUND_BY_TENSORS = 5  # of a dimension that has a name of its own
-
-
-def declaration_texts(declarations: Declarations) -> Mapping[str, dict[str, str]]:
-    """Scalars and tensors as a spec writes them."""
-    return {
-        "scalars": {
-            each.name: each.type if each.default is None else f"{each.type} = {_value_text(each.default)}"
-            for each in declarations.scalars.values()
-        },
-        "tensors": {each.name: str(each) for each in declarations.tensors.values()},
-    }
-
-
-def _value_text(value: int | float | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def random_tensors(

@@ -1,12 +1,12 @@
 """One run over random expressions: what is said of them on the CPU, and on a GPU what they come to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from attngen.fuzz.classes import ClassFailure, fuzz_classes
-from attngen.fuzz.elementwise import Drawn, Mismatch, check_elementwise, draw_expressions, modules
-from attngen.fuzz.functions import Measured, measure_functions
-from attngen.fuzz.tiles_on_gpu import WrongTile, check_tiles
+from tests.language.classes import ClassFailure, fuzz_classes
+from tests.language.elementwise import Drawn, Mismatch, check_elementwise, draw_expressions, modules
+from tests.language.functions import Measured, measure_functions
+from tests.language.tiles_on_gpu import WrongTile, check_tiles
 
 EXPRESSIONS = 1000
 """Expressions of a run that does not say how many."""
@@ -64,7 +64,6 @@ def fuzz_language(
     device: str = "cpu",
     seed: int = 0,
     target: str = "",
-    progress: Callable[[int], None] = lambda tried: None,
 ) -> LanguageReport:
     """Try random expressions.
 
@@ -74,7 +73,6 @@ def fuzz_language(
             and tables with torch's and the simulator's, and measures functions.
         seed: of everything that is drawn.
         target: of the GPU; the CPU needs none.
-        progress: called with the number of expressions so far.
 
     Raises:
         ToolchainError: there is no such device.
@@ -89,8 +87,6 @@ def fuzz_language(
             masks = masks_among(batch)[:CLASSED]
             report.wrong_tiles += check_tiles(masks, target, seed + number, device)
             report.classed += len(masks)
-            report.expressions += len(batch)
-            progress(report.expressions)
     report.expressions = expressions
     return report
 

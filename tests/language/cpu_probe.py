@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from attngen.fuzz.probe import Field, _struct
+from tests.language.probe import Field, struct_of
 
 _SHIM = Path(__file__).with_name("cuda_on_cpu.hpp")
 _KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(')
@@ -34,7 +34,7 @@ def compile_on_cpu(text: str, function: str, folder: Path) -> ctypes.CDLL:
 
 
 class CpuProbe:
-    """In the place of `attngen.fuzz.probe.Probe`."""
+    """In the place of `probe.Probe`."""
 
     def __init__(self, source: str, arch: str, device: str) -> None:
         self.device = torch.device("cpu")
@@ -52,5 +52,5 @@ class CpuProbe:
 
     def run(self, kernel: str, blocks: int, *arguments: Iterable[Field], threads: int = 128) -> None:
         """Run a kernel, thread after thread."""
-        structs = [ctypes.byref(_struct(fields)) for fields in arguments]
+        structs = [ctypes.byref(struct_of(fields)) for fields in arguments]
         getattr(self._library, f"run_{kernel}")(*structs, blocks, threads)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen.emit.probes import PROBE_THREADS, elementwise_source
 from attngen.expr import NO_DECLARATIONS, Expr, parse_score
-from attngen.fuzz.probe import INDICES, Probe, as_f32, parameters, plan_that_reads_all, sample_fields
+from tests.language.probe import INDICES, Probe, as_f32, parameters, plan_that_reads_all, sample_fields
+from tests.language.probe_sources import PROBE_THREADS, elementwise_source
 
 STEP = 1021
 """Every so many of the bit patterns of f32 is tried: 4.2 million, 8,000 to a power of two."""

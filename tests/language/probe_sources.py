@@ -1,10 +1,11 @@
 """CUDA files that ask what a kernel's expressions come to: their values element by element, and classes of tiles.
 
-They hold the very functions that a kernel of the plan would, so that what is said of them is said of the kernel. For
-`attngen fuzz`; nothing here computes attention.
+They hold the very functions that a kernel of the plan would, so that what is said of them is said of the kernel.
+Nothing here computes attention.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ from attngen.emit.pairs import leaves, pair_functions, table_function
 from attngen.expr import Expr, cuda_body
 from attngen.plan import Plan
 
+_MACROS = Path(__file__).with_name("probes.cu.j2")
 PROBE_THREADS = 128
 """Threads of a block of every probe."""
 
@@ -49,7 +51,7 @@ def classes_source(plans: Mapping[str, Plan]) -> str:
 
 
 def _macros(env: jinja2.Environment) -> Any:
-    return env.get_template("elementwise.cu.j2").module
+    return env.from_string(_MACROS.read_text(encoding="utf-8")).module
 
 
 def _functions(plan: Plan, env: jinja2.Environment) -> str:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from attngen.arch import ARCHS
-from attngen.emit.probes import PROBE_THREADS, classes_source
 from attngen.expr import Declarations, Expr, fill_tables, free_names, tensor_names
-from attngen.fuzz.declared import random_scalars, random_tensors
-from attngen.fuzz.elementwise import Drawn
 from attngen.fuzz.expressions import DECLARATIONS
-from attngen.fuzz.probe import Field, Probe, moved, parameters, spec_of
 from attngen.lower import lower
 from attngen.plan import Plan, evaluate_formula
 from attngen.simulate import Sizes, block_bounds
 from attngen.simulate.visits import Declared, Member, walk_of
+from tests.language.declared import random_scalars, random_tensors
+from tests.language.elementwise import Drawn
+from tests.language.probe import Field, Probe, moved, parameters, spec_of
+from tests.language.probe_sources import PROBE_THREADS, classes_source
 
 TILE = (16, 16)
 MOST_ROWS = 150

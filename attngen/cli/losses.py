@@ -1,6 +1,6 @@
 """What 8-bit inputs cost: errors against fp64 attention on the inputs as they were before anything was rounded to e4m3.
 
-The same problem goes to a kernel of e4m3 inputs, to one with a scale per tensor and no Hadamard matrix, and to one of
+One problem goes to a kernel of e4m3 inputs, to one with a scale per tensor and no Hadamard matrix, and to one of
 bf16. Whether a kernel is right is for `attngen.check.judging`; nothing here is held to a bound, printed or timed.
 """
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from attngen.errors import AttngenError, ExpressionError
 from attngen.expr import Expr, evaluate, fill_tables, index_range, nodes, parse_mask, tile_classes
-from attngen.fuzz.declared import random_scalars, random_tensors
 from attngen.fuzz.expressions import DECLARATIONS, masks
+from tests.language.declared import random_scalars, random_tensors
 
 BATCH, HEADS, HEADS_KV = 2, 4, 2
 MOST_ROWS = 24

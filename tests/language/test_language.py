@@ -4,30 +4,31 @@ import ctypes
 import itertools
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from cpu_probe import CpuProbe, compile_on_cpu
 
-from attngen.cli import main
 from attngen.emit.device import used_by
 from attngen.emit.pairs import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
 from attngen.expr.tiles import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
-from attngen.fuzz import classes, elementwise, functions
-from attngen.fuzz.classes import Problem, check_classes, fuzz_classes
-from attngen.fuzz.elementwise import MODULE_SIZE, draw_expressions, source_of
 from attngen.fuzz.expressions import DECLARATIONS
-from attngen.fuzz.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
-from attngen.fuzz.language import masks_among
-from attngen.fuzz.probe import plan_that_reads_all
-from attngen.fuzz.tiles_on_gpu import plan_of_mask, source_of_classes
+from attngen.fuzz.pairs import APPROXIMATED
 from attngen.runtime.nvrtc import compile_source
+from tests.language import classes, elementwise, functions
+from tests.language.__main__ import main
+from tests.language.classes import Problem, check_classes, fuzz_classes
+from tests.language.cpu_probe import CpuProbe, compile_on_cpu
+from tests.language.elementwise import MODULE_SIZE, draw_expressions, source_of
+from tests.language.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
+from tests.language.language import masks_among
+from tests.language.probe import plan_that_reads_all
+from tests.language.tiles_on_gpu import plan_of_mask, source_of_classes
 
 TARGET = "sm_90a"
 
@@ -115,11 +116,21 @@ def test_bounds_hold_for_the_right_value_and_not_for_much_more(bounds: Mapping[s
         assert not measure(name, bound, x, off.float()).ok, name
 
 
-def test_the_command_tries_expressions_alone() -> None:
-    """`--expressions` asks for no cases."""
-    result = CliRunner().invoke(main, ["fuzz", "--expressions", "20", "--seed", "2"])
-    assert result.exit_code == 0, result.output
-    assert result.output.strip() == "ok: 20 expressions on cpu, seed 2"
+def test_the_command_tells_what_it_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many expressions as are asked for, by the seed that is given; the exit code is 1 where a claim fails."""
+    monkeypatch.setattr(sys, "argv", ["language", "20", "--seed", "2"])
+    assert main() == 0
+    assert capsys.readouterr().out == "ok: 20 expressions on cpu, seed 2\n"
+    monkeypatch.setattr(classes, "tile_classes", lambda mask: _claims(tile_classes(mask), may=FALSE))
+    assert main() == 1
+    assert capsys.readouterr().out.startswith("FAILED: 20 expressions on cpu, seed 2\n")
+
+
+def test_functions_whose_value_is_cudas_own_have_a_bound() -> None:
+    """Drawn masks have none of them, and each that an exact text may have is measured."""
+    assert set(EXACT) == APPROXIMATED
 
 
 def test_integers_of_mixed_widths_have_one_type_in_cuda() -> None:
