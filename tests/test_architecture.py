@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import attngen
 
 PACKAGE = Path(attngen.__file__).parent
@@ -99,10 +101,27 @@ def test_tensors_made_on_import_say_their_device() -> None:
     assert wrong == []
 
 
-def test_import_needs_no_driver() -> None:
-    """`import attngen` loads neither the driver's bindings nor NVRTC's beyond what torch loads by itself."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import attngen; "
-        "new = {m for m in set(sys.modules) - before if m.split('.')[0] == 'cuda'}; assert not new, new"
+def loaded_by(code: str) -> set[str]:
+    """The libraries that a fresh Python loads for some lines, beyond what torch loads by itself."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        f"{code}\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before}, file=sys.stderr)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return set(run.stderr.split())
+
+
+def test_import_is_light() -> None:
+    """`import attngen` loads neither the driver's bindings nor NVRTC's, nor what commands draw, print and read by."""
+    found = loaded_by("import attngen")
+    assert "attngen" in found
+    assert found.isdisjoint(("cuda", "click", "hypothesis", "matplotlib", "rich", "safetensors"))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "fa2_d64"], ["fuzz", "--help"]], ids=" ".join)
+def test_commands_load_what_they_need(arguments: list[str]) -> None:
+    """Neither plots nor Hypothesis are loaded for a command that has no use for them."""
+    found = loaded_by(f"from attngen.cli import main; main({arguments}, standalone_mode=False)")
+    assert {"attngen", "rich"} <= found
+    assert found.isdisjoint(("hypothesis", "matplotlib", "safetensors"))

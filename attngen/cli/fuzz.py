@@ -11,8 +11,7 @@ from attngen.cli.output import COMPARISON_FAILED, GOOD, console
 from attngen.cli.shapes import POSITIVE, SEED
 from attngen.cli.variants import read_value
 from attngen.errors import ArgumentError
-from attngen.fuzz import search
-from attngen.fuzz.case import Case
+from attngen.fuzz.case import EXAMPLES, Case
 from attngen.fuzz.properties import RULES
 from attngen.spec import Spec, load
 
@@ -25,7 +24,7 @@ def _finite(ctx: click.Context, param: click.Parameter, given: float | None) -> 
 
 @click.command()
 @click.argument("spec", required=False)
-@click.option("--examples", type=POSITIVE, help=f"Cases to try; {search.EXAMPLES} unless --minutes is given.")
+@click.option("--examples", type=POSITIVE, help=f"Cases to try; {EXAMPLES} unless --minutes is given.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
@@ -57,13 +56,15 @@ def fuzz(
     scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
     line that shows it again. Exit code 1 where a property does not hold.
     """
+    from attngen.fuzz import search  # and with it Hypothesis, which no other command needs
+
     out = console()
     out.soft_wrap = True
     if repro is not None:
         ctx.exit(_repeat_case(out, repro, device))
     chosen = None if spec is None else _changed(load(spec), arch, changes)
     columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    total = examples or (search.EXAMPLES if minutes is None else None)
+    total = examples or (EXAMPLES if minutes is None else None)
     with Progress(*columns, console=console(err=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         report = search.fuzz(
@@ -81,11 +82,13 @@ def fuzz(
 
 
 def _repeat_case(out: Console, text: str, device: str) -> int:
+    from attngen.fuzz.search import reproduce
+
     try:
         case = Case.from_json(text)
     except ValueError as error:
         raise ArgumentError("--repro", error, "a case as a failing run printed it") from None
-    failure = search.reproduce(case, device)
+    failure = reproduce(case, device)
     out.print("ok: the case holds" if failure is None else f"FAILED {failure}", markup=False, highlight=False)
     return GOOD if failure is None else COMPARISON_FAILED
 

@@ -22,6 +22,8 @@ MEMORIES: tuple[Memory, ...] = (*MEMORY_LAYOUTS, "far")
 CallLayout = Literal["bshd", "bhsd"]
 CALL_LAYOUTS: tuple[CallLayout, ...] = get_args(CallLayout)
 FAR = 2**31
+EXAMPLES = 200
+"""Cases of a run that does not say how many."""
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

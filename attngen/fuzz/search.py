@@ -21,7 +21,7 @@ from rich.text import Text
 from attngen.api import compile, resolve_arch
 from attngen.arch import arch_for_capability
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.fuzz.case import Case
+from attngen.fuzz.case import EXAMPLES, Case
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
 from attngen.fuzz.strategies import cases, plan_of, specs
@@ -34,7 +34,6 @@ CPU_TARGETS = ("simulator", "sm_80", "sm_90a")
 """Whose plans the simulator runs: its own, of any tile, and those whose tiles obey a matrix instruction."""
 ARCH_WITHOUT_GPU = "sm_80"
 """Whose plan the simulator runs where a spec's target is `auto`."""
-EXAMPLES = 200
 _ROUND = 100
 _CASES_PER_KERNEL = 16
 """On a GPU a kernel takes about a second to compile, so that each one meets this many cases."""

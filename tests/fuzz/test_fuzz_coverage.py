@@ -3,9 +3,9 @@
 import pytest
 
 from attngen.check.inputs import Shape
-from attngen.fuzz import Case, Coverage, FuzzReport, fuzz
-from attngen.fuzz.coverage import expected
-from attngen.fuzz.search import CPU_TARGETS
+from attngen.fuzz.case import Case
+from attngen.fuzz.coverage import Coverage, expected
+from attngen.fuzz.search import CPU_TARGETS, FuzzReport, fuzz
 from attngen.fuzz.strategies import plan_of
 from attngen.spec import load
 

@@ -14,13 +14,12 @@ from attngen.check.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
 from attngen.cli import main
 from attngen.dtypes import dtype
 from attngen.errors import PlanError
-from attngen.fuzz import RULES, Case, fuzz, reproduce
-from attngen.fuzz.case import FAR
+from attngen.fuzz.case import FAR, Case
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.names import emitted_names
 from attngen.fuzz.pairs import PairTexts, pair_texts
-from attngen.fuzz.properties import WIDE_WINDOW, PropertyFailure, check, names_of
-from attngen.fuzz.search import CPU_TARGETS, kernels
+from attngen.fuzz.properties import RULES, WIDE_WINDOW, PropertyFailure, check, names_of
+from attngen.fuzz.search import CPU_TARGETS, fuzz, kernels, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
