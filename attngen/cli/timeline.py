@@ -9,7 +9,7 @@ import click
 
 from attngen.check.bench import CAUSAL, Point, grid_shape
 from attngen.check.inputs import Shape
-from attngen.cli.limits import occupancy
+from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
