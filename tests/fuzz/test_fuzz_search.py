@@ -287,7 +287,9 @@ def test_the_command_prints_what_was_met(tmp_path: Path) -> None:
     """A good run exits with 0 and prints the table."""
     result = CliRunner().invoke(main, ["fuzz", spec_file(tmp_path), "--examples", "30", "--seed", "2"])
     assert result.exit_code == 0, result.output
-    assert "blocks per row" in result.output and "ok: 30 cases on cpu" in result.output
+    assert (
+        "schedule" in result.output and "seqlen_k" in result.output and "ok: 30 cases on cpu" in result.output
+    )
 
 
 def test_a_failing_run_prints_a_line_that_shows_it_again(
