@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import attngen
-from attngen import bench
 from attngen.arch import ARCHS
-from attngen.inputs import random_inputs
+from attngen.check import bench
+from attngen.check.inputs import random_inputs
 from attngen.lower import lower
 from attngen.plan import assemble
 

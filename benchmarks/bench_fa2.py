@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import attngen
-from attngen import bench
-from attngen.inputs import random_inputs
+from attngen.check import bench
+from attngen.check.inputs import random_inputs
 
 
 def main(out: Path) -> None:

@@ -19,11 +19,11 @@ import torch
 from cudnn_fp8 import cudnn_fp8
 
 import attngen
-from attngen import bench
+from attngen.check import bench
+from attngen.check.inputs import random_inputs
+from attngen.check.reference import attention_chunked
 from attngen.expr import parse_mask
-from attngen.inputs import random_inputs
 from attngen.quantize import Operands, quantize, unpack_values
-from attngen.reference import attention_chunked
 
 LENGTHS = (2048, 4096, 8192, 16384)
 SAMPLED = 64

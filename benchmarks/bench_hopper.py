@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import attngen
-from attngen import bench
-from attngen.inputs import Shape, random_inputs
+from attngen.check import bench
+from attngen.check.inputs import Shape, random_inputs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}

@@ -22,8 +22,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attngen
-from attngen import bench
-from attngen.inputs import Shape, random_inputs
+from attngen.check import bench
+from attngen.check.inputs import Shape, random_inputs
 from attngen.simulate import Sizes, visited_blocks
 
 HEADS, HEAD_DIM, SEQLEN = 16, 128, 16384

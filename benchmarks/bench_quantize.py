@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import attngen
-from attngen import bench
+from attngen.check import bench
 from attngen.quantize import SCALE_KINDS, ScaleKind
 
 HEADS = 16

@@ -14,8 +14,8 @@ from statistics import mean
 import torch
 
 import attngen
-from attngen import bench
-from attngen.inputs import random_inputs
+from attngen.check import bench
+from attngen.check.inputs import random_inputs
 
 SECONDS = 2.0
 LENGTH = 16384

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 import attngen
-from attngen import bench
-from attngen.inputs import Shape, random_inputs
-from attngen.judging import Inputs
-from attngen.losses import rmse_of, sampled_rows
+from attngen.check import bench
+from attngen.check.inputs import Shape, random_inputs
+from attngen.check.judging import Inputs
+from attngen.cli.losses import rmse_of, sampled_rows
 
 HEAD_DIM = 128
 SCALES: Mapping[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ results="${OUT:-benchmarks/results}"
 python3 -m pytest tests -m gpu --ignore tests/gpu/test_runtime.py -n 8 -p no:cacheprovider 2>&1 | tee "$results/gpu_tests.log"
 python3 -m pytest tests/gpu/test_runtime.py -s -p no:cacheprovider 2>&1 | tee -a "$results/gpu_tests.log"
 python3 -m attngen fuzz --device cuda --examples 500 2>&1 | tee "$results/fuzz.log"
-python3 -m attngen fuzz --device cuda --expressions 2>&1 | tee "$results/fuzz_expressions.log"
+python3 -m tests.language --device cuda 2>&1 | tee "$results/fuzz_expressions.log"
 python3 benchmarks/bench_hopper.py --out "$results" | tee "$results/hopper.log"
 python3 benchmarks/bench_fp8.py --out "$results" | tee "$results/fp8.log"  # wants nvidia-cudnn-frontend
 python3 benchmarks/fp8_error.py --out "$results" | tee "$results/fp8_error.log"

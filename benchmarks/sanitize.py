@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attngen
-from attngen.declared_inputs import declared_inputs
-from attngen.inputs import Shape
-from attngen.judging import draw, judge
+from attngen.check.declared_inputs import declared_inputs
+from attngen.check.inputs import Shape
+from attngen.check.judging import draw, judge
 from attngen.quantize import SCALE_KINDS
 
 KINDS = ("fa2", "serial", "warp_specialized", "pingpong", "auto")

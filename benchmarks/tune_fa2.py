@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import attngen
-from attngen import bench
-from attngen.accuracy import compare
 from attngen.arch import ARCHS
-from attngen.inputs import Shape, random_inputs
+from attngen.check import bench
+from attngen.check.accuracy import compare
+from attngen.check.inputs import Shape, random_inputs
 from attngen.lower.lower import build
 from attngen.lower.tiles import Choice
 

@@ -14,10 +14,10 @@ import torch
 from tune_warpgroups import LAST, SCHEDULES, W, label
 
 import attngen
-from attngen import bench
-from attngen.accuracy import compare
 from attngen.arch import ARCHS
-from attngen.inputs import Shape, random_inputs
+from attngen.check import bench
+from attngen.check.accuracy import compare
+from attngen.check.inputs import Shape, random_inputs
 from attngen.lower.lower import build
 
 HEAD_DIM, HEADS = 128, 16

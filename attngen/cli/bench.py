@@ -10,16 +10,16 @@ import click
 import torch
 from rich.table import Table
 
-from attngen import bench as measuring
 from attngen.api import resolve_arch
+from attngen.check import bench as measuring
+from attngen.check.declared_inputs import Given, declared_inputs
+from attngen.check.judging import draw
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
 from attngen.cli.shapes import POSITIVE
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
-from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import ArgumentError, SpecError, ToolchainError
-from attngen.judging import draw
 from attngen.kernel import Kernel
 
 OURS = "attngen"

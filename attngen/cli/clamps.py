@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from attngen.check.inputs import Shape
 from attngen.expr import (
     FALSE,
     TRUE,
@@ -20,7 +21,6 @@ from attngen.expr import (
     negate,
     nodes,
 )
-from attngen.inputs import Shape
 from attngen.spec import Spec
 
 PAIRS = 2**22

@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from attngen.accuracy import Accuracy
-from attngen.bench import Point, measure
+from attngen.check.accuracy import Accuracy
+from attngen.check.bench import Point, measure
+from attngen.check.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
+from attngen.check.inputs import Kind, Shape
+from attngen.check.judging import Inputs, draw, judge
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
-from attngen.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
 from attngen.errors import ArgumentError
-from attngen.inputs import Kind, Shape
-from attngen.judging import Inputs, draw, judge
 from attngen.kernel import Kernel
 from attngen.simulate import trace
 

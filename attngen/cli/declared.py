@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from attngen.check.declared_inputs import KINDS, Given
 from attngen.cli.variants import Variant
-from attngen.declared_inputs import KINDS, Given
 from attngen.spec import Spec
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -4,21 +4,20 @@ import html
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
-import click
 from rich.table import Table
 
+from attngen.check.declared_inputs import Given
+from attngen.check.inputs import Kind, Shape
 from attngen.cli.comparison import draw_declared, draw_inputs
+from attngen.cli.losses import beside, rmse_of
 from attngen.cli.output import table
+from attngen.cli.picture import PICTURES, figure_panels
 from attngen.cli.shapes import shape_text
-from attngen.declared_inputs import Given
-from attngen.inputs import Kind, Shape
 from attngen.kernel import Kernel
-from attngen.losses import beside, rmse_of
 
-SUFFIXES = (".html", ".png", ".svg")
+SUFFIXES = (".html", *PICTURES)
 KINDS: dict[Kind, str] = {"randn": "normal", "outliers": "normal, 0.1 % of it with outliers of deviation 10"}
 """Inputs that are drawn, and how people call them."""
 LENGTHS = {"cpu": (64, 128, 256), "cuda": (512, 1024, 2048, 4096, 8192)}
@@ -38,14 +37,6 @@ class Loss:
     kind: Kind
     shape: Shape
     rmse: dict[str, float]
-
-
-def report_path(ctx: click.Context, param: click.Parameter, given: Path | None) -> Path | None:
-    """A path that ends in one of `SUFFIXES`, for an option."""
-    if given is None or given.suffix in SUFFIXES:
-        return given
-    nearest = given.with_suffix(get_close_matches(given.suffix, SUFFIXES, 1, 0)[0])
-    raise click.BadParameter(f"{given} must end in {' or '.join(SUFFIXES)}; nearest valid: {nearest}")
 
 
 def losses(
@@ -128,16 +119,9 @@ def _page(found: list[Loss]) -> str:
 
 
 def _picture(found: list[Loss], suffix: str) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     labels = list(dict.fromkeys(loss.label for loss in found))
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
-        figure, panels = pyplot.subplots(
-            1, len(KINDS), figsize=(12, 5), sharey=True, squeeze=False, layout="constrained"
-        )
+    written = io.BytesIO()
+    with figure_panels(written, suffix, 1, len(KINDS), figsize=(12, 5), sharey=True) as panels:
         for axes, (kind, words) in zip(panels[0], KINDS.items(), strict=True):
             of_kind = [loss for loss in found if loss.kind == kind]
             for label in labels:
@@ -151,8 +135,4 @@ def _picture(found: list[Loss], suffix: str) -> bytes:
             axes.minorticks_off()
         panels[0, 0].set_ylabel("RMSE against fp64")
         panels[0, 0].legend()
-        written = io.BytesIO()
-        metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(written, format=suffix[1:], dpi=120, metadata=metadata)
-        pyplot.close(figure)
     return written.getvalue()

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import click
 
+from attngen.check.declared_inputs import Given, declared_inputs
+from attngen.check.inputs import Shape
 from attngen.cli.declared import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
+from attngen.cli.picture import PICTURES, path_ending_in
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.tiles import SHAPE_TO_DRAW, check_passed, check_tiles, draw_tiles, tile_map
 from attngen.cli.timeline import (
     check_length,
     draw,
-    picture_path,
     prediction_line,
     resident_blocks,
     shape_to_draw,
@@ -29,9 +31,7 @@ from attngen.cli.variants import (
     stand_in_note,
     variants,
 )
-from attngen.declared_inputs import Given, declared_inputs
 from attngen.errors import SpecError
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import listing
 from attngen.runtime import KernelResources
@@ -48,14 +48,14 @@ Lowered = tuple[Variant, Kernel | SpecError]
     "--timeline",
     "picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=picture_path,
+    callback=path_ending_in(*PICTURES),
     help="Draw who uses which unit of an SM when, to this .svg or .png, and predict the time of a call.",
 )
 @click.option(
     "--tiles",
     "tiles_picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=picture_path,
+    callback=path_ending_in(*PICTURES),
     help="Draw which tiles a call skips, masks and takes whole, to this .svg or .png.",
 )
 @declared_options

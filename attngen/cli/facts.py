@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from attngen.cli.limits import MARGINS, binding, occupancy, tile_registers
+from attngen.check.inputs import Shape
+from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, source_of, walk
-from attngen.plan.rules import takes_warpgroups
+from attngen.plan.rules import RULES, binding, margins, takes_warpgroups, tile_registers
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
@@ -61,9 +61,9 @@ def facts(
         "memory map": _memory_map(plan),
     }
     lines |= _compiled(kernel, used)
-    for rule, margin in MARGINS.items():
-        # The simulator's limits are numbers for the rules, not facts for people.
-        lines[f"rule {rule}"] = str(margin(plan) or "-") if plan.arch.emits else "-"
+    # The simulator's limits are numbers for the rules, not facts for people.
+    left = margins(plan) if plan.arch.emits else {}
+    lines |= {f"rule {rule}": str(left.get(rule, "-")) for rule in RULES}
     lines["binds"] = _binding(plan) if plan.arch.emits else "nothing: the simulator has no limits"
     lines |= _traffic(plan, shape, declared)
     if tiles is not None:
@@ -202,13 +202,13 @@ def _schedule(plan: KernelPlan) -> str:
 
 
 def _binding(plan: KernelPlan) -> str:
-    bound = binding(plan)
-    return f"{bound.rule} ({bound.share:.0%})"
+    rule, margin = binding(plan)
+    return f"{rule} ({margin.share:.0%})"
 
 
 def _compiled(kernel: Kernel, used: KernelResources | None) -> dict[str, str]:
     plan = kernel.plan
-    in_tiles = f"{tile_registers(plan)} a thread in tiles"
+    in_tiles = f"{sum(tile_registers(plan).values())} a thread in tiles"
     if not plan.arch.emits:
         return {"registers": "none: nothing is emitted for the simulator"}
     if used is None:

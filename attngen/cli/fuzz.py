@@ -11,9 +11,7 @@ from attngen.cli.output import COMPARISON_FAILED, GOOD, console
 from attngen.cli.shapes import POSITIVE, SEED
 from attngen.cli.variants import read_value
 from attngen.errors import ArgumentError
-from attngen.fuzz import search
-from attngen.fuzz.case import Case
-from attngen.fuzz.language import EXPRESSIONS, fuzz_language
+from attngen.fuzz.case import EXAMPLES, Case
 from attngen.fuzz.properties import RULES
 from attngen.spec import Spec, load
 
@@ -26,19 +24,12 @@ def _finite(ctx: click.Context, param: click.Parameter, given: float | None) -> 
 
 @click.command()
 @click.argument("spec", required=False)
-@click.option("--examples", type=POSITIVE, help=f"Cases to try; {search.EXAMPLES} unless --minutes is given.")
+@click.option("--examples", type=POSITIVE, help=f"Cases to try; {EXAMPLES} unless --minutes is given.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
     callback=_finite,
     help="Try cases for so long.",
-)
-@click.option(
-    "--expressions",
-    type=POSITIVE,
-    is_flag=False,
-    flag_value=EXPRESSIONS,
-    help=f"Try random expressions of the language, {EXPRESSIONS} unless told; and no cases unless these are asked for.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--arch", help="Target in place of the spec's; without SPEC, of the specs that are drawn.")
@@ -52,7 +43,6 @@ def fuzz(
     spec: str | None,
     examples: int | None,
     minutes: float | None,
-    expressions: int | None,
     device: str,
     arch: str | None,
     changes: tuple[str, ...],
@@ -65,21 +55,16 @@ def fuzz(
     Draws problems for SPEC, or specs too where none is given: lengths beside the tiles' edges, GQA, strides,
     scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
     line that shows it again. Exit code 1 where a property does not hold.
-
-    With --expressions: on cpu, ranges and classes of tiles against all pairs; on cuda also values bit by bit, classes
-    and tables against the simulator's, and the largest error of every function.
     """
+    from attngen.fuzz import search  # and with it Hypothesis, which no other command needs
+
     out = console()
     out.soft_wrap = True
     if repro is not None:
         ctx.exit(_repeat_case(out, repro, device))
-    if expressions is not None:
-        is_ok = _try_expressions(out, expressions, device, arch, seed)
-        if not is_ok or (examples is None and minutes is None):
-            ctx.exit(GOOD if is_ok else COMPARISON_FAILED)
     chosen = None if spec is None else _changed(load(spec), arch, changes)
     columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    total = examples or (search.EXAMPLES if minutes is None else None)
+    total = examples or (EXAMPLES if minutes is None else None)
     with Progress(*columns, console=console(err=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         report = search.fuzz(
@@ -96,19 +81,14 @@ def fuzz(
     ctx.exit(GOOD if report.ok else COMPARISON_FAILED)
 
 
-def _try_expressions(out: Console, count: int, device: str, arch: str | None, seed: int) -> bool:
-    (target,) = search.targets_for(device, arch) if device != "cpu" else ("",)
-    report = fuzz_language(count, device, seed, target)
-    out.print(str(report), markup=False, highlight=False)
-    return report.ok
-
-
 def _repeat_case(out: Console, text: str, device: str) -> int:
+    from attngen.fuzz.search import reproduce
+
     try:
         case = Case.from_json(text)
     except ValueError as error:
         raise ArgumentError("--repro", error, "a case as a failing run printed it") from None
-    failure = search.reproduce(case, device)
+    failure = reproduce(case, device)
     out.print("ok: the case holds" if failure is None else f"FAILED {failure}", markup=False, highlight=False)
     return GOOD if failure is None else COMPARISON_FAILED
 

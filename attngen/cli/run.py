@@ -6,11 +6,14 @@ import click
 import torch
 
 from attngen.api import resolve_arch
+from attngen.check.inputs import Shape
+from attngen.check.judging import Inputs
 from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared import declared_options, given_values
-from attngen.cli.errors_report import Loss, at_lengths, losses, losses_table, plot, report_path
+from attngen.cli.errors_report import SUFFIXES, Loss, at_lengths, losses, losses_table, plot
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, writing
+from attngen.cli.picture import path_ending_in
 from attngen.cli.shapes import SEED, given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.variants import (
     Sweep,
@@ -22,8 +25,6 @@ from attngen.cli.variants import (
     variants,
 )
 from attngen.errors import ArgumentError, AttngenError, InternalError, ToolchainError
-from attngen.inputs import Shape
-from attngen.judging import Inputs
 from attngen.kernel import Kernel
 from attngen.spec import Spec
 
@@ -54,7 +55,7 @@ SIMULATED = (
     "--report",
     "picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=report_path,
+    callback=path_ending_in(*SUFFIXES),
     help="Plot the errors of specs of e4m3 inputs over lengths to this .html, .png or .svg.",
 )
 @click.option("--lineinfo", is_flag=True, help="Keep line numbers in the cubin, for profilers.")

@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 import click
 
+from attngen.check.inputs import Shape
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH
-from attngen.inputs import Shape
 from attngen.spec import Spec
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from attngen.bind import check_declared
+from attngen.check.inputs import Shape
+from attngen.cli.picture import figure_panels
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
 from attngen.expr import evaluate
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.plan import KernelPlan
 from attngen.simulate import Sizes, block_bounds
@@ -147,27 +148,16 @@ def draw_tiles(maps: Mapping[str, TileMap], path: Path) -> None:
 
     Args:
         maps: by their titles; at least one.
-        path: ends in .svg or .png; folders are made.
+        path: ends in one of `PICTURES`; folders are made.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(_PANELS_A_ROW, len(maps))
     rows = ceil_div(len(maps), columns)
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
-        size = (6.5 * columns, 7.2 * rows)
-        figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    with figure_panels(path, path.suffix, rows, columns, figsize=(6.5 * columns, 7.2 * rows)) as grid:
         panels = list(grid.flat)
         for axes, (title, tiles) in zip(panels, maps.items(), strict=False):
             _panel(axes, title, tiles)
         for axes in panels[len(maps) :]:
             axes.axis("off")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=120, metadata=metadata)
-        pyplot.close(figure)
 
 
 def _class_row(row: torch.Tensor, plan: KernelPlan, sizes: Sizes, m: int) -> None:

@@ -1,24 +1,21 @@
 """Drawing a timeline: lanes of the units and of the roles over cycles, in SVG or PNG. Numbers come from `simulate`."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import click
-
-from attngen.bench import CAUSAL, Point, grid_shape
-from attngen.cli.limits import occupancy
+from attngen.check.bench import CAUSAL, Point, grid_shape
+from attngen.check.inputs import Shape
+from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text
+from attngen.cli.picture import figure_panels
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
-from attngen.inputs import Shape
 from attngen.plan import KernelPlan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
 from attngen.simulate.visits import ceil_div
 
-SUFFIXES = (".svg", ".png")
 BLOCKS = 8
 """Blocks of keys of the sequence that is drawn where no length is given."""
 MOST_BLOCKS = 2**14
@@ -46,15 +43,6 @@ _SHORT = {
     "TakeTurn": "turn",
     "MaskScores": "mask",
 }
-
-
-def picture_path(ctx: click.Context, param: click.Parameter, given: Path | None) -> Path | None:
-    """A path that ends in one of `SUFFIXES`, for an option."""
-    if given is None or given.suffix in SUFFIXES:
-        return given
-    nearest = given.with_suffix(get_close_matches(given.suffix, SUFFIXES, 1, 0)[0])
-    message = f"{str(given)!r} must end in {' or '.join(SUFFIXES)}; nearest valid: {nearest}"
-    raise click.BadParameter(message, ctx, param)
 
 
 def shape_to_draw(plan: KernelPlan, given: Shape | None) -> Shape:
@@ -102,30 +90,14 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
 
     Args:
         timelines: by their titles; at least one.
-        path: ends in one of `SUFFIXES`; folders are made.
+        path: ends in one of `PICTURES`; folders are made.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     end = min(MOST_CYCLES, max(timeline.cycles for timeline in timelines.values()))
     lanes = [len(UNITS) + len(timeline.roles) for timeline in timelines.values()]
-    with matplotlib.rc_context({"svg.hashsalt": "attngen", "svg.fonttype": "none", "text.parse_math": False}):
-        figure, panels = pyplot.subplots(
-            len(lanes),
-            1,
-            figsize=(16, sum(0.42 * count + 1.5 for count in lanes)),
-            height_ratios=lanes,
-            squeeze=False,
-            layout="constrained",
-        )
+    height = sum(0.42 * count + 1.5 for count in lanes)
+    with figure_panels(path, path.suffix, len(lanes), 1, figsize=(16, height), height_ratios=lanes) as panels:
         for axes, (title, timeline) in zip(panels[:, 0], timelines.items(), strict=True):
             _panel(axes, title, timeline, end)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=120, metadata=metadata)
-        pyplot.close(figure)
 
 
 def _panel(axes: Any, title: str, timeline: Timeline, end: int) -> None:

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from attngen.bind.numbers import LARGEST_SCALE
-from attngen.declared_inputs import declared_inputs
+from attngen.check.declared_inputs import declared_inputs
+from attngen.check.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
+from attngen.check.judging import call_dtype
 from attngen.dtypes import dtype
 from attngen.expr import LARGEST_LENGTH
 from attngen.fuzz.states import PLAIN, STATES
-from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
-from attngen.judging import call_dtype
 from attngen.spec import Spec, load
 from attngen.torch_state import torch_defaults
 
@@ -22,6 +22,8 @@ MEMORIES: tuple[Memory, ...] = (*MEMORY_LAYOUTS, "far")
 CallLayout = Literal["bshd", "bhsd"]
 CALL_LAYOUTS: tuple[CallLayout, ...] = get_args(CallLayout)
 FAR = 2**31
+EXAMPLES = 200
+"""Cases of a run that does not say how many."""
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

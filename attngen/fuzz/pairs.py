@@ -24,8 +24,6 @@ from attngen.expr import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.fuzz import expressions
-from attngen.fuzz.declared import declaration_texts
-from attngen.fuzz.functions import EXACT
 from attngen.fuzz.names import emitted_names
 
 PairTexts = dict[str, str | dict[str, str]]
@@ -33,6 +31,8 @@ PairTexts = dict[str, str | dict[str, str]]
 
 _DECLARED = expressions.DECLARATIONS
 _NAMES = (*_DECLARED.scalars, *_DECLARED.tensors, "rows")
+APPROXIMATED = frozenset(("exp", "exp2", "log", "log2", "tanh", "sin", "cos", "sigmoid"))
+"""Functions whose value is CUDA's own, in masks too."""
 _WORD = re.compile(r"\b[A-Za-z_]\w*")
 _DEPTH = 2
 _OFFSETS = st.integers(-9, 9)
@@ -121,7 +121,7 @@ def _scores(draw: DrawFn) -> str:
 
 
 def _is_exact(mask: Expr) -> bool:
-    return not any(each.op == "call" and each.name in EXACT for each in nodes(mask))
+    return not any(each.op == "call" and each.name in APPROXIMATED for each in nodes(mask))
 
 
 @st.composite
@@ -158,6 +158,21 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
 
 def _reads(text: str, names: Iterable[str]) -> bool:
     return not set(names).isdisjoint(_WORD.findall(text))
+
+
+def declaration_texts(declarations: Declarations) -> Mapping[str, dict[str, str]]:
+    """Scalars and tensors as a spec writes them."""
+    return {
+        "scalars": {
+            each.name: each.type if each.default is None else f"{each.type} = {_value_text(each.default)}"
+            for each in declarations.scalars.values()
+        },
+        "tensors": {each.name: str(each) for each in declarations.tensors.values()},
+    }
+
+
+def _value_text(value: int | float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _declarations(names: Mapping[str, str]) -> Declarations:

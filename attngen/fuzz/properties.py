@@ -12,16 +12,16 @@ from typing import Any, Protocol
 
 import torch
 
-from attngen.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy
+from attngen.check.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy
+from attngen.check.inputs import Canary, poison
+from attngen.check.judging import judge as judged
+from attngen.check.reference import attention_as_fractions
 from attngen.errors import AttngenError, PlanError
 from attngen.expr import TRUE, free_names
 from attngen.fuzz.case import Case
 from attngen.fuzz.states import STATES
-from attngen.inputs import Canary, poison
-from attngen.judging import judge as judged
 from attngen.memory import is_out_of_memory
 from attngen.plan import KernelPlan
-from attngen.reference import attention_as_fractions
 from attngen.spec import Spec
 
 Complaint = str | None

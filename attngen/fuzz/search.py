@@ -6,7 +6,7 @@ rounds, each of its own seed.
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +21,13 @@ from rich.text import Text
 from attngen.api import compile, resolve_arch
 from attngen.arch import arch_for_capability
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.fuzz.case import Case
-from attngen.fuzz.coverage import Coverage
+from attngen.fuzz.case import EXAMPLES, Case
+from attngen.fuzz.coverage import Coverage, Met, met_by
 from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.kernel import Kernel
 from attngen.lower import lower
+from attngen.plan import KernelPlan
 from attngen.simulate import one_thread
 from attngen.spec import Spec, load
 
@@ -34,7 +35,6 @@ CPU_TARGETS = ("simulator", "sm_80", "sm_90a")
 """Whose plans the simulator runs: its own, of any tile, and those whose tiles obey a matrix instruction."""
 ARCH_WITHOUT_GPU = "sm_80"
 """Whose plan the simulator runs where a spec's target is `auto`."""
-EXAMPLES = 200
 _ROUND = 100
 _CASES_PER_KERNEL = 16
 """On a GPU a kernel takes about a second to compile, so that each one meets this many cases."""
@@ -168,6 +168,7 @@ def fuzz(
     rules: Sequence[str] = tuple(RULES),
     make: Make | None = None,
     progress: Callable[[int], None] = lambda cases: None,
+    meets: Callable[[Case, KernelPlan], Iterable[Met]] = met_by,
 ) -> FuzzReport:
     """Look for a case in which a property of attention does not hold.
 
@@ -181,6 +182,7 @@ def fuzz(
         rules: names of the properties to try.
         make: builds what is tried from a spec; the kernel itself where None.
         progress: called with the number of cases so far.
+        meets: what of a case is counted.
 
     Raises:
         ToolchainError: no such device.
@@ -201,7 +203,7 @@ def fuzz(
             drawn_specs = st.sampled_from(_pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL))
     limit = examples if examples is not None else EXAMPLES if minutes is None else None
     deadline = started + 60 * minutes if minutes is not None else float("inf")
-    search = _Search(build, device, deadline, progress, Coverage(_num_sms(device)))
+    search = _Search(build, device, deadline, progress, Coverage(meets))
     drawn, number = cases(drawn_specs, tuple(rules)), 0
     while search.failure is None and time.monotonic() < deadline:
         if limit is not None and number * _ROUND >= limit:
@@ -257,13 +259,6 @@ def _refuse_without_default(spec: Spec) -> None:
         if scalar.default is None:
             cure = f"--set 'scalars.{scalar.name}={scalar.type} = VALUE'"
             raise ArgumentError(f"scalars.{scalar.name}", "no default", "one, which every case takes", cure)
-
-
-def _num_sms(device: str) -> int | None:
-    """Multiprocessors of a GPU; None on the simulator."""
-    if device == "cpu":
-        return None
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _pool(drawn: SearchStrategy[Spec], seed: int, size: int) -> list[Spec]:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from attngen.arch import ARCHS, Arch
+from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.pairs import pair_texts
 from attngen.fuzz.properties import RULES, names_of
 from attngen.fuzz.states import STATES
-from attngen.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.lower import lower
 from attngen.plan import KernelPlan
 from attngen.plan.rules import MOST_WARPGROUPS

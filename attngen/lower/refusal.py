@@ -18,7 +18,7 @@ from attngen.expr import (
     weight,
 )
 from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
-from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Violation
+from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Blame, Violation
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
@@ -46,7 +46,7 @@ def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Di
     told = [
         Diagnostic(
             message=f"{each.path} = {each.value} {each.must}",
-            rule=each.rule,
+            rule=broken.rule,
             location=spec.locate(each.path),
             path=each.path,
             value=each.value,
@@ -58,23 +58,22 @@ def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Di
     return next((each for each in told if each.nearest), told[0])
 
 
-def _by_given_values(spec: Spec, broken: Violation) -> list[Violation]:
-    """The ways to tell of a broken rule that name a value of the spec, or its own where all are auto."""
-    ways = [way for way in (broken, *broken.others) if given(spec, KNOBS[way.path])]
-    return ways or [broken]
+def _by_given_values(spec: Spec, broken: Violation) -> list[Blame]:
+    """The values that the spec gives and a broken rule can be told by, or the rule's first where all are auto."""
+    return [each for each in broken.blames if given(spec, KNOBS[each.path])] or [broken.blames[0]]
 
 
-def _nearest(arch: Arch, broken: Violation, passes: Passes) -> list[int]:
+def _nearest(arch: Arch, blame: Blame, passes: Passes) -> list[int]:
     """The next smaller and the next larger value of the knob that pass, where there are any."""
-    knob = KNOBS[broken.path]
+    knob = KNOBS[blame.path]
     step = {"block_m": arch.mma.m, "block_n": arch.mma.k}.get(knob, 1)
     most = {
         "stages": MOST_STAGES,
         "warps": arch.threads_per_block // 32,
         "warpgroups": MOST_WARPGROUPS,
     }.get(knob, LARGEST_TILE)
-    below = min(broken.value - 1, most) // step * step
-    above = broken.value // step * step + step
+    below = min(blame.value - 1, most) // step * step
+    above = blame.value // step * step + step
     smaller = [value for value in range(below, 0, -step) if passes(knob, value)][:1]
     return smaller + [value for value in range(above, most + 1, step) if passes(knob, value)][:1]
 

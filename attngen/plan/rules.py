@@ -1,14 +1,14 @@
 """The rule table: named hardware rules that every plan passes before any compiler runs.
 
-Each rule looks at a finished plan and names the value of the spec that breaks it. What would be the nearest valid
-value is lowering's to find, since only it can make another plan.
+Each rule reads off a finished plan what it uses of what is allowed, and names the values of the spec that have a part
+in it. What would be the nearest valid value is lowering's to find, since only it can make another plan.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 from attngen.expr import LARGEST_TILE
-from attngen.plan.places import RegTile
 from attngen.plan.plan import KernelPlan
 from attngen.plan.steps import StageScales, walk
 from attngen.quantize import KEY_BLOCK
@@ -50,19 +50,59 @@ MOST_WGMMA_COLUMNS = 256
 
 
 @dataclass(frozen=True)
-class Violation:
-    """A rule that a plan breaks, by the value of the spec that is most easily changed.
+class Blame:
+    """How a broken rule is told by one value of the spec."""
 
-    Attributes:
-        others: the same, by other values that have a part in it; which of them a spec gives, a plan does not know.
-    """
-
-    rule: str
     path: str
     value: int
     must: str
     note: str
-    others: tuple["Violation", ...] = ()
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What a plan uses of what one rule allows.
+
+    Attributes:
+        used, limit: of a rule about an amount; of a rule about a multiple, the number and its step.
+        unit: of both.
+        blames: the values of the spec that have a part in it, the most easily changed first; which of them a spec
+            gives, a plan does not know. None where another rule tells of them.
+        allows: what `used` may be. Only an amount has a margin, and binds.
+    """
+
+    used: int
+    limit: int
+    unit: str
+    blames: tuple[Blame, ...] = ()
+    allows: Literal["at most", "multiples", "exactly"] = "at most"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the plan passes."""
+        return {
+            "at most": self.used <= self.limit,
+            "multiples": self.used % self.limit == 0,
+            "exactly": self.used == self.limit,
+        }[self.allows]
+
+    @property
+    def share(self) -> float:
+        """What part of an amount is used; 0 of a multiple."""
+        return self.used / self.limit if self.allows == "at most" else 0.0
+
+    def __str__(self) -> str:
+        if self.allows != "at most":
+            return f"{self.used} = {self.used // self.limit} x {self.limit} {self.unit}"
+        return f"{self.used} of {self.limit} {self.unit} ({self.limit - self.used} left)"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that a plan breaks, and the values of the spec that it can be told by."""
+
+    rule: str
+    blames: tuple[Blame, ...]
 
 
 def takes_warpgroups(plan: KernelPlan) -> bool:
@@ -70,103 +110,93 @@ def takes_warpgroups(plan: KernelPlan) -> bool:
     return len(plan.roles) > 1
 
 
-def _largest_tile(plan: KernelPlan) -> Iterator[Violation]:
-    for path, size in (("tile.block_m", plan.block_m), ("tile.block_n", plan.block_n)):
-        if plan.arch.emits and size > LARGEST_TILE:
-            yield Violation(
-                "largest-tile",
-                path,
-                size,
-                f"must be at most {LARGEST_TILE}",
-                "indices past the end of the longest sequence fit 32 bits",
-            )
+def _threads(plan: KernelPlan) -> Iterator[Margin]:
+    limit = plan.arch.threads_per_block
+    must, note = f"must be at most {limit // 32}", f"a block has at most {limit} threads"
+    warps = Blame("schedule.warps", plan.warps, must, note)
+    yield Margin(plan.threads, limit, "threads", () if takes_warpgroups(plan) else (warps,))
 
 
-def _mma_rows(plan: KernelPlan) -> Iterator[Violation]:
-    if takes_warpgroups(plan):
-        return
-    step = plan.arch.mma.m * plan.warps
-    if plan.block_m % step:
-        note = f"each of {plan.warps} warps owns rows in steps of {plan.arch.mma.m}"
-        shares = f"must share the {plan.block_m} rows of a tile in steps of {plan.arch.mma.m}"
-        yield Violation(
-            "mma-rows",
-            "tile.block_m",
-            plan.block_m,
-            f"must be a multiple of {step}",
-            note,
-            (Violation("mma-rows", "schedule.warps", plan.warps, shares, note),),
-        )
+def _serial_stages(plan: KernelPlan) -> Iterator[Margin]:
+    if plan.schedule == "serial":
+        blame = Blame("schedule.stages", plan.stages, "must be 1", "serial overlaps nothing")
+        yield Margin(plan.stages, 1, "stages", (blame,))
 
 
-def _wgmma_rows(plan: KernelPlan) -> Iterator[Violation]:
+def _stages(plan: KernelPlan) -> Iterator[Margin]:
+    must = f"must be at most {MOST_STAGES}"
+    blame = Blame("schedule.stages", plan.stages, must, "copies in flight are few")
+    yield Margin(plan.stages, MOST_STAGES, "stages", (blame,))
+
+
+def _warpgroups(plan: KernelPlan) -> Iterator[Margin]:
     if not takes_warpgroups(plan) or plan.arch.wgmma is None:
         return
-    step, count = plan.arch.wgmma.m, plan.worker.warpgroups
-    if plan.block_m % count or (plan.arch.has_mma_granularity and plan.block_m != step * count):
-        if step > 1:
-            must = f"must be {step} for each consumer warpgroup"
-            shares = f"must be one for every {step} of the {plan.block_m} rows of a tile"
-            note = f"{step * count} for {count}: each owns the rows of one wgmma"
-        else:
-            must = f"must be a multiple of {count}"
-            shares = f"must divide the {plan.block_m} rows of a tile"
-            note = "warpgroups share the rows"
-        yield Violation(
-            "wgmma-rows",
-            "tile.block_m",
-            plan.block_m,
-            must,
-            note,
-            (Violation("wgmma-rows", "schedule.warpgroups", count, shares, note),),
-        )
+    count, rows = plan.worker.warpgroups, plan.arch.wgmma.m
+    note = "a fourth would leave each thread fewer than 128 registers"
+    blames = [Blame("schedule.warpgroups", count, f"must be at most {MOST_WARPGROUPS}", note)]
+    if plan.arch.has_mma_granularity:
+        must = f"must be at most {MOST_WARPGROUPS * rows}"
+        owned = f"each consumer warpgroup owns {rows} rows, and {note}"
+        blames.append(Blame("tile.block_m", plan.block_m, must, owned))
+    yield Margin(count, MOST_WARPGROUPS, "consumer warpgroups", tuple(blames))
 
 
-def _wgmma_columns(plan: KernelPlan) -> Iterator[Violation]:
-    if takes_warpgroups(plan) and plan.arch.emits and plan.block_n > MOST_WGMMA_COLUMNS:
-        yield Violation(
-            "wgmma-columns",
-            "tile.block_n",
-            plan.block_n,
-            f"must be at most {MOST_WGMMA_COLUMNS}",
-            "S of a block is one wgmma wide",
-        )
+def _largest_tile(plan: KernelPlan) -> Iterator[Margin]:
+    must = f"must be at most {LARGEST_TILE}"
+    note = "indices past the end of the longest sequence fit 32 bits"
+    if plan.arch.emits:
+        for path, size in (("tile.block_m", plan.block_m), ("tile.block_n", plan.block_n)):
+            yield Margin(size, LARGEST_TILE, "rows or keys", (Blame(path, size, must, note),))
 
 
-def _warpgroups(plan: KernelPlan) -> Iterator[Violation]:
-    count, wgmma = plan.worker.warpgroups, plan.arch.wgmma
-    if count > MOST_WARPGROUPS and wgmma is not None:
-        note = "a fourth would leave each thread fewer than 128 registers"
-        rows = Violation(
-            "warpgroups",
-            "tile.block_m",
-            plan.block_m,
-            f"must be at most {MOST_WARPGROUPS * wgmma.m}",
-            f"each consumer warpgroup owns {wgmma.m} rows, and {note}",
-        )
-        yield Violation(
-            "warpgroups",
-            "schedule.warpgroups",
-            count,
-            f"must be at most {MOST_WARPGROUPS}",
-            note,
-            (rows,) if plan.arch.has_mma_granularity else (),
-        )
+def _mma_rows(plan: KernelPlan) -> Iterator[Margin]:
+    if takes_warpgroups(plan):
+        return
+    rows = plan.arch.mma.m
+    step, note = rows * plan.warps, f"each of {plan.warps} warps owns rows in steps of {rows}"
+    shares = f"must share the {plan.block_m} rows of a tile in steps of {rows}"
+    blames = (
+        Blame("tile.block_m", plan.block_m, f"must be a multiple of {step}", note),
+        Blame("schedule.warps", plan.warps, shares, note),
+    )
+    yield Margin(plan.block_m, step, "rows", blames, "multiples")
 
 
-def _mma_k_step(plan: KernelPlan) -> Iterator[Violation]:
+def _wgmma_rows(plan: KernelPlan) -> Iterator[Margin]:
+    if not takes_warpgroups(plan) or plan.arch.wgmma is None:
+        return
+    rows, count, is_exact = plan.arch.wgmma.m, plan.worker.warpgroups, plan.arch.has_mma_granularity
+    if is_exact:
+        must = f"must be {rows} for each consumer warpgroup"
+        shares = f"must be one for every {rows} of the {plan.block_m} rows of a tile"
+        note = f"{rows * count} for {count}: each owns the rows of one wgmma"
+    else:
+        must = f"must be a multiple of {count}"
+        shares = f"must divide the {plan.block_m} rows of a tile"
+        note = "warpgroups share the rows"
+    blames = (
+        Blame("tile.block_m", plan.block_m, must, note),
+        Blame("schedule.warpgroups", count, shares, note),
+    )
+    yield Margin(plan.block_m, rows * count, "rows", blames, "exactly" if is_exact else "multiples")
+
+
+def _wgmma_columns(plan: KernelPlan) -> Iterator[Margin]:
+    if takes_warpgroups(plan) and plan.arch.emits:
+        must = f"must be at most {MOST_WGMMA_COLUMNS}"
+        blame = Blame("tile.block_n", plan.block_n, must, "S of a block is one wgmma wide")
+        yield Margin(plan.block_n, MOST_WGMMA_COLUMNS, "keys", (blame,))
+
+
+def _mma_k_step(plan: KernelPlan) -> Iterator[Margin]:
     step = plan.arch.k_step(plan.inputs)
-    if plan.block_n % step:
-        yield Violation(
-            "mma-k-step",
-            "tile.block_n",
-            plan.block_n,
-            f"must be a multiple of {step}",
-            f"P·V consumes block_n in k-steps of {step} for {plan.inputs.name}",
-        )
+    note = f"P·V consumes block_n in k-steps of {step} for {plan.inputs.name}"
+    blame = Blame("tile.block_n", plan.block_n, f"must be a multiple of {step}", note)
+    yield Margin(plan.block_n, step, "keys", (blame,), "multiples")
 
 
-def _cost(rule: str, plan: KernelPlan, must: str, note: str, *paths: str) -> Violation:
+def _cost(plan: KernelPlan, must: str, note: str, *paths: str) -> tuple[Blame, ...]:
     """A sum that is too large, by each of the values that it grows or shrinks with."""
     values = {
         "tile.block_m": plan.block_m,
@@ -175,25 +205,23 @@ def _cost(rule: str, plan: KernelPlan, must: str, note: str, *paths: str) -> Vio
         "schedule.warps": plan.warps,
         "schedule.warpgroups": plan.worker.warpgroups,
     }
-    first, *others = (Violation(rule, path, values[path], must, note) for path in paths)
-    return replace(first, others=tuple(others))
+    return tuple(Blame(path, values[path], must, note) for path in paths)
 
 
-def _shared_memory(plan: KernelPlan) -> Iterator[Violation]:
+def _shared_memory(plan: KernelPlan) -> Iterator[Margin]:
     limit = plan.arch.smem_bytes_per_block
-    if plan.smem_bytes > limit:
-        sizes = {buffer.name: buffer.size_bytes for buffer in plan.buffers if buffer.overlays is None}
-        if rest := plan.smem_bytes - sum(sizes.values()):
-            sizes["barriers"] = rest
-        parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
-        yield _cost(
-            "shared-memory",
-            plan,
-            f"asks for {plan.smem_bytes} bytes of shared memory and {plan.arch.name} has {limit}",
-            f"{parts} = {plan.smem_bytes} bytes",
-            *("tile.block_n", "schedule.stages", "tile.block_m"),
-            *(("schedule.warpgroups",) if takes_warpgroups(plan) else ()),
-        )
+    sizes = {buffer.name: buffer.size_bytes for buffer in plan.buffers if buffer.overlays is None}
+    if rest := plan.smem_bytes - sum(sizes.values()):
+        sizes["barriers"] = rest
+    parts = " + ".join(f"{name} {size}" for name, size in sizes.items())
+    blames = _cost(
+        plan,
+        f"asks for {plan.smem_bytes} bytes of shared memory and {plan.arch.name} has {limit}",
+        f"{parts} = {plan.smem_bytes} bytes",
+        *("tile.block_n", "schedule.stages", "tile.block_m"),
+        *(("schedule.warpgroups",) if takes_warpgroups(plan) else ()),
+    )
+    yield Margin(plan.smem_bytes, limit, "bytes", blames)
 
 
 def free_registers(plan: KernelPlan) -> int:
@@ -219,77 +247,49 @@ def _promotes(plan: KernelPlan) -> bool:
     return any(tile.name == "part_o" for tile in plan.worker.reg_tiles)
 
 
-def tiles_in_registers(plan: KernelPlan) -> tuple[RegTile, ...]:
-    """The tiles that have registers of their own: P shares those of S, except where it outlives the next S."""
-    tiles = plan.worker.reg_tiles
-    return tiles if takes_warpgroups(plan) else tuple(tile for tile in tiles if tile.layout == "accumulator")
+def tile_registers(plan: KernelPlan) -> dict[str, int]:
+    """Registers that a thread of the computing role spends on each tile that has its own.
+
+    P shares those of S, except where it outlives the next S.
+    """
+    worker = plan.worker
+    return {
+        tile.name: tile.registers_per_thread(worker.warps)
+        for tile in worker.reg_tiles
+        if takes_warpgroups(plan) or tile.layout == "accumulator"
+    }
 
 
-def _registers(plan: KernelPlan) -> Iterator[Violation]:
-    free, warps = free_registers(plan), plan.worker.warps
-    used = {tile.name: tile.registers_per_thread(warps) for tile in tiles_in_registers(plan)}
-    if sum(used.values()) > free:
-        parts = " + ".join(f"{name} {count}" for name, count in used.items())
-        of_promotion = "; part_o is what precision.promote: 0 does without" if _promotes(plan) else ""
-        yield _cost(
-            "registers",
-            plan,
-            f"asks for {sum(used.values())} registers a thread in tiles and {free} are free",
-            f"{parts} = {sum(used.values())}{of_promotion}",
-            *("tile.block_n", "tile.block_m"),
-            "schedule.warpgroups" if takes_warpgroups(plan) else "schedule.warps",
-        )
+def _registers(plan: KernelPlan) -> Iterator[Margin]:
+    free, parts = free_registers(plan), tile_registers(plan)
+    used = sum(parts.values())
+    of_promotion = "; part_o is what precision.promote: 0 does without" if _promotes(plan) else ""
+    blames = _cost(
+        plan,
+        f"asks for {used} registers a thread in tiles and {free} are free",
+        f"{' + '.join(f'{name} {count}' for name, count in parts.items())} = {used}{of_promotion}",
+        *("tile.block_n", "tile.block_m"),
+        "schedule.warpgroups" if takes_warpgroups(plan) else "schedule.warps",
+    )
+    unit = "tile registers" if takes_warpgroups(plan) else "accumulator registers"
+    yield Margin(used, free, unit, blames)
 
 
-def staged_groups(plan: KernelPlan) -> tuple[int, int] | None:
-    """Groups of columns whose scales the producer stages, if it does, and how many it has registers for."""
-    if not takes_warpgroups(plan) or (registers := plan.roles[1].registers) is None:
-        return None
+def _staged_scales(plan: KernelPlan) -> Iterator[Margin]:
+    """Groups of columns whose scales a producer stages, which pass through its registers."""
+    if not takes_warpgroups(plan) or not plan.arch.emits or (held := plan.roles[1].registers) is None:
+        return
     staged = [step.groups for step in walk(plan.roles[1].program) if isinstance(step, StageScales)]
-    return (staged[0], registers // REGISTERS_OF_STAGED_GROUP) if staged and plan.arch.emits else None
+    for groups in staged[:1]:
+        limit = held // REGISTERS_OF_STAGED_GROUP
+        must = f"must lie in at most {limit} groups of columns that share a scale"
+        note = f"with granules of {KEY_BLOCK} keys it lies in {groups}, and the producer stages the scales of each"
+        yield Margin(groups, limit, "groups of columns", (Blame("tile.block_n", plan.block_n, must, note),))
 
 
-def _staged_scales(plan: KernelPlan) -> Iterator[Violation]:
-    found = staged_groups(plan)
-    if found and found[0] > found[1]:
-        yield Violation(
-            "staged-scales",
-            "tile.block_n",
-            plan.block_n,
-            f"must lie in at most {found[1]} groups of columns that share a scale",
-            f"with granules of {KEY_BLOCK} keys it lies in {found[0]}, and the producer stages the scales of each",
-        )
-
-
-def _threads(plan: KernelPlan) -> Iterator[Violation]:
-    limit = plan.arch.threads_per_block // 32
-    if not takes_warpgroups(plan) and plan.warps > limit:
-        yield Violation(
-            "threads-per-block",
-            "schedule.warps",
-            plan.warps,
-            f"must be at most {limit}",
-            f"a block has at most {plan.arch.threads_per_block} threads",
-        )
-
-
-def _stages(plan: KernelPlan) -> Iterator[Violation]:
-    if plan.schedule == "serial" and plan.stages != 1:
-        yield Violation(
-            "serial-stages", "schedule.stages", plan.stages, "must be 1", "serial overlaps nothing"
-        )
-    if plan.stages > MOST_STAGES:
-        yield Violation(
-            "stages",
-            "schedule.stages",
-            plan.stages,
-            f"must be at most {MOST_STAGES}",
-            "copies in flight are few",
-        )
-
-
-RULES: dict[str, Callable[[KernelPlan], Iterator[Violation]]] = {
+RULES: dict[str, Callable[[KernelPlan], Iterator[Margin]]] = {
     "threads-per-block": _threads,
+    "serial-stages": _serial_stages,
     "stages": _stages,
     "warpgroups": _warpgroups,
     "largest-tile": _largest_tile,
@@ -301,12 +301,35 @@ RULES: dict[str, Callable[[KernelPlan], Iterator[Violation]]] = {
     "registers": _registers,
     "staged-scales": _staged_scales,
 }
+"""By name; a rule that says nothing of a plan's schedule has no margin there."""
 OWNERS_OF_ROWS = ("threads-per-block", "warpgroups", "mma-rows", "wgmma-rows")
 """Rules of who owns which rows."""
 COSTS = ("shared-memory", "registers")
 """Rules of what a tile costs. Where rows have no owner, that is the cost of a tile that nobody can run."""
+CHOSEN = ("serial-stages", "stages", "threads-per-block", "warpgroups")
+"""Rules about what the spec counts out itself; a tile is bound by what it costs."""
 
 
 def verify(plan: KernelPlan) -> tuple[Violation, ...]:
     """Every violation of every rule."""
-    return tuple(violation for rule in RULES.values() for violation in rule(plan))
+    return tuple(
+        Violation(rule, margin.blames)
+        for rule, measure in RULES.items()
+        for margin in measure(plan)
+        if margin.blames and not margin.is_kept
+    )
+
+
+def margins(plan: KernelPlan) -> dict[str, Margin]:
+    """What a plan that passes leaves of every rule that says something of it; of several amounts the fullest."""
+    found = {
+        rule: max(measure(plan), key=lambda margin: margin.share, default=None)
+        for rule, measure in RULES.items()
+    }
+    return {rule: margin for rule, margin in found.items() if margin is not None}
+
+
+def binding(plan: KernelPlan) -> tuple[str, Margin]:
+    """The rule that a larger tile would break first: the one whose allowance is most used up."""
+    costs = ((rule, margin) for rule, margin in margins(plan).items() if rule not in CHOSEN)
+    return max(costs, key=lambda cost: cost[1].share)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from click.testing import Result
 
-from attngen import bench
+from attngen.check import bench
+from attngen.check.inputs import Shape
+from attngen.check.judging import draw
 from attngen.cli import output
 from attngen.cli.facts import SWEEP_COLUMNS
-from attngen.inputs import Shape
-from attngen.judging import draw
 
 Attngen = Callable[..., Result]
 SMALL = ("--seqlen", "64", "--tokens", "64", "--width", "64")

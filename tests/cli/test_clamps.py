@@ -8,10 +8,10 @@ import torch
 from click.testing import Result
 
 from attngen import load
+from attngen.check.declared_inputs import declared_inputs
+from attngen.check.inputs import Shape
 from attngen.cli import clamps as clamps_module
 from attngen.cli.clamps import clamps
-from attngen.declared_inputs import declared_inputs
-from attngen.inputs import Shape
 
 SHAPE = Shape(2, 4, 2, 9, 6)
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from attngen.api import compile
 from attngen.arch import ARCHS
+from attngen.check.inputs import Shape, random_inputs
 from attngen.cli.comparison import execute
-from attngen.inputs import Shape, random_inputs
 from attngen.spec import load
 from tests.plans import kernel_plan
 

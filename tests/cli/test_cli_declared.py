@@ -8,11 +8,12 @@ import pytest
 import torch
 from click.testing import Result
 
-from attngen import bench, load
+from attngen import load
 from attngen.api import resolve_arch
+from attngen.check import bench
+from attngen.check.inputs import Shape
+from attngen.check.judging import draw
 from attngen.cli.comparison import draw_declared, draw_inputs, execute
-from attngen.inputs import Shape
-from attngen.judging import draw
 from attngen.kernel import Kernel
 from attngen.lower import lower
 

@@ -8,12 +8,12 @@ import torch
 from click.testing import Result
 
 from attngen.api import resolve_arch
+from attngen.check.inputs import Shape, random_inputs
+from attngen.check.reference import attention
 from attngen.cli import errors_report
-from attngen.inputs import Shape, random_inputs
+from attngen.cli.losses import beside, in_bf16, per_tensor, rmse_of, sampled_rows
 from attngen.kernel import Kernel
-from attngen.losses import beside, in_bf16, per_tensor, rmse_of, sampled_rows
 from attngen.lower import lower
-from attngen.reference import attention
 from attngen.spec import Spec, load
 
 Attngen = Callable[..., Result]

@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 
 from attngen import load
 from attngen.api import resolve_arch
+from attngen.check.inputs import Shape
 from attngen.cli import main, output
 from attngen.cli.tiles import EMPTY, FULL, PARTIAL, TileMap, over_approximated, tile_map
 from attngen.errors import ArgumentError
-from attngen.inputs import Shape
 from attngen.kernel import Kernel
 from attngen.lower import lower
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attngen import bench
-from attngen.accuracy import compare
-from attngen.declared_inputs import declared_inputs
+from attngen.check import bench
+from attngen.check.accuracy import compare
+from attngen.check.declared_inputs import declared_inputs
+from attngen.check.inputs import Shape, random_inputs
 from attngen.errors import ToolchainError
 from attngen.expr import parse_mask, parse_score, read_declarations
-from attngen.inputs import Shape, random_inputs
 
 MASKS = [
     "full",

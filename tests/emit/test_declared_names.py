@@ -17,7 +17,6 @@ from attngen.arch import ARCHS
 from attngen.emit import emit_module
 from attngen.emit.device import names_in
 from attngen.emit.pairs import leaves
-from attngen.emit.probes import elementwise_source
 from attngen.expr import (
     INDEX_NAMES,
     SIZE_NAMES,
@@ -33,12 +32,13 @@ from attngen.expr import (
     to_cuda,
 )
 from attngen.fuzz.names import emitted_names
-from attngen.fuzz.probe import plan_that_reads_all
 from attngen.lower import lower
 from attngen.resources import shipped_specs
 from attngen.runtime.nvrtc import compile_source
 from attngen.spec import load
-from tests.reference.language_cases import CASES, LanguageCase
+from tests.check.language_cases import CASES, LanguageCase
+from tests.language.probe import plan_that_reads_all
+from tests.language.probe_sources import elementwise_source
 
 NAMES = (*emitted_names(), "x1", "x2")  # a canonical text has names of its own too
 MADE_UP = (

@@ -12,9 +12,9 @@ from attngen.emit import emit
 from attngen.expr import evaluate
 from attngen.plan import Manifest, assemble, walk
 from attngen.plan.steps import TANH, IssueScoreGemm, ModifyScores, RowMax, ScaleRows, SeedScores
+from tests.check.language_cases import CASES, LanguageCase
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.plans import kernel_plan
-from tests.reference.language_cases import CASES, LanguageCase
 
 SINKS = "window(128, 0) or sinks(4)"
 COMPILED = (

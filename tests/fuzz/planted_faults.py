@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from attngen.check.judging import quantized
 from attngen.expr import add, const, evaluate
 from attngen.fuzz.properties import Make
 from attngen.fuzz.strategies import plan_of
-from attngen.judging import quantized
 from attngen.plan import BlockIndex, KernelPlan, Program, Step, View, body_of
 from attngen.plan.steps import (
     Exponentiate,

@@ -10,18 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as with_seed
 from planted_faults import FAULTS, plant
 
+from attngen.check.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
 from attngen.cli import main
 from attngen.dtypes import dtype
 from attngen.errors import PlanError
-from attngen.fuzz import RULES, Case, fuzz, reproduce
-from attngen.fuzz.case import FAR
+from attngen.fuzz.case import FAR, Case
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.names import emitted_names
 from attngen.fuzz.pairs import PairTexts, pair_texts
-from attngen.fuzz.properties import WIDE_WINDOW, PropertyFailure, check, names_of
-from attngen.fuzz.search import CPU_TARGETS, kernels
+from attngen.fuzz.properties import RULES, WIDE_WINDOW, PropertyFailure, check, names_of
+from attngen.fuzz.search import CPU_TARGETS, fuzz, kernels, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
-from attngen.inputs import EXACT_SCALE, KINDS_WITH_SCALES, Kind, Shape
 from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
 
@@ -288,7 +287,9 @@ def test_the_command_prints_what_was_met(tmp_path: Path) -> None:
     """A good run exits with 0 and prints the table."""
     result = CliRunner().invoke(main, ["fuzz", spec_file(tmp_path), "--examples", "30", "--seed", "2"])
     assert result.exit_code == 0, result.output
-    assert "blocks per row" in result.output and "ok: 30 cases on cpu" in result.output
+    assert (
+        "schedule" in result.output and "seqlen_k" in result.output and "ok: 30 cases on cpu" in result.output
+    )
 
 
 def test_a_failing_run_prints_a_line_that_shows_it_again(

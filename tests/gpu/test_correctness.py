@@ -7,12 +7,12 @@ import torch
 from kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, skip_unless_runs_here
 
 import attngen
-from attngen.accuracy import compare
-from attngen.declared_inputs import declared_inputs
-from attngen.inputs import Canary, MemoryLayout, Shape, poison, random_inputs
-from attngen.judging import draw, judge
-from tests.reference.length_grid import Point
-from tests.reference.length_grid import judge as judge_point
+from attngen.check.accuracy import compare
+from attngen.check.declared_inputs import declared_inputs
+from attngen.check.inputs import Canary, MemoryLayout, Shape, poison, random_inputs
+from attngen.check.judging import draw, judge
+from tests.check.length_grid import Point
+from tests.check.length_grid import judge as judge_point
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

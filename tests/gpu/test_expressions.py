@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from attngen.arch import arch_for_capability
-from attngen.fuzz.elementwise import check_elementwise, draw_expressions
-from attngen.fuzz.functions import measure_functions
-from attngen.fuzz.language import CLASSED, masks_among
-from attngen.fuzz.tiles_on_gpu import check_tiles
+from tests.language.elementwise import check_elementwise, draw_expressions
+from tests.language.functions import measure_functions
+from tests.language.language import CLASSED, masks_among
+from tests.language.tiles_on_gpu import check_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -32,7 +32,7 @@ def test_tiles_have_the_classes_of_the_simulator() -> None:
 
 @pytest.mark.parametrize("exact", [True, False], ids=["in masks", "in scores"])
 def test_functions_err_by_no_more_than_is_stated(exact: bool) -> None:
-    """Over all exponents of f32; what `attngen.fuzz.functions` states is what the docs say."""
+    """Over all exponents of f32; what `tests/language/functions.py` states is what the docs say."""
     for measured in measure_functions(target(), exact):
         print(measured)
         assert measured.ok, str(measured)

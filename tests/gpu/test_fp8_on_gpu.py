@@ -7,10 +7,10 @@ import torch
 from kernels import compile_specs, counters_are_zero, skip_unless_runs_here, wait_for_gpu
 
 import attngen
-from attngen.inputs import Kind, Shape
-from attngen.judging import draw, judge
+from attngen.check.inputs import Kind, Shape
+from attngen.check.judging import draw, judge
 from attngen.quantize import SCALE_KINDS, unpack_values
-from tests.reference.language_cases import LanguageCase
+from tests.check.language_cases import LanguageCase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

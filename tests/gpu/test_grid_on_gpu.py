@@ -3,8 +3,8 @@
 import pytest
 from kernels import KINDS, Wanted, compile_all, runs_here
 
-from tests.reference.length_grid import HEAD_DIMS, INPUTS, MASKS, complaints, points
-from tests.reference.test_mutants import assert_teeth
+from tests.check.length_grid import HEAD_DIMS, INPUTS, MASKS, complaints, points
+from tests.check.test_mutants import assert_teeth
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -28,5 +28,5 @@ def test_error_stays_in_its_bound(inputs: str, dims: tuple[int, int]) -> None:
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_no_mutant_passes(mask: str, inputs: str) -> None:
-    """What is nearly right is refused at full length too; at shorter ones `reference/test_mutants.py` has every dim."""
+    """What is nearly right is refused at full length too; at shorter ones `check/test_mutants.py` has every dim."""
     assert_teeth((128, 128), inputs, mask, None, "cuda")

@@ -1,11 +1,11 @@
-"""Scores that are huge and finite, on a GPU: see tests/reference/huge_scores.py."""
+"""Scores that are huge and finite, on a GPU: see tests/check/huge_scores.py."""
 
 from itertools import product
 
 import pytest
 from kernels import KINDS, WARPGROUP_KINDS, compile_specs, skip_unless_runs_here
 
-from tests.reference.huge_scores import CONSTANTS, PADDINGS, WHOLE_NUMBERS, faults, spec
+from tests.check.huge_scores import CONSTANTS, PADDINGS, WHOLE_NUMBERS, faults, spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

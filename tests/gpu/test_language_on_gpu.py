@@ -16,10 +16,10 @@ from kernels import (
 )
 
 import attngen
-from attngen.accuracy import compare
-from attngen.inputs import Shape, random_inputs
-from attngen.reference import attention
-from tests.reference.language_cases import CASES, WINDOW_AND_SINKS, LanguageCase
+from attngen.check.accuracy import compare
+from attngen.check.inputs import Shape, random_inputs
+from attngen.check.reference import attention
+from tests.check.language_cases import CASES, WINDOW_AND_SINKS, LanguageCase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -8,7 +8,7 @@ from kernels import skip_unless_runs_here, wait_for_gpu
 
 import attngen
 from attngen.arch import arch_for_capability
-from attngen.inputs import Shape
+from attngen.check.inputs import Shape
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS, ScaleKind, pack_values, quantize
 from attngen.runtime import Launcher
 from tests.quantize.cases import assert_same, outlying_inputs

@@ -12,8 +12,8 @@ from kernels import KINDS, WARPGROUP_KINDS, captured, counters_are_zero, kernel,
 from torch.nn.functional import scaled_dot_product_attention
 
 import attngen
-from attngen.accuracy import compare
-from attngen.inputs import Shape, random_inputs
+from attngen.check.accuracy import compare
+from attngen.check.inputs import Shape, random_inputs
 from attngen.runtime import launch as launch_module
 from attngen.runtime.counters import SLOTS, TileCounters
 

@@ -10,9 +10,9 @@ import torch
 from kernels import skip_unless_runs_here
 
 import attngen
+from attngen.check.inputs import Shape, random_inputs
+from attngen.check.judging import judge
 from attngen.fuzz.states import STATES
-from attngen.inputs import Shape, random_inputs
-from attngen.judging import judge
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

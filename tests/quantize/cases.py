@@ -2,7 +2,7 @@
 
 import torch
 
-from attngen.inputs import Shape
+from attngen.check.inputs import Shape
 from attngen.quantize import Operands
 
 

@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 import torch
 
+from attngen.check.inputs import Shape
 from attngen.errors import ArgumentError
-from attngen.inputs import Shape
 from attngen.quantize import SCALE_KINDS, ScaleKind, pack_values, quantize
 from attngen.runtime import Launcher
 from tests.plans import no_code

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attngen
-from attngen.bind.numbers import scalar_of
 from attngen.bind import softmax_scale_of
+from attngen.bind.numbers import scalar_of
 from tests.runtime.test_declared import Recorder
 
 SPEC = {

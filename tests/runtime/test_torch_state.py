@@ -9,15 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attngen
-from attngen.accuracy import compare
 from attngen.bind import check_declared
-from attngen.declared_inputs import Given, declared_inputs
+from attngen.check.accuracy import compare
+from attngen.check.declared_inputs import Given, declared_inputs
+from attngen.check.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Canary, Shape, poison, random_inputs
+from attngen.check.judging import judge
+from attngen.check.reference import attention, attention_as_fractions, attention_chunked, standard_attention
+from attngen.cli.losses import rmse_of
 from attngen.fuzz.states import STATES
-from attngen.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Canary, Shape, poison, random_inputs
-from attngen.judging import judge
-from attngen.losses import rmse_of
 from attngen.quantize import SCALE_KINDS, dequantize, quantize
-from attngen.reference import attention, attention_as_fractions, attention_chunked, standard_attention
 from attngen.simulate import count, predict, trace
 from attngen.torch_state import subnormal_numbers
 from tests.runtime.test_declared import Recorder

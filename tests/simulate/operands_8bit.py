@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from attngen.inputs import Shape
+from attngen.check.inputs import Shape
 from attngen.plan import Descales, KernelPlan
 from attngen.quantize import Operands, pack_values
 

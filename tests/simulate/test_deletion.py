@@ -9,7 +9,7 @@ import torch
 from operands_8bit import drawn_call
 from small_plans import lowered
 
-from attngen.inputs import Shape
+from attngen.check.inputs import Shape
 from attngen.plan import KernelPlan, Program, Role, Step, body_of, walk
 from attngen.plan.steps import (
     Advance,
@@ -30,7 +30,7 @@ from attngen.plan.steps import (
 )
 from attngen.simulate import SimulationFault, simulate
 from attngen.simulate.tiles import LOCKSTEP
-from tests.reference.language_cases import LanguageCase
+from tests.check.language_cases import LanguageCase
 
 Path = tuple[int, ...]
 """Where a Step stands: its number in the program, then in the body it is in, and so on."""

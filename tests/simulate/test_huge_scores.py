@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attngen
-from attngen.accuracy import compare
-from attngen.reference import attention, attention_chunked, standard_attention
-from tests.reference.huge_scores import CONSTANTS, DIM, PADDINGS, WHOLE_NUMBERS, faults, random_operands, spec
+from attngen.check.accuracy import compare
+from attngen.check.reference import attention, attention_chunked, standard_attention
+from tests.check.huge_scores import CONSTANTS, DIM, PADDINGS, WHOLE_NUMBERS, faults, random_operands, spec
 
 PLANS = [
     ("simulator", "f32", "auto"),

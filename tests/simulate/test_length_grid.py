@@ -3,7 +3,7 @@
 import pytest
 
 import attngen
-from tests.reference.length_grid import HEAD_DIMS, INPUTS, LONGEST_ON_CPU, MASKS, complaints, points
+from tests.check.length_grid import HEAD_DIMS, INPUTS, LONGEST_ON_CPU, MASKS, complaints, points
 
 ARCHS = {"fa2": "sm_80", "serial": "sm_80", "warp_specialized": "sm_90a", "pingpong": "sm_90a"}
 """Whose tiles each schedule has here."""

@@ -12,7 +12,7 @@ import torch
 from small_plans import KINDS, lowered
 
 import attngen
-from attngen.inputs import Shape, random_inputs
+from attngen.check.inputs import Shape, random_inputs
 from attngen.plan import KernelPlan
 from attngen.simulate import Event, Progress, closed_form, simulate
 

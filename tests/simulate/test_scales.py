@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import attngen
-from attngen.inputs import Shape
+from attngen.check.inputs import Shape
+from attngen.check.reference import attention
 from attngen.lower import warpgroups
 from attngen.plan import Ring, walk
 from attngen.plan.steps import Promote, StageScales
 from attngen.quantize import SCALE_KINDS, Operands, dequantize
-from attngen.reference import attention
 from attngen.simulate import SimulationFault
-from tests.reference.language_cases import LanguageCase
+from tests.check.language_cases import LanguageCase
 
 GQA = Shape(1, 4, 2, 21, 140)
 ROUNDING = 2.0**-4

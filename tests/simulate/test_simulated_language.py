@@ -5,12 +5,12 @@ import torch
 from small_plans import KINDS, lowered
 
 import attngen
+from attngen.check.inputs import Shape
 from attngen.expr import evaluate
-from attngen.inputs import Shape
 from attngen.simulate import Sizes
 from attngen.simulate.tiles import tiles
 from attngen.simulate.visits import Member, declared_values, visited_blocks, walk_of
-from tests.reference.language_cases import CASES, MASKS, WINDOW_AND_SINKS, LanguageCase
+from tests.check.language_cases import CASES, MASKS, WINDOW_AND_SINKS, LanguageCase
 
 LENGTHS = ((17, 23), (13, 5), (1, 1), (0, 3), (3, 0))
 TILE = {"block_m": 6, "block_n": 4}

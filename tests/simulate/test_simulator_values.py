@@ -8,12 +8,12 @@ import torch
 from small_plans import KINDS, VARIANTS, Variant, lowered
 
 import attngen
-from attngen.accuracy import compare
+from attngen.check.accuracy import compare
+from attngen.check.inputs import Shape, poison, random_inputs
+from attngen.check.reference import attention
 from attngen.expr import parse_mask
-from attngen.inputs import Shape, poison, random_inputs
 from attngen.plan import KernelPlan
 from attngen.plan.steps import ConvertP, LoadTile, MaskScores, RowMax, TmaLoad
-from attngen.reference import attention
 from attngen.simulate import STEPS_SIMULATED, simulate
 
 MASKS = ["full", "causal", "kv_idx > q_pos - 6 and kv_idx <= q_pos + 1", "kv_idx != q_pos", "false"]

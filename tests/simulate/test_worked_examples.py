@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_plans import KINDS, WARPGROUP_VARIANTS, Variant, lowered
 
+from attngen.check.inputs import Shape, random_inputs
+from attngen.check.reference import attention
 from attngen.expr import evaluate
-from attngen.inputs import Shape, random_inputs
-from attngen.reference import attention
 from attngen.simulate import trace
 from attngen.simulate.trace import BlockRecord
 
