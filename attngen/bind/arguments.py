@@ -130,8 +130,9 @@ def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake
         return begun[0]
     types = {torch_dtype(dtype(manifest.value_of[intake.values[0]].dtype)): intake for intake in begun}
     if q.dtype not in types:
-        must = f"{', '.join(map(str, [*types][:-1]))} or {[*types][-1]}"
-        raise ArgumentError("q", f"dtype {q.dtype}", must, f"pass q.to({[*types][0]})")
+        *others, last = map(str, types)
+        must = f"{', '.join(others)} or {last}"
+        raise ArgumentError("q", f"dtype {q.dtype}", must, f"pass q.to({others[0]})")
     return types[q.dtype]
 
 

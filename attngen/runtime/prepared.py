@@ -194,11 +194,15 @@ def _struct(
         places: of the addresses, see `_places`.
     """
     words = {name: offset // WORD for name, offset in offsets(kernel).items()}
-    maps = {
+    maps = {  # of what the call has
         entry.value: geometry(entry, bound.sizes, [numbers[f"{entry.value}.stride_{axis}"] for axis in _ROWS])
         for entry in kernel.tensor_maps
+        if f"{entry.value}.ptr" in places
     }
-    fields: dict[str, Any] = {**dict.fromkeys((param.value for param in kernel.params), 0), **numbers}
+    nothing = {
+        param.value: bytes(TENSOR_MAP_BYTES) if param.ctype == "tensor_map" else 0 for param in kernel.params
+    }
+    fields: dict[str, Any] = {**nothing, **numbers}
     fields |= {f"{name}.map": encode(map_, 0) for name, map_ in maps.items()}
     patches = [(word, *places[name]) for name, word in words.items() if name in places]
     mapped = [(words[f"{name}.map"], *places[f"{name}.ptr"], map_) for name, map_ in maps.items()]

@@ -135,11 +135,13 @@ def run_call(
     declared = Declared(bound.given.scalars, bound.given.declared)
     sizes = Sizes.of(bound.sizes, declared)
     for launch in bound.launches:
+        kernel = call.kernel_of[launch.kernel]
         if not bound.grid(launch):
             continue
-        kernel = call.kernel_of[launch.kernel]
         if not isinstance(kernel, KernelPlan):
             values |= SHEETS_SIMULATED[type(kernel)](kernel, values, sizes)
+            continue
+        if sizes.has_no_output:
             continue
         run = KernelRun(
             kernel,
@@ -218,7 +220,7 @@ def count(
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
     device = DeviceMemory(sizes, None, traffic, wanted=("lse",) if return_lse else ())
-    if evaluate_formula(plan.grid, sizes.values):
+    if not sizes.has_no_output:
         call = assemble((plan,))
         run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
         _launch(run, call.manifest.launches[-1], lockstep=batch * heads)

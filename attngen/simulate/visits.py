@@ -42,6 +42,11 @@ class Sizes:
         return cls(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms, declared)
 
     @property
+    def has_no_output(self) -> bool:
+        """Whether there are no rows of queries."""
+        return self.batch * self.seqlen_q * self.num_heads_q == 0
+
+    @property
     def group(self) -> int:
         """Query heads that share a head of K and V."""
         return self.num_heads_q // max(1, self.num_heads_kv)

@@ -94,7 +94,7 @@ def met_in_program(case: Case, plan: KernelPlan) -> Iterator[Met]:
     if plan.scheduler.persistent:
         sizes = _sizes(plan, case)
         if drawn := sum(1 for _ in tiles(plan, sizes, LOCKSTEP)):
-            blocks = evaluate_formula(plan.launches[0].grid, sizes.values)
+            blocks = evaluate_formula(plan.grid, sizes.values)
             yield ("tiles per block", "many" if drawn > blocks else "1")
     if case.shape.batch * case.shape.heads * case.shape.seqlen_q:
         yield from _met_by_blocks(plan, case)

@@ -11,6 +11,7 @@ from refused import SPECIALISED, diagnostics, faults, only
 import attngen
 from attngen.arch import ARCHS
 from attngen.errors import Diagnostic
+from attngen.lower import lower
 from attngen.spec import Spec
 from tests.plans import kernel_plan
 

@@ -103,7 +103,7 @@ E4M3 = passed(OPERANDS)
         ({"q": Q, "k": K}, "argument v: got NoneType, expected a torch tensor"),
         (
             {"q": Q.float(), "k": K, "v": V},
-            "argument q: got dtype torch.float32, expected torch.bfloat16 or torch.fl",
+            "argument q: got dtype torch.float32, expected torch.bfloat16, torch.float16 or torch.float8_e4m3fn",
         ),
         ({"q": Q, "k": K.half(), "v": V}, "argument k: got dtype torch.float16, expected torch.bfloat16"),
         ({"q": None, "k": K, "v": V}, "argument q: got NoneType, expected a torch tensor"),
