@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the GPU tests, the sanitizers, the counters of bank conflicts, then the benchmark.
+# On a machine with a GPU: the GPU tests, all that a small run of the others leaves out, the sanitizers, the counters of bank conflicts, then the benchmark.
 # Results go to $OUT, or to benchmarks/results. Packages that Python lacks there may lie as wheels in .whl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,8 @@ results="${OUT:-benchmarks/results}"
 
 python3 -m pytest tests -m gpu --ignore tests/gpu/test_runtime.py -n 8 -p no:cacheprovider 2>&1 | tee "$results/gpu_tests.log"
 python3 -m pytest tests/gpu/test_runtime.py -s -p no:cacheprovider 2>&1 | tee -a "$results/gpu_tests.log"
+ATTNGEN_TESTS=large python3 -m pytest tests -m "not gpu and (exhaustive or hypothesis)" -n 8 -p no:cacheprovider 2>&1 |
+  tee "$results/large_tests.log"
 python3 -m attngen fuzz --device cuda --examples 500 2>&1 | tee "$results/fuzz.log"
 python3 -m tests.language --device cuda 2>&1 | tee "$results/fuzz_expressions.log"
 python3 benchmarks/bench_hopper.py --out "$results" | tee "$results/hopper.log"

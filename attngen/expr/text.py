@@ -6,6 +6,7 @@ taken from it. What would make it long by being repeated, or deep, is named by a
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.ranges import LARGEST_I32
@@ -87,6 +88,7 @@ def written_terms(form: Expr) -> list[tuple[int, Expr | None]]:
     return [*terms, (constant, None)] if constant or not terms else terms
 
 
+@lru_cache(maxsize=64)  # every candidate for a plan asks for that of one mask
 def to_text(expr: Expr) -> str:
     """The canonical text of an expression."""
     return _Writer(expr).text()

@@ -11,6 +11,7 @@ read as what it denies, so it must hold where no pair is left that every branch 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from attngen.errors import InternalError
@@ -55,6 +56,7 @@ class TileClasses:
     tables: tuple[Table, ...]
 
 
+@lru_cache(maxsize=64)  # every candidate for a plan asks for those of one mask
 def tile_classes(mask: Expr) -> TileClasses:
     """The classes of the tiles of a mask.
 

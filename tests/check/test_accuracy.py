@@ -94,6 +94,7 @@ def mutants(q: Tensor, k: Tensor, v: Tensor, mask: str) -> dict[str, tuple[Tenso
     return {name: (out.to(q.dtype), lse.float()) for name, (out, lse) in found.items()}
 
 
+@pytest.mark.matrix(classes=lambda lengths, mask, dtype: [("lengths", lengths, mask), ("mask", mask, dtype)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("lengths", CAPPED, ids=str)
@@ -134,6 +135,7 @@ def test_mutants_are_wrong_on_the_reference_too(mask: str) -> None:
         assert (out.double() - ref).abs().max() > 1e-3, name
 
 
+@pytest.mark.matrix(classes=lambda kind, mask, dtype: [("kind", kind), ("mask", mask, dtype)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)

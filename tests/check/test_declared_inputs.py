@@ -176,7 +176,7 @@ def changed(data: bytes, changes: list[tuple[int, int]]) -> bytes:
 
 
 @given(file=st.sampled_from([*ZIPPED, *PLAIN]), changes=CHANGES, cut=st.integers(0, 3000))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 def test_a_mutated_file_is_taken_or_refused_in_one_sentence(
     tmp_path: Path, file: bytes, changes: list[tuple[int, int]], cut: int
 ) -> None:

@@ -78,6 +78,7 @@ def assert_teeth(dims: tuple[int, int], inputs: str, mask: str, longest: int | N
             )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=lambda dims: f"d{dims[0]}x{dims[1]}")
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("mask", MASKS)

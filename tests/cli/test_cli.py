@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from attngen.api import compile
 from attngen.arch import ARCHS
+from attngen.bind import Bound
 from attngen.check.inputs import Shape, random_inputs
 from attngen.cli.comparison import execute
+from attngen.plan import Call
 from attngen.spec import load
 from tests.plans import kernel_plan
 
@@ -197,10 +199,10 @@ def test_a_wrong_kernel_fails_the_comparison(
     """An output of zeros exits with 1 and says where the error is largest."""
     from attngen import kernel
 
-    def zeros(plan: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: object) -> object:
-        return torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    def zeros(call: Call, bound: Bound, *_: object, **options: object) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(made.shape, dtype=made.dtype) for name, made in bound.made.items()}
 
-    monkeypatch.setattr(kernel, "simulate", zeros)
+    monkeypatch.setattr(kernel, "run_call", zeros)
     result = attngen(command[0], small, *command[1:])
     assert result.exit_code == 1, result.output
     assert "FAILED (" in result.stdout and "got 0, expected" in result.stdout

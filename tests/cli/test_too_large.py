@@ -15,6 +15,7 @@ from safetensors.torch import save
 from attngen import memory
 from attngen.cli import main
 from attngen.cli.tiles import MOST_ROW_BLOCKS, MOST_TILES
+from tests.effort import examples
 
 Attngen = Callable[..., Result]
 LONG = "9" * 5000
@@ -66,7 +67,7 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
 @example(("check", "small.yaml", "--set", "schedule.stages="), str(10**9))
 @example(("fuzz", "--repro"), "[" * 100_000)
 @example(("build", "small.yaml", "--arch"), LONG)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 def test_any_number_of_any_option_is_taken_or_refused(
     attngen: Attngen, small: str, arguments: tuple[str, ...], number: str
 ) -> None:
@@ -246,7 +247,7 @@ def test_the_console_does_not_leave_for_a_broken_pipe(
 @given(
     changes=st.lists(st.tuples(st.integers(0, 249), st.integers(0, 255)), max_size=4), cut=st.integers(0, 900)
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(0.5), suppress_health_check=list(HealthCheck))
 def test_a_mutated_safetensors_file_is_taken_or_refused(
     attngen: Attngen, small: str, changes: list[tuple[int, int]], cut: int
 ) -> None:

@@ -34,11 +34,13 @@ from attngen.expr import (
 from attngen.fuzz.names import emitted_names
 from attngen.lower import lower
 from attngen.resources import shipped_specs
-from attngen.runtime.nvrtc import compile_source
+from attngen.runtime import DiskCache
 from attngen.spec import load
 from tests.check.language_cases import CASES, LanguageCase
+from tests.effort import examples
 from tests.language.probe import plan_that_reads_all
 from tests.language.probe_sources import elementwise_source
+from tests.reference.language_cases import CASES, LanguageCase
 
 NAMES = (*emitted_names(), "x1", "x2")  # a canonical text has names of its own too
 MADE_UP = (
@@ -154,7 +156,7 @@ def test_any_name_compiles_and_is_the_one_that_is_read(kind: str, member: str, r
         text, members = " ".join(to_cuda(each, leaves(plan)) for each in exprs), members_of(source, "Params")
         for each in names:
             assert read.format(each) in text and members[member.format(each)] == 1
-        assert compile_source(source, "sm_90a").warnings == ()
+        assert DiskCache().get(source, "sm_90a").warnings == ()
         met |= {*names}
     assert met == {*NAMES}
 
@@ -260,7 +262,7 @@ def test_no_other_identifier_begins_like_a_declared_one() -> None:
 NASTY = st.text("a_10", min_size=1, max_size=4).filter(IDENTIFIER.fullmatch)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(0.5))
 @given(st.lists(NASTY, min_size=3, max_size=18, unique=True))
 def test_no_two_declared_names_make_one_identifier(names: list[str]) -> None:
     """Scalars, tensors and dimensions of names that differ in a digit or an underscore, and terms of a tile of them."""

@@ -43,6 +43,13 @@ def test_every_deleted_step_changes_the_text(kind: str, stages: int) -> None:
     assert unchanged == []
 
 
+@pytest.mark.matrix(
+    classes=lambda kind, overlap, persistent, head_dim: [
+        ("overlap", kind, overlap),
+        ("persistent", kind, persistent),
+        ("head_dim", kind, head_dim),
+    ]
+)
 @pytest.mark.parametrize("head_dim", [64, 192])
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])

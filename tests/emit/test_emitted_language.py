@@ -1,6 +1,7 @@
 """What is emitted for walks, modified scores and tables of extremes, and what NVRTC makes of it. Needs no GPU."""
 
 import re
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ def kernel(case: LanguageCase, kind: str = "fa2", arch: str = "sm_90a", dim: int
     return attngen.compile(case.spec(problem={"head_dim": dim}, schedule={"kind": kind}), arch=arch)
 
 
+@pytest.mark.matrix
+@pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 @pytest.mark.parametrize(("arch", "kind", "dim"), ON)
 def test_masks_and_scores_compile_without_spills(arch: str, kind: str, dim: int, case: LanguageCase) -> None:
@@ -44,21 +47,25 @@ def test_masks_and_scores_compile_without_spills(arch: str, kind: str, dim: int,
 
 
 FAMILIES = ("serial", "fa2", "warp_specialized")
+IN_TURN = list(zip({(case.mask, case.score): case for case in CASES}.values(), cycle(FAMILIES), strict=False))
+"""Every text with one family of schedules: their texts of masks and scores are the same."""
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_every_case_compiles(kind: str) -> None:
-    """All masks, scores and types of tensors that the other tests run give C++ that NVRTC takes without a warning.
-
-    Each with one family of schedules, in turn: their texts of masks and scores are the same.
-    """
-    cases = list({(case.mask, case.score): case for case in CASES}.values())
-    for case in cases[FAMILIES.index(kind) :: len(FAMILIES)]:
-        made = kernel(case, kind)
-        compiled = made.compiled
-        assert compiled.warnings == (), str(case)
-        names = {made.plan.name} | ({f"{made.plan.name}_tables"} if made.plan.tables else set())
-        assert {used.name for used in compiled.resources} == names
+@pytest.mark.matrix(
+    classes=lambda case, kind: [
+        ("mask", case.mask),
+        ("score", case.score),
+        ("score with", kind, case.score != "score"),
+    ]
+)
+@pytest.mark.parametrize(("case", "kind"), IN_TURN, ids=str)
+def test_every_case_compiles(case: LanguageCase, kind: str) -> None:
+    """All masks, scores and types of tensors that the other tests run give C++ that NVRTC takes without a warning."""
+    made = kernel(case, kind)
+    compiled = made.compiled
+    assert compiled.warnings == ()
+    names = {made.plan.name} | ({f"{made.plan.name}_tables"} if made.plan.tables else set())
+    assert {used.name for used in compiled.resources} == names
 
 
 @pytest.mark.parametrize(
@@ -132,6 +139,7 @@ def test_no_declared_name_is_taken_for_the_tanh() -> None:
     assert "return params.arg_tanh_of * tanh;" in source
 
 
+@pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize(
     ("score", "spec", "by_tanh"),
     [

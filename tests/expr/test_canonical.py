@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attngen.expr import (
@@ -90,7 +90,6 @@ def test_what_is_always_or_never_true_is_a_constant(text: str, value: Expr) -> N
     assert parse_mask(text) is value
 
 
-@settings(max_examples=200, deadline=None)
 @given(MASKS)
 def test_the_canonical_text_is_a_fixed_point(text: str) -> None:
     """Parsing the text of a tree gives that very tree, and so the same text again."""
@@ -98,7 +97,6 @@ def test_the_canonical_text_is_a_fixed_point(text: str) -> None:
     assert parse_mask(to_text(tree)) is tree
 
 
-@settings(max_examples=60, deadline=None)
 @given(MASKS)
 def test_one_node_never_stands_for_two_meanings(text: str) -> None:
     """A negated mask is another node, true exactly where the first is false."""

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attngen.expr import Leaves, evaluate, key_range, parse_mask, to_cuda, to_text
+from tests.effort import examples
 from tests.expr.strategies import ENV, MASKS, NAMES, sums
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(1.5))
 @given(MASKS, ENV)
 def test_every_reading_agrees_with_python(text: str, env: dict[str, int]) -> None:
     """The value, the value of the canonical text, and the CUDA text, all as Python reads the original."""
@@ -34,7 +35,6 @@ _BOUNDS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(_BOUNDS, min_size=1, max_size=3).map(" and ".join), ENV)
 def test_a_conjunction_of_bounds_has_a_key_range_and_it_is_exact(text: str, env: dict[str, int]) -> None:
     """A key is visible if and only if it lies between the bounds, found by trying every key."""
@@ -49,7 +49,6 @@ def test_a_conjunction_of_bounds_has_a_key_range_and_it_is_exact(text: str, env:
         assert inside == bool(eval(text, {}, at))
 
 
-@settings(max_examples=200, deadline=None)
 @given(MASKS, ENV)
 def test_where_any_mask_has_a_key_range_it_is_exact(text: str, env: dict[str, int]) -> None:
     """The same for masks of any form: either there is no closed form, or it is the mask."""

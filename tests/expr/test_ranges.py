@@ -19,6 +19,7 @@ from attngen.expr.tree import (
     real,
     scalar,
 )
+from tests.effort import examples
 
 Q, K = name("q_idx"), name("kv_idx")
 LENGTH = name("seqlen_k")
@@ -93,7 +94,7 @@ def test_a_deep_tree_has_a_range() -> None:
 _SMALL = st.tuples(st.integers(-9, 9), st.integers(0, 9)).map(lambda ends: (ends[0], ends[0] + ends[1]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(1.5))
 @given(_SMALL, _SMALL)
 def test_division_has_the_range_of_all_its_values(
     dividend: tuple[int, int], divisor: tuple[int, int]

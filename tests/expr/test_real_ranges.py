@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from attngen.expr import evaluate, magnitude, parse_score, real_range
 from attngen.fuzz.expressions import scores
@@ -46,7 +46,6 @@ def test_a_range_is_what_a_person_works_out(score: str, expected: tuple[float, f
     assert magnitude(found) == pytest.approx(max(map(abs, expected)), rel=1e-6)
 
 
-@settings(max_examples=150, deadline=None)
 @given(scores(), ENV)
 def test_every_value_lies_in_its_range(score: str, env: dict[str, int]) -> None:
     """Of random scores, but for NaN and roundings."""

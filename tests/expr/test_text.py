@@ -1,13 +1,12 @@
 """Canonical text: it means the very tree it was made of, and a person would write it so."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from attngen.expr import parse_mask, parse_score, to_text
 from attngen.fuzz.expressions import DECLARATIONS, masks, scores
 
 
-@settings(max_examples=200, deadline=None)
 @given(masks(DECLARATIONS))
 def test_the_text_of_a_mask_is_a_fixed_point(text: str) -> None:
     """Parsing the text of a tree gives that very tree."""
@@ -15,7 +14,6 @@ def test_the_text_of_a_mask_is_a_fixed_point(text: str) -> None:
     assert parse_mask(to_text(tree), DECLARATIONS) is tree
 
 
-@settings(max_examples=200, deadline=None)
 @given(scores(DECLARATIONS))
 def test_the_text_of_a_score_is_a_fixed_point(text: str) -> None:
     """Every operator and function of f32 among them."""

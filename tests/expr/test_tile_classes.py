@@ -13,6 +13,7 @@ from attngen.expr.tiles import tile_classes
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import TILE_NAMES, Expr, const, lookup, name, real, scalar, tensor_names
+from tests.effort import examples
 
 Q, K, B, H, LENGTH_Q, LENGTH_K = map(name, ("q_idx", "kv_idx", "b", "h", "seqlen_q", "seqlen_k"))
 Q_POS = minus(plus(Q, LENGTH_K), LENGTH_Q)
@@ -291,7 +292,7 @@ _conditions = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(2))
 @given(
     CONDITIONS,
     st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import attngen
@@ -94,7 +94,6 @@ def reals(depth: int) -> st.SearchStrategy[str]:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
 @given(conditions(3))
 def test_a_mask_means_what_torch_computes(body: str) -> None:
     """Random functions of FlexAttention, called on tensors and read as a text."""
@@ -102,7 +101,6 @@ def test_a_mask_means_what_torch_computes(body: str) -> None:
     assert torch.equal(meaning(attngen.expression(function)), function(B, H, Q, K))
 
 
-@settings(max_examples=60, deadline=None)
 @given(reals(3))
 def test_a_score_means_what_torch_computes(body: str) -> None:
     """Up to the rounding of a sum that torch makes in f64, as of a table in f64."""

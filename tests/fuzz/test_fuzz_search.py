@@ -23,6 +23,7 @@ from attngen.fuzz.search import CPU_TARGETS, fuzz, kernels, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
+from tests.effort import examples
 
 SMALL: dict[str, object] = {
     "target": "simulator",
@@ -30,7 +31,6 @@ SMALL: dict[str, object] = {
     "precision": {"inputs": "f32"},
     "tile": {"block_m": 2, "block_n": 2},
 }
-
 
 NO_SHAPE = json.dumps({"spec": SMALL})
 WHOLE = Case(load(SMALL), Shape(1, 1, 1, 1, 1)).to_json()
@@ -42,7 +42,7 @@ def small(**changes: object) -> Spec:
     return load(SMALL | changes)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(cases(specs(CPU_TARGETS)))
 def test_a_case_survives_its_line_of_json(case: Case) -> None:
     """Writing and reading gives the same case, on one line."""
@@ -249,7 +249,7 @@ def test_what_is_declared_has_names_of_emitted_texts_too() -> None:
     met: set[str] = set()
 
     @with_seed(1)
-    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(5), database=None, suppress_health_check=list(HealthCheck))
     @given(pair_texts())
     def collect(texts: PairTexts) -> None:
         load(SMALL | texts)

@@ -40,6 +40,7 @@ def test_planted_fault_is_found_and_shrunk(name: str) -> None:
     assert reproduce(again) is None, "the case fails without the fault too"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in ELSEWHERE])
 def test_planted_fault_is_found_in_the_schedules_of_warpgroups(name: str, kind: str) -> None:
@@ -58,6 +59,7 @@ def test_planted_fault_is_found_in_the_schedules_of_warpgroups(name: str, kind: 
     assert reproduce(report.failure.case) is None, "the case fails without the fault too"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["warp_specialized", "pingpong"])
 @pytest.mark.parametrize("name", FAULTS_OF_SCALES)
 def test_planted_fault_of_scales_is_found(name: str, kind: str) -> None:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attngen.fuzz.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
+from attngen.fuzz.language import masks_among
+from attngen.fuzz.probe import plan_that_reads_all
+from attngen.fuzz.tiles_on_gpu import plan_of_mask, source_of_classes
 
 from attngen.emit.device import used_by
 from attngen.emit.pairs import leaves
@@ -19,7 +23,8 @@ from attngen.expr.tiles import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
 from attngen.fuzz.expressions import DECLARATIONS
 from attngen.fuzz.pairs import APPROXIMATED
-from attngen.runtime.nvrtc import compile_source
+from attngen.runtime import DiskCache
+from tests.effort import profile
 from tests.language import classes, elementwise, functions
 from tests.language.__main__ import main
 from tests.language.classes import Problem, check_classes, fuzz_classes
@@ -38,7 +43,7 @@ def test_the_module_of_a_run_compiles() -> None:
     drawn = draw_expressions(MODULE_SIZE, seed=1)
     assert len({each.expr for each in drawn}) == MODULE_SIZE
     assert {each.expr.type for each in drawn} == {"bool", "i32", "f32"}
-    compiled = compile_source(source_of(drawn, plan_that_reads_all(DECLARATIONS, TARGET)), TARGET)
+    compiled = DiskCache().get(source_of(drawn, plan_that_reads_all(DECLARATIONS, TARGET)), TARGET)
     assert len(compiled.resources) == MODULE_SIZE
 
 
@@ -54,7 +59,7 @@ def test_the_module_of_classes_compiles() -> None:
     """The classes of random masks, with the kernels that fill their tables."""
     plans = [plan_of_mask(mask, TARGET) for mask in masks_among(draw_expressions(60, seed=2))[:12]]
     assert any(plan.tables for plan in plans)
-    compiled = compile_source(source_of_classes(plans), TARGET)
+    compiled = DiskCache().get(source_of_classes(plans), TARGET)
     assert len(compiled.resources) == len(plans) + sum(bool(plan.tables) for plan in plans)
 
 
@@ -66,7 +71,8 @@ def test_tanh_near_zero_is_a_polynomial(monkeypatch: pytest.MonkeyPatch) -> None
         functions, "FAST", {"tanh": Bound(torch.tanh, ulps=27, magnitudes=(2.0**-126, 0.3125))}
     )
     monkeypatch.setattr(functions, "every_exponent", lambda step: every_exponent(step).nan_to_num(1.0))
-    (found,) = functions.measure_functions(TARGET, exact=False, device="cpu", step=2**8)
+    step = 2**8 if profile() == "large" else 2**10
+    (found,) = functions.measure_functions(TARGET, exact=False, device="cpu", step=step)
     assert found.ok, found
 
 
@@ -74,7 +80,7 @@ def test_tanh_near_zero_is_a_polynomial(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_modules_of_functions_compile(exact: bool) -> None:
     """Each function has a kernel."""
     source, _ = source_of_functions(TARGET, exact)
-    assert len(compile_source(source, TARGET).resources) == len(EXACT if exact else FAST)
+    assert len(DiskCache().get(source, TARGET).resources) == len(EXACT if exact else FAST)
 
 
 def test_no_tile_is_called_what_it_is_not() -> None:

@@ -313,6 +313,16 @@ def is_noticed(plan: KernelPlan, case: Case, expected: list[tuple[torch.Tensor, 
         return True
 
 
+def deletions(case: Case) -> Iterator[tuple[str, ...]]:
+    """What is deleted, where, and why nobody notices if so; and the schedule's masks, scores and kinds of scales."""
+    for role in case.plan().kernel.roles:
+        for site in sites(case, role):
+            why = next((reason for reason, claims in REDUNDANT.items() if claims(site)), "")
+            yield case.schedule, role.name, type(site.step).__name__, site.range, why
+    yield from ((case.schedule, case.mask), (case.score,), (case.scales, str(case.promote)))
+
+
+@pytest.mark.matrix(classes=deletions)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_step_is_needed(case: Case) -> None:
     """Without one of its Steps, but for Notes, a program faults or differs, or the Step is listed, and none in vain."""

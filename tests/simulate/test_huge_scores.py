@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import attngen
@@ -42,7 +42,6 @@ KERNELS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
 @given(fill=FILLS, target=st.sampled_from(sorted(KERNELS)))
 def test_any_number_may_pad(fill: float, target: tuple[str, str]) -> None:
     """No constant hits the rounding of a maximum so that a row is lost."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import attngen
@@ -147,7 +147,6 @@ def test_a_spec_is_an_immutable_value() -> None:
     assert attngen.load(spec) is spec
 
 
-@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {"problem": st.fixed_dictionaries({"head_dim": st.sampled_from([64, {"qk": 192, "v": 128}])})},
