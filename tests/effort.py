@@ -38,7 +38,7 @@ def load_profile() -> None:
 
 def examples(times: float) -> int:
     """So many times the profile's number of examples, for `max_examples`."""
-    return round(times * settings.default.max_examples)
+    return round(times * settings().max_examples)
 
 
 def mark_exhaustive(items: Sequence[pytest.Item]) -> None:

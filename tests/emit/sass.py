@@ -104,7 +104,7 @@ def rows() -> list[Row]:
         spec = attngen.load(name)
         if ARCHS[spec.target].emits:
             kernel = attngen.Kernel(spec, lower(spec, ARCHS[spec.target]))
-            named += [(name, plan, kernel.modules[plan.module]) for plan in kernel.call.programs]
+            named += [(name, plan, kernel.modules[plan.module]) for plan in reversed(kernel.call.programs)]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda each: row(*each, each[2].sass()), named))
 

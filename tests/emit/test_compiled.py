@@ -69,7 +69,7 @@ def test_a_shipped_spec_compiles_to_what_its_plan_and_the_table_of_sass_say(name
     """
     kernel = attngen.compile(name)
     found = []
-    for plan in kernel.call.programs:
+    for plan in reversed(kernel.call.programs):
         module = kernel.modules[plan.module]
         sass = module.sass()
         assert_program_compiles(plan, module, sass)

@@ -40,7 +40,6 @@ from tests.check.language_cases import CASES, LanguageCase
 from tests.effort import examples
 from tests.language.probe import plan_that_reads_all
 from tests.language.probe_sources import elementwise_source
-from tests.reference.language_cases import CASES, LanguageCase
 
 NAMES = (*emitted_names(), "x1", "x2")  # a canonical text has names of its own too
 MADE_UP = (

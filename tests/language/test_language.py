@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from attngen.fuzz.functions import EXACT, FAST, Bound, every_exponent, measure, source_of_functions, truth
-from attngen.fuzz.language import masks_among
-from attngen.fuzz.probe import plan_that_reads_all
-from attngen.fuzz.tiles_on_gpu import plan_of_mask, source_of_classes
 
 from attngen.emit.device import used_by
 from attngen.emit.pairs import leaves

@@ -315,7 +315,7 @@ def is_noticed(plan: KernelPlan, case: Case, expected: list[tuple[torch.Tensor, 
 
 def deletions(case: Case) -> Iterator[tuple[str, ...]]:
     """What is deleted, where, and why nobody notices if so; and the schedule's masks, scores and kinds of scales."""
-    for role in case.plan().kernel.roles:
+    for role in case.plan().roles:
         for site in sites(case, role):
             why = next((reason for reason, claims in REDUNDANT.items() if claims(site)), "")
             yield case.schedule, role.name, type(site.step).__name__, site.range, why
