@@ -7,10 +7,10 @@ import pytest
 from program_coverage import expected, met_in_program
 
 from attngen.check.inputs import Shape
-from attngen.fuzz import PropertyFailure, search
+from attngen.fuzz import search
 from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage, Met
-from attngen.fuzz.properties import Make, check
+from attngen.fuzz.properties import Make, PropertyFailure, check
 from attngen.fuzz.search import fuzz
 from attngen.fuzz.strategies import plan_of
 from attngen.spec import load
