@@ -16,6 +16,7 @@ from attngen.check.accuracy import compare
 from attngen.check.inputs import Shape, random_inputs
 from attngen.lower.lower import build
 from attngen.lower.tiles import Choice
+from attngen.plan import assemble
 
 CHOICES = {
     64: [
@@ -55,7 +56,7 @@ def main(out: Path, lengths: tuple[int, ...] = (1024, 4096, 16384)) -> None:
             )
             kernels = {
                 str(tuple(choice.__dict__.values())): attngen.Kernel(
-                    spec, build(spec, ARCHS["sm_90a"], "fa2", choice)
+                    spec, assemble((build(spec, ARCHS["sm_90a"], "fa2", choice),))
                 )
                 for choice in choices
             }

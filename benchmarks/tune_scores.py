@@ -19,6 +19,7 @@ from attngen.check import bench
 from attngen.check.accuracy import compare
 from attngen.check.inputs import Shape, random_inputs
 from attngen.lower.lower import build
+from attngen.plan import assemble
 
 HEAD_DIM, HEADS = 128, 16
 SCORES = {
@@ -47,7 +48,9 @@ def main(out: Path, lengths: list[int], rounds: int, target_ms: float) -> None:
             spec = attngen.load(problem | {"mask": mask, "score": score, "tensors": tensors})
             passed = {tensor: held[tensor] for tensor in tensors}
             kernels = {
-                label(schedule, choice): attngen.Kernel(spec, build(spec, ARCHS["sm_90a"], schedule, choice))
+                label(schedule, choice): attngen.Kernel(
+                    spec, assemble((build(spec, ARCHS["sm_90a"], schedule, choice),))
+                )
                 for choice in CHOICES
                 for schedule in SCHEDULES
             }

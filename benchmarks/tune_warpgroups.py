@@ -19,6 +19,7 @@ from attngen.check.accuracy import compare
 from attngen.check.inputs import Shape, random_inputs
 from attngen.lower.lower import build
 from attngen.lower.tiles import WarpgroupChoice
+from attngen.plan import assemble
 
 W = WarpgroupChoice
 FLAGS = ("rescale_votes", "passes_late", "out_over_q")
@@ -100,7 +101,9 @@ def main(out: Path, head_dims: list[int], lengths: list[int], rounds: int, targe
             head_dim = {"qk": dims[0], "v": dims[1]}
             spec = attngen.load({"target": "sm_90a", "problem": {"head_dim": head_dim}, "mask": mask})
             kernels = {
-                label(schedule, choice): attngen.Kernel(spec, build(spec, ARCHS["sm_90a"], schedule, choice))
+                label(schedule, choice): attngen.Kernel(
+                    spec, assemble((build(spec, ARCHS["sm_90a"], schedule, choice),))
+                )
                 for choice in CHOICES[dims]
                 for schedule in SCHEDULES
             }

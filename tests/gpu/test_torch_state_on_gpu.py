@@ -46,7 +46,7 @@ def made(name: str) -> attngen.Kernel:
 
 
 def result(name: str) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    kernel = attngen.Kernel(made(name).spec, made(name).plan)  # which has met no signature
+    kernel = attngen.Kernel(made(name).spec, made(name).call)  # which has met no signature
     (q, k, v), declared = passed()
     declared = declared if name == "language" else {}
     out, lse = kernel(q, k, v, 0.1, return_lse=True, **declared)
