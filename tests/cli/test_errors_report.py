@@ -122,7 +122,7 @@ def test_errors_are_against_fp64_on_the_inputs() -> None:
         def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return attention(q, k, 2 * v)[0].float()
 
-    double = Doubled(kernel.spec, kernel.plan)
+    double = Doubled(kernel.spec, kernel.call)
     found = rmse_of({"exact": kernel, "doubled": double}, inputs, relative=True)
     assert found["exact"] < 1e-6 and found["doubled"] == pytest.approx(1.0, abs=1e-6)
     assert list(sampled_rows(5)) == [0, 1, 2, 3, 4]
