@@ -7,7 +7,6 @@ from attngen.bind.arguments import (
     check_length,
     check_overlap,
     check_rows_of_heads,
-    choose_intake,
 )
 from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.declared import check_declared
@@ -32,7 +31,6 @@ __all__ = [
     "check_plain",
     "check_rows_of_heads",
     "check_writable",
-    "choose_intake",
     "scalar_of",
     "softmax_scale_of",
 ]

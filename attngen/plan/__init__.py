@@ -1,6 +1,6 @@
 """Plans: places, Steps and the rule table that every plan passes."""
 
-from attngen.plan.assemble import COLUMNS_OF_HEADS, ROWS_OF_HEADS, assemble, quantizing_sheets, value_shape
+from attngen.plan.assemble import COLUMNS_OF_HEADS, assemble, quantizing_sheets
 from attngen.plan.call import (
     COUNTER,
     OPERANDS_INTAKE,
@@ -13,7 +13,6 @@ from attngen.plan.call import (
     Scalar,
     TensorMapEntry,
     Value,
-    launches_for,
 )
 from attngen.plan.formulas import (
     FORMULA_OPS,
@@ -72,9 +71,6 @@ __all__ = [
     "Guard",
     "OPERANDS",
     "OPERANDS_INTAKE",
-    "ROWS_OF_HEADS",
-    "launches_for",
-    "value_shape",
     "Call",
     "Cursor",
     "Descales",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from attngen.dtypes import E4M3, F32
@@ -193,10 +194,7 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
 
 def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:
     """What e4m3 operands are made of."""
-    shapes = {
-        tensor.name: ("batch", f"seqlen_{tensor.axis}", f"num_heads_{tensor.heads}", tensor.cols)
-        for tensor in plan.reads
-    }
+    shapes = {tensor.name: value_shape(replace(tensor, transposed=False)) for tensor in plan.reads}
     for source in SOURCES:
         for name, shape in shapes.items():
             yield Value(source_of(name, source), source, shape, "given", name, ROWS_OF_HEADS)

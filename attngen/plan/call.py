@@ -1,8 +1,8 @@
 """A call as data: the values it reads and makes, and the launches that make them, in order.
 
-What a call launches follows from what it is given and what is wanted of it (`launches_for`): a launch whose values
-are all given, or wanted by nobody, is left out. So one list holds every way to begin a call and every kernel that may
-take it, and values of a prefix (`kernel.quantize`, `kernel.tables`) may be kept and given to later calls.
+What a call launches follows from what it is given and what is wanted of it (`Manifest.launches_for`): a launch whose
+values are all given, or wanted by nobody, is left out. So one list holds every way to begin a call and every kernel
+that may take it, and values of a prefix (`kernel.quantize`, `kernel.tables`) may be kept and given to later calls.
 """
 
 import json
@@ -245,8 +245,34 @@ class Manifest:
             given: names of values that the caller passes.
             wanted: names of values to make.
             sizes: of the call, for the guards.
+
+        Raises:
+            KeyError: a wanted value can not be made of what is given; its name.
         """
-        return launches_for(self.launches, given, wanted, sizes)
+        writers: dict[str, list[Launch]] = {}
+        for launch in self.launches:
+            if launch.when is None or launch.when.holds(sizes):
+                for name in launch.writes:
+                    writers.setdefault(name, []).append(launch)
+
+        def can_have(name: str) -> bool:
+            return name in given or any(all(map(can_have, each.reads)) for each in writers.get(name, ()))
+
+        chosen: set[str] = set()
+
+        def need(name: str) -> None:
+            if name in given:
+                return
+            writer = next((each for each in writers.get(name, ()) if all(map(can_have, each.reads))), None)
+            if writer is None:
+                raise KeyError(name)
+            chosen.add(writer.kernel)
+            for read in writer.reads:
+                need(read)
+
+        for name in wanted:
+            need(name)
+        return tuple(launch for launch in self.launches if launch.kernel in chosen)
 
 
 @dataclass(frozen=True)
@@ -287,37 +313,3 @@ class Call:
         """The attention kernel that takes a call of that many keys."""
         shorter = (plan for plan in self.programs[:-1] if plan.up_to is not None and seqlen_k <= plan.up_to)
         return next(shorter, self.attention)
-
-
-def launches_for(
-    launches: tuple[Launch, ...], given: Collection[str], wanted: Iterable[str], sizes: Mapping[str, int]
-) -> tuple[Launch, ...]:
-    """Of `launches` those by which the wanted values come of the given ones, in order; see `Manifest.launches_for`.
-
-    Raises:
-        KeyError: a wanted value can not be made of what is given; its name.
-    """
-    writers: dict[str, list[Launch]] = {}
-    for launch in launches:
-        if launch.when is None or launch.when.holds(sizes):
-            for name in launch.writes:
-                writers.setdefault(name, []).append(launch)
-
-    def can_have(name: str) -> bool:
-        return name in given or any(all(map(can_have, each.reads)) for each in writers.get(name, ()))
-
-    chosen: set[str] = set()
-
-    def need(name: str) -> None:
-        if name in given:
-            return
-        writer = next((each for each in writers.get(name, ()) if all(map(can_have, each.reads))), None)
-        if writer is None:
-            raise KeyError(name)
-        chosen.add(writer.kernel)
-        for read in writer.reads:
-            need(read)
-
-    for name in wanted:
-        need(name)
-    return tuple(launch for launch in launches if launch.kernel in chosen)

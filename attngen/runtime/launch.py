@@ -196,14 +196,8 @@ class Launcher:
             memory = q.new_empty(whole.bound.kept.size_bytes, dtype=torch.uint8)
         made = [memory.data_ptr() + beyond for beyond in whole.bound.kept.offsets.values()]
         tensors = [declared[name] for name in self._names(declared)]
-        addresses = (
-            *(x.data_ptr() for x in (q, k, v, *tensors)),
-            *made,
-            0,
-            0,
-            0,
-            0,
-        )  # no other memory, no counter
+        no_memory, no_counter = (0, 0, 0), 0
+        addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)
         device = q.get_device()
         self._kernels.launch(prefix.structs, addresses, device, torch._C._cuda_getCurrentRawStream(device))
         return TileTables.of(whole.tables, tensors[: len(self._tensors)], memory)

@@ -10,7 +10,7 @@ from attngen.arch import ARCHS
 from attngen.emit import emit_module
 from attngen.kernel import run_call
 from attngen.lower import lower
-from attngen.plan import Call, launches_for
+from attngen.plan import Call
 from attngen.runtime import Launcher, launch
 from attngen.runtime.nvrtc import compile_source
 from attngen.simulate import run
@@ -137,4 +137,4 @@ def test_values_of_a_prefix_leave_its_launches_out() -> None:
     assert prefix == whole[:-1] and manifest.launches_for(operands, ("out",), sizes) == whole[-1:]
     assert manifest.launches_for(operands, operands, sizes) == ()
     with pytest.raises(KeyError, match="out"):
-        launches_for(manifest.launches, ("q", "k", "v"), ("out",), sizes)
+        manifest.launches_for(("q", "k", "v"), ("out",), sizes)
