@@ -243,13 +243,13 @@ DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {
   }
 }
 
-// acc = A Bᵀ for this warp's rows of A; both tiles row by row, contraction over their columns.
-template <class Element, class ATile, class BTile, int kUnroll, int kRowTiles, int kColTiles>
-DEV void score_gemm(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
+// acc = A Bᵀ for this warp's rows of A, + acc unless that is to start at zero: both in shared memory, columns contracted.
+template <class Element, class ATile, class BTile, bool kStartsAtZero, int kUnroll, int kRowTiles, int kColTiles>
+DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
   const u32 warp = threadIdx.x / 32, lane = stay_in_loop(threadIdx.x % 32);
   const u32 a_row = warp * kRowTiles * 16 + lane % 16, a_exchange = ATile::exchange(a_row) ^ lane / 16;
   const u32 b_row = lane / 16 * 8 + lane % 8, b_exchange = BTile::exchange(b_row) ^ lane / 8 % 2;
-  fill(acc, 0.f);
+  if (kStartsAtZero) fill(acc, 0.f);
 #pragma unroll kUnroll
   for (int k = 0; k < ATile::kChunks; k += 2) {
     const u32 a_column = a + a_row * ATile::kRowBytes + (k ^ a_exchange) * 16;
@@ -270,10 +270,11 @@ DEV void score_gemm(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
   }
 }
 
-// acc += A B, A in registers, the rows of B contracted.
-template <class Element, class BTile, int kRowTiles, int kColTiles, int kSteps>
-DEV void output_gemm(float (&acc)[kRowTiles][kColTiles][4], const u32 (&a)[kRowTiles][kSteps][4], u32 b) {
+// acc = A B, + acc unless that is to start at zero: A in registers, rows of B contracted.
+template <class Element, class BTile, bool kStartsAtZero, int kRowTiles, int kColTiles, int kSteps>
+DEV void gemm_nn_rs(float (&acc)[kRowTiles][kColTiles][4], const u32 (&a)[kRowTiles][kSteps][4], u32 b) {
   const u32 lane = stay_in_loop(threadIdx.x % 32), row = lane % 16, exchange = BTile::exchange(row) ^ lane / 16;
+  if (kStartsAtZero) fill(acc, 0.f);
 #pragma unroll
   for (int j = 0; j < kColTiles; j += 2) {
     const u32 column = b + row * BTile::kRowBytes + (j ^ exchange) * 16;
@@ -482,17 +483,16 @@ DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
-using Input = Bf16;
-using Output = Bf16;
 constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
 constexpr int kBlockN = 64;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of mma.sync
 constexpr int kVCols = 128;  // padded likewise
-constexpr int kStages = 1;  // schedule.stages: K and V blocks in shared memory
 constexpr int kThreads = 128;  // schedule.warps = 4
 constexpr int kRowTiles = 2;  // 16-row tiles that each warp owns
+using Input = Bf16;
+using Output = Bf16;
 using QTile = SmemTile<kBlockM, kQkCols, kHeadDimQk>;
 using KTile = SmemTile<kBlockN, kQkCols, kHeadDimQk>;
 using VTile = SmemTile<kBlockN, kVCols, kHeadDimV>;
@@ -621,7 +621,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3(const __grid_constant__ Params para
       load_tile<VTile, kThreads>(v_smem, head_of(params.v, tile.batch, params.v_stride_batch, tile.kv_head, params.v_stride_head), params.v_stride_seqlen, n * kBlockN, tile.seqlen_k);
       cp_async_commit();
       // S = Q Kᵀ
-      score_gemm<Input, QTile, KTile, 4>(acc_s, q_smem, k_smem);
+      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem);
       {
         int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
       #pragma unroll
@@ -643,7 +643,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3(const __grid_constant__ Params para
       scale_rows(acc_o, alpha);
       convert_p<Input>(p, acc_s);
       // O += P V
-      output_gemm<Input, VTile>(acc_o, p, v_smem);
+      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem);
     }
     #pragma unroll 1
     for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
@@ -652,7 +652,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3(const __grid_constant__ Params para
       load_whole_tile<VTile, kThreads>(v_smem, head_of(params.v, tile.batch, params.v_stride_batch, tile.kv_head, params.v_stride_head), params.v_stride_seqlen, n * kBlockN);
       cp_async_commit();
       // S = Q Kᵀ
-      score_gemm<Input, QTile, KTile, 4>(acc_s, q_smem, k_smem);
+      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem);
       cp_async_wait<0>();
       __syncthreads();
       if (n - 1 >= seen.n_min) {
@@ -665,7 +665,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_90c09cd3(const __grid_constant__ Params para
       scale_rows(acc_o, alpha);
       convert_p<Input>(p, acc_s);
       // O += P V
-      output_gemm<Input, VTile>(acc_o, p, v_smem);
+      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem);
     }
   }
   // normalise once, at the end

@@ -402,9 +402,9 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero: kDepth columns contracted.
 template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
-DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
+DEV void issue_gemm_nt_ss(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
@@ -418,7 +418,7 @@ DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpg
 
 // Start acc = A B, A in registers, + acc unless that is to start at zero: rows of B contracted.
 template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
-DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+DEV void issue_gemm_nn_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();
@@ -661,17 +661,15 @@ DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
-using Input = Bf16;
-using Output = Bf16;
 constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
 constexpr int kBlockN = 128;  // tile.block_n: keys of a block
-constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
-constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of wgmma
 constexpr int kVCols = 128;  // columns of O
-constexpr int kStages = 2;  // schedule.stages: K and V blocks in shared memory
 constexpr int kThreads = 384;  // 2 consumer warpgroups of 128, and the producer's 4 warps
 constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
+constexpr int kOwnBarrier = 3;  // named barriers, one a warpgroup, at which its own threads meet
+using Input = Bf16;
+using Output = Bf16;
 using QTile = PanelTile<kBlockM, kQkCols>;
 using KTile = PanelTile<kBlockN, kQkCols>;
 using VTile = PanelTile<kBlockN, kVCols>;
@@ -843,12 +841,12 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
       if (params.scale_is_negative) {
         negate_own_rows<QTile>(q_smem, warpgroup);
         fence_async();
-        named_barrier_sync(3 + warpgroup, 128);
+        named_barrier_sync(kOwnBarrier + warpgroup, 128);
       }
       if (seen.n_max > seen.n_min) {
         // the last block of keys: scores only, O follows one block behind
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
-        issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -869,9 +867,9 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
         for (int n = seen.n_max - 2; n >= seen.n_full_end; --n) {  // partial tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_gemm_nn_rs<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -900,9 +898,9 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
         for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
           mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_gemm_nn_rs<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
           if (is_first_thread) mbarrier_arrive(empty<2>(k_ring, k_at));
@@ -919,13 +917,13 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
           convert_p<Input>(p, acc_s);
         }
       }
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-        issue_output_gemm<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
+        issue_gemm_nn_rs<VTile, false>(acc_o, p, v_smem + v_at.stage * VTile::kBytes);
         wgmma_wait<0>();
         pin(acc_o);
         pin(p);
@@ -938,14 +936,14 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_2f1a6b40(const __grid_constant_
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       stage_tile<Output, OutTile>(out_smem, acc_o);
       fence_async();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) store_panels<OutTile>(params.out_map, out_smem, warpgroup, tile.m_block * kBlockM, tile.head, tile.batch);
       mbarrier_wait_warp(full<1>(tile_ring, tile_at), tile_at.phase);
       tile = decode_tile(params, same_in_warp(load_shared(tile_slot)));
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(tile_ring, tile_at));
       advance<1>(tile_at);
     }

@@ -406,9 +406,9 @@ DEV void pin(u32 (&x)[kRowTiles][kColTiles][4]) {
 // PTX ISA: matrix descriptor of wgmma, 128-byte swizzle.
 DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero: kDepth columns contracted.
 template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
-DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
+DEV void issue_gemm_nt_ss(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
@@ -420,9 +420,9 @@ DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpg
   pin(acc);
 }
 
-// Start acc = A Bᵀ, A in registers, + acc unless that is to start at zero: columns of B contracted, which are keys.
+// Start acc = A Bᵀ, A in registers, + acc unless that is to start at zero: columns of B contracted.
 template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
-DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+DEV void issue_gemm_nt_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();
@@ -746,17 +746,15 @@ DEV TanhOfMultiple tanh_of_multiple(float multiple, float gain) {
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
-using Input = E4m3;
-using Output = Bf16;
 constexpr int kBlockM = 128;  // tile.block_m: query rows of a block
 constexpr int kBlockN = 128;  // tile.block_n: keys of a block
-constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
-constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 32, the k of wgmma
 constexpr int kVCols = 128;  // columns of O
-constexpr int kStages = 2;  // schedule.stages: K and V blocks in shared memory
 constexpr int kThreads = 384;  // 2 consumer warpgroups of 128, and the producer's 4 warps
 constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
+constexpr int kOwnBarrier = 3;  // named barriers, one a warpgroup, at which its own threads meet
+using Input = E4m3;
+using Output = Bf16;
 using QTile = PanelTile<kBlockM, kQkCols, 1>;
 using KTile = PanelTile<kBlockN, kQkCols, 1>;
 using VTile = PanelTile<kVCols, kBlockN, 1>;
@@ -1001,7 +999,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
         mbarrier_wait(full<2>(k_ring, k_at), k_at.phase);
         read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
         read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
-        issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+        issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
         wgmma_wait<0>();
         pin(acc_s);
         mbarrier_arrive_warp(empty<2>(k_ring, k_at));
@@ -1059,9 +1057,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
           mbarrier_arrive_warp(empty<2>(k_ring, k_at));
@@ -1117,7 +1115,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
           exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
@@ -1133,9 +1131,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
           mbarrier_arrive_warp(empty<2>(k_ring, k_at));
@@ -1180,7 +1178,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
           exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
@@ -1196,9 +1194,9 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           read_score_scales<true>(score_scale, row_scale, scales_smem + k_at.stage * 8);
           read_value_weights(value_weight, top_scale, scales_smem + k_at.stage * 8 + 4);
           // S = Q K[n]ᵀ, and behind it O += P V[n + 1]
-          issue_score_gemm<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
+          issue_gemm_nt_ss<QTile, KTile, kQkCols, true>(acc_s, q_smem, k_smem + k_at.stage * KTile::kBytes, warpgroup);
           mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
           wgmma_wait<1>();
           pin(acc_s);
           mbarrier_arrive_warp(empty<2>(k_ring, k_at));
@@ -1254,7 +1252,7 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           pin(part_o);
           pin(p);
           promote<0>(acc_o, part_o, alpha_before);
-          issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
+          issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
           exponentiate_weighted(acc_s, row_sum, reference, alpha, 1.f, 8.f, value_weight);
           wgmma_wait<0>();
           pin(part_o);
@@ -1265,18 +1263,18 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
           convert_p_8bit<Input>(p, acc_s);
         }
       }
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(q_ring, q_at));
       advance<1>(q_at);
       if (seen.n_max > seen.n_min) {
         // O of the first block of keys
         mbarrier_wait(full<2>(v_ring, v_at), v_at.phase);
-        issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
+        issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes);
         wgmma_wait<0>();
         pin(part_o);
         pin(p);
         promote<0>(acc_o, part_o, alpha);
-        issue_output_gemm_8bit<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
+        issue_gemm_nt_rs<VTile, true>(part_o, p, v_smem + v_at.stage * VTile::kBytes + VTile::columns_at(64));
         wgmma_wait<0>();
         pin(part_o);
         pin(p);
@@ -1290,14 +1288,14 @@ attn_fwd_sm90a_e4m3_d128_masked_warp_specialized_40632936(const __grid_constant_
       scale_rows(acc_o, inv_sum);
       if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q);
       if (is_first_thread) tma_store_wait_read();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       stage_tile<Output, OutTile>(out_smem, acc_o);
       fence_async();
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) store_panels<OutTile>(params.out_map, out_smem, warpgroup, tile.m_block * kBlockM, tile.head, tile.batch);
       mbarrier_wait_warp(full<1>(tile_ring, tile_at), tile_at.phase);
       tile = decode_tile(params, same_in_warp(load_shared(tile_slot)));
-      named_barrier_sync(3 + warpgroup, 128);
+      named_barrier_sync(kOwnBarrier + warpgroup, 128);
       if (is_first_thread) mbarrier_arrive(empty<1>(tile_ring, tile_at));
       advance<1>(tile_at);
     }

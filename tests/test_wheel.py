@@ -14,7 +14,7 @@ CODE = """
 import attngen, sys
 assert attngen.__file__.startswith(sys.argv[1]), attngen.__file__
 kernel = attngen.compile("fa2_d64")
-assert "score_gemm" in kernel.source
+assert "gemm_nt_ss" in kernel.source
 """
 
 

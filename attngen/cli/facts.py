@@ -11,7 +11,7 @@ from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.kernel import Kernel
 from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, source_of, walk
-from attngen.plan.rules import RULES, binding, margins, takes_warpgroups, tile_registers
+from attngen.plan.rules import RULES, binding, margins, promoted_parts, takes_warpgroups, tile_registers
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm
@@ -138,7 +138,7 @@ def _of_8bit(kernel: Kernel) -> dict[str, str]:
     if quantizer is None:
         return {}
     seed = quantizer.hadamard_seed
-    parts = {tile.cols for tile in plan.worker.reg_tiles if tile.name == "part_o"}
+    parts = {tile.cols for tile in promoted_parts(plan)}
     slices = "".join(f", {cols} of {plan.v_cols} columns at a time" for cols in parts if cols < plan.v_cols)
     sources = {source_of(name, "bf16") for name in TENSORS}
     launches = kernel.manifest.launches_for(sources, OPERANDS, {"seqlen_k": 0})
@@ -155,9 +155,9 @@ def _of_8bit(kernel: Kernel) -> dict[str, str]:
 
 def _scale_text(of: Descales) -> str:
     """What shares one: `q_descale: 64 rows of a head`."""
-    rows, heads = ("rows", "a query head") if of.axis == "q" else ("keys", "a head of k and v")
+    rows, heads = ("rows", "a query head") if of.axis == "queries" else ("keys", "a head of k and v")
     if of.granule is None:
-        return f"{of.name}: {'a group of query heads' if of.axis == 'q' else heads}"
+        return f"{of.name}: {'a group of query heads' if of.axis == 'queries' else heads}"
     return f"{of.name}: {f'{of.granule} {rows}' if of.granule > 1 else f'each of the {rows}'} of {heads}"
 
 

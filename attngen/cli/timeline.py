@@ -11,7 +11,7 @@ from attngen.cli.output import seconds_text
 from attngen.cli.picture import figure_panels
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
-from attngen.plan import KernelPlan
+from attngen.plan import ROWS_OF_O, SCORES, Axis, KernelPlan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
 from attngen.simulate.visits import ceil_div
@@ -33,11 +33,8 @@ _KIND_COLOURS = {
 }
 _PROBABILITIES = {"MaskScores", "MaskScoresEach", "RowMax", "Exponentiate", "ConvertP"}
 _WAITS = {"WaitFull", "WaitEmpty", "TakeTurn", "SyncThreads", "SyncWarpgroup", "WaitCopies", "WaitStores"}
+_PRODUCTS: dict[tuple[Axis, ...], str] = {SCORES: "S", ROWS_OF_O: "O"}
 _SHORT = {
-    "IssueScoreGemm": "S",
-    "IssueOutputGemm": "O",
-    "ScoreGemm": "S",
-    "OutputGemm": "O",
     "Exponentiate": "exp",
     "RowMax": "max",
     "TakeTurn": "turn",
@@ -131,8 +128,9 @@ def _label(axes: Any, interval: Interval, lane: int, end: int) -> None:
     """What a bar is for, where there is room in it."""
     width = interval.end - interval.begin
     block = "" if interval.n is None else f" {interval.n}"
-    text = _SHORT.get(interval.step, "") + block
-    if interval.step in _SHORT and width > 0.006 * len(text) * end and interval.begin + width <= end:
+    short = _PRODUCTS.get(interval.axes) or _SHORT.get(interval.step, "")
+    text = short + block
+    if short and width > 0.006 * len(text) * end and interval.begin + width <= end:
         middle = interval.begin + width / 2
         axes.text(middle, lane, text, ha="center", va="center", fontsize="x-small", color="black")
 

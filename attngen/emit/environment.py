@@ -6,49 +6,67 @@ emitted text. No algorithm lives here.
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
-from types import CodeType
+from functools import cache
 from typing import Any
 
 import jinja2
-from jinja2.bccache import Bucket
+from jinja2.runtime import Context
 
-from attngen.emit.pairs import score_terms
+from attngen.emit.terms import score_terms
 from attngen.errors import InternalError
 from attngen.plan import (
+    COUNTER,
+    LENGTHS,
+    Axis,
     BlockIndex,
     Buffer,
     Cursor,
     KernelPlan,
+    NamedBarriers,
     Param,
     Program,
     RegTile,
-    Role,
     Rows,
     Tensor,
     View,
     walk,
 )
-from attngen.plan.steps import Exponentiate, FinishRows, ModifyScores, PassTurn, RowMax, SeedScores
+from attngen.plan.steps import (
+    Condition,
+    Exponentiate,
+    FinishRows,
+    ModifyScores,
+    PassTurn,
+    Product,
+    RowMax,
+    SeedScores,
+)
 from attngen.resources import templates_dir
 
 _ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
 _PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
 """Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
-_POINTEES = {**dict.fromkeys(("q.ptr", "k.ptr", "v.ptr", "out.ptr"), "u16"), "counter.ptr": "u32"}
 _TENSOR_POINTEES = {
     **dict.fromkeys(("bool", "u8"), "unsigned char"),
     **dict.fromkeys(("f16", "bf16"), "u16"),
     "i32": "int",
     "f32": "float",
 }
-_CONDITIONS = {
+_CONDITIONS: dict[Condition, str] = {
+    "m sees n": "key_blocks(params, tile, m).visits(n)",
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
     "last warpgroup": "next_warpgroup == 0",
 }
-_BLOCK_SIZES = {"q": "kBlockM", "k": "kBlockN"}
+_EXTENTS: dict[Axis, str] = {
+    "queries": "kBlockM",
+    "keys": "kBlockN",
+    "qk_columns": "kQkCols",
+    "v_columns": "kVCols",
+}
+"""How much of an axis a tile has."""
+_HEAD_DIMS: dict[Axis, str] = {"qk_columns": "kHeadDimQk", "v_columns": "kHeadDimV"}
 _INDEX_BASES = {
     "m": "m",
     "n": "n",
@@ -72,29 +90,73 @@ def finalize(value: Any) -> Any:
     return value
 
 
-class _CompiledTemplates(jinja2.BytecodeCache):
-    """What templates were compiled to, for all environments of a process: each plan has one of its own."""
-
-    def __init__(self) -> None:
-        self._codes: dict[tuple[str, str], CodeType] = {}
-
-    def load_bytecode(self, bucket: Bucket) -> None:
-        """Fill the bucket of a template, if it is known as it now is."""
-        bucket.code = self._codes.get((bucket.key, bucket.checksum))
-
-    def dump_bytecode(self, bucket: Bucket) -> None:
-        """Remember what is in a bucket."""
-        if bucket.code is not None:
-            self._codes[bucket.key, bucket.checksum] = bucket.code
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "scales", "warpgroups")
 
 
-_COMPILED = _CompiledTemplates()
+class Templates:
+    """The templates as they are for one plan.
+
+    Attributes:
+        context: what they may name.
+        steps: the macro of every Step, by the Step's name.
+    """
+
+    def __init__(self, plan: KernelPlan) -> None:
+        """Take what templates ask of a plan beside the Steps they print."""
+        self.context = {
+            "plan": plan,
+            "scheduler": plan.scheduler,
+            "walks": plan.tile_classes is not None,
+            "by_warp": any(not role.single_thread for role in plan.roles[1:]),
+            "has_score_terms": bool(score_terms(plan.score)),
+            "pointees": _pointees(plan),
+            "templates": self,
+        }
+        self.steps = {
+            name: macro
+            for file in STEP_FILES
+            for name, macro in vars(self.module(f"steps/{file}.cuh.j2")).items()
+            if name[0].isupper()
+        }
+
+    def module(self, file: str) -> Any:
+        """The macros of a template."""
+        return environment().get_template(file).make_module(self.context)
+
+    def render(self, file: str, **names: Any) -> str:
+        """The text of a template."""
+        return environment().get_template(file).render(self.context, **names)
 
 
-def strict_environment() -> jinja2.Environment:
-    """An environment over `templates/` in which nothing is forgiven."""
+def _pointees(plan: KernelPlan) -> dict[str, str]:
+    """The C types of what parameters point to, by the values they carry; f32 is not among them."""
+    found = {COUNTER: "u32"} | {f"{tensor.name}.ptr": "u16" for tensor in (*plan.reads, *plan.outputs)}
+    for tensor in plan.declarations.tensors.values():
+        found[f"tensor.{tensor.name}.ptr"] = _TENSOR_POINTEES[tensor.dtype]
+    for table in plan.tables:
+        c_type = "float" if table.lookup.type == "f32" else "int"
+        found |= {f"{plan.table_values[end]}.ptr": c_type for end in table.ends}
+    return found
+
+
+@jinja2.pass_context
+def _program(context: Context, steps: Program, indent: int = 2) -> str:
+    printers = context["templates"].steps
+    text = "".join(str(printers[type(step).__name__](step=step)) for step in steps)
+    return textwrap.indent(text, " " * indent).rstrip("\n")
+
+
+@jinja2.pass_context
+def _condition(context: Context, condition: Condition) -> str:
+    if condition == "m sees n" and context["walks"]:
+        return "visits(params, tile, m, n)"
+    return _CONDITIONS[condition]
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The environment over `templates/`, in which nothing is forgiven."""
     env = jinja2.Environment(
-        bytecode_cache=_COMPILED,
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -102,72 +164,37 @@ def strict_environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         finalize=finalize,
     )
-    env.filters["pair"] = _PAIRS.__getitem__
+    env.filters |= {
+        "pair": _PAIRS.__getitem__,
+        "program": _program,
+        "condition": _condition,
+        "reads_scores": lambda of: any(isinstance(step, ModifyScores | SeedScores) for step in walk(of)),
+        "reads_tanh": lambda of: any(isinstance(step, ModifyScores) and step.by_tanh for step in walk(of)),
+        "takes_turns": lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
+        "element": lambda dtype: _ELEMENTS[dtype.name],
+        "score_scale": _score_scale,
+        "barrier": _barrier,
+        "tile_type": _tile_type,
+        "smem": _smem,
+        "index": _index,
+        "first_row": _first_row,
+        "head": _head,
+        "form": _form,
+        "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
+        "is_in_memory": lambda place: isinstance(place, View),
+        "is_tile": lambda place: isinstance(place, RegTile),
+        "seqlen": LENGTHS.__getitem__,
+        "head_dim": _HEAD_DIMS.__getitem__,
+        "extent": _EXTENTS.__getitem__,
+        "first_barrier": first_barrier,
+        "declaration": _declaration,
+    }
     return env
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "scales", "warpgroups")
-
-
-def step_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
-    """The macro of every Step, by the Step's name."""
-    modules = (env.get_template(f"steps/{file}.cuh.j2").module for file in STEP_FILES)
-    return {name: macro for module in modules for name, macro in vars(module).items() if name[0].isupper()}
-
-
-def emission_environment(plan: KernelPlan) -> jinja2.Environment:
-    """The environment for one plan, with the filters that its templates use."""
-    env = strict_environment()
-    sees = "key_blocks(params, tile, m).visits(n)" if plan.key_blocks else "visits(params, tile, m, n)"
-    pointees = _POINTEES | {
-        f"tensor.{tensor.name}.ptr": _TENSOR_POINTEES[tensor.dtype]
-        for tensor in plan.declarations.tensors.values()
-    }
-    pointees |= {
-        f"{plan.table_values[end]}.ptr": "float" if table.lookup.type == "f32" else "int"
-        for table in plan.tables
-        for end in table.ends
-    }
-    conditions = _CONDITIONS | {"m sees n": sees}
-
-    def program(steps: Program, indent: int = 2) -> str:
-        text = "".join(str(macros[type(step).__name__](step=step)) for step in steps)
-        return textwrap.indent(text, " " * indent).rstrip("\n")
-
-    def role(of: Role) -> str:
-        return str(getattr(env.get_template("role.cuh.j2").module, of.name)(of)).strip("\n")
-
-    env.filters.update(
-        program=program,
-        role=role,
-        reads_score_terms=lambda of: (
-            bool(score_terms(plan.score))
-            and any(isinstance(step, ModifyScores | SeedScores) for step in walk(of))
-        ),
-        reads_tanh=lambda of: any(isinstance(step, ModifyScores) and step.by_tanh for step in walk(of)),
-        takes_turns=lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
-        element=lambda dtype: _ELEMENTS[dtype.name],
-        score_scale=_score_scale,
-        condition=lambda condition: conditions[condition],
-        barrier=_barrier,
-        tile_type=_tile_type,
-        smem=_smem,
-        index=_index,
-        first_row=_first_row,
-        head=_head,
-        declaration=lambda place: _declaration(place, pointees),
-        rows_name=_rows_name,
-        cols_name=_cols_name,
-        valid_name=lambda buffer: "kHeadDimQk" if buffer.name in ("q", "k") else "kHeadDimV",
-    )
-    env.globals.update(
-        scheduler=plan.scheduler,
-        walks=plan.tile_classes is not None,
-        by_warp=any(role.name == "producer" and not role.single_thread for role in plan.roles),
-        has_score_terms=bool(score_terms(plan.score)),
-    )
-    macros = step_macros(env)
-    return env
+def macros(file: str) -> Any:
+    """The macros of a template that asks nothing of a plan."""
+    return environment().get_template(file).module
 
 
 def _score_scale(step: RowMax | Exponentiate | FinishRows) -> str:
@@ -183,16 +210,15 @@ def _tile_type(place: Buffer | View) -> str:
     return f"{buffer.name.capitalize()}Tile"
 
 
-def _rows_name(buffer: Buffer) -> str:
-    if buffer.transposed:
-        return "kVCols"
-    return "kBlockN" if buffer.name in ("k", "v") else "kBlockM"
+def _form(product: Product) -> str:
+    """Which operands are transposed, as BLAS says it (n, t), and where they are: in shared memory or registers."""
+    transposed = "".join("nt"[each] for each in (product.a_is_transposed, product.b_is_transposed))
+    return f"{transposed}_{'rs' if isinstance(product.a, RegTile) else 'ss'}"
 
 
-def _cols_name(buffer: Buffer) -> str:
-    if buffer.transposed:
-        return "kBlockN"
-    return "kQkCols" if buffer.name in ("q", "k") else "kVCols"
+def first_barrier(barriers: NamedBarriers) -> str:
+    """The constant that numbers the barrier of the first warpgroup."""
+    return f"k{barriers.name.capitalize()}Barrier"
 
 
 def _smem(view: View) -> str:
@@ -215,9 +241,9 @@ def _index(block: BlockIndex) -> str:
     return str(block).replace(block.base if block.base != "zero" else "0", base, 1)
 
 
-def _first_row(block: BlockIndex, axis: str) -> str:
+def _first_row(block: BlockIndex, axis: Axis) -> str:
     index = _index(block)
-    return f"({index}) * {_BLOCK_SIZES[axis]}" if block.offset else f"{index} * {_BLOCK_SIZES[axis]}"
+    return f"({index}) * {_EXTENTS[axis]}" if block.offset else f"{index} * {_EXTENTS[axis]}"
 
 
 def _head(place: Tensor | Rows) -> str:
@@ -225,17 +251,18 @@ def _head(place: Tensor | Rows) -> str:
     if isinstance(place, Rows):
         return f"dense_head(params.{place.name}, params, tile)"
     if place.workspace:
-        return f"dense_head(params.{place.name}, params, tile, kHeadDimV)"
+        return f"dense_head(params.{place.name}, params, tile, {_HEAD_DIMS[place.axes[1]]})"
     base = f"params.{place.name}"
     head = "tile.kv_head" if place.heads == "kv" else "tile.head"
     return f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
 
 
-def _declaration(place: Param | RegTile, pointees: Mapping[str, str]) -> str:
+@jinja2.pass_context
+def _declaration(context: Context, place: Param | RegTile) -> str:
     if isinstance(place, RegTile):
         if place.layout == "a_fragment":
             return f"u32 {place.name}[kRowTiles][{place.cols * place.dtype.bits // 256}][4]"
         return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
     if place.ctype == "pointer":
-        return f"{pointees.get(place.value, 'float')}* {place.name}"
+        return f"{context['pointees'].get(place.value, 'float')}* {place.name}"
     return f"{_C_TYPES[place.ctype]} {place.name}"

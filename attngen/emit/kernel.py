@@ -1,17 +1,15 @@
-"""A kernel plan -> one readable .cu file: the frame of templates/kernel.cu.j2 around the programs of the roles."""
+"""A kernel plan -> one readable .cu file: the device library as far as it is used, then templates/entry.cuh.j2."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
-
-from attngen.emit.device import used_by
-from attngen.emit.environment import emission_environment
+from attngen.emit.device import names_in, used_by
+from attngen.emit.environment import Templates, first_barrier, macros
 from attngen.emit.pairs import pair_functions, table_texts
 from attngen.emit.sheets import emit_quantizing, sheet_text
 from attngen.errors import InternalError
-from attngen.plan import FillTables, KernelPlan, Sheet, walk
-from attngen.plan.steps import IssueOutputGemm, IssueScoreGemm
+from attngen.plan import FillTables, KernelPlan, RegTile, Sheet, walk
+from attngen.plan.steps import IssueGemm
 from attngen.version import __version__
 
 
@@ -38,28 +36,27 @@ def emit(plan: KernelPlan) -> str:
     """
     if not plan.arch.emits:
         raise InternalError(f"nothing is emitted for {plan.arch.name}")
-    env = emission_environment(plan)
-    scheduler = getattr(env.get_template("scheduler.cuh.j2").module, plan.scheduler.kind)
-    frame = env.get_template("kernel.cu.j2")
-    body = frame.render(
-        plan=plan,
-        kernel=plan,
-        version=__version__,
-        constants=_constants(plan),
+    templates = Templates(plan)
+    scheduler = getattr(macros("scheduler.cuh.j2"), plan.scheduler.kind)
+    body = templates.render(
+        "entry.cuh.j2",
         scheduler=str(scheduler(plan.scheduler)).strip("\n"),
-        pair_functions=pair_functions(plan, env),
-        table_kernel=table_kernel(plan, env),
+        pair_functions=pair_functions(plan),
+        table_kernel=table_kernel(plan),
     )
-    head, _, rest = body.partition(_THIS_KERNEL)
-    return head + "\n\n".join(used_by(rest, _wgmmas(plan, env))) + "\n\n" + _THIS_KERNEL + rest
+    names = names_in(body)
+    return templates.render(
+        "kernel.cu.j2",
+        version=__version__,
+        library=used_by(body, _wgmmas(plan)),
+        constants=[constant for constant in _constants(plan) if constant.name in names],
+        body=body,
+    )
 
 
-def table_kernel(plan: KernelPlan, env: jinja2.Environment) -> str:
+def table_kernel(plan: KernelPlan) -> str:
     """The kernel that fills the tables of a plan; nothing where it has none."""
-    return sheet_text(env, FillTables(plan), tables=table_texts(plan)) if plan.tables else ""
-
-
-_THIS_KERNEL = "// ---- this kernel"
+    return sheet_text(FillTables(plan), tables=table_texts(plan)) if plan.tables else ""
 
 
 def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
@@ -82,16 +79,27 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
         Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
         Constant("kThreads", plan.threads, threads),
         Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
+        *(
+            Constant(first_barrier(barriers), barriers.first, _BARRIERS[barriers.parties])
+            for barriers in plan.named_barriers
+        ),
     )
 
 
-def _wgmmas(plan: KernelPlan, env: jinja2.Environment) -> list[str]:
+_BARRIERS = {
+    1: "named barriers, one a warpgroup, at which its own threads meet",
+    2: "named barriers, one a warpgroup, at which it waits for its turn",
+}
+"""By how many warpgroups meet at each."""
+
+
+def _wgmmas(plan: KernelPlan) -> list[str]:
     """One function for every shape of wgmma that the plan's Steps issue."""
-    macros: Any = env.get_template("wgmma.cuh.j2").module
+    of_wgmma = macros("wgmma.cuh.j2")
     found = {}
     for step in walk(plan.worker.program):
-        if isinstance(step, IssueScoreGemm):
-            found["score", step.acc.cols] = macros.shared_shared(step.acc.cols, plan.inputs)
-        elif isinstance(step, IssueOutputGemm):
-            found["output", step.acc.cols] = macros.registers_shared(step.acc.cols, plan.inputs)
+        if isinstance(step, IssueGemm):
+            in_registers = isinstance(step.a, RegTile)
+            macro = of_wgmma.registers_shared if in_registers else of_wgmma.shared_shared
+            found[in_registers, step.acc.cols] = macro(step.acc.cols, plan.inputs)
     return [str(text).strip("\n") for text in found.values()]

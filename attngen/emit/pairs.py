@@ -9,8 +9,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
-
+from attngen.emit.environment import macros
+from attngen.emit.terms import score_terms
 from attngen.expr import (
     INDEX_NAMES,
     SIZE_NAMES,
@@ -29,7 +29,15 @@ from attngen.expr import (
 )
 from attngen.expr.arithmetic import minus, plus, times
 from attngen.plan import KernelPlan, walk
-from attngen.plan.steps import TANH, LookUp, MaskScores, MaskScoresEach, ModifyScores, SeedScores
+from attngen.plan.steps import (
+    TANH,
+    LookUp,
+    MaskScores,
+    MaskScoresEach,
+    ModifyScores,
+    ReadTopScale,
+    SeedScores,
+)
 
 _VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
 """Indices and bounds of a tile as variables of a function: `q_first`."""
@@ -53,17 +61,20 @@ _ELEMENTS = {
 }
 
 
-def pair_functions(plan: KernelPlan, env: jinja2.Environment) -> list[str]:
+def pair_functions(plan: KernelPlan) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
-    macros: Any = env.get_template("mask.cuh.j2").module
     texts = (
-        *_descales(plan, env),
-        *_lookups(plan, macros),
-        *_blocks(plan, macros),
-        *_ahead(plan, macros),
-        *_pairs(plan, macros),
+        *_descales(plan),
+        *_lookups(plan),
+        *_blocks(plan),
+        *_ahead(plan),
+        *_pairs(plan),
     )
     return [str(text).strip("\n") for text in texts]
+
+
+def _mask_macros() -> Any:
+    return macros("mask.cuh.j2")
 
 
 def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
@@ -83,18 +94,19 @@ def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _descales(plan: KernelPlan, env: jinja2.Environment) -> Iterator[str]:
-    macros: Any = env.get_template("scales.cuh.j2").module
-    yield from map(macros.descale, plan.scales)
-    yield from (macros.largest(of) for of in plan.scales if of.name == "v_descale" and of.granule)
+def _descales(plan: KernelPlan) -> Iterator[str]:
+    of_scales = macros("scales.cuh.j2")
+    yield from map(of_scales.descale, plan.scales)
+    tops = dict.fromkeys(step.v for step in walk(plan.worker.program) if isinstance(step, ReadTopScale))
+    yield from (of_scales.largest(v) for v in tops if v.granule)
 
 
-def _lookups(plan: KernelPlan, macros: Any) -> Iterator[str]:
+def _lookups(plan: KernelPlan) -> Iterator[str]:
     for name in _read_one_by_one(plan):
         tensor = plan.declarations.tensors[name]
         c_type, element = _ELEMENTS[tensor.dtype]
         steps = [f"i{i} * params.stride_{i}_of_{name}" for i in range(len(tensor.dims))]
-        yield macros.lookup(
+        yield _mask_macros().lookup(
             {
                 "name": f"arg_{name}",
                 "type": f"{name}: {tensor}",
@@ -111,7 +123,7 @@ def _lookups(plan: KernelPlan, macros: Any) -> Iterator[str]:
             place = f"({place}) * ({sizes[index.name]}) + {variable}"
         for space, field in zip(table.ends, table.fields, strict=True):
             element = f"__ldg(params.{field} + {place})"
-            yield macros.lookup(
+            yield _mask_macros().lookup(
                 {
                     "name": field,
                     "type": f"The {'smallest' if space.endswith('lo') else 'largest'} {table.lookup} of a block.",
@@ -130,25 +142,25 @@ def _read_one_by_one(plan: KernelPlan) -> list[str]:
     return [name for name in plan.declarations.tensors if name in names]
 
 
-def _blocks(plan: KernelPlan, macros: Any) -> Iterator[str]:
+def _blocks(plan: KernelPlan) -> Iterator[str]:
     if plan.key_blocks is not None:
-        yield macros.key_blocks(_bounds_text(plan))
+        yield _mask_macros().key_blocks(_bounds_text(plan))
         return
     assert plan.tile_classes is not None
     classes = plan.tile_classes
     may, must = (cuda_body([expr], leaves(plan)) for expr in (classes.may, classes.must))
-    yield macros.tile_classes(may, must)
+    yield _mask_macros().tile_classes(may, must)
     if plan.scheduler.kind == "query_blocks":
-        yield macros.walk(not classes.tables)
+        yield _mask_macros().walk(not classes.tables)
 
 
-def _ahead(plan: KernelPlan, macros: Any) -> Iterator[str]:
+def _ahead(plan: KernelPlan) -> Iterator[str]:
     steps = {step.dst: step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
     for tile, lookup in steps.items():
         *places, _ = places_of(lookup, leaves(plan))
         strides = [f"params.stride_{i}_of_{lookup.name}" for i in range(len(lookup.args))]
         steps_to_row = map("{} * {}".format, places, strides)
-        yield macros.look_up(
+        yield _mask_macros().look_up(
             {
                 "name": tile.name,
                 "lookup": str(lookup),
@@ -162,18 +174,20 @@ def _ahead(plan: KernelPlan, macros: Any) -> Iterator[str]:
         )
 
 
-def _pairs(plan: KernelPlan, macros: Any) -> Iterator[str]:
+def _pairs(plan: KernelPlan) -> Iterator[str]:
     steps = {type(step): step for step in walk(plan.worker.program)}
     if terms := score_terms(plan.score):
         found = cuda_body(list(terms), leaves(plan))
         types = ("int" if each.type == "bool" else c_type(each) for each in terms)
         named = zip(terms.values(), types, found.results, strict=True)
-        yield macros.terms([{"name": name, "c_type": of, "value": value} for name, of, value in named], found)
+        yield _mask_macros().terms(
+            [{"name": name, "c_type": of, "value": value} for name, of, value in named], found
+        )
     if isinstance(step := steps.get(SeedScores), SeedScores):
         leaf_of, known = _known_of_score(plan, terms)
         inverse = {**known.names, _INVERSE: "params.softmax_scale_inverse"}
         seed = _scaled(with_nodes(step.added, leaf_of), scalar(_INVERSE, "f32"))
-        yield macros.seed(cuda_body([seed], replace(known, names=inverse)), bool(terms))
+        yield _mask_macros().seed(cuda_body([seed], replace(known, names=inverse)), bool(terms))
     if isinstance(step := steps.get(ModifyScores), ModifyScores):
         ahead = {lookup: tile.name for lookup, tile in step.looked_up}
         leaf_of, known = _known_of_score(plan, terms, ahead)
@@ -185,15 +199,15 @@ def _pairs(plan: KernelPlan, macros: Any) -> Iterator[str]:
             known = replace(known, names={**known.names, TANH.name: takes, _SCALE: scale})
             whole = times(scalar(_SCALE, "f32"), multiple) if scale else multiple
             gain = "params.softmax_scale_log2" if step.is_tanh else "1.f"
-            yield macros.tanh_of_score(to_cuda(whole, known), gain)
+            yield _mask_macros().tanh_of_score(to_cuda(whole, known), gain)
         if not step.is_tanh:
             body = cuda_body([with_nodes(score, leaf_of)], replace(known, score_scale=scale))
-            yield macros.score(takes, body, bool(terms), list(ahead.values()))
+            yield _mask_macros().score(takes, body, bool(terms), list(ahead.values()))
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
-        yield macros.row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
+        yield _mask_macros().row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
-        yield macros.predicate(cuda_body([step.mask], leaves(plan)))
+        yield _mask_macros().predicate(cuda_body([step.mask], leaves(plan)))
 
 
 _SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"
@@ -224,19 +238,6 @@ def _scaled(expr: Expr, factor: Expr) -> Expr:
             if free_names(part).isdisjoint(("q_idx", "kv_idx")):
                 return times(times(part, factor), other)
     return times(expr, factor)
-
-
-def score_terms(score: Expr) -> dict[Expr, str]:
-    """What a score looks up that is the same for all pairs of a tile, as a field each of the tile's terms.
-
-    A load in the loop would stand between the GEMMs.
-    """
-    found: dict[Expr, str] = {}
-    for each in nodes(score):
-        if each.op == "lookup" and not free_names(each) & {"q_idx", "kv_idx", "score"}:
-            found[each] = f"term{len(found)}_{each.name}"
-    inner = {arg for each in found for arg in nodes(*each.args)}
-    return {each: name for each, name in found.items() if each not in inner}
 
 
 def leaves(plan: KernelPlan, exact: bool = True, key_step: str = "") -> Leaves:

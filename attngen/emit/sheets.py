@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jinja2
-
 from attngen.emit.device import used_by
-from attngen.emit.environment import strict_environment
+from attngen.emit.environment import macros
 from attngen.plan import FindMaxima, PackValues, Param, Quantize, Sheet
 from attngen.quantize import DESCALES
 
@@ -16,15 +14,15 @@ _C_TYPES = {"i64": "i64", "i32": "int"}
 SHEET_FILES = ("tables", "quantize")
 
 
-def sheet_macros(env: jinja2.Environment) -> dict[str, Callable[..., str]]:
+def sheet_macros() -> dict[str, Callable[..., str]]:
     """The macro of every sheet, by the sheet's name."""
-    modules = (env.get_template(f"sheets/{file}.cuh.j2").module for file in SHEET_FILES)
+    modules = (macros(f"sheets/{file}.cuh.j2") for file in SHEET_FILES)
     return {name: macro for module in modules for name, macro in vars(module).items() if name[0].isupper()}
 
 
-def sheet_text(env: jinja2.Environment, sheet: Sheet, **beside: Any) -> str:
+def sheet_text(sheet: Sheet, **beside: Any) -> str:
     """One kernel, by the macro that has its sheet's name."""
-    return str(sheet_macros(env)[type(sheet).__name__](sheet, **beside)).strip("\n")
+    return str(sheet_macros()[type(sheet).__name__](sheet, **beside)).strip("\n")
 
 
 def emit_quantizing(sheets: Sequence[Sheet]) -> str:
@@ -35,13 +33,11 @@ def emit_quantizing(sheets: Sequence[Sheet]) -> str:
 
 def quantizing_functions(sheets: Sequence[Sheet]) -> str:
     """The kernels, in their namespace; `used_by` has what they call."""
-    env = strict_environment()
     known = [sheet for sheet in sheets if isinstance(sheet, FindMaxima | Quantize | PackValues)]
     quantizer = known[0].quantizer
     factor = f"{quantizer.head_dim_qk**-0.5:.9g}f"
-    device: Any = env.get_template("sheets/quantize.cuh.j2").module
-    head = device.device(quantizer, list(_declarations(known[0].params)), factor)
-    kernels = (sheet_text(env, sheet) for sheet in known)
+    head = macros("sheets/quantize.cuh.j2").device(quantizer, list(_declarations(known[0].params)), factor)
+    kernels = (sheet_text(sheet) for sheet in known)
     return "\n\n".join([str(head).strip("\n"), *kernels, "}  // namespace quantizer"])
 
 

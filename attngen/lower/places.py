@@ -7,7 +7,21 @@ from attngen.dtypes import F32, DType
 from attngen.expr import KeyRange, extremes, name
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
-from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor
+from attngen.plan import (
+    ROWS_OF_K,
+    ROWS_OF_O,
+    ROWS_OF_Q,
+    ROWS_OF_V,
+    SCORES,
+    Buffer,
+    Cursor,
+    KeyBlocks,
+    Param,
+    RegTile,
+    RegVec,
+    Rows,
+    Tensor,
+)
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import Pairs, Places, Scales
 
@@ -43,22 +57,22 @@ def tile_places(
         k=k,
         v=v,
         out=out,
-        acc_s=RegTile("acc_s", F32, m, n, n, "accumulator"),
-        p=RegTile("p", inputs, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, m, out.cols, head_dim_v, "accumulator"),
-        row_max=RegVec("row_max", m),
-        reference=RegVec("reference", m, is_counted=False),
-        exponent_scale=RegVec("exponent_scale", m, groups=1, is_counted=False),
-        row_sum=RegVec("row_sum", m, partial=True),
-        alpha=RegVec("alpha", m),
-        total=RegVec("total", m),
-        inv_sum=RegVec("inv_sum", m),
-        row_lse=RegVec("row_lse", m),
-        q_in=Tensor("q", inputs, q.valid_cols, "q", "q"),
-        k_in=Tensor("k", inputs, k.valid_cols, "k", "kv"),
-        v_in=Tensor("v", inputs, head_dim_v, "k", "kv", transposed=v.transposed),
-        result=Tensor("out", out.dtype, head_dim_v, "q", "q"),
-        lse=Rows("lse", optional=True),
+        acc_s=RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
+        p=RegTile("p", inputs, SCORES, m, n, n, "a_fragment"),
+        acc_o=RegTile("acc_o", F32, out.axes, m, out.cols, head_dim_v, "accumulator"),
+        row_max=RegVec("row_max", "queries", m),
+        reference=RegVec("reference", "queries", m, is_counted=False),
+        exponent_scale=RegVec("exponent_scale", "queries", m, groups=1, is_counted=False),
+        row_sum=RegVec("row_sum", "queries", m, partial=True),
+        alpha=RegVec("alpha", "queries", m),
+        total=RegVec("total", "queries", m),
+        inv_sum=RegVec("inv_sum", "queries", m),
+        row_lse=RegVec("row_lse", "queries", m),
+        q_in=Tensor("q", inputs, q.axes, q.valid_cols, "q"),
+        k_in=Tensor("k", inputs, k.axes, k.valid_cols, "kv"),
+        v_in=Tensor("v", inputs, v.axes, head_dim_v, "kv"),
+        result=Tensor("out", out.dtype, out.axes, head_dim_v, "q"),
+        lse=Rows("lse", "queries", optional=True),
         scales=scales,
     )
 
@@ -78,19 +92,19 @@ def places(
     qk, v = head_dims
     qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in head_dims)
     m, n, stages = choice.block_m, choice.block_n, choice.stages
-    q_buffer = Buffer("q", inputs, m, qk_cols, qk)
-    k_buffer = Buffer("k", inputs, n, qk_cols, qk, stages, q_buffer.size_bytes)
-    v_buffer = Buffer("v", inputs, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
-    out = Buffer("out", output, m, v_cols, v, overlays="q")
+    q_buffer = Buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk)
+    k_buffer = Buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
+    v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
+    out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q")
     return Places(
         **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
         read_at=Cursor("read_at", stages),
-        o_acc=Tensor("o_acc", F32, v, "q", "q", workspace=True),
-        saved_max=Rows("saved_max", workspace=True),
-        saved_sum=Rows("saved_sum", workspace=True),
+        o_acc=Tensor("o_acc", F32, ROWS_OF_O, v, "q", workspace=True),
+        saved_max=Rows("saved_max", "queries", workspace=True),
+        saved_sum=Rows("saved_sum", "queries", workspace=True),
     )
 
 

@@ -22,17 +22,17 @@ def scales(kind: ScaleKind, block_m: int, block_n: int, stages: int) -> Scales:
         "per_token": (1, 1, KEY_BLOCK),
     }[kind]
     groups = block_n // gcd(block_n, KEY_BLOCK)  # of columns in which no other granule begins
-    of_rows = RegVec("row_scale", block_m, groups=1)
+    of_rows = RegVec("row_scale", "queries", block_m, groups=1)
     staged = block_n + round_up(groups, 4) if k == 1 else 2 * groups  # two keys' are read at once
     return Scales(
-        q=Descales("q_descale", "q", "kv" if q is None else "q", q),
-        k=Descales("k_descale", "k", "kv", k),
-        v=Descales("v_descale", "k", "kv", v),
+        q=Descales("q_descale", "queries", "kv" if q is None else "q", q),
+        k=Descales("k_descale", "keys", "kv", k),
+        v=Descales("v_descale", "keys", "kv", v),
         of_rows=of_rows,
-        of_scores=RegVec("score_scale", block_m, groups=groups) if k == KEY_BLOCK else of_rows,
-        top=RegVec("top_scale", block_m),
-        weight=RegVec("value_weight", block_m, groups=groups) if v else None,
-        staged=Buffer("scales", F32, 1, staged, staged, stages) if v else None,
+        of_scores=RegVec("score_scale", "queries", block_m, groups=groups) if k == KEY_BLOCK else of_rows,
+        top=RegVec("top_scale", "queries", block_m),
+        weight=RegVec("value_weight", "queries", block_m, groups=groups) if v else None,
+        staged=Buffer("scales", F32, ("keys",), 1, staged, staged, stages) if v else None,
         groups=groups,
         lift=P_LIFT,
     )
@@ -50,5 +50,5 @@ def scale_params(of: Scales) -> tuple[Param, ...]:
 def _fields(of: Descales) -> tuple[tuple[str, Literal["pointer", "i64"], str], ...]:
     return (
         (of.name, "pointer", "ptr"),
-        *((f"{of.name}_stride_{axis}", "i64", f"stride_{i}") for i, axis in enumerate(of.axes)),
+        *((f"{of.name}_stride_{axis}", "i64", f"stride_{i}") for i, axis in enumerate(of.dimensions)),
     )

@@ -13,7 +13,13 @@ from attngen.lower.scales import scale_params
 from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
+    ROWS_OF_K,
+    ROWS_OF_O,
+    ROWS_OF_Q,
+    ROWS_OF_V,
+    SCORES,
     WARPGROUP_WARPS,
+    Axis,
     Buffer,
     Cursor,
     NamedBarriers,
@@ -58,20 +64,27 @@ def places(
     panels = arch.emits
 
     def buffer(
-        name: str, dtype: DType, rows: int, cols: int, valid: int, stages: int, after: Buffer | None
+        name: str,
+        dtype: DType,
+        axes: tuple[Axis, ...],
+        rows: int,
+        cols: int,
+        valid: int,
+        stages: int,
+        after: Buffer | None,
     ) -> Buffer:
         offset = round_up(after.offset + after.size_bytes, BUFFER_ALIGNMENT) if after else 0
-        return Buffer(name, dtype, rows, cols, valid, stages, offset, in_panels=panels)
+        return Buffer(name, dtype, axes, rows, cols, valid, stages, offset, in_panels=panels)
 
-    q_buffer = buffer("q", inputs, m, qk_cols, qk, choice.q_stages, None)
-    out = buffer("out", output, m, v_cols, v, 1, None)
+    q_buffer = buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk, choice.q_stages, None)
+    out = buffer("out", output, ROWS_OF_O, m, v_cols, v, 1, None)
     if choice.out_over_q:  # which then must be as large as the larger of the two
         out = replace(out, overlays="q")
     first = max(q_buffer, out, key=lambda each: each.size_bytes) if choice.out_over_q else q_buffer
-    k_buffer = buffer("k", inputs, n, qk_cols, qk, stages, first)
-    v_buffer = buffer("v", inputs, n, v_cols, v, stages, k_buffer)
+    k_buffer = buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, first)
+    v_buffer = buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer)
     if scales:  # 8-bit wgmma contracts over columns alone
-        v_buffer = replace(v_buffer, rows=v_cols, cols=n, valid_cols=n, transposed=True)
+        v_buffer = replace(v_buffer, axes=ROWS_OF_V[::-1], rows=v_cols, cols=n, valid_cols=n)
     if not choice.out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
@@ -92,11 +105,11 @@ def places(
         q_buffer, k_buffer, v_buffer, out, pairs, scales, choice.warpgroups, choice.integer_maxima
     )
     ahead = tuple(
-        (lookup, RegTile(f"ahead{i}_{lookup.name}", format, m, n, n, "a_fragment"))
+        (lookup, RegTile(f"ahead{i}_{lookup.name}", format, SCORES, m, n, n, "a_fragment"))
         for i, (lookup, format) in enumerate(by_key.items())
     )
     part = (
-        RegTile("part_o", F32, m, choice.part_cols, choice.part_cols, "accumulator")
+        RegTile("part_o", F32, ROWS_OF_O, m, choice.part_cols, choice.part_cols, "accumulator")
         if choice.part_cols
         else None
     )
@@ -117,7 +130,7 @@ def places(
         turn=NamedBarriers("turn", 1, 2),
         own=NamedBarriers("own", 1 + choice.warpgroups, 1),
         part=part,
-        alpha_before=RegVec("alpha_before", m),
+        alpha_before=RegVec("alpha_before", "queries", m),
     )
 
 
@@ -194,7 +207,7 @@ def tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap
     return (
         box(at.q_in, choice.block_m),
         box(at.k_in, choice.block_n),
-        box(at.v_in, at.v.rows if at.v.transposed else choice.block_n),
+        box(at.v_in, at.v.rows),
         box(at.result, choice.block_m // choice.warpgroups),
     )
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Literal
 
 from attngen.dtypes import E4M3, F32
@@ -19,7 +18,7 @@ from attngen.plan.call import (
     Value,
 )
 from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import PANEL_BYTES, Descales, Rows, Tensor
+from attngen.plan.places import LENGTHS, PANEL_BYTES, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.sheets import (
@@ -140,7 +139,7 @@ def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
 def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     batch, *rest = value_shape(entry.tensor)
     # Of a tensor whose rows are columns the copy engine sees keys first, then columns.
-    heads, rows, cols = rest if entry.tensor.transposed else (rest[1], rest[0], rest[2])
+    heads, rows, cols = rest if entry.tensor.is_transposed else (rest[1], rest[0], rest[2])
     box = (entry.box_cols, entry.box_rows, 1, 1)
     return TensorMapEntry(
         entry.tensor.name, entry.tensor.dtype.name, (cols, rows, heads, batch), box, PANEL_BYTES
@@ -150,11 +149,14 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
 def value_shape(place: Tensor | Rows) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, Rows):
-        return ("batch", "num_heads_q", "seqlen_q")
-    seqlen, heads = f"seqlen_{place.axis}", f"num_heads_{place.heads}"
-    if place.transposed:
-        return ("batch", heads, place.cols, _padded(seqlen))
-    return ("batch", seqlen, heads, place.cols)
+        return ("batch", "num_heads_q", LENGTHS[place.axis])
+    if place.is_transposed:
+        return ("batch", f"num_heads_{place.heads}", place.cols, _padded(LENGTHS[place.axis]))
+    return _rows_shape(place)
+
+
+def _rows_shape(tensor: Tensor) -> tuple[Formula, ...]:
+    return ("batch", LENGTHS[tensor.axis], f"num_heads_{tensor.heads}", tensor.cols)
 
 
 def _padded(seqlen: str) -> Formula:
@@ -170,7 +172,7 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     # What the call makes for itself, operands, it may be given all the same.
     made: Literal["scratch", "given"] = "scratch" if quantizer else "given"
     for tensor in plan.reads:
-        axes = COLUMNS_OF_HEADS if tensor.transposed else ROWS_OF_HEADS
+        axes = COLUMNS_OF_HEADS if tensor.is_transposed else ROWS_OF_HEADS
         yield Value(tensor.name, tensor.dtype.name, value_shape(tensor), made, tensor.name, axes)
     for descale in plan.scales:
         shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
@@ -194,7 +196,7 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
 
 def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:
     """What e4m3 operands are made of."""
-    shapes = {tensor.name: value_shape(replace(tensor, transposed=False)) for tensor in plan.reads}
+    shapes = {tensor.name: _rows_shape(tensor) for tensor in plan.reads}
     for source in SOURCES:
         for name, shape in shapes.items():
             yield Value(source_of(name, source), source, shape, "given", name, ROWS_OF_HEADS)
@@ -205,5 +207,5 @@ def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:
 
 
 def _descale_shape(of: Descales) -> tuple[Formula, ...]:
-    granules = () if of.granule is None else (ceil_div(f"seqlen_{of.axis}", of.granule),)
+    granules = () if of.granule is None else (ceil_div(LENGTHS[of.axis], of.granule),)
     return ("batch", f"num_heads_{of.heads}", *granules)

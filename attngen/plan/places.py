@@ -5,6 +5,7 @@ memory: `Buffer`, seen through a `View` that picks the stage a `Cursor` stands a
 Block indices are a variable or a bound of the tile plus a constant (`BlockIndex`). No number is decided here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 from typing import Literal
@@ -18,6 +19,23 @@ BANK_BYTES = 128
 MBARRIER_BYTES = 8
 WARPGROUP_WARPS = 4
 WARPGROUP_THREADS = 32 * WARPGROUP_WARPS
+
+Axis = Literal["queries", "keys", "qk_columns", "v_columns"]
+"""What a dimension of a place runs along: rows of Q, rows of K and V, columns of Q and K, columns of V and O."""
+LENGTHS: dict[Axis, str] = {"queries": "seqlen_q", "keys": "seqlen_k"}
+"""The sizes of axes that run along a sequence."""
+ROWS_OF_Q: tuple[Axis, ...] = ("queries", "qk_columns")
+ROWS_OF_K: tuple[Axis, ...] = ("keys", "qk_columns")
+ROWS_OF_V: tuple[Axis, ...] = ("keys", "v_columns")
+ROWS_OF_O: tuple[Axis, ...] = ("queries", "v_columns")
+SCORES: tuple[Axis, ...] = ("queries", "keys")
+
+
+def sequence_of(axes: Iterable[Axis]) -> Axis:
+    """The one of some axes that runs along a sequence."""
+    return next(axis for axis in axes if axis in LENGTHS)
+
+
 PANEL_BYTES = 128
 """The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
@@ -124,16 +142,17 @@ class Buffer:
     """A tile in shared memory, `stages` times.
 
     Attributes:
+        axes: of its rows and of its columns; a single row has none, and the other axis stands alone.
         rows, cols: of one stage; cols is padded to the matrix instruction, columns from `valid_cols` on are zero.
         offset: bytes from the start of the block's shared memory.
         overlays: name of the buffer whose bytes this one reuses after that one's last use, or None.
         in_panels: columns in panels of 128 bytes one after another, as the copy engine and wgmma want them, rather
             than row after row. Eight rows of a panel exchange their chunks.
-        transposed: a row is a column of the tensor, and keys run along it.
     """
 
     name: str
     dtype: DType
+    axes: tuple[Axis, ...]
     rows: int
     cols: int
     valid_cols: int
@@ -141,7 +160,16 @@ class Buffer:
     offset: int = 0
     overlays: str | None = None
     in_panels: bool = False
-    transposed: bool = False
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a row is a column of a tensor, and a sequence runs along it."""
+        return self.axes[-1] in LENGTHS
+
+    @property
+    def sequence_extent(self) -> int:
+        """How much of its sequence a stage holds."""
+        return self.cols if self.is_transposed else self.rows
 
     @property
     def stage_bytes(self) -> int:
@@ -193,6 +221,11 @@ class View:
         """The rows of the warpgroup at work."""
         return View(self.buffer, self.cursor, own_rows=True)
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Of its rows and of its columns."""
+        return self.buffer.axes
+
     def __str__(self) -> str:
         stage = f"[{self.cursor.name}]" if self.cursor and self.cursor.stages > 1 else ""
         return self.buffer.name + stage + (" (own rows)" if self.own_rows else "")
@@ -203,20 +236,29 @@ class Tensor:
     """A tensor in device memory, (batch, seqlen, heads, cols), of which a tile is a block of rows of one head.
 
     Attributes:
-        axis: whose length its rows have, "q" or "k".
+        axes: of its rows and of its columns. Where the second runs along a sequence it is (batch, heads, cols, seqlen)
+            instead, as `attngen.quantize.Operands` has V; a tile is then a block of the sequence, of all columns.
+        cols: how many there are of the axis that is no sequence.
         heads: whose heads it has, "q" or "kv".
         workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
-        transposed: (batch, heads, cols, keys) instead, as `attngen.quantize.Operands` has V; a tile is a block of keys
-            of all columns.
     """
 
     name: str
     dtype: DType
+    axes: tuple[Axis, ...]
     cols: int
-    axis: Literal["q", "k"]
     heads: Literal["q", "kv"]
     workspace: bool = False
-    transposed: bool = False
+
+    @property
+    def axis(self) -> Axis:
+        """The sequence that it is of."""
+        return sequence_of(self.axes)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its rows are columns, along which the sequence runs."""
+        return self.axis == self.axes[1]
 
     def __str__(self) -> str:
         return self.name
@@ -227,13 +269,13 @@ class Descales:
     """What the numbers of an 8-bit tensor are multiplied by to be real ones: f32 in device memory.
 
     Attributes:
-        axis: whose rows they are for, "q" or "k".
+        axis: the sequence whose rows they are for.
         heads: whose heads have their own, "q" or "kv".
         granule: rows of a head that share one; None where all do.
     """
 
     name: str
-    axis: Literal["q", "k"]
+    axis: Axis
     heads: Literal["q", "kv"]
     granule: int | None
 
@@ -241,21 +283,23 @@ class Descales:
         return self.name
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """What its dimensions are."""
+    def dimensions(self) -> tuple[str, ...]:
+        """What it has one for each of."""
         return ("batch", "head") if self.granule is None else ("batch", "head", "granule")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One f32 per query row in device memory, dense (batch, num_heads_q, seqlen_q).
+    """One f32 per row of a sequence in device memory, dense (batch, num_heads_q, seqlen).
 
     Attributes:
+        axis: the sequence.
         optional: the user may not ask for it; then nothing is written.
         workspace: made by the launch rather than passed by the user.
     """
 
     name: str
+    axis: Axis
     optional: bool = False
     workspace: bool = False
 
@@ -268,12 +312,14 @@ class RegTile:
     """A tile spread over the registers of a role's warps, rows first split over the warps.
 
     Attributes:
+        axes: of its rows and of its columns.
         layout: "accumulator" (D of the matrix instruction, f32) or "a_fragment" (its A operand).
         valid_cols: columns that mean something; the others are zero.
     """
 
     name: str
     dtype: DType
+    axes: tuple[Axis, ...]
     rows: int
     cols: int
     valid_cols: int
@@ -292,12 +338,14 @@ class RegVec:
     """One f32 per row of the role's tile, in registers.
 
     Attributes:
+        axis: of the tile's rows.
         partial: each of the four lanes that share a row holds its own part, and their sum is meant.
         groups: of a tile's columns that have each a value of their own; None where a row has one for all of them.
         is_counted: the rule on registers counts it; NVRTC was seen to find room for the others.
     """
 
     name: str
+    axis: Axis
     rows: int
     partial: bool = False
     groups: int | None = None

@@ -7,9 +7,9 @@ from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.formulas import Formula, ceil_div, minimum, product
-from attngen.plan.places import Buffer, Cursor, Descales, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.quantizer import Quantizer
-from attngen.plan.steps import Program
+from attngen.plan.steps import Program, walk
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,13 @@ class KernelPlan:
     def worker(self) -> Role:
         """The role that computes."""
         return self.roles[0]
+
+    @property
+    def named_barriers(self) -> tuple[NamedBarriers, ...]:
+        """The named barriers at which its warpgroups meet."""
+        steps = (step for role in self.roles for step in walk(role.program))
+        places = (place for step in steps for place in vars(step).values())
+        return tuple(dict.fromkeys(place for place in places if isinstance(place, NamedBarriers)))
 
     @property
     def tiles(self) -> Formula:

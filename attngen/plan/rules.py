@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attngen.expr import LARGEST_TILE
+from attngen.plan.places import RegTile
 from attngen.plan.plan import KernelPlan
-from attngen.plan.steps import StageScales, walk
+from attngen.plan.steps import Promote, StageScales, walk
 from attngen.quantize import KEY_BLOCK
 
 SPARE_REGISTERS = 47
@@ -229,22 +230,22 @@ def free_registers(plan: KernelPlan) -> int:
     worker = plan.worker
     counted = (vector for vector in worker.reg_vecs if vector.is_counted)
     vectors = {vector: vector.registers_per_thread(worker.warps) for vector in counted}
-    if plan.arch.emits and any(scale.axis == "k" and scale.granule == 1 for scale in plan.scales):
+    if plan.arch.emits and any(scale.axis == "keys" and scale.granule == 1 for scale in plan.scales):
         held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
         return held - SPARE_BY_KEY - sum(vectors.values())
     if worker.registers is None or not plan.arch.emits:
         return plan.arch.registers_per_thread - SPARE_REGISTERS
     if plan.inputs.bits == 16:
         return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
-    if _promotes(plan):
+    if promoted_parts(plan):
         of_scales = sum(registers for vector, registers in vectors.items() if vector.groups)
         return worker.registers - SPARE_PROMOTED - of_scales
     return worker.registers - SPARE_8BIT
 
 
-def _promotes(plan: KernelPlan) -> bool:
-    """Whether O is added up from parts that the tensor core sums."""
-    return any(tile.name == "part_o" for tile in plan.worker.reg_tiles)
+def promoted_parts(plan: KernelPlan) -> set[RegTile]:
+    """The parts that the tensor core sums and of which O is added up."""
+    return {step.part for step in walk(plan.worker.program) if isinstance(step, Promote)}
 
 
 def tile_registers(plan: KernelPlan) -> dict[str, int]:
@@ -263,7 +264,7 @@ def tile_registers(plan: KernelPlan) -> dict[str, int]:
 def _registers(plan: KernelPlan) -> Iterator[Margin]:
     free, parts = free_registers(plan), tile_registers(plan)
     used = sum(parts.values())
-    of_promotion = "; part_o is what precision.promote: 0 does without" if _promotes(plan) else ""
+    of_promotion = "; part_o is what precision.promote: 0 does without" if promoted_parts(plan) else ""
     blames = _cost(
         plan,
         f"asks for {used} registers a thread in tiles and {free} are free",

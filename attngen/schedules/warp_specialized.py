@@ -27,8 +27,7 @@ from attngen.plan.steps import (
     DrawTile,
     FenceAsync,
     ForTiles,
-    IssueOutputGemm,
-    IssueScoreGemm,
+    IssueGemm,
     Note,
     PassTurn,
     Promote,
@@ -37,7 +36,7 @@ from attngen.plan.steps import (
     ScaleRows,
     StageTile,
     Step,
-    StoreRows,
+    StoreRegisters,
     SyncWarpgroup,
     TakeTile,
     TakeTurn,
@@ -258,15 +257,15 @@ def _rescale(at: WarpgroupPlaces, where: Rescale) -> Program:
     return at.rescale_output(at.rescale_votes) if is_here else ()
 
 
-def _issue_scores(at: WarpgroupPlaces) -> IssueScoreGemm:
+def _issue_scores(at: WarpgroupPlaces) -> IssueGemm:
     rings = at.consumer
     q, k = at.q.at(rings.q).own, at.k.at(rings.k)
-    return IssueScoreGemm(at.acc_s, q, k, starts_at_zero=at.pairs.added is None)
+    return IssueGemm(at.acc_s, q, k, starts_at_zero=at.pairs.added is None)
 
 
-def _issue_output(at: WarpgroupPlaces, first_column: int = 0) -> IssueOutputGemm:
+def _issue_output(at: WarpgroupPlaces, first_column: int = 0) -> IssueGemm:
     v = at.v.at(at.consumer.v)
-    return IssueOutputGemm(at.part or at.acc_o, at.p, v, at.part is not None, first_column)
+    return IssueGemm(at.part or at.acc_o, at.p, v, at.part is not None, first_column)
 
 
 def _land_output(at: WarpgroupPlaces, alpha: RegVec, meanwhile: Program = ()) -> Program:
@@ -306,7 +305,7 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
         ReduceRows(at.total, at.row_sum),
         at.finish_rows,
         ScaleRows(at.acc_o, at.inv_sum),
-        StoreRows(at.row_lse, at.lse, M_BLOCK),
+        StoreRegisters(at.row_lse, at.lse, M_BLOCK),
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),
         StageTile(at.acc_o, at.out.at().own),
         FenceAsync(),

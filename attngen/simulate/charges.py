@@ -13,31 +13,26 @@ from attngen.plan.steps import (
     Clear,
     CommitCopies,
     ConvertP,
-    CopyTile,
     DrawTile,
     Exponentiate,
     FinishRows,
-    IssueOutputGemm,
-    IssueScoreGemm,
-    LoadFragment,
-    LoadRows,
+    Gemm,
+    IssueGemm,
+    LoadRegisters,
     LoadTile,
     LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
     NegateTile,
-    OutputGemm,
     Promote,
     ReduceRows,
     RowMax,
     ScaleKeys,
     ScaleRows,
-    ScoreGemm,
     SeedScores,
     StageTile,
-    StoreFragment,
-    StoreRows,
+    StoreRegisters,
     StoreTile,
     SyncThreads,
     SyncWarpgroup,
@@ -119,8 +114,7 @@ def _work_on_registers(units: Units, step: Any, role: RoleRun) -> Paid:
 
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
 def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
-    depth = step.a.cols if isinstance(step, OutputGemm | IssueOutputGemm) else step.a.buffer.cols
-    flops: int = 2 * _elements(step.acc, role) * depth
+    flops: int = 2 * _elements(step.acc, role) * step.depth
     bits: int = step.b.buffer.dtype.bits
     return flops * bits / (16 * units.costs.flops_of_16_bit)
 
@@ -186,11 +180,11 @@ def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
 
 
 # ---- loads and stores of the threads --------------------------------------------------------------------------------
-def _write_shared(units: Units, step: CopyTile | StageTile | NegateTile, role: RoleRun) -> int:
+def _write_shared(units: Units, step: StageTile | NegateTile, role: RoleRun) -> int:
     """Shared memory has no lane of its own."""
-    buffer = step.tile.buffer if isinstance(step, NegateTile) else step.dst.buffer
-    share = role.warpgroups if isinstance(step, StageTile) else 1
-    cycles = math.ceil(buffer.stage_bytes / share / units.costs.shared_bytes)
+    view = step.tile if isinstance(step, NegateTile) else step.dst
+    share = role.warpgroups if view.own_rows else 1
+    cycles = math.ceil(view.buffer.stage_bytes / share / units.costs.shared_bytes)
     return now(role) + cycles + units.costs.step_latency
 
 
@@ -201,12 +195,10 @@ def _access_device(units: Units, size_bytes: int, waits: bool, step: Step, role:
     return end + (units.costs.memory_latency if waits else 0)
 
 
-def _fragment(
-    units: Units, step: LoadFragment | StoreFragment | LoadRows | StoreRows, role: RoleRun
-) -> Paid | None:
+def _registers(units: Units, step: LoadRegisters | StoreRegisters, role: RoleRun) -> Paid | None:
     registers: RegTile | RegVec
     place: Tensor | Rows
-    if isinstance(step, LoadFragment | LoadRows):
+    if isinstance(step, LoadRegisters):
         registers, place, waits = step.dst, step.src, True
     else:
         registers, place, waits = step.src, step.dst, False
@@ -238,11 +230,11 @@ def _meet(units: Units, step: Step, role: RoleRun) -> None:
 
 CHARGES: dict[type[Step], Charge] = {
     **dict.fromkeys(_OPERAND, _work_on_registers),
-    **dict.fromkeys((IssueScoreGemm, IssueOutputGemm), _issue_gemm),
-    **dict.fromkeys((ScoreGemm, OutputGemm), _synchronous_gemm),
+    IssueGemm: _issue_gemm,
+    Gemm: _synchronous_gemm,
     **dict.fromkeys(MEETINGS, _meet),
-    **dict.fromkeys((CopyTile, StageTile, NegateTile), _write_shared),
-    **dict.fromkeys((LoadFragment, StoreFragment, LoadRows, StoreRows), _fragment),
+    **dict.fromkeys((StageTile, NegateTile), _write_shared),
+    **dict.fromkeys((LoadRegisters, StoreRegisters), _registers),
     LookUp: _look_up,
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,

@@ -77,8 +77,7 @@ def _goes_on(walk: Walk, role: RoleRun) -> bool:
     if not role.walks[walk.name]:
         return False
     block = role.walks[walk.name].popleft()
-    if walk.name == "visit":
-        role.variables["visit.before"] = role.variables["visit.n"]
+    role.variables[f"{walk}.before"] = role.variables[walk.n.base]
     role.variables[walk.n.base] = block.n
     role.is_partial[walk.name] = block.is_partial
     return True

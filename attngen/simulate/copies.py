@@ -3,17 +3,13 @@
 import torch
 
 from attngen.dtypes import E4M3, DType, torch_dtype
-from attngen.plan import Tensor
-from attngen.plan.places import BlockIndex, Rows
+from attngen.plan import BlockIndex, RegTile, RegVec, Rows, Tensor
 from attngen.plan.steps import (
     CommitCopies,
-    CopyTile,
-    LoadFragment,
-    LoadRows,
+    LoadRegisters,
     LoadTile,
     StageTile,
-    StoreFragment,
-    StoreRows,
+    StoreRegisters,
     StoreTile,
     TmaLoad,
     TmaStore,
@@ -57,10 +53,10 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
 def tma_load(step: TmaLoad, role: RoleRun) -> None:
     """Have the copy engine fill a stage; `full` completes when the bytes have landed, which is as late as may be."""
     buffer = step.dst.buffer
-    rows = buffer.cols if buffer.transposed else buffer.rows
-    first = _first_row(role, step.src, step.block, rows)
+    extent = buffer.sequence_extent
+    first = _first_row(role, step.src, step.block, extent)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, rows))
+    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, extent))
     assert step.dst.cursor is not None
     full = role.stage_barriers(step.dst.cursor).full
 
@@ -82,15 +78,10 @@ def wait_copies(step: WaitCopies, role: RoleRun) -> None:
     role.land_copies(step.pending)
 
 
-def copy_tile(step: CopyTile | StageTile, role: RoleRun) -> None:
+def stage_tile(step: StageTile, role: RoleRun) -> None:
     """Round an accumulator and write it to shared memory."""
     dtype = step.dst.buffer.dtype
     role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
-
-
-def stage_tile(step: StageTile, role: RoleRun) -> None:
-    """As CopyTile: the layouts they write differ on the GPU alone, and the View knows whose rows it means."""
-    copy_tile(step, role)
 
 
 def store_tile(step: StoreTile, role: RoleRun) -> None:
@@ -113,47 +104,33 @@ def wait_stores(step: WaitStores, role: RoleRun) -> None:
     role.land_stores()
 
 
-def load_fragment(step: LoadFragment, role: RoleRun) -> None:
-    """Read an accumulator from a workspace; each thread reads what it wrote itself."""
-    first = _first_row(role, step.src, step.block, step.dst.rows)
-    _expect_written(role, step.src, first // step.dst.rows)
-    values = role.device.read(step.src, role.tile, first, (step.dst.rows, step.dst.cols))
-    role.write(step.dst, lambda: values)
-
-
-def store_fragment(step: StoreFragment, role: RoleRun) -> None:
-    """Write an accumulator to a workspace."""
-    shape = (step.src.rows, step.src.cols)
-    first = _first_row(role, step.dst, step.block, step.src.rows)
-    role.device.write(step.dst, role.tile, first, role.read(step.src), shape)
-    role.block.rows_written[step.dst.name, first // step.src.rows] = role.now
-
-
-def load_rows(step: LoadRows, role: RoleRun) -> None:
-    """Read one value per row; another lane may have written it, so a SyncThreads must stand between."""
-    first = _first_row(role, step.src, step.block, step.dst.rows)
-    block = first // step.dst.rows
-    _expect_written(role, step.src, block)
-    if not role.clock.knows(role.block.rows_written[step.src.name, block]):
-        message = f"{step.src}[{block}] is read, and another lane wrote it since the last SyncThreads"
-        raise role.fault("race", message, step.src.name)
-    values = role.device.read(step.src, role.tile, first, (step.dst.rows,))
-    role.write(step.dst, lambda: values)
-
-
-def store_rows(step: StoreRows, role: RoleRun) -> None:
-    """Write one value per row; nothing where the user did not ask for it."""
-    values = role.read(step.src)
-    if not role.device.wants(step.dst):
-        return
-    own = role.own_rows(step.src.rows)
-    first = _first_row(role, step.dst, step.block, step.src.rows) + own.start
-    role.device.write(step.dst, role.tile, first, values, (len(own),))
-    role.block.rows_written[step.dst.name, first // step.src.rows] = role.now
-
-
-def _expect_written(role: RoleRun, place: Tensor | Rows, block: int) -> None:
+def load_registers(step: LoadRegisters, role: RoleRun) -> None:
+    """Read what this block wrote: of an accumulator each thread its own, of rows any lane, after a SyncThreads."""
+    registers, place = step.dst, step.src
+    first = _first_row(role, place, step.block, registers.rows)
+    block = first // registers.rows
     if (place.name, block) not in role.block.rows_written:
-        raise role.fault(
-            "uninitialised read", f"{place}[{block}] was never written by this block", place.name
-        )
+        message = f"{place}[{block}] was never written by this block"
+        raise role.fault("uninitialised read", message, place.name)
+    is_known = role.clock.knows(role.block.rows_written[place.name, block])
+    if isinstance(registers, RegVec) and not is_known:
+        message = f"{place}[{block}] is read, and another lane wrote it since the last SyncThreads"
+        raise role.fault("race", message, place.name)
+    values = role.device.read(place, role.tile, first, _shape(registers, registers.rows))
+    role.write(registers, lambda: values)
+
+
+def store_registers(step: StoreRegisters, role: RoleRun) -> None:
+    """Write the warpgroup's rows of an accumulator, or of a value per row; nothing of what the user did not ask for."""
+    registers, place = step.src, step.dst
+    values = role.read(registers)
+    if isinstance(place, Rows) and not role.device.wants(place):
+        return
+    own = role.own_rows(registers.rows)
+    first = _first_row(role, place, step.block, registers.rows) + own.start
+    role.device.write(place, role.tile, first, values, _shape(registers, len(own)))
+    role.block.rows_written[place.name, first // registers.rows] = role.now
+
+
+def _shape(registers: RegTile | RegVec, rows: int) -> tuple[int, ...]:
+    return (rows, registers.cols) if isinstance(registers, RegTile) else (rows,)

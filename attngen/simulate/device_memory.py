@@ -2,7 +2,7 @@
 
 import torch
 
-from attngen.plan import KernelPlan, Rows, Tensor
+from attngen.plan import LENGTHS, KernelPlan, Rows, Tensor
 from attngen.simulate.tiles import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Sizes, ceil_div
@@ -48,7 +48,7 @@ class DeviceMemory:
 
     def seqlen(self, place: Tensor | Rows) -> int:
         """Rows of the place, for one head."""
-        return self.sizes.seqlen_k if isinstance(place, Tensor) and place.axis == "k" else self.sizes.seqlen_q
+        return self.sizes.values[LENGTHS[place.axis]]
 
     def valid_rows(self, place: Tensor | Rows, first: int, rows: int) -> int:
         """How many of rows first, first + 1, ... exist."""
@@ -66,7 +66,7 @@ class DeviceMemory:
         Returns:
             (members, *shape), f32.
         """
-        is_transposed = isinstance(place, Tensor) and place.transposed
+        is_transposed = isinstance(place, Tensor) and place.is_transposed
         valid = self.valid_rows(place, first, shape[-1] if is_transposed else shape[0])
         if self.traffic:
             self.traffic.count_read(place.name, len(tile.members) * valid * _row_bytes(place))

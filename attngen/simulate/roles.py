@@ -373,7 +373,7 @@ class RoleRun:
             self._heed(cell.objection_to_write(self.clock, self.name), cell)
             cell.take()
             cell.valid_rows = valid_rows
-            if not view.buffer.transposed:
+            if not view.buffer.is_transposed:
                 cell.valid_rows = max(0, min(len(cell.rows), valid_rows - cell.rows.start))
             cell.in_flight = True
         return parts

@@ -191,7 +191,7 @@ def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]
     for tensor in (*plan.reads, *plan.outputs):
         x = values[tensor.name]
         if (
-            tensor.transposed
+            tensor.is_transposed
         ):  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
             found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
         else:

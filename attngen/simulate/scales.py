@@ -6,7 +6,7 @@ keys; one for all keys is (members, rows, 1).
 
 import torch
 
-from attngen.plan import BlockIndex, Descales, RegTile, RegVec
+from attngen.plan import LENGTHS, BlockIndex, Descales, RegTile, RegVec
 from attngen.plan.steps import (
     CopyRows,
     Promote,
@@ -112,8 +112,7 @@ def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:
     found = role.device.tensors[of.name][batch, head if of.heads == "q" else head_kv]
     if of.granule is None:
         return found.reshape(-1, 1)
-    sizes = role.call.sizes
-    length = sizes.seqlen_q if of.axis == "q" else sizes.seqlen_k
+    length = role.call.sizes.values[LENGTHS[of.axis]]
     if not length:
         return found.new_zeros(len(found), len(rows))
     return found[:, rows.clamp(0, length - 1) // of.granule]

@@ -14,13 +14,12 @@ import torch
 
 from attngen.plan import KernelPlan
 from attngen.plan.steps import (
-    CopyTile,
     Exponentiate,
-    IssueOutputGemm,
-    OutputGemm,
+    Gemm,
+    IssueGemm,
     RowMax,
     StageTile,
-    StoreRows,
+    StoreRegisters,
 )
 from attngen.simulate.roles import Event, RoleRun
 from attngen.simulate.run import simulate
@@ -160,12 +159,12 @@ class _Board:
                 of_rows = torch.ones(len(rows), dtype=torch.float32)
                 seen.append({"keys": keys, "s": s, "row_max": 0 * of_rows, "alpha": of_rows})
             seen[-1]["row_sum"] = event.value(step.row_sum)[: len(rows)]
-        elif isinstance(step, OutputGemm | IssueOutputGemm):
+        elif isinstance(step, Gemm | IssueGemm) and "v_columns" in step.acc.axes:
             o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
             self.records.append(BlockRecord(event.tile.members[0], rows, o=o, **seen.popleft()))
-        elif isinstance(step, StoreRows) and not step.dst.workspace:
+        elif isinstance(step, StoreRegisters) and not step.dst.workspace:
             self._lse[event.role] = event.value(step.src)[: len(rows)]
-        elif isinstance(step, CopyTile | StageTile):
+        elif isinstance(step, StageTile):
             o = event.value(step.src)[: len(rows), : plan.head_dim_v]
             self.records.append(FinishedRecord(event.tile.members[0], rows, o, self._lse[event.role]))
 

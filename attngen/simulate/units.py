@@ -7,10 +7,11 @@ much a Step asks for is in `charges.py`; bank conflicts, instruction caches and 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from attngen.plan import Step
+from attngen.plan import Axis, Step
+from attngen.plan.steps import Product
 from attngen.simulate.costs import Costs
 from attngen.simulate.roles import RoleRun, Run, Wait
 
@@ -34,6 +35,7 @@ class Interval:
         unit: which unit is at work; None for what the role itself does or waits for.
         role: for which role: "consumer 1", with its block where several share the SM.
         step: class name of the Step that caused it: "Exponentiate".
+        axes: of the accumulator, where that is a GEMM; empty for others.
         m_block: block of rows of the role's tile, None where a tile is a whole head.
         n: block of keys of the loop that the Step stands in, if any.
         begin, end: in cycles.
@@ -42,6 +44,7 @@ class Interval:
     unit: Unit | None
     role: str
     step: str
+    axes: tuple[Axis, ...]
     m_block: int | None
     n: int | None
     begin: int
@@ -103,8 +106,8 @@ class Units:
         """Write an interval down, where it is not empty."""
         if end > begin:
             m_block, n = role.tile.m_block, role.variables.get("n")
-            name = type(step).__name__
-            self._intervals.append(Interval(unit, self._names[role], name, m_block, n, begin, end))
+            name, axes = type(step).__name__, step.acc.axes if isinstance(step, Product) else ()
+            self._intervals.append(Interval(unit, self._names[role], name, axes, m_block, n, begin, end))
 
     def queue(self, unit: Unit, cycles: float, step: Step, role: RoleRun) -> int:
         """Let a unit work for a role as soon as it has done what was queued before; when it will be done."""
@@ -134,9 +137,8 @@ def _joined(intervals: Iterable[Interval]) -> Iterable[Interval]:
     for new in intervals:
         lane = (new.unit, new.role)
         old = last.get(lane)
-        alike = old is not None and old.end == new.begin and new.unit is not None
-        if old is not None and alike and (old.step, old.m_block, old.n) == (new.step, new.m_block, new.n):
-            new = Interval(*(*lane, new.step, new.m_block, new.n, old.begin, new.end))
+        if old is not None and new.unit and new == replace(old, begin=old.end, end=new.end):
+            new = replace(new, begin=old.begin)
         elif old is not None:
             yield old
         last[lane] = new

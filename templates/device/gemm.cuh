@@ -1,10 +1,10 @@
-// acc = A Bᵀ for this warp's rows of A; both tiles row by row, contraction over their columns.
-template <class Element, class ATile, class BTile, int kUnroll, int kRowTiles, int kColTiles>
-DEV void score_gemm(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
+// acc = A Bᵀ for this warp's rows of A, + acc unless that is to start at zero: both in shared memory, columns contracted.
+template <class Element, class ATile, class BTile, bool kStartsAtZero, int kUnroll, int kRowTiles, int kColTiles>
+DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
   const u32 warp = threadIdx.x / 32, lane = stay_in_loop(threadIdx.x % 32);
   const u32 a_row = warp * kRowTiles * 16 + lane % 16, a_exchange = ATile::exchange(a_row) ^ lane / 16;
   const u32 b_row = lane / 16 * 8 + lane % 8, b_exchange = BTile::exchange(b_row) ^ lane / 8 % 2;
-  fill(acc, 0.f);
+  if (kStartsAtZero) fill(acc, 0.f);
 #pragma unroll kUnroll
   for (int k = 0; k < ATile::kChunks; k += 2) {
     const u32 a_column = a + a_row * ATile::kRowBytes + (k ^ a_exchange) * 16;
@@ -25,10 +25,11 @@ DEV void score_gemm(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
   }
 }
 
-// acc += A B, A in registers, the rows of B contracted.
-template <class Element, class BTile, int kRowTiles, int kColTiles, int kSteps>
-DEV void output_gemm(float (&acc)[kRowTiles][kColTiles][4], const u32 (&a)[kRowTiles][kSteps][4], u32 b) {
+// acc = A B, + acc unless that is to start at zero: A in registers, rows of B contracted.
+template <class Element, class BTile, bool kStartsAtZero, int kRowTiles, int kColTiles, int kSteps>
+DEV void gemm_nn_rs(float (&acc)[kRowTiles][kColTiles][4], const u32 (&a)[kRowTiles][kSteps][4], u32 b) {
   const u32 lane = stay_in_loop(threadIdx.x % 32), row = lane % 16, exchange = BTile::exchange(row) ^ lane / 16;
+  if (kStartsAtZero) fill(acc, 0.f);
 #pragma unroll
   for (int j = 0; j < kColTiles; j += 2) {
     const u32 column = b + row * BTile::kRowBytes + (j ^ exchange) * 16;

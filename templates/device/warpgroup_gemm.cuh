@@ -19,9 +19,9 @@ DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero; kDepth columns contracted.
+// Start acc = A Bᵀ for this warpgroup's 64 rows of A, + acc unless that is to start at zero: kDepth columns contracted.
 template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
-DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
+DEV void issue_gemm_nt_ss(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpgroup) {
   pin(acc);
   wgmma_fence();
   const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
@@ -35,7 +35,7 @@ DEV void issue_score_gemm(float (&acc)[1][kColTiles][4], u32 a, u32 b, int warpg
 
 // Start acc = A B, A in registers, + acc unless that is to start at zero: rows of B contracted.
 template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
-DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+DEV void issue_gemm_nn_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();
@@ -46,9 +46,9 @@ DEV void issue_output_gemm(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4]
   pin(acc);
 }
 
-// Start acc = A Bᵀ, A in registers, + acc unless that is to start at zero: columns of B contracted, which are keys.
+// Start acc = A Bᵀ, A in registers, + acc unless that is to start at zero: columns of B contracted.
 template <class BTile, bool kStartsAtZero, int kColTiles, int kSteps>
-DEV void issue_output_gemm_8bit(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
+DEV void issue_gemm_nt_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4], u32 b) {
   pin(acc);
   pin(a);
   wgmma_fence();

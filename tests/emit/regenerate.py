@@ -30,10 +30,11 @@ def expected_files() -> dict[str, str]:
 
 def main() -> None:
     """Rewrite the folder."""
+    files = expected_files()
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.iterdir():
         old.unlink()
-    for name, text in expected_files().items():
+    for name, text in files.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
     write_table()
 

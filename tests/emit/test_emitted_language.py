@@ -12,7 +12,7 @@ from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.expr import evaluate
 from attngen.plan import Manifest, assemble, walk
-from attngen.plan.steps import TANH, IssueScoreGemm, ModifyScores, RowMax, ScaleRows, SeedScores
+from attngen.plan.steps import TANH, IssueGemm, ModifyScores, RowMax, ScaleRows, SeedScores
 from tests.check.language_cases import CASES, LanguageCase
 from tests.emit.test_compiled import assert_compiles_as_planned
 from tests.plans import kernel_plan
@@ -188,7 +188,7 @@ def test_what_is_added_to_the_product_starts_its_gemm(
         assert found is None and isinstance(steps[ModifyScores], ModifyScores)
         return
     assert isinstance(found, SeedScores) and str(found.added) == seed
-    assert isinstance(issue := steps[IssueScoreGemm], IssueScoreGemm) and not issue.starts_at_zero
+    assert isinstance(issue := steps[IssueGemm], IssueGemm) and not issue.starts_at_zero
     modify = steps.get(ModifyScores)
     assert (str(modify.score) if isinstance(modify, ModifyScores) else "score") == rest
     assert ("params.softmax_scale_inverse" in made.source) and ("params.scale_is_negative" in made.source)

@@ -7,7 +7,7 @@ import pytest
 import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit
-from attngen.emit.environment import emission_environment, finalize, step_macros, strict_environment
+from attngen.emit.environment import Templates, finalize
 from attngen.emit.sheets import sheet_macros
 from attngen.lower import lower
 from attngen.plan import SHEETS, STEPS, Manifest
@@ -39,14 +39,14 @@ def test_generated_is_in_step_with_the_templates() -> None:
 def test_a_step_has_one_name_in_three_places() -> None:
     """The Step classes, the macros that emit them and the functions that simulate them are the same set."""
     names = {step.__name__ for step in STEPS}
-    assert set(step_macros(emission_environment(plan()))) == names
+    assert set(Templates(plan()).steps.keys()) == names
     assert {step.__name__ for step in STEPS_SIMULATED} == names
 
 
 def test_a_sheet_has_one_name_in_three_places() -> None:
     """The classes of sheets, the macros that emit them and the functions that mean them are the same set."""
     names = {sheet.__name__ for sheet in SHEETS}
-    assert set(sheet_macros(strict_environment())) == names
+    assert set(sheet_macros()) == names
     assert {sheet.__name__ for sheet in SHEETS_SIMULATED} == names
     assert {function.__name__.replace("_", "") for function in SHEETS_SIMULATED.values()} == {
         name.lower() for name in names

@@ -21,8 +21,8 @@ from attngen.plan.steps import (
     Exponentiate,
     FinishRows,
     ForBlocks,
-    IssueOutputGemm,
-    IssueScoreGemm,
+    Gemm,
+    IssueGemm,
     LoadTile,
     MaskScores,
     MaskScoresEach,
@@ -32,7 +32,6 @@ from attngen.plan.steps import (
     Release,
     RowMax,
     ScaleRows,
-    ScoreGemm,
     TmaLoad,
     WaitGemm,
     When,
@@ -254,19 +253,17 @@ def _sum_not_rescaled(step: Exponentiate, role: RoleRun) -> None:
     role.write(step.row_sum, lambda: total + s.sum(-1))
 
 
-def _one_column_short(step: ScoreGemm, role: RoleRun) -> None:
+def _one_column_short(step: Gemm | IssueGemm, role: RoleRun) -> None:
     """Q Kᵀ without the last column of the head dim."""
-    a, b = role.read_shared(step.a), role.read_shared(step.b)
-    cols = step.a.buffer.valid_cols - 1
-    role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
-
-
-def _issued_one_column_short(step: IssueScoreGemm, role: RoleRun) -> None:
-    """The same with wgmma."""
-    a, b = role.read_by_gemm(step.a), role.read_by_gemm(step.b)
-    cols = step.a.buffer.valid_cols - 1
-    role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
-    role.issue_gemm(step.acc)
+    if step.contracted == "qk_columns" and isinstance(step.a, View):
+        read = role.read_by_gemm if isinstance(step, IssueGemm) else role.read_shared
+        a, b = read(step.a), read(step.b)
+        cols = step.a.buffer.valid_cols - 1
+        role.write(step.acc, lambda: a[..., :cols] @ b[..., :cols].mT)
+        if isinstance(step, IssueGemm):
+            role.issue_gemm(step.acc)
+    else:
+        STEPS_SIMULATED[type(step)](step, role)
 
 
 def _in_bodies(program: Program, change: Callable[[Program], Program]) -> list[Step]:
@@ -288,14 +285,16 @@ def _rescaled_in_flight(program: Program) -> Program:
     steps = _in_bodies(program, _rescaled_in_flight)
     rescales = [step for step in steps if _no_rescale(step) is None]
     others = [step for step in steps if _no_rescale(step) is not None]
-    issued = [i for i, step in enumerate(others, 1) if isinstance(step, IssueOutputGemm)]
+    issued = [
+        i for i, step in enumerate(others, 1) if isinstance(step, IssueGemm) and step.contracted == "keys"
+    ]
     return (*others[: issued[0]], *rescales, *others[issued[0] :]) if issued else tuple(steps)
 
 
-def _rows_of_the_first_warpgroup(step: IssueScoreGemm, role: RoleRun) -> None:
+def _rows_of_the_first_warpgroup(step: IssueGemm, role: RoleRun) -> None:
     """Every warpgroup takes the rows of Q that the first owns."""
     own, role.warpgroup = role.warpgroup, 0
-    STEPS_SIMULATED[IssueScoreGemm](step, role)
+    STEPS_SIMULATED[IssueGemm](step, role)
     role.warpgroup = own
 
 
@@ -365,13 +364,11 @@ FAULTS: dict[str, Fault] = {
     "last KV block dropped": in_program(_last_block_dropped),
     "scale sign ignored": in_program(_sign_ignored),
     "full range too wide": Fault(edit=_wide_full_range),
-    "one column of the head dim short": Fault(
-        {ScoreGemm: _one_column_short, IssueScoreGemm: _issued_one_column_short}
-    ),
+    "one column of the head dim short": Fault({Gemm: _one_column_short, IssueGemm: _one_column_short}),
     "mask without a closed form ignored": Fault({MaskScoresEach: lambda step, role: None}),
     "stage released under its GEMM": Fault(edit=lambda plan: with_programs(plan, _released_early)),
     "O rescaled under its GEMM": Fault(edit=lambda plan: with_programs(plan, _rescaled_in_flight)),
-    "rows of the first warpgroup": Fault({IssueScoreGemm: _rows_of_the_first_warpgroup}),
+    "rows of the first warpgroup": Fault({IssueGemm: _rows_of_the_first_warpgroup}),
 }
 RACES = ("stage released under its GEMM", "O rescaled under its GEMM")
 """Faults that change no value here and would on a GPU, now and then: the simulator itself refuses them."""

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from attngen.emit.device import used_by
-from attngen.emit.environment import emission_environment
+from attngen.emit.environment import Templates, environment
 from attngen.emit.kernel import table_kernel
 from attngen.emit.pairs import leaves, pair_functions
 from attngen.expr import Expr, cuda_body
@@ -30,10 +28,9 @@ def elementwise_source(plan: KernelPlan, kernels: Mapping[str, Sequence[Expr]], 
         kernels: the expressions, by the kernel's name.
         exact: f32 arithmetic as in a mask, rather than as in a score.
     """
-    env = emission_environment(plan)
-    macros = _macros(env)
+    macros = _macros(plan)
     known = leaves(plan, exact)
-    texts = [_functions(plan, env), macros.samples()]
+    texts = [_functions(plan), macros.samples()]
     first = 0
     for name, exprs in kernels.items():
         texts.append(macros.expression(name, PROBE_THREADS, first, cuda_body(exprs, known)))
@@ -45,20 +42,19 @@ def classes_source(plans: Mapping[str, KernelPlan]) -> str:
     """A kernel each that classes all tiles of a call, by its name, with the kernels that fill the plans' tables."""
     texts = []
     for name, plan in plans.items():
-        env = emission_environment(plan)
-        probe = _macros(env).classes(name, PROBE_THREADS, plan.key_blocks is not None)
-        texts.append(f"namespace of_{name} {{\n{_functions(plan, env)}\n{probe}}}\n")
+        probe = _macros(plan).classes(name, PROBE_THREADS, plan.key_blocks is not None)
+        texts.append(f"namespace of_{name} {{\n{_functions(plan)}\n{probe}}}\n")
     return _with_library(texts)
 
 
-def _macros(env: jinja2.Environment) -> Any:
-    return env.from_string(_MACROS.read_text(encoding="utf-8")).module
+def _macros(plan: KernelPlan) -> Any:
+    return environment().from_string(_MACROS.read_text(encoding="utf-8")).make_module(Templates(plan).context)
 
 
-def _functions(plan: KernelPlan, env: jinja2.Environment) -> str:
+def _functions(plan: KernelPlan) -> str:
     """The constants, the parameters and the functions of a plan."""
     constants = (("kBlockM", plan.block_m), ("kBlockN", plan.block_n))
-    return str(_macros(env).functions(plan, constants, pair_functions(plan, env), table_kernel(plan, env)))
+    return str(_macros(plan).functions(plan, constants, pair_functions(plan), table_kernel(plan)))
 
 
 def _with_library(texts: Sequence[str]) -> str:

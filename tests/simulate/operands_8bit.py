@@ -24,7 +24,7 @@ def drawn_call(plan: KernelPlan, shape: Shape, generator: torch.Generator) -> di
 
     def scale(of: Descales) -> torch.Tensor:
         heads = shape.heads if of.heads == "q" else shape.heads_kv
-        rows = shape.seqlen_q if of.axis == "q" else shape.seqlen_k
+        rows = shape.seqlen_q if of.axis == "queries" else shape.seqlen_k
         granules = () if of.granule is None else (-(-rows // of.granule),)
         return torch.exp2(2 * torch.rand(shape.batch, heads, *granules, generator=generator) - 1)
 

@@ -14,7 +14,6 @@ from attngen.plan import KernelPlan, Program, Role, Step, body_of, walk
 from attngen.plan.steps import (
     Advance,
     CommitCopies,
-    CopyTile,
     ForBlocks,
     ForVisited,
     Note,
@@ -212,7 +211,7 @@ def is_before_copy_of_out(site: Site) -> bool:
     if not isinstance(site.step, SyncThreads) or not site.around:
         return False
     following = body_of(site.around[-1])[site.path[-1] + 1 :]
-    is_last_but_one = any(isinstance(step, CopyTile) for step in following[:1])
+    is_last_but_one = any(isinstance(step, StageTile) for step in following[:1])
     return is_last_but_one and site.case.schedule == "fa2" and site.case.stages == 1
 
 
@@ -358,6 +357,6 @@ def test_barrier_before_a_wide_output_is_needed() -> None:
     case = Case("fa2", "causal", 1)
     every = sites(case, plan.worker)
     (site,) = (site for site in every if is_before_copy_of_out(site))
-    with pytest.raises(SimulationFault, match="CopyTile") as caught:
+    with pytest.raises(SimulationFault, match="StageTile") as caught:
         list(results(without_step(plan, site), case))
     assert (caught.value.rule, caught.value.place) == ("race", "out")

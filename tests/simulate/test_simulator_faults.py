@@ -11,20 +11,17 @@ from attngen.plan import STEPS, BlockIndex, Program, Range, Step
 from attngen.plan.steps import (
     Clear,
     CommitCopies,
-    CopyTile,
     FinishRows,
     ForBlocks,
     ForTiles,
-    LoadFragment,
-    LoadRows,
+    Gemm,
+    LoadRegisters,
     LoadTile,
     NegateTile,
-    OutputGemm,
     ReduceRows,
     ScaleRows,
-    ScoreGemm,
-    StoreFragment,
-    StoreRows,
+    StageTile,
+    StoreRegisters,
     StoreTile,
     SyncThreads,
     WaitCopies,
@@ -43,13 +40,13 @@ LOAD_K_1_BOUNDED = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=True)
 LOAD_K_LEFT = LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("zero", -1), bounded=True)
 LOAD_V = LoadTile(AT.v.at(AT.read_at), AT.v_in, ZERO, bounded=True)
 LAND = (COMMIT, WAIT, SYNC)
-SCORES = ScoreGemm(AT.acc_s, AT.q.at(), AT.k.at(AT.read_at), AT.score_unroll)
+SCORES = Gemm(AT.acc_s, AT.q.at(), AT.k.at(AT.read_at), starts_at_zero=True)
 CLEAR_O = Clear(AT.acc_o)
-COPY_OUT, STORE_OUT = CopyTile(AT.acc_o, AT.out.at()), StoreTile(AT.out.at(), AT.result, M)
+COPY_OUT, STORE_OUT = StageTile(AT.acc_o, AT.out.at()), StoreTile(AT.out.at(), AT.result, M)
 END = (CLEAR_O, SYNC, COPY_OUT, SYNC, STORE_OUT)
 FINISH = FinishRows(AT.row_max, AT.total, AT.inv_sum, AT.row_lse)
 STATISTICS = (Clear(AT.row_max), Clear(AT.total))
-SAVE, RESTORE = StoreRows(AT.row_max, AT.saved_max, M), LoadRows(AT.alpha, AT.saved_max, M)
+SAVE, RESTORE = StoreRegisters(AT.row_max, AT.saved_max, M), LoadRegisters(AT.alpha, AT.saved_max, M)
 OVER_N = ForBlocks(Range("keys", ZERO, ONE, False, "any"), "n", (LOAD_Q, *LAND))
 SEES = When("m sees n", (LOAD_Q, *LAND))
 
@@ -57,28 +54,28 @@ SEES = When("m sees n", (LOAD_Q, *LAND))
 CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
     "read under a copy": (
         (LOAD_Q, LOAD_K, COMMIT, SYNC, SCORES, WAIT),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, COMMIT, WAIT, SYNC, SCORES),
         "race",
         "q",
     ),
     "read of a copy that was not committed in time": (
         (LOAD_Q, COMMIT, LOAD_K, WAIT, SYNC, SCORES, *LAND),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, COMMIT, LOAD_K, *LAND, SCORES),
         "race",
         "k[0]",
     ),
     "read of a group that the wait leaves out": (
         (LOAD_Q, COMMIT, LOAD_K, COMMIT, WaitCopies(1), SYNC, SCORES, WAIT),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, COMMIT, COMMIT, WaitCopies(1), SYNC, SCORES, WAIT),
         "race",
         "k[0]",
     ),
     "read of what other threads copied": (
         (LOAD_Q, LOAD_K, COMMIT, WAIT, SCORES),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, COMMIT, WAIT, SYNC, SCORES),
         "race",
         "q",
@@ -99,7 +96,7 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
     ),
     "read of what other threads negated": (
         (LOAD_Q, LOAD_K, *LAND, NegateTile(AT.q.at()), SCORES),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, *LAND, NegateTile(AT.q.at()), SYNC, SCORES),
         "race",
         "q",
@@ -127,35 +124,35 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
     ),
     "store to bytes that others may be reading": (
         (LOAD_Q, LOAD_K, *LAND, SCORES, CLEAR_O, COPY_OUT),
-        CopyTile,
+        StageTile,
         (LOAD_Q, LOAD_K, *LAND, SCORES, CLEAR_O, SYNC, COPY_OUT),
         "race",
         "out",
     ),
     "store to bytes under a copy": (
         (LOAD_Q, COMMIT, CLEAR_O, SYNC, COPY_OUT, WAIT),
-        CopyTile,
+        StageTile,
         (LOAD_Q, COMMIT, CLEAR_O, WAIT, SYNC, COPY_OUT),
         "race",
         "out",
     ),
     "row values of another lane": (
         (*STATISTICS, SAVE, RESTORE),
-        LoadRows,
+        LoadRegisters,
         (*STATISTICS, SAVE, SYNC, RESTORE),
         "race",
         "saved_max",
     ),
     "buffer nobody filled": (
         (LOAD_Q, *LAND, SCORES),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, *LAND, SCORES),
         "uninitialised read",
         "k[0]",
     ),
     "buffer whose bytes were given away": (
         (LOAD_Q, LOAD_K, *LAND, CLEAR_O, COPY_OUT, SYNC, SCORES),
-        ScoreGemm,
+        Gemm,
         (LOAD_Q, LOAD_K, *LAND, CLEAR_O, SCORES),
         "uninitialised read",
         "q",
@@ -168,16 +165,22 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
         "acc_o",
     ),
     "accumulator that a GEMM adds to": (
-        (Clear(AT.p), LOAD_V, *LAND, OutputGemm(AT.acc_o, AT.p, AT.v.at(AT.read_at))),
-        OutputGemm,
-        (CLEAR_O, Clear(AT.p), LOAD_V, *LAND, OutputGemm(AT.acc_o, AT.p, AT.v.at(AT.read_at))),
+        (Clear(AT.p), LOAD_V, *LAND, Gemm(AT.acc_o, AT.p, AT.v.at(AT.read_at), starts_at_zero=False)),
+        Gemm,
+        (
+            CLEAR_O,
+            Clear(AT.p),
+            LOAD_V,
+            *LAND,
+            Gemm(AT.acc_o, AT.p, AT.v.at(AT.read_at), starts_at_zero=False),
+        ),
         "uninitialised read",
         "acc_o",
     ),
     "workspace nobody wrote": (
-        (LoadFragment(AT.acc_o, AT.o_acc, M),),
-        LoadFragment,
-        (CLEAR_O, StoreFragment(AT.acc_o, AT.o_acc, M), LoadFragment(AT.acc_o, AT.o_acc, M)),
+        (LoadRegisters(AT.acc_o, AT.o_acc, M),),
+        LoadRegisters,
+        (CLEAR_O, StoreRegisters(AT.acc_o, AT.o_acc, M), LoadRegisters(AT.acc_o, AT.o_acc, M)),
         "uninitialised read",
         "o_acc",
     ),

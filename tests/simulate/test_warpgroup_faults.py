@@ -55,7 +55,7 @@ from attngen.plan.steps import (
     Clear,
     ConvertP,
     DrawTile,
-    IssueScoreGemm,
+    IssueGemm,
     NegateTile,
     PassTurn,
     Release,
@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
     "stage read under its copy": Case(
         (FULL_Q, SCORES, LAND_S),
         (*LOAD_K, *LOAD_Q),
-        IssueScoreGemm,
+        IssueGemm,
         "race",
         "k[0]",
         "k[0] is read while a copy into it is in flight",
@@ -110,7 +110,7 @@ CASES: dict[str, Case] = {
     "stage read before its copy": Case(
         (SCORES, LAND_S, FULL_Q, FULL_K),
         (*LOAD_Q, *LOAD_K),
-        IssueScoreGemm,
+        IssueGemm,
         "uninitialised read",
         "q",
         "q holds nothing",
@@ -238,7 +238,7 @@ CASES: dict[str, Case] = {
     "stores that wgmma may not see": Case(
         (FULL_Q, FULL_K, NEGATE, MEET, SCORES, LAND_S),
         (*LOAD_Q, *LOAD_K),
-        IssueScoreGemm,
+        IssueGemm,
         "not fenced",
         "q",
         "q holds what threads stored, and no FenceAsync followed",
@@ -247,7 +247,7 @@ CASES: dict[str, Case] = {
     "stores fenced by threads that have not met since": Case(
         (FULL_Q, FULL_K, NEGATE, MEET, FENCE, SCORES, LAND_S),
         (*LOAD_Q, *LOAD_K),
-        IssueScoreGemm,
+        IssueGemm,
         "not fenced",
         "q",
         "q was stored and fenced, but the threads have not met since the fence",
@@ -256,7 +256,7 @@ CASES: dict[str, Case] = {
     "stores of threads that have not met since": Case(
         (FULL_Q, FULL_K, NEGATE, FENCE, SCORES, LAND_S),
         (*LOAD_Q, *LOAD_K),
-        IssueScoreGemm,
+        IssueGemm,
         "race",
         "q",
         "other threads wrote it, and have not met this one since",

@@ -11,8 +11,7 @@ from attngen.plan.steps import (
     DrawTile,
     FenceAsync,
     ForTiles,
-    IssueOutputGemm,
-    IssueScoreGemm,
+    IssueGemm,
     NegateTile,
     PassTurn,
     Release,
@@ -48,8 +47,8 @@ DRAW = (WaitEmpty(FILLS.tile), DrawTile(FILLS.tile), Advance(FILLS.tile))
 FULL_Q, FULL_K, FULL_V = WaitFull(OURS.q), WaitFull(OURS.k), WaitFull(OURS.v)
 FREE_Q, FREE_K, FREE_V = ((Release(at), Advance(at)) for at in (OURS.q, OURS.k, OURS.v))
 LAST_FREES = (When("last warpgroup", (Release(OURS.k),)),)
-SCORES = IssueScoreGemm(AT.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k))
-OUTPUT = IssueOutputGemm(AT.acc_o, AT.p, AT.v.at(OURS.v))
+SCORES = IssueGemm(AT.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k), starts_at_zero=True)
+OUTPUT = IssueGemm(AT.acc_o, AT.p, AT.v.at(OURS.v), starts_at_zero=False)
 LAND_S, LAND_O, LAND_ALL = (
     WaitGemm(0, (AT.acc_s,)),
     WaitGemm(0, (AT.acc_o, AT.p)),

@@ -45,14 +45,14 @@ class WaitCopies(Step):
 
 
 @dataclass(frozen=True)
-class CopyTile(Step):
-    """Round an accumulator to the type of a buffer and write it there."""
+class StageTile(Step):
+    """Round an accumulator to the type of a buffer and write it there, each warp its rows."""
 
     src: RegTile
     dst: View
 
     def __str__(self) -> str:
-        return f"copy {self.dst} <- {self.src}"
+        return f"stage {self.dst} <- {self.src}"
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class StoreTile(Step):
 
 
 @dataclass(frozen=True)
-class LoadFragment(Step):
-    """Read an accumulator from a block of rows in device memory; rows past the sequence read as zero."""
+class LoadRegisters(Step):
+    """Read an accumulator, or one value per row, from a block of rows in device memory; zero past the sequence."""
 
-    dst: RegTile
-    src: Tensor
+    dst: RegTile | RegVec
+    src: Tensor | Rows
     block: BlockIndex
 
     def __str__(self) -> str:
@@ -80,35 +80,11 @@ class LoadFragment(Step):
 
 
 @dataclass(frozen=True)
-class StoreFragment(Step):
-    """Write an accumulator to a block of rows in device memory; rows past the sequence are dropped."""
+class StoreRegisters(Step):
+    """Write an accumulator, or one value per row, to a block of rows in device memory; dropped past the sequence."""
 
-    src: RegTile
-    dst: Tensor
-    block: BlockIndex
-
-    def __str__(self) -> str:
-        return f"store {self.dst}[{self.block}] <- {self.src}"
-
-
-@dataclass(frozen=True)
-class LoadRows(Step):
-    """Read one value per row from device memory."""
-
-    dst: RegVec
-    src: Rows
-    block: BlockIndex
-
-    def __str__(self) -> str:
-        return f"load {self.dst} <- {self.src}[{self.block}]"
-
-
-@dataclass(frozen=True)
-class StoreRows(Step):
-    """Write one value per row to device memory."""
-
-    src: RegVec
-    dst: Rows
+    src: RegTile | RegVec
+    dst: Tensor | Rows
     block: BlockIndex
 
     def __str__(self) -> str:
@@ -132,17 +108,6 @@ class TmaLoad(Step):
 
     def __str__(self) -> str:
         return f"load {self.dst} <- {self.src}[{self.block}]"
-
-
-@dataclass(frozen=True)
-class StageTile(Step):
-    """Round an accumulator to the type of a buffer in panels and write it there, each warp its rows."""
-
-    src: RegTile
-    dst: View
-
-    def __str__(self) -> str:
-        return f"stage {self.dst} <- {self.src}"
 
 
 @dataclass(frozen=True)

@@ -1,75 +1,88 @@
-"""Steps of the two matrix products, S = Q Kᵀ and O = P V."""
+"""Steps of the matrix products.
+
+Which axis a product contracts, and how its operands lie in memory, follows from the axes of the three places: S = Q Kᵀ
+contracts columns of both, O = P V keys, which are rows of V unless V is transposed.
+"""
 
 from dataclasses import dataclass
 
-from attngen.plan.places import RegTile, View
+from attngen.errors import InternalError
+from attngen.plan.places import Axis, RegTile, View
 from attngen.plan.steps.step import Step
 
 
 @dataclass(frozen=True)
-class ScoreGemm(Step):
-    """acc = a bᵀ, both row by row in shared memory (contraction over their columns). Synchronous.
+class Product:
+    """acc = A B, or acc += A B: contracted over the axis of both operands.
 
     Attributes:
-        unroll: k-steps of the matrix instruction that are written out; fewer need fewer registers.
+        acc: (rows of the product, its columns).
+        a, b: operands; `a` may be in registers.
+        starts_at_zero: whether what acc held does not count.
+        first_column: of B, where it has more columns than acc.
+
+    Raises:
+        InternalError: the axes are not those of a product.
     """
 
     acc: RegTile
-    a: View
+    a: View | RegTile
     b: View
-    unroll: int
-
-    def __str__(self) -> str:
-        return f"{self.acc} = {self.a} {self.b}ᵀ"
-
-
-@dataclass(frozen=True)
-class OutputGemm(Step):
-    """acc += a b, a in registers, the rows of b in shared memory contracted. Synchronous."""
-
-    acc: RegTile
-    a: RegTile
-    b: View
-
-    def __str__(self) -> str:
-        return f"{self.acc} += {self.a} {self.b}"
-
-
-@dataclass(frozen=True)
-class IssueScoreGemm(Step):
-    """Start acc = a bᵀ on the tensor core, both in shared memory, and close the group. Asynchronous.
-
-    Attributes:
-        starts_at_zero: if not, acc += a bᵀ instead.
-    """
-
-    acc: RegTile
-    a: View
-    b: View
-    starts_at_zero: bool = True
-
-    def __str__(self) -> str:
-        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}ᵀ"
-
-
-@dataclass(frozen=True)
-class IssueOutputGemm(Step):
-    """Start acc += a b, a in registers, the keys of b in shared memory contracted, and close the group.
-
-    Attributes:
-        starts_at_zero: acc = a b instead.
-        first_column: of b, where it has more columns than acc.
-    """
-
-    acc: RegTile
-    a: RegTile
-    b: View
-    starts_at_zero: bool = False
+    starts_at_zero: bool
     first_column: int = 0
 
+    def __post_init__(self) -> None:
+        a, b = set(self.a.axes), set(self.b.axes)
+        if len(a & b) != 1 or self.acc.axes != (*(a - b), *(b - a)):
+            places = ", ".join(f"{place} {place.axes}" for place in (self.acc, self.a, self.b))
+            raise InternalError(f"these are not the axes of a product and its operands: {places}")
+
+    @property
+    def contracted(self) -> Axis:
+        """The axis of both operands."""
+        return next(axis for axis in self.a.axes if axis in self.b.axes)
+
+    @property
+    def a_is_transposed(self) -> bool:
+        """Whether rows of A are contracted (MN-major), rather than its columns (K-major)."""
+        return self.a.axes[0] == self.contracted
+
+    @property
+    def b_is_transposed(self) -> bool:
+        """Whether columns of B are contracted (K-major), rather than its rows (MN-major)."""
+        return self.b.axes[1] == self.contracted
+
+    @property
+    def depth(self) -> int:
+        """How many elements of a row and a column are multiplied."""
+        return self.b.buffer.cols if self.b_is_transposed else self.b.buffer.rows
+
     def __str__(self) -> str:
+        a, b = f"{self.a}{'ᵀ' * self.a_is_transposed}", f"{self.b}{'ᵀ' * self.b_is_transposed}"
         some = f", columns from {self.first_column} on" if self.first_column else ""
-        return f"issue {self.acc} {'=' if self.starts_at_zero else '+='} {self.a} {self.b}{some}"
+        return f"{self.acc} {'=' if self.starts_at_zero else '+='} {a} {b}{some}"
+
+
+@dataclass(frozen=True)
+class Gemm(Product, Step):
+    """A product that is there when the Step ends.
+
+    Attributes:
+        unroll: k-steps of the matrix instruction that are written out; fewer need fewer registers. None for all.
+    """
+
+    unroll: int | None = None
+
+    def __str__(self) -> str:
+        return super().__str__()
+
+
+@dataclass(frozen=True)
+class IssueGemm(Product, Step):
+    """Start a product on the tensor core, and close the group. Asynchronous: see WaitGemm."""
+
+    def __str__(self) -> str:
+        return f"issue {super().__str__()}"
 
 
 @dataclass(frozen=True)
