@@ -142,7 +142,7 @@ def _warp_plan(
     schedule = common["schedule"]
     at = places(choice, arch, *dtypes, head_dims, pairs)
     if schedule == "serial":  # which keeps its maxima in device memory, and nothing that follows from them
-        at = replace(at, bounded_scores=False, integer_maxima=True)
+        at = replace(at, softmax=replace(at.softmax, bounded_scores=False, integer_maxima=True))
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     return KernelPlan(
         **common,
@@ -161,8 +161,8 @@ def _warp_plan(
                 "warps",
                 choice.warps,
                 SCHEDULES[schedule](at),
-                (at.acc_s, at.p, at.acc_o),
-                at.row_vectors,
+                at.reg_tiles,
+                at.softmax.vectors,
                 (at.load_at, at.read_at),
             ),
         ),

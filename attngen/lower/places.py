@@ -4,7 +4,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
-from attngen.expr import KeyRange, extremes, name
+from attngen.expr import Expr, KeyRange, extremes, name
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
 from attngen.plan import (
@@ -23,7 +23,7 @@ from attngen.plan import (
     Tensor,
 )
 from attngen.scaling import needs_no_maximum
-from attngen.schedules import Pairs, Places, Scales
+from attngen.schedules import KeyLoop, OnlineSoftmax, Pairs, Places, Scales, Scores
 
 
 def round_up(value: int, step: int) -> int:
@@ -38,6 +38,7 @@ def tile_places(
     out: Buffer,
     pairs: Pairs,
     scales: Scales | None = None,
+    ahead: tuple[tuple[Expr, RegTile], ...] = (),
     warpgroups: int = 2,
     integer_maxima: bool = False,
 ) -> dict[str, Any]:
@@ -47,19 +48,16 @@ def tile_places(
     """
     inputs, m, n = q.dtype, q.rows, k.rows
     head_dim_v = out.valid_cols
-    return dict(
-        pairs=pairs,
-        ahead=(),
-        by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
-        bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
-        integer_maxima=integer_maxima or (scales is not None and pairs.modifies_scores),
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        acc_s=RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
+    scores = Scores(
+        RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
+        pairs,
+        ahead,
+        two_steps_by_tanh(pairs, out.cols, warpgroups),
+        scales,
+    )
+    softmax = OnlineSoftmax(
+        scores,
         p=RegTile("p", inputs, SCORES, m, n, n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, out.axes, m, out.cols, head_dim_v, "accumulator"),
         row_max=RegVec("row_max", "queries", m),
         reference=RegVec("reference", "queries", m, is_counted=False),
         exponent_scale=RegVec("exponent_scale", "queries", m, groups=1, is_counted=False),
@@ -68,12 +66,23 @@ def tile_places(
         total=RegVec("total", "queries", m),
         inv_sum=RegVec("inv_sum", "queries", m),
         row_lse=RegVec("row_lse", "queries", m),
+        bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
+        integer_maxima=integer_maxima or (scales is not None and pairs.modifies_scores),
+    )
+    return dict(
+        keys=KeyLoop(pairs.visible),
+        scores=scores,
+        softmax=softmax,
+        acc_o=RegTile("acc_o", F32, out.axes, m, out.cols, head_dim_v, "accumulator"),
+        q=q,
+        k=k,
+        v=v,
+        out=out,
         q_in=Tensor("q", inputs, q.axes, q.valid_cols, "q"),
         k_in=Tensor("k", inputs, k.axes, k.valid_cols, "kv"),
         v_in=Tensor("v", inputs, v.axes, head_dim_v, "kv"),
         result=Tensor("out", out.dtype, out.axes, head_dim_v, "q"),
         lse=Rows("lse", "queries", optional=True),
-        scales=scales,
     )
 
 

@@ -32,7 +32,7 @@ from attngen.plan import (
     TensorMap,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
-from attngen.schedules import WARPGROUP_SCHEDULES, Pairs, RingCursors, Scales, WarpgroupPlaces
+from attngen.schedules import WARPGROUP_SCHEDULES, Output, Pairs, RingCursors, Scales, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
@@ -101,9 +101,6 @@ def places(
     if scales and scales.staged:
         end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))
         scales = replace(scales, staged=replace(scales.staged, offset=end))
-    common = tile_places(
-        q_buffer, k_buffer, v_buffer, out, pairs, scales, choice.warpgroups, choice.integer_maxima
-    )
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, SCORES, m, n, n, "a_fragment"))
         for i, (lookup, format) in enumerate(by_key.items())
@@ -113,25 +110,40 @@ def places(
         if choice.part_cols
         else None
     )
-    tiles = (common["acc_s"], common["p"], common["acc_o"], *((part,) if part else ()))
-    held = (*tiles, *(tile for _, tile in ahead))
-    if _fit(arch, choice.warpgroups, held):  # all or none: what stays in the loop wants registers too
-        common["ahead"] = ahead
-    return WarpgroupPlaces(
-        **common,
-        overlap=choice.overlap,
-        rescale=choice.rescale,
-        rescale_votes=choice.rescale_votes,
-        passes_late=choice.passes_late,
-        persistent=choice.persistent,
-        out_over_q=choice.out_over_q,
-        producer=cursors(fills=True),
-        consumer=cursors(fills=False),
-        turn=NamedBarriers("turn", 1, 2),
-        own=NamedBarriers("own", 1 + choice.warpgroups, 1),
-        part=part,
-        alpha_before=RegVec("alpha_before", "queries", m),
-    )
+    consumer = cursors(fills=False)
+
+    def with_loads(ahead: tuple[tuple[Expr, RegTile], ...]) -> WarpgroupPlaces:
+        of_tile = tile_places(
+            *(q_buffer, k_buffer, v_buffer, out, pairs, scales),
+            ahead,
+            choice.warpgroups,
+            choice.integer_maxima,
+        )
+        output = Output(
+            of_tile["acc_o"],
+            of_tile["softmax"],
+            v_buffer,
+            consumer.v,
+            choice.overlap,
+            choice.rescale,
+            choice.rescale_votes,
+            part,
+            RegVec("alpha_before", "queries", m),
+        )
+        return WarpgroupPlaces(
+            **of_tile,
+            output=output,
+            passes_late=choice.passes_late,
+            persistent=choice.persistent,
+            out_over_q=choice.out_over_q,
+            producer=cursors(fills=True),
+            consumer=consumer,
+            turn=NamedBarriers("turn", 1, 2),
+            own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+        )
+
+    found = with_loads(ahead)  # all or none: what stays in the loop wants registers too
+    return found if _fit(arch, choice.warpgroups, found.reg_tiles) else with_loads(())
 
 
 def _fit(arch: Arch, warpgroups: int, tiles: Iterable[RegTile]) -> bool:
@@ -152,7 +164,6 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
     """
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = WARPGROUP_REGISTERS.get(choice.warpgroups)
-    of_promotion = ((at.part,), (at.alpha_before,)) if at.part else ((), ())
 
     def cursors(of: RingCursors) -> tuple[Cursor, ...]:
         return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
@@ -162,12 +173,8 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
             "consumer",
             WARPGROUP_WARPS * choice.warpgroups,
             programs["consumer"],
-            (at.acc_s, at.p, at.acc_o, *(tile for _, tile in at.ahead), *of_promotion[0]),
-            (
-                *at.row_vectors,
-                *of_promotion[1],
-                *(at.scales.vectors if at.scales else ()),
-            ),
+            at.reg_tiles,
+            at.reg_vecs,
             cursors(at.consumer),
             choice.warpgroups,
             share.consumer if share else None,
@@ -178,7 +185,7 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
             programs["producer"],
             cursors=cursors(at.producer),
             registers=share.producer if share else None,
-            single_thread=not (at.walks or (at.scales and at.scales.has_key_scales)),
+            single_thread=not (at.keys.walks or (at.scores.scales and at.scores.scales.has_key_scales)),
         ),
     )
 
@@ -190,7 +197,8 @@ def storage(choice: WarpgroupChoice, at: WarpgroupPlaces) -> dict[str, Any]:
         for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
         if cursor.ring and (cursor is not at.consumer.tile or at.persistent)
     )
-    staged = (at.scales.staged,) if at.scales and at.scales.staged else ()
+    scales = at.scores.scales
+    staged = (scales.staged,) if scales and scales.staged else ()
     buffers = (at.q, at.k, at.v, at.out, *staged)
     end = max(buffer.offset + buffer.size_bytes for buffer in buffers)
     barrier_bytes = sum(ring.size_bytes for ring in rings)
@@ -220,5 +228,5 @@ def params(choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, 
         *((Param("tile_counter", "pointer", "counter.ptr"),) if choice.persistent else ()),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
-        *(scale_params(at.scales) if at.scales else ()),
+        *(scale_params(at.scores.scales) if at.scores.scales else ()),
     )

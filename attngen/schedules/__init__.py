@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
+from attngen.schedules.keys import KeyLoop
+from attngen.schedules.output import Output
 from attngen.schedules.pairs import Pairs
+from attngen.schedules.scales import Scales
+from attngen.schedules.scores import Scores
 from attngen.schedules.serial import serial
-from attngen.schedules.tiles import Places, Scales, TilePlaces
+from attngen.schedules.softmax import OnlineSoftmax
+from attngen.schedules.tiles import Places, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
@@ -21,10 +26,14 @@ WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] 
 __all__ = [
     "SCHEDULES",
     "WARPGROUP_SCHEDULES",
+    "KeyLoop",
+    "OnlineSoftmax",
+    "Output",
     "Pairs",
     "Places",
     "RingCursors",
     "Scales",
+    "Scores",
     "TilePlaces",
     "WarpgroupPlaces",
 ]

@@ -11,7 +11,6 @@ from attngen.plan.steps import (
     Advance,
     Clear,
     CommitCopies,
-    ConvertP,
     ForTiles,
     Gemm,
     LoadTile,
@@ -20,15 +19,13 @@ from attngen.plan.steps import (
     ReduceRows,
     ScaleRows,
     StageTile,
-    Step,
     StoreRegisters,
     StoreTile,
     SyncThreads,
     WaitCopies,
-    WhenBlock,
-    WhenNext,
 )
-from attngen.schedules.tiles import LOAD, M_BLOCK, N_MAX, N_MIN, VISIT, KeyBlock, Places
+from attngen.schedules.keys import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
+from attngen.schedules.tiles import Places
 
 
 def fa2(at: Places) -> Program:
@@ -38,24 +35,24 @@ def fa2(at: Places) -> Program:
         ForTiles(
             (
                 Clear(at.acc_o),
-                *at.start_maximum,
-                Clear(at.row_sum),
-                *at.start_keys(LOAD, VISIT),
-                at.when_first(
+                *at.softmax.start_maximum,
+                Clear(at.softmax.row_sum),
+                *at.keys.start(LOAD, VISIT),
+                at.keys.when_first(
                     (
                         LoadTile(at.q.at(), at.q_in, M_BLOCK, bounded=True),
                         *prologue,
-                        *at.negate_q(at.q.at(), ((WaitCopies(0), SyncThreads()), ())),
-                        *at.for_all_blocks(block),
+                        *at.scores.orient(at.q.at(), before=(WaitCopies(0), SyncThreads())),
+                        *at.keys.for_all_blocks(block),
                     ),
                     LOAD,
                 ),
                 Note("normalise once, at the end"),
                 ReadTile(),
-                ReduceRows(at.total, at.row_sum),
-                at.finish_rows,
-                ScaleRows(at.acc_o, at.inv_sum),
-                StoreRegisters(at.row_lse, at.lse, M_BLOCK),
+                ReduceRows(at.softmax.total, at.softmax.row_sum),
+                at.softmax.finish,
+                ScaleRows(at.acc_o, at.softmax.inv_sum),
+                StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
                 SyncThreads(),
                 StageTile(at.acc_o, at.out.at()),
                 SyncThreads(),
@@ -69,16 +66,11 @@ def _softmax(at: Places) -> Program:
     """One step of the online softmax; alpha rescales what was summed under the old maximum."""
     return (
         Note("online softmax"),
-        *at.row_max_of_scores,
-        *at.exponentials,
-        *at.rescale_output(),
-        ConvertP(at.acc_s, at.p),
+        *at.softmax.update_maximum,
+        *at.softmax.exponentiate,
+        *at.softmax.rescale(at.acc_o),
+        at.softmax.convert,
     )
-
-
-def _when_ahead(at: Places, block: BlockIndex, load: Callable[[BlockIndex], Program]) -> Step:
-    """Load a block to the left, if there is one: that number, or where the walk of the loads comes to."""
-    return WhenNext(LOAD, load(LOAD.n)) if at.walks else WhenBlock(block, N_MIN, load(block))
 
 
 def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
@@ -95,19 +87,18 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             LoadTile(at.v.at(), at.v_in, n, at_block.may_be_last),
             CommitCopies(),
             Note("S = Q Kᵀ"),
-            Gemm(at.acc_s, at.q.at(), at.k.at(), starts_at_zero=True, unroll=at.score_unroll),
-            *at.modify(M_BLOCK, n),
-            *at_block.mask,
+            Gemm(at.scores.acc_s, at.q.at(), at.k.at(), starts_at_zero=True, unroll=at.score_unroll),
+            *at.scores.finish(at_block),
             WaitCopies(0),
             SyncThreads(),
-            _when_ahead(at, n - 1, load_k),
+            at.keys.when_ahead(n - 1, load_k),
             CommitCopies(),
             *_softmax(at),
             Note("O += P V"),
-            Gemm(at.acc_o, at.p, at.v.at(), starts_at_zero=False),
+            Gemm(at.acc_o, at.softmax.p, at.v.at(), starts_at_zero=False),
         )
 
-    return (LoadTile(at.k.at(), at.k_in, _first(at), bounded=True), CommitCopies()), block
+    return (LoadTile(at.k.at(), at.k_in, at.keys.first_to_load, bounded=True), CommitCopies()), block
 
 
 def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
@@ -120,31 +111,27 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]
             LoadTile(at.v.at(at.load_at), at.v_in, block, bounded),
         )
 
-    prologue: Program = (*load(_first(at), bounded=True), CommitCopies(), Advance(at.load_at))
+    prologue: Program = (*load(at.keys.first_to_load, bounded=True), CommitCopies(), Advance(at.load_at))
     for i in range(1, ahead):
-        prologue += (_when_ahead(at, N_MAX - 1 - i, load), CommitCopies(), Advance(at.load_at))
+        prologue += (at.keys.when_ahead(N_MAX - 1 - i, load), CommitCopies(), Advance(at.load_at))
 
     def block(at_block: KeyBlock) -> Program:
         n = at_block.n
         return (
             WaitCopies(ahead - 1),
             SyncThreads(),
-            _when_ahead(at, n - ahead, load),
+            at.keys.when_ahead(n - ahead, load),
             CommitCopies(),
             Advance(at.load_at),
             Note("S = Q Kᵀ"),
-            Gemm(at.acc_s, at.q.at(), at.k.at(at.read_at), starts_at_zero=True, unroll=at.score_unroll),
-            *at.modify(M_BLOCK, n),
-            *at_block.mask,
+            Gemm(
+                at.scores.acc_s, at.q.at(), at.k.at(at.read_at), starts_at_zero=True, unroll=at.score_unroll
+            ),
+            *at.scores.finish(at_block),
             *_softmax(at),
             Note("O += P V"),
-            Gemm(at.acc_o, at.p, at.v.at(at.read_at), starts_at_zero=False),
+            Gemm(at.acc_o, at.softmax.p, at.v.at(at.read_at), starts_at_zero=False),
             Advance(at.read_at),
         )
 
     return prologue, block
-
-
-def _first(at: Places) -> BlockIndex:
-    """The block that is loaded first."""
-    return LOAD.n if at.walks else at.first_block.n

@@ -36,7 +36,7 @@ from attngen.plan import (
     assemble,
 )
 from attngen.plan.rules import verify
-from attngen.schedules import Pairs, Places, WarpgroupPlaces
+from attngen.schedules import KeyLoop, OnlineSoftmax, Pairs, Places, Scores, WarpgroupPlaces
 from attngen.spec import load
 
 FULL = Pairs.of(TRUE, name("score"))
@@ -45,23 +45,10 @@ FULL = Pairs.of(TRUE, name("score"))
 def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dtype: DType = F32) -> Places:
     """Places for tiles of the given sizes; `out` has the bytes of `q`."""
     q_bytes, kv_bytes = block_m * dim * 4, stages * block_n * dim * 4
-    return Places(
-        pairs=FULL,
-        ahead=(),
-        by_tanh=None,
-        bounded_scores=False,
-        integer_maxima=False,
-        stages=stages,
-        score_unroll=1,
-        q=Buffer("q", dtype, ROWS_OF_Q, block_m, dim, dim),
-        k=Buffer("k", dtype, ROWS_OF_K, block_n, dim, dim, stages, q_bytes),
-        v=Buffer("v", dtype, ROWS_OF_V, block_n, dim, dim, stages, q_bytes + kv_bytes),
-        out=Buffer("out", dtype, ROWS_OF_O, block_m, dim, dim, overlays="q"),
-        load_at=Cursor("load", stages),
-        read_at=Cursor("read", stages),
-        acc_s=RegTile("acc_s", F32, SCORES, block_m, block_n, block_n, "accumulator"),
+    scores = Scores(RegTile("acc_s", F32, SCORES, block_m, block_n, block_n, "accumulator"), FULL)
+    softmax = OnlineSoftmax(
+        scores,
         p=RegTile("p", dtype, SCORES, block_m, block_n, block_n, "a_fragment"),
-        acc_o=RegTile("acc_o", F32, ROWS_OF_O, block_m, dim, dim, "accumulator"),
         row_max=RegVec("row_max", "queries", block_m),
         reference=RegVec("reference", "queries", block_m),
         exponent_scale=RegVec("exponent_scale", "queries", block_m, groups=1),
@@ -70,6 +57,20 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         total=RegVec("total", "queries", block_m),
         inv_sum=RegVec("inv_sum", "queries", block_m),
         row_lse=RegVec("row_lse", "queries", block_m),
+    )
+    return Places(
+        keys=KeyLoop(FULL.visible),
+        scores=scores,
+        softmax=softmax,
+        acc_o=RegTile("acc_o", F32, ROWS_OF_O, block_m, dim, dim, "accumulator"),
+        stages=stages,
+        score_unroll=1,
+        q=Buffer("q", dtype, ROWS_OF_Q, block_m, dim, dim),
+        k=Buffer("k", dtype, ROWS_OF_K, block_n, dim, dim, stages, q_bytes),
+        v=Buffer("v", dtype, ROWS_OF_V, block_n, dim, dim, stages, q_bytes + kv_bytes),
+        out=Buffer("out", dtype, ROWS_OF_O, block_m, dim, dim, overlays="q"),
+        load_at=Cursor("load", stages),
+        read_at=Cursor("read", stages),
         q_in=Tensor("q", dtype, ROWS_OF_Q, dim, "q"),
         k_in=Tensor("k", dtype, ROWS_OF_K, dim, "kv"),
         v_in=Tensor("v", dtype, ROWS_OF_V, dim, "kv"),
@@ -78,7 +79,6 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, dim, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
-        scales=None,
     )
 
 

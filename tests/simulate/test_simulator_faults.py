@@ -31,6 +31,7 @@ from attngen.schedules import SCHEDULES
 from attngen.simulate import STEPS_SIMULATED, SimulationFault, simulate
 
 AT = places(stages=2)
+SOFTMAX = AT.softmax
 M, ZERO, ONE = BlockIndex("m_block"), BlockIndex("zero"), BlockIndex("zero", 1)
 SYNC, COMMIT, WAIT = SyncThreads(), CommitCopies(), WaitCopies(0)
 LOAD_Q = LoadTile(AT.q.at(), AT.q_in, M, bounded=True)
@@ -40,13 +41,16 @@ LOAD_K_1_BOUNDED = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=True)
 LOAD_K_LEFT = LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("zero", -1), bounded=True)
 LOAD_V = LoadTile(AT.v.at(AT.read_at), AT.v_in, ZERO, bounded=True)
 LAND = (COMMIT, WAIT, SYNC)
-SCORES = Gemm(AT.acc_s, AT.q.at(), AT.k.at(AT.read_at), starts_at_zero=True)
+SCORES = Gemm(AT.scores.acc_s, AT.q.at(), AT.k.at(AT.read_at), starts_at_zero=True)
 CLEAR_O = Clear(AT.acc_o)
 COPY_OUT, STORE_OUT = StageTile(AT.acc_o, AT.out.at()), StoreTile(AT.out.at(), AT.result, M)
 END = (CLEAR_O, SYNC, COPY_OUT, SYNC, STORE_OUT)
-FINISH = FinishRows(AT.row_max, AT.total, AT.inv_sum, AT.row_lse)
-STATISTICS = (Clear(AT.row_max), Clear(AT.total))
-SAVE, RESTORE = StoreRegisters(AT.row_max, AT.saved_max, M), LoadRegisters(AT.alpha, AT.saved_max, M)
+FINISH = FinishRows(SOFTMAX.row_max, SOFTMAX.total, SOFTMAX.inv_sum, SOFTMAX.row_lse)
+STATISTICS = (Clear(SOFTMAX.row_max), Clear(SOFTMAX.total))
+SAVE, RESTORE = (
+    StoreRegisters(SOFTMAX.row_max, AT.saved_max, M),
+    LoadRegisters(SOFTMAX.alpha, AT.saved_max, M),
+)
 OVER_N = ForBlocks(Range("keys", ZERO, ONE, False, "any"), "n", (LOAD_Q, *LAND))
 SEES = When("m sees n", (LOAD_Q, *LAND))
 
@@ -158,21 +162,26 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
         "q",
     ),
     "register nobody wrote": (
-        (ScaleRows(AT.acc_o, AT.alpha),),
+        (ScaleRows(AT.acc_o, SOFTMAX.alpha),),
         ScaleRows,
-        (CLEAR_O, Clear(AT.alpha), ScaleRows(AT.acc_o, AT.alpha)),
+        (CLEAR_O, Clear(SOFTMAX.alpha), ScaleRows(AT.acc_o, SOFTMAX.alpha)),
         "uninitialised read",
         "acc_o",
     ),
     "accumulator that a GEMM adds to": (
-        (Clear(AT.p), LOAD_V, *LAND, Gemm(AT.acc_o, AT.p, AT.v.at(AT.read_at), starts_at_zero=False)),
+        (
+            Clear(SOFTMAX.p),
+            LOAD_V,
+            *LAND,
+            Gemm(AT.acc_o, SOFTMAX.p, AT.v.at(AT.read_at), starts_at_zero=False),
+        ),
         Gemm,
         (
             CLEAR_O,
-            Clear(AT.p),
+            Clear(SOFTMAX.p),
             LOAD_V,
             *LAND,
-            Gemm(AT.acc_o, AT.p, AT.v.at(AT.read_at), starts_at_zero=False),
+            Gemm(AT.acc_o, SOFTMAX.p, AT.v.at(AT.read_at), starts_at_zero=False),
         ),
         "uninitialised read",
         "acc_o",
@@ -213,9 +222,18 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
         "k[0]",
     ),
     "one lane's part for the whole": (
-        (Clear(AT.row_max), Clear(AT.row_sum), FinishRows(AT.row_max, AT.row_sum, AT.inv_sum, AT.row_lse)),
+        (
+            Clear(SOFTMAX.row_max),
+            Clear(SOFTMAX.row_sum),
+            FinishRows(SOFTMAX.row_max, SOFTMAX.row_sum, SOFTMAX.inv_sum, SOFTMAX.row_lse),
+        ),
         FinishRows,
-        (Clear(AT.row_max), Clear(AT.row_sum), ReduceRows(AT.total, AT.row_sum), FINISH),
+        (
+            Clear(SOFTMAX.row_max),
+            Clear(SOFTMAX.row_sum),
+            ReduceRows(SOFTMAX.total, SOFTMAX.row_sum),
+            FINISH,
+        ),
         "partial sum",
         "row_sum",
     ),

@@ -199,7 +199,7 @@ CASES: dict[str, Case] = {
         mended_consumer=(*BOTH, LAND_ALL, CLEAR_P),
     ),
     "operand in registers that the wait does not name": Case(
-        (*BOTH, WaitGemm(0, (AT.acc_s, AT.acc_o)), CONVERT),
+        (*BOTH, WaitGemm(0, (AT.scores.acc_s, AT.acc_o)), CONVERT),
         ALL,
         ConvertP,
         "race",
@@ -208,13 +208,13 @@ CASES: dict[str, Case] = {
         mended_consumer=(*BOTH, LAND_ALL, CONVERT),
     ),
     "accumulator taken back in flight": Case(
-        (*BOTH, WaitGemm(1, (AT.acc_s, AT.acc_o)), LAND_ALL),
+        (*BOTH, WaitGemm(1, (AT.scores.acc_s, AT.acc_o)), LAND_ALL),
         ALL,
         WaitGemm,
         "race",
         "acc_o",
         "acc_o is taken back from a GEMM in flight",
-        mended_consumer=(*BOTH, WaitGemm(1, (AT.acc_s,)), LAND_O),
+        mended_consumer=(*BOTH, WaitGemm(1, (AT.scores.acc_s,)), LAND_O),
     ),
     "operand in shared memory written under its GEMM": Case(
         (FULL_Q, FULL_K, SCORES, NEGATE, LAND_S),

@@ -30,6 +30,7 @@ from attngen.plan.steps import (
 from attngen.simulate import simulate
 
 AT = warpgroup_places()
+SOFTMAX = AT.softmax
 M = BlockIndex("m_block")
 OURS, FILLS = AT.consumer, AT.producer
 
@@ -47,16 +48,16 @@ DRAW = (WaitEmpty(FILLS.tile), DrawTile(FILLS.tile), Advance(FILLS.tile))
 FULL_Q, FULL_K, FULL_V = WaitFull(OURS.q), WaitFull(OURS.k), WaitFull(OURS.v)
 FREE_Q, FREE_K, FREE_V = ((Release(at), Advance(at)) for at in (OURS.q, OURS.k, OURS.v))
 LAST_FREES = (When("last warpgroup", (Release(OURS.k),)),)
-SCORES = IssueGemm(AT.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k), starts_at_zero=True)
-OUTPUT = IssueGemm(AT.acc_o, AT.p, AT.v.at(OURS.v), starts_at_zero=False)
+SCORES = IssueGemm(AT.scores.acc_s, AT.q.at(OURS.q).own, AT.k.at(OURS.k), starts_at_zero=True)
+OUTPUT = IssueGemm(AT.acc_o, SOFTMAX.p, AT.v.at(OURS.v), starts_at_zero=False)
 LAND_S, LAND_O, LAND_ALL = (
-    WaitGemm(0, (AT.acc_s,)),
-    WaitGemm(0, (AT.acc_o, AT.p)),
-    WaitGemm(0, (AT.acc_s, AT.acc_o, AT.p)),
+    WaitGemm(0, (AT.scores.acc_s,)),
+    WaitGemm(0, (AT.acc_o, SOFTMAX.p)),
+    WaitGemm(0, (AT.scores.acc_s, AT.acc_o, SOFTMAX.p)),
 )
 USE_K = (FULL_K, SCORES, LAND_S, *FREE_K)
-CLEAR_P, CLEAR_O, CLEAR_S = Clear(AT.p), Clear(AT.acc_o), Clear(AT.acc_s)
-CONVERT = ConvertP(AT.acc_s, AT.p)
+CLEAR_P, CLEAR_O, CLEAR_S = Clear(SOFTMAX.p), Clear(AT.acc_o), Clear(AT.scores.acc_s)
+CONVERT = ConvertP(AT.scores.acc_s, SOFTMAX.p)
 BOTH = (CLEAR_O, CLEAR_P, FULL_Q, FULL_K, FULL_V, SCORES, OUTPUT)
 NEGATE = NegateTile(AT.q.at(OURS.q).own)
 FENCE, MEET, STORED = FenceAsync(), SyncWarpgroup(AT.own), WaitStores()
