@@ -7,7 +7,6 @@ its comment. `used_by` follows the names from a text to the paragraphs it needs.
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from attngen.resources import templates_dir
 
@@ -48,8 +47,9 @@ _COMMENT = re.compile(r"//[^\n]*")
 
 
 @cache
-def _paragraphs(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
-    """The paragraphs of some files, in order."""
+def paragraphs(files: tuple[str, ...]) -> tuple[str, ...]:
+    """The paragraphs of some files of the library, in order."""
+    folder = templates_dir() / "device"
     texts = ((folder / file).read_text(encoding="utf-8").strip("\n") for file in files)
     return tuple("\n\n".join(texts).split("\n\n"))
 
@@ -63,12 +63,11 @@ def used_by(text: str, instructions: Sequence[str] = ()) -> list[str]:
         text: of a kernel.
         instructions: paragraphs made for it, which join the library's instructions.
     """
-    folder = templates_dir() / "device"
-    library = (*_paragraphs(folder, INSTRUCTIONS), *instructions, *_paragraphs(folder, FUNCTIONS))
-    paragraphs = [(frozenset(_DEFINED.findall(paragraph)[:1]), paragraph) for paragraph in library]
+    library = (*paragraphs(INSTRUCTIONS), *instructions, *paragraphs(FUNCTIONS))
+    defined = [(frozenset(_DEFINED.findall(paragraph)[:1]), paragraph) for paragraph in library]
     wanted = names_in(text)
     needed: list[str] = []
-    for names, paragraph in reversed(paragraphs):
+    for names, paragraph in reversed(defined):
         if not names or names & wanted:
             needed.append(paragraph)
             wanted |= names_in(paragraph)

@@ -12,10 +12,11 @@ from attngen.emit.sheets import sheet_macros
 from attngen.lower import lower
 from attngen.plan import SHEETS, STEPS, Manifest
 from attngen.plan.call import SCHEMA_VERSION
+from attngen.runtime.nvrtc import compile_source
 from attngen.simulate import STEPS_SIMULATED
 from attngen.simulate.sheets import SHEETS_SIMULATED
 from attngen.spec import Spec
-from tests.emit.regenerate import FOLDER, expected_files
+from tests.emit.regenerate import FOLDER, LIBRARY, expected_files
 from tests.plans import kernel_plan
 
 
@@ -34,6 +35,16 @@ def test_generated_is_in_step_with_the_templates() -> None:
     assert sorted(found) == sorted(expected)
     changed = [name for name in expected if found[name] != expected[name]]
     assert not changed, f"differ: {changed}"
+
+
+@pytest.mark.parametrize("name", ["h100_alibi", "fa2_d64", "h100_fp8_quantize"])
+def test_generated_compiles(name: str) -> None:
+    """With its includes in it a generated file is a whole text, though it carries more than it needs."""
+    text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    for file, parts in LIBRARY.items():
+        assert text.count(f'#include "{file}"') == 1
+        text = text.replace(f'#include "{file}"', "\n\n".join(parts))
+    assert compile_source(text, "sm_90a").cubin
 
 
 def test_a_step_has_one_name_in_three_places() -> None:
