@@ -5,7 +5,7 @@ import math
 SMALLEST_SCALE = 2.0**-126
 """FLT_MIN stands for a scale of 0, so that a score of -inf stays -inf."""
 SMALLEST_SEEDED_SCALE = 2.0**-60
-"""The same where something is added to the product before it is scaled, and is divided by the scale for that."""
+"""It stands for a scale of 0 where something is added to the product before scaling, and divided by the scale."""
 COARSE_SCORES = 2.0**27
 """Scores in log2 units that are as large as this or larger lie at least 4 apart in f32, and a product with the scale is
 rounded by up to 8. A row whose maximum is so large takes another way (`plan.steps.RowMax`)."""

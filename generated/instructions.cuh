@@ -50,7 +50,7 @@ DEV void ldmatrix_x4(u32 (&r)[4], u32 address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// The same, each matrix transposed on the way. PTX ISA: ldmatrix, .trans.
+// Four 8x8 matrices, each transposed on the way. PTX ISA: ldmatrix, .trans.
 DEV void ldmatrix_x4_trans(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -200,7 +200,7 @@ DEV void mbarrier_wait(u32 barrier, u32 parity) {
       "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// The same, slower, for a whole warp, whose threads the compiler then knows to go on together.
+// mbarrier_wait, slower, for a whole warp, whose threads the compiler then knows to go on together.
 DEV void mbarrier_wait_warp(u32 barrier, u32 parity) {
   for (u32 done = 0; !__all_sync(~0u, done);) {
     asm volatile(

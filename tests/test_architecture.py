@@ -1,6 +1,7 @@
 """The house's directions: who may import whom, and what a bare machine can import."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -91,6 +92,14 @@ def test_every_folder_keeps_to_its_budget() -> None:
         f"lines and budgets:\n{table}\n"
         f"{'in all':10} {sum(found.values()):6} of {sum(BUDGET.values()):6}, the templates among them"
     )
+
+
+def test_a_docstring_stands_on_its_own() -> None:
+    """Whoever jumps to a definition has nothing above it that "the same" could mean."""
+    files = [*PACKAGE.rglob("*.py"), *templates_dir().rglob("*.cuh"), *templates_dir().rglob("*.j2")]
+    pronoun = re.compile(r'(?:"""|// )(?:The same|Likewise)\b')
+    wrong = [str(path) for path in files if pronoun.search(path.read_text(encoding="utf-8"))]
+    assert wrong == []
 
 
 def test_each_library_has_one_owner() -> None:

@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = ("randn", "integers", "outliers")
 """
 
 KINDS_WITH_SCALES: tuple[Kind, ...] = get_args(Kind)
-"""The same of what is quantised, from bf16.
+"""Distributions of what is quantised, from bf16: those above, and
 
 - spans: N(0, 1) times 2^-20 to 2^20, a power for each `SPAN` rows of a head and here and there for a row; blocks of
   zeros, and single numbers 64 times as large. Q is 2^20 times smaller, so that products are those of N(0, 1) at most
@@ -128,7 +128,7 @@ def random_inputs(
 
 @torch_defaults()
 def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """The same values in another memory layout: (batch, seqlen, heads, head_dim) each, contiguous as given.
+    """Lay values out in another way: (batch, seqlen, heads, head_dim) each, contiguous as given.
 
     Nothing is repeated, so that `expanded` is `contiguous` here.
     """

@@ -28,14 +28,14 @@ _FREE = {
 
 
 def per_tensor(spec: Spec) -> Spec:
-    """The same attention with one scale for each of Q, K and V, as they are."""
+    """Change a spec to one scale for each of Q, K and V, as they are."""
     return spec.replace(
         {**_FREE, "precision.scales": "per_tensor", "precision.incoherent": "none", "precision.seed": 0}
     )
 
 
 def in_bf16(spec: Spec) -> Spec:
-    """The same attention on bf16 inputs."""
+    """Change a spec to bf16 inputs."""
     return spec.replace({**_FREE, "precision": {"inputs": "bf16", "output": spec.precision.output}})
 
 

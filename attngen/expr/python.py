@@ -109,7 +109,7 @@ def _by_name(kind: str, given: Mapping[str, str] | None) -> Mapping[str, str]:
 
 
 def _texts(kind: str, given: Mapping[str, str] | None) -> dict[str, str]:
-    """The same, each a text by a name."""
+    """Declarations of a kind, each a text by a name."""
     for name, text in _by_name(kind, given).items():
         what = f"{shown(name)}: {type(text).__name__} {shown(text)}"
         if not isinstance(name, str):

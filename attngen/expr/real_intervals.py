@@ -96,12 +96,12 @@ def is_at_most(x: Bounds, y: Bounds) -> tuple[Expr, Expr]:
 
 
 def is_less(x: Bounds, y: Bounds) -> tuple[Expr, Expr]:
-    """The same of x < y. What must be less than another is not +inf, and the other not -inf: neither is NaN."""
+    """Whether x < y may hold, and whether it must: what must be less is not +inf, the other not -inf, neither NaN."""
     return compare("<", x.lo, y.hi), compare("<", x.hi, y.lo)
 
 
 def is_equal(x: Bounds, y: Bounds) -> tuple[Expr, Expr]:
-    """The same of x == y. Ends that meet from both sides are one number."""
+    """Whether x == y may hold, and whether it must. Ends that meet from both sides are one number."""
     may = conjunction([compare("<=", x.lo, y.hi), compare("<=", y.lo, x.hi)])
     return may, conjunction([compare("<=", x.hi, y.lo), compare("<=", y.hi, x.lo)])
 

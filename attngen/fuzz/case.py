@@ -118,7 +118,7 @@ class Case:
 
 @torch_defaults()  # a demand for deterministic algorithms has torch fill what is new
 def far_apart(inputs: Tensors) -> Tensors:
-    """The same values in one storage, in which the last batch begins past 2^31 elements.
+    """Lay values out in one storage, in which the last batch begins past 2^31 elements.
 
     Nothing between is ever touched, so that on a CPU it costs address space and no memory.
     """

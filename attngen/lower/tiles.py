@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class WarpgroupChoice:
-    """The same for the schedules of warpgroups.
+    """The numbers that a spec leaves open to the schedules of warpgroups, decided.
 
     Attributes:
         warpgroups: consumers; each owns a matrix instruction's rows of block_m.

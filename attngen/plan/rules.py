@@ -39,11 +39,11 @@ WARPGROUP_REGISTERS = {2: RegisterShare(240, 24, spare=24), 3: RegisterShare(160
 """By consumer warpgroups: 65536 registers are there for all. A single consumer needs no more than the launch gives.
 24 and 32 are also what FlashAttention-4's search on sm_90 keeps free."""
 SPARE_8BIT, SPARE_PROMOTED, SPARE_BY_KEY = 24, 12, 40
-"""The same for 8-bit inputs: beside tiles; beside tiles and scales where O is promoted, since a part of O is not held
-through the softmax; beside these and all row values where each key has a scale. What NVRTC 13.0.88 made of 251 tiles of
-head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
+"""Registers of a consumer's thread that tiles of 8-bit inputs leave free; tiles and scales where O is promoted, since a
+part of O is not held through the softmax; these and all row values where each key has a scale. What NVRTC 13.0.88 made
+of 251 tiles of head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
 REGISTERS_OF_STAGED_GROUP = 6
-"""Of a producer's thread, for the scales of a group of columns on their way to shared memory; likewise."""
+"""Of a producer's thread, for the scales of a group of columns on their way to shared memory; from the same tiles."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256

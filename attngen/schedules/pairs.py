@@ -51,7 +51,7 @@ class Pairs:
         return cls(mask, key_range(mask), score)
 
     def seeded(self) -> "Pairs":
-        """The same, what is added to the product wherever that enters taken out of the score.
+        """Take out of the score what is added to the product, wherever that enters.
 
         A term that is looked up for each key stays, and what is added after it: behind the GEMM it has longer to come.
         So does one that may be huge, for all that the text says.

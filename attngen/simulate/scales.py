@@ -46,7 +46,7 @@ def stage_scales(step: StageScales, role: RoleRun) -> None:
 
 
 def read_score_scale(step: ReadScoreScale, role: RoleRun) -> None:
-    """The same times K's descale of each key of a block."""
+    """The scale of a row's scores times K's descale of a block."""
     staged, src = role.read_shared(step.staged), role.read(step.src)
     role.write(step.dst, lambda: _normal(src * staged[:, :1], step.in_natural_units))
 

@@ -99,7 +99,7 @@ def log_sum_exp(reference: torch.Tensor, row_sum: torch.Tensor, lift: int = 0) -
 def log_sum_exp_of_scores(
     row_max: torch.Tensor, row_sum: torch.Tensor, scale_log2: float, coarse: float, lift: int = 0
 ) -> torch.Tensor:
-    """The same of maxima that are scores; coarse ones are brought to natural units at once, and stay finite."""
+    """`log_sum_exp` of maxima that are scores; coarse ones are brought to natural units at once, and stay finite."""
     reference, largest = row_max * scale_log2, torch.finfo(row_max.dtype).max
     exact = row_max.double() * (scale_log2 * LN_2) + (torch.log2(row_sum) - lift) * LN_2
     natural = is_coarse(reference, coarse) & (row_sum != 0)

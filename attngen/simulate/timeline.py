@@ -59,7 +59,7 @@ class Timeline:
         return sum(interval.end - interval.begin for interval in self.intervals if interval.unit == unit)
 
     def share(self, unit: Unit) -> float:
-        """The same, of the whole time."""
+        """The part of the whole time for which a unit was at work."""
         return self.busy(unit) / max(1, self.cycles)
 
 

@@ -23,7 +23,7 @@ DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_
   }
 }
 
-// The same where every row is known to exist.
+// load_tile where every row is known to exist.
 template <class Tile, int kThreads>
 DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
   using Pass = Passes<Tile, kThreads>;

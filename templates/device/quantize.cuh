@@ -126,7 +126,7 @@ DEV GranuleScale granule_scale(float amax) {
   return {__fdiv_rn(448.f, amax), __fdiv_rn(amax, 448.f)};
 }
 
-// The same with the next power of two for a descale. P takes it up, which then moves P's exponent alone.
+// The scale of elements whose largest magnitude is amax, with a power of two for a descale. P takes it up, which then moves P's exponent alone.
 DEV GranuleScale power_scale(float amax) {
   const float descale = __uint_as_float(__float_as_uint(granule_scale(amax).descale) + 0x7fffffu & 0x7f800000u);
   return {__fdiv_rn(1.f, descale), descale};

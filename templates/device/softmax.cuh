@@ -72,8 +72,8 @@ DEV float largest_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& 
   return top;
 }
 
-// The same, or 0 if that is larger: numbers that are not negative are ordered as the integers of their bits, and of integers
-// one instruction takes the largest of three. Programming Guide: DPX.
+// The largest score of row i, or 0 if that is larger: numbers that are not negative are ordered as the integers of their bits, and
+// of integers one instruction takes the largest of three. Programming Guide: DPX.
 template <int kRowTiles, int kColTiles, class Scale>
 DEV float largest_positive_score(const float (&s)[kRowTiles][kColTiles][4], const Scale& scale_log2, int i) {
   constexpr int kGroups = GroupsOf<Scale>::kCount;
@@ -109,7 +109,7 @@ DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRow
   for (int i = 0; i < 2 * kRowTiles; ++i) raise_row_max(row_max, alpha, quad_max(largest_score(s, scale_log2, i)), scale_log2, i);
 }
 
-// The same by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
+// update_row_max by integers, unless a row of this warp has had no maximum that is not negative, and has none now.
 template <int kRowTiles, int kColTiles, int kGroups>
 DEV void update_row_max_by_integers(float (&row_max)[2 * kRowTiles], float (&alpha)[2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4],
                                     const float (&scale_log2)[kGroups][2 * kRowTiles]) {
@@ -141,7 +141,7 @@ DEV Maximum raised(float old, float top, float scale_log2) {
   return {row_max, reference, __fmul_ru(old, scale_log2) - reference};
 }
 
-// The same of row i, whose scores become relative to the maximum here, before anything is rounded.
+// A row's maximum from a block's, where the scores of row i become relative to the maximum here, before anything is rounded.
 template <int kRowTiles, int kColTiles>
 DEV Maximum subtracted(float (&s)[kRowTiles][kColTiles][4], float old, float row_max, float scale_log2, int i) {
 #pragma unroll
@@ -186,7 +186,7 @@ DEV void refer_to(float& reference, float& alpha, float& exponent_scale, float r
   alpha = exp2_approx(-fabsf(old - reference));  // of two scales the new reference may be less
 }
 
-// The same without a vote, for which the exponentials of one row would wait until the other's maximum is known.
+// update_row_max without a vote, for which the exponentials of one row would wait until the other's maximum is known.
 template <int kRowTiles, int kColTiles>
 DEV void update_row_max(float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles], float (&alpha)[2 * kRowTiles],
                         float (&exponent_scale)[1][2 * kRowTiles], const float (&s)[kRowTiles][kColTiles][4], float scale_log2, float coarse) {
@@ -317,14 +317,14 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_max
   }
 }
 
-// The same of exponents that were not taken relative to a maximum.
+// finish_rows of exponents that were not taken relative to a maximum.
 template <int N>
 DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum)[N]) {
   const float none[N] = {};
   finish_rows(inv_sum, lse, none, row_sum);
 }
 
-// The same of maxima that are scores; coarse ones are brought to natural units at once.
+// finish_rows of maxima that are scores; coarse ones are brought to natural units at once.
 template <int N>
 DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
                                float coarse, float lift = 0.f, float top = 1.f) {

@@ -11,11 +11,12 @@ DEV void pin(u32 (&x)[kRowTiles][kColTiles][4]) {
   for (int i = 0; i < kRowTiles * kColTiles * 4; ++i) asm volatile("" : "+r"(x[i / 4 / kColTiles][i / 4 % kColTiles][i % 4])::"memory");
 }
 
-// What wgmma takes for a matrix in panels whose rows are contracted over (K-major): eight rows 1024 bytes apart.
+// What wgmma takes for a matrix in panels that is contracted along its rows (K-major): eight rows 1024 bytes apart.
 // PTX ISA: matrix descriptor of wgmma, 128-byte swizzle.
 DEV u64 k_major(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (u64)((address & 0x3ffff) >> 4); }
 
-// The same where columns are not contracted over (MN-major): panels kPanelBytes apart, eight rows 1024 bytes.
+// What wgmma takes for a matrix in panels that is contracted down its columns (MN-major): panels kPanelBytes apart, eight rows
+// 1024 bytes.
 template <u32 kPanelBytes>
 DEV u64 mn_major(u32 address) { return 1ull << 62 | 64ull << 32 | (u64)(kPanelBytes >> 4) << 16 | (u64)((address & 0x3ffff) >> 4); }
 

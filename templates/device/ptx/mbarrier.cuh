@@ -34,7 +34,7 @@ DEV void mbarrier_wait(u32 barrier, u32 parity) {
       "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// The same, slower, for a whole warp, whose threads the compiler then knows to go on together.
+// mbarrier_wait, slower, for a whole warp, whose threads the compiler then knows to go on together.
 DEV void mbarrier_wait_warp(u32 barrier, u32 parity) {
   for (u32 done = 0; !__all_sync(~0u, done);) {
     asm volatile(
