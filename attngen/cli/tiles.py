@@ -16,7 +16,7 @@ from attngen.expr import evaluate
 from attngen.kernel import Kernel
 from attngen.plan import KernelPlan
 from attngen.simulate import Sizes, block_bounds
-from attngen.simulate.visits import ANY_HEAD, ceil_div, declared_values, heads_differ, walk_of
+from attngen.simulate.visits import ceil_div, declared_values, first_head, heads_differ, walk_of
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 CLASSES = ("empty", "partial", "full")
@@ -174,8 +174,8 @@ def _class_row(row: torch.Tensor, plan: KernelPlan, sizes: Sizes, m: int) -> Non
 def _needed(plan: KernelPlan, sizes: Sizes) -> int:
     """How many tiles hold a visible pair."""
     keys = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n) * plan.block_n)
-    first_head = {"b": ANY_HEAD.batch, "h": ANY_HEAD.head, "h_kv": ANY_HEAD.head_kv}
-    names = {**sizes.values, **sizes.declared.scalars, **first_head, "kv_idx": keys}
+    head = dict(zip(("b", "h", "h_kv"), first_head(plan, sizes), strict=False))
+    names = {**sizes.values, **sizes.declared.scalars, **head, "kv_idx": keys}
     count = 0
     for first in range(0, sizes.seqlen_q, plan.block_m):
         rows = torch.arange(first, min(first + plan.block_m, sizes.seqlen_q))[:, None]

@@ -13,9 +13,12 @@ from typing import Any
 import jinja2
 from jinja2.bccache import Bucket
 
+from attngen.emit import tile
 from attngen.emit.pairs import score_terms
 from attngen.errors import InternalError
 from attngen.plan import (
+    KEYS,
+    ROWS,
     BlockIndex,
     Buffer,
     Cursor,
@@ -162,6 +165,8 @@ def emission_environment(plan: KernelPlan) -> jinja2.Environment:
     )
     env.globals.update(
         scheduler=plan.scheduler,
+        m_blocks=tile.blocks(ROWS),
+        n_blocks=tile.blocks(KEYS),
         walks=plan.tile_classes is not None,
         by_warp=any(role.name == "producer" and not role.single_thread for role in plan.roles),
         has_score_terms=bool(score_terms(plan.score)),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from attngen.emit import tile
 from attngen.emit.device import used_by
 from attngen.emit.environment import emission_environment
 from attngen.emit.pairs import pair_functions, table_texts
@@ -39,14 +40,17 @@ def emit(plan: KernelPlan) -> str:
     if not plan.arch.emits:
         raise InternalError(f"nothing is emitted for {plan.arch.name}")
     env = emission_environment(plan)
-    scheduler = getattr(env.get_template("scheduler.cuh.j2").module, plan.scheduler.kind)
+    scheduler: Any = env.get_template("scheduler.cuh.j2").module
     frame = env.get_template("kernel.cu.j2")
     body = frame.render(
         plan=plan,
         kernel=plan,
         version=__version__,
         constants=_constants(plan),
-        scheduler=str(scheduler(plan.scheduler)).strip("\n"),
+        tile=str(scheduler.tile(plan.scheduler, tile.fields(plan.scheduler))).strip("\n"),
+        scheduler=str(
+            scheduler.decode(plan.scheduler, tile.count(plan.scheduler), tile.decoding(plan.scheduler))
+        ).strip("\n"),
         pair_functions=pair_functions(plan, env),
         table_kernel=table_kernel(plan, env),
     )

@@ -11,10 +11,9 @@ from typing import Any
 
 import jinja2
 
+from attngen.emit.tile import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
-    INDEX_NAMES,
     SIZE_NAMES,
-    TILE_NAMES,
     Expr,
     Leaves,
     c_type,
@@ -28,20 +27,10 @@ from attngen.expr import (
     with_nodes,
 )
 from attngen.expr.arithmetic import minus, plus, times
-from attngen.plan import KernelPlan, walk
+from attngen.plan import KEYS, ROWS, KernelPlan, walk
 from attngen.plan.steps import TANH, LookUp, MaskScores, MaskScoresEach, ModifyScores, SeedScores
 
-_VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
-"""Indices and bounds of a tile as variables of a function: `q_first`."""
-_NAMES = {
-    **_VARIABLES,
-    "score": "score",
-    "b": "tile.batch",
-    "h": "tile.head",
-    "h_kv": "tile.kv_head",
-    "seqlen_q": "tile.seqlen_q",
-    "seqlen_k": "tile.seqlen_k",
-}
+_NAMES = {**VARIABLES, **FIELDS, "score": "score"}
 _C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
 _ELEMENTS = {
     "bool": ("bool", "__ldg({}) != 0"),
@@ -74,7 +63,7 @@ def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
             "name": table.name,
             "lookup": str(table.lookup),
             "c_type": _C_TYPES[table.lookup.type],
-            "indices": [{"name": _VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
+            "indices": [{"name": VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
             "reads_q": "q" in table.reads,
             "reads_k": "k" in table.reads,
             "value": cuda_body([table.lookup], leaves(plan)),
@@ -105,7 +94,7 @@ def _lookups(plan: KernelPlan, macros: Any) -> Iterator[str]:
         )
     sizes = _table_sizes(plan)
     for table in plan.tables:
-        indices = [_VARIABLES[index.name] for index in table.indices]
+        indices = [VARIABLES[index.name] for index in table.indices]
         place = indices[0]
         for index, variable in zip(table.indices[1:], indices[1:], strict=True):
             place = f"({place}) * ({sizes[index.name]}) + {variable}"
@@ -132,14 +121,17 @@ def _read_one_by_one(plan: KernelPlan) -> list[str]:
 
 def _blocks(plan: KernelPlan, macros: Any) -> Iterator[str]:
     if plan.key_blocks is not None:
-        yield macros.key_blocks(_bounds_text(plan))
+        lines = seen(plan.key_blocks, leaves(plan))
+        yield macros.key_blocks(lines, plan.key_blocks.last_is_masked, plan.scheduler.kind == "heads")
         return
     assert plan.tile_classes is not None
     classes = plan.tile_classes
-    may, must = (cuda_body([expr], leaves(plan)) for expr in (classes.may, classes.must))
-    yield macros.tile_classes(may, must)
+    may, must = (
+        (span(ROWS, "q_tile", expr), cuda_body([expr], leaves(plan))) for expr in (classes.may, classes.must)
+    )
+    yield macros.tile_classes(may, must, span(KEYS, "n", KEYS.last), whole_span(KEYS, "n"))
     if plan.scheduler.kind == "query_blocks":
-        yield macros.walk(not classes.tables)
+        yield macros.walk(not classes.tables, blocks(KEYS))
 
 
 def _ahead(plan: KernelPlan, macros: Any) -> Iterator[str]:
@@ -275,20 +267,6 @@ def _table_sizes(plan: KernelPlan) -> dict[str, str]:
         "b": _size(plan, "batch"),
         "h": "params.num_heads_q",
         "h_kv": "params.size_of_num_heads_kv",
-        "q_idx.tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
-        "kv_idx.tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
-    }
-
-
-def _bounds_text(plan: KernelPlan) -> Mapping[str, object]:
-    """The bounds with every key as CUDA text."""
-    bounds = plan.key_blocks
-    assert bounds is not None
-    flags = {
-        "last_is_masked": bounds.last_is_masked,
-        "tells_visits": plan.scheduler.kind == "heads",
-    }
-    return flags | {
-        name: [to_cuda(key, leaves(plan)) for key in getattr(bounds, name)]
-        for name in ("first_any", "first_all", "end_any", "end_all")
+        "q_idx.tile": blocks(ROWS, "call"),
+        "kv_idx.tile": blocks(KEYS, "call"),
     }

@@ -5,6 +5,7 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 `extremes`), and to conditions over a tile (`tile_classes`).
 """
 
+from attngen.expr.arithmetic import call, floor_divide, modulo, times
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
@@ -17,7 +18,8 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
-from attngen.expr.keys import KeyRange, extremes, key_range
+from attngen.expr.intervals import greater, lesser
+from attngen.expr.keys import KeyRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
 from attngen.expr.ranges import index_range, never_holds
@@ -85,6 +87,7 @@ __all__ = [
     "affine",
     "affine_parts",
     "c_type",
+    "call",
     "check_definitions",
     "conjunction",
     "const",
@@ -96,14 +99,18 @@ __all__ = [
     "evaluate",
     "extremes",
     "fill_tables",
+    "floor_divide",
     "found_of",
     "free_names",
+    "greater",
     "ignores_score",
     "index_range",
     "key_range",
     "less",
     "less_equal",
+    "lesser",
     "magnitude",
+    "modulo",
     "name",
     "negate",
     "never_holds",
@@ -114,12 +121,14 @@ __all__ = [
     "prelude",
     "read_declarations",
     "real_range",
+    "row_range",
     "scalar",
     "scale",
     "sub",
     "substitute",
     "tensor_names",
     "tile_classes",
+    "times",
     "to_cuda",
     "to_text",
     "weight",

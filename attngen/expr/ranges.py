@@ -9,15 +9,28 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from attngen.errors import InternalError
-from attngen.expr.tree import INDEX_NAMES, LARGEST_INDEX, LARGEST_LENGTH, TILE_NAMES, Expr, nodes
+from attngen.expr.tree import (
+    COUNT_NAMES,
+    INDEX_NAMES,
+    LARGEST_INDEX,
+    LARGEST_LENGTH,
+    LARGEST_TILE,
+    NUMBER_NAMES,
+    TILE_NAMES,
+    Expr,
+    nodes,
+)
 
 Range = tuple[int, int]
 """The lowest and the highest value, both included."""
 
 SMALLEST_I32, LARGEST_I32 = -(2**31), 2**31 - 1
 
-_NAMED: dict[str, Range] = {each: (0, LARGEST_INDEX) for each in INDEX_NAMES + TILE_NAMES}
-_NAMED |= {"seqlen_q": (0, LARGEST_LENGTH), "seqlen_k": (0, LARGEST_LENGTH)}
+_NAMED: dict[str, Range] = {each: (0, LARGEST_INDEX) for each in INDEX_NAMES + TILE_NAMES + NUMBER_NAMES}
+_NAMED |= dict.fromkeys(("seqlen_q", "seqlen_k", "call.seqlen_k"), (0, LARGEST_LENGTH))
+_NAMED |= dict.fromkeys(COUNT_NAMES, (1, LARGEST_INDEX)) | {"call.seqlen_q": (1, LARGEST_LENGTH)}
+_NAMED |= dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE))
+_NAMED |= dict.fromkeys(("tile.index", "tile.row"), (0, LARGEST_I32))
 
 
 def index_range(expr: Expr) -> Range:

@@ -47,6 +47,24 @@ TILE_NAMES = ("q_idx.first", "q_idx.last", "kv_idx.first", "kv_idx.last", "q_idx
 """What trees about a tile also read: its first and last row and key that exist, and its number among the blocks of
 rows and of keys. Like every name that is made up here, each holds a character that no name in a text has."""
 
+COUNT_NAMES = (
+    "call.batch",
+    "call.seqlen_q",
+    "call.num_heads_q",
+    "call.group",
+    "tile.block_m",
+    "tile.block_n",
+    "tile.m_max",
+)
+"""Sizes of a call and of its blocks, of which none is 0 where there is a tile to decode."""
+
+NUMBER_NAMES = (
+    *("call.seqlen_k", "tile.index", "tile.row"),
+    *("seen.min", "seen.full_begin", "seen.full_end", "seen.max", "seen.last"),
+    *("seen.first_all", "seen.end_any", "seen.end_all"),
+)
+"""What tiles are decoded by that may be 0, and bounds of the blocks that a block of the other axis sees."""
+
 LARGEST_INDEX = 2**30 - 1
 """No index exceeds this, and none is negative."""
 
@@ -128,14 +146,14 @@ FALSE = const(False)
 
 
 def name(name: str) -> Expr:
-    """An index or a length by its name, a bound of a tile, or `score`.
+    """An index or a length by its name, what a tile is found by, or `score`.
 
     Raises:
         InternalError: the language has no such name; the parser has told the user long before.
     """
     if name == "score":
         return scalar(name, "f32")
-    if name not in INDEX_NAMES + TILE_NAMES:
+    if name not in INDEX_NAMES + TILE_NAMES + COUNT_NAMES + NUMBER_NAMES:
         raise InternalError(f"the expression language has no name {name!r}")
     return scalar(name, "i32")
 

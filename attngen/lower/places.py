@@ -4,10 +4,9 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
-from attngen.expr import KeyRange, extremes, name
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
-from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor
+from attngen.plan import Buffer, Cursor, Param, RegTile, RegVec, Rows, Tensor
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import Pairs, Places, Scales
 
@@ -91,22 +90,6 @@ def places(
         o_acc=Tensor("o_acc", F32, v, "q", "q", workspace=True),
         saved_max=Rows("saved_max", workspace=True),
         saved_sum=Rows("saved_sum", workspace=True),
-    )
-
-
-def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | None:
-    """The bounds of a block of rows from those of one row: their extremes over q_idx.first .. q_idx.last."""
-    if visible is None:
-        return None
-    first, last = name("q_idx.first"), name("q_idx.last")
-    lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
-    upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
-    return KeyBlocks(
-        first_any=tuple(lo for lo, _ in lower),
-        first_all=tuple(hi for _, hi in lower),
-        end_any=tuple(hi for _, hi in upper),
-        end_all=tuple(lo for lo, _ in upper),
-        last_is_masked=last_is_masked,
     )
 
 

@@ -46,8 +46,10 @@ from attngen.plan.places import (
     View,
     Walk,
 )
-from attngen.plan.plan import KernelPlan, KeyBlocks, Param, Role, Scheduler, TensorMap, table_value
+from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
+from attngen.plan.scheduler import KEYS, ROWS, Axis, Definitions, Scheduler
+from attngen.plan.seen import SeenBlocks, seen_blocks
 from attngen.plan.sheets import (
     OPERANDS,
     SHEETS,
@@ -62,6 +64,12 @@ from attngen.plan.sheets import (
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
 
 __all__ = [
+    "Axis",
+    "Definitions",
+    "KEYS",
+    "ROWS",
+    "SeenBlocks",
+    "seen_blocks",
     "BANK_BYTES",
     "BlockIndex",
     "Buffer",
@@ -81,7 +89,6 @@ __all__ = [
     "Intake",
     "KernelEntry",
     "KernelPlan",
-    "KeyBlocks",
     "Launch",
     "Manifest",
     "NamedBarriers",

@@ -1,12 +1,9 @@
-"""Which tiles a launch has, and who works on which: the arithmetic of the scheduler.
+"""Which tiles a launch has, as the plan's scheduler decodes them, and who works on which."""
 
-The emitted kernels decode the same tiles on the GPU.
-"""
-
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -16,15 +13,13 @@ from attngen.simulate.visits import (
     Member,
     Sizes,
     Visited,
-    block_bounds,
-    ceil_div,
-    heads_alike,
-    visited_blocks,
+    all_blocks,
+    bounds_of_blocks,
+    decoded,
+    visited_of_head,
     walk_of,
+    what_tells_apart,
 )
-
-Way = TypeVar("Way", bound=Hashable)
-"""What steers a program on its way through a tile."""
 
 LOCKSTEP = 32
 """Most heads that one simulated block stands for: 16 to 64 are as fast, and what they hold should stay in the cache."""
@@ -39,7 +34,7 @@ class Tile:
         bounds: its blocks of keys, where they have a closed form and m_block is not None.
         walk: its blocks of keys, where they have none.
         members: heads that the simulator runs in lockstep, as one block with stacked values, because nothing
-            that steers the program differs between them. On a GPU each is a block of its own.
+            that steers the program differs between them, lengths included. On a GPU each is a block of its own.
     """
 
     m_block: int | None
@@ -54,14 +49,24 @@ class Tile:
             return self.bounds.n_max - self.bounds.n_min
         return len(self.walk or ())
 
+    @property
+    def seqlen_q(self) -> int:
+        """Rows of queries of its sequence."""
+        return self.members[0].seqlen_q
+
+    @property
+    def seqlen_k(self) -> int:
+        """Keys of its sequence."""
+        return self.members[0].seqlen_k
+
     @cached_property
     def columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Batch, head and head_kv of the members: (members,) each, for indexing."""
-        batch, head, head_kv = torch.tensor(self.members, dtype=torch.int64).unbind(1)
+        batch, head, head_kv = torch.tensor([each[:3] for each in self.members], dtype=torch.int64).unbind(1)
         return batch, head, head_kv
 
     def __str__(self) -> str:
-        batch, head, _ = self.members[0]
+        batch, head, *_ = self.members[0]
         rows = "" if self.m_block is None else f"m_block {self.m_block}, "
         more = f" and {len(self.members) - 1} more" if len(self.members) > 1 else ""
         return f"{rows}head {head}, batch {batch}{more}"
@@ -69,35 +74,29 @@ class Tile:
 
 def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
     """The tiles of a launch in the order of its blocks; up to `lockstep` heads that take one way are one."""
-    m_blocks = range(ceil_div(sizes.seqlen_q, plan.block_m))
-    heads = heads_alike(plan, sizes)
-    if plan.scheduler.kind == "heads":
-
-        def visits(member: Member) -> tuple[tuple[int, ...], ...]:
-            return tuple(visited_blocks(plan, sizes, m, member) for m in m_blocks)
-
-        for _, members in _stacked(heads, visits, lockstep):
-            yield Tile(None, None, None, members)
-        return
-    for m_block in reversed(m_blocks) if plan.scheduler.longest_first else m_blocks:
-        if plan.key_blocks:
-            for bounds, members in _stacked(heads, partial(block_bounds, plan, sizes, m_block), lockstep):
-                yield Tile(m_block, bounds, None, members)
+    telling = what_tells_apart(plan)
+    alike: dict[tuple[int | None, tuple[int, ...]], list[Member]] = {}
+    for m_block, member in decoded(plan, sizes):
+        alike.setdefault((m_block, telling(member)), []).append(member)
+    bounds: dict[tuple[int, ...], list[BlockBounds]] = {}
+    takers: dict[tuple[int | None, tuple[int, ...], Any], list[Member]] = {}
+    for (m_block, told), members in alike.items():
+        first = members[0]
+        way: BlockBounds | tuple[Any, ...]
+        if m_block is None:
+            way = tuple(visited_of_head(plan, sizes, first))
+        elif plan.key_blocks is None:
+            way = walk_of(plan, sizes, m_block, first)
         else:
-            for walk, members in _stacked(heads, partial(walk_of, plan, sizes, m_block), lockstep):
-                yield Tile(m_block, None, walk, members)
-
-
-def _stacked(
-    heads: Sequence[Sequence[Member]], way_of: Callable[[Member], Way], lockstep: int
-) -> Iterator[tuple[Way, tuple[Member, ...]]]:
-    """Heads that take one way, up to `lockstep` together. Those in one of the sequences do so in any case."""
-    takers: dict[Way, list[Member]] = {}
-    for alike in heads:
-        takers.setdefault(way_of(alike[0]), []).extend(alike)
-    for way, members in takers.items():
+            if told not in bounds:
+                bounds[told] = bounds_of_blocks(plan, sizes, all_blocks(plan, first), first)
+            way = bounds[told][m_block]
+        takers.setdefault((m_block, first.rows, way), []).extend(members)
+    for (m_block, _, way), members in takers.items():
+        seen = way if isinstance(way, BlockBounds) else None
+        walk = None if m_block is None or seen else way
         for i in range(0, len(members), lockstep):
-            yield way, tuple(members[i : i + lockstep])
+            yield Tile(m_block, seen, walk, tuple(members[i : i + lockstep]))
 
 
 class TileSource:
@@ -129,6 +128,11 @@ class TileSource:
         number = self.blocks + self.counter
         self.counter = (self.counter + 1) % len(self._tiles)
         return number
+
+    @property
+    def members(self) -> set[Member]:
+        """The heads that they work on."""
+        return {member for tile in self._tiles for member in tile.members}
 
     @property
     def heads(self) -> int:

@@ -1,6 +1,9 @@
-"""Which blocks of keys a block of rows visits: by bounds in closed form, or classed one by one as a walk does."""
+"""Which blocks of keys a block of rows visits: the plan's expressions of tiles and blocks, evaluated for a call.
 
-from collections.abc import Mapping
+A tile's lengths and where its rows begin are read from its `Member`; `Sizes` are for whoever decodes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, NamedTuple, Self
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import KernelPlan
+from attngen.plan import KEYS, ROWS, Axis, Definitions, KernelPlan
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -73,15 +76,29 @@ def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -
 
 
 class Member(NamedTuple):
-    """One head of one element of the batch."""
+    """One head of one sequence.
+
+    Attributes:
+        seqlen_q: of the sequence, like seqlen_k.
+        q_start: where it begins among the rows of the tensors, like k_start.
+    """
 
     batch: int
     head: int
     head_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    q_start: int = 0
+    k_start: int = 0
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """Lengths and starts, in which the heads of one simulated block agree."""
+        return self.seqlen_q, self.seqlen_k, self.q_start, self.k_start
 
 
-ANY_HEAD = Member(0, 0, 0)
-"""For masks that do not ask for the head."""
+_DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start")
+"""The fields of a `Member`, as a tile's decoding has them."""
 
 
 class BlockBounds(NamedTuple):
@@ -108,62 +125,82 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def clamp(x: int, low: int, high: int) -> int:
-    """The number between low and high that is nearest to x."""
-    return max(low, min(x, high))
+def evaluated(
+    definitions: Definitions, names: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """The names, and those that are defined by them and by one another."""
+    found = dict(names)
+    for each, value in definitions.items():
+        found[each] = evaluate(value, found, tensors)
+    return found
 
 
-def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> BlockBounds:
+def decoded(plan: KernelPlan, sizes: Sizes, most: int | None = None) -> Iterator[tuple[int | None, Member]]:
+    """The block of rows, or None for all of them, and the head that each tile of a launch works on, by its number."""
+    names = _block_sizes(plan) | {f"call.{size}": value for size, value in sizes.values.items()}
+    numbers = torch.arange(int(evaluate(plan.scheduler.count, names)) if most is None else most)
+    if not len(numbers):
+        return
+    tile = evaluated(plan.scheduler.decoding, names | {"tile.index": numbers})
+
+    def column(name: str) -> list[int]:
+        return _listed(tile[name], len(numbers))
+
+    blocks = column(ROWS.tile.name) if ROWS.tile.name in tile else [None] * len(numbers)
+    yield from zip(blocks, map(Member, *map(column, _DECODED)), strict=True)
+
+
+def first_head(plan: KernelPlan, sizes: Sizes) -> Member:
+    """The head that the first tile of a launch works on."""
+    return next(decoded(plan, sizes, most=1))[1]
+
+
+def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None) -> BlockBounds:
     """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form.
 
     Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
     """
-    block_n, keys = plan.block_n, plan.key_blocks
-    assert keys is not None
-    names = _names_of_tile(plan, sizes, m_block, member)
-
-    def values(bounds: tuple[Expr, ...], unknown: int) -> tuple[int, ...]:
-        return tuple(
-            int(evaluate(bound, names, sizes.declared.tensors)) if _is_known(bound, names, sizes) else unknown
-            for bound in bounds
-        )
-
-    n_max = ceil_div(max(0, min((sizes.seqlen_k, *values(keys.end_any, sizes.seqlen_k)))), block_n)
-    n_min = min(max((0, *values(keys.first_any, 0))) // block_n, n_max)
-    n_last = max(n_max - 1, n_min) if keys.last_is_masked else n_max
-    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all, sizes.seqlen_k))), block_n), n_min, n_last)
-    end_full = max(0, min((sizes.seqlen_k, *values(keys.end_all, 0)))) // block_n
-    return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_last), n_max)
+    return bounds_of_blocks(plan, sizes, torch.tensor([m_block], dtype=torch.int64), member)[0]
 
 
-def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> tuple[Visited, ...]:
+def bounds_of_blocks(
+    plan: KernelPlan, sizes: Sizes, m_blocks: torch.Tensor, member: Member | None = None
+) -> list[BlockBounds]:
+    """`block_bounds` of many blocks of rows."""
+    assert plan.key_blocks is not None
+    names = _names(plan, sizes, member or first_head(plan, sizes), ROWS, m_blocks)
+    seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes)).definitions
+    found = evaluated(seen, names, sizes.declared.tensors)
+    ends = (f"seen.{end}" for end in BlockBounds._fields)
+    columns = (_listed(found[end.replace("n_", "")], len(m_blocks)) for end in ends)
+    return [BlockBounds(*each) for each in zip(*columns, strict=True)]
+
+
+def walk_of(
+    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None
+) -> tuple[Visited, ...]:
     """The blocks of keys that block `m_block` of rows visits, from right to left, each classed by itself.
 
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
     """
-    classes = plan.tile_classes
+    classes, tensors = plan.tile_classes, sizes.declared.tensors
     assert classes is not None
-    numbers = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n))
-    first = numbers * plan.block_n
-    names = _names_of_tile(plan, sizes, m_block, member) | {
-        "kv_idx.tile": numbers,
-        "kv_idx.first": first,
-        "kv_idx.last": (first + plan.block_n).clamp(max=sizes.seqlen_k) - 1,
-    }
-    tensors = sizes.declared.tensors
+    member = member or first_head(plan, sizes)
+    numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
+    names = _names(plan, sizes, member, ROWS, m_block) | _names(plan, sizes, member, KEYS, numbers)
 
     def hold(condition: Expr, otherwise: bool) -> torch.Tensor:
         known = _is_known(condition, names, sizes)
         found = evaluate(condition, names, tensors) if known else otherwise
         return torch.as_tensor(found).expand(len(numbers))
 
-    may = hold(classes.may, True)
-    full = hold(classes.must, False) & (first + plan.block_n <= sizes.seqlen_k)
+    may, must = hold(classes.may, True), hold(classes.must, False)
+    full = must & (evaluated(KEYS.whole_span, names)[KEYS.last.name] < member.seqlen_k)
     return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
 
 
 def visited_blocks(
-    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD
+    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None
 ) -> tuple[int, ...]:
     """The numbers of the blocks of keys that block `m_block` of rows visits."""
     if plan.key_blocks is None:
@@ -172,19 +209,37 @@ def visited_blocks(
     return tuple(range(bounds.n_min, bounds.n_max))
 
 
+def all_blocks(plan: KernelPlan, member: Member) -> torch.Tensor:
+    """The numbers of a head's blocks of rows."""
+    return torch.arange(ceil_div(member.seqlen_q, plan.block_m))
+
+
+def visited_of_head(plan: KernelPlan, sizes: Sizes, member: Member) -> list[tuple[int, ...]]:
+    """`visited_blocks` of every block of rows of a head."""
+    m_blocks = all_blocks(plan, member)
+    if plan.key_blocks is None:
+        return [visited_blocks(plan, sizes, m, member) for m in m_blocks.tolist()]
+    bounds = bounds_of_blocks(plan, sizes, m_blocks, member)
+    return [tuple(range(each.n_min, each.n_max)) for each in bounds]
+
+
 def heads_differ(plan: KernelPlan) -> bool:
     """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
     return bool(_names_of_heads(plan))
 
 
+def what_tells_apart(plan: KernelPlan) -> Callable[[Member], tuple[int, ...]]:
+    """Of a head that in which others must agree to visit the same blocks of keys."""
+    named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
+    return lambda member: (*member.rows, *compress(member, named))
+
+
 def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
     """All heads of a call; those together that the mask does not tell apart, which visit the same blocks of keys."""
-    named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
+    telling = what_tells_apart(plan)
     alike: dict[tuple[int, ...], list[Member]] = {}
-    for b in range(sizes.batch):
-        for h in range(sizes.num_heads_q):
-            member = Member(b, h, h // sizes.group)
-            alike.setdefault(tuple(compress(member, named)), []).append(member)
+    for member in dict.fromkeys(member for _, member in decoded(plan, sizes)):
+        alike.setdefault(telling(member), []).append(member)
     return tuple(map(tuple, alike.values()))
 
 
@@ -205,16 +260,20 @@ def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
     return has_tensors and None not in (names[name] for name in free_names(expr))
 
 
-def _names_of_tile(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:
-    """What a condition on a block of rows may name."""
-    return {
-        "q_idx.tile": m_block,
-        "q_idx.first": m_block * plan.block_m,
-        "q_idx.last": min((m_block + 1) * plan.block_m, sizes.seqlen_q) - 1,
-        "seqlen_q": sizes.seqlen_q,
-        "seqlen_k": sizes.seqlen_k,
-        "b": member.batch,
-        "h": member.head,
-        "h_kv": member.head_kv,
-        **sizes.declared.scalars,
-    }
+def _names(
+    plan: KernelPlan, sizes: Sizes, member: Member, axis: Axis, block: int | torch.Tensor
+) -> dict[str, Any]:
+    """What a condition on a block of rows or keys of a head may name, its number among them."""
+    head = dict(zip(_DECODED, member, strict=True))
+    names = {**head, **_block_sizes(plan), **sizes.declared.scalars, axis.tile.name: block}
+    return evaluated(axis.span, names)
+
+
+def _block_sizes(plan: KernelPlan) -> dict[str, int]:
+    return {ROWS.block: plan.block_m, KEYS.block: plan.block_n}
+
+
+def _listed(value: int | torch.Tensor, count: int) -> list[int]:
+    """A number for each of so many tiles or blocks, of which it may be one for all."""
+    found: list[int] = torch.as_tensor(value).expand(count).tolist()
+    return found

@@ -71,7 +71,7 @@ def test_a_walk_comes_to_the_blocks_that_show_a_pair(mask: str) -> None:
             sizes = Sizes(2, seqlen_q, seqlen_k, 4, 2)
             passed = case.arguments(Shape(2, 4, 2, seqlen_q, seqlen_k))
             sizes = Sizes(2, seqlen_q, seqlen_k, 4, 2, declared=declared_values(plan, sizes, passed))
-            for member in (Member(0, 0, 0), Member(1, 3, 1)):
+            for member in (Member(0, 0, 0, seqlen_q, seqlen_k), Member(1, 3, 1, seqlen_q, seqlen_k)):
                 sees = seen_pairs(spec, sizes, member)
                 for m, rows in enumerate(sees.split(block_m)):
                     shown = [n for n, keys in enumerate(rows.split(block_n, dim=1)) if keys.any()]

@@ -1,0 +1,129 @@
+"""Which tile a block of threads works on, and where its blocks of rows and keys lie, as trees of the language.
+
+They are written here once: `emit` prints them to CUDA and `simulate` evaluates them. Definitions stand in order, each
+by the name that later ones have for it; what decides lengths and offsets is the tile's own, never the call's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from attngen.expr import Expr, add, const, floor_divide, lesser, modulo, name, sub, times
+
+Definitions = Mapping[str, Expr]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows of Q, or keys, cut into blocks.
+
+    Attributes:
+        letter: of a block's number, m or n.
+        index: the language's name for one of them; `seqlen`, for how many the tile's sequence has.
+        block: the name of how many make a block.
+    """
+
+    letter: Literal["m", "n"]
+    index: Literal["q_idx", "kv_idx"]
+    seqlen: Literal["seqlen_q", "seqlen_k"]
+    block: Literal["tile.block_m", "tile.block_n"]
+
+    @property
+    def other(self) -> "Axis":
+        """The keys that rows see, the rows that see keys."""
+        return KEYS if self is ROWS else ROWS
+
+    @property
+    def tile(self) -> Expr:
+        """The number of a block."""
+        return name(f"{self.index}.tile")
+
+    @property
+    def first(self) -> Expr:
+        """The first of a block."""
+        return name(f"{self.index}.first")
+
+    @property
+    def last(self) -> Expr:
+        """The last of a block that exists."""
+        return name(f"{self.index}.last")
+
+    @property
+    def span(self) -> Definitions:
+        """From where to where a block reaches that exists, by its number."""
+        return self._up_to(lesser(add(self.first, name(self.block)), name(self.seqlen)))
+
+    @property
+    def whole_span(self) -> Definitions:
+        """From where to where a block reaches if all of it exists."""
+        return self._up_to(add(self.first, name(self.block)))
+
+    def _up_to(self, end: Expr) -> Definitions:
+        return {self.first.name: times(self.tile, name(self.block)), self.last.name: sub(end, const(1))}
+
+    def blocks(self, length: Expr) -> Expr:
+        """How many blocks hold so many of them."""
+        return length if length is const(0) else _ceil_div(length, name(self.block))
+
+
+ROWS = Axis("m", "q_idx", "seqlen_q", "tile.block_m")
+KEYS = Axis("n", "kv_idx", "seqlen_k", "tile.block_n")
+
+
+def _ceil_div(a: Expr, b: Expr) -> Expr:
+    """The quotient, rounded up; neither is negative."""
+    return floor_divide(sub(add(a, b), const(1)), b)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Which tiles a block works on.
+
+    Attributes:
+        kind: "query_blocks", one block of query rows of one head; "heads", one whole head.
+        longest_first: blocks of rows that see the most keys (the last ones) start first.
+        persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
+    """
+
+    kind: Literal["query_blocks", "heads"]
+    longest_first: bool = False
+    persistent: bool = False
+
+    @property
+    def count(self) -> Expr:
+        """How many tiles a call has; a launch is refused whose grid is for another number."""
+        heads = times(name("call.batch"), name("call.num_heads_q"))
+        return heads if self.kind == "heads" else times(heads, ROWS.blocks(name("call.seqlen_q")))
+
+    @property
+    def decoding(self) -> Definitions:
+        """What a tile works on, by its number `tile.index`.
+
+        Names of the language are fields of the tile: head, batch, head of K and V, block of rows (unless it works on
+        all of a head's), the lengths of its sequence, and where that starts among the rows of the tensors. What begins
+        with `tile.` is there to define them.
+        """
+        index, heads = name("tile.index"), name("call.num_heads_q")
+        if self.kind == "heads":
+            head, batch, block = modulo(index, heads), floor_divide(index, heads), {}
+        else:
+            m_max, row = name("tile.m_max"), name("tile.row")
+            block = {"tile.m_max": ROWS.blocks(name("call.seqlen_q"))}
+            if self.longest_first:
+                block["tile.row"], head = floor_divide(index, heads), modulo(index, heads)
+                batch = floor_divide(row, m_max)
+                block[ROWS.tile.name] = sub(sub(m_max, const(1)), modulo(row, m_max))
+            else:
+                block["tile.row"], head = floor_divide(index, m_max), modulo(row, heads)
+                batch = floor_divide(row, heads)
+                block[ROWS.tile.name] = modulo(index, m_max)
+        return {
+            **block,
+            "h": head,
+            "b": batch,
+            "h_kv": floor_divide(name("h"), name("call.group")),
+            "seqlen_q": name("call.seqlen_q"),
+            "seqlen_k": name("call.seqlen_k"),
+            "q_idx.start": const(0),
+            "kv_idx.start": const(0),
+        }
