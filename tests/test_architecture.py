@@ -93,6 +93,20 @@ def test_every_folder_keeps_to_its_budget() -> None:
     )
 
 
+def test_simulated_lengths_are_those_of_the_tile() -> None:
+    """Beside what decodes tiles, or lays out what a call passes, the simulator never reads the call's own lengths."""
+    found = {
+        (path.name, function.name)
+        for path in (PACKAGE / "simulate").rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node).endswith(("sizes.seqlen_q", "sizes.seqlen_k"))
+    }
+    assert found == {("run.py", "_by_heads"), ("visits.py", "declared_values")}
+
+
 def test_each_library_has_one_owner() -> None:
     """jinja2, lark, yaml and the CUDA bindings are each imported in one part."""
     wrong = [

@@ -5,7 +5,6 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 `extremes`), and to conditions over a tile (`tile_classes`).
 """
 
-from attngen.expr.arithmetic import call, floor_divide, modulo, times
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
@@ -18,7 +17,6 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
-from attngen.expr.intervals import greater, lesser
 from attngen.expr.keys import KeyRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
@@ -87,7 +85,6 @@ __all__ = [
     "affine",
     "affine_parts",
     "c_type",
-    "call",
     "check_definitions",
     "conjunction",
     "const",
@@ -99,18 +96,14 @@ __all__ = [
     "evaluate",
     "extremes",
     "fill_tables",
-    "floor_divide",
     "found_of",
     "free_names",
-    "greater",
     "ignores_score",
     "index_range",
     "key_range",
     "less",
     "less_equal",
-    "lesser",
     "magnitude",
-    "modulo",
     "name",
     "negate",
     "never_holds",
@@ -128,7 +121,6 @@ __all__ = [
     "substitute",
     "tensor_names",
     "tile_classes",
-    "times",
     "to_cuda",
     "to_text",
     "weight",

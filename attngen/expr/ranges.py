@@ -10,12 +10,10 @@ from weakref import WeakKeyDictionary
 
 from attngen.errors import InternalError
 from attngen.expr.tree import (
-    COUNT_NAMES,
+    DECODING_RANGES,
     INDEX_NAMES,
     LARGEST_INDEX,
     LARGEST_LENGTH,
-    LARGEST_TILE,
-    NUMBER_NAMES,
     TILE_NAMES,
     Expr,
     nodes,
@@ -26,11 +24,8 @@ Range = tuple[int, int]
 
 SMALLEST_I32, LARGEST_I32 = -(2**31), 2**31 - 1
 
-_NAMED: dict[str, Range] = {each: (0, LARGEST_INDEX) for each in INDEX_NAMES + TILE_NAMES + NUMBER_NAMES}
-_NAMED |= dict.fromkeys(("seqlen_q", "seqlen_k", "call.seqlen_k"), (0, LARGEST_LENGTH))
-_NAMED |= dict.fromkeys(COUNT_NAMES, (1, LARGEST_INDEX)) | {"call.seqlen_q": (1, LARGEST_LENGTH)}
-_NAMED |= dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE))
-_NAMED |= dict.fromkeys(("tile.index", "tile.row"), (0, LARGEST_I32))
+_NAMED: dict[str, Range] = {each: (0, LARGEST_INDEX) for each in INDEX_NAMES + TILE_NAMES}
+_NAMED |= {"seqlen_q": (0, LARGEST_LENGTH), "seqlen_k": (0, LARGEST_LENGTH), **DECODING_RANGES}
 
 
 def index_range(expr: Expr) -> Range:

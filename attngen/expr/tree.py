@@ -47,24 +47,6 @@ TILE_NAMES = ("q_idx.first", "q_idx.last", "kv_idx.first", "kv_idx.last", "q_idx
 """What trees about a tile also read: its first and last row and key that exist, and its number among the blocks of
 rows and of keys. Like every name that is made up here, each holds a character that no name in a text has."""
 
-COUNT_NAMES = (
-    "call.batch",
-    "call.seqlen_q",
-    "call.num_heads_q",
-    "call.group",
-    "tile.block_m",
-    "tile.block_n",
-    "tile.m_max",
-)
-"""Sizes of a call and of its blocks, of which none is 0 where there is a tile to decode."""
-
-NUMBER_NAMES = (
-    *("call.seqlen_k", "tile.index", "tile.row"),
-    *("seen.min", "seen.full_begin", "seen.full_end", "seen.max", "seen.last"),
-    *("seen.first_all", "seen.end_any", "seen.end_all"),
-)
-"""What tiles are decoded by that may be 0, and bounds of the blocks that a block of the other axis sees."""
-
 LARGEST_INDEX = 2**30 - 1
 """No index exceeds this, and none is negative."""
 
@@ -76,6 +58,16 @@ LARGEST_TILE = 512
 
 LARGEST_LENGTH = LARGEST_INDEX + 1 - LARGEST_TILE
 """No length exceeds this (a rule of every call): the last tile reaches past the end, and its rows are indices too."""
+
+DECODING_RANGES = {
+    **dict.fromkeys(("call.batch", "call.num_heads_q", "call.group", "tile.m_max"), (1, LARGEST_INDEX)),
+    **dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE)),
+    **dict.fromkeys(("tile.index", "tile.row"), (0, 2**31 - 1)),
+    **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},
+    **{f"seen.{each}": (0, LARGEST_INDEX) for each in ("min", "full_begin", "full_end", "max", "last")},
+    **{f"seen.{each}": (0, LARGEST_LENGTH) for each in ("first_all", "end_any", "end_all")},
+}
+"""What tiles, and the blocks they see, are found by: sizes of a call and bounds, where there is a tile to decode."""
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -153,7 +145,7 @@ def name(name: str) -> Expr:
     """
     if name == "score":
         return scalar(name, "f32")
-    if name not in INDEX_NAMES + TILE_NAMES + COUNT_NAMES + NUMBER_NAMES:
+    if name not in (*INDEX_NAMES, *TILE_NAMES, *DECODING_RANGES):
         raise InternalError(f"the expression language has no name {name!r}")
     return scalar(name, "i32")
 

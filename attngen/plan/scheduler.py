@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from attngen.expr import Expr, add, const, floor_divide, lesser, modulo, name, sub, times
+from attngen.expr import Expr, add, const, name, sub
+from attngen.expr.arithmetic import floor_divide, modulo, times
+from attngen.expr.intervals import lesser
 
 Definitions = Mapping[str, Expr]
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
-from attngen.expr import Expr, KeyRange, add, call, const, extremes, floor_divide, greater, lesser, name
+from attngen.expr import Expr, KeyRange, add, const, extremes, name
+from attngen.expr.arithmetic import call, floor_divide
+from attngen.expr.intervals import greater, lesser
 from attngen.plan.scheduler import KEYS, Axis, Definitions
 
 
@@ -31,10 +33,14 @@ class SeenBlocks:
     end_all: tuple[Expr, ...] = ()
     last_is_masked: bool = False
 
+    @property
+    def bounds(self) -> tuple[Expr, ...]:
+        """All of them."""
+        return (*self.first_any, *self.first_all, *self.end_any, *self.end_all)
+
     def where_known(self, is_known: Callable[[Expr], bool]) -> "SeenBlocks":
         """Bounds that hold whatever the unknown ones are: those bound nothing, and leave no block free of a mask."""
-        bounds = (*self.first_any, *self.first_all, *self.end_any, *self.end_all)
-        if all(map(is_known, bounds)):
+        if all(map(is_known, self.bounds)):
             return self
         first_all = (bound if is_known(bound) else name(self.axis.seqlen) for bound in self.first_all)
         return replace(

@@ -97,7 +97,8 @@ class DeviceMemory:
         if self.traffic:
             self.traffic.count_written(place.name, len(tile.members) * valid * _row_bytes(place))
         share = (place.name, first // shape[0])
-        self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
+        if valid:
+            self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
         self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return

@@ -16,7 +16,7 @@ from attngen.simulate.visits import (
     all_blocks,
     bounds_of_blocks,
     decoded,
-    visited_of_head,
+    visited_of_blocks,
     walk_of,
     what_tells_apart,
 )
@@ -75,28 +75,27 @@ class Tile:
 def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
     """The tiles of a launch in the order of its blocks; up to `lockstep` heads that take one way are one."""
     telling = what_tells_apart(plan)
-    alike: dict[tuple[int | None, tuple[int, ...]], list[Member]] = {}
+    alike: dict[Any, dict[tuple[int, ...], list[Member]]] = {}
     for m_block, member in decoded(plan, sizes):
-        alike.setdefault((m_block, telling(member)), []).append(member)
-    bounds: dict[tuple[int, ...], list[BlockBounds]] = {}
-    takers: dict[tuple[int | None, tuple[int, ...], Any], list[Member]] = {}
-    for (m_block, told), members in alike.items():
-        first = members[0]
-        way: BlockBounds | tuple[Any, ...]
-        if m_block is None:
-            way = tuple(visited_of_head(plan, sizes, first))
-        elif plan.key_blocks is None:
-            way = walk_of(plan, sizes, m_block, first)
-        else:
-            if told not in bounds:
-                bounds[told] = bounds_of_blocks(plan, sizes, all_blocks(plan, first), first)
-            way = bounds[told][m_block]
-        takers.setdefault((m_block, first.rows, way), []).extend(members)
-    for (m_block, _, way), members in takers.items():
-        seen = way if isinstance(way, BlockBounds) else None
-        walk = None if m_block is None or seen else way
-        for i in range(0, len(members), lockstep):
-            yield Tile(m_block, seen, walk, tuple(members[i : i + lockstep]))
+        alike.setdefault(m_block, {}).setdefault(telling(member), []).append(member)
+    bounds_of: dict[tuple[int, ...], dict[Any, BlockBounds]] = {}
+    for m_block, heads in alike.items():
+        takers: dict[Any, list[Member]] = {}
+        for told, members in heads.items():
+            first, bounds, walk, visited = members[0], None, None, None
+            if plan.scheduler.kind == "heads":
+                visited = tuple(visited_of_blocks(plan, sizes, all_blocks(plan, first), first))
+            elif plan.key_blocks is None:
+                walk = walk_of(plan, sizes, m_block, first)
+            else:
+                if told not in bounds_of:
+                    found = bounds_of_blocks(plan, sizes, list(alike), first)
+                    bounds_of[told] = dict(zip(alike, found, strict=True))
+                bounds = bounds_of[told][m_block]
+            takers.setdefault((first.rows, bounds, walk, visited), []).extend(members)
+        for (_, bounds, walk, _), members in takers.items():
+            for i in range(0, len(members), lockstep):
+                yield Tile(m_block, bounds, walk, tuple(members[i : i + lockstep]))
 
 
 class TileSource:

@@ -19,7 +19,7 @@ from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
 from attngen.simulate.tiles import Tile, tiles
 from attngen.simulate.units import Interval, Unit
-from attngen.simulate.visits import Sizes, declared_values, visited_of_head
+from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_of_blocks
 from attngen.torch_state import torch_defaults
 
 MOST_PAIRS = 256
@@ -188,7 +188,8 @@ def _pairs(plan: KernelPlan, sizes: Sizes, tile: Tile) -> int:
     """How many pairs of a block of rows and a block of keys a tile is made of."""
     if tile.m_block is not None:
         return tile.visits
-    return sum(map(len, visited_of_head(plan, sizes, tile.members[0])))
+    head = tile.members[0]
+    return sum(map(len, visited_of_blocks(plan, sizes, all_blocks(plan, head), head)))
 
 
 def _sizes(

@@ -3,7 +3,7 @@
 A tile's lengths and where its rows begin are read from its `Member`; `Sizes` are for whoever decodes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any, NamedTuple, Self
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import KEYS, ROWS, Axis, Definitions, KernelPlan
+from attngen.plan import KEYS, ROWS, RUNTIME_SIZES, Axis, Definitions, KernelPlan
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -40,9 +40,7 @@ class Sizes:
     @classmethod
     def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
         """The sizes of a call that has been bound."""
-        names = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "num_sms")
-        batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms = (sizes[name] for name in names)
-        return cls(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms, declared)
+        return cls(**{name: sizes[name] for name in RUNTIME_SIZES if name != "group"}, declared=declared)
 
     @property
     def has_no_output(self) -> bool:
@@ -57,8 +55,7 @@ class Sizes:
     @property
     def values(self) -> dict[str, int]:
         """What a formula of the plan may name."""
-        names = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "num_sms", "group")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in RUNTIME_SIZES}
 
 
 def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -> Declared:
@@ -160,20 +157,19 @@ def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | 
 
     Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
     """
-    return bounds_of_blocks(plan, sizes, torch.tensor([m_block], dtype=torch.int64), member)[0]
+    return bounds_of_blocks(plan, sizes, [m_block], member or first_head(plan, sizes))[0]
 
 
 def bounds_of_blocks(
-    plan: KernelPlan, sizes: Sizes, m_blocks: torch.Tensor, member: Member | None = None
+    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
 ) -> list[BlockBounds]:
     """`block_bounds` of many blocks of rows."""
     assert plan.key_blocks is not None
-    names = _names(plan, sizes, member or first_head(plan, sizes), ROWS, m_blocks)
-    seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes)).definitions
-    found = evaluated(seen, names, sizes.declared.tensors)
-    ends = (f"seen.{end}" for end in BlockBounds._fields)
-    columns = (_listed(found[end.replace("n_", "")], len(m_blocks)) for end in ends)
-    return [BlockBounds(*each) for each in zip(*columns, strict=True)]
+    names = _names(plan, sizes, member, ROWS, torch.tensor(m_blocks, dtype=torch.int64))
+    seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes))
+    found = evaluated(seen.definitions, names, sizes.declared.tensors)
+    ends = (found[f"seen.{end.removeprefix('n_')}"] for end in BlockBounds._fields)
+    return list(map(BlockBounds, *(_listed(end, len(m_blocks)) for end in ends)))
 
 
 def walk_of(
@@ -203,35 +199,32 @@ def visited_blocks(
     plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None
 ) -> tuple[int, ...]:
     """The numbers of the blocks of keys that block `m_block` of rows visits."""
+    return visited_of_blocks(plan, sizes, [m_block], member or first_head(plan, sizes))[0]
+
+
+def visited_of_blocks(
+    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
+) -> list[tuple[int, ...]]:
+    """`visited_blocks` of many blocks of rows."""
     if plan.key_blocks is None:
-        return tuple(block.n for block in walk_of(plan, sizes, m_block, member))
-    bounds = block_bounds(plan, sizes, m_block, member)
-    return tuple(range(bounds.n_min, bounds.n_max))
+        return [tuple(block.n for block in walk_of(plan, sizes, m, member)) for m in m_blocks]
+    return [tuple(range(each.n_min, each.n_max)) for each in bounds_of_blocks(plan, sizes, m_blocks, member)]
 
 
-def all_blocks(plan: KernelPlan, member: Member) -> torch.Tensor:
+def all_blocks(plan: KernelPlan, member: Member) -> range:
     """The numbers of a head's blocks of rows."""
-    return torch.arange(ceil_div(member.seqlen_q, plan.block_m))
-
-
-def visited_of_head(plan: KernelPlan, sizes: Sizes, member: Member) -> list[tuple[int, ...]]:
-    """`visited_blocks` of every block of rows of a head."""
-    m_blocks = all_blocks(plan, member)
-    if plan.key_blocks is None:
-        return [visited_blocks(plan, sizes, m, member) for m in m_blocks.tolist()]
-    bounds = bounds_of_blocks(plan, sizes, m_blocks, member)
-    return [tuple(range(each.n_min, each.n_max)) for each in bounds]
+    return range(ceil_div(member.seqlen_q, plan.block_m))
 
 
 def heads_differ(plan: KernelPlan) -> bool:
     """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
-    return bool(_names_of_heads(plan))
+    return any(_asks_for(plan))
 
 
 def what_tells_apart(plan: KernelPlan) -> Callable[[Member], tuple[int, ...]]:
     """Of a head that in which others must agree to visit the same blocks of keys."""
-    named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
-    return lambda member: (*member.rows, *compress(member, named))
+    asked = _asks_for(plan)
+    return lambda member: (*member.rows, *compress(member, asked))
 
 
 def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
@@ -243,15 +236,14 @@ def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...
     return tuple(map(tuple, alike.values()))
 
 
-def _names_of_heads(plan: KernelPlan) -> frozenset[str]:
-    """By which names the blocks of keys that a row visits ask for its head and its place in the batch."""
-    keys, classes = plan.key_blocks, plan.tile_classes
-    if keys is not None:
-        conditions = (*keys.first_any, *keys.first_all, *keys.end_any, *keys.end_all)
+def _asks_for(plan: KernelPlan) -> tuple[bool, ...]:
+    """Whether the blocks of keys that a row visits depend on the first fields of a `Member`: batch, head, head_kv."""
+    if plan.key_blocks is not None:
+        conditions = plan.key_blocks.bounds
     else:
-        assert classes is not None
-        conditions = (classes.may, classes.must)
-    return frozenset[str]().union(*map(free_names, conditions)) & {"b", "h", "h_kv"}
+        assert plan.tile_classes is not None
+        conditions = (plan.tile_classes.may, plan.tile_classes.must)
+    return tuple(any(name in free_names(each) for each in conditions) for name in _DECODED[:3])
 
 
 def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
