@@ -6,6 +6,7 @@ by the name that later ones have for it; what decides lengths and offsets is the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from attngen.expr import Expr, add, const, name, sub
@@ -50,12 +51,12 @@ class Axis:
         """The last of a block that exists."""
         return name(f"{self.index}.last")
 
-    @property
+    @cached_property
     def span(self) -> Definitions:
         """From where to where a block reaches that exists, by its number."""
         return self._up_to(lesser(add(self.first, name(self.block)), name(self.seqlen)))
 
-    @property
+    @cached_property
     def whole_span(self) -> Definitions:
         """From where to where a block reaches if all of it exists."""
         return self._up_to(add(self.first, name(self.block)))
@@ -91,13 +92,13 @@ class Scheduler:
     longest_first: bool = False
     persistent: bool = False
 
-    @property
+    @cached_property
     def count(self) -> Expr:
         """How many tiles a call has; a launch is refused whose grid is for another number."""
         heads = times(name("call.batch"), name("call.num_heads_q"))
         return heads if self.kind == "heads" else times(heads, ROWS.blocks(name("call.seqlen_q")))
 
-    @property
+    @cached_property
     def decoding(self) -> Definitions:
         """What a tile works on, by its number `tile.index`.
 

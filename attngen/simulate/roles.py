@@ -154,7 +154,7 @@ class RoleRun:
         """Whether a block of rows of this tile's head visits a block of keys."""
         if m_block not in self._visited:
             plan, sizes = self.call.plan, self.call.sizes
-            self._visited[m_block] = visited_blocks(plan, sizes, m_block, self.tile.members[0])
+            (self._visited[m_block],) = visited_blocks(plan, sizes, [m_block], self.tile.members[0])
         return n in self._visited[m_block]
 
     def index(self, block: BlockIndex) -> int:

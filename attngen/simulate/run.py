@@ -20,7 +20,7 @@ from attngen.simulate.sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values
+from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values, decoded
 from attngen.torch_state import torch_defaults
 
 _STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
@@ -190,9 +190,7 @@ def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]
     }
     for tensor in (*plan.reads, *plan.outputs):
         x = values[tensor.name]
-        if (
-            tensor.transposed
-        ):  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
+        if tensor.transposed:  # the order of 16 keys is for the registers of a lane, which are not simulated
             found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
         else:
             found[tensor.name] = x.transpose(1, 2)
@@ -236,7 +234,7 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    if missing := run.device.unwritten(plan, source.members):
+    if missing := run.device.unwritten(plan, {member for _, member in decoded(plan, sizes)}):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

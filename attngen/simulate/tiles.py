@@ -14,9 +14,9 @@ from attngen.simulate.visits import (
     Sizes,
     Visited,
     all_blocks,
-    bounds_of_blocks,
+    block_bounds,
     decoded,
-    visited_of_blocks,
+    visited_blocks,
     walk_of,
     what_tells_apart,
 )
@@ -84,13 +84,14 @@ def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[
         for told, members in heads.items():
             first, bounds, walk, visited = members[0], None, None, None
             if plan.scheduler.kind == "heads":
-                visited = tuple(visited_of_blocks(plan, sizes, all_blocks(plan, first), first))
+                visited = tuple(visited_blocks(plan, sizes, all_blocks(plan, first), first))
             elif plan.key_blocks is None:
                 walk = walk_of(plan, sizes, m_block, first)
             else:
                 if told not in bounds_of:
-                    found = bounds_of_blocks(plan, sizes, list(alike), first)
-                    bounds_of[told] = dict(zip(alike, found, strict=True))
+                    bounds_of[told] = dict(
+                        zip(alike, block_bounds(plan, sizes, list(alike), first), strict=True)
+                    )
                 bounds = bounds_of[told][m_block]
             takers.setdefault((first.rows, bounds, walk, visited), []).extend(members)
         for (_, bounds, walk, _), members in takers.items():
@@ -127,11 +128,6 @@ class TileSource:
         number = self.blocks + self.counter
         self.counter = (self.counter + 1) % len(self._tiles)
         return number
-
-    @property
-    def members(self) -> set[Member]:
-        """The heads that they work on."""
-        return {member for tile in self._tiles for member in tile.members}
 
     @property
     def heads(self) -> int:

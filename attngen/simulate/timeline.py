@@ -19,7 +19,7 @@ from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
 from attngen.simulate.tiles import Tile, tiles
 from attngen.simulate.units import Interval, Unit
-from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_of_blocks
+from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_blocks
 from attngen.torch_state import torch_defaults
 
 MOST_PAIRS = 256
@@ -189,7 +189,7 @@ def _pairs(plan: KernelPlan, sizes: Sizes, tile: Tile) -> int:
     if tile.m_block is not None:
         return tile.visits
     head = tile.members[0]
-    return sum(map(len, visited_of_blocks(plan, sizes, all_blocks(plan, head), head)))
+    return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, head), head)))
 
 
 def _sizes(

@@ -10,7 +10,7 @@ from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import KernelPlan
-from attngen.simulate.visits import Member, Sizes, all_blocks, declared_values, heads_alike, visited_of_blocks
+from attngen.simulate.visits import Member, Sizes, all_blocks, declared_values, heads_alike, visited_blocks
 from attngen.torch_state import torch_defaults
 
 
@@ -89,7 +89,7 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
     traffic = Traffic()
     loads_q_anyway = bool(plan.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
-    for m, visited in enumerate(visited_of_blocks(plan, sizes, all_blocks(plan, member), member)):
+    for m, visited in enumerate(visited_blocks(plan, sizes, all_blocks(plan, member), member)):
         rows = min(plan.block_m, seqlen_q - m * plan.block_m)
         blocks = len(visited)
         keys = sum(min(plan.block_n, seqlen_k - n * plan.block_n) for n in visited)

@@ -3,15 +3,16 @@
 A tile's lengths and where its rows begin are read from its `Member`; `Sizes` are for whoever decodes it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import compress
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import KEYS, ROWS, RUNTIME_SIZES, Axis, Definitions, KernelPlan
+from attngen.plan import KEYS, ROWS, RUNTIME_SIZES, Axis, Definitions, KernelPlan, Scheduler
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -73,12 +74,7 @@ def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -
 
 
 class Member(NamedTuple):
-    """One head of one sequence.
-
-    Attributes:
-        seqlen_q: of the sequence, like seqlen_k.
-        q_start: where it begins among the rows of the tensors, like k_start.
-    """
+    """One head of one sequence: its lengths, and where it starts among the rows and keys of the tensors."""
 
     batch: int
     head: int
@@ -132,56 +128,53 @@ def evaluated(
     return found
 
 
-def decoded(plan: KernelPlan, sizes: Sizes, most: int | None = None) -> Iterator[tuple[int | None, Member]]:
+def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[int | None, Member], ...]:
     """The block of rows, or None for all of them, and the head that each tile of a launch works on, by its number."""
-    names = _block_sizes(plan) | {f"call.{size}": value for size, value in sizes.values.items()}
-    numbers = torch.arange(int(evaluate(plan.scheduler.count, names)) if most is None else most)
-    if not len(numbers):
-        return
-    tile = evaluated(plan.scheduler.decoding, names | {"tile.index": numbers})
+    call = tuple((f"call.{size}", value) for size, value in sizes.values.items())
+    return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()))
 
-    def column(name: str) -> list[int]:
-        return _listed(tile[name], len(numbers))
 
-    blocks = column(ROWS.tile.name) if ROWS.tile.name in tile else [None] * len(numbers)
-    yield from zip(blocks, map(Member, *map(column, _DECODED)), strict=True)
+@lru_cache(maxsize=8)
+def _decoded(
+    scheduler: Scheduler, sizes: tuple[tuple[str, int], ...]
+) -> tuple[tuple[int | None, Member], ...]:
+    names = dict(sizes)
+    count = int(evaluate(scheduler.count, names))
+    if not count:
+        return ()
+    tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)})
+    blocks = _listed(tile[ROWS.tile.name], count) if ROWS.tile.name in tile else [None] * count
+    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in _DECODED)), strict=True))
 
 
 def first_head(plan: KernelPlan, sizes: Sizes) -> Member:
     """The head that the first tile of a launch works on."""
-    return next(decoded(plan, sizes, most=1))[1]
+    return decoded(plan, sizes)[0][1]
 
 
-def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None) -> BlockBounds:
-    """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form.
+def block_bounds(
+    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
+) -> list[BlockBounds]:
+    """The blocks of keys that each block of rows visits, and those that it need not mask, in closed form.
 
     Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
     """
-    return bounds_of_blocks(plan, sizes, [m_block], member or first_head(plan, sizes))[0]
-
-
-def bounds_of_blocks(
-    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
-) -> list[BlockBounds]:
-    """`block_bounds` of many blocks of rows."""
     assert plan.key_blocks is not None
-    names = _names(plan, sizes, member, ROWS, torch.tensor(m_blocks, dtype=torch.int64))
+    numbers = m_blocks[0] if len(m_blocks) == 1 else torch.tensor(m_blocks, dtype=torch.int64)
+    names = _names(plan, sizes, member, ROWS, numbers)
     seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes))
     found = evaluated(seen.definitions, names, sizes.declared.tensors)
     ends = (found[f"seen.{end.removeprefix('n_')}"] for end in BlockBounds._fields)
     return list(map(BlockBounds, *(_listed(end, len(m_blocks)) for end in ends)))
 
 
-def walk_of(
-    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None
-) -> tuple[Visited, ...]:
-    """The blocks of keys that block `m_block` of rows visits, from right to left, each classed by itself.
+def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> tuple[Visited, ...]:
+    """The blocks of keys that a block of rows visits, from right to left, each classed by itself.
 
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
     """
     classes, tensors = plan.tile_classes, sizes.declared.tensors
     assert classes is not None
-    member = member or first_head(plan, sizes)
     numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
     names = _names(plan, sizes, member, ROWS, m_block) | _names(plan, sizes, member, KEYS, numbers)
 
@@ -191,24 +184,17 @@ def walk_of(
         return torch.as_tensor(found).expand(len(numbers))
 
     may, must = hold(classes.may, True), hold(classes.must, False)
-    full = must & (evaluated(KEYS.whole_span, names)[KEYS.last.name] < member.seqlen_k)
+    full = must & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
     return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
 
 
 def visited_blocks(
-    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member | None = None
-) -> tuple[int, ...]:
-    """The numbers of the blocks of keys that block `m_block` of rows visits."""
-    return visited_of_blocks(plan, sizes, [m_block], member or first_head(plan, sizes))[0]
-
-
-def visited_of_blocks(
     plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
 ) -> list[tuple[int, ...]]:
-    """`visited_blocks` of many blocks of rows."""
+    """The numbers of the blocks of keys that each block of rows visits."""
     if plan.key_blocks is None:
         return [tuple(block.n for block in walk_of(plan, sizes, m, member)) for m in m_blocks]
-    return [tuple(range(each.n_min, each.n_max)) for each in bounds_of_blocks(plan, sizes, m_blocks, member)]
+    return [tuple(range(each.n_min, each.n_max)) for each in block_bounds(plan, sizes, m_blocks, member)]
 
 
 def all_blocks(plan: KernelPlan, member: Member) -> range:
@@ -216,14 +202,9 @@ def all_blocks(plan: KernelPlan, member: Member) -> range:
     return range(ceil_div(member.seqlen_q, plan.block_m))
 
 
-def heads_differ(plan: KernelPlan) -> bool:
-    """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
-    return any(_asks_for(plan))
-
-
 def what_tells_apart(plan: KernelPlan) -> Callable[[Member], tuple[int, ...]]:
     """Of a head that in which others must agree to visit the same blocks of keys."""
-    asked = _asks_for(plan)
+    asked = asks_for(plan)
     return lambda member: (*member.rows, *compress(member, asked))
 
 
@@ -236,13 +217,10 @@ def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...
     return tuple(map(tuple, alike.values()))
 
 
-def _asks_for(plan: KernelPlan) -> tuple[bool, ...]:
+def asks_for(plan: KernelPlan) -> tuple[bool, ...]:
     """Whether the blocks of keys that a row visits depend on the first fields of a `Member`: batch, head, head_kv."""
-    if plan.key_blocks is not None:
-        conditions = plan.key_blocks.bounds
-    else:
-        assert plan.tile_classes is not None
-        conditions = (plan.tile_classes.may, plan.tile_classes.must)
+    keys, classes = plan.key_blocks, plan.tile_classes
+    conditions = keys.bounds if keys else (classes.may, classes.must) if classes else ()
     return tuple(any(name in free_names(each) for each in conditions) for name in _DECODED[:3])
 
 
@@ -267,5 +245,4 @@ def _block_sizes(plan: KernelPlan) -> dict[str, int]:
 
 def _listed(value: int | torch.Tensor, count: int) -> list[int]:
     """A number for each of so many tiles or blocks, of which it may be one for all."""
-    found: list[int] = torch.as_tensor(value).expand(count).tolist()
-    return found
+    return [value] * count if isinstance(value, int) else list(value.expand(count).tolist())

@@ -154,7 +154,7 @@ def simulated_classes(
             for block in walk_of(plan, sizes, m, member):
                 found[b, h, m, block.n] = 1 if block.is_partial else 2
         else:
-            bounds = block_bounds(plan, sizes, m, member)
+            (bounds,) = block_bounds(plan, sizes, [m], member)
             found[b, h, m, bounds.n_min : bounds.n_max] = 1
             found[b, h, m, bounds.n_full_begin : bounds.n_full_end] = 2
     return found

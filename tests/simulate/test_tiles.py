@@ -12,7 +12,7 @@ from attngen.expr import evaluate, name, parse_mask, scale, sub
 from attngen.plan import Definitions, Scheduler, evaluate_formula
 from attngen.simulate import BlockBounds, Sizes, block_bounds, simulate, tiles, visited_blocks
 from attngen.simulate.tiles import TileSource
-from attngen.simulate.visits import Member, walk_of
+from attngen.simulate.visits import Member, first_head, walk_of
 
 MASKS = [
     "full",
@@ -56,12 +56,12 @@ def test_bounds_hold_every_visible_pair(schedule: str, mask: str) -> None:
                             for j in range(n * block_n, (n + 1) * block_n)
                         ]
 
-                    bounds = block_bounds(plan, sizes, m)
+                    bounds = block_bounds(plan, sizes, [m], first_head(plan, sizes))[0]
                     n_end = -(-seqlen_k // block_n)
                     assert (
                         0 <= bounds.n_min <= bounds.n_full_begin <= bounds.n_full_end <= bounds.n_max <= n_end
                     )
-                    every = block_bounds(unpeeled, sizes, m)
+                    every = block_bounds(unpeeled, sizes, [m], first_head(plan, sizes))[0]
                     last = every.n_max - 1 if schedule == "warp_specialized" else every.n_max
                     assert full_blocks(bounds) == full_blocks(every) - {last}
                     assert (bounds.n_min, bounds.n_max) == (every.n_min, every.n_max)
@@ -91,7 +91,7 @@ def test_heads_that_see_other_keys_are_not_stacked() -> None:
     plan = lowered("fa2", "kv_idx < 4 * h", 1, block_m=4, block_n=4)
     found = {tile.members[0].head: tile.bounds for tile in tiles(plan, Sizes(1, 4, 12, 3, 3))}
     assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
-    assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2, 4, 12)).n_max == 2
+    assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), [0], Member(0, 2, 2, 4, 12))[0].n_max == 2
 
 
 @pytest.mark.parametrize("schedule", ["serial", "fa2", "warp_specialized"])
@@ -103,12 +103,10 @@ def test_heads_are_stacked_where_they_take_one_way(schedule: str, mask: str) -> 
     sizes = Sizes(3, 9, 12, 6, 2)
 
     def way(m: int, member: Member) -> Any:
-        classed = block_bounds if plan.key_blocks else walk_of
-        return (
-            visited_blocks(plan, sizes, m, member)
-            if schedule == "serial"
-            else classed(plan, sizes, m, member)
-        )
+        if plan.key_blocks is None and schedule != "serial":
+            return walk_of(plan, sizes, m, member)
+        classed = visited_blocks if schedule == "serial" else block_bounds
+        return classed(plan, sizes, [m], member)[0]
 
     ways: Counter[object] = Counter()
     for tile in tiles(plan, sizes):
