@@ -94,7 +94,7 @@ class Scheduler:
 
     @cached_property
     def count(self) -> Expr:
-        """How many tiles a call has; a launch is refused whose grid is for another number."""
+        """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
         heads = times(name("call.batch"), name("call.num_heads_q"))
         return heads if self.kind == "heads" else times(heads, ROWS.blocks(name("call.seqlen_q")))
 
