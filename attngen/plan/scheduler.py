@@ -66,16 +66,12 @@ class Axis:
 
     def blocks(self, length: Expr) -> Expr:
         """How many blocks hold so many of them."""
-        return length if length is const(0) else _ceil_div(length, name(self.block))
+        block = name(self.block)
+        return length if length is const(0) else floor_divide(sub(add(length, block), const(1)), block)
 
 
 ROWS = Axis("m", "q_idx", "seqlen_q", "tile.block_m")
 KEYS = Axis("n", "kv_idx", "seqlen_k", "tile.block_n")
-
-
-def _ceil_div(a: Expr, b: Expr) -> Expr:
-    """The quotient, rounded up; neither is negative."""
-    return floor_divide(sub(add(a, b), const(1)), b)
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,8 @@ class SeenBlocks:
         blocks = result("max", axis.blocks(define("end_any", end(self.end_any))))
         # Never folded to 0: where ptxas knows it, descriptors of wgmma leave their uniform registers (docs/sass.md).
         visited = result("min", call("min", before(first(self.first_any)), blocks))
-        last = blocks
-        if self.last_is_masked:
-            last = define("last", greater(add(blocks, const(-1)), visited))
+        before_last = greater(add(blocks, const(-1)), visited)
+        last = define("last", before_last) if self.last_is_masked else blocks
         first_all = define("first_all", lesser(first(self.first_all), seqlen))
         begin = result("full_begin", greater(lesser(axis.blocks(first_all), last), visited))
         end_all = define("end_all", end(self.end_all))
