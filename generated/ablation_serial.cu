@@ -59,7 +59,7 @@ struct Params {
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
 struct Tile {
-  int m_block, head, kv_head, batch, seqlen_q, seqlen_k;
+  int head, batch, kv_head, seqlen_q, seqlen_k;
 };
 
 // Where a head starts. Computed where it is used, not ahead of the loops: registers are scarce there.
@@ -75,11 +75,11 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
 // One whole head.
 DEV Tile decode_tile(const Params& params, int index) {
   Tile tile;
+  tile.head = index % params.num_heads_q;
   tile.batch = index / params.num_heads_q;
-  tile.head = index - tile.batch * params.num_heads_q;
   tile.kv_head = tile.head / params.group;
-  tile.m_block = 0;
-  tile.seqlen_q = params.seqlen_q, tile.seqlen_k = params.seqlen_k;
+  tile.seqlen_q = params.seqlen_q;
+  tile.seqlen_k = params.seqlen_k;
   return tile;
 }
 
@@ -91,13 +91,11 @@ struct KeyBlocks {
 
 // Which blocks of keys block m of rows visits, and which of them no row masks.
 DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
-  const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
-  int first_any = 0, first_all = 0, end_any = tile.seqlen_k, end_all = tile.seqlen_k;
   KeyBlocks seen;
-  seen.n_max = (end_any + kBlockN - 1) / kBlockN;
-  seen.n_min = min(first_any / kBlockN, seen.n_max);
-  seen.n_full_begin = max(seen.n_min, min((first_all + kBlockN - 1) / kBlockN, seen.n_max));
-  seen.n_full_end = max(seen.n_full_begin, min(end_all / kBlockN, seen.n_max));
+  seen.n_max = (tile.seqlen_k + kBlockN - 1) / kBlockN;
+  seen.n_min = min(0, seen.n_max);
+  seen.n_full_begin = seen.n_min;
+  seen.n_full_end = max(min(tile.seqlen_k / kBlockN, seen.n_max), seen.n_full_begin);
   return seen;
 }
 
@@ -210,3 +208,4 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
     store_tile<OutTile, kThreads>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head), params.out_stride_seqlen, m * kBlockM, tile.seqlen_q, out_smem);
   }
 }
+

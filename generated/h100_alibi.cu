@@ -72,7 +72,7 @@ struct Params {
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
 struct Tile {
-  int m_block, head, kv_head, batch, seqlen_q, seqlen_k;
+  int m_block, head, batch, kv_head, seqlen_q, seqlen_k;
   int index;
   bool exists;
 };
@@ -83,18 +83,19 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
 }
 
 // Blocks of rows of all heads; a block of threads works on its own number first, then on those it draws.
-DEV int num_tiles(const Params& params) { return params.batch * params.num_heads_q * ((params.seqlen_q + kBlockM - 1) / kBlockM); }
+DEV int num_tiles(const Params& params) { return (params.seqlen_q + kBlockM - 1) / kBlockM * params.batch * params.num_heads_q; }
 
 // One block of rows of one head. Heads are fastest; the rows that see the most keys start first.
 DEV Tile decode_tile(const Params& params, int index) {
-  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   Tile tile;
+  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   const int row = index / params.num_heads_q;
-  tile.head = index - row * params.num_heads_q;
+  tile.m_block = m_max - (row % m_max) - 1;
+  tile.head = index % params.num_heads_q;
   tile.batch = row / m_max;
-  tile.m_block = m_max - 1 - (row - tile.batch * m_max);
   tile.kv_head = tile.head / params.group;
-  tile.seqlen_q = params.seqlen_q, tile.seqlen_k = params.seqlen_k;
+  tile.seqlen_q = params.seqlen_q;
+  tile.seqlen_k = params.seqlen_k;
   tile.index = index;
   tile.exists = index < num_tiles(params);
   return tile;
@@ -110,18 +111,17 @@ struct KeyBlocks {
   int n_min, n_full_begin, n_full_end, n_max;
 };
 
-// Which blocks of keys block m of rows visits, and which of them no row masks.
+// Which blocks of keys block m of rows visits, and which of them no row masks. The last is peeled off and masked anyway.
 DEV KeyBlocks key_blocks(const Params& params, const Tile& tile, int m) {
-  const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
-  int first_any = 0, first_all = 0, end_any = tile.seqlen_k, end_all = tile.seqlen_k;
-  end_any = clamp_key(q_last + tile.seqlen_k - tile.seqlen_q + 1, end_any);
-  end_all = clamp_key(q_first + tile.seqlen_k - tile.seqlen_q + 1, end_all);
   KeyBlocks seen;
+  const int q_first = m * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
+  const int end_any = max(min(q_last + tile.seqlen_k - tile.seqlen_q + 1, tile.seqlen_k), 0);
   seen.n_max = (end_any + kBlockN - 1) / kBlockN;
-  seen.n_min = min(first_any / kBlockN, seen.n_max);
-  const int n_last = max(seen.n_max - 1, seen.n_min);  // peeled off and masked anyway
-  seen.n_full_begin = max(seen.n_min, min((first_all + kBlockN - 1) / kBlockN, n_last));
-  seen.n_full_end = max(seen.n_full_begin, min(end_all / kBlockN, n_last));
+  seen.n_min = min(0, seen.n_max);
+  const int n_last = max(seen.n_max - 1, seen.n_min);
+  seen.n_full_begin = seen.n_min;
+  const int end_all = max(min(q_first + tile.seqlen_k - tile.seqlen_q + 1, tile.seqlen_k), 0);
+  seen.n_full_end = max(min(end_all / kBlockN, n_last), seen.n_full_begin);
   return seen;
 }
 
@@ -393,3 +393,4 @@ attn_fwd_sm90a_bf16_d128_causal_warp_specialized_26ec6be6(const __grid_constant_
     if (is_first_thread) tma_store_wait_read();
   }
 }
+

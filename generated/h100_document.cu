@@ -77,7 +77,7 @@ struct Params {
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
 struct Tile {
-  int m_block, head, kv_head, batch, seqlen_q, seqlen_k;
+  int m_block, head, batch, kv_head, seqlen_q, seqlen_k;
   int index;
   bool exists;
 };
@@ -88,18 +88,19 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
 }
 
 // Blocks of rows of all heads; a block of threads works on its own number first, then on those it draws.
-DEV int num_tiles(const Params& params) { return params.batch * params.num_heads_q * ((params.seqlen_q + kBlockM - 1) / kBlockM); }
+DEV int num_tiles(const Params& params) { return (params.seqlen_q + kBlockM - 1) / kBlockM * params.batch * params.num_heads_q; }
 
 // One block of rows of one head. Heads are fastest; the rows that see the most keys start first.
 DEV Tile decode_tile(const Params& params, int index) {
-  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   Tile tile;
+  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   const int row = index / params.num_heads_q;
-  tile.head = index - row * params.num_heads_q;
+  tile.m_block = m_max - (row % m_max) - 1;
+  tile.head = index % params.num_heads_q;
   tile.batch = row / m_max;
-  tile.m_block = m_max - 1 - (row - tile.batch * m_max);
   tile.kv_head = tile.head / params.group;
-  tile.seqlen_q = params.seqlen_q, tile.seqlen_k = params.seqlen_k;
+  tile.seqlen_q = params.seqlen_q;
+  tile.seqlen_k = params.seqlen_k;
   tile.index = index;
   tile.exists = index < num_tiles(params);
   return tile;
@@ -138,14 +139,14 @@ DEV bool may_see(const Params& params, const Tile& tile, int q_tile, int kv_tile
 
 // Whether every such query is sure to see all of them.
 DEV bool must_see(const Params& params, const Tile& tile, int q_tile, int kv_tile, int kv_first, int kv_last) {
-  const int q_first = q_tile * kBlockM, q_last = min(q_first + kBlockM, tile.seqlen_q) - 1;
+  const int q_first = q_tile * kBlockM;
   return (read_extremes0_hi(params, tile.batch, q_tile) <= read_extremes1_lo(params, tile.batch, kv_tile)) & (read_extremes0_lo(params, tile.batch, q_tile) >= read_extremes1_hi(params, tile.batch, kv_tile)) & (kv_last <= q_first + tile.seqlen_k - tile.seqlen_q);
 }
 
 // Whether block m of rows visits block n of keys.
 DEV bool visits(const Params& params, const Tile& tile, int m, int n) {
-  const int kv_first = n * kBlockN;
-  return kv_first < tile.seqlen_k && may_see(params, tile, m, n, kv_first, min(kv_first + kBlockN, tile.seqlen_k) - 1);
+  const int kv_first = n * kBlockN, kv_last = min(kv_first + kBlockN, tile.seqlen_k) - 1;
+  return kv_first < tile.seqlen_k && may_see(params, tile, m, n, kv_first, kv_last);
 }
 
 // Whether none of its pairs is masked and no key lies past the end.
@@ -432,3 +433,4 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_16a869fb_tables(const __grid_co
     }
   }
 }
+

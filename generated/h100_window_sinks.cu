@@ -69,7 +69,7 @@ struct Params {
 
 // What this block works on. seqlen_q and seqlen_k are this sequence's own.
 struct Tile {
-  int m_block, head, kv_head, batch, seqlen_q, seqlen_k;
+  int m_block, head, batch, kv_head, seqlen_q, seqlen_k;
   int index;
   bool exists;
 };
@@ -80,18 +80,19 @@ DEV float* dense_head(float* base, const Params& params, const Tile& tile, int c
 }
 
 // Blocks of rows of all heads; a block of threads works on its own number first, then on those it draws.
-DEV int num_tiles(const Params& params) { return params.batch * params.num_heads_q * ((params.seqlen_q + kBlockM - 1) / kBlockM); }
+DEV int num_tiles(const Params& params) { return (params.seqlen_q + kBlockM - 1) / kBlockM * params.batch * params.num_heads_q; }
 
 // One block of rows of one head. Heads are fastest; the rows that see the most keys start first.
 DEV Tile decode_tile(const Params& params, int index) {
-  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   Tile tile;
+  const int m_max = (params.seqlen_q + kBlockM - 1) / kBlockM;
   const int row = index / params.num_heads_q;
-  tile.head = index - row * params.num_heads_q;
+  tile.m_block = m_max - (row % m_max) - 1;
+  tile.head = index % params.num_heads_q;
   tile.batch = row / m_max;
-  tile.m_block = m_max - 1 - (row - tile.batch * m_max);
   tile.kv_head = tile.head / params.group;
-  tile.seqlen_q = params.seqlen_q, tile.seqlen_k = params.seqlen_k;
+  tile.seqlen_q = params.seqlen_q;
+  tile.seqlen_k = params.seqlen_k;
   tile.index = index;
   tile.exists = index < num_tiles(params);
   return tile;
@@ -113,8 +114,8 @@ DEV bool must_see(const Params& params, const Tile& tile, int q_tile, int kv_til
 
 // Whether block m of rows visits block n of keys.
 DEV bool visits(const Params& params, const Tile& tile, int m, int n) {
-  const int kv_first = n * kBlockN;
-  return kv_first < tile.seqlen_k && may_see(params, tile, m, n, kv_first, min(kv_first + kBlockN, tile.seqlen_k) - 1);
+  const int kv_first = n * kBlockN, kv_last = min(kv_first + kBlockN, tile.seqlen_k) - 1;
+  return kv_first < tile.seqlen_k && may_see(params, tile, m, n, kv_first, kv_last);
 }
 
 // Whether none of its pairs is masked and no key lies past the end.
@@ -358,3 +359,4 @@ attn_fwd_sm90a_bf16_d128_masked_warp_specialized_b2fa837f(const __grid_constant_
     if (is_first_thread) tma_store_wait_read();
   }
 }
+

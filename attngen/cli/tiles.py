@@ -16,7 +16,7 @@ from attngen.expr import evaluate
 from attngen.kernel import Kernel
 from attngen.plan import KernelPlan
 from attngen.simulate import Sizes, block_bounds
-from attngen.simulate.visits import ANY_HEAD, ceil_div, declared_values, heads_differ, walk_of
+from attngen.simulate.visits import asks_for, ceil_div, declared_values, first_head, walk_of
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 CLASSES = ("empty", "partial", "full")
@@ -127,8 +127,15 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
     if is_empty:
         return TileMap(kernel.spec.mask, plan, shape, classes, needed=0)
     sizes = replace(sizes, declared=declared_values(plan, sizes, passed))
-    for m in range(rows):
-        _class_row(classes[m], plan, sizes, m)
+    head = first_head(plan, sizes)
+    if plan.key_blocks is None:
+        for m in range(rows):
+            for block in walk_of(plan, sizes, m, head):
+                classes[m, block.n] = PARTIAL if block.is_partial else FULL
+    else:
+        for row, bounds in zip(classes, block_bounds(plan, sizes, range(rows), head), strict=True):
+            row[bounds.n_min : bounds.n_max] = PARTIAL
+            row[bounds.n_full_begin : bounds.n_full_end] = FULL
     is_short = shape.seqlen_q * shape.seqlen_k <= MOST_PAIRS
     return TileMap(kernel.spec.mask, plan, shape, classes, _needed(plan, sizes) if is_short else None)
 
@@ -160,22 +167,11 @@ def draw_tiles(maps: Mapping[str, TileMap], path: Path) -> None:
             axes.axis("off")
 
 
-def _class_row(row: torch.Tensor, plan: KernelPlan, sizes: Sizes, m: int) -> None:
-    """Fill in the classes of a block of rows."""
-    if plan.key_blocks is None:
-        for block in walk_of(plan, sizes, m):
-            row[block.n] = PARTIAL if block.is_partial else FULL
-    else:
-        bounds = block_bounds(plan, sizes, m)
-        row[bounds.n_min : bounds.n_max] = PARTIAL
-        row[bounds.n_full_begin : bounds.n_full_end] = FULL
-
-
 def _needed(plan: KernelPlan, sizes: Sizes) -> int:
     """How many tiles hold a visible pair."""
     keys = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n) * plan.block_n)
-    first_head = {"b": ANY_HEAD.batch, "h": ANY_HEAD.head, "h_kv": ANY_HEAD.head_kv}
-    names = {**sizes.values, **sizes.declared.scalars, **first_head, "kv_idx": keys}
+    head = dict(zip(("b", "h", "h_kv"), first_head(plan, sizes), strict=False))
+    names = {**sizes.values, **sizes.declared.scalars, **head, "kv_idx": keys}
     count = 0
     for first in range(0, sizes.seqlen_q, plan.block_m):
         rows = torch.arange(first, min(first + plan.block_m, sizes.seqlen_q))[:, None]
@@ -210,7 +206,7 @@ def _panel(axes: Any, title: str, tiles: TileMap) -> None:
     lines = (
         title,
         f"mask: {_short(tiles.mask)}",
-        shape_text(tiles.shape) + (", head 0 of batch 0" if heads_differ(plan) else ""),
+        shape_text(tiles.shape) + (", head 0 of batch 0" if any(asks_for(plan)) else ""),
         f"{tiles.visited} of {tiles.classes.numel()} tiles visited; with a visible pair: {needed}",
     )
     axes.set_title("\n".join(lines), loc="left", fontsize="small")

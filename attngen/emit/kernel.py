@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from attngen.emit import tile
 from attngen.emit.device import names_in, used_by
 from attngen.emit.environment import Templates, first_barrier, macros
 from attngen.emit.pairs import pair_functions, table_texts
@@ -36,11 +37,13 @@ def emit(plan: KernelPlan) -> str:
     """
     if not plan.arch.emits:
         raise InternalError(f"nothing is emitted for {plan.arch.name}")
-    templates = Templates(plan)
-    scheduler = getattr(macros("scheduler.cuh.j2"), plan.scheduler.kind)
+    templates, scheduler = Templates(plan), macros("scheduler.cuh.j2")
     body = templates.render(
         "entry.cuh.j2",
-        scheduler=str(scheduler(plan.scheduler)).strip("\n"),
+        tile=str(scheduler.tile(plan.scheduler, tile.fields(plan.scheduler))).strip("\n"),
+        decoding=str(
+            scheduler.decode(plan.scheduler, tile.count(plan.scheduler), tile.decoding(plan.scheduler))
+        ).strip("\n"),
         pair_functions=pair_functions(plan),
         table_kernel=table_kernel(plan),
     )

@@ -11,10 +11,9 @@ from typing import Any
 
 from attngen.emit.environment import macros
 from attngen.emit.terms import score_terms
+from attngen.emit.tile import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
-    INDEX_NAMES,
     SIZE_NAMES,
-    TILE_NAMES,
     Expr,
     Leaves,
     c_type,
@@ -28,7 +27,7 @@ from attngen.expr import (
     with_nodes,
 )
 from attngen.expr.arithmetic import minus, plus, times
-from attngen.plan import KernelPlan, walk
+from attngen.plan import KEYS, QUERIES, KernelPlan, walk
 from attngen.plan.steps import (
     TANH,
     LookUp,
@@ -39,17 +38,7 @@ from attngen.plan.steps import (
     SeedScores,
 )
 
-_VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
-"""Indices and bounds of a tile as variables of a function: `q_first`."""
-_NAMES = {
-    **_VARIABLES,
-    "score": "score",
-    "b": "tile.batch",
-    "h": "tile.head",
-    "h_kv": "tile.kv_head",
-    "seqlen_q": "tile.seqlen_q",
-    "seqlen_k": "tile.seqlen_k",
-}
+_NAMES = {**VARIABLES, **FIELDS, "score": "score"}
 _C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
 _ELEMENTS = {
     "bool": ("bool", "__ldg({}) != 0"),
@@ -85,7 +74,7 @@ def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
             "name": table.name,
             "lookup": str(table.lookup),
             "c_type": _C_TYPES[table.lookup.type],
-            "indices": [{"name": _VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
+            "indices": [{"name": VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
             "reads_q": "q" in table.reads,
             "reads_k": "k" in table.reads,
             "value": cuda_body([table.lookup], leaves(plan)),
@@ -117,7 +106,7 @@ def _lookups(plan: KernelPlan) -> Iterator[str]:
         )
     sizes = _table_sizes(plan)
     for table in plan.tables:
-        indices = [_VARIABLES[index.name] for index in table.indices]
+        indices = [VARIABLES[index.name] for index in table.indices]
         place = indices[0]
         for index, variable in zip(table.indices[1:], indices[1:], strict=True):
             place = f"({place}) * ({sizes[index.name]}) + {variable}"
@@ -144,14 +133,18 @@ def _read_one_by_one(plan: KernelPlan) -> list[str]:
 
 def _blocks(plan: KernelPlan) -> Iterator[str]:
     if plan.key_blocks is not None:
-        yield _mask_macros().key_blocks(_bounds_text(plan))
+        lines = seen(plan.key_blocks, leaves(plan))
+        yield _mask_macros().key_blocks(lines, plan.key_blocks.last_is_masked, plan.scheduler.kind == "heads")
         return
     assert plan.tile_classes is not None
     classes = plan.tile_classes
-    may, must = (cuda_body([expr], leaves(plan)) for expr in (classes.may, classes.must))
-    yield _mask_macros().tile_classes(may, must)
+    may, must = (
+        (span(QUERIES, "q_tile", expr), cuda_body([expr], leaves(plan)))
+        for expr in (classes.may, classes.must)
+    )
+    yield _mask_macros().tile_classes(may, must, span(KEYS, "n", KEYS.last), whole_span(KEYS, "n"))
     if plan.scheduler.kind == "query_blocks":
-        yield _mask_macros().walk(not classes.tables)
+        yield _mask_macros().walk(not classes.tables, blocks(KEYS))
 
 
 def _ahead(plan: KernelPlan) -> Iterator[str]:
@@ -276,20 +269,6 @@ def _table_sizes(plan: KernelPlan) -> dict[str, str]:
         "b": _size(plan, "batch"),
         "h": "params.num_heads_q",
         "h_kv": "params.size_of_num_heads_kv",
-        "q_idx.tile": "(params.seqlen_q + kBlockM - 1) / kBlockM",
-        "kv_idx.tile": "(params.seqlen_k + kBlockN - 1) / kBlockN",
-    }
-
-
-def _bounds_text(plan: KernelPlan) -> Mapping[str, object]:
-    """The bounds with every key as CUDA text."""
-    bounds = plan.key_blocks
-    assert bounds is not None
-    flags = {
-        "last_is_masked": bounds.last_is_masked,
-        "tells_visits": plan.scheduler.kind == "heads",
-    }
-    return flags | {
-        name: [to_cuda(key, leaves(plan)) for key in getattr(bounds, name)]
-        for name in ("first_any", "first_all", "end_any", "end_all")
+        "q_idx.tile": blocks(QUERIES, "call"),
+        "kv_idx.tile": blocks(KEYS, "call"),
     }

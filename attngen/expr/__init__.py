@@ -17,7 +17,7 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
-from attngen.expr.keys import KeyRange, extremes, key_range
+from attngen.expr.keys import IndexRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
 from attngen.expr.ranges import index_range, never_holds
@@ -73,7 +73,7 @@ __all__ = [
     "Declarations",
     "Definition",
     "Expr",
-    "KeyRange",
+    "IndexRange",
     "Leaves",
     "Locate",
     "LocateOf",
@@ -114,6 +114,7 @@ __all__ = [
     "prelude",
     "read_declarations",
     "real_range",
+    "row_range",
     "scalar",
     "scale",
     "sub",

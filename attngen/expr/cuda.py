@@ -52,6 +52,7 @@ class Leaves:
             it. Empty: the score is scaled.
         branchless: conditions are joined bit by bit: hundreds of branches in a row take NVRTC time that grows by their
             square.
+        narrow: every number is computed in 32 bits, which hold it for a reason that ranges do not tell.
     """
 
     names: Mapping[str, str]
@@ -62,6 +63,7 @@ class Leaves:
     key_step: str = ""
     score_scale: str = ""
     branchless: bool = False
+    narrow: bool = False
 
 
 class Body(NamedTuple):
@@ -238,15 +240,21 @@ class _Writer:
         if number.op in ("name", "lookup") or number.name == "i32":
             return "int"
         if number.op in ("arith", "call"):
-            return _operation_type(number)
+            return self._operation_type(number)
         terms = written_terms(number)
         is_wide = any(atom and self._type_of_text(atom) == "i64" for _, atom in terms)
-        return "i64" if is_wide or not _sums_fit_int(terms) else "int"
+        return "i64" if is_wide or not self._is_summed_in_int(terms) else "int"
+
+    def _operation_type(self, operation: Expr) -> str:
+        return "int" if self._leaves.narrow else _operation_type(operation)
+
+    def _is_summed_in_int(self, terms: Sequence[tuple[int, Expr | None]]) -> bool:
+        return self._leaves.narrow or _sums_fit_int(terms)
 
     # ---- i32 ----------------------------------------------------------------------------------------------------
     def _sum(self, form: Expr) -> tuple[str, int]:
         terms = written_terms(form)
-        cast = "" if _sums_fit_int(terms) else "(long long)"
+        cast = "" if self._is_summed_in_int(terms) else "(long long)"
         text = ""
         for coefficient, atom in terms:
             term = self._term(abs(coefficient), atom, cast if not text else "")
@@ -268,12 +276,12 @@ class _Writer:
         if size == 1:
             return f"{cast}{operand}"
         # A product is computed before it is added, so each that may pass 32 bits is widened by its own factor.
-        widens = cast or not _fits_int(*(size * end for end in index_range(atom)))
+        widens = cast or not self._is_summed_in_int([(size, atom)])
         return f"{size}{'LL' if widens else ''} * {operand}"
 
     def _index_arithmetic(self, expr: Expr) -> tuple[str, int]:
         a, b = expr.args
-        wide = _operation_type(expr)
+        wide = self._operation_type(expr)
         if expr.name == "*":
             return f"{self._as_type(a, wide, _PRODUCT)} * {self._as_type(b, wide, _UNARY)}", _PRODUCT
         floors_as_c = index_range(a)[0] >= 0 and index_range(b)[0] > 0
@@ -303,7 +311,7 @@ class _Writer:
         if expr.name == "f32":
             return self._to_real(expr.args[0])
         if expr.args[0].type == "i32":
-            args = ", ".join(self._as_type(arg, _operation_type(expr)) for arg in expr.args)
+            args = ", ".join(self._as_type(arg, self._operation_type(expr)) for arg in expr.args)
             return f"{_INDEX_FUNCTIONS[expr.name]}({args})", _OPERAND
         function = (_EXACT_FUNCTIONS if self._leaves.exact else _FAST_FUNCTIONS)[expr.name]
         return f"{function}({', '.join(map(self.text, expr.args))})", _OPERAND

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from attngen.errors import InternalError
-from attngen.expr.tree import INDEX_NAMES, LARGEST_INDEX, LARGEST_LENGTH, TILE_NAMES, Expr, nodes
+from attngen.expr.tree import (
+    DECODING_RANGES,
+    INDEX_NAMES,
+    LARGEST_INDEX,
+    LARGEST_LENGTH,
+    TILE_NAMES,
+    Expr,
+    nodes,
+)
 
 Range = tuple[int, int]
 """The lowest and the highest value, both included."""
@@ -17,7 +25,7 @@ Range = tuple[int, int]
 SMALLEST_I32, LARGEST_I32 = -(2**31), 2**31 - 1
 
 _NAMED: dict[str, Range] = {each: (0, LARGEST_INDEX) for each in INDEX_NAMES + TILE_NAMES}
-_NAMED |= {"seqlen_q": (0, LARGEST_LENGTH), "seqlen_k": (0, LARGEST_LENGTH)}
+_NAMED |= {"seqlen_q": (0, LARGEST_LENGTH), "seqlen_k": (0, LARGEST_LENGTH), **DECODING_RANGES}
 
 
 def index_range(expr: Expr) -> Range:

@@ -1,7 +1,7 @@
 """Tree to value: what an expression is for given indices, integers or tensors. torch is imported late."""
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add, and_, eq, floordiv, le, lt, mod, mul, ne, or_, sub, truediv
 from typing import TYPE_CHECKING, Any, Union
 
@@ -53,7 +53,7 @@ class _Evaluation:
 
     def __call__(self, expr: Expr) -> Any:
         values: dict[Expr, Any] = {}
-        for each in nodes(expr):
+        for each in _in_order(expr):
             compute: Callable[..., Any] = getattr(self, f"_{each.op}", self._apply)
             values[each] = compute(each, *(values[arg] for arg in each.args))
         return values[expr]
@@ -110,6 +110,8 @@ class _Evaluation:
             lowest, highest = -(2.0**31), 2.0**31 - 1
             whole = torch.nan_to_num(args[0].to(torch.float64), 0.0, highest, lowest)
             return whole.clamp(lowest, highest).trunc().to(torch.int64)
+        if expr.name in _OF_INTEGERS and all(isinstance(arg, int) for arg in args):
+            return _OF_INTEGERS[expr.name](*args)
         numbers = [torch.as_tensor(arg) for arg in args]
         if expr.name == "sign":
             return (numbers[0] > 0).to(numbers[0].dtype) - (numbers[0] < 0).to(numbers[0].dtype)
@@ -123,6 +125,9 @@ class _Evaluation:
             value = self._torch.tensor(value, dtype=self._torch.float32)
         return self._torch.as_tensor(value).to(self._real)
 
+
+_in_order = lru_cache(maxsize=256)(nodes)  # a simulated kernel asks for the same ones at every tile
+_OF_INTEGERS: dict[str, Callable[..., int]] = {"min": min, "max": max, "abs": abs}
 
 _FUNCTIONS = {"min": "fmin", "max": "fmax"}
 """torch's names for functions that the language calls otherwise."""

@@ -59,6 +59,16 @@ LARGEST_TILE = 512
 LARGEST_LENGTH = LARGEST_INDEX + 1 - LARGEST_TILE
 """No length exceeds this (a rule of every call): the last tile reaches past the end, and its rows are indices too."""
 
+DECODING_RANGES = {
+    **dict.fromkeys(("call.batch", "call.num_heads_q", "call.group", "tile.m_max"), (1, LARGEST_INDEX)),
+    **dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE)),
+    **dict.fromkeys(("tile.index", "tile.row"), (0, 2**31 - 1)),
+    **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},
+    **{f"seen.{each}": (0, LARGEST_INDEX) for each in ("min", "full_begin", "full_end", "max", "last")},
+    **{f"seen.{each}": (0, LARGEST_LENGTH) for each in ("first_all", "end_any", "end_all")},
+}
+"""What tiles, and the blocks they see, are found by: sizes of a call and bounds, where there is a tile to decode."""
+
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class Expr:
@@ -128,14 +138,14 @@ FALSE = const(False)
 
 
 def name(name: str) -> Expr:
-    """An index or a length by its name, a bound of a tile, or `score`.
+    """An index or a length by its name, what a tile is found by, or `score`.
 
     Raises:
         InternalError: the language has no such name; the parser has told the user long before.
     """
     if name == "score":
         return scalar(name, "f32")
-    if name not in INDEX_NAMES + TILE_NAMES:
+    if name not in (*INDEX_NAMES, *TILE_NAMES, *DECODING_RANGES):
         raise InternalError(f"the expression language has no name {name!r}")
     return scalar(name, "i32")
 

@@ -15,7 +15,7 @@ from attngen.lower.pairs import (
     lookups_by_key,
     pair_params,
 )
-from attngen.lower.places import key_blocks, params, places
+from attngen.lower.places import params, places
 from attngen.lower.refusal import (
     diagnostics,
     wrong_dtypes,
@@ -26,7 +26,7 @@ from attngen.lower.refusal import (
 )
 from attngen.lower.scales import scales
 from attngen.lower.tiles import Choice, WarpgroupChoice
-from attngen.plan import Call, KernelPlan, Quantizer, Role, Scheduler, assemble
+from attngen.plan import KEYS, Call, KernelPlan, Quantizer, Role, Scheduler, assemble, seen_blocks
 from attngen.plan.rules import verify
 from attngen.schedules import SCHEDULES, Pairs, Scales
 from attngen.spec import Spec
@@ -151,7 +151,7 @@ def _warp_plan(
         v_cols=at.v.cols,
         row_tiles=choice.block_m // (arch.mma.m * choice.warps),
         overlap=False,
-        key_blocks=key_blocks(pairs.visible, last_is_masked=False),
+        key_blocks=seen_blocks(pairs.visible, KEYS, last_is_masked=False),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
         scratch=scratch,
@@ -194,7 +194,7 @@ def _warpgroup_plan(
         v_cols=at.out.cols,
         row_tiles=1,
         overlap=choice.overlap,
-        key_blocks=key_blocks(pairs.visible, last_is_masked=True),
+        key_blocks=seen_blocks(pairs.visible, KEYS, last_is_masked=True),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
         scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),

@@ -4,7 +4,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
-from attngen.expr import Expr, KeyRange, extremes, name
+from attngen.expr import Expr
 from attngen.lower.pairs import two_steps_by_tanh
 from attngen.lower.tiles import Choice
 from attngen.plan import (
@@ -15,7 +15,6 @@ from attngen.plan import (
     SCORES,
     Buffer,
     Cursor,
-    KeyBlocks,
     Param,
     RegTile,
     RegVec,
@@ -114,22 +113,6 @@ def places(
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, v, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
-    )
-
-
-def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | None:
-    """The bounds of a block of rows from those of one row: their extremes over q_idx.first .. q_idx.last."""
-    if visible is None:
-        return None
-    first, last = name("q_idx.first"), name("q_idx.last")
-    lower = [extremes(key, "q_idx", first, last) for key in visible.lower]
-    upper = [extremes(key, "q_idx", first, last) for key in visible.upper]
-    return KeyBlocks(
-        first_any=tuple(lo for lo, _ in lower),
-        first_all=tuple(hi for _, hi in lower),
-        end_any=tuple(hi for _, hi in upper),
-        end_all=tuple(lo for lo, _ in upper),
-        last_is_masked=last_is_masked,
     )
 
 

@@ -53,8 +53,10 @@ from attngen.plan.places import (
     View,
     Walk,
 )
-from attngen.plan.plan import KernelPlan, KeyBlocks, Param, Role, Scheduler, TensorMap, table_value
+from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
+from attngen.plan.scheduler import KEYS, QUERIES, Definitions, Scheduler, SequenceAxis
+from attngen.plan.seen import SeenBlocks, seen_blocks
 from attngen.plan.sheets import (
     OPERANDS,
     SHEETS,
@@ -70,6 +72,12 @@ from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
 
 __all__ = [
     "Axis",
+    "Definitions",
+    "KEYS",
+    "QUERIES",
+    "SeenBlocks",
+    "SequenceAxis",
+    "seen_blocks",
     "BANK_BYTES",
     "BlockIndex",
     "Buffer",
@@ -89,7 +97,6 @@ __all__ = [
     "Intake",
     "KernelEntry",
     "KernelPlan",
-    "KeyBlocks",
     "LENGTHS",
     "Launch",
     "Manifest",

@@ -9,40 +9,9 @@ from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.formulas import Formula, ceil_div, minimum, product
 from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.quantizer import Quantizer
+from attngen.plan.scheduler import Scheduler
+from attngen.plan.seen import SeenBlocks
 from attngen.plan.steps import Program, walk
-
-
-@dataclass(frozen=True)
-class KeyBlocks:
-    """Which keys a block of query rows may and must see: bounds over the rows q_idx.first .. q_idx.last, as trees.
-
-    A key block is visited from `first_any` on and before `end_any`; it needs no mask from `first_all` on and
-    before `end_all`. Each tuple holds keys of which the strictest counts; empty means no bound but 0 and seqlen_k.
-
-    Attributes:
-        last_is_masked: the program peels the last block off and masks it, so it is never counted as free of a mask.
-    """
-
-    first_any: tuple[Expr, ...] = ()
-    first_all: tuple[Expr, ...] = ()
-    end_any: tuple[Expr, ...] = ()
-    end_all: tuple[Expr, ...] = ()
-    last_is_masked: bool = False
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """Which tiles a block works on.
-
-    Attributes:
-        kind: "query_blocks", one block of query rows of one head; "heads", one whole head.
-        longest_first: blocks of rows that see the most keys (the last ones) start first.
-        persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
-    """
-
-    kind: Literal["query_blocks", "heads"]
-    longest_first: bool = False
-    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +110,7 @@ class KernelPlan:
     v_cols: int
     row_tiles: int
     overlap: bool
-    key_blocks: KeyBlocks | None
+    key_blocks: SeenBlocks | None
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor | Rows, ...]
     scheduler: Scheduler

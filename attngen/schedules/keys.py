@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from attngen.expr import KeyRange
+from attngen.expr import IndexRange
 from attngen.plan import BlockIndex, Program, Range, Walk
 from attngen.plan.steps import ForBlocks, ForVisited, StartWalk, Step, When, WhenBlock, WhenNext, WhenVisited
 
@@ -46,7 +46,7 @@ class KeyLoop:
         visible: the keys that a row sees, where they have a closed form; else blocks are classed one by one, in a walk.
     """
 
-    visible: KeyRange | None
+    visible: IndexRange | None
 
     @property
     def walks(self) -> bool:

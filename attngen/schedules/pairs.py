@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from attngen.expr import (
     INDEX_NAMES,
     Expr,
-    KeyRange,
+    IndexRange,
     free_names,
     key_range,
     magnitude,
@@ -35,7 +35,7 @@ class Pairs:
     """
 
     mask: Expr
-    visible: KeyRange | None
+    visible: IndexRange | None
     score: Expr
     score_factor: float = 1.0
     added: Expr | None = None

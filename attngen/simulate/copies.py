@@ -39,9 +39,9 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
     """Start copying rows of the tile's head; without `bounded` all of them must exist."""
     buffer = step.dst.buffer
     first = _first_row(role, step.src, step.block, buffer.rows)
-    valid = role.device.valid_rows(step.src, first, buffer.rows)
+    valid = role.device.valid_rows(step.src, role.tile, first, buffer.rows)
     if not step.bounded and valid < buffer.rows:
-        length = role.device.seqlen(step.src)
+        _, length = role.tile.sequence(step.src.axis)
         message = (
             f"rows {first} .. {first + buffer.rows - 1} of {step.src}, which has {length}, without a bound"
         )
@@ -56,7 +56,7 @@ def tma_load(step: TmaLoad, role: RoleRun) -> None:
     extent = buffer.sequence_extent
     first = _first_row(role, step.src, step.block, extent)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, first, extent))
+    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, role.tile, first, extent))
     assert step.dst.cursor is not None
     full = role.stage_barriers(step.dst.cursor).full
 

@@ -1,11 +1,14 @@
 """Device memory of one call: the user's tensors and the workspaces, who wrote what, how much was moved."""
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 
-from attngen.plan import LENGTHS, KernelPlan, Rows, Tensor
+from attngen.plan import KernelPlan, Rows, Tensor
 from attngen.simulate.tiles import Tile
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import Sizes, ceil_div
+from attngen.simulate.visits import Member, ceil_div
 
 NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
@@ -21,7 +24,6 @@ class DeviceMemory:
 
     def __init__(
         self,
-        sizes: Sizes,
         tensors: dict[str, torch.Tensor] | None,
         traffic: Traffic | None,
         wanted: tuple[str, ...] = (),
@@ -29,12 +31,10 @@ class DeviceMemory:
         """Take the values of a call.
 
         Args:
-            sizes: of the call.
             tensors: by the names of places, without rows not asked for; None to count only.
             traffic: where to count, or None.
             wanted: optional rows to write although they are not among the tensors.
         """
-        self.sizes = sizes
         self.holds_values = tensors is not None
         self.tensors = dict(tensors or {})
         self.traffic = traffic
@@ -46,13 +46,9 @@ class DeviceMemory:
         """Whether these rows are to be written: the user asked for them, or they are not optional."""
         return not place.optional or place.name in self.wanted
 
-    def seqlen(self, place: Tensor | Rows) -> int:
-        """Rows of the place, for one head."""
-        return self.sizes.values[LENGTHS[place.axis]]
-
-    def valid_rows(self, place: Tensor | Rows, first: int, rows: int) -> int:
+    def valid_rows(self, place: Tensor | Rows, tile: Tile, first: int, rows: int) -> int:
         """How many of rows first, first + 1, ... exist."""
-        return max(0, min(rows, self.seqlen(place) - first))
+        return max(0, min(rows, tile.sequence(place.axis)[1] - first))
 
     def read(self, place: Tensor | Rows, tile: Tile, first: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Rows first, first + 1, ... of the tile's heads as f32, zero beyond what exists; of a transposed tensor keys.
@@ -67,17 +63,18 @@ class DeviceMemory:
             (members, *shape), f32.
         """
         is_transposed = isinstance(place, Tensor) and place.is_transposed
-        valid = self.valid_rows(place, first, shape[-1] if is_transposed else shape[0])
+        valid = self.valid_rows(place, tile, first, shape[-1] if is_transposed else shape[0])
         if self.traffic:
             self.traffic.count_read(place.name, len(tile.members) * valid * _row_bytes(place))
         if not self.holds_values:
             return NOTHING
         batch, head, head_kv = tile.columns
         heads = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
+        start = tile.sequence(place.axis)[0] + first
         if is_transposed:  # zeros follow the last key
-            rows = self.tensors[place.name][..., first : first + shape[-1]]
+            rows = self.tensors[place.name][..., start : start + shape[-1]]
         else:
-            rows = self.tensors[place.name][:, :, first : first + valid]
+            rows = self.tensors[place.name][:, :, start : start + valid]
         found = rows[batch, heads].float()  # of these rows alone: to pick heads is to copy
         if found.shape[1:] == shape:
             return found
@@ -89,28 +86,31 @@ class DeviceMemory:
         self, place: Tensor | Rows, tile: Tile, first: int, values: torch.Tensor, shape: tuple[int, ...]
     ) -> None:
         """Write (members, *shape) to rows first, first + 1, ...; what does not exist is dropped."""
-        valid = self.valid_rows(place, first, shape[0])
+        valid = self.valid_rows(place, tile, first, shape[0])
         if self.traffic:
             self.traffic.count_written(place.name, len(tile.members) * valid * _row_bytes(place))
         share = (place.name, first // shape[0])
-        self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
+        if valid:
+            self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
         self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return
         batch, head, _ = tile.columns
         target = self.tensors[place.name]
         cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
-        target[batch, head, first : first + valid] = values[(slice(None), slice(valid), *cols)].to(
+        start = tile.sequence(place.axis)[0] + first
+        target[batch, head, start : start + valid] = values[(slice(None), slice(valid), *cols)].to(
             target.dtype
         )
 
-    def unwritten(self, plan: KernelPlan) -> tuple[str, int] | None:
+    def unwritten(self, plan: KernelPlan, members: Iterable[Member]) -> tuple[str, int] | None:
         """An output block, by name and number, that not every head has written exactly once."""
-        heads = self.sizes.batch * self.sizes.num_heads_q
+        lengths = Counter(member.seqlen_q for member in members)
         wanted = (place for place in plan.writes if isinstance(place, Tensor) or self.wants(place))
         for name in (place.name for place in wanted):
             rows = self.share_rows.get(name, plan.block_m)
-            for share in range(ceil_div(self.sizes.seqlen_q, rows)):
+            for share in range(ceil_div(max(lengths), rows)):
+                heads = sum(count for length, count in lengths.items() if length > share * rows)
                 if self.members_written.get((name, share), 0) != heads:
                     return name, share * rows // plan.block_m
         return None

@@ -43,7 +43,7 @@ class Multiprocessor:
             kind: self._timed(kind, function, CHARGES[kind]) if kind in CHARGES else function
             for kind, function in simulated.items()
         }
-        self._call = KernelRun(plan, sizes, scale_params(plan, 1.0), DeviceMemory(sizes, None, None), timed)
+        self._call = KernelRun(plan, sizes, scale_params(plan, 1.0), DeviceMemory(None, None), timed)
 
     def run(self, work: list[Tile]) -> None:
         """Let the slots work on these tiles.

@@ -138,14 +138,14 @@ class RoleRun:
     # ---- tiles and indices ------------------------------------------------------------------------------------------
     def start_tile(self, tile: Tile) -> None:
         """Take a tile up; its bounds become block indices."""
-        sizes, plan = self.call.sizes, self.call.plan
+        plan = self.call.plan
         self.tile = tile
         self.walks.clear()
         self._visited.clear()
         self.variables = {
             "zero": 0,
-            "m_max": ceil_div(sizes.seqlen_q, plan.block_m),
-            "n_end": ceil_div(sizes.seqlen_k, plan.block_n),
+            "m_max": ceil_div(tile.seqlen_q, plan.block_m),
+            "n_end": ceil_div(tile.seqlen_k, plan.block_n),
         }
         if tile.m_block is not None:
             self.variables |= {"m_block": tile.m_block, **(tile.bounds._asdict() if tile.bounds else {})}
@@ -154,7 +154,7 @@ class RoleRun:
         """Whether a block of rows of this tile's head visits a block of keys."""
         if m_block not in self._visited:
             plan, sizes = self.call.plan, self.call.sizes
-            self._visited[m_block] = visited_blocks(plan, sizes, m_block, self.tile.members[0])
+            (self._visited[m_block],) = visited_blocks(plan, sizes, [m_block], self.tile.members[0])
         return n in self._visited[m_block]
 
     def index(self, block: BlockIndex) -> int:
@@ -174,7 +174,7 @@ class RoleRun:
         block = self.variables.get("m", self.variables.get("m_block", 0))
         own = self.own_rows(self.call.plan.block_m)
         first = block * self.call.plan.block_m + own.start
-        return max(0, min(len(own), self.call.sizes.seqlen_q - first))
+        return max(0, min(len(own), self.tile.seqlen_q - first))
 
     # ---- who knows what ---------------------------------------------------------------------------------------------
     @property

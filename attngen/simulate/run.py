@@ -20,7 +20,7 @@ from attngen.simulate.sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
 from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values
+from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values, decoded
 from attngen.torch_state import torch_defaults
 
 _STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
@@ -147,7 +147,7 @@ def run_call(
             kernel,
             _with_tables(kernel, sizes, values),
             scale_params(kernel, bound.softmax_scale),
-            DeviceMemory(sizes, _by_heads(kernel, sizes, values), memory),
+            DeviceMemory(_by_heads(kernel, sizes, values), memory),
             {**STEPS_SIMULATED, **(steps or {})},
             observer,
         )
@@ -192,7 +192,7 @@ def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]
         x = values[tensor.name]
         if (
             tensor.is_transposed
-        ):  # the order of 16 keys is for the registers of a lane, which simulated tiles do not have
+        ):  # the order of 16 keys is for the registers of a lane, which are not simulated
             found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
         else:
             found[tensor.name] = x.transpose(1, 2)
@@ -219,7 +219,7 @@ def count(
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
-    device = DeviceMemory(sizes, None, traffic, wanted=("lse",) if return_lse else ())
+    device = DeviceMemory(None, traffic, wanted=("lse",) if return_lse else ())
     if not sizes.has_no_output:
         call = assemble((plan,))
         run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
@@ -236,7 +236,7 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    if missing := run.device.unwritten(plan):
+    if missing := run.device.unwritten(plan, {member for _, member in decoded(plan, sizes)}):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

@@ -6,7 +6,7 @@ keys; one for all keys is (members, rows, 1).
 
 import torch
 
-from attngen.plan import LENGTHS, BlockIndex, Descales, RegTile, RegVec
+from attngen.plan import BlockIndex, Descales, RegTile, RegVec
 from attngen.plan.steps import (
     CopyRows,
     Promote,
@@ -59,7 +59,7 @@ def scale_keys(step: ScaleKeys, role: RoleRun) -> None:
 
 def read_top_scale(step: ReadTopScale, role: RoleRun) -> None:
     """V's largest descale of the head."""
-    every = _descales(step.v, torch.arange(max(1, role.call.sizes.seqlen_k)), role)
+    every = _descales(step.v, torch.arange(max(1, role.tile.seqlen_k)), role)
     role.write(step.top, lambda: every.amax(-1, keepdim=True).expand(-1, _rows(step.top, role)))
 
 
@@ -112,7 +112,7 @@ def _descales(of: Descales, rows: torch.Tensor, role: RoleRun) -> torch.Tensor:
     found = role.device.tensors[of.name][batch, head if of.heads == "q" else head_kv]
     if of.granule is None:
         return found.reshape(-1, 1)
-    length = role.call.sizes.values[LENGTHS[of.axis]]
+    _, length = role.tile.sequence(of.axis)
     if not length:
         return found.new_zeros(len(found), len(rows))
     return found[:, rows.clamp(0, length - 1) // of.granule]

@@ -177,7 +177,7 @@ def mask_scores(step: MaskScores, role: RoleRun) -> None:
     def masked() -> torch.Tensor:
         kv_idx, names = _indices(step, step.s, role)
         tensors = role.call.sizes.declared.tensors
-        keep = kv_idx < role.call.sizes.seqlen_k
+        keep = kv_idx < role.tile.seqlen_k
         for bound in step.visible.lower:
             keep = keep & (kv_idx >= evaluate(bound, names, tensors))
         for bound in step.visible.upper:
@@ -194,7 +194,7 @@ def mask_scores_each(step: MaskScoresEach, role: RoleRun) -> None:
     def masked() -> torch.Tensor:
         kv_idx, names = _indices(step, step.s, role)
         tensors = role.call.sizes.declared.tensors
-        keep = (kv_idx < role.call.sizes.seqlen_k) & evaluate(step.mask, names, tensors)
+        keep = (kv_idx < role.tile.seqlen_k) & evaluate(step.mask, names, tensors)
         return torch.where(keep, s, -math.inf)
 
     role.write(step.s, masked)
@@ -204,7 +204,6 @@ def _indices(
     step: LookUp | MaskScores | MaskScoresEach | ModifyScores | SeedScores, tile: RegTile, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
-    sizes = role.call.sizes
     batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
     own = role.own_rows(tile.rows)
     first_row = role.index(step.rows) * tile.rows + own.start
@@ -213,12 +212,12 @@ def _indices(
     return kv_idx, {
         "q_idx": torch.arange(first_row, first_row + len(own)).view(1, -1, 1),
         "kv_idx": kv_idx,
-        "seqlen_q": sizes.seqlen_q,
-        "seqlen_k": sizes.seqlen_k,
+        "seqlen_q": role.tile.seqlen_q,
+        "seqlen_k": role.tile.seqlen_k,
         "b": batch,
         "h": head,
         "h_kv": head_kv,
-        **sizes.declared.scalars,
+        **role.call.sizes.declared.scalars,
     }
 
 

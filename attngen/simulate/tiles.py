@@ -1,30 +1,25 @@
-"""Which tiles a launch has, and who works on which: the arithmetic of the scheduler.
+"""Which tiles a launch has, as the plan's scheduler decodes them, and who works on which."""
 
-The emitted kernels decode the same tiles on the GPU.
-"""
-
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from attngen.plan import KernelPlan
+from attngen.plan import Axis, KernelPlan
 from attngen.simulate.visits import (
     BlockBounds,
     Member,
     Sizes,
     Visited,
+    all_blocks,
     block_bounds,
-    ceil_div,
-    heads_alike,
+    decoded,
     visited_blocks,
     walk_of,
+    what_tells_apart,
 )
-
-Way = TypeVar("Way", bound=Hashable)
-"""What steers a program on its way through a tile."""
 
 LOCKSTEP = 32
 """Most heads that one simulated block stands for: 16 to 64 are as fast, and what they hold should stay in the cache."""
@@ -39,7 +34,7 @@ class Tile:
         bounds: its blocks of keys, where they have a closed form and m_block is not None.
         walk: its blocks of keys, where they have none.
         members: heads that the simulator runs in lockstep, as one block with stacked values, because nothing
-            that steers the program differs between them. On a GPU each is a block of its own.
+            that steers the program differs between them, lengths included. On a GPU each is a block of its own.
     """
 
     m_block: int | None
@@ -54,14 +49,31 @@ class Tile:
             return self.bounds.n_max - self.bounds.n_min
         return len(self.walk or ())
 
+    def sequence(self, axis: Axis) -> tuple[int, int]:
+        """Where its queries or keys begin among the rows of a tensor, and how many there are."""
+        member = self.members[0]
+        if axis == "keys":
+            return member.k_start, member.seqlen_k
+        return member.q_start, member.seqlen_q
+
+    @property
+    def seqlen_q(self) -> int:
+        """Rows of queries of its sequence."""
+        return self.members[0].seqlen_q
+
+    @property
+    def seqlen_k(self) -> int:
+        """Keys of its sequence."""
+        return self.members[0].seqlen_k
+
     @cached_property
     def columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Batch, head and head_kv of the members: (members,) each, for indexing."""
-        batch, head, head_kv = torch.tensor(self.members, dtype=torch.int64).unbind(1)
+        batch, head, head_kv = torch.tensor([each[:3] for each in self.members], dtype=torch.int64).unbind(1)
         return batch, head, head_kv
 
     def __str__(self) -> str:
-        batch, head, _ = self.members[0]
+        batch, head, *_ = self.members[0]
         rows = "" if self.m_block is None else f"m_block {self.m_block}, "
         more = f" and {len(self.members) - 1} more" if len(self.members) > 1 else ""
         return f"{rows}head {head}, batch {batch}{more}"
@@ -69,35 +81,29 @@ class Tile:
 
 def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[Tile]:
     """The tiles of a launch in the order of its blocks; up to `lockstep` heads that take one way are one."""
-    m_blocks = range(ceil_div(sizes.seqlen_q, plan.block_m))
-    heads = heads_alike(plan, sizes)
-    if plan.scheduler.kind == "heads":
-
-        def visits(member: Member) -> tuple[tuple[int, ...], ...]:
-            return tuple(visited_blocks(plan, sizes, m, member) for m in m_blocks)
-
-        for _, members in _stacked(heads, visits, lockstep):
-            yield Tile(None, None, None, members)
-        return
-    for m_block in reversed(m_blocks) if plan.scheduler.longest_first else m_blocks:
-        if plan.key_blocks:
-            for bounds, members in _stacked(heads, partial(block_bounds, plan, sizes, m_block), lockstep):
-                yield Tile(m_block, bounds, None, members)
-        else:
-            for walk, members in _stacked(heads, partial(walk_of, plan, sizes, m_block), lockstep):
-                yield Tile(m_block, None, walk, members)
-
-
-def _stacked(
-    heads: Sequence[Sequence[Member]], way_of: Callable[[Member], Way], lockstep: int
-) -> Iterator[tuple[Way, tuple[Member, ...]]]:
-    """Heads that take one way, up to `lockstep` together. Those in one of the sequences do so in any case."""
-    takers: dict[Way, list[Member]] = {}
-    for alike in heads:
-        takers.setdefault(way_of(alike[0]), []).extend(alike)
-    for way, members in takers.items():
-        for i in range(0, len(members), lockstep):
-            yield way, tuple(members[i : i + lockstep])
+    telling = what_tells_apart(plan)
+    alike: dict[Any, dict[tuple[int, ...], list[Member]]] = {}
+    for m_block, member in decoded(plan, sizes):
+        alike.setdefault(m_block, {}).setdefault(telling(member), []).append(member)
+    bounds_of: dict[tuple[int, ...], dict[Any, BlockBounds]] = {}
+    for m_block, heads in alike.items():
+        takers: dict[Any, list[Member]] = {}
+        for told, members in heads.items():
+            first, bounds, walk, visited = members[0], None, None, None
+            if plan.scheduler.kind == "heads":
+                visited = tuple(visited_blocks(plan, sizes, all_blocks(plan, first), first))
+            elif plan.key_blocks is None:
+                walk = walk_of(plan, sizes, m_block, first)
+            else:
+                if told not in bounds_of:
+                    bounds_of[told] = dict(
+                        zip(alike, block_bounds(plan, sizes, list(alike), first), strict=True)
+                    )
+                bounds = bounds_of[told][m_block]
+            takers.setdefault((first.rows, bounds, walk, visited), []).extend(members)
+        for (_, bounds, walk, _), members in takers.items():
+            for i in range(0, len(members), lockstep):
+                yield Tile(m_block, bounds, walk, tuple(members[i : i + lockstep]))
 
 
 class TileSource:

@@ -19,7 +19,7 @@ from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
 from attngen.simulate.tiles import Tile, tiles
 from attngen.simulate.units import Interval, Unit
-from attngen.simulate.visits import Sizes, ceil_div, declared_values, visited_blocks
+from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_blocks
 from attngen.torch_state import torch_defaults
 
 MOST_PAIRS = 256
@@ -172,12 +172,12 @@ def _tile_cycles(plan: KernelPlan, sizes: Sizes, tile: Tile, costs: Costs, slots
     """What one more such tile costs, and how much longer the first takes."""
     scale = 1.0
     if tile.m_block is None:  # a whole head: a shorter one, so that it does not take minutes
-        pairs, shorter = _pairs(plan, sizes, tile), sizes
-        while _pairs(plan, shorter, tile) > MOST_PAIRS:
-            lengths = max(1, shorter.seqlen_q // 2), max(1, shorter.seqlen_k // 2)
-            shorter = Sizes(1, *lengths, sizes.group, 1, declared=sizes.declared)
-        scale, sizes = pairs / max(1, _pairs(plan, shorter, tile)), shorter
-    one = Tile(tile.m_block, tile.bounds, tile.walk, tile.members[:1])
+        pairs = _pairs(plan, sizes, tile)
+        while _pairs(plan, sizes, tile) > MOST_PAIRS:
+            lengths = {"seqlen_q": max(1, tile.seqlen_q // 2), "seqlen_k": max(1, tile.seqlen_k // 2)}
+            tile = replace(tile, members=(tile.members[0]._replace(**lengths),))
+        scale = pairs / max(1, _pairs(plan, sizes, tile))
+    one = replace(tile, members=tile.members[:1])
     once, twice = (
         _on_one_sm(plan, sizes, [one] * slots * rounds, costs, slots).cycles * scale for rounds in (1, 2)
     )
@@ -188,8 +188,8 @@ def _pairs(plan: KernelPlan, sizes: Sizes, tile: Tile) -> int:
     """How many pairs of a block of rows and a block of keys a tile is made of."""
     if tile.m_block is not None:
         return tile.visits
-    rows = range(ceil_div(sizes.seqlen_q, plan.block_m))
-    return sum(len(visited_blocks(plan, sizes, m, tile.members[0])) for m in rows)
+    head = tile.members[0]
+    return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, head), head)))
 
 
 def _sizes(

@@ -105,8 +105,7 @@ def trace(
 ) -> Trace:
     """Simulate a call and record every block of keys; arguments as of `simulate`."""
     scale = abs(1 / math.sqrt(plan.head_dim_qk) if softmax_scale is None else softmax_scale)
-    seqlen_q, seqlen_k = (x.shape[1 if layout == "bshd" else 2] for x in (q, k))
-    board = _Board(plan, scale, seqlen_q, seqlen_k)
+    board = _Board(plan, scale)
     out, lse = simulate(
         plan,
         q,
@@ -128,9 +127,9 @@ class _Board:
     outside a loop over keys are the last one of their rows.
     """
 
-    def __init__(self, plan: KernelPlan, scale: float, seqlen_q: int, seqlen_k: int) -> None:
+    def __init__(self, plan: KernelPlan, scale: float) -> None:
         self.records: list[BlockRecord | FinishedRecord] = []
-        self._plan, self._scale, self._seqlen_q, self._seqlen_k = plan, scale, seqlen_q, seqlen_k
+        self._plan, self._scale = plan, scale
         self._seen: dict[RoleRun, deque[dict[str, Any]]] = defaultdict(deque)
         self._lse: dict[RoleRun, torch.Tensor] = {}
 
@@ -139,11 +138,11 @@ class _Board:
         step, plan, seen = event.step, self._plan, self._seen[event.role]
         own = event.role.own_rows(plan.block_m)
         first_row = event.indices.get("m", event.tile.m_block or 0) * plan.block_m + own.start
-        rows = _existing(first_row, len(own), self._seqlen_q)
+        rows = _existing(first_row, len(own), event.tile.seqlen_q)
         if not rows:
             return
         last = event.tile.bounds.n_max - 1 if event.tile.bounds else 0
-        keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, self._seqlen_k)
+        keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, event.tile.seqlen_k)
         if isinstance(step, RowMax):
             seen.append(
                 {
@@ -186,7 +185,7 @@ def _existing(first: int, size: int, length: int) -> range:
 
 
 def _lines(record: BlockRecord | FinishedRecord) -> Iterator[str]:
-    batch, head, _ = record.member
+    batch, head, *_ = record.member
     whose = f"batch {batch}, head {head}, rows {_span(record.rows)}"
     if isinstance(record, BlockRecord):
         yield f"{whose}, keys {_span(record.keys)}"

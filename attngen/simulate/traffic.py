@@ -10,7 +10,7 @@ from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import KernelPlan
-from attngen.simulate.visits import Member, Sizes, ceil_div, declared_values, heads_alike, visited_blocks
+from attngen.simulate.visits import Member, Sizes, all_blocks, declared_values, heads_alike, visited_blocks
 from attngen.torch_state import torch_defaults
 
 
@@ -77,7 +77,7 @@ def closed_form(
     """
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
-    if not seqlen_q:
+    if sizes.has_no_output:
         return Traffic()
     alike = heads_alike(plan, sizes)
     return _total((_of_head(plan, sizes, members[0], return_lse), len(members)) for members in alike)
@@ -85,12 +85,11 @@ def closed_form(
 
 def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:
     """What one head costs."""
-    seqlen_q, seqlen_k = sizes.seqlen_q, sizes.seqlen_k
+    seqlen_q, seqlen_k = member.seqlen_q, member.seqlen_k
     traffic = Traffic()
     loads_q_anyway = bool(plan.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
-    for m in range(ceil_div(seqlen_q, plan.block_m)):
-        visited = visited_blocks(plan, sizes, m, member)
+    for m, visited in enumerate(visited_blocks(plan, sizes, all_blocks(plan, member), member)):
         rows = min(plan.block_m, seqlen_q - m * plan.block_m)
         blocks = len(visited)
         keys = sum(min(plan.block_n, seqlen_k - n * plan.block_n) for n in visited)

@@ -1,14 +1,18 @@
-"""Which blocks of keys a block of rows visits: by bounds in closed form, or classed one by one as a walk does."""
+"""Which blocks of keys a block of rows visits: the plan's expressions of tiles and blocks, evaluated for a call.
 
-from collections.abc import Mapping
+A tile's lengths and where its rows begin are read from its `Member`; `Sizes` are for whoever decodes it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import compress
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import KernelPlan
+from attngen.plan import KEYS, QUERIES, RUNTIME_SIZES, Definitions, KernelPlan, Scheduler, SequenceAxis
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -37,9 +41,7 @@ class Sizes:
     @classmethod
     def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
         """The sizes of a call that has been bound."""
-        names = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "num_sms")
-        batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms = (sizes[name] for name in names)
-        return cls(batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, num_sms, declared)
+        return cls(**{name: sizes[name] for name in RUNTIME_SIZES if name != "group"}, declared=declared)
 
     @property
     def has_no_output(self) -> bool:
@@ -54,8 +56,7 @@ class Sizes:
     @property
     def values(self) -> dict[str, int]:
         """What a formula of the plan may name."""
-        names = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "num_sms", "group")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in RUNTIME_SIZES}
 
 
 def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -> Declared:
@@ -73,15 +74,24 @@ def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -
 
 
 class Member(NamedTuple):
-    """One head of one element of the batch."""
+    """One head of one sequence: its lengths, and where it starts among the rows and keys of the tensors."""
 
     batch: int
     head: int
     head_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    q_start: int = 0
+    k_start: int = 0
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """Lengths and starts, in which the heads of one simulated block agree."""
+        return self.seqlen_q, self.seqlen_k, self.q_start, self.k_start
 
 
-ANY_HEAD = Member(0, 0, 0)
-"""For masks that do not ask for the head."""
+_DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start")
+"""The fields of a `Member`, as a tile's decoding has them."""
 
 
 class BlockBounds(NamedTuple):
@@ -108,95 +118,110 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def clamp(x: int, low: int, high: int) -> int:
-    """The number between low and high that is nearest to x."""
-    return max(low, min(x, high))
+def evaluated(
+    definitions: Definitions, names: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """The names, and those that are defined by them and by one another."""
+    found = dict(names)
+    for each, value in definitions.items():
+        found[each] = evaluate(value, found, tensors)
+    return found
 
 
-def block_bounds(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> BlockBounds:
-    """The blocks of keys that block `m_block` of rows visits, and those that it need not mask, in closed form.
+def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[int | None, Member], ...]:
+    """The block of rows, or None for all of them, and the head that each tile of a launch works on, by its number."""
+    call = tuple((f"call.{size}", value) for size, value in sizes.values.items())
+    return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()))
+
+
+@lru_cache(maxsize=8)
+def _decoded(
+    scheduler: Scheduler, sizes: tuple[tuple[str, int], ...]
+) -> tuple[tuple[int | None, Member], ...]:
+    names = dict(sizes)
+    count = int(evaluate(scheduler.count, names))
+    if not count:
+        return ()
+    tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)})
+    blocks = _listed(tile[QUERIES.tile.name], count) if QUERIES.tile.name in tile else [None] * count
+    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in _DECODED)), strict=True))
+
+
+def first_head(plan: KernelPlan, sizes: Sizes) -> Member:
+    """The head that the first tile of a launch works on."""
+    return decoded(plan, sizes)[0][1]
+
+
+def block_bounds(
+    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
+) -> list[BlockBounds]:
+    """The blocks of keys that each block of rows visits, and those that it need not mask, in closed form.
 
     Where the call does not say what a bound depends on, it bounds nothing, and no block is free of a mask.
     """
-    block_n, keys = plan.block_n, plan.key_blocks
-    assert keys is not None
-    names = _names_of_tile(plan, sizes, m_block, member)
-
-    def values(bounds: tuple[Expr, ...], unknown: int) -> tuple[int, ...]:
-        return tuple(
-            int(evaluate(bound, names, sizes.declared.tensors)) if _is_known(bound, names, sizes) else unknown
-            for bound in bounds
-        )
-
-    n_max = ceil_div(max(0, min((sizes.seqlen_k, *values(keys.end_any, sizes.seqlen_k)))), block_n)
-    n_min = min(max((0, *values(keys.first_any, 0))) // block_n, n_max)
-    n_last = max(n_max - 1, n_min) if keys.last_is_masked else n_max
-    n_full_begin = clamp(ceil_div(max((0, *values(keys.first_all, sizes.seqlen_k))), block_n), n_min, n_last)
-    end_full = max(0, min((sizes.seqlen_k, *values(keys.end_all, 0)))) // block_n
-    return BlockBounds(n_min, n_full_begin, clamp(end_full, n_full_begin, n_last), n_max)
+    assert plan.key_blocks is not None
+    numbers = m_blocks[0] if len(m_blocks) == 1 else torch.tensor(m_blocks, dtype=torch.int64)
+    names = _names(plan, sizes, member, QUERIES, numbers)
+    seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes))
+    found = evaluated(seen.definitions, names, sizes.declared.tensors)
+    ends = (found[f"seen.{end.removeprefix('n_')}"] for end in BlockBounds._fields)
+    return list(map(BlockBounds, *(_listed(end, len(m_blocks)) for end in ends)))
 
 
-def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD) -> tuple[Visited, ...]:
-    """The blocks of keys that block `m_block` of rows visits, from right to left, each classed by itself.
+def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> tuple[Visited, ...]:
+    """The blocks of keys that a block of rows visits, from right to left, each classed by itself.
 
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
     """
-    classes = plan.tile_classes
+    classes, tensors = plan.tile_classes, sizes.declared.tensors
     assert classes is not None
-    numbers = torch.arange(ceil_div(sizes.seqlen_k, plan.block_n))
-    first = numbers * plan.block_n
-    names = _names_of_tile(plan, sizes, m_block, member) | {
-        "kv_idx.tile": numbers,
-        "kv_idx.first": first,
-        "kv_idx.last": (first + plan.block_n).clamp(max=sizes.seqlen_k) - 1,
-    }
-    tensors = sizes.declared.tensors
+    numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
+    names = _names(plan, sizes, member, QUERIES, m_block) | _names(plan, sizes, member, KEYS, numbers)
 
     def hold(condition: Expr, otherwise: bool) -> torch.Tensor:
         known = _is_known(condition, names, sizes)
         found = evaluate(condition, names, tensors) if known else otherwise
         return torch.as_tensor(found).expand(len(numbers))
 
-    may = hold(classes.may, True)
-    full = hold(classes.must, False) & (first + plan.block_n <= sizes.seqlen_k)
+    may, must = hold(classes.may, True), hold(classes.must, False)
+    full = must & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
     return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
 
 
 def visited_blocks(
-    plan: KernelPlan, sizes: Sizes, m_block: int, member: Member = ANY_HEAD
-) -> tuple[int, ...]:
-    """The numbers of the blocks of keys that block `m_block` of rows visits."""
+    plan: KernelPlan, sizes: Sizes, m_blocks: Sequence[int], member: Member
+) -> list[tuple[int, ...]]:
+    """The numbers of the blocks of keys that each block of rows visits."""
     if plan.key_blocks is None:
-        return tuple(block.n for block in walk_of(plan, sizes, m_block, member))
-    bounds = block_bounds(plan, sizes, m_block, member)
-    return tuple(range(bounds.n_min, bounds.n_max))
+        return [tuple(block.n for block in walk_of(plan, sizes, m, member)) for m in m_blocks]
+    return [tuple(range(each.n_min, each.n_max)) for each in block_bounds(plan, sizes, m_blocks, member)]
 
 
-def heads_differ(plan: KernelPlan) -> bool:
-    """Whether the blocks of keys that a row visits depend on its head or its place in the batch."""
-    return bool(_names_of_heads(plan))
+def all_blocks(plan: KernelPlan, member: Member) -> range:
+    """The numbers of a head's blocks of rows."""
+    return range(ceil_div(member.seqlen_q, plan.block_m))
+
+
+def what_tells_apart(plan: KernelPlan) -> Callable[[Member], tuple[int, ...]]:
+    """Of a head that in which others must agree to visit the same blocks of keys."""
+    asked = asks_for(plan)
+    return lambda member: (*member.rows, *compress(member, asked))
 
 
 def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...]:
     """All heads of a call; those together that the mask does not tell apart, which visit the same blocks of keys."""
-    named = [name in _names_of_heads(plan) for name in ("b", "h", "h_kv")]  # in the order of a Member
+    telling = what_tells_apart(plan)
     alike: dict[tuple[int, ...], list[Member]] = {}
-    for b in range(sizes.batch):
-        for h in range(sizes.num_heads_q):
-            member = Member(b, h, h // sizes.group)
-            alike.setdefault(tuple(compress(member, named)), []).append(member)
+    for member in dict.fromkeys(member for _, member in decoded(plan, sizes)):
+        alike.setdefault(telling(member), []).append(member)
     return tuple(map(tuple, alike.values()))
 
 
-def _names_of_heads(plan: KernelPlan) -> frozenset[str]:
-    """By which names the blocks of keys that a row visits ask for its head and its place in the batch."""
+def asks_for(plan: KernelPlan) -> tuple[bool, ...]:
+    """Whether the blocks of keys that a row visits depend on the first fields of a `Member`: batch, head, head_kv."""
     keys, classes = plan.key_blocks, plan.tile_classes
-    if keys is not None:
-        conditions = (*keys.first_any, *keys.first_all, *keys.end_any, *keys.end_all)
-    else:
-        assert classes is not None
-        conditions = (classes.may, classes.must)
-    return frozenset[str]().union(*map(free_names, conditions)) & {"b", "h", "h_kv"}
+    conditions = keys.bounds if keys else (classes.may, classes.must) if classes else ()
+    return tuple(any(name in free_names(each) for each in conditions) for name in _DECODED[:3])
 
 
 def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
@@ -205,16 +230,19 @@ def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
     return has_tensors and None not in (names[name] for name in free_names(expr))
 
 
-def _names_of_tile(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> dict[str, Any]:
-    """What a condition on a block of rows may name."""
-    return {
-        "q_idx.tile": m_block,
-        "q_idx.first": m_block * plan.block_m,
-        "q_idx.last": min((m_block + 1) * plan.block_m, sizes.seqlen_q) - 1,
-        "seqlen_q": sizes.seqlen_q,
-        "seqlen_k": sizes.seqlen_k,
-        "b": member.batch,
-        "h": member.head,
-        "h_kv": member.head_kv,
-        **sizes.declared.scalars,
-    }
+def _names(
+    plan: KernelPlan, sizes: Sizes, member: Member, axis: SequenceAxis, block: int | torch.Tensor
+) -> dict[str, Any]:
+    """What a condition on a block of rows or keys of a head may name, its number among them."""
+    head = dict(zip(_DECODED, member, strict=True))
+    names = {**head, **_block_sizes(plan), **sizes.declared.scalars, axis.tile.name: block}
+    return evaluated(axis.span, names)
+
+
+def _block_sizes(plan: KernelPlan) -> dict[str, int]:
+    return {QUERIES.block: plan.block_m, KEYS.block: plan.block_n}
+
+
+def _listed(value: int | torch.Tensor, count: int) -> list[int]:
+    """A number for each of so many tiles or blocks, of which it may be one for all."""
+    return [value] * count if isinstance(value, int) else list(value.expand(count).tolist())

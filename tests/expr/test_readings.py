@@ -14,7 +14,7 @@ from attngen.expr import (
     LARGEST_INDEX,
     LARGEST_LENGTH,
     Declarations,
-    KeyRange,
+    IndexRange,
     Leaves,
     TensorType,
     affine,
@@ -195,12 +195,12 @@ def test_other_masks_have_no_key_range(text: str) -> None:
 
 def test_ranges_of_the_simplest_masks() -> None:
     """full has no bounds, false ends before the first key, an equation bounds on both sides."""
-    assert key_range(parse_mask("full")) == KeyRange((), ())
-    assert key_range(parse_mask("false")) == KeyRange((), (const(0),))
-    assert key_range(parse_mask("kv_idx == q_idx")) == KeyRange(
+    assert key_range(parse_mask("full")) == IndexRange((), ())
+    assert key_range(parse_mask("false")) == IndexRange((), (const(0),))
+    assert key_range(parse_mask("kv_idx == q_idx")) == IndexRange(
         (name("q_idx"),), (affine({name("q_idx"): 1}, 1),)
     )
-    assert key_range(parse_mask("q_idx - 128 < kv_idx <= q_idx")) == KeyRange(
+    assert key_range(parse_mask("q_idx - 128 < kv_idx <= q_idx")) == IndexRange(
         (affine({name("q_idx"): 1}, -127),), (affine({name("q_idx"): 1}, 1),)
     )
 

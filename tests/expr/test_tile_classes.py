@@ -246,7 +246,7 @@ def test_a_comparison_that_a_nan_makes_false_is_never_full(mask: Expr, element: 
 INTEGERS: st.SearchStrategy[Expr] = st.deferred(lambda: _integers)
 REALS: st.SearchStrategy[Expr] = st.deferred(lambda: _reals)
 CONDITIONS: st.SearchStrategy[Expr] = st.deferred(lambda: _conditions)
-ROWS = st.sampled_from([Q, K, minus(Q, const(2)), div(K, 2), plus(Q, K), N])
+QUERIES = st.sampled_from([Q, K, minus(Q, const(2)), div(K, 2), plus(Q, K), N])
 SIGNS = st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
 
 
@@ -257,7 +257,7 @@ def at_least_one(x: Expr) -> Expr:
 _integers = st.one_of(
     st.sampled_from([Q, K, Q, K, B, H, N, LENGTH_Q, LENGTH_K, Q_POS]),
     st.integers(-6, 6).map(const),
-    st.builds(lambda row: lookup("ids", (B, row), "i32"), ROWS),
+    st.builds(lambda row: lookup("ids", (B, row), "i32"), QUERIES),
     st.builds(lambda operation, a, b: operation(a, b), st.sampled_from([plus, minus, times]), INTEGERS, INTEGERS),
     st.builds(lambda operation, a, c: operation(a, const(c)), st.sampled_from([floor_divide, modulo]), INTEGERS,
               st.sampled_from([-3, -2, 2, 3, 4, 7])),
@@ -273,7 +273,7 @@ _integers = st.one_of(
 _reals = st.one_of(
     st.just(X),
     st.sampled_from([0.0, -0.0, 1.0, -2.5, 0.3, 3e38, float("inf"), -float("inf")]).map(real),
-    st.builds(lambda row: lookup("bias", (H, row), "f32"), ROWS),
+    st.builds(lambda row: lookup("bias", (H, row), "f32"), QUERIES),
     st.builds(lambda x: call("f32", x), INTEGERS),
     st.builds(lambda operation, a, b: operation(a, b), st.sampled_from([plus, minus, times, over]), REALS, REALS),
     st.builds(call, st.sampled_from(["min", "max"]), REALS, REALS),

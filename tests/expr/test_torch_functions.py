@@ -16,8 +16,8 @@ from attngen.expr.declare import read_declarations
 from attngen.expr.scope import prelude
 from attngen.expr.traced_calls import functions
 
-BATCH, HEADS, ROWS, KEYS = 2, 3, 7, 9
-B, H, Q, K = torch.meshgrid(*map(torch.arange, (BATCH, HEADS, ROWS, KEYS)), indexing="ij")
+BATCH, HEADS, QUERIES, KEYS = 2, 3, 7, 9
+B, H, Q, K = torch.meshgrid(*map(torch.arange, (BATCH, HEADS, QUERIES, KEYS)), indexing="ij")
 SCORE = torch.linspace(-3, 3, B.numel()).reshape(B.shape)
 IDS = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 5, 5], [3, 3, 3, -4, -4, -4, 9, 9, 9]])
 FLAGS = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0, 1], dtype=torch.bool)
@@ -29,7 +29,7 @@ def meaning(written: attngen.Expression, **scores: torch.Tensor) -> torch.Tensor
     """The value of a text for every pair."""
     parse = parse_score if scores else parse_mask
     expr = parse(written, read_declarations(written.scalars, written.tensors, {}).declarations)
-    env = {"b": B, "h": H, "q_idx": Q, "kv_idx": K, "seqlen_q": ROWS, "seqlen_k": KEYS, **scores}
+    env = {"b": B, "h": H, "q_idx": Q, "kv_idx": K, "seqlen_q": QUERIES, "seqlen_k": KEYS, **scores}
     return torch.as_tensor(evaluate(expr, env, written.bound)).expand(B.shape)
 
 

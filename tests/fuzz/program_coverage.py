@@ -21,7 +21,7 @@ from attngen.quantize import SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
 from attngen.simulate.tiles import LOCKSTEP
-from attngen.simulate.visits import declared_values, walk_of
+from attngen.simulate.visits import declared_values, first_head, walk_of
 
 BLOCKS_PER_ROW = ("0", "1", "2", "many")
 _KEY_RANGES = ("right", "full", "left")
@@ -115,12 +115,13 @@ def _met_by_blocks(plan: KernelPlan, case: Case) -> Iterator[Met]:
     ranges = {step.range for step in steps if isinstance(step, ForBlocks)}
     conditions: set[str] = {step.condition for step in steps if isinstance(step, When)}
     m_max, n_end = -(-shape.seqlen_q // plan.block_m), -(-shape.seqlen_k // plan.block_n)
+    head = first_head(plan, sizes)
     for m_block in range(m_max):
-        visited = len(visited_blocks(plan, sizes, m_block))
+        visited = len(visited_blocks(plan, sizes, [m_block], head)[0])
         yield ("blocks per row", BLOCKS_PER_ROW[min(max(visited, 0), 3)])
         if plan.key_blocks is None and plan.schedule != "serial":
             yield from (("walk", f"{plan.schedule}: {found}") for found in _met_by_walk(plan, sizes, m_block))
-        bounds = block_bounds(plan, sizes, m_block)._asdict() if plan.key_blocks else {}
+        bounds = block_bounds(plan, sizes, [m_block], head)[0]._asdict() if plan.key_blocks else {}
         variables = {"zero": 0, "m_max": m_max, "n_end": n_end, "m_block": m_block, **bounds}
         for range_ in ranges:
             state = "filled" if _runs(range_, variables) else "empty"
@@ -133,7 +134,10 @@ def _met_by_blocks(plan: KernelPlan, case: Case) -> Iterator[Met]:
 
 def _met_by_walk(plan: KernelPlan, sizes: Sizes, m_block: int) -> Iterator[str]:
     """The kinds of blocks that a walk comes to, or that it comes to none."""
-    found = {"some partial" if block.is_partial else "some full" for block in walk_of(plan, sizes, m_block)}
+    found = {
+        "some partial" if block.is_partial else "some full"
+        for block in walk_of(plan, sizes, m_block, first_head(plan, sizes))
+    }
     yield from found or {"no block"}
 
 

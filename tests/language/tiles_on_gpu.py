@@ -149,12 +149,12 @@ def simulated_classes(
     )
     found = torch.zeros(sizes.batch, sizes.num_heads_q, *blocks, dtype=torch.int64)
     for b, h, m in torch.cartesian_prod(*(torch.arange(size) for size in found.shape[:3])).tolist():
-        member = Member(b, h, h // sizes.group)
+        member = Member(b, h, h // sizes.group, sizes.seqlen_q, sizes.seqlen_k)
         if plan.key_blocks is None:
             for block in walk_of(plan, sizes, m, member):
                 found[b, h, m, block.n] = 1 if block.is_partial else 2
         else:
-            bounds = block_bounds(plan, sizes, m, member)
+            (bounds,) = block_bounds(plan, sizes, [m], member)
             found[b, h, m, bounds.n_min : bounds.n_max] = 1
             found[b, h, m, bounds.n_full_begin : bounds.n_full_end] = 2
     return found

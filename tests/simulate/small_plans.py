@@ -25,13 +25,13 @@ from attngen.plan import (
     Call,
     Cursor,
     KernelPlan,
-    KeyBlocks,
     Program,
     RegTile,
     RegVec,
     Role,
     Rows,
     Scheduler,
+    SeenBlocks,
     Tensor,
     assemble,
 )
@@ -86,7 +86,7 @@ def plan_of(
     at: Places,
     *programs: Program,
     schedule: str = "fa2",
-    key_blocks: KeyBlocks | None = None,
+    key_blocks: SeenBlocks | None = None,
     mask: Expr = TRUE,
 ) -> KernelPlan:
     """A kernel whose roles run these programs."""
@@ -114,7 +114,7 @@ def plan_of(
         v_cols=dim,
         row_tiles=1,
         overlap=False,
-        key_blocks=key_blocks or KeyBlocks(),
+        key_blocks=key_blocks or SeenBlocks(),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
         scratch=(at.o_acc, at.saved_max, at.saved_sum),

@@ -71,15 +71,14 @@ def test_a_walk_comes_to_the_blocks_that_show_a_pair(mask: str) -> None:
             sizes = Sizes(2, seqlen_q, seqlen_k, 4, 2)
             passed = case.arguments(Shape(2, 4, 2, seqlen_q, seqlen_k))
             sizes = Sizes(2, seqlen_q, seqlen_k, 4, 2, declared=declared_values(plan, sizes, passed))
-            for member in (Member(0, 0, 0), Member(1, 3, 1)):
+            for member in (Member(0, 0, 0, seqlen_q, seqlen_k), Member(1, 3, 1, seqlen_q, seqlen_k)):
                 sees = seen_pairs(spec, sizes, member)
                 for m, rows in enumerate(sees.split(block_m)):
                     shown = [n for n, keys in enumerate(rows.split(block_n, dim=1)) if keys.any()]
                     walk = walk_of(plan, sizes, m, member)
                     found = [block.n for block in walk]
-                    assert (
-                        found == sorted(found, reverse=True) == list(visited_blocks(plan, sizes, m, member))
-                    )
+                    (visited,) = visited_blocks(plan, sizes, [m], member)
+                    assert found == sorted(found, reverse=True) == list(visited)
                     assert set(found) >= set(shown)
                     came_in_vain += len(found) - len(shown)
                     for block in walk:
@@ -92,7 +91,7 @@ def test_where_nothing_is_passed_every_block_is_visited_and_none_is_full() -> No
     """What a tensor hides is not known before a call; a timeline is drawn as if it hid nothing."""
     case = LanguageCase("document(doc)")
     plan = lowered("fa2", case.mask, block_n=4, declarations=case.declarations)
-    walk = walk_of(plan, Sizes(1, 8, 13, 1, 1), 0)
+    walk = walk_of(plan, Sizes(1, 8, 13, 1, 1), 0, Member(0, 0, 0, 8, 13))
     assert [(block.n, block.is_partial) for block in walk] == [(3, True), (2, True), (1, True), (0, True)]
 
 

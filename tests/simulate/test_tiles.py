@@ -5,12 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from small_plans import lowered
 
-from attngen.expr import evaluate, parse_mask
-from attngen.simulate import BlockBounds, Sizes, block_bounds, tiles, visited_blocks
+from attngen.expr import evaluate, name, parse_mask, scale, sub
+from attngen.plan import Definitions, Scheduler, evaluate_formula
+from attngen.simulate import BlockBounds, Sizes, block_bounds, simulate, tiles, visited_blocks
 from attngen.simulate.tiles import TileSource
-from attngen.simulate.visits import Member, walk_of
+from attngen.simulate.visits import Member, first_head, walk_of
 
 MASKS = [
     "full",
@@ -54,12 +56,12 @@ def test_bounds_hold_every_visible_pair(schedule: str, mask: str) -> None:
                             for j in range(n * block_n, (n + 1) * block_n)
                         ]
 
-                    bounds = block_bounds(plan, sizes, m)
+                    bounds = block_bounds(plan, sizes, [m], first_head(plan, sizes))[0]
                     n_end = -(-seqlen_k // block_n)
                     assert (
                         0 <= bounds.n_min <= bounds.n_full_begin <= bounds.n_full_end <= bounds.n_max <= n_end
                     )
-                    every = block_bounds(unpeeled, sizes, m)
+                    every = block_bounds(unpeeled, sizes, [m], first_head(plan, sizes))[0]
                     last = every.n_max - 1 if schedule == "warp_specialized" else every.n_max
                     assert full_blocks(bounds) == full_blocks(every) - {last}
                     assert (bounds.n_min, bounds.n_max) == (every.n_min, every.n_max)
@@ -78,7 +80,9 @@ def test_every_head_and_block_of_rows_has_one_tile() -> None:
     sizes = Sizes(2, 9, 9, 6, 2)
     every = sorted((m, b, h, h // 3) for m in range(3) for b in range(2) for h in range(6))
     for lockstep in (1, 5, 64):
-        found = [(tile.m_block, *member) for tile in tiles(plan, sizes, lockstep) for member in tile.members]
+        found = [
+            (tile.m_block, *member[:3]) for tile in tiles(plan, sizes, lockstep) for member in tile.members
+        ]
         assert sorted(found) == every  # type: ignore[type-var]
 
 
@@ -87,7 +91,7 @@ def test_heads_that_see_other_keys_are_not_stacked() -> None:
     plan = lowered("fa2", "kv_idx < 4 * h", 1, block_m=4, block_n=4)
     found = {tile.members[0].head: tile.bounds for tile in tiles(plan, Sizes(1, 4, 12, 3, 3))}
     assert [found[h].n_max for h in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
-    assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), 0, Member(0, 2, 2)).n_max == 2
+    assert block_bounds(plan, Sizes(1, 4, 12, 3, 3), [0], Member(0, 2, 2, 4, 12))[0].n_max == 2
 
 
 @pytest.mark.parametrize("schedule", ["serial", "fa2", "warp_specialized"])
@@ -99,12 +103,10 @@ def test_heads_are_stacked_where_they_take_one_way(schedule: str, mask: str) -> 
     sizes = Sizes(3, 9, 12, 6, 2)
 
     def way(m: int, member: Member) -> Any:
-        classed = block_bounds if plan.key_blocks else walk_of
-        return (
-            visited_blocks(plan, sizes, m, member)
-            if schedule == "serial"
-            else classed(plan, sizes, m, member)
-        )
+        if plan.key_blocks is None and schedule != "serial":
+            return walk_of(plan, sizes, m, member)
+        classed = visited_blocks if schedule == "serial" else block_bounds
+        return classed(plan, sizes, [m], member)[0]
 
     ways: Counter[object] = Counter()
     for tile in tiles(plan, sizes):
@@ -130,3 +132,51 @@ def test_persistent_blocks_draw_every_tile_once(count: int, resident: int) -> No
             at_work.append(source.draw())
     assert sorted(taken) == list(range(count))  # type: ignore[type-var]
     assert source.counter == 0
+
+
+@pytest.mark.parametrize("kind", ["query_blocks", "heads"])
+def test_a_launch_has_as_many_tiles_as_are_decoded(kind: str) -> None:
+    """The grid's formula, which a manifest holds, counts what the decoding's expression counts."""
+    plan = lowered("serial" if kind == "heads" else "fa2", "causal", 1, block_m=4)
+    assert plan.scheduler.kind == kind
+    for sizes in (Sizes(2, 9, 5, 6, 2), Sizes(1, 1, 0, 1, 1), Sizes(0, 4, 4, 2, 2)):
+        names = {f"call.{size}": value for size, value in sizes.values.items()} | {"tile.block_m": 4}
+        count = evaluate(plan.scheduler.count, names)
+        assert count == evaluate_formula(plan.tiles, sizes.values)
+        assert count == sum(len(tile.members) for tile in tiles(plan, sizes))
+
+
+class _Ragged(Scheduler):
+    """Sequence b of a batch is shorter by b rows and 3b keys, and begins after b rows and 2b keys."""
+
+    @property
+    def decoding(self) -> Definitions:
+        q, k = (
+            sub(name(f"call.{size}"), scale(by, name("b"))) for size, by in (("seqlen_q", 1), ("seqlen_k", 3))
+        )
+        starts = {"q_idx.start": name("b"), "kv_idx.start": scale(2, name("b"))}
+        return {**super().decoding, "seqlen_q": q, "seqlen_k": k, **starts}
+
+
+@pytest.mark.parametrize("schedule", ["serial", "fa2", "warp_specialized"])
+@pytest.mark.parametrize("mask", ["causal", "kv_idx != q_idx"])
+def test_other_lengths_are_but_another_decoding(schedule: str, mask: str) -> None:
+    """Lengths and starts that differ by sequence are met wherever rows are read, masked and written."""
+    fields = {"warpgroups": 1} if schedule == "warp_specialized" else {}
+    plan = lowered(schedule, mask, 1, block_m=4, block_n=4, fields=fields)
+    ragged = replace(plan, scheduler=_Ragged(plan.scheduler.kind, persistent=plan.scheduler.persistent))
+    batch, dims = 3, (plan.head_dim_qk, plan.head_dim_v)
+    make = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, length, 2, dim, generator=make, dtype=torch.float32).to(torch.bfloat16)
+        for length, dim in ((10, dims[0]), (13, dims[0]), (13, dims[1]))
+    )
+    found, lse = simulate(ragged, q, k, v, return_lse=True)
+    for b in range(batch):
+        rows, keys = slice(b, 10), slice(2 * b, 13 - b)
+        alone = (x[b : b + 1, of] for x, of in ((q, rows), (k, keys), (v, keys)))
+        expected, expected_lse = simulate(plan, *alone, return_lse=True)
+        assert torch.equal(found[b : b + 1, rows], expected)
+        assert lse is not None and expected_lse is not None
+        assert torch.equal(lse[b : b + 1, :, rows], expected_lse)
+        assert found[b, :b].isnan().all()

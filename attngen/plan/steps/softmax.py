@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from attngen.expr import Expr, KeyRange, scalar
+from attngen.expr import Expr, IndexRange, scalar
 from attngen.plan.places import BlockIndex, RegTile, RegVec, View
 from attngen.plan.steps.step import Step
 
@@ -113,7 +113,7 @@ class MaskScores(Step):
     s: RegTile
     rows: BlockIndex
     block: BlockIndex
-    visible: KeyRange
+    visible: IndexRange
 
     def __str__(self) -> str:
         return f"{self.s} = -inf where masked, or past the last key"

@@ -1,0 +1,135 @@
+"""Which tile a block of threads works on, and where its blocks of rows and keys lie, as trees of the language.
+
+They are written here once: `emit` prints them to CUDA and `simulate` evaluates them. Definitions stand in order, each
+by the name that later ones have for it; what decides lengths and offsets is the tile's own, never the call's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from attngen.expr import Expr, add, const, name, sub
+from attngen.expr.arithmetic import floor_divide, modulo, times
+from attngen.expr.intervals import lesser
+from attngen.plan.places import LENGTHS, Axis
+
+Definitions = Mapping[str, Expr]
+
+
+@dataclass(frozen=True)
+class SequenceAxis:
+    """Queries, or keys, cut into blocks.
+
+    Attributes:
+        axis: which.
+        letter: of a block's number, m or n.
+        index: the language's name for one of them.
+        block: the name of how many make a block.
+    """
+
+    axis: Axis
+    letter: Literal["m", "n"]
+    index: Literal["q_idx", "kv_idx"]
+    block: Literal["tile.block_m", "tile.block_n"]
+
+    @property
+    def seqlen(self) -> str:
+        """The name of how many the tile's sequence has."""
+        return LENGTHS[self.axis]
+
+    @property
+    def other(self) -> "SequenceAxis":
+        """The keys that rows see, the rows that see keys."""
+        return KEYS if self is QUERIES else QUERIES
+
+    @property
+    def tile(self) -> Expr:
+        """The number of a block."""
+        return name(f"{self.index}.tile")
+
+    @property
+    def first(self) -> Expr:
+        """The first of a block."""
+        return name(f"{self.index}.first")
+
+    @property
+    def last(self) -> Expr:
+        """The last of a block that exists."""
+        return name(f"{self.index}.last")
+
+    @cached_property
+    def span(self) -> Definitions:
+        """From where to where a block reaches that exists, by its number."""
+        return self._up_to(lesser(add(self.first, name(self.block)), name(self.seqlen)))
+
+    @cached_property
+    def whole_span(self) -> Definitions:
+        """From where to where a block reaches if all of it exists."""
+        return self._up_to(add(self.first, name(self.block)))
+
+    def _up_to(self, end: Expr) -> Definitions:
+        return {self.first.name: times(self.tile, name(self.block)), self.last.name: sub(end, const(1))}
+
+    def blocks(self, length: Expr) -> Expr:
+        """How many blocks hold so many of them."""
+        block = name(self.block)
+        return length if length is const(0) else floor_divide(sub(add(length, block), const(1)), block)
+
+
+QUERIES = SequenceAxis("queries", "m", "q_idx", "tile.block_m")
+KEYS = SequenceAxis("keys", "n", "kv_idx", "tile.block_n")
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Which tiles a block works on.
+
+    Attributes:
+        kind: "query_blocks", one block of query rows of one head; "heads", one whole head.
+        longest_first: blocks of rows that see the most keys (the last ones) start first.
+        persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
+    """
+
+    kind: Literal["query_blocks", "heads"]
+    longest_first: bool = False
+    persistent: bool = False
+
+    @cached_property
+    def count(self) -> Expr:
+        """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
+        heads = times(name("call.batch"), name("call.num_heads_q"))
+        return heads if self.kind == "heads" else times(heads, QUERIES.blocks(name("call.seqlen_q")))
+
+    @cached_property
+    def decoding(self) -> Definitions:
+        """What a tile works on, by its number `tile.index`.
+
+        Names of the language are fields of the tile: head, batch, head of K and V, block of rows (unless it works on
+        all of a head's), the lengths of its sequence, and where that starts among the rows of the tensors. What begins
+        with `tile.` is there to define them.
+        """
+        index, heads = name("tile.index"), name("call.num_heads_q")
+        if self.kind == "heads":
+            head, batch, block = modulo(index, heads), floor_divide(index, heads), {}
+        else:
+            m_max, row = name("tile.m_max"), name("tile.row")
+            block = {"tile.m_max": QUERIES.blocks(name("call.seqlen_q"))}
+            if self.longest_first:
+                block["tile.row"], head = floor_divide(index, heads), modulo(index, heads)
+                batch = floor_divide(row, m_max)
+                block[QUERIES.tile.name] = sub(sub(m_max, const(1)), modulo(row, m_max))
+            else:
+                block["tile.row"], head = floor_divide(index, m_max), modulo(row, heads)
+                batch = floor_divide(row, heads)
+                block[QUERIES.tile.name] = modulo(index, m_max)
+        return {
+            **block,
+            "h": head,
+            "b": batch,
+            "h_kv": floor_divide(name("h"), name("call.group")),
+            "seqlen_q": name("call.seqlen_q"),
+            "seqlen_k": name("call.seqlen_k"),
+            "q_idx.start": const(0),
+            "kv_idx.start": const(0),
+        }
