@@ -30,7 +30,7 @@ The package is to come to 23,000 lines in all, and the templates are to stay wit
 OWNERS = {
     "jinja2": {"emit"},
     "lark": {"expr"},
-    "yaml": {"spec"},
+    "yaml": {"lower", "spec"},
     "cuda": {"runtime"},
     "hypothesis": {"fuzz"},
     "click": {"cli"},

@@ -2,43 +2,26 @@
 
 from typing import Any
 
-from attngen.arch import Arch
-from attngen.dtypes import F32, DType
+from attngen.dtypes import F32
 from attngen.expr import KeyRange, extremes, name
-from attngen.lower.pairs import two_steps_by_tanh
-from attngen.lower.tiles import Choice
-from attngen.plan import Buffer, Cursor, KeyBlocks, Param, RegTile, RegVec, Rows, Tensor
-from attngen.scaling import needs_no_maximum
-from attngen.schedules import Pairs, Places, Scales
+from attngen.lower.choice import Choice
+from attngen.lower.decision import Decision
+from attngen.lower.features import Features
+from attngen.lower.rounding import round_up
+from attngen.plan import Buffer, Cursor, KeyBlocks, RegTile, RegVec, Rows, Tensor
+from attngen.schedules import Places
 
 
-def round_up(value: int, step: int) -> int:
-    """The smallest multiple of `step` that is at least `value`."""
-    return -(-value // step) * step
-
-
-def tile_places(
-    q: Buffer,
-    k: Buffer,
-    v: Buffer,
-    out: Buffer,
-    pairs: Pairs,
-    scales: Scales | None = None,
-    warpgroups: int = 2,
-    integer_maxima: bool = False,
-) -> dict[str, Any]:
-    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers.
-
-    Warps of the other schedules have as many registers as those of two warpgroups.
-    """
+def tile_places(q: Buffer, k: Buffer, v: Buffer, out: Buffer, decided: Decision) -> dict[str, Any]:
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
     inputs, m, n = q.dtype, q.rows, k.rows
     head_dim_v = out.valid_cols
     return dict(
-        pairs=pairs,
+        pairs=decided.pairs,
         ahead=(),
-        by_tanh=two_steps_by_tanh(pairs, out.cols, warpgroups),
-        bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
-        integer_maxima=integer_maxima or (scales is not None and pairs.modifies_scores),
+        by_tanh=decided.by_tanh,
+        bounded_scores=decided.bounded_scores,
+        integer_maxima=decided.integer_maxima,
         q=q,
         k=k,
         v=v,
@@ -59,31 +42,25 @@ def tile_places(
         v_in=Tensor("v", inputs, head_dim_v, "k", "kv", transposed=v.transposed),
         result=Tensor("out", out.dtype, head_dim_v, "q", "q"),
         lse=Rows("lse", optional=True),
-        scales=scales,
+        scales=decided.scales,
     )
 
 
-def places(
-    choice: Choice,
-    arch: Arch,
-    inputs: DType,
-    output: DType,
-    head_dims: tuple[int, int],
-    pairs: Pairs,
-) -> Places:
+def places(choice: Choice, features: Features, decided: Decision) -> Places:
     """Every place a schedule may name, at its offset in shared memory.
 
     `out` lies over q (and over k and v where it is larger): the schedules stage it after their last use of those.
     """
-    qk, v = head_dims
-    qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in head_dims)
+    inputs, output, arch = features.inputs, features.output, features.arch
+    qk, v = features.head_dim_qk, features.head_dim_v
+    qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in (qk, v))
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     q_buffer = Buffer("q", inputs, m, qk_cols, qk)
     k_buffer = Buffer("k", inputs, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", inputs, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     out = Buffer("out", output, m, v_cols, v, overlays="q")
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
+        **tile_places(q_buffer, k_buffer, v_buffer, out, decided),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
@@ -107,21 +84,4 @@ def key_blocks(visible: KeyRange | None, last_is_masked: bool) -> KeyBlocks | No
         end_any=tuple(hi for _, hi in upper),
         end_all=tuple(lo for lo, _ in upper),
         last_is_masked=last_is_masked,
-    )
-
-
-def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
-    """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
-    tensors = ("q", "k", "v", "out")
-    return (
-        *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
-        Param("lse", "pointer", "lse.ptr"),
-        *(Param(place.name, "pointer", f"{place.name}.ptr") for place in scratch),
-        *(
-            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-            for tensor in tensors
-            for axis in ("batch", "seqlen", "head")
-        ),
-        *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
-        *of_pairs,
     )

@@ -154,7 +154,8 @@ def _mma_rows(plan: KernelPlan) -> Iterator[Margin]:
     if takes_warpgroups(plan):
         return
     rows = plan.arch.mma.m
-    step, note = rows * plan.warps, f"each of {plan.warps} warps owns rows in steps of {rows}"
+    who = f"each of {plan.warps} warps" if plan.warps > 1 else "a warp"
+    step, note = rows * plan.warps, f"{who} owns rows in steps of {rows}"
     shares = f"must share the {plan.block_m} rows of a tile in steps of {rows}"
     blames = (
         Blame("tile.block_m", plan.block_m, f"must be a multiple of {step}", note),
