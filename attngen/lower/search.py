@@ -32,17 +32,17 @@ def candidates(features: Features, schedule: str, given: Given | None = None) ->
 
 
 def cheapest(features: Features, schedule: str, given: Given | None = None) -> tuple[AnyChoice, ...]:
-    """Choices of the rest that cost the least: where none of them is legal, none is. The smallest comes last."""
+    """Choices of the rest that cost the least: where none of them is legal, none is. Reported is the last of them."""
     said = features.given if given is None else given
     best = candidates(features, schedule, said)[0]
     thrifty = _by_thrift(best, features, said)[-1]
     width, stages = said.get("block_n", features.arch.k_step(features.inputs)), said.get("stages", 1)
     shares = _shares(best, features, said)
-    if not isinstance(
-        best, WarpgroupChoice
-    ):  # the more warps share the fewest rows, the fewer registers each has
-        shares = [max(shares, key=lambda share: (-share[0], share[1]))]
-    return tuple(_with_numbers(thrifty, share, width, stages) for share in reversed(shares))
+    if isinstance(best, WarpgroupChoice):
+        shares = shares[::-1]
+    else:  # fewer rows cost less; with more warps each has fewer of them, and may hold fewer registers
+        shares = [share for share in shares if share[0] == min(rows for rows, _ in shares)]
+    return tuple(_with_numbers(thrifty, share, width, stages) for share in shares)
 
 
 def nearest_first(features: Features, schedule: str) -> Iterator[AnyChoice]:

@@ -43,6 +43,8 @@ through the softmax; beside these and all row values where each key has a scale.
 head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
 REGISTERS_OF_STAGED_GROUP = 6
 """Of a producer's thread, for the scales of a group of columns on their way to shared memory; likewise."""
+REGISTER_STEP = 8
+"""Registers are given to threads in eights. Source: CUDA C++ Programming Guide, "Hardware Multithreading"."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -234,7 +236,8 @@ def free_registers(plan: KernelPlan) -> int:
         held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
         return held - SPARE_BY_KEY - sum(vectors.values())
     if worker.registers is None or not plan.arch.emits:
-        return plan.arch.registers_per_thread - SPARE_REGISTERS
+        launched = plan.arch.registers_per_sm // plan.threads // REGISTER_STEP * REGISTER_STEP
+        return min(plan.arch.registers_per_thread, launched) - SPARE_REGISTERS
     if plan.inputs.bits == 16:
         return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
     if _promotes(plan):

@@ -379,13 +379,13 @@ def test_a_tile_of_a_gpu_has_512_rows_at_most() -> None:
     changes: dict[str, object] = {
         "problem": {"head_dim": 32},
         "tile": {"block_m": 1024, "block_n": 16},
-        "schedule": {"kind": "fa2", "warps": 16, "stages": 1},
+        "schedule": {"kind": "fa2", "warps": 8, "stages": 1},
     }
     fault = only("sm_80", **changes)
     assert (fault.rule, fault.message) == ("largest-tile", "tile.block_m = 1024 must be at most 512")
     assert fault.nearest == ("512",)
     kernel_plan(attngen.load(changes).replace({"tile.block_m": 512}), ARCHS["sm_80"])
-    assert only("sm_80", **changes | {"tile": {"block_m": 500, "block_n": 16}}).nearest == ("256", "512")
+    assert only("sm_80", **changes | {"tile": {"block_m": 500, "block_n": 16}}).nearest == ("384", "512")
     assert kernel_plan(attngen.load(changes), ARCHS["simulator"]).block_m == 1024
 
 
