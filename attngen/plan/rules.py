@@ -43,8 +43,10 @@ through the softmax; beside these and all row values where each key has a scale.
 head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
 REGISTERS_OF_STAGED_GROUP = 6
 """Of a producer's thread, for the scales of a group of columns on their way to shared memory; likewise."""
-REGISTER_STEP = 8
-"""Registers are given to threads in eights. Source: CUDA C++ Programming Guide, "Hardware Multithreading"."""
+REGISTERS_PER_ALLOCATION = 8
+"""Registers of a thread come in eights (256 a warp). Source: CUDA occupancy data, compute capability 8.0 to 12.0."""
+SUBPARTITIONS = 4
+"""Parts of a multiprocessor; each has a quarter of the registers, and a warp lives in one. Source: cuda_occupancy.h."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -236,8 +238,10 @@ def free_registers(plan: KernelPlan) -> int:
         held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
         return held - SPARE_BY_KEY - sum(vectors.values())
     if worker.registers is None or not plan.arch.emits:
-        launched = plan.arch.registers_per_sm // plan.threads // REGISTER_STEP * REGISTER_STEP
-        return min(plan.arch.registers_per_thread, launched) - SPARE_REGISTERS
+        warps = -(-plan.threads // (32 * SUBPARTITIONS)) * SUBPARTITIONS
+        shared_out = plan.arch.registers_per_sm // (32 * warps)
+        granted = shared_out // REGISTERS_PER_ALLOCATION * REGISTERS_PER_ALLOCATION
+        return min(plan.arch.registers_per_thread, granted) - SPARE_REGISTERS
     if plan.inputs.bits == 16:
         return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
     if _promotes(plan):

@@ -55,7 +55,9 @@ def partial_specs(draw: st.DrawFn) -> tuple[Spec, str, str]:
     owners = "warpgroups" if takes_8bit else "warps"
     said = {
         name: draw(st.sampled_from(NUMBERS[name]))
-        for name in sorted(draw(st.sets(st.sampled_from(("block_m", "block_n", "stages", owners)), max_size=3)))
+        for name in sorted(
+            draw(st.sets(st.sampled_from(("block_m", "block_n", "stages", owners)), max_size=3))
+        )
     }
     dims = {name: draw(st.sampled_from((32, 64, 80, 128, 192, 208, 256))) for name in ("qk", "v")}
     document = {
@@ -78,14 +80,23 @@ def rest(features: Features, schedule: str) -> Iterator[AnyChoice]:
         "warpgroups" if of_warpgroups else "warps": (1, 2, 3) if of_warpgroups else (1, 2, 3, 4, 6, 8, 16),
     }
     if of_warpgroups:
-        parts = {slice_of(features.head_dim_v, most) for most in PARTS.values()} if features.promotes else (0,)
-        flags = {"out_over_q": (True, False), "q_stages": (1, 2), "persistent": (True, False), "part_cols": parts}
+        parts = (
+            {slice_of(features.head_dim_v, most) for most in PARTS.values()} if features.promotes else (0,)
+        )
+        flags = {
+            "out_over_q": (True, False),
+            "q_stages": (1, 2),
+            "persistent": (True, False),
+            "part_cols": parts,
+        }
         sizes |= flags
     open_sizes = {name: values for name, values in sizes.items() if name not in said}
     fixed = {name: said[name] for name in sizes if name in said}
     for values in product(*open_sizes.values()):
         numbers: dict[str, Any] = dict(zip(open_sizes, values, strict=True)) | fixed
-        if not numbers.get("out_over_q") or numbers["q_stages"] == 1:  # a result lies over Q of one stage alone
+        if (
+            not numbers.get("out_over_q") or numbers["q_stages"] == 1
+        ):  # a result lies over Q of one stage alone
             yield replace(base, **numbers)
 
 
@@ -105,7 +116,9 @@ def test_a_refusal_means_that_no_choice_of_the_rest_helps(drawn: tuple[Spec, str
         plan = kernel_plan(spec, ARCHS[arch])
     except attngen.PlanError as refused:
         assert {fault.rule for fault in refused.diagnostics} <= set(RULES)
-        legal = (choice for choice in rest(features, schedule) if not verify(build(features, schedule, choice)))
+        legal = (
+            choice for choice in rest(features, schedule) if not verify(build(features, schedule, choice))
+        )
         assert next(legal, None) is None
     else:
         assert not verify(plan)
