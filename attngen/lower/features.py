@@ -1,6 +1,7 @@
 """Features: what a spec says that numbers depend on. Nothing else in lowering reads the spec, but to draw an error."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,6 +81,12 @@ class Features:
             hadamard_seed=precision.seed if precision.incoherent == "hadamard" else None,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
         )
+
+    def saying(self, field: str, value: int) -> "Features":
+        """The features of a spec that says another value of one number; what has been worked out is kept."""
+        other = copy(self)
+        object.__setattr__(other, "given", {**self.given, field: value})
+        return other
 
     @property
     def head_dim(self) -> int:

@@ -50,7 +50,7 @@ def lower(spec: Spec, arch: Arch) -> Call:
         return assemble((plan,))
 
     def passes(knob: str, value: int) -> bool:
-        others = cheapest(features, schedule, {**features.given, knob: value})
+        others = cheapest(features.saying(knob, value), schedule)
         return _first_legal(features, schedule, others, []) is not None
 
     # The candidate that is nearest to legal; of several the smallest, whose costs no other undercuts.

@@ -131,6 +131,24 @@ def test_the_script_has_candidates_for_every_set(tune: ModuleType) -> None:
         assert schedule in [plan.schedule for plan in lower(spec, tune.ARCH).programs], name
 
 
+def test_the_script_prints_a_case_that_a_table_takes(tune: ModuleType, tmp_path: Path) -> None:
+    """Winners of neighbouring lengths are one row, the last for any length, and the file is read as it is printed."""
+    of = tune.SETS["8bit"]
+    spec = next(spec for spec in of.loaded() if spec.precision.promote == 1 and spec.mask == "causal")
+    found = tune.candidates(spec, of.varied)
+    first, second, *_ = found
+    measured = [
+        {"seqlen": length, "ms": {name: [2.0 - (name == winner), 9.0, 1.0] for name in found}}
+        for length, winner in ((1024, first), (4096, first), (16384, second))
+    ]
+    path = tmp_path / "printed.yaml"
+    path.write_text("cases:\n" + tune.case(spec, "8bit", found, measured) + "\n", encoding="utf-8")
+    (case,) = read_table(path)
+    assert case.holds(Features.of(spec, tune.ARCH)) and case.script == "benchmarks/tune.py 8bit"
+    assert [row.get("up_to") for row in case.rows] == [4096, None]
+    assert case.rows[0]["part_cols"] in ("whole", "half", "quarter")
+
+
 def test_a_dry_run_compiles_candidates() -> None:
     """Without a GPU the script lists what it would time, compiled."""
     if not TUNE.is_file():
