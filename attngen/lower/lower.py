@@ -1,6 +1,7 @@
 """From a spec and an arch to kernels that pass every rule, or an error that says which choice would."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from attngen.arch import Arch
@@ -49,6 +50,7 @@ def lower(spec: Spec, arch: Arch) -> Call:
         assert plan
         return assemble((plan,))
 
+    @cache
     def passes(knob: str, value: int) -> bool:
         others = cheapest(features.saying(knob, value), schedule)
         return _first_legal(features, schedule, others, []) is not None
