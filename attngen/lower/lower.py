@@ -13,7 +13,7 @@ from attngen.lower.decision import Decision
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, pair_params, params
 from attngen.lower.places import key_blocks, places
-from attngen.lower.refusal import diagnostics, wrong
+from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.table import rows
 from attngen.plan import Call, KernelPlan, Quantizer, Role, Scheduler, assemble
@@ -43,11 +43,10 @@ def lower(spec: Spec, arch: Arch) -> Call:
     if plans := _from_table(features):
         return assemble(plans)
     refused: list[tuple[Violation, ...]] = []
-    if plan := _first_legal(features, schedule, candidates(features, schedule), refused):
-        return assemble((plan,))
-    if _first_legal(features, schedule, cheapest(features, schedule), refused):
+    plan = _first_legal(features, schedule, candidates(features, schedule), refused)
+    if not plan and _first_legal(features, schedule, cheapest(features, schedule), refused):
         plan = _first_legal(features, schedule, nearest_first(features, schedule), [])
-        assert plan
+    if plan:
         return assemble((plan,))
 
     @cache
@@ -55,8 +54,8 @@ def lower(spec: Spec, arch: Arch) -> Call:
         others = cheapest(features.saying(knob, value), schedule)
         return _first_legal(features, schedule, others, []) is not None
 
-    # The candidate that is nearest to legal; of several the smallest, whose costs no other undercuts.
-    raise PlanError(diagnostics(spec, features, min(reversed(refused), key=len), passes))
+    # The choice that is nearest to legal; of several the last, whose costs no other undercuts.
+    raise PlanError(diagnostics(spec, features, min(reversed(refused), key=faults_of), passes))
 
 
 def _first_legal(
@@ -91,7 +90,7 @@ def _from_table(features: Features) -> tuple[KernelPlan, ...]:
 
 def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | None = None) -> KernelPlan:
     """The kernel of a choice, whether or not it passes the rules; `up_to` as of `KernelPlan`."""
-    arch, inputs, mask = features.arch, features.inputs, features.mask
+    arch, inputs, mask, kind = features.arch, features.inputs, features.mask, features.scales
     head_dims = (features.head_dim_qk, features.head_dim_v)
     decided = Decision.of(features, schedule, choice)
     masks = [name for name, definition in definitions().items() if definition is mask]
@@ -117,9 +116,7 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
         block_m=choice.block_m,
         block_n=choice.block_n,
         stages=choice.stages,
-        quantizer=Quantizer(name, arch, *head_dims, features.scales, features.hadamard_seed)
-        if features.scales
-        else None,
+        quantizer=Quantizer(name, arch, *head_dims, kind, features.hadamard_seed) if kind else None,
         blocks_per_sm=choice.blocks_per_sm,
         up_to=up_to,
     )

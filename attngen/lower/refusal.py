@@ -30,14 +30,25 @@ def diagnostics(
 ) -> tuple[Diagnostic, ...]:
     """The broken rules, each drawn where the spec says the value, with the nearest values that pass every rule.
 
-    What a tile costs whose rows have no owner is not told where other owners or rows would do: those mend it too.
+    A rule that is broken by values left open alone is told where no other is. What a tile costs whose rows have no
+    owner is not told where other owners or rows would do: those mend it too.
     """
     told: list[Diagnostic] = []
-    for broken in violations:
+    said = [
+        broken for broken in violations if any(KNOBS[each.path] in features.given for each in broken.blames)
+    ]
+    for broken in said or violations:
         is_mended = any(cause.rule in OWNERS_OF_ROWS and cause.nearest for cause in told)
         if broken.rule not in COSTS or not is_mended:
             told.append(_diagnostic(spec, features, broken, passes))
     return tuple(told)
+
+
+def faults_of(violations: tuple[Violation, ...]) -> int:
+    """How many rules are broken; costs of rows that have no owner do not count."""
+    rules = [broken.rule for broken in violations]
+    has_owners = set(rules).isdisjoint(OWNERS_OF_ROWS)
+    return sum(has_owners or rule not in COSTS for rule in rules)
 
 
 def _diagnostic(spec: Spec, features: Features, broken: Violation, passes: Passes) -> Diagnostic:
@@ -108,12 +119,8 @@ def _wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ..
 
 def _wrong_inputs(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
     """8-bit inputs and a schedule without the instruction that takes them, on a target that has it."""
-    inputs = features.inputs.name
-    if (
-        features.inputs.bits > 8
-        or schedule in WARPGROUP_SCHEDULES
-        or inputs not in features.arch.input_dtypes
-    ):
+    inputs, takes = features.inputs.name, features.arch.input_dtypes
+    if features.inputs.bits > 8 or schedule in WARPGROUP_SCHEDULES or inputs not in takes:
         return ()
     return (
         Diagnostic(
