@@ -2,7 +2,7 @@
 
 A case holds where one of its conditions does, and the first case that holds counts. A condition is a mapping of names
 of `Features` to what they must be: a value, one of a list of words, or for a head dim the least and the most. A case
-names the script and the result (in benchmarks/results) that its rows are from, or `why` there is none.
+names the script that tunes it and the result (in benchmarks/results) that its rows are from, or `why` there is none.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ PARTS = {"whole": 1, "half": 2, "quarter": 4}
 """Into how many slices at most O is parted where it is promoted."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
 _CASE = {"when", "rows", "script", "result", "why"}
-_EVIDENCE = ({"script", "result"}, {"why"})
+_EVIDENCE = ({"script", "result"}, {"script", "why"}, {"why"})
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _read_case(case: Mapping[str, Any]) -> Case:
     if unknown := {name for each in when for name in each} - known | (case.keys() - _CASE):
         raise ValueError(f"nothing is called {', '.join(sorted(unknown))}")
     if evidence not in _EVIDENCE or not case["rows"]:
-        raise ValueError(f"a case has rows, and a script with its result or else why there is none: {case}")
+        raise ValueError(f"a case has rows, a script, and its result or why there is none: {case}")
     for row in case["rows"]:
         if "schedule" not in row:
             Choice(**row)
