@@ -20,8 +20,8 @@ ORDER = {
     "__main__": 14,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 1700, "bind": 1040, "check": 1800, "cli": 2800, "emit": 910, "expr": 5650, "fuzz": 1700, "lower": 1440,
-    "plan": 3450, "runtime": 1620, "schedules": 1300, "simulate": 4050, "spec": 1780, "templates": 2710,
+    "attngen": 1700, "bind": 1040, "check": 1800, "cli": 2800, "emit": 910, "expr": 5650, "fuzz": 1700, "lower": 1500,
+    "plan": 3460, "runtime": 1620, "schedules": 1300, "simulate": 4050, "spec": 1780, "templates": 2710,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
 
@@ -31,7 +31,7 @@ The package is to come to 23,000 lines in all, and the templates are to stay wit
 OWNERS = {
     "jinja2": {"emit"},
     "lark": {"expr"},
-    "yaml": {"spec"},
+    "yaml": {"lower", "spec"},
     "cuda": {"runtime"},
     "hypothesis": {"fuzz"},
     "click": {"cli"},

@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 
 from attngen.arch import RESERVED_SMEM_BYTES, Arch
-
-REGISTERS_PER_ALLOCATION = 8
-"""Registers of a thread come in eights (256 a warp). Source: CUDA occupancy data, compute capability 8.0 to 12.0."""
-SUBPARTITIONS = 4
-"""Parts of a multiprocessor; each has a quarter of the registers, and a warp lives in one. Source: cuda_occupancy.h."""
+from attngen.plan.rules import REGISTERS_PER_ALLOCATION, SUBPARTITIONS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Lowering: Spec x Arch -> KernelPlan. Every number is decided here and nowhere later."""
 
-from attngen.lower.given import candidates
+from attngen.lower.features import Features
 from attngen.lower.lower import build, lower
+from attngen.lower.search import candidates
 
-__all__ = ["build", "candidates", "lower"]
+__all__ = ["Features", "build", "candidates", "lower"]

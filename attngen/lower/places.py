@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from attngen.arch import Arch
-from attngen.dtypes import F32, DType
+from attngen.dtypes import F32
 from attngen.expr import Expr
-from attngen.lower.pairs import two_steps_by_tanh
-from attngen.lower.tiles import Choice
+from attngen.lower.choice import Choice
+from attngen.lower.decision import Decision
+from attngen.lower.features import Features
+from attngen.lower.rounding import round_up
 from attngen.plan import (
     ROWS_OF_K,
     ROWS_OF_O,
@@ -15,19 +16,12 @@ from attngen.plan import (
     SCORES,
     Buffer,
     Cursor,
-    Param,
     RegTile,
     RegVec,
     Rows,
     Tensor,
 )
-from attngen.scaling import needs_no_maximum
-from attngen.schedules import KeyLoop, OnlineSoftmax, Pairs, Places, Scales, Scores
-
-
-def round_up(value: int, step: int) -> int:
-    """The smallest multiple of `step` that is at least `value`."""
-    return -(-value // step) * step
+from attngen.schedules import KeyLoop, OnlineSoftmax, Places, Scores
 
 
 def tile_places(
@@ -35,24 +29,18 @@ def tile_places(
     k: Buffer,
     v: Buffer,
     out: Buffer,
-    pairs: Pairs,
-    scales: Scales | None = None,
+    decided: Decision,
     ahead: tuple[tuple[Expr, RegTile], ...] = (),
-    warpgroups: int = 2,
-    integer_maxima: bool = False,
 ) -> dict[str, Any]:
-    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers.
-
-    Warps of the other schedules have as many registers as those of two warpgroups.
-    """
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
     inputs, m, n = q.dtype, q.rows, k.rows
     head_dim_v = out.valid_cols
     scores = Scores(
         RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
-        pairs,
+        decided.pairs,
         ahead,
-        two_steps_by_tanh(pairs, out.cols, warpgroups),
-        scales,
+        decided.by_tanh,
+        decided.scales,
     )
     softmax = OnlineSoftmax(
         scores,
@@ -65,11 +53,11 @@ def tile_places(
         total=RegVec("total", "queries", m),
         inv_sum=RegVec("inv_sum", "queries", m),
         row_lse=RegVec("row_lse", "queries", m),
-        bounded_scores=scales is None and needs_no_maximum(pairs.magnitude, inputs.max_finite),
-        integer_maxima=integer_maxima or (scales is not None and pairs.modifies_scores),
+        bounded_scores=decided.bounded_scores,
+        integer_maxima=decided.integer_maxima,
     )
     return dict(
-        keys=KeyLoop(pairs.visible),
+        keys=KeyLoop(decided.pairs.visible),
         scores=scores,
         softmax=softmax,
         acc_o=RegTile("acc_o", F32, out.axes, m, out.cols, head_dim_v, "accumulator"),
@@ -85,27 +73,21 @@ def tile_places(
     )
 
 
-def places(
-    choice: Choice,
-    arch: Arch,
-    inputs: DType,
-    output: DType,
-    head_dims: tuple[int, int],
-    pairs: Pairs,
-) -> Places:
+def places(choice: Choice, features: Features, decided: Decision) -> Places:
     """Every place a schedule may name, at its offset in shared memory.
 
     `out` lies over q (and over k and v where it is larger): the schedules stage it after their last use of those.
     """
-    qk, v = head_dims
-    qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in head_dims)
+    inputs, output, arch = features.inputs, features.output, features.arch
+    qk, v = features.head_dim_qk, features.head_dim_v
+    qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in (qk, v))
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     q_buffer = Buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk)
     k_buffer = Buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q")
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, pairs),
+        **tile_places(q_buffer, k_buffer, v_buffer, out, decided),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
@@ -113,21 +95,4 @@ def places(
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, v, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
-    )
-
-
-def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
-    """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
-    tensors = ("q", "k", "v", "out")
-    return (
-        *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
-        Param("lse", "pointer", "lse.ptr"),
-        *(Param(place.name, "pointer", f"{place.name}.ptr") for place in scratch),
-        *(
-            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-            for tensor in tensors
-            for axis in ("batch", "seqlen", "head")
-        ),
-        *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
-        *of_pairs,
     )

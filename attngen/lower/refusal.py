@@ -6,18 +6,17 @@ The rules are `plan.rules`'; here their violations become diagnostics, beside wh
 from collections.abc import Callable
 
 from attngen.arch import ARCHS, Arch
-from attngen.dtypes import dtype
 from attngen.errors import Diagnostic
 from attngen.expr import (
     LARGEST_INLINE,
     LARGEST_KERNEL,
     LARGEST_TILE,
     WEIGHT_OF_TABLE,
-    key_range,
     tile_classes,
     weight,
 )
-from attngen.lower.given import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS, given
+from attngen.lower.choice import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS
+from attngen.lower.features import Features
 from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Blame, Violation
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec
@@ -27,21 +26,32 @@ Passes = Callable[[str, int], bool]
 
 
 def diagnostics(
-    spec: Spec, arch: Arch, violations: tuple[Violation, ...], passes: Passes
+    spec: Spec, features: Features, violations: tuple[Violation, ...], passes: Passes
 ) -> tuple[Diagnostic, ...]:
     """The broken rules, each drawn where the spec says the value, with the nearest values that pass every rule.
 
-    What a tile costs whose rows have no owner is not told where other owners or rows would do: those mend it too.
+    A rule that is broken by values left open alone is told where no other is. What a tile costs whose rows have no
+    owner is not told where other owners or rows would do: those mend it too.
     """
     told: list[Diagnostic] = []
-    for broken in violations:
+    said = [
+        broken for broken in violations if any(KNOBS[each.path] in features.given for each in broken.blames)
+    ]
+    for broken in said or violations:
         is_mended = any(cause.rule in OWNERS_OF_ROWS and cause.nearest for cause in told)
         if broken.rule not in COSTS or not is_mended:
-            told.append(_diagnostic(spec, arch, broken, passes))
+            told.append(_diagnostic(spec, features, broken, passes))
     return tuple(told)
 
 
-def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Diagnostic:
+def faults_of(violations: tuple[Violation, ...]) -> int:
+    """How many rules are broken; costs of rows that have no owner do not count."""
+    rules = [broken.rule for broken in violations]
+    has_owners = set(rules).isdisjoint(OWNERS_OF_ROWS)
+    return sum(has_owners or rule not in COSTS for rule in rules)
+
+
+def _diagnostic(spec: Spec, features: Features, broken: Violation, passes: Passes) -> Diagnostic:
     """By the first value that the spec gives and that has another that would do; values left to auto are nobody's."""
     told = [
         Diagnostic(
@@ -51,16 +61,16 @@ def _diagnostic(spec: Spec, arch: Arch, broken: Violation, passes: Passes) -> Di
             path=each.path,
             value=each.value,
             note=each.note,
-            nearest=tuple(str(value) for value in _nearest(arch, each, passes)),
+            nearest=tuple(str(value) for value in _nearest(features.arch, each, passes)),
         )
-        for each in _by_given_values(spec, broken)
+        for each in _by_given_values(features, broken)
     ]
     return next((each for each in told if each.nearest), told[0])
 
 
-def _by_given_values(spec: Spec, broken: Violation) -> list[Blame]:
+def _by_given_values(features: Features, broken: Violation) -> list[Blame]:
     """The values that the spec gives and a broken rule can be told by, or the rule's first where all are auto."""
-    return [each for each in broken.blames if given(spec, KNOBS[each.path])] or [broken.blames[0]]
+    return [each for each in broken.blames if KNOBS[each.path] in features.given] or [broken.blames[0]]
 
 
 def _nearest(arch: Arch, blame: Blame, passes: Passes) -> list[int]:
@@ -78,7 +88,18 @@ def _nearest(arch: Arch, blame: Blame, passes: Passes) -> list[int]:
     return smaller + [value for value in range(above, most + 1, step) if passes(knob, value)][:1]
 
 
-def wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
+def wrong(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
+    """What is refused of a spec before there is a plan; `spec` tells where it is written."""
+    return (
+        *_wrong_dtypes(spec, features),
+        *_wrong_target(spec, features.arch, schedule),
+        *_wrong_inputs(spec, features, schedule),
+        *_wrong_fields(spec, features, schedule),
+        *_wrong_weight(spec, features),
+    )
+
+
+def _wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
     """A schedule that the target has no instructions for."""
     if schedule not in WARPGROUP_SCHEDULES or arch.wgmma:
         return ()
@@ -96,10 +117,10 @@ def wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...
     )
 
 
-def wrong_inputs(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...]:
+def _wrong_inputs(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
     """8-bit inputs and a schedule without the instruction that takes them, on a target that has it."""
-    inputs = spec.precision.inputs
-    if dtype(inputs).bits > 8 or schedule in WARPGROUP_SCHEDULES or inputs not in arch.input_dtypes:
+    inputs, takes = features.inputs.name, features.arch.input_dtypes
+    if features.inputs.bits > 8 or schedule in WARPGROUP_SCHEDULES or inputs not in takes:
         return ()
     return (
         Diagnostic(
@@ -114,7 +135,7 @@ def wrong_inputs(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ...
     )
 
 
-def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
+def _wrong_fields(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
     """Fields that mean nothing to the schedule: they are not ignored in silence."""
     fields, others = (
         (WARP_FIELDS, SCHEDULES)
@@ -131,15 +152,17 @@ def wrong_fields(spec: Spec, schedule: str) -> tuple[Diagnostic, ...]:
             note=f"it is for {' and '.join(others)}",
             nearest=("auto",),
         )
-        for field, value in given(spec, *fields).items()
+        for field in fields
+        if (value := features.given.get(field)) is not None
     )
 
 
-def wrong_weight(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
+def _wrong_weight(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
     """A mask and a score of more instructions than are compiled in the time that somebody waits."""
-    weights = {"mask": weight(spec.mask_expr), "score": weight(spec.score_expr)}
-    if arch.emits and weights["mask"] > LARGEST_INLINE and key_range(spec.mask_expr) is None:
-        classes = tile_classes(spec.mask_expr)
+    arch = features.arch
+    weights = {"mask": weight(features.mask), "score": weight(features.score)}
+    if arch.emits and weights["mask"] > LARGEST_INLINE and features.walks:
+        classes = tile_classes(features.mask)
         weights["mask"] += weight(classes.may) + weight(classes.must) + WEIGHT_OF_TABLE * len(classes.tables)
     total = sum(weights.values())
     if not arch.emits or total <= LARGEST_KERNEL:
@@ -158,9 +181,9 @@ def wrong_weight(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
     )
 
 
-def wrong_dtypes(spec: Spec, arch: Arch) -> tuple[Diagnostic, ...]:
+def _wrong_dtypes(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
     """Formats that the target has no instructions for."""
-    inputs, output = spec.precision.inputs, spec.precision.output
+    arch, inputs, output = features.arch, features.inputs.name, spec.precision.output
     takers = " and ".join(known.name for known in ARCHS.values() if inputs in known.input_dtypes)
     *most, last = arch.input_dtypes
     takes = f"the matrix instruction of {arch.name} takes {', '.join(most)} and {last}"

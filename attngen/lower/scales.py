@@ -4,7 +4,7 @@ from math import gcd
 from typing import Literal
 
 from attngen.dtypes import F32
-from attngen.lower.places import round_up
+from attngen.lower.rounding import round_up
 from attngen.plan import Buffer, Descales, Param, RegVec
 from attngen.quantize import KEY_BLOCK, P_LIFT, Q_BLOCK, ScaleKind
 from attngen.schedules import Scales

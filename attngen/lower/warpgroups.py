@@ -1,16 +1,18 @@
 """Places and storage of the schedules for warpgroups: from a choice of numbers to a kernel plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import F32, DType
 from attngen.expr import Expr
-from attngen.lower.places import round_up, tile_places
+from attngen.lower.choice import WarpgroupChoice
+from attngen.lower.decision import Decision
+from attngen.lower.features import Features
+from attngen.lower.places import tile_places
+from attngen.lower.rounding import round_up
 from attngen.lower.scales import scale_params
-from attngen.lower.tiles import WarpgroupChoice
 from attngen.plan import (
     PANEL_BYTES,
     ROWS_OF_K,
@@ -32,7 +34,7 @@ from attngen.plan import (
     TensorMap,
 )
 from attngen.plan.rules import WARPGROUP_REGISTERS
-from attngen.schedules import WARPGROUP_SCHEDULES, Output, Pairs, RingCursors, Scales, WarpgroupPlaces
+from attngen.schedules import WARPGROUP_SCHEDULES, Output, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
@@ -43,22 +45,14 @@ BUFFER_ALIGNMENT = 1024
 Layout"."""
 
 
-def places(
-    choice: WarpgroupChoice,
-    arch: Arch,
-    inputs: DType,
-    output: DType,
-    head_dims: tuple[int, int],
-    pairs: Pairs,
-    scales: Scales | None,
-    by_key: Mapping[Expr, DType] = MappingProxyType({}),
-) -> WarpgroupPlaces:
+def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> WarpgroupPlaces:
     """Every place the schedules may name, at its offset in shared memory.
 
-    `by_key` are lookups of the score that may be loaded ahead, by their formats; so they are where registers allow.
+    Lookups of the score by the key are loaded ahead where registers allow.
     """
+    inputs, output, arch, scales = features.inputs, features.output, features.arch, decided.scales
     assert arch.wgmma is not None
-    qk, v = head_dims
+    qk, v = features.head_dim_qk, features.head_dim_v
     qk_cols, v_cols = round_up(qk, arch.k_step(inputs)), v
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     panels = arch.emits
@@ -103,7 +97,7 @@ def places(
         scales = replace(scales, staged=replace(scales.staged, offset=end))
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, SCORES, m, n, n, "a_fragment"))
-        for i, (lookup, format) in enumerate(by_key.items())
+        for i, (lookup, format) in enumerate(features.lookups_by_key.items())
     )
     part = (
         RegTile("part_o", F32, ROWS_OF_O, m, choice.part_cols, choice.part_cols, "accumulator")
@@ -113,12 +107,7 @@ def places(
     consumer = cursors(fills=False)
 
     def with_loads(ahead: tuple[tuple[Expr, RegTile], ...]) -> WarpgroupPlaces:
-        of_tile = tile_places(
-            *(q_buffer, k_buffer, v_buffer, out, pairs, scales),
-            ahead,
-            choice.warpgroups,
-            choice.integer_maxima,
-        )
+        of_tile = tile_places(q_buffer, k_buffer, v_buffer, out, replace(decided, scales=scales), ahead)
         output = Output(
             of_tile["acc_o"],
             of_tile["softmax"],

@@ -44,6 +44,10 @@ part of O is not held through the softmax; these and all row values where each k
 of 251 tiles of head_dim 64, 128 and 256 tells them: all that pass compile without spills."""
 REGISTERS_OF_STAGED_GROUP = 6
 """Of a producer's thread, for the scales of a group of columns on their way to shared memory; from the same tiles."""
+REGISTERS_PER_ALLOCATION = 8
+"""Registers of a thread come in eights (256 a warp). Source: CUDA occupancy data, compute capability 8.0 to 12.0."""
+SUBPARTITIONS = 4
+"""Parts of a multiprocessor; each has a quarter of the registers, and a warp lives in one. Source: cuda_occupancy.h."""
 MOST_STAGES = 8
 MOST_WARPGROUPS = 3
 MOST_WGMMA_COLUMNS = 256
@@ -155,7 +159,8 @@ def _mma_rows(plan: KernelPlan) -> Iterator[Margin]:
     if takes_warpgroups(plan):
         return
     rows = plan.arch.mma.m
-    step, note = rows * plan.warps, f"each of {plan.warps} warps owns rows in steps of {rows}"
+    who = f"each of {plan.warps} warps" if plan.warps > 1 else "a warp"
+    step, note = rows * plan.warps, f"{who} owns rows in steps of {rows}"
     shares = f"must share the {plan.block_m} rows of a tile in steps of {rows}"
     blames = (
         Blame("tile.block_m", plan.block_m, f"must be a multiple of {step}", note),
@@ -234,7 +239,10 @@ def free_registers(plan: KernelPlan) -> int:
         held = worker.registers or WARPGROUP_REGISTERS[2].consumer  # one warpgroup has no more use for them
         return held - SPARE_BY_KEY - sum(vectors.values())
     if worker.registers is None or not plan.arch.emits:
-        return plan.arch.registers_per_thread - SPARE_REGISTERS
+        warps = -(-plan.threads // (32 * SUBPARTITIONS)) * SUBPARTITIONS
+        shared_out = plan.arch.registers_per_sm // (32 * warps)
+        granted = shared_out // REGISTERS_PER_ALLOCATION * REGISTERS_PER_ALLOCATION
+        return min(plan.arch.registers_per_thread, granted) - SPARE_REGISTERS
     if plan.inputs.bits == 16:
         return worker.registers - WARPGROUP_REGISTERS[worker.warpgroups].spare
     if promoted_parts(plan):

@@ -110,7 +110,7 @@ def _term_beside(total: Expr, parent: Expr) -> Expr | None:
 
 
 LARGEST_SEED = 2.0**14
-"""Of larger numbers the tensor core drops too much while it adds up (`lower.pairs.COLUMNS_SEEDED`), and over a small
+"""Of larger numbers the tensor core drops too much while it adds up (`lower.features.COLUMNS_SEEDED`), and over a small
 softmax_scale they might overflow."""
 
 

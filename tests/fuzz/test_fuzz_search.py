@@ -179,8 +179,8 @@ def test_a_right_kernel_of_e4m3_holds_each_rule_that_applies(kind: Kind, scales:
         assert (failure := reproduce(case)) is None, str(failure)
 
 
-def test_a_window_that_has_no_plan_is_no_finding() -> None:
-    """Found by fuzzing: a tile of the full mask may leave no registers for a window's, and nothing is compared."""
+def test_a_window_has_a_plan_where_the_full_mask_has_one() -> None:
+    """Found by fuzzing: for a window the table has wider slices of O than this tile has registers for."""
     spec = load(
         {
             "target": "sm_90a",
@@ -190,7 +190,7 @@ def test_a_window_that_has_no_plan_is_no_finding() -> None:
             "schedule": {"kind": "warp_specialized", "warpgroups": 3, "stages": 2},
         }
     )
-    assert plan_of(spec) is not None and plan_of(spec.replace({"mask": WIDE_WINDOW})) is None
+    assert plan_of(spec) is not None and plan_of(spec.replace({"mask": WIDE_WINDOW})) is not None
     check(Case(spec, Shape(1, 1, 1, 3, 5), rule="wide-window"), kernels())
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from attngen.arch import ARCHS
 from attngen.dtypes import F32, DType
 from attngen.expr import TRUE, Declarations, Expr, name
-from attngen.lower import build, candidates, warpgroups
-from attngen.lower.tiles import WarpgroupChoice
+from attngen.lower import Features, build, candidates, warpgroups
+from attngen.lower.choice import WarpgroupChoice
+from attngen.lower.decision import Decision
 from attngen.plan import (
     ROWS_OF_K,
     ROWS_OF_O,
@@ -139,7 +140,9 @@ TINY_WARPGROUPS = WarpgroupChoice(block_m=4, block_n=4, stages=2, warpgroups=2)
 
 def warpgroup_places() -> WarpgroupPlaces:
     """Places of two consumer warpgroups, of two rows each, and their producer; f32, head dim 2."""
-    return warpgroups.places(TINY_WARPGROUPS, ARCHS["simulator"], F32, F32, (2, 2), FULL, None)
+    spec = load({"target": "simulator", "problem": {"head_dim": 2}, "precision": {"inputs": "f32"}})
+    features = Features.of(spec, ARCHS["simulator"])
+    return warpgroups.places(TINY_WARPGROUPS, features, Decision.of(features, "pingpong", TINY_WARPGROUPS))
 
 
 def warpgroup_plan(consumer: Program, producer: Program, persistent: bool = False) -> KernelPlan:
@@ -185,8 +188,9 @@ def lowered(
             "schedule": {"kind": schedule, "stages": 1 if schedule == "serial" else stages, **fields},
         }
     )
-    choice = candidates(spec, ARCHS[target], schedule)[0]
-    plan = build(spec, ARCHS[target], schedule, replace(choice, **choices))
+    features = Features.of(spec, ARCHS[target])
+    choice = candidates(features, schedule)[0]
+    plan = build(features, schedule, replace(choice, **choices))
     assert not verify(plan)
     return plan
 

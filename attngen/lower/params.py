@@ -1,0 +1,85 @@
+"""The fields of a kernel's parameter struct."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attngen.expr import Declarations, Expr, TileClasses, free_names, tensor_names
+from attngen.plan import Param, Rows, Tensor, table_value
+from attngen.schedules import Pairs
+
+
+def declarations_read_by(declared: Declarations, *exprs: Expr) -> Declarations:
+    """What expressions read of a spec's scalars and tensors."""
+    names = frozenset().union(*map(free_names, exprs))
+    tensors = frozenset().union(*map(tensor_names, exprs))
+    return Declarations(
+        {name: scalar for name, scalar in declared.scalars.items() if name in names},
+        {name: tensor for name, tensor in declared.tensors.items() if name in tensors},
+    )
+
+
+def pair_params(pairs: Pairs, common: Mapping[str, Any], sizes: tuple[str, ...]) -> tuple[Param, ...]:
+    """What scores and expressions read: scale, tensors, tables, sizes of these that no other field has, scalars.
+
+    Args:
+        pairs: of the spec.
+        common: fields of the kernel's plan: what it reads of the spec's declarations, how it classes blocks of keys.
+        sizes: fields that are there anyway.
+    """
+    read: Declarations = common["declarations"]
+    classes: TileClasses | None = common["tile_classes"]
+    tables = classes.tables if classes else ()
+    dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
+    dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
+    return (
+        *_scale_params(pairs),
+        *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
+        *(
+            Param(f"stride_{i}_of_{name}", "i64", f"tensor.{name}.stride_{i}")
+            for name, tensor in read.tensors.items()
+            for i in range(len(tensor.dims))
+        ),
+        *(
+            Param(field, "pointer", f"{table_value(end, common['up_to'])}.ptr")
+            for table in tables
+            for field, end in zip(table.fields, table.ends, strict=True)
+        ),
+        *(
+            Param(f"size_of_{dim}", "i32", f"size.{dim}")
+            for dim in dims
+            if isinstance(dim, str) and dim not in sizes
+        ),
+        *(
+            Param(f"arg_{scalar.name}", "f32" if scalar.type == "f32" else "i32", f"scalar.{scalar.name}")
+            for scalar in read.scalars.values()
+        ),
+    )
+
+
+def _scale_params(pairs: Pairs) -> tuple[Param, ...]:
+    """What carries the scale: for a score, for the exponentials, and for what is added before either."""
+    is_seeded, modifies = pairs.added is not None, pairs.modifies_scores
+    scale = "seeded_scale" if is_seeded else "softmax_scale"
+    return (
+        *((Param("scale_is_negative", "i32", "scale_is_negative"),) if is_seeded or not modifies else ()),
+        *((Param("softmax_scale", "f32", scale),) if modifies else ()),
+        Param("softmax_scale_log2", "f32", "score_factor_log2" if modifies else f"{scale}_log2"),
+        *((Param("softmax_scale_inverse", "f32", "seeded_scale_inverse"),) if is_seeded else ()),
+    )
+
+
+def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
+    """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
+    tensors = ("q", "k", "v", "out")
+    return (
+        *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
+        Param("lse", "pointer", "lse.ptr"),
+        *(Param(place.name, "pointer", f"{place.name}.ptr") for place in scratch),
+        *(
+            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+            for tensor in tensors
+            for axis in ("batch", "seqlen", "head")
+        ),
+        *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
+        *of_pairs,
+    )
