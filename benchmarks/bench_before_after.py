@@ -21,7 +21,7 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import random_inputs
 from attngen.lower import lower
 from attngen.plan import assemble
@@ -75,7 +75,7 @@ def write(folder: Path) -> None:
         (folder / f"{name}.cu").write_text(kernel.source, encoding="utf-8")
 
 
-def declared(spec: attngen.Spec, shape: bench.Shape) -> dict[str, torch.Tensor]:
+def declared(spec: attngen.Spec, shape: timing.Shape) -> dict[str, torch.Tensor]:
     """What a spec of the language reads."""
     values: dict[str, Callable[[], torch.Tensor]] = {
         "doc": lambda: (
@@ -89,7 +89,7 @@ def declared(spec: attngen.Spec, shape: bench.Shape) -> dict[str, torch.Tensor]:
     return {name: values[name]() for name in spec.declarations.tensors}
 
 
-def call(kernel: attngen.Kernel, inputs: tuple[torch.Tensor, ...], **passed: torch.Tensor) -> bench.Run:
+def call(kernel: attngen.Kernel, inputs: tuple[torch.Tensor, ...], **passed: torch.Tensor) -> timing.Run:
     """A call of the attention kernel alone."""
     return partial(kernel, *((kernel.quantize(*inputs),) if kernel.takes_operands else inputs), **passed)
 
@@ -118,12 +118,12 @@ def time(
         for length in lengths:
             if plan.up_to is not None and length > plan.up_to:
                 continue
-            shape = bench.grid_shape(length, plan.head_dim_qk)
+            shape = timing.grid_shape(length, plan.head_dim_qk)
             dtype = torch.float16 if plan.inputs.name == "f16" else torch.bfloat16
             inputs = random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, dtype, "cuda", 0)
             passed = declared(spec, shape)
             runs = {tree: call(kernel, inputs, **passed) for tree, kernel in texts.items()}
-            samples = bench.measure(runs, rounds, target_ms)
+            samples = timing.measure(runs, rounds, target_ms)
             here = median(samples["here"])
             ratios = {folder.name: median(samples[folder.name]) / here for folder in folders}
             rows.append({"kernel": name, "seqlen": length, "ratios": ratios, "ms": samples})
@@ -136,9 +136,9 @@ def time(
     summary = {}
     for folder in folders:
         ratios = [row["ratios"][folder.name] for row in rows]
-        summary[folder.name] = {"geometric_mean": bench.geometric_mean(ratios), "least": min(ratios)}
+        summary[folder.name] = {"geometric_mean": timing.geometric_mean(ratios), "least": min(ratios)}
     print(summary, f"of {len(rows)} points")
-    bench.write_json(out / "before_after.json", rows, summary=summary)
+    timing.write_json(out / "before_after.json", rows, summary=summary)
 
 
 if __name__ == "__main__":

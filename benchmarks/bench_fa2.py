@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import random_inputs
 
 
@@ -23,12 +23,12 @@ def main(out: Path) -> None:
                 {"problem": {"head_dim": head_dim}, "mask": mask, "schedule": {"kind": "fa2"}}
             )
             for seqlen in (1024, 2048, 4096, 8192, 16384):
-                shape = bench.grid_shape(seqlen, head_dim)
+                shape = timing.grid_shape(seqlen, head_dim)
                 q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
                 runs = {"attngen": lambda q=q, k=k, v=v, kernel=kernel: kernel(q, k, v)}
-                runs |= bench.peers(q, k, v, causal, ("flash", "cudnn"))
-                samples = bench.measure(runs)
-                tflops = bench.summary(samples, bench.Point(shape, head_dim, head_dim, causal).flops)
+                runs |= timing.peers(q, k, v, causal, ("flash", "cudnn"))
+                samples = timing.measure(runs)
+                tflops = timing.summary(samples, timing.Point(shape, head_dim, head_dim, causal).flops)
                 ratios.append(tflops["attngen"] / tflops["flash"])
                 rows.append(
                     {
@@ -38,9 +38,9 @@ def main(out: Path) -> None:
                 )  # fmt: skip
                 shown = "  ".join(f"{name} {value:.0f}" for name, value in tflops.items())
                 print(f"d{head_dim} {mask} {seqlen}: {shown}  x{ratios[-1]:.3f} of flash", flush=True)
-    mean = bench.geometric_mean(ratios)
+    mean = timing.geometric_mean(ratios)
     print(f"geometric mean {mean:.3f} of flash, worst point {min(ratios):.3f}")
-    bench.write_json(out / "fa2_vs_flash.json", rows, geometric_mean=mean, worst=min(ratios))
+    timing.write_json(out / "fa2_vs_flash.json", rows, geometric_mean=mean, worst=min(ratios))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from cudnn_fp8 import cudnn_fp8
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import random_inputs
 from attngen.check.reference import attention_chunked
 from attngen.expr import parse_mask
@@ -91,7 +91,7 @@ def rows_of(operands: Operands) -> dict[str, torch.Tensor]:
 
 def against_cudnn(rounds: int) -> list[dict[str, Any]]:
     """The grid, e4m3 in."""
-    results, gemm = [], bench.cublas(torch.float8_e4m3fn)
+    results, gemm = [], timing.cublas(torch.float8_e4m3fn)
     for head_dim, mask in grid():
         promoted, plain, bf16 = cases = [
             Case(head_dim, mask, "per_tensor"),
@@ -100,23 +100,23 @@ def against_cudnn(rounds: int) -> list[dict[str, Any]]:
         ]
         kernels = compiled(cases)
         for seqlen in LENGTHS:
-            shape = bench.grid_shape(seqlen, head_dim)
+            shape = timing.grid_shape(seqlen, head_dim)
             tensors = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
             given = rows_of(quantize(*tensors, "per_tensor"))
             single = [given[f"{name}_descale"].flatten()[:1].clone() for name in "qkv"]
-            runs: dict[str, bench.Run] = {
+            runs: dict[str, timing.Run] = {
                 "attngen": partial(kernels[promoted], **given),
                 "promotion off": partial(kernels[plain], **given),
                 "bf16": partial(kernels[bf16], *tensors),
                 "cudnn": cudnn_fp8(given["q"], given["k"], given["v"], single, mask == "causal"),
             }
             errors = {name: relative_error(run(), tensors, mask) for name, run in runs.items()}
-            samples = bench.measure(runs | {"cublas": gemm}, rounds)
+            samples = timing.measure(runs | {"cublas": gemm}, rounds)
             flops = (
                 4 * seqlen * seqlen * head_dim * shape.heads * shape.batch / (2 if mask == "causal" else 1)
             )
-            tflops = bench.summary(samples, flops) | {
-                "cublas": bench.tflops(samples["cublas"], bench.GEMM_FLOPS)
+            tflops = timing.summary(samples, flops) | {
+                "cublas": timing.tflops(samples["cublas"], timing.GEMM_FLOPS)
             }
             point = {"head_dim": head_dim, "mask": mask, "seqlen": seqlen}
             results.append({**point, "tflops": tflops, "errors": errors, "ms": samples})
@@ -142,9 +142,9 @@ def end_to_end(rounds: int) -> list[dict[str, Any]]:
         } | {"bf16": Case(head_dim, mask)}
         kernels = compiled(list(cases.values()))
         tensors = random_inputs(
-            bench.grid_shape(seqlen, head_dim), head_dim, head_dim, torch.bfloat16, "cuda", 0
+            timing.grid_shape(seqlen, head_dim), head_dim, head_dim, torch.bfloat16, "cuda", 0
         )
-        samples = bench.measure({n: partial(kernels[case], *tensors) for n, case in cases.items()}, rounds)
+        samples = timing.measure({n: partial(kernels[case], *tensors) for n, case in cases.items()}, rounds)
         bf16 = median(samples["bf16"])
         results.append({"head_dim": head_dim, "mask": mask, "seqlen": seqlen, "ms": samples})
         for name, times in samples.items():
@@ -161,9 +161,9 @@ if __name__ == "__main__":
     given_ = parser.parse_args()
     found = against_cudnn(given_.rounds)
     ratios = {
-        name: bench.geometric_mean(row["tflops"][name] / row["tflops"]["cudnn"] for row in found)
+        name: timing.geometric_mean(row["tflops"][name] / row["tflops"]["cudnn"] for row in found)
         for name in ("attngen", "promotion off")
     }
     print("geometric means against cuDNN:", {name: round(x, 3) for name, x in ratios.items()})
     ends = end_to_end(given_.rounds)
-    bench.write_json(given_.out / "fp8.json", found, end_to_end=ends, geometric_means=ratios)
+    timing.write_json(given_.out / "fp8.json", found, end_to_end=ends, geometric_means=ratios)

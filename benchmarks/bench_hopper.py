@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import Shape, random_inputs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -49,12 +49,12 @@ def problems(lengths: Iterable[int]) -> Iterator[Problem]:
     for mask in ("full", "causal"):
         for d in (64, 128, 256):
             for length in lengths:
-                yield Problem("grid", (d, d), mask, bench.grid_shape(length, d))
+                yield Problem("grid", (d, d), mask, timing.grid_shape(length, d))
         for dims in ((80, 80), (96, 96), (192, 192), (192, 128)):
             for length in (4096, 16384):
-                yield Problem("other head dims", dims, mask, bench.grid_shape(length, dims[0]))
-        yield Problem("GQA", (128, 128), mask, bench.grid_shape(4096, 128, group=8))
-        yield Problem("f16", (128, 128), mask, bench.grid_shape(4096, 128), "f16")
+                yield Problem("other head dims", dims, mask, timing.grid_shape(length, dims[0]))
+        yield Problem("GQA", (128, 128), mask, timing.grid_shape(4096, 128, group=8))
+        yield Problem("f16", (128, 128), mask, timing.grid_shape(4096, 128), "f16")
         yield Problem("off the grid", (128, 128), mask, Shape(5, 24, 24, 3000, 3000))
         yield Problem("off the grid", (128, 128), mask, Shape(4, 24, 4, 4096, 4096))
         yield Problem("off the grid", (128, 128), mask, Shape(3, 16, 16, 4096, 4096))
@@ -89,18 +89,18 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
     }
     with ThreadPoolExecutor(8) as pool:
         kernels = dict(zip(specs, pool.map(attngen.compile, specs.values()), strict=True))
-    gemms = {inputs: bench.cublas(dtype) for inputs, dtype in DTYPES.items()}
+    gemms = {inputs: timing.cublas(dtype) for inputs, dtype in DTYPES.items()}
     rows = []
     for problem in todo:
         q, k, v = random_inputs(problem.shape, *problem.dims, DTYPES[problem.inputs], "cuda", 0)
         kernel = kernels[problem.kernel]
-        runs: dict[str, bench.Run] = {"attngen": partial(kernel, q, k, v)}
+        runs: dict[str, timing.Run] = {"attngen": partial(kernel, q, k, v)}
         is_square = problem.shape.seqlen_q == problem.shape.seqlen_k
         if problem.mask == "full" or is_square:  # torch's causal is top-left
-            runs |= bench.peers(q, k, v, problem.mask == "causal", ("cudnn",))
-        samples = bench.measure(runs | {"cublas": gemms[problem.inputs]}, rounds, target_ms)
-        tflops = bench.summary(samples, flops(problem))
-        tflops["cublas"] = bench.tflops(samples["cublas"], bench.GEMM_FLOPS)
+            runs |= timing.peers(q, k, v, problem.mask == "causal", ("cudnn",))
+        samples = timing.measure(runs | {"cublas": gemms[problem.inputs]}, rounds, target_ms)
+        tflops = timing.summary(samples, flops(problem))
+        tflops["cublas"] = timing.tflops(samples["cublas"], timing.GEMM_FLOPS)
         served = kernel.serving(k)
         rows.append(
             {
@@ -116,10 +116,10 @@ def main(out: Path, rounds: int, target_ms: float, lengths: list[int]) -> None:
         print(f"{problem.group}: {problem}: {tflops['attngen']:.0f} TFLOPS  {ratios}", flush=True)
     grid = [(row["head_dim"][0], row["mask"], row["tflops"]) for row in rows if row["group"] == "grid"]
     ratio = [(f"d{d} {mask}", t["attngen"] / t["cudnn"]) for d, mask, t in grid]
-    means = {name: bench.geometric_mean(x for n, x in ratio if n == name) for name, _ in ratio}
-    means["all"] = bench.geometric_mean(x for _, x in ratio)
+    means = {name: timing.geometric_mean(x for n, x in ratio if n == name) for name, _ in ratio}
+    means["all"] = timing.geometric_mean(x for _, x in ratio)
     print("geometric means against cuDNN:", {name: round(mean, 3) for name, mean in means.items()})
-    bench.write_json(out / "hopper.json", rows, geometric_means=means)
+    timing.write_json(out / "hopper.json", rows, geometric_means=means)
 
 
 if __name__ == "__main__":

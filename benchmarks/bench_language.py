@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import Shape, random_inputs
 from attngen.simulate import Sizes, visited_blocks
 
@@ -109,7 +109,7 @@ def against_flex(rounds: int, names: list[str]) -> list[dict[str, Any]]:
             continue
         ours, theirs = (make(case, held) for make in (attngen_run, flex_run))
         difference = (ours().float() - theirs().transpose(1, 2).float()).abs().max().item()
-        samples = bench.measure({"attngen": ours, "flex": theirs}, rounds)
+        samples = timing.measure({"attngen": ours, "flex": theirs}, rounds)
         ratio = median(samples["flex"]) / median(samples["attngen"])
         rows.append({"case": name, "seqlen": SEQLEN, "ms": samples, "difference": difference})
         print(
@@ -120,12 +120,12 @@ def against_flex(rounds: int, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def attngen_run(case: Case, held: Mapping[str, torch.Tensor]) -> bench.Run:
+def attngen_run(case: Case, held: Mapping[str, torch.Tensor]) -> timing.Run:
     """The case with attngen."""
     return partial(attngen.compile(spec(case)), *tensors(case), **{name: held[name] for name in case.tensors})
 
 
-def flex_run(case: Case, held: Mapping[str, torch.Tensor]) -> bench.Run:
+def flex_run(case: Case, held: Mapping[str, torch.Tensor]) -> timing.Run:
     """The case with FlexAttention, block mask built."""
     torch.compiler.reset()
     seen = case.sees and create_block_mask(case.sees, None, None, SEQLEN, SEQLEN, device="cuda")
@@ -188,7 +188,7 @@ def by_visited_tile(rounds: int) -> list[dict[str, Any]]:
         "window and sinks": "window(1024, 0) or sinks(4) and causal",
     }
     kernels = {name: attngen.compile(spec(Case(mask))) for name, mask in masks.items()}
-    samples = bench.measure({name: partial(kernel, q, k, v) for name, kernel in kernels.items()}, rounds)
+    samples = timing.measure({name: partial(kernel, q, k, v) for name, kernel in kernels.items()}, rounds)
     rows = []
     for name, kernel in kernels.items():
         plan, sizes = kernel.plan, Sizes(1, seqlen, seqlen, HEADS, HEADS)
@@ -209,7 +209,7 @@ def over_plain(rounds: int) -> list[dict[str, Any]]:
     }
     rows = []
     for seqlen in (4096, SEQLEN):
-        shape = bench.grid_shape(seqlen, HEAD_DIM)
+        shape = timing.grid_shape(seqlen, HEAD_DIM)
         q, k, v = random_inputs(shape, HEAD_DIM, HEAD_DIM, torch.bfloat16, "cuda", 0)
         for mask in ("full", "causal"):
             runs = {
@@ -222,7 +222,7 @@ def over_plain(rounds: int) -> list[dict[str, Any]]:
                 )
                 for name, case in scores.items()
             }
-            samples = bench.measure(runs, rounds)
+            samples = timing.measure(runs, rounds)
             plain = median(samples["plain"])
             cost = {name: median(times) / plain - 1 for name, times in samples.items()}
             rows.append({"mask": mask, "seqlen": seqlen, "ms": samples, "cost": cost})
@@ -248,4 +248,4 @@ if __name__ == "__main__":
         "first": lambda: first_results(["window"]),
     }
     results = {part: parts[part]() for part in given.parts}
-    bench.write_json(given.out / "language.json", results.pop("flex", []), **results)
+    timing.write_json(given.out / "language.json", results.pop("flex", []), **results)

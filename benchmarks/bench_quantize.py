@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.quantize import SCALE_KINDS, ScaleKind
 
 HEADS = 16
@@ -34,7 +34,7 @@ def kernel_of(head_dim: int, scales: ScaleKind, seed: int | None) -> attngen.Ker
 
 def candidates(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> Iterator[tuple[str, bench.Run, int]]:
+) -> Iterator[tuple[str, timing.Run, int]]:
     """Name, call, and bytes that it must move."""
     q, _, v = tensors
     elements = sum(x.numel() for x in tensors)
@@ -61,7 +61,7 @@ def measured(batch: int, seqlen: int, head_dim: int, rounds: int) -> list[dict[s
         torch.randn(batch, seqlen, HEADS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)
     )
     found = {name: (run, moved) for name, run, moved in candidates((q, k, v))}
-    samples = bench.measure({name: run for name, (run, _) in found.items()}, rounds)
+    samples = timing.measure({name: run for name, (run, _) in found.items()}, rounds)
     rates = {name: moved / median(samples[name]) / 1e6 for name, (_, moved) in found.items()}
     rows = []
     for name, rate in rates.items():
@@ -87,4 +87,4 @@ if __name__ == "__main__":
         for head_dim in HEAD_DIMS
         for row in measured(batch, seqlen, head_dim, given.rounds)
     ]
-    bench.write_json(given.out / "quantize.json", rows)
+    timing.write_json(given.out / "quantize.json", rows)

@@ -14,14 +14,14 @@ from statistics import mean
 import torch
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import random_inputs
 
 SECONDS = 2.0
 LENGTH = 16384
 
 
-def sampled(run: bench.Run, seconds: float = SECONDS) -> dict[str, float]:
+def sampled(run: timing.Run, seconds: float = SECONDS) -> dict[str, float]:
     """Milliseconds a call, MHz and watts of a steady load."""
     query = ("--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "100")
     run()
@@ -44,15 +44,15 @@ def sampled(run: bench.Run, seconds: float = SECONDS) -> dict[str, float]:
 
 def main(out: Path) -> None:
     """One row per head dim, mask and candidate."""
-    gemm = bench.cublas(torch.bfloat16)
-    candidates: list[tuple[str, bench.Run, float]] = [("cublas", gemm, bench.GEMM_FLOPS)]
+    gemm = timing.cublas(torch.bfloat16)
+    candidates: list[tuple[str, timing.Run, float]] = [("cublas", gemm, timing.GEMM_FLOPS)]
     for head_dim in (64, 128, 256):
-        shape = bench.grid_shape(LENGTH, head_dim)
+        shape = timing.grid_shape(LENGTH, head_dim)
         q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
         for mask in ("full", "causal"):
             kernel = attngen.compile({"target": "sm_90a", "problem": {"head_dim": head_dim}, "mask": mask})
-            runs = {"attngen": partial(kernel, q, k, v)} | bench.peers(q, k, v, mask == "causal", ("cudnn",))
-            flops = bench.Point(shape, head_dim, head_dim, mask == "causal").flops
+            runs = {"attngen": partial(kernel, q, k, v)} | timing.peers(q, k, v, mask == "causal", ("cudnn",))
+            flops = timing.Point(shape, head_dim, head_dim, mask == "causal").flops
             candidates += [(f"{name} d{head_dim} {mask}", run, flops) for name, run in runs.items()]
     rows = []
     for name, run, flops in candidates:
@@ -62,7 +62,7 @@ def main(out: Path) -> None:
             f"{name:24} {rows[-1]['tflops']:6.0f} TFLOPS {load['mhz']:6.0f} MHz {load['watts']:5.0f} W",
             flush=True,
         )
-    bench.write_json(out / "clocks.json", rows)
+    timing.write_json(out / "clocks.json", rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import attngen
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import Shape, random_inputs
 from attngen.check.judging import Inputs
 from attngen.cli.losses import rmse_of, sampled_rows
@@ -141,7 +141,7 @@ def main() -> None:
     given = parser.parse_args()
     sizes = SMOKE if given.smoke else FULL
     path = given.out / f"fp8_error{'_smoke' if given.smoke else ''}.json"
-    bench.write_json(path, of_scales(sizes), growth=of_lengths(sizes), head_dim_of_growth=HEAD_DIM)
+    timing.write_json(path, of_scales(sizes), growth=of_lengths(sizes), head_dim_of_growth=HEAD_DIM)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.check.bench import Point, geometric_mean, grid_shape
+from attngen.check.timing import Point, geometric_mean, grid_shape
 from attngen.cli.facts import attention_resources
 from attngen.cli.output import console, table
 from attngen.cli.timeline import resident_blocks

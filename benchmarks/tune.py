@@ -18,7 +18,7 @@ from typing import Any
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.declared_inputs import declared_inputs
 from attngen.check.inputs import Shape
 from attngen.check.judging import draw, judge
@@ -27,7 +27,7 @@ from attngen.lower import Features, build
 from attngen.lower.choice import AnyChoice, WarpgroupChoice
 from attngen.lower.table import PARTS, offers, rows, slice_of
 from attngen.plan import assemble
-from attngen.plan.rules import verify
+from attngen.plan.hardware_rules import verify
 from attngen.schedules import WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
@@ -59,7 +59,7 @@ class Set:
     specs: tuple[Mapping[str, Any], ...]
     head_dims: tuple[tuple[int, int], ...]
     varied: Numbers
-    width: int = bench.WIDTH
+    width: int = timing.WIDTH
     peers: tuple[str, ...] = ("cudnn",)
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -237,21 +237,21 @@ def timed(
 ) -> dict[str, Any]:
     """Samples of every kernel and peer at one length. Operands of e4m3 are packed before."""
     plan = next(iter(kernels.values())).plan
-    shape = bench.grid_shape(length, plan.head_dim_qk, width=of.width)
+    shape = timing.grid_shape(length, plan.head_dim_qk, width=of.width)
     q, k, v = draw(plan, shape, "cuda")
     declared = declared_inputs(plan.declarations, shape, "cuda")
-    runs: dict[str, bench.Run] = {}
+    runs: dict[str, timing.Run] = {}
     for name, kernel in kernels.items():
         passed = (kernel.quantize(q, k, v),) if kernel.takes_operands else (q, k, v)
         runs[name] = partial(kernel, *passed, **declared)
     causal = spec.mask == "causal"
     if spec.score == "score" and (causal or spec.mask == "full"):
-        runs |= bench.peers(q, k, v, causal, of.peers)
-    samples = bench.measure(runs, **how)
+        runs |= timing.peers(q, k, v, causal, of.peers)
+    samples = timing.measure(runs, **how)
     row = {"seqlen": length, "ms": samples}
     if spec.mask in BOTH:
-        point = bench.Point(shape, plan.head_dim_qk, plan.head_dim_v, causal)
-        row["tflops"] = bench.summary(samples, point.flops)
+        point = timing.Point(shape, plan.head_dim_qk, plan.head_dim_v, causal)
+        row["tflops"] = timing.summary(samples, point.flops)
     return row
 
 
@@ -318,7 +318,7 @@ def main(asked: argparse.Namespace) -> None:
             measured.append(row)
         results += [about | row for row in measured]
         cases.append(case(spec, asked.set, {each: found[each] for each in right}, measured))
-        bench.write_json(asked.out / f"tune_{asked.set}.json", results, rounds=asked.rounds, table=cases)
+        timing.write_json(asked.out / f"tune_{asked.set}.json", results, rounds=asked.rounds, table=cases)
     print(*cases, sep="\n")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from attngen.errors import ToolchainError
 from attngen.runtime import disassemble
-from attngen.runtime.cache import CACHE_DIR_VARIABLE
+from attngen.runtime.disk_cache import CACHE_DIR_VARIABLE
 from tests.effort import load_profile, mark_exhaustive, profile
 
 load_profile()

@@ -11,10 +11,10 @@ import torch
 from rich.table import Table
 
 from attngen.api import resolve_arch
-from attngen.check import bench as measuring
+from attngen.check import timing as measuring
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.judging import draw
-from attngen.cli.declared import declared_options, given_values
+from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
 from attngen.cli.shapes import POSITIVE

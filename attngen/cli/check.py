@@ -3,7 +3,7 @@
 import click
 
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
-from attngen.cli.declared import declared_options, given_values
+from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import SEED, shape_text, shapes_of
 from attngen.cli.variants import (

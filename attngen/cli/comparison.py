@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from attngen.check.accuracy import Accuracy
-from attngen.check.bench import Point, measure
 from attngen.check.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
 from attngen.check.inputs import Kind, Shape
 from attngen.check.judging import Inputs, draw, judge
+from attngen.check.timing import Point, measure
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError

@@ -7,7 +7,7 @@ import click
 
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape
-from attngen.cli.declared import declared_options, given_values
+from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
 from attngen.cli.picture import PICTURES, path_ending_in

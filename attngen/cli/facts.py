@@ -11,7 +11,14 @@ from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.kernel import Kernel
 from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, source_of, walk
-from attngen.plan.rules import RULES, binding, margins, promoted_parts, takes_warpgroups, tile_registers
+from attngen.plan.hardware_rules import (
+    RULES,
+    binding,
+    margins,
+    promoted_parts,
+    takes_warpgroups,
+    tile_registers,
+)
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
 from attngen.simulate import Traffic, closed_form, count, standard_algorithm

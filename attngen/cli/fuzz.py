@@ -56,7 +56,7 @@ def fuzz(
     scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
     line that shows it again. Exit code 1 where a property does not hold.
     """
-    from attngen.fuzz import search  # and with it Hypothesis, which no other command needs
+    from attngen.fuzz import search_faults  # and with it Hypothesis, which no other command needs
 
     out = console()
     out.soft_wrap = True
@@ -67,13 +67,13 @@ def fuzz(
     total = examples or (EXAMPLES if minutes is None else None)
     with Progress(*columns, console=console(err=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        report = search.fuzz(
+        report = search_faults.fuzz(
             chosen,
             examples=examples,
             minutes=minutes,
             device=device,
             seed=seed,
-            targets=search.targets_for(device, arch) if chosen is None else None,
+            targets=search_faults.targets_for(device, arch) if chosen is None else None,
             rules=rules or tuple(RULES),
             progress=lambda cases: bar.update(task, completed=cases),
         )
@@ -82,7 +82,7 @@ def fuzz(
 
 
 def _repeat_case(out: Console, text: str, device: str) -> int:
-    from attngen.fuzz.search import reproduce
+    from attngen.fuzz.search_faults import reproduce
 
     try:
         case = Case.from_json(text)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from attngen.arch import RESERVED_SMEM_BYTES, Arch
-from attngen.plan.rules import REGISTERS_PER_ALLOCATION, SUBPARTITIONS
+from attngen.plan.hardware_rules import REGISTERS_PER_ALLOCATION, SUBPARTITIONS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from attngen.check.inputs import Shape
 from attngen.check.judging import Inputs
 from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
-from attngen.cli.declared import declared_options, given_values
+from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.errors_report import SUFFIXES, Loss, at_lengths, losses, losses_table, plot
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, writing
 from attngen.cli.picture import path_ending_in

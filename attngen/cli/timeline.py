@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attngen.check.bench import CAUSAL, Point, grid_shape
 from attngen.check.inputs import Shape
+from attngen.check.timing import CAUSAL, Point, grid_shape
 from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.picture import figure_panels

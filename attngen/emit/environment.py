@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from jinja2.runtime import Context
 
-from attngen.emit import tile
+from attngen.emit import tile_text
 from attngen.emit.terms import score_terms
 from attngen.errors import InternalError
 from attngen.plan import (
@@ -109,8 +109,8 @@ class Templates:
         self.context = {
             "plan": plan,
             "scheduler": plan.scheduler,
-            "m_blocks": tile.blocks(QUERIES),
-            "n_blocks": tile.blocks(KEYS),
+            "m_blocks": tile_text.blocks(QUERIES),
+            "n_blocks": tile_text.blocks(KEYS),
             "walks": plan.tile_classes is not None,
             "by_warp": any(not role.single_thread for role in plan.roles[1:]),
             "has_score_terms": bool(score_terms(plan.score)),

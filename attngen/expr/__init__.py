@@ -17,7 +17,7 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
-from attngen.expr.keys import IndexRange, extremes, key_range, row_range
+from attngen.expr.index_range import IndexRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
 from attngen.expr.ranges import index_range, never_holds
@@ -26,7 +26,7 @@ from attngen.expr.scope import LocateOf, check_definitions, prelude
 from attngen.expr.syntax import Locate
 from attngen.expr.tables import Table
 from attngen.expr.text import to_text
-from attngen.expr.tiles import TileClasses, tile_classes
+from attngen.expr.tile_classes import TileClasses, tile_classes
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import (

@@ -5,8 +5,8 @@ from functools import cache
 
 from attngen.expr.arithmetic import to_f32
 from attngen.expr.declarations import NO_DECLARATIONS, Declarations
-from attngen.expr.formulas import MAX_NODES, WORDS
-from attngen.expr.read import Reader, Work
+from attngen.expr.operators import MAX_NODES, WORDS
+from attngen.expr.resolve import Reader, Work
 from attngen.expr.scope import LocateOf, global_scope, prelude
 from attngen.expr.syntax import MAX_LENGTH, Fragment, Locate, Report, parse
 from attngen.expr.text import to_text

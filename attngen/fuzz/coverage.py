@@ -11,7 +11,7 @@ from rich.table import Table
 from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import Case
 from attngen.plan import KernelPlan
-from attngen.plan.rules import takes_warpgroups
+from attngen.plan.hardware_rules import takes_warpgroups
 
 Met = tuple[str, str]
 """A dimension and a value of it: ("schedule", "fa2")."""

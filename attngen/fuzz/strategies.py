@@ -14,12 +14,12 @@ from attngen.arch import ARCHS, Arch
 from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
-from attngen.fuzz.pairs import pair_texts
+from attngen.fuzz.draw_pairs import pair_texts
 from attngen.fuzz.properties import RULES, names_of
 from attngen.fuzz.states import STATES
 from attngen.lower import lower
 from attngen.plan import KernelPlan
-from attngen.plan.rules import MOST_WARPGROUPS
+from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec, load

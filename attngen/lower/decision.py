@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from attngen.lower.choice import AnyChoice, WarpgroupChoice
 from attngen.lower.features import Features, is_capped_product
-from attngen.lower.scales import scales
+from attngen.lower.scale_places import scales
 from attngen.plan.steps import ByTanh
 from attngen.schedules import Pairs, Scales
 from attngen.schedules.pairs import loads_by_key

@@ -12,12 +12,12 @@ from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, pair_params, params
-from attngen.lower.places import places
 from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
+from attngen.lower.storage import places
 from attngen.lower.table import rows
 from attngen.plan import KEYS, Call, KernelPlan, Quantizer, Role, Scheduler, assemble, seen_blocks
-from attngen.plan.rules import Violation, verify
+from attngen.plan.hardware_rules import Violation, verify
 from attngen.schedules import SCHEDULES
 from attngen.spec import Spec
 

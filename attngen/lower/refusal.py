@@ -17,7 +17,7 @@ from attngen.expr import (
 )
 from attngen.lower.choice import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS
 from attngen.lower.features import Features
-from attngen.plan.rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Blame, Violation
+from attngen.plan.hardware_rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWNERS_OF_ROWS, Blame, Violation
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 

@@ -14,7 +14,7 @@ from typing import Any
 from attngen.lower.choice import AnyChoice, WarpgroupChoice, fields_of, owners
 from attngen.lower.features import Features
 from attngen.lower.table import PARTS, offers, slice_of
-from attngen.plan.rules import MOST_WARPGROUPS
+from attngen.plan.hardware_rules import MOST_WARPGROUPS
 
 Share = tuple[int, int]
 """Rows of a tile, and how many warps or warpgroups share them."""

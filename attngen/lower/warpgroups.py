@@ -10,9 +10,9 @@ from attngen.expr import Expr
 from attngen.lower.choice import WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
-from attngen.lower.places import tile_places
 from attngen.lower.rounding import round_up
-from attngen.lower.scales import scale_params
+from attngen.lower.scale_places import scale_params
+from attngen.lower.storage import tile_places
 from attngen.plan import (
     PANEL_BYTES,
     ROWS_OF_K,
@@ -33,7 +33,7 @@ from attngen.plan import (
     Tensor,
     TensorMap,
 )
-from attngen.plan.rules import WARPGROUP_REGISTERS
+from attngen.plan.hardware_rules import WARPGROUP_REGISTERS
 from attngen.schedules import WARPGROUP_SCHEDULES, Output, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16

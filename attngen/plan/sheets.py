@@ -1,7 +1,7 @@
 """Sheets: kernels that work through rows at the speed of memory, each a text of its own rather than a program of Steps.
 
 A sheet has one name in three places: the class, the macro that emits it (`templates/sheets`) and the function that
-means it, in torch (`attngen.simulate.sheets`). The classes tell what a launch must know; no text is made here.
+means it, in torch (`simulated_sheets`). The classes tell what a launch must know; no text is made here.
 """
 
 from abc import ABC, abstractmethod

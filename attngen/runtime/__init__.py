@@ -1,6 +1,6 @@
 """The runtime: NVRTC, the disk cache, the driver and the launch. Imports no driver until one is needed."""
 
-from attngen.runtime.cache import CacheWarning, CompiledKernel, DiskCache
+from attngen.runtime.disk_cache import CacheWarning, CompiledKernel, DiskCache
 from attngen.runtime.launch import Launcher
 from attngen.runtime.nvrtc import Compiled, KernelResources, compile_source, nvrtc_version
 from attngen.runtime.prepared import LaunchReport, explain_launch

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
-from attngen.schedules.keys import KeyLoop
-from attngen.schedules.output import Output
+from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.online_softmax import OnlineSoftmax
+from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
-from attngen.schedules.scales import Scales
 from attngen.schedules.scores import Scores
 from attngen.schedules.serial import serial
-from attngen.schedules.softmax import OnlineSoftmax
-from attngen.schedules.tiles import Places, TilePlaces
+from attngen.schedules.tile_places import Places, TilePlaces
 from attngen.schedules.warp_specialized import RingCursors, WarpgroupPlaces, pingpong, warp_specialized
+from attngen.schedules.warpgroup_output import Output
 
 SCHEDULES: dict[str, Callable[[Places], Program]] = {"serial": serial, "fa2": fa2}
 """Schedules that every warp runs alike."""

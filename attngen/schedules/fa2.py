@@ -24,8 +24,8 @@ from attngen.plan.steps import (
     SyncThreads,
     WaitCopies,
 )
-from attngen.schedules.keys import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
-from attngen.schedules.tiles import Places
+from attngen.schedules.key_loop import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
+from attngen.schedules.tile_places import Places
 
 
 def fa2(at: Places) -> Program:

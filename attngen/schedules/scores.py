@@ -16,9 +16,9 @@ from attngen.plan.steps import (
     WhenBlock,
     WhenPartial,
 )
-from attngen.schedules.keys import N_MIN, VISIT, KeyBlock
+from attngen.schedules.key_loop import N_MIN, VISIT, KeyBlock
+from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
-from attngen.schedules.scales import Scales
 
 
 @dataclass(frozen=True)

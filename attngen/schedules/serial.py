@@ -24,8 +24,8 @@ from attngen.plan.steps import (
     WaitCopies,
     When,
 )
-from attngen.schedules.keys import KeyBlock
-from attngen.schedules.tiles import Places
+from attngen.schedules.key_loop import KeyBlock
+from attngen.schedules.tile_places import Places
 
 M, N, ZERO = BlockIndex("m"), BlockIndex("n"), BlockIndex("zero")
 ALL_ROWS = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")

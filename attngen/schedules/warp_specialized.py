@@ -34,9 +34,9 @@ from attngen.plan.steps import (
     WaitStores,
     When,
 )
-from attngen.schedules.keys import M_BLOCK, VISIT, KeyBlock
-from attngen.schedules.output import Output
-from attngen.schedules.tiles import TilePlaces
+from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock
+from attngen.schedules.tile_places import TilePlaces
+from attngen.schedules.warpgroup_output import Output
 
 
 @dataclass(frozen=True)

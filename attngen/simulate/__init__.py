@@ -7,12 +7,12 @@ a cost for each Step it draws the timeline of one SM. It emits nothing.
 
 from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
+from attngen.simulate.launches import STEPS_SIMULATED, count, run_call, simulate
+from attngen.simulate.prediction import Prediction, Timeline, predict, timeline
 from attngen.simulate.progress import Progress
 from attngen.simulate.roles import Event, RoleRun, StepFunction
-from attngen.simulate.run import STEPS_SIMULATED, count, run_call, simulate
 from attngen.simulate.threads import one_thread
-from attngen.simulate.tiles import tiles
-from attngen.simulate.timeline import Prediction, Timeline, predict, timeline
+from attngen.simulate.tile_source import tiles
 from attngen.simulate.trace import Trace, trace
 from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
 from attngen.simulate.units import UNITS, Interval, Unit

@@ -17,7 +17,7 @@ from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction, Wait
 from attngen.simulate.shared_memory import Cell, divided_buffers, lay_out
-from attngen.simulate.tiles import TileSource
+from attngen.simulate.tile_source import TileSource
 from attngen.simulate.visits import Sizes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from attngen.plan import KernelPlan, Rows, Tensor
-from attngen.simulate.tiles import Tile
+from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Member, ceil_div
 

@@ -12,9 +12,9 @@ from attngen.simulate.blocks import Block, KernelRun, scale_params
 from attngen.simulate.charges import CHARGES, MEETINGS, Charge
 from attngen.simulate.costs import Costs
 from attngen.simulate.device_memory import DeviceMemory
+from attngen.simulate.launches import STEPS_SIMULATED
 from attngen.simulate.roles import RoleRun, Run, StepFunction
-from attngen.simulate.run import STEPS_SIMULATED
-from attngen.simulate.tiles import Tile, TileSource
+from attngen.simulate.tile_source import Tile, TileSource
 from attngen.simulate.units import TIME, Units, now
 from attngen.simulate.visits import Sizes
 

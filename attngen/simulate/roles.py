@@ -17,7 +17,7 @@ from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
-from attngen.simulate.tiles import Tile
+from attngen.simulate.tile_source import Tile
 from attngen.simulate.visits import Visited, ceil_div, visited_blocks
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from attngen.plan.steps import (
     StageTile,
     StoreRegisters,
 )
+from attngen.simulate.launches import simulate
 from attngen.simulate.roles import Event, RoleRun
-from attngen.simulate.run import simulate
 from attngen.simulate.visits import Member
 
 T = TypeVar("T")

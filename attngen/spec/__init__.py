@@ -1,7 +1,7 @@
 """Specs: the schema, and the YAML loader that keeps every value's place."""
 
 from attngen.spec.load import load
-from attngen.spec.schema import CheckShape, HeadDim, Precision, Problem, Schedule, Tile, json_schema
+from attngen.spec.models import CheckShape, HeadDim, Precision, Problem, Schedule, Tile, json_schema
 from attngen.spec.spec import Spec
 
 __all__ = [

@@ -13,8 +13,8 @@ from attngen.expr.python import Expression, check_text, joined
 from attngen.resources import shipped_names, spec_path
 from attngen.spec.document import Document, dump_text
 from attngen.spec.plain import PlainData
-from attngen.spec.read import read_document
-from attngen.spec.refusal import MAX_BYTES, refuse_size, refuse_source
+from attngen.spec.read_yaml import read_document
+from attngen.spec.refused_sources import MAX_BYTES, refuse_size, refuse_source
 from attngen.spec.source import Mark, Source
 from attngen.spec.spec import Spec
 from attngen.spec.validate import validate

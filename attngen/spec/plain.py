@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attngen.spec.composer import MAX_VALUES
-from attngen.spec.read import MAX_KEY
-from attngen.spec.refusal import MAX_BYTES, refuse_size, refuse_source
+from attngen.spec.read_yaml import MAX_KEY
+from attngen.spec.refused_sources import MAX_BYTES, refuse_size, refuse_source
 
 _MAX_FOLLOWED = 4
 """One level more than the schema has: what lies deeper is no part of a spec, and may hold itself."""

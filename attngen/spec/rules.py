@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from attngen.arch import ARCHS
 from attngen.expr import LARGEST_LENGTH
 from attngen.quantize import HADAMARD_DIMS
-from attngen.spec.schema import Precision
+from attngen.spec.models import Precision
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
 _GPU_HEAD_DIMS_8BIT = range(32, 257, 16)

@@ -12,7 +12,7 @@ from attngen.expr import Expr, parse_mask, parse_score, to_text
 from attngen.expr.declarations import Declarations
 from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
-from attngen.spec.schema import CheckShape, Precision, Problem, Schedule, SpecModel, Tile
+from attngen.spec.models import CheckShape, Precision, Problem, Schedule, SpecModel, Tile
 from attngen.spec.source import Mark
 
 

@@ -14,10 +14,10 @@ from pydantic_core import ErrorDetails
 
 from attngen.errors import MAX_TOLD, Diagnostic, ExpressionError, Location, SpecError, SpecWarning
 from attngen.spec.document import Document
-from attngen.spec.expressions import Expressions
+from attngen.spec.models import Expects, SpecModel
 from attngen.spec.rules import check_rules, nearest_head_dims
-from attngen.spec.schema import Expects, SpecModel
 from attngen.spec.spec import Spec
+from attngen.spec.texts import Expressions
 
 _MAX_SHOWN = 40  # characters of a value that a message repeats; the source line has the rest
 _REQUIRED = "problem.head_dim"

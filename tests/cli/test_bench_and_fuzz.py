@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import Result
 
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import Shape
 from attngen.check.judging import draw
 from attngen.cli import output
@@ -26,7 +26,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     Its lines are so long that no cell is folded.
     """
 
-    def two_ms(candidates: Mapping[str, bench.Run], rounds: int = 7) -> dict[str, list[float]]:
+    def two_ms(candidates: Mapping[str, timing.Run], rounds: int = 7) -> dict[str, list[float]]:
         return {name: [2.0] * rounds for name in candidates}
 
     def on_cpu(*arguments: object) -> object:
@@ -34,8 +34,8 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(output, "_WIDTH_WITHOUT_TERMINAL", 400)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "measure", two_ms)
-    monkeypatch.setattr(bench, "machine", dict)
+    monkeypatch.setattr(timing, "measure", two_ms)
+    monkeypatch.setattr(timing, "machine", dict)
     monkeypatch.setattr(import_module("attngen.cli.bench"), "draw", on_cpu)
 
 
@@ -59,9 +59,9 @@ def test_bench_refuses_an_unknown_peer(attngen: Attngen) -> None:
 
 def test_the_grid_is_that_of_the_papers() -> None:
     """16k tokens on a width of 2048; of what does not fit in there is still one element, with one head."""
-    assert bench.grid_shape(512, 64) == Shape(32, 32, 32, 512, 512)
-    assert bench.grid_shape(4096, 128, group=8) == Shape(4, 16, 2, 4096, 4096)
-    assert bench.grid_shape(100, 6, tokens=64, width=4) == Shape(1, 1, 1, 100, 100)
+    assert timing.grid_shape(512, 64) == Shape(32, 32, 32, 512, 512)
+    assert timing.grid_shape(4096, 128, group=8) == Shape(4, 16, 2, 4096, 4096)
+    assert timing.grid_shape(100, 6, tokens=64, width=4) == Shape(1, 1, 1, 100, 100)
 
 
 @pytest.mark.usefixtures("no_clock")
@@ -77,7 +77,7 @@ def test_a_bench_sweep_shows_what_each_kernel_takes(attngen: Attngen) -> None:
     assert " 2 ms " in good
     refused = row_of(result, "fa2_d64 tile.block_m=64 tile.block_n=40")
     assert "refused [rule mma-k-step" in refused and refused.split()[-4:] == ["-"] * 4
-    rows = json.loads(Path("out/bench.json").read_text())["rows"]
+    rows = json.loads(Path("out/timing.json").read_text())["rows"]
     assert [list(row["facts"]) for row in rows] == [list(SWEEP_COLUMNS)] * 2
     assert int(rows[0]["facts"]["registers"]) > 0 and "refused" in rows[1]["facts"][SWEEP_COLUMNS[-1]]
 
@@ -97,7 +97,7 @@ def test_a_peer_that_is_not_present_is_said(attngen: Attngen) -> None:
     *_, ours, flash, cudnn = row_of(result, "fa2_d64").split()
     assert ours.isdigit() and flash.isdigit() and cudnn == "-"
     assert "cudnn does not take part: No " in result.stderr
-    (row,) = json.loads(Path("out/bench.json").read_text())["rows"]
+    (row,) = json.loads(Path("out/timing.json").read_text())["rows"]
     assert set(row["absent"]) == {"cudnn"} and set(row["ms"]) == {"attngen", "flash"}
 
 
@@ -142,7 +142,7 @@ def test_bench_times_this_kernel_and_its_peers(attngen: Attngen) -> None:
     *_, ours, flash, flex = row_of(result, "fa2_d64").split()
     assert ours.isdigit() and flash.isdigit()
     assert flex.isdigit() or "flex does not take part: " in result.stderr  # it wants triton
-    assert sorted(path.name for path in Path("out").iterdir()) == ["bench.json", "bench.png", "bench.svg"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["timing.json", "timing.png", "timing.svg"]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from click.testing import Result
 
 from attngen import load
 from attngen.api import resolve_arch
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.inputs import Shape
 from attngen.check.judging import draw
 from attngen.cli.comparison import draw_declared, draw_inputs, execute
@@ -132,7 +132,7 @@ def test_bench_passes_what_is_declared(
 ) -> None:
     """Ours is called with its values, flash is told to know no such mask, and the figures are those of ours."""
 
-    def once(candidates: dict[str, bench.Run], rounds: int = 7) -> dict[str, list[float]]:
+    def once(candidates: dict[str, timing.Run], rounds: int = 7) -> dict[str, list[float]]:
         for run in candidates.values():
             run()
         return {name: [2.0] * rounds for name in candidates}
@@ -141,7 +141,7 @@ def test_bench_passes_what_is_declared(
     text = text.replace("block_m: 4, block_n: 2", "block_m: 64, block_n: 32")
     (tmp_path / "gpu.yaml").write_text(text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "measure", once)
+    monkeypatch.setattr(timing, "measure", once)
     monkeypatch.setattr(import_module("attngen.cli.bench"), "draw", lambda plan, shape, *_: draw(plan, shape))
     size = ("--seqlen", "16", "--tokens", "16", "--width", "64", "--against", "flash")
     result = attngen("bench", "gpu.yaml", *size, "--tensor", "doc=hashed")

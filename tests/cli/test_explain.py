@@ -10,7 +10,7 @@ from attngen.api import resolve_arch
 from attngen.arch import ARCHS
 from attngen.cli.shapes import shapes_of
 from attngen.plan import listing
-from attngen.plan.rules import RULES
+from attngen.plan.hardware_rules import RULES
 from attngen.plan.steps import walk
 from attngen.simulate import count
 from attngen.spec import load

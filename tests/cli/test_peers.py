@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from attngen.check import bench
+from attngen.check import timing
 from attngen.check.accuracy import compare
 from attngen.check.declared_inputs import declared_inputs
 from attngen.check.inputs import Shape, random_inputs
@@ -39,7 +39,7 @@ def test_flex_computes_what_the_mask_says(mask: str) -> None:
     """Unequal lengths, grouped heads and other columns in V than in K: flex gives the reference's values."""
     q, k, v = random_inputs(Shape(2, 4, 2, 33, 70), 32, 48, torch.bfloat16)
     expr = parse_mask(mask)
-    out = bench.peer("flex", q, k, v, expr)().transpose(1, 2)
+    out = timing.peer("flex", q, k, v, expr)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, expr)
     assert accuracy.ok, str(accuracy)
 
@@ -55,7 +55,7 @@ def test_flex_reads_what_is_declared() -> None:
     shape = Shape(2, 4, 2, 33, 70)
     q, k, v = random_inputs(shape, 32, 48, torch.bfloat16)
     declared = declared_inputs(declarations, shape)
-    out = bench.peer("flex", q, k, v, mask, score, declared)().transpose(1, 2)
+    out = timing.peer("flex", q, k, v, mask, score, declared)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, mask, score=score, declared=declared)
     assert accuracy.ok, str(accuracy)
 
@@ -64,7 +64,7 @@ def test_the_back_ends_of_torch_know_no_scores() -> None:
     """A modified score is refused by name, so that no figure stands beside another problem's."""
     q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
     with pytest.raises(ToolchainError, match="^flash does not take part: it knows no modified scores"):
-        bench.peer("flash", q, k, v, bench.CAUSAL, parse_score("softcap(score, 30.0)"))
+        timing.peer("flash", q, k, v, timing.CAUSAL, parse_score("softcap(score, 30.0)"))
 
 
 def test_a_peer_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +76,12 @@ def test_a_peer_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
     full, window = parse_mask("full"), parse_mask("kv_idx >= q_pos - 4")
     with pytest.raises(ToolchainError, match="^cudnn does not take part: No "):
-        bench.peer("cudnn", q, k, v, full)
+        timing.peer("cudnn", q, k, v, full)
     with pytest.raises(ToolchainError, match="^flash does not take part: it knows the masks full and"):
-        bench.peer("flash", q, k, v, window)
+        timing.peer("flash", q, k, v, window)
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.raises(ToolchainError) as missing:
-        bench.peer("flex", q, k, v, full)
+        timing.peer("flex", q, k, v, full)
     assert missing.value.message == "flex does not take part: Cannot find a working triton installation."
 
 
@@ -89,15 +89,15 @@ def test_causal_of_unequal_lengths_is_another_mask_for_the_back_ends() -> None:
     """Torch aligns causal to the top left, so that there is nothing to compare with."""
     q, k, v = random_inputs(Shape(1, 2, 2, 16, 24), 32, 32, torch.bfloat16)
     with pytest.raises(ToolchainError, match="of equal lengths"):
-        bench.peer("flash", q, k, v, bench.CAUSAL)
-    equal = bench.peer("flash", q, k[:, :16], v[:, :16], bench.CAUSAL)().transpose(1, 2)
-    assert compare(equal, None, q, k[:, :16], v[:, :16], bench.CAUSAL).ok
+        timing.peer("flash", q, k, v, timing.CAUSAL)
+    equal = timing.peer("flash", q, k[:, :16], v[:, :16], timing.CAUSAL)().transpose(1, 2)
+    assert compare(equal, None, q, k[:, :16], v[:, :16], timing.CAUSAL).ok
 
 
 def test_those_present_are_a_choice_of_those_named() -> None:
     """`peers` leaves out what refuses."""
     q, k, v = random_inputs(Shape(1, 2, 2, 16, 16), 32, 32, torch.bfloat16)
-    assert list(bench.peers(q, k, v, True, ("cudnn", "flash"))) == ["flash"]
+    assert list(timing.peers(q, k, v, True, ("cudnn", "flash"))) == ["flash"]
 
 
 @pytest.mark.gpu
@@ -107,6 +107,6 @@ def test_compiled_flex_is_right(mask: str) -> None:
     """What is timed as flex computes attention."""
     q, k, v = random_inputs(Shape(2, 4, 2, 256, 256), 64, 64, torch.bfloat16, "cuda")
     expr = parse_mask(mask)
-    out = bench.peer("flex", q, k, v, expr)().transpose(1, 2)
+    out = timing.peer("flex", q, k, v, expr)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, expr)
     assert accuracy.ok, str(accuracy)

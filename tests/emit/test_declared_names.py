@@ -16,7 +16,7 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit_module
 from attngen.emit.device import names_in
-from attngen.emit.pairs import leaves
+from attngen.emit.pair_functions import leaves
 from attngen.expr import (
     INDEX_NAMES,
     SIZE_NAMES,

@@ -8,13 +8,13 @@ import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit
 from attngen.emit.environment import Templates, finalize
-from attngen.emit.sheets import sheet_macros
+from attngen.emit.sheet_text import sheet_macros
 from attngen.lower import lower
 from attngen.plan import SHEETS, STEPS, Manifest
 from attngen.plan.call import SCHEMA_VERSION
 from attngen.runtime.nvrtc import compile_source
 from attngen.simulate import STEPS_SIMULATED
-from attngen.simulate.sheets import SHEETS_SIMULATED
+from attngen.simulate.simulated_sheets import SHEETS_SIMULATED
 from attngen.spec import Spec
 from tests.emit.regenerate import FOLDER, LIBRARY, expected_files
 from tests.plans import kernel_plan

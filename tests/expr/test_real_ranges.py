@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from attngen.expr import evaluate, magnitude, parse_score, real_range
-from attngen.fuzz.expressions import scores
+from attngen.fuzz.draw_expressions import scores
 from attngen.scaling import needs_no_maximum
 from tests.expr.strategies import ENV
 

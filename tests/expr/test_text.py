@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 
 from attngen.expr import parse_mask, parse_score, to_text
-from attngen.fuzz.expressions import DECLARATIONS, masks, scores
+from attngen.fuzz.draw_expressions import DECLARATIONS, masks, scores
 
 
 @given(masks(DECLARATIONS))

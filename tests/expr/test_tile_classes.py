@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attngen.expr.arithmetic import call, compare, floor_divide, minus, modulo, over, plus, times, where
 from attngen.expr.logic import conjunction, disjunction, negate
-from attngen.expr.tiles import tile_classes
+from attngen.expr.tile_classes import tile_classes
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import TILE_NAMES, Expr, const, lookup, name, real, scalar, tensor_names

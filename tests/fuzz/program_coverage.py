@@ -15,12 +15,12 @@ from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
 from attngen.fuzz.strategies import ORDERS
 from attngen.plan import BlockIndex, KernelPlan, Range, evaluate_formula
-from attngen.plan.rules import MOST_WARPGROUPS
+from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.plan.steps import ForBlocks, When, walk
 from attngen.quantize import SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.simulate import Sizes, block_bounds, tiles, visited_blocks
-from attngen.simulate.tiles import LOCKSTEP
+from attngen.simulate.tile_source import LOCKSTEP
 from attngen.simulate.visits import declared_values, first_head, walk_of
 
 BLOCKS_PER_ROW = ("0", "1", "2", "many")

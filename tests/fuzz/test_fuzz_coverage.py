@@ -7,11 +7,11 @@ import pytest
 from program_coverage import expected, met_in_program
 
 from attngen.check.inputs import Shape
-from attngen.fuzz import search
+from attngen.fuzz import search_faults
 from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage, Met
 from attngen.fuzz.properties import Make, PropertyFailure, check
-from attngen.fuzz.search import fuzz
+from attngen.fuzz.search_faults import fuzz
 from attngen.fuzz.strategies import plan_of
 from attngen.spec import load
 from tests.effort import examples, profile
@@ -56,7 +56,7 @@ def test_seeded_runs_meet_everything_and_hold_every_property(
 
     No case breaks its property, and as many are drawn as were asked for. If something is missing, a run follows.
     """
-    monkeypatch.setattr(search, "check", FewOfEach())
+    monkeypatch.setattr(search_faults, "check", FewOfEach())
     every: Counter[Met] = Counter()
     for seed in range(SEED, SEED + RUNS):
         report = fuzz(examples=EXAMPLES, seed=seed, targets=(target,), meets=met_in_program)

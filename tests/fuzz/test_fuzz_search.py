@@ -15,11 +15,11 @@ from attngen.cli import main
 from attngen.dtypes import dtype
 from attngen.errors import PlanError
 from attngen.fuzz.case import FAR, Case
-from attngen.fuzz.expressions import DECLARATIONS
+from attngen.fuzz.draw_expressions import DECLARATIONS
+from attngen.fuzz.draw_pairs import PairTexts, pair_texts
 from attngen.fuzz.names import emitted_names
-from attngen.fuzz.pairs import PairTexts, pair_texts
 from attngen.fuzz.properties import RULES, WIDE_WINDOW, PropertyFailure, check, names_of
-from attngen.fuzz.search import CPU_TARGETS, fuzz, kernels, reproduce
+from attngen.fuzz.search_faults import CPU_TARGETS, fuzz, kernels, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.quantize import SCALE_KINDS
 from attngen.spec import Spec, load
@@ -262,7 +262,7 @@ def test_what_is_declared_has_names_of_emitted_texts_too() -> None:
 
 def test_a_pool_holds_different_specs() -> None:
     """For a GPU a few specs are drawn beforehand, the same for the same seed."""
-    from attngen.fuzz.search import _pool
+    from attngen.fuzz.search_faults import _pool
 
     first, second = (_pool(specs(("sm_80",)), 5, 12) for _ in range(2))
     assert first == second
@@ -296,11 +296,11 @@ def test_a_failing_run_prints_a_line_that_shows_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It exits with 1; its last line, run with the fault, exits with 1 again and without it with 0."""
-    from attngen.fuzz import search
+    from attngen.fuzz import search_faults
 
     made = plant(FAULTS["lse unscaled"])
     with monkeypatch.context() as patch:
-        patch.setattr(search, "kernels", lambda: made)
+        patch.setattr(search_faults, "kernels", lambda: made)
         result = CliRunner().invoke(main, ["fuzz", spec_file(tmp_path), "--examples", "30"])
         assert result.exit_code == 1, result.output
         line = result.output.rstrip().splitlines()[-1]

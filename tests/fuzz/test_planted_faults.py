@@ -5,7 +5,7 @@ from planted_faults import FAULTS, FAULTS_OF_SCALES, RACES, plant
 
 from attngen.fuzz.case import Case
 from attngen.fuzz.properties import PropertyFailure
-from attngen.fuzz.search import fuzz, reproduce
+from attngen.fuzz.search_faults import fuzz, reproduce
 from attngen.spec import load
 
 EXAMPLES = 500

@@ -7,7 +7,7 @@ against the simulator's, and the largest error of every function is told. Exit c
 import argparse
 import sys
 
-from attngen.fuzz.search import targets_for
+from attngen.fuzz.search_faults import targets_for
 from tests.language.language import EXPRESSIONS, fuzz_language
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from attngen.errors import AttngenError, ExpressionError
 from attngen.expr import Expr, evaluate, fill_tables, index_range, nodes, parse_mask, tile_classes
-from attngen.fuzz.expressions import DECLARATIONS, masks
+from attngen.fuzz.draw_expressions import DECLARATIONS, masks
 from tests.language.declared import random_scalars, random_tensors
 
 BATCH, HEADS, HEADS_KV = 2, 4, 2

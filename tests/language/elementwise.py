@@ -29,7 +29,7 @@ from attngen.expr import (
     scalar,
     with_nodes,
 )
-from attngen.fuzz.expressions import DECLARATIONS, integers, masks, scores
+from attngen.fuzz.draw_expressions import DECLARATIONS, integers, masks, scores
 from attngen.plan import KernelPlan
 from tests.language.declared import random_scalars, random_tensors
 from tests.language.functions import EXACT, excess

@@ -8,7 +8,7 @@ import torch
 
 from attngen.api import resolve_arch
 from attngen.expr import VALUE_TYPES, Declarations
-from attngen.fuzz.pairs import declaration_texts
+from attngen.fuzz.draw_pairs import declaration_texts
 from attngen.lower import lower
 from attngen.plan import KernelPlan
 from attngen.runtime.driver import Module, launch, preparing

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from attngen.emit.device import used_by
-from attngen.emit.pairs import leaves
+from attngen.emit.pair_functions import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
-from attngen.expr.tiles import TileClasses
+from attngen.expr.tile_classes import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr
-from attngen.fuzz.expressions import DECLARATIONS
-from attngen.fuzz.pairs import APPROXIMATED
+from attngen.fuzz.draw_expressions import DECLARATIONS
+from attngen.fuzz.draw_pairs import APPROXIMATED
 from attngen.runtime import DiskCache
 from tests.effort import profile
 from tests.language import classes, elementwise, functions

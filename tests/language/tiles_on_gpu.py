@@ -12,7 +12,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.expr import Declarations, Expr, fill_tables, free_names, tensor_names
-from attngen.fuzz.expressions import DECLARATIONS
+from attngen.fuzz.draw_expressions import DECLARATIONS
 from attngen.lower import lower
 from attngen.plan import FillTables, KernelPlan, evaluate_formula
 from attngen.simulate import Sizes, block_bounds

@@ -6,7 +6,7 @@ from attngen.api import resolve_arch
 from attngen.arch import ARCHS
 from attngen.cli.occupancy import occupancy
 from attngen.plan import KernelPlan
-from attngen.plan.rules import RULES, binding, margins
+from attngen.plan.hardware_rules import RULES, binding, margins
 from attngen.spec import load
 from tests.plans import kernel_plan
 

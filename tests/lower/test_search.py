@@ -16,7 +16,7 @@ from attngen.lower import Features, build, candidates, lower
 from attngen.lower.choice import AnyChoice, WarpgroupChoice
 from attngen.lower.table import PARTS, slice_of
 from attngen.plan import KernelPlan
-from attngen.plan.rules import RULES, verify
+from attngen.plan.hardware_rules import RULES, verify
 from attngen.spec import Spec
 from tests.effort import examples
 from tests.plans import kernel_plan

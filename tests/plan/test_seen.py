@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attngen.emit.tile import seen as emitted
+from attngen.emit.tile_text import seen as emitted
 from attngen.expr import Expr, IndexRange, Leaves, evaluate, key_range, name, parse_mask, row_range
 from attngen.plan import KEYS, QUERIES, SeenBlocks, SequenceAxis, seen_blocks
 from attngen.simulate.visits import evaluated

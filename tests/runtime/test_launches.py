@@ -13,7 +13,7 @@ from attngen.lower import lower
 from attngen.plan import Call
 from attngen.runtime import Launcher, launch
 from attngen.runtime.nvrtc import compile_source
-from attngen.simulate import run
+from attngen.simulate import launches
 from tests.plans import no_code
 
 DOCUMENTS: dict[str, Any] = {"mask": "document(doc)", "tensors": {"doc": "i32[batch, seqlen_k]"}}
@@ -81,14 +81,16 @@ def test_simulator_and_runtime_run_one_list(
     simulated: list[str] = []
     sheets = {
         sheet: lambda kernel, *rest, means=means: (simulated.append(kernel.name), means(kernel, *rest))[1]
-        for sheet, means in run.SHEETS_SIMULATED.items()
+        for sheet, means in launches.SHEETS_SIMULATED.items()
     }
-    monkeypatch.setattr(run, "SHEETS_SIMULATED", sheets)
-    run_blocks = run._run_blocks
+    monkeypatch.setattr(launches, "SHEETS_SIMULATED", sheets)
+    run_blocks = launches._run_blocks
     monkeypatch.setattr(
-        run, "_run_blocks", lambda each, source: (simulated.append(each.plan.name), run_blocks(each, source))
+        launches,
+        "_run_blocks",
+        lambda each, source: (simulated.append(each.plan.name), run_blocks(each, source)),
     )
-    assert run_call is run.run_call
+    assert run_call is launches.run_call
     attngen.Kernel(attngen.load({"problem": {"head_dim": 64}}), call)(q, q, q, **declared)
     assert simulated == started
 

@@ -36,7 +36,7 @@ from attngen.plan import (
     Tensor,
     assemble,
 )
-from attngen.plan.rules import verify
+from attngen.plan.hardware_rules import verify
 from attngen.schedules import KeyLoop, OnlineSoftmax, Pairs, Places, Scores, WarpgroupPlaces
 from attngen.spec import load
 

@@ -28,7 +28,7 @@ from attngen.plan.steps import (
     WaitStores,
 )
 from attngen.simulate import SimulationFault, simulate
-from attngen.simulate.tiles import LOCKSTEP
+from attngen.simulate.tile_source import LOCKSTEP
 from tests.check.language_cases import LanguageCase
 
 Path = tuple[int, ...]

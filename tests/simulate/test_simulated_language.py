@@ -8,7 +8,7 @@ import attngen
 from attngen.check.inputs import Shape
 from attngen.expr import evaluate
 from attngen.simulate import Sizes
-from attngen.simulate.tiles import tiles
+from attngen.simulate.tile_source import tiles
 from attngen.simulate.visits import Member, declared_values, visited_blocks, walk_of
 from tests.check.language_cases import CASES, MASKS, WINDOW_AND_SINKS, LanguageCase
 

@@ -11,7 +11,7 @@ from small_plans import lowered
 from attngen.expr import evaluate, name, parse_mask, scale, sub
 from attngen.plan import Definitions, Scheduler, evaluate_formula
 from attngen.simulate import BlockBounds, Sizes, block_bounds, simulate, tiles, visited_blocks
-from attngen.simulate.tiles import TileSource
+from attngen.simulate.tile_source import TileSource
 from attngen.simulate.visits import Member, first_head, walk_of
 
 MASKS = [

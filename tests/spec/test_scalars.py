@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import attngen
 from attngen.errors import Location
-from attngen.spec.read import read_document
+from attngen.spec.read_yaml import read_document
 from attngen.spec.source import Source
 
 ESCAPE = re.compile(r"\\(x..|u.{4}|U.{8}|.)")

@@ -23,13 +23,13 @@ from attngen.expr import (
     tensor_names,
 )
 from attngen.expr.declare import read_declarations
-from attngen.fuzz import expressions
+from attngen.fuzz import draw_expressions
 from attngen.fuzz.names import emitted_names
 
 PairTexts = dict[str, str | dict[str, str]]
 """The keys of a spec from `scalars` to `score`."""
 
-_DECLARED = expressions.DECLARATIONS
+_DECLARED = draw_expressions.DECLARATIONS
 _NAMES = (*_DECLARED.scalars, *_DECLARED.tensors, "rows")
 APPROXIMATED = frozenset(("exp", "exp2", "log", "log2", "tanh", "sin", "cos", "sigmoid"))
 """Functions whose value is CUDA's own, in masks too."""
@@ -127,7 +127,7 @@ def _is_exact(mask: Expr) -> bool:
 @st.composite
 def pair_texts(draw: DrawFn) -> PairTexts:
     """A mask, plain more often than not, a score, likewise, and declarations of what they read, of nothing else."""
-    mask = draw(st.one_of(*3 * [plain_masks()], expressions.masks(_DECLARED, _DEPTH)))
+    mask = draw(st.one_of(*3 * [plain_masks()], draw_expressions.masks(_DECLARED, _DEPTH)))
     score = draw(st.one_of(*3 * [st.just("score")], _scores()))
     names = draw(_renamings()) if _reads(f"{mask} {score}", _NAMES) else {}
     mask, score, declared = _renamed(mask, names), _renamed(score, names), _declarations(names)

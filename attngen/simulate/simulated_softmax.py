@@ -27,8 +27,8 @@ from attngen.plan.steps import (
     ScaleRows,
     SeedScores,
 )
-from attngen.simulate.copies import rounded
 from attngen.simulate.roles import RoleRun
+from attngen.simulate.simulated_copies import rounded
 
 LN_2 = math.log(2)
 SMALLEST_SUM = 2.0**-100

@@ -8,7 +8,7 @@ import torch
 from attngen import quantize as quantization
 from attngen.expr import fill_tables as fill
 from attngen.plan import OPERANDS, SHEETS, FillTables, FindMaxima, PackValues, Quantize, Sheet
-from attngen.simulate.names import function_name
+from attngen.simulate.function_names import function_name
 from attngen.simulate.visits import Sizes
 
 Values = Mapping[str, torch.Tensor]

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from attngen.plan import Buffer, Cursor, RegTile, Rows, Tensor
-from attngen.schedules.keys import KeyLoop
+from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.scores import Scores
-from attngen.schedules.softmax import OnlineSoftmax
 
 
 @dataclass(frozen=True)

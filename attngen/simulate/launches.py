@@ -10,20 +10,34 @@ import torch
 from attngen.bind import Bound, Given, bind
 from attngen.plan import STEPS, Call, KernelPlan, Launch, Step, assemble, evaluate_formula
 from attngen.quantize import unpack_values
-from attngen.simulate import control, copies, gemms, scales, softmax, sync
+from attngen.simulate import (
+    simulated_control,
+    simulated_copies,
+    simulated_gemms,
+    simulated_scales,
+    simulated_softmax,
+    simulated_sync,
+)
 from attngen.simulate.blocks import Block, KernelRun, scale_params
 from attngen.simulate.device_memory import DeviceMemory
 from attngen.simulate.faults import SimulationFault
-from attngen.simulate.names import function_name
+from attngen.simulate.function_names import function_name
 from attngen.simulate.roles import Event, StepFunction
-from attngen.simulate.sheets import SHEETS_SIMULATED
+from attngen.simulate.simulated_sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
-from attngen.simulate.tiles import LOCKSTEP, TileSource, tiles
+from attngen.simulate.tile_source import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values, decoded
 from attngen.torch_state import torch_defaults
 
-_STEP_MODULES = (control, sync, copies, gemms, softmax, scales)
+_STEP_MODULES = (
+    simulated_control,
+    simulated_sync,
+    simulated_copies,
+    simulated_gemms,
+    simulated_softmax,
+    simulated_scales,
+)
 
 
 def _function_of(step: type[Step]) -> StepFunction:

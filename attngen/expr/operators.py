@@ -1,4 +1,4 @@
-"""Operators and literals of a syntax tree: what read.py reads without looking up a name."""
+"""Operators and literals of a syntax tree: what resolve.py reads without looking up a name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Syntax tree to Expr: names, calls and `let`; operators are in formulas.py.
+"""Syntax tree to Expr: names, calls and `let`; operators are in operators.py.
 
 A definition is read anew for each list of arguments and remembered by it, so that doubling through definitions costs
 nothing. What grows all the same is stopped: by nesting, of the text and of the tree, and by the number of readings.
@@ -12,7 +12,7 @@ from lark.tree import Meta
 
 from attngen.expr.arithmetic import FUNCTIONS, call
 from attngen.expr.declarations import TensorType
-from attngen.expr.formulas import MAX_NODES, Formulas, child
+from attngen.expr.operators import MAX_NODES, Formulas, child
 from attngen.expr.scope import RESERVED, Closure, Scope, Value, describe, example, nearest_names
 from attngen.expr.syntax import Fragment, Syntax
 from attngen.expr.tree import Expr, nodes

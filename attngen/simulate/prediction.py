@@ -17,7 +17,7 @@ from attngen.plan import KernelPlan, Step
 from attngen.simulate.costs import Costs, costs_of
 from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
-from attngen.simulate.tiles import Tile, tiles
+from attngen.simulate.tile_source import Tile, tiles
 from attngen.simulate.units import Interval, Unit
 from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_blocks
 from attngen.torch_state import torch_defaults

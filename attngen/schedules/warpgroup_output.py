@@ -5,7 +5,7 @@ from typing import Literal
 
 from attngen.plan import Buffer, Cursor, Program, RegTile, RegVec
 from attngen.plan.steps import Advance, CopyRows, IssueGemm, Promote, Release, Step, WaitFull, WaitGemm
-from attngen.schedules.softmax import OnlineSoftmax
+from attngen.schedules.online_softmax import OnlineSoftmax
 
 Rescale = Literal["middle", "last"]
 

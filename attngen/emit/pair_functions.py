@@ -11,7 +11,7 @@ from typing import Any
 
 from attngen.emit.environment import macros
 from attngen.emit.terms import score_terms
-from attngen.emit.tile import FIELDS, VARIABLES, blocks, seen, span, whole_span
+from attngen.emit.tile_text import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
     SIZE_NAMES,
     Expr,

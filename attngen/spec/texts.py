@@ -16,7 +16,7 @@ from attngen.expr.scope import check_definitions
 from attngen.expr.syntax import Locate
 from attngen.expr.tree import Expr, free_names, tensor_names
 from attngen.spec.document import Document
-from attngen.spec.schema import SpecModel
+from attngen.spec.models import SpecModel
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 

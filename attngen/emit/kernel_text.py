@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from attngen.emit import tile
+from attngen.emit import tile_text
 from attngen.emit.device import names_in, used_by
 from attngen.emit.environment import Templates, first_barrier, macros
-from attngen.emit.pairs import pair_functions, table_texts
-from attngen.emit.sheets import emit_quantizing, sheet_text
+from attngen.emit.pair_functions import pair_functions, table_texts
+from attngen.emit.sheet_text import emit_quantizing, sheet_text
 from attngen.errors import InternalError
 from attngen.plan import FillTables, KernelPlan, RegTile, Sheet, walk
 from attngen.plan.steps import IssueGemm
@@ -40,9 +40,11 @@ def emit(plan: KernelPlan) -> str:
     templates, scheduler = Templates(plan), macros("scheduler.cuh.j2")
     body = templates.render(
         "entry.cuh.j2",
-        tile=str(scheduler.tile(plan.scheduler, tile.fields(plan.scheduler))).strip("\n"),
+        tile=str(scheduler.tile(plan.scheduler, tile_text.fields(plan.scheduler))).strip("\n"),
         decoding=str(
-            scheduler.decode(plan.scheduler, tile.count(plan.scheduler), tile.decoding(plan.scheduler))
+            scheduler.decode(
+                plan.scheduler, tile_text.count(plan.scheduler), tile_text.decoding(plan.scheduler)
+            )
         ).strip("\n"),
         pair_functions=pair_functions(plan),
         table_kernel=table_kernel(plan),
