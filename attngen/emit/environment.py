@@ -113,7 +113,7 @@ class Templates:
             "n_blocks": tile_text.blocks(KEYS),
             "walks": plan.tile_classes is not None,
             "by_warp": any(not role.single_thread for role in plan.roles[1:]),
-            "has_score_terms": bool(score_terms(plan.score)),
+            "has_score_terms": bool(score_terms(plan)),
             "pointees": _pointees(plan),
             "templates": self,
         }

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.emit.environment import macros
-from attngen.emit.terms import score_terms
+from attngen.emit.terms import expressions_of, score_terms
 from attngen.emit.tile_text import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
     SIZE_NAMES,
@@ -126,7 +126,7 @@ def _lookups(plan: KernelPlan) -> Iterator[str]:
 def _read_one_by_one(plan: KernelPlan) -> list[str]:
     """The tensors of which some lookup is not loaded ahead, as declared."""
     ahead = {step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
-    lookups = (each for each in nodes(plan.mask, plan.score) if each.op == "lookup" and each not in ahead)
+    lookups = (each for each in nodes(*expressions_of(plan)) if each.op == "lookup" and each not in ahead)
     names = {each.name for each in lookups}
     return [name for name in plan.declarations.tensors if name in names]
 
@@ -169,7 +169,7 @@ def _ahead(plan: KernelPlan) -> Iterator[str]:
 
 def _pairs(plan: KernelPlan) -> Iterator[str]:
     steps = {type(step): step for step in walk(plan.worker.program)}
-    if terms := score_terms(plan.score):
+    if terms := score_terms(plan):
         found = cuda_body(list(terms), leaves(plan))
         types = ("int" if each.type == "bool" else c_type(each) for each in terms)
         named = zip(terms.values(), types, found.results, strict=True)

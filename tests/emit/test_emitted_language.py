@@ -1,6 +1,7 @@
 """What is emitted for walks, modified scores and tables of extremes, and what NVRTC makes of it. Needs no GPU."""
 
 import re
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit
-from attngen.expr import evaluate
+from attngen.expr import TRUE, evaluate, name
 from attngen.plan import Manifest, assemble, walk
 from attngen.plan.steps import TANH, IssueGemm, ModifyScores, RowMax, ScaleRows, SeedScores
 from tests.check.language_cases import CASES, LanguageCase
@@ -309,3 +310,22 @@ def test_tables_are_filled_before_they_are_read() -> None:
     assert tables == attention
     first, second = made.launches
     assert first.writes == spaces and set(spaces) <= set(second.reads)
+
+
+@pytest.mark.parametrize("kind", ["fa2", "warp_specialized"])
+@pytest.mark.parametrize("mask", ["causal", "kinds[b, kv_idx] != kinds[b, q_idx] and kv_idx % 3 != h"])
+def test_mask_and_score_are_read_off_the_steps_alone(kind: str, mask: str) -> None:
+    """What a kernel computes stands in its Steps and the blocks it visits; the plan's own copies are for people."""
+    tensors = {"kinds": "i32[batch, seqlen_k]", "slopes": "f32[num_heads_q]"}
+    score = "score + slopes[h] * f32(kv_idx - q_idx)"
+    data = {
+        "problem": {"head_dim": 64},
+        "schedule": {"kind": kind},
+        "tensors": {name: text for name, text in tensors.items() if name in mask + score},
+        "mask": mask,
+        "score": score,
+    }
+    plan = kernel_plan(attngen.load(data), ARCHS["sm_90a"])
+    others = replace(plan, mask=TRUE, score=name("score"))
+    body = "// ---- this kernel"
+    assert emit(others).partition(body)[2] == emit(plan).partition(body)[2]
