@@ -1,8 +1,9 @@
-"""What the pages say of the expression language is so, and what they show runs."""
+"""What the pages say of the expression language is so, what they show runs, and the files they name exist."""
 
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,70 @@ PYTHON = [
     for i, text in enumerate(re.findall(r"```python\n(.*?)```", content, re.DOTALL))
     if "randn" in text  # the others go on with tensors of the reader's
 ]
+NAMING = sorted(
+    [ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").rglob("*.md")],
+    key=lambda page: page.as_posix(),
+)
+"""The pages that name files of the tree."""
+MAP = [page for page in NAMING if page.parent.name == "design" or page.name == "design.md"]
+FOLDERS = (".ci", "attngen", "benchmarks", "docs", "generated", "specs", "templates", "tests")
+SUFFIXES = "attn|cu|cuh|hpp|j2|json|lark|md|py|sh|yaml"
+
+
+def names_of_files(page: Path) -> set[str]:
+    """The files that a page names in backticks; a name in capitals, as NAME_quantize.cu, stands for many."""
+    texts = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    named = rf"(?<![\w./-])[\w./-]*\w\.(?:{SUFFIXES})(?![\w-]|\.\w)"
+    found = {name for text in texts for name in re.findall(named, text)}
+    return {name for name in found if not re.match(r"[A-Z]+_", Path(name).name)}
+
+
+@cache
+def files_of_the_tree() -> set[str]:
+    """The files of the tree, by their paths from its root."""
+    found = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {path.relative_to(ROOT).as_posix() for path in (*found, *ROOT.glob("*.*"))}
+
+
+@pytest.mark.parametrize("page", NAMING, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A path leads to a file from the root or from a folder on the way; a bare name is some file's."""
+    tree = files_of_the_tree()
+    wrong = [
+        name
+        for name in sorted(names_of_files(page))
+        if not any(path == name or path.endswith(f"/{name}") for path in tree)
+    ]
+    assert wrong == []
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """A link from page to page is relative, and so is right on a disk too."""
+    wrong = [
+        (page.name, target)
+        for page in NAMING
+        for target in re.findall(r"\]\(([^):#]+\.md)\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).is_file()
+    ]
+    assert wrong == []
+
+
+def test_the_map_has_every_module() -> None:
+    """Each module of the package stands in docs/design.md or in the page of its subsystem."""
+    named = {Path(name).name for page in MAP for name in names_of_files(page)}
+    modules = {path.name for path in Path(attngen.__file__).parent.rglob("*.py")}
+    missing = {name for name in modules if not name.startswith("__")} - named
+    assert missing == set()
+
+
+def test_the_glossary_is_a_page() -> None:
+    """It has at most 40 lines, and no word twice."""
+    lines = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").splitlines()
+    words = [
+        word.strip() for line in lines if line.startswith("| ") for word in line.split("|")[1].split(",")
+    ]
+    assert len(lines) <= 40
+    assert len(words) == len(set(words))
 
 
 def test_every_name_is_in_the_reference() -> None:

@@ -59,7 +59,7 @@ def test_what_is_no_case_is_refused(text: str) -> None:
 
 
 def test_the_same_seed_draws_the_same_cases() -> None:
-    """Two runs of one seed meet the same at first, another seed something else; long runs may part (docs/design.md)."""
+    """Two runs of one seed meet the same at first, another something else; long runs may part (docs/design/fuzz.md)."""
     first, second, other = (
         fuzz(examples=10, seed=seed, targets=("simulator",)).coverage.counts for seed in (3, 3, 4)
     )
