@@ -2,7 +2,7 @@
 
 The error bound is checked in every case; of the others each case draws one that its mask allows. Two runs that
 must do the same arithmetic are compared bit by bit; runs that sum in another order are each held to the bound.
-Source: shared semantics of the project, docs/design.md, "Correctness".
+Source: docs/design/check.md.
 """
 
 import math

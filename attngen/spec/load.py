@@ -1,4 +1,4 @@
-"""From a file, a text or a dict to a Spec. What makes a spec legal is in schema.py and rules.py."""
+"""From a file, a text or a dict to a Spec. What makes a spec legal is in models.py and rules.py."""
 
 import re
 from collections.abc import Mapping

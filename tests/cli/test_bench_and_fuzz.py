@@ -77,7 +77,7 @@ def test_a_bench_sweep_shows_what_each_kernel_takes(attngen: Attngen) -> None:
     assert " 2 ms " in good
     refused = row_of(result, "fa2_d64 tile.block_m=64 tile.block_n=40")
     assert "refused [rule mma-k-step" in refused and refused.split()[-4:] == ["-"] * 4
-    rows = json.loads(Path("out/timing.json").read_text())["rows"]
+    rows = json.loads(Path("out/bench.json").read_text())["rows"]
     assert [list(row["facts"]) for row in rows] == [list(SWEEP_COLUMNS)] * 2
     assert int(rows[0]["facts"]["registers"]) > 0 and "refused" in rows[1]["facts"][SWEEP_COLUMNS[-1]]
 
@@ -97,7 +97,7 @@ def test_a_peer_that_is_not_present_is_said(attngen: Attngen) -> None:
     *_, ours, flash, cudnn = row_of(result, "fa2_d64").split()
     assert ours.isdigit() and flash.isdigit() and cudnn == "-"
     assert "cudnn does not take part: No " in result.stderr
-    (row,) = json.loads(Path("out/timing.json").read_text())["rows"]
+    (row,) = json.loads(Path("out/bench.json").read_text())["rows"]
     assert set(row["absent"]) == {"cudnn"} and set(row["ms"]) == {"attngen", "flash"}
 
 
@@ -142,7 +142,7 @@ def test_bench_times_this_kernel_and_its_peers(attngen: Attngen) -> None:
     *_, ours, flash, flex = row_of(result, "fa2_d64").split()
     assert ours.isdigit() and flash.isdigit()
     assert flex.isdigit() or "flex does not take part: " in result.stderr  # it wants triton
-    assert sorted(path.name for path in Path("out").iterdir()) == ["timing.json", "timing.png", "timing.svg"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["bench.json", "bench.png", "bench.svg"]
 
 
 @pytest.mark.gpu

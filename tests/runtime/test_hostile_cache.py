@@ -115,7 +115,9 @@ def test_a_write_that_fails_costs_no_second_compilation(
     def fails(*_: object, **__: object) -> None:
         raise fault
 
-    where = "pathlib.Path.write_bytes" if isinstance(fault, OSError) else "attngen.runtime.cache.FileLock"
+    where = (
+        "pathlib.Path.write_bytes" if isinstance(fault, OSError) else "attngen.runtime.disk_cache.FileLock"
+    )
     monkeypatch.setattr(where, fails)
     with pytest.warns(CacheWarning, match="compiling without it"):
         assert cache.get(SOURCE, "sm_80").cubin == b"cubin of kernel 1"
