@@ -35,7 +35,7 @@ ARCH = ARCHS["sm_90a"]
 ODD_SHAPES = tuple(Shape(2, 6, 2, *lengths) for lengths in ((113, 203), (300, 515), (1, 1)))
 TENSORS = {"slopes": "f32[num_heads_q]", "bias": "bf16[num_heads_q, seqlen_q, seqlen_k]"}
 TILES = ((64, 1), (128, 2), (192, 3))
-TOLD = ("bounded", "lower", "walks", "has_score", "modified", "seeded", "loads", "scales", "promotes")
+TOLD = ("upper", "lower", "walks", "has_score", "modified", "seeded", "loads", "scales", "promotes")
 """Features that a printed case names where they hold."""
 Numbers = Mapping[str, tuple[Any, ...]]
 """Values by fields of a choice; of `tile` they are block_m and who shares its rows, of `schedule` names."""

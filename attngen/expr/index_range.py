@@ -36,12 +36,12 @@ def row_range(mask: Expr) -> IndexRange | None:
     return _range(mask, "q_idx")
 
 
-def _range(mask: Expr, bounded: str) -> IndexRange | None:
+def _range(mask: Expr, of: str) -> IndexRange | None:
     if mask is TRUE:
         return IndexRange((), ())
     if mask is FALSE:
         return IndexRange((), (const(0),))
-    place = index(bounded)
+    place = index(of)
     lower: list[Expr] = []
     upper: list[Expr] = []
     for part in mask.args if mask.op == "and" else (mask,):

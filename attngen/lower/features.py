@@ -117,7 +117,7 @@ class Features:
         return self.seeded_pairs if schedule in WARPGROUP_SCHEDULES else self.pairs
 
     @property
-    def bounded(self) -> bool:
+    def upper(self) -> bool:
         """The mask has an upper bound, so that rows of a head see more and more keys."""
         return not self.walks and bool(self.pairs.visible and self.pairs.visible.upper)
 

@@ -66,7 +66,7 @@ def offers(features: Features, schedule: str) -> tuple[Choice | WarpgroupChoice,
     """What measurement says is best in a schedule for sequences of any length, then smaller tiles."""
     if schedule not in WARPGROUP_SCHEDULES:
         found = _case(schedule, features).rows
-        return tuple(Choice(**row, longest_first=features.bounded) for row in found)
+        return tuple(Choice(**row, longest_first=features.upper) for row in found)
     best = rows(features)[-1].choice
     if not features.fits_instructions:
         return (WarpgroupChoice(64, 64, 2, 2, part_cols=best.part_cols),)

@@ -40,7 +40,7 @@ def fa2(at: Places) -> Program:
                 *at.keys.start(LOAD, VISIT),
                 at.keys.when_first(
                     (
-                        LoadTile(at.q.at(), at.q_in, M_BLOCK, bounded=True),
+                        LoadTile(at.q.at(), at.q_in, M_BLOCK, pads=True),
                         *prologue,
                         *at.scores.orient(at.q.at(), before=(WaitCopies(0), SyncThreads())),
                         *at.keys.for_all_blocks(block),
@@ -77,7 +77,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
     """One stage, as FlashAttention-2: V[n] arrives under S = Q K, K[n - 1] under the softmax and P V."""
 
     def load_k(block: BlockIndex) -> Program:
-        return (LoadTile(at.k.at(), at.k_in, block, bounded=False),)
+        return (LoadTile(at.k.at(), at.k_in, block, pads=False),)
 
     def block(at_block: KeyBlock) -> Program:
         n = at_block.n
@@ -98,20 +98,20 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             Gemm(at.acc_o, at.softmax.p, at.v.at(), starts_at_zero=False),
         )
 
-    return (LoadTile(at.k.at(), at.k_in, at.keys.first_to_load, bounded=True), CommitCopies()), block
+    return (LoadTile(at.k.at(), at.k_in, at.keys.first_to_load, pads=True), CommitCopies()), block
 
 
 def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
     """A ring of stages: K and V of block n - stages + 1 arrive under block n, one barrier a block."""
     ahead = at.stages - 1
 
-    def load(block: BlockIndex, bounded: bool = False) -> Program:
+    def load(block: BlockIndex, pads: bool = False) -> Program:
         return (
-            LoadTile(at.k.at(at.load_at), at.k_in, block, bounded),
-            LoadTile(at.v.at(at.load_at), at.v_in, block, bounded),
+            LoadTile(at.k.at(at.load_at), at.k_in, block, pads),
+            LoadTile(at.v.at(at.load_at), at.v_in, block, pads),
         )
 
-    prologue: Program = (*load(at.keys.first_to_load, bounded=True), CommitCopies(), Advance(at.load_at))
+    prologue: Program = (*load(at.keys.first_to_load, pads=True), CommitCopies(), Advance(at.load_at))
     for i in range(1, ahead):
         prologue += (at.keys.when_ahead(N_MAX - 1 - i, load), CommitCopies(), Advance(at.load_at))
 

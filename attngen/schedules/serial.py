@@ -46,7 +46,7 @@ def serial(at: Places) -> Program:
     update = (
         SyncThreads(),
         Note("line 8: load Q, O, row_sum, row_max"),
-        LoadTile(at.q.at(), at.q_in, M, bounded=True),
+        LoadTile(at.q.at(), at.q_in, M, pads=True),
         *land,
         *at.scores.orient(at.q.at(), after=(SyncThreads(),)),
         LoadRegisters(at.acc_o, at.o_acc, M),
@@ -94,8 +94,8 @@ def serial(at: Places) -> Program:
                     "n",
                     (
                         SyncThreads(),
-                        LoadTile(at.k.at(), at.k_in, N, bounded=True),
-                        LoadTile(at.v.at(), at.v_in, N, bounded=True),
+                        LoadTile(at.k.at(), at.k_in, N, pads=True),
+                        LoadTile(at.v.at(), at.v_in, N, pads=True),
                         *land,
                         Note("line 7: every block of rows that sees it"),
                         ForBlocks(ALL_ROWS, "m", (When("m sees n", update),)),

@@ -36,11 +36,11 @@ def _first_row(role: RoleRun, place: Tensor | Rows, block: BlockIndex, rows: int
 
 
 def load_tile(step: LoadTile, role: RoleRun) -> None:
-    """Start copying rows of the tile's head; without `bounded` all of them must exist."""
+    """Start copying rows of the tile's head; without `pads` all of them must exist."""
     buffer = step.dst.buffer
     first = _first_row(role, step.src, step.block, buffer.rows)
     valid = role.device.valid_rows(step.src, role.tile, first, buffer.rows)
-    if not step.bounded and valid < buffer.rows:
+    if not step.pads and valid < buffer.rows:
         _, length = role.tile.sequence(step.src.axis)
         message = (
             f"rows {first} .. {first + buffer.rows - 1} of {step.src}, which has {length}, without a bound"

@@ -34,12 +34,12 @@ AT = places(stages=2)
 SOFTMAX = AT.softmax
 M, ZERO, ONE = BlockIndex("m_block"), BlockIndex("zero"), BlockIndex("zero", 1)
 SYNC, COMMIT, WAIT = SyncThreads(), CommitCopies(), WaitCopies(0)
-LOAD_Q = LoadTile(AT.q.at(), AT.q_in, M, bounded=True)
-LOAD_K = LoadTile(AT.k.at(AT.read_at), AT.k_in, ZERO, bounded=False)
-LOAD_K_1 = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=False)
-LOAD_K_1_BOUNDED = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, bounded=True)
-LOAD_K_LEFT = LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("zero", -1), bounded=True)
-LOAD_V = LoadTile(AT.v.at(AT.read_at), AT.v_in, ZERO, bounded=True)
+LOAD_Q = LoadTile(AT.q.at(), AT.q_in, M, pads=True)
+LOAD_K = LoadTile(AT.k.at(AT.read_at), AT.k_in, ZERO, pads=False)
+LOAD_K_1 = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, pads=False)
+LOAD_K_1_BOUNDED = LoadTile(AT.k.at(AT.read_at), AT.k_in, ONE, pads=True)
+LOAD_K_LEFT = LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("zero", -1), pads=True)
+LOAD_V = LoadTile(AT.v.at(AT.read_at), AT.v_in, ZERO, pads=True)
 LAND = (COMMIT, WAIT, SYNC)
 SCORES = Gemm(AT.scores.acc_s, AT.q.at(), AT.k.at(AT.read_at), starts_at_zero=True)
 CLEAR_O = Clear(AT.acc_o)
@@ -238,7 +238,7 @@ CASES: dict[str, tuple[Program, type[Step] | None, Program, str, str]] = {
         "row_sum",
     ),
     "index of a loop that is not there": (
-        (LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("n"), bounded=True), *LAND),
+        (LoadTile(AT.k.at(AT.read_at), AT.k_in, BlockIndex("n"), pads=True), *LAND),
         LoadTile,
         (LOAD_K, *LAND),
         "undefined index",
@@ -284,7 +284,7 @@ def test_fault_is_reported(name: str) -> None:
 def test_message_names_everything() -> None:
     """A fault's text has rule, step with its line, buffer, tile and the indices of the loops around it."""
     at, n = AT, BlockIndex("n")
-    load = LoadTile(at.k.at(at.read_at), at.k_in, n, bounded=True)
+    load = LoadTile(at.k.at(at.read_at), at.k_in, n, pads=True)
     loop = ForBlocks(
         Range("keys", ZERO, BlockIndex("n_end"), True, "any"), "n", (LOAD_Q, load, *LAND, SCORES)
     )

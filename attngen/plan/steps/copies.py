@@ -12,18 +12,16 @@ class LoadTile(Step):
     """Start copying a block of rows of this tile's head to shared memory, asynchronously.
 
     Attributes:
-        bounded: rows past the sequence may occur; they arrive as zeros.
+        pads: rows past the sequence may occur; they arrive as zeros.
     """
 
     dst: View
     src: Tensor
     block: BlockIndex
-    bounded: bool
+    pads: bool
 
     def __str__(self) -> str:
-        return f"load {self.dst} <- {self.src}[{self.block}]" + (
-            " (zeros past the end)" if self.bounded else ""
-        )
+        return f"load {self.dst} <- {self.src}[{self.block}]" + (" (zeros past the end)" if self.pads else "")
 
 
 @dataclass(frozen=True)
