@@ -17,8 +17,7 @@ The rule, for dQ, dK and dV each:
 - a row without keys and a key without rows is exactly 0; NaN and inf stand where the reference has them, only there.
 
 Why the unit fades, `accuracy` says. Its sum with 0.3 has no part here: the rule holds of 2^n dO what it holds of dO. On
-2,000 small problems a loop over blocks of 1 to 32 keys, forward and back, needed at most 0.8 of the terms, and 0.2 where
-the yardstick read its out.
+2,000 small problems a loop over blocks needed at most 0.8 of the terms, and 0.2 where the yardstick read its out.
 
 order is what f32 sums may move where dP and D err by ORDER times |dO| |V|: the root of a sum of squares over the pairs
 of an element. Where P is 1, dS is 0 by cancellation and the yardstick may be exact; this is then all that is allowed.
