@@ -101,10 +101,10 @@ class Accuracy:
         worst_index: index of max_error in out; () where out is empty.
         got: out at worst_index.
         expected: the reference at worst_index.
+        failures: the lines of the rule that do not hold, in words.
         lse_error: |lse - ref| where it is largest against its bound; None where no lse was given.
         lse_bound: what it may be there.
         lse_index: where that is in lse: (batch, head, row).
-        failures: the lines of the rule that do not hold, in words.
         input_rmse: against attention on the inputs that were quantised; None where there are none.
         input_bound: what it may be.
     """
@@ -119,10 +119,10 @@ class Accuracy:
     worst_index: tuple[int, ...]
     got: float
     expected: float
-    lse_error: float | None
-    lse_bound: float | None
-    lse_index: tuple[int, ...]
     failures: tuple[str, ...]
+    lse_error: float | None = None
+    lse_bound: float | None = None
+    lse_index: tuple[int, ...] = ()
     input_rmse: float | None = None
     input_bound: float | None = None
 
@@ -211,37 +211,25 @@ def compare(
         declared=declared,
         roundings=roundings,
     )
-    empty = ref_lse.isneginf()[..., None]
     visible = ref_lse.isfinite()
-    error = _distance(out.double(), ref)
-    error = error.masked_fill_(empty & (out != 0), math.inf)
-    standard_error = _distance(standard.double(), ref).nan_to_num_(posinf=0.0)
-
     by_max, by_rmse = oracle.terms(q, ref, ref_lse, out.dtype, block_n, roundings)
-    max_error, standard_max = _largest(error), _largest(standard_error)
-    rmse, standard_rmse = _root_mean_square(error[visible]), _root_mean_square(standard_error[visible])
-    max_bound, rmse_bound = MAX_FACTOR * standard_max + by_max, RMSE_FACTOR * standard_rmse + by_rmse
-    lines = {"max": max_error <= max_bound, "rmse": rmse <= rmse_bound}
-    input_rmse = input_bound = None
+    measured = measure(out, ref, standard, visible, ref_lse.isneginf(), by_max, by_rmse)
+    failures = [*measured.failures]
     if inputs is not None:
         ideal, _ = oracle(*(x if layout == "bhsd" else x.transpose(1, 2) for x in inputs))
         input_rmse, allowed_rmse = (
-            _root_mean_square(_distance(x.double(), ideal)[visible]) for x in (out, standard)
+            root_mean_square(_distance(x.double(), ideal)[visible]) for x in (out, standard)
         )
         input_bound = INPUT_FACTOR * allowed_rmse + by_rmse
-        lines["inputs"] = input_rmse <= input_bound
+        failures += [] if input_rmse <= input_bound else ["inputs"]
+        measured = replace(measured, input_rmse=input_rmse, input_bound=input_bound)
 
-    worst_index: tuple[int, ...] = ()
-    got = expected = math.nan
-    if error.numel():
-        at = _where_largest(error)
-        got, expected = out[at].item(), ref[at].item()
-        b, h, row, column = at
+    if measured.worst_index:
+        b, h, row, column = measured.worst_index
         row = row if rows is None else rows[row]
         worst_index = (b, h, row, column) if layout == "bhsd" else (b, row, h, column)
+        measured = replace(measured, worst_index=worst_index)
 
-    lse_error = lse_bound = None
-    lse_index: tuple[int, ...] = ()
     if lse is not None:
         sums: Tensor | float = 0.0
         if roundings is not None and roundings.score_unit:
@@ -250,8 +238,26 @@ def compare(
         lse_error, lse_bound, lse_index = _worst_lse(lse.detach().double(), ref_lse, sums)
         if lse_index and rows is not None:
             lse_index = (*lse_index[:2], rows[lse_index[2]])
-        lines["lse"] = lse_error <= lse_bound
+        failures += [] if lse_error <= lse_bound else ["lse"]
+        measured = replace(measured, lse_error=lse_error, lse_bound=lse_bound, lse_index=lse_index)
+    return replace(measured, ok=not failures, failures=tuple(failures))
+
+
+def measure(
+    got: Tensor, ref: Tensor, standard: Tensor, visible: Tensor, empty: Tensor, by_max: float, by_rmse: float
+) -> Accuracy:
+    """The first two lines of the rule on rows in the last dimension, of which the empty ones must be exactly 0.
+
+    The RMSE is of visible rows; by_max and by_rmse are allowed beside the multiples of the yardstick's.
+    """
+    error = _distance(got.double(), ref).masked_fill_(empty[..., None] & (got != 0), math.inf)
+    standard_error = _distance(standard.double(), ref).nan_to_num_(posinf=0.0)
+    max_error, standard_max = largest(error), largest(standard_error)
+    rmse, standard_rmse = root_mean_square(error[visible]), root_mean_square(standard_error[visible])
+    max_bound, rmse_bound = MAX_FACTOR * standard_max + by_max, RMSE_FACTOR * standard_rmse + by_rmse
+    lines = {"max": max_error <= max_bound, "rmse": rmse <= rmse_bound}
     failures = tuple(name for name, holds in lines.items() if not holds)
+    at = _where_largest(error) if error.numel() else ()
     return Accuracy(
         ok=not failures,
         max_error=max_error,
@@ -260,15 +266,10 @@ def compare(
         rmse_bound=rmse_bound,
         standard_max_error=standard_max,
         standard_rmse=standard_rmse,
-        worst_index=worst_index,
-        got=got,
-        expected=expected,
-        lse_error=lse_error,
-        lse_bound=lse_bound,
-        lse_index=lse_index,
+        worst_index=at,
+        got=got[at].item() if at else math.nan,
+        expected=ref[at].item() if at else math.nan,
         failures=failures,
-        input_rmse=input_rmse,
-        input_bound=input_bound,
     )
 
 
@@ -325,8 +326,8 @@ class _Oracle:
         """
         visible = lse.isfinite()
         term = _rounding_term(ref, dtype)
-        different = _different(lse[visible])
-        by_max, by_rmse = term, term * _share_of_chance(different)
+        different = different_rows(lse[visible])
+        by_max, by_rmse = term, term * share_of_chance(different)
         if roundings is not None:
             luck = _luck(self.spread(q, lse)[visible], different, torch.finfo(roundings.p_dtype).eps / 2)
             return by_max + luck[0], by_rmse + luck[1]
@@ -352,20 +353,22 @@ def _distance(x: Tensor, ref: Tensor) -> Tensor:
     return (x - ref).abs_().nan_to_num_(nan=math.inf, posinf=math.inf).masked_fill_(same, 0.0)
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
+    """The largest element, 0 where there is none."""
     return float(x.max()) if x.numel() else 0.0
 
 
-def _root_mean_square(x: Tensor) -> float:
+def root_mean_square(x: Tensor) -> float:
+    """Over all elements, 0 where there is none."""
     return float(x.square().mean().sqrt()) if x.numel() else 0.0
 
 
-def _different(lse: Tensor) -> int:
+def different_rows(lse: Tensor) -> int:
     """How many rows are not the same draw; equal rows differ by 1e-12 at most in fp64."""
     return len(torch.unique(lse.round(decimals=9)))
 
 
-def _share_of_chance(rows: float) -> float:
+def share_of_chance(rows: float) -> float:
     """What is left of a term for chance over so many rows."""
     return min(1.0, CHANCE_ROWS / max(1.0, rows))
 
@@ -383,9 +386,9 @@ def _luck(spread: Tensor, different: int, rounding: float) -> tuple[float, float
         return 0.0, 0.0
     squares = squares / squares.max()
     carrying = float(squares.sum() ** 2 / squares.square().sum())  # rows, were they all of one spread
-    share = rounding * _share_of_chance(min(different, carrying))
+    share = rounding * share_of_chance(min(different, carrying))
     finite = spread[spread.isfinite()]
-    return share * _largest(finite), share * _root_mean_square(finite)
+    return share * largest(finite), share * root_mean_square(finite)
 
 
 def _worst_lse(lse: Tensor, ref: Tensor, sums: Tensor | float) -> tuple[float, float, tuple[int, ...]]:
@@ -418,8 +421,8 @@ def _rounding_term(ref: Tensor, dtype: torch.dtype) -> float:
     rounded = rounded[rounded.isfinite()]
     if not rounded.numel():
         return 0.0
-    by_sum = 2.0 * _largest(((rounded + 0.3 - 0.3) - rounded).abs())
-    _, exponent = math.frexp(_largest(rounded.abs()))
+    by_sum = 2.0 * largest(((rounded + 0.3 - 0.3) - rounded).abs())
+    _, exponent = math.frexp(largest(rounded.abs()))
     return max(by_sum, math.ldexp(torch.finfo(dtype).eps, exponent - 1))
 
 
@@ -434,7 +437,7 @@ def _order_term(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, bl
     """
 
     def largest_finite(x: Tensor) -> float:
-        return _largest(x[x.isfinite()])
+        return largest(x[x.isfinite()])
 
     scale = abs(scale_of(q, softmax_scale))
     score = scale * largest_finite(q.norm(dim=-1)) * largest_finite(k.norm(dim=-1))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attngen.expr import Expr, evaluate, magnitude
+from attngen.expr import Expr, derivative, evaluate, magnitude
 from attngen.scaling import SMALLEST_SCALE, needs_no_maximum
 from attngen.torch_state import torch_defaults
 
@@ -60,7 +60,7 @@ class Roundings:
         weight = self.value_weight[b, h_kv]
         largest = torch.finfo(self.p_dtype).max
         lifted = (p * weight * 2.0**self.lift).clamp(max=largest)
-        return _weighted_sum(lifted.to(self.p_dtype).float(), values / weight[:, None]) * 2.0**-self.lift
+        return weighted_sum(lifted.to(self.p_dtype).float(), values / weight[:, None]) * 2.0**-self.lift
 
 
 @torch_defaults()
@@ -93,7 +93,7 @@ def attention(
             sees a score of +inf or NaN.
         lse: (batch, num_heads_q, seqlen_q), fp64, natural logarithm; -inf and NaN for these rows.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
+    problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     queries = problem.q.double()  # (batch, num_heads_q, seqlen_q, head_dim_qk)
     keys = problem.k.double().repeat_interleave(problem.group, dim=1)  # one for every head of q
     values = problem.v.double().repeat_interleave(problem.group, dim=1)
@@ -104,7 +104,7 @@ def attention(
     p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
     # Their sum is 1, unless scores are so large that adding the logarithm of a sum changes nothing.
     total = p.sum(dim=-1, keepdim=True)
-    out = torch.where(total == 0, 0.0, _weighted_sum(p, values) / total)
+    out = torch.where(total == 0, 0.0, weighted_sum(p, values) / total)
     return problem.finish(out, lse)
 
 
@@ -128,7 +128,7 @@ def attention_as_fractions(
         numerator: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; layout as in `attention`.
         denominator: (batch, seqlen_q, num_heads_q, 1), fp64; 0 in a row that sees no key.
     """
-    problem = _Problem.read(q, k, v, mask, None, layout, None, None, declared)
+    problem = Problem.read(q, k, v, mask, None, layout, None, None, declared)
     keys, values = (x.double().repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
     weight = (problem.q.double() @ keys.mT).exp2()
     weight = weight.masked_fill(~problem.sees(*problem.every_index()), 0.0)
@@ -172,7 +172,7 @@ def attention_chunked(
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", sections 2 and 3, in fp64.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
+    problem = Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
     out, lse = problem.empty_outputs(torch.float64, torch.float64)
     for b, h, here in problem.query_chunks(chunk):
         queries = problem.q[b, h, here].double()  # (chunk, head_dim_qk)
@@ -192,7 +192,7 @@ def attention_chunked(
             alpha = (row_max - origin).exp()
             p = scores.sub_(origin).exp_()
             row_sum = alpha * row_sum + p.sum(dim=-1, keepdim=True)
-            acc_o = torch.where(alpha == 0, 0.0, alpha * acc_o) + _weighted_sum(p, values)
+            acc_o = torch.where(alpha == 0, 0.0, alpha * acc_o) + weighted_sum(p, values)
             row_max = new_max
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum)
         lse[b, h, here] = (row_max + row_sum.log())[:, 0]
@@ -242,7 +242,7 @@ def standard_attention(
     Returns:
         out in out_dtype and lse in f32, in the shapes of `attention`.
     """
-    problem = _Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
+    problem = Problem.read(q, k, v, mask, softmax_scale, layout, rows, score, declared)
     out, lse = problem.empty_outputs(out_dtype or q.dtype, torch.float32)
     out.zero_()
     lse.fill_(-math.inf)
@@ -276,7 +276,7 @@ def standard_attention(
         p = (scores - row_max).mul_(unit).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
         if roundings is None:
-            acc_o = _weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
+            acc_o = weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
         else:
             acc_o = roundings.weighted_sum(p, values, b, h_kv)
         out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)
@@ -285,7 +285,7 @@ def standard_attention(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The arguments of one call, brought to (batch, heads, seqlen, head_dim) as views."""
 
     q: Tensor
@@ -310,7 +310,8 @@ class _Problem:
         rows: Sequence[int] | None,
         score: Expr | None,
         declared: Mapping[str, Any] | None,
-    ) -> "_Problem":
+    ) -> "Problem":
+        """The arguments of `attention_chunked`."""
         q, k, v = (x.detach() if layout == "bhsd" else x.detach().transpose(1, 2) for x in (q, k, v))
         seqlen_q = q.shape[2]
         if rows is None:
@@ -319,14 +320,16 @@ class _Problem:
             index = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
             q = q[:, :, index]
         scale = scale_of(q, softmax_scale)
-        return _Problem(q, k, v, mask, scale, layout, seqlen_q, index, score, declared or {})
+        return Problem(q, k, v, mask, scale, layout, seqlen_q, index, score, declared or {})
 
     @property
     def seqlen_k(self) -> int:
+        """Keys of a sequence."""
         return self.k.shape[2]
 
     @property
     def group(self) -> int:
+        """Heads of q that read one of k."""
         return self.q.shape[1] // max(1, self.k.shape[1])
 
     def every_index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -348,9 +351,18 @@ class _Problem:
         """What becomes of scaled products, in their own precision."""
         if self.score is None:
             return scores
-        names = self._names(b, h, q_idx, kv_idx) | {"score": scores}
-        found = torch.as_tensor(evaluate(self.score, names, self._tensors, scores.dtype))
-        return found.to(scores.device).expand_as(scores)
+        return self._values(self.score, scores, b, h, q_idx, kv_idx)
+
+    def slopes(self, scores: Tensor, *places: Any) -> Tensor:
+        """The derivative of `modified` by each scaled product, in their own precision."""
+        if self.score is None:
+            return torch.ones_like(scores)
+        return self._values(derivative(self.score), scores, *places)
+
+    def _values(self, expr: Expr, scores: Tensor, *places: Any) -> Tensor:
+        names = self._names(*places) | {"score": scores}
+        found = torch.as_tensor(evaluate(expr, names, self._tensors, scores.dtype))
+        return found.to(scores).expand_as(scores)
 
     def _names(self, b: int | Tensor, h: int | Tensor, q_idx: Tensor, kv_idx: Tensor) -> dict[str, Any]:
         return {
@@ -369,6 +381,7 @@ class _Problem:
         return {name: value for name, value in self.declared.items() if isinstance(value, Tensor)}
 
     def query_chunks(self, chunk: int) -> Iterator[tuple[int, int, slice]]:
+        """Batch, head of q and up to `chunk` of its rows, in order."""
         for b in range(self.q.shape[0]):
             for h in range(self.q.shape[1]):
                 for start in range(0, self.q.shape[2], chunk):
@@ -397,13 +410,13 @@ def scale_of(q: Tensor, softmax_scale: float | None) -> float:
     return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
 
 
-def _weighted_sum(p: Tensor, v: Tensor) -> Tensor:
+def weighted_sum(p: Tensor, v: Tensor) -> Tensor:
     """Compute p @ v where a weight of 0 takes nothing, even from a value that is inf or NaN."""
     finite = v.isfinite()
     if bool(finite.all()):
         return p @ v
     total = p @ v.masked_fill(~finite, 0.0)
-    taken = (p > 0).to(v.dtype)
-    for kind, value in ((v.isposinf(), math.inf), (v.isneginf(), -math.inf), (v.isnan(), math.nan)):
-        total = torch.where(taken @ kind.to(v.dtype) > 0, total + value, total)
+    for taken, sign in (((p > 0).to(v.dtype), 1.0), ((p < 0).to(v.dtype), -1.0)):
+        for kind, value in ((v.isposinf(), math.inf), (v.isneginf(), -math.inf), (v.isnan(), math.nan)):
+            total = torch.where(taken @ kind.to(v.dtype) > 0, total + sign * value, total)
     return total
