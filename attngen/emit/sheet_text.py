@@ -5,13 +5,13 @@ from typing import Any
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import macros
-from attngen.plan import FindMaxima, PackValues, Param, Quantize, Sheet
+from attngen.plan import ROW_NUMBERS, FindMaxima, PackValues, Param, PrepareRows, Quantize, Sheet
 from attngen.quantize import DESCALES
 
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "quantize")
+SHEET_FILES = ("tables", "quantize", "rows")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -41,6 +41,12 @@ def quantizing_functions(sheets: Sequence[Sheet]) -> str:
     return "\n\n".join([str(head).strip("\n"), *kernels, "}  // namespace quantizer"])
 
 
+def emit_rows(sheet: PrepareRows) -> str:
+    """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
+    text = sheet_text(sheet, declarations=list(_declarations(sheet.params)))
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
 def _declarations(params: Iterable[Param]) -> Iterable[str]:
     for param in params:
         if param.ctype == "pointer":
@@ -50,6 +56,6 @@ def _declarations(params: Iterable[Param]) -> Iterable[str]:
 
 
 def _pointee(field: str) -> str:
-    if field in ("maxima", *DESCALES):
+    if field in ("maxima", *DESCALES, "lse", "dlse", *ROW_NUMBERS):
         return "float"
     return "unsigned char" if field.endswith("8") else "const u16"

@@ -59,7 +59,6 @@ def assemble(plans: Iterable[KernelPlan]) -> Call:
         Manifest(
             name=plan.name,
             arch=plan.arch.name,
-            direction="forward",
             head_dim_qk=plan.head_dim_qk,
             head_dim_v=plan.head_dim_v,
             inputs=plan.inputs.name,

@@ -19,7 +19,7 @@ from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import Sheet
 from attngen.quantize import ScaleKind
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
 OPERANDS_INTAKE = "operands"
@@ -181,7 +181,6 @@ class Manifest:
 
     name: str
     arch: str
-    direction: str
     head_dim_qk: int
     head_dim_v: int
     inputs: str

@@ -11,7 +11,7 @@ from attngen.arch import Arch
 from attngen.expr import Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
 from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.quantizer import Quantizer
+from attngen.plan.quantizer import CHUNK, Quantizer
 from attngen.quantize import DESCALES, KEY_BLOCK
 
 SOURCES = ("bf16", "f16")
@@ -23,6 +23,10 @@ MAXIMA = "maxima"
 """The largest magnitudes of Q, of K and of V."""
 VALUE_ROWS = "v.rows"
 """V in e4m3 as a caller passes it, a row a key."""
+ROW_SOURCES = ("out", "dout", "lse")
+"""Values of which the numbers of rows are made that a backward pass reads."""
+ROW_NUMBERS = ("delta", "lse_log2")
+"""These numbers."""
 _STRIDES = ("batch", "seqlen", "head")
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group")
 
@@ -315,5 +319,81 @@ class PackValues(_QuantizingSheet):
         return product("batch", "num_heads_kv", ceil_div("seqlen_k", KEY_BLOCK))
 
 
-SHEETS: tuple[type[Sheet], ...] = (FillTables, FindMaxima, Quantize, PackValues)
+@dataclass(frozen=True)
+class PrepareRows(Sheet):
+    """Work out the numbers of each row that a backward pass reads: D, and lse in log2 units.
+
+    D is the sum of dO O over columns, less the gradient of lse where a call has it (value "dlse"). A row without keys
+    has D 0 and lse +inf, so that its probabilities are 0.
+
+    Attributes:
+        plan: the attention kernel whose output it is.
+    """
+
+    plan: KernelPlan
+    threads = 128
+    lane_rows = 4
+    """Rows of which a lane takes its part."""
+
+    @property
+    def row_lanes(self) -> int:
+        """Lanes that share a row, 16 bytes each: a power of two."""
+        return min(32, max(self.lane_rows, 1 << (-(-self.plan.head_dim_v // CHUNK) - 1).bit_length()))
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block of threads, all of one head."""
+        return self.threads // self.row_lanes * self.lane_rows
+
+    @property
+    def name(self) -> str:
+        """Entry name of the kernel."""
+        return f"{self.plan.name}_rows"
+
+    @property
+    def module(self) -> str:
+        """A text of its own."""
+        return self.name
+
+    @property
+    def arch(self) -> Arch:
+        """That of the attention kernel."""
+        return self.plan.arch
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Fields of the struct: pointers first. `dlse` is 0 where nobody asks for gradients of lse."""
+        return (
+            *(Param(name, "pointer", f"{name}.ptr") for name in (*ROW_SOURCES, "dlse", *ROW_NUMBERS)),
+            *(
+                Param(f"{name}_stride_{axis}", "i64", f"{name}.stride_{axis}")
+                for name in ("out", "dout")
+                for axis in _STRIDES
+            ),
+            *(
+                Param(f"{name}_stride_{axis}", "i64", f"{name}.stride_{number}")
+                for name in ("lse", "dlse")
+                for number, axis in enumerate(("batch", "head", "seqlen"))
+            ),
+            Param("seqlen_q", "i32", "seqlen_q"),
+            Param("num_heads_q", "i32", "num_heads_q"),
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """O, its gradient, and lse; and dlse where a call has it."""
+        return ROW_SOURCES
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """D and lse in log2 units, both dense (batch, num_heads_q, seqlen_q) of f32."""
+        return ROW_NUMBERS
+
+    @property
+    def tiles(self) -> Formula:
+        """Blocks of rows of all heads."""
+        return product("batch", "num_heads_q", ceil_div("seqlen_q", self.block_rows))
+
+
+SHEETS: tuple[type[Sheet], ...] = (FillTables, FindMaxima, Quantize, PackValues, PrepareRows)
 """Every sheet there is."""

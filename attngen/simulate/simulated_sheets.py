@@ -1,5 +1,6 @@
 """What each sheet means, in torch: a function a sheet, of its name, from what it reads to what it writes, by value."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from attngen import quantize as quantization
 from attngen.expr import fill_tables as fill
-from attngen.plan import OPERANDS, SHEETS, FillTables, FindMaxima, PackValues, Quantize, Sheet
+from attngen.plan import OPERANDS, SHEETS, FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
 from attngen.simulate.function_names import function_name
 from attngen.simulate.visits import Sizes
 
@@ -41,6 +42,18 @@ def pack_values(sheet: PackValues, values: Values, sizes: Sizes) -> dict[str, to
     """V, transposed, its keys in the order of fragments."""
     (rows,) = (values[name] for name in sheet.reads)
     return {"v": quantization.pack_values(rows)}
+
+
+def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """D and lse in log2 units of each row; 0 and +inf of one without keys, whose lse is -inf (or +inf)."""
+    delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(1, 2)
+    if "dlse" in values:
+        delta = delta - values["dlse"]
+    lse = values["lse"]
+    return {
+        "delta": delta.masked_fill(lse.isinf(), 0.0).contiguous(),
+        "lse_log2": (lse * math.log2(math.e)).masked_fill(lse.isinf(), math.inf).contiguous(),
+    }
 
 
 SHEETS_SIMULATED: dict[type[Sheet], SheetFunction] = {

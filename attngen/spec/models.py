@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.expr.literals import nearest_declarations
 
 Nearest = tuple[str, ...]
+
+INPUTS = ("q", "k", "v")
+"""What has gradients, in their order."""
+ALL_GRADIENTS = f"[{', '.join(INPUTS)}]"
 
 _TENSOR_EXAMPLES = ("i32[batch, seqlen_k]",)
 
@@ -127,6 +131,20 @@ Tensors = Annotated[
     dict[str, TensorText], Expects("spec-mapping", "a mapping of names to formats and dimensions")
 ]
 Definitions = Annotated[dict[str, Text], Expects("spec-mapping", "a mapping of names to expressions")]
+Gradients = Annotated[
+    tuple[
+        Annotated[
+            str,
+            Expects("known-gradients", "one of q, k, v", lambda value: (f"gradients: {ALL_GRADIENTS}",)),
+            Field(json_schema_extra={"enum": list(INPUTS)}),
+        ],
+        ...,
+    ],
+    AfterValidator(lambda names: tuple(name for name in INPUTS if name in names)),
+    Expects("gradients", f"a list: {ALL_GRADIENTS}, or [] for none", lambda value: (ALL_GRADIENTS,)),
+    Field(json_schema_extra={"uniqueItems": True}),
+]
+"""In canonical order; which names there may be is for rules.py, which knows what a spec declares."""
 Target = Annotated[
     Literal["auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"],
     _one_of("known-targets", "auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"),
@@ -155,8 +173,6 @@ class HeadDim(_Model):
 class Problem(_Model):
     """What is computed."""
 
-    direction: Annotated[Literal["forward"], _one_of("known-directions", "forward")] = "forward"
-    """Forward is all there is so far."""
     head_dim: Annotated[
         HeadDim,
         Expects("head-dim", "a positive integer, or {qk: 192, v: 128}", _nearest_integer(1)),
@@ -272,6 +288,8 @@ class SpecModel(_Model):
     """Condition under which a query sees a key: full, causal, window(128, 0), doc[b, q_pos] == doc[b, kv_idx]."""
     score: Text = "score"
     """What takes the place of the scaled score of a query and a key: softcap(score, 30.0), score + alibi(slopes)."""
+    gradients: Gradients = ()
+    """Of which inputs a call also has gradients: none, or [q, k, v]."""
     tile: Tile = Tile()
     """The part of S that one step computes."""
     schedule: Schedule = Schedule()

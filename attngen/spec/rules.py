@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from attngen.arch import ARCHS
 from attngen.expr import LARGEST_LENGTH
 from attngen.quantize import HADAMARD_DIMS
-from attngen.spec.models import Precision
+from attngen.spec.models import ALL_GRADIENTS, INPUTS, Precision
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
 _GPU_HEAD_DIMS_8BIT = range(32, 257, 16)
@@ -50,6 +50,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     said = _said(precision)
     yield from _head_dims(head_dim, _legal_of(data))
     yield from _fields_of_e4m3(said, head_dim)
+    yield from _gradients(data, said["inputs"])
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
         if isinstance(shape, dict):
@@ -141,6 +142,51 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
             rule="promotion",
             note="every block rescales O anyhow, and promotes with the same instruction: fewer promotions save nothing",
             nearest=("1",),
+        )
+
+
+def _gradients(data: dict[str, Any], inputs: object) -> Iterator[Broken]:
+    names = data.get("gradients")
+    if not isinstance(names, list | tuple) or not names:
+        return
+    if inputs == "e4m3":
+        yield Broken(
+            path="gradients",
+            value=names,
+            must="must be [] where inputs are e4m3",
+            rule="gradients-of-e4m3",
+            note="there are no gradients of e4m3 inputs yet; of bf16 and f16 inputs there are",
+            nearest=("[]",),
+        )
+        return
+    declared = {
+        name: f"`{name}` is declared in {block}: there are no gradients of what a spec declares yet"
+        for block in ("scalars", "tensors")
+        if isinstance(data.get(block), dict)
+        for name in data[block]
+    }
+    are_inputs = True
+    for index, name in enumerate(names):
+        if name in INPUTS and name not in names[:index]:
+            continue
+        are_inputs = False
+        if isinstance(name, str):  # what is no text is the schema's to tell
+            yield Broken(
+                path=f"gradients[{index}]",
+                value=name,
+                must="must stand there once" if name in INPUTS else f"must be one of {', '.join(INPUTS)}",
+                rule="unique-gradients" if name in INPUTS else "known-gradients",
+                note=declared.get(name, ""),
+                nearest=(f"gradients: {ALL_GRADIENTS}",),
+            )
+    if are_inputs and len(names) < len(INPUTS):
+        yield Broken(
+            path="gradients",
+            value=names,
+            must=f"must be {ALL_GRADIENTS}",
+            rule="all-gradients",
+            note="there are no gradients of some of the inputs alone yet",
+            nearest=(ALL_GRADIENTS,),
         )
 
 

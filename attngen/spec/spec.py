@@ -23,7 +23,7 @@ class Spec:
     Attributes:
         name: of the spec, for people and files; may be empty.
         target: name of an arch, or "auto".
-        problem, precision, tile, schedule, check: as in the schema.
+        problem, precision, gradients, tile, schedule, check: as in the schema.
         scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
         marks: where each value was written, by its dotted path; empty for a spec that came from no text.
@@ -38,6 +38,7 @@ class Spec:
     define: Mapping[str, str] = field(hash=False)
     mask: str
     score: str
+    gradients: tuple[str, ...]
     tile: Tile
     schedule: Schedule
     check: tuple[CheckShape, ...]
@@ -99,7 +100,10 @@ class Spec:
         Definitions are part of that meaning; scalars and tensors count in the order in which they are declared.
         """
         data = self._model.model_dump(mode="json", exclude={"name", "check", "scalars", "tensors", "define"})
+        if not self.gradients:
+            del data["gradients"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
+        data["problem"]["direction"] = "forward"  # so that digests stay what they were when this was a key
         if self.precision.inputs != "e4m3":  # whose fields these are
             data["precision"] = {name: data["precision"][name] for name in ("inputs", "output")}
         if self.scalars:

@@ -79,7 +79,7 @@ class _Place:
     Attributes:
         path: dotted path of the value.
         key: its own key.
-        field: the field it is, None for an element of a list and for an unknown key.
+        field: the field it is, or the element of a list as one; None for an unknown key.
         block: the model that the key stands in.
     """
 
@@ -121,7 +121,7 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place | None:
     inner: type[pydantic.BaseModel] | None = SpecModel
     for part in loc:
         if isinstance(part, int) and isinstance(data, list | tuple):
-            place = _Place(f"{place.path}[{part}]", place.key, None, place.block)
+            place = _Place(f"{place.path}[{part}]", place.key, _element_of(place.field), place.block)
             data = data[part]
         elif isinstance(part, str) and isinstance(data, dict) and inner:
             field = inner.model_fields.get(part)
@@ -143,6 +143,12 @@ def _model_of(field: FieldInfo | None) -> type[pydantic.BaseModel] | None:
     if isinstance(annotation, GenericAlias):
         annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
+
+
+def _element_of(field: FieldInfo | None) -> FieldInfo | None:
+    """What a list holds: the field that each of its elements is."""
+    arguments = get_args(field.annotation) if field else ()
+    return FieldInfo.from_annotation(arguments[0]) if arguments[1:] == (...,) else None
 
 
 def _value_of(field: FieldInfo | None) -> FieldInfo | None:

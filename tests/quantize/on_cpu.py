@@ -1,4 +1,4 @@
-"""The quantisation kernels on the CPU: g++ compiles the emitted text, whose threads take turns.
+"""Kernels that are sheets on the CPU: g++ compiles the emitted text, whose threads take turns.
 
 It tells what the text says, bit by bit, but not what NVRTC or a GPU makes of it; that is for tests/gpu.
 """
@@ -15,6 +15,7 @@ from attngen.arch import ARCHS
 LARGEST_SMEM = ARCHS["sm_90a"].smem_bytes_per_block
 _SHIM = Path(__file__).with_name("threads_on_cpu.hpp")
 _KERNEL = re.compile(r'extern "C" __global__ void [^\n]*\n(\w+)\(')
+_NAMESPACE = re.compile(r"^namespace (\w+) \{", re.MULTILINE)
 _ASM = re.compile(r"asm( volatile)?\((?:[^()]|\([^()]*\))*\);")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) unsigned char (\w+)\[\];")
 _IN_CPP = {
@@ -27,6 +28,7 @@ _IN_CPP = {
     "{ at_shared<uint4>(dst) = bytes ? *(const uint4*)src : uint4{0, 0, 0, 0}; }",
     "load_global_16": "uint4 load_global_16(const void* p, bool exists) "
     "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
+    "load_u16": "u32 load_u16(const u16* p) { return *p; }",
     "pack": "u32 pack(float a, float b, float c, float d) "
     "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
 }
@@ -47,9 +49,10 @@ class CpuKernels:
             text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL)
         text = _ASM.sub("", text)
         text = _DYNAMIC.sub(rf"alignas(16) static unsigned char \1[{LARGEST_SMEM}];", text)
+        (space,) = _NAMESPACE.findall(text)
         runs = "\n".join(
-            f'extern "C" void run_{name}(quantizer::Params* p, int blocks, int threads)'
-            f" {{ for_each_thread(blocks, threads, [=] {{ quantizer::{name}(*p); }}); }}"
+            f'extern "C" void run_{name}({space}::Params* p, int blocks, int threads)'
+            f" {{ for_each_thread(blocks, threads, [=] {{ {space}::{name}(*p); }}); }}"
             for name in _KERNEL.findall(source)
         )
         with tempfile.TemporaryDirectory() as folder:

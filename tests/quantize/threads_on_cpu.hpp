@@ -1,4 +1,4 @@
-// Enough of CUDA for g++ to run the quantisation kernels: the threads of a block take turns, each from one meeting of its
+// Enough of CUDA for g++ to run kernels that are sheets: the threads of a block take turns, each from one meeting of its
 // warp or block to the next. Right for kernels all of whose threads meet equally often.
 #include <ucontext.h>
 

@@ -50,7 +50,7 @@ def underlined(fault: Diagnostic) -> str:
         ("tile: {blok_n: 64}", "unknown key tile.blok_n", "blok_n", ("block_n", "block_m"), "known-keys"),
         ("block_m: 64", "unknown key block_m", "block_m", ("tile.block_m",), "known-keys"),
         ("tile.block_m: 64", "unknown key tile.block_m", "tile.block_m", ("tile: {block_m: ...}",), "known-keys"),
-        ("direction: forward", "unknown key direction", "direction", ("problem.direction",), "known-keys"),
+        ("head_dim: 64", "unknown key head_dim", "head_dim", ("problem.head_dim",), "known-keys"),
         ("tile: {1: 2}", "unknown key tile.1", "1", ("block_m", "block_n"), "known-keys"),
         ("tile: 64", "tile = 64 must be a mapping of keys: block_m, block_n", "64", (), "spec-mapping"),
         ("tile:", "tile is empty; it must be a mapping of keys: block_m, block_n", "", (), "spec-mapping"),
@@ -99,6 +99,18 @@ def underlined(fault: Diagnostic) -> str:
         ("mask: [causal]", "mask must be an expression, written as text", "[causal]", (), "expression-text"),
         ("name: ../../etc/x", "name = ../../etc/x must be letters", "../../etc/x", ("etc_x",), "spec-name"),
         ("score: kv_idx <= q_idx", "score must be a number", "kv_idx <= q_idx", (), "expression-types"),
+        ("gradients: [q, dk]", "gradients[1] = dk must be one of q, k, v", "dk", ("gradients: [q, k, v]",),
+         "known-gradients"),
+        ("gradients: [q, 1, v]", "gradients[1] = 1 must be one of q, k, v", "1", ("gradients: [q, k, v]",),
+         "known-gradients"),
+        ("gradients: [[q], k, v]", "gradients[0] must be one of q, k, v", "[q]", ("gradients: [q, k, v]",),
+         "known-gradients"),
+        ("gradients: [q, k, v, q]", "gradients[3] = q must stand there once", "q", ("gradients: [q, k, v]",),
+         "unique-gradients"),
+        ("gradients: [v, k]", "gradients must be [q, k, v]", "[v, k]", ("[q, k, v]",), "all-gradients"),
+        ("gradients: q", "gradients = q must be a list: [q, k, v], or [] for none", "q", ("[q, k, v]",), "gradients"),
+        ("gradients: {q: k}", "gradients must be a list", "{q: k}", ("[q, k, v]",), "gradients"),
+        ("gradients:", "gradients is empty; it must be a list", "", ("[q, k, v]",), "gradients"),
         ("check: {seqlen_q: 1, seqlen_k: 1}", "check must be a list of shapes", "{seqlen_q: 1, seqlen_k: 1}", (),
          "check-shapes"),
         ("check: [128]", "check[0] = 128 must be a mapping of keys: batch, heads", "128", (), "spec-mapping"),
@@ -139,6 +151,25 @@ def test_every_fault_of_e4m3_is_in_one_report() -> None:
     assert found[2].note == "the matrix is one of 64, 128 or 256 columns"
     assert "with the same instruction" in found[3].note
     assert found[4].note == "`q_descale` is an argument of calls with e4m3 tensors"
+
+
+def test_gradients_that_are_not_there_yet_are_refused_with_the_reason() -> None:
+    """Of what a spec declares, of some inputs alone, and of e4m3 inputs."""
+    declares = (
+        "scalars: {cap: f32}\ntensors: {bias: 'f32[num_heads_q]'}\nscore: softcap(score, cap) + bias[h]\n"
+    )
+    found = faults(f"{HEAD_DIM}{declares}gradients: [q, k, v, bias, cap]\n")
+    assert [(fault.path, underlined(fault), fault.rule) for fault in found] == [
+        ("gradients[3]", "bias", "known-gradients"),
+        ("gradients[4]", "cap", "known-gradients"),
+    ]
+    reason = "there are no gradients of what a spec declares yet"
+    assert found[0].note == f"`bias` is declared in tensors: {reason}"
+    assert found[1].note == f"`cap` is declared in scalars: {reason}"
+    assert "of some of the inputs alone yet" in only(f"{HEAD_DIM}gradients: [q, v]\n").note
+    of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3}}\ngradients: [v, k, q]\n")
+    assert of_e4m3.message == "gradients must be [] where inputs are e4m3" and of_e4m3.nearest == ("[]",)
+    assert of_e4m3.rule == "gradients-of-e4m3" and "no gradients of e4m3 inputs yet" in of_e4m3.note
 
 
 @pytest.mark.parametrize("block", ["scalars", "tensors", "define"])
@@ -197,7 +228,6 @@ def test_a_head_dim_of_the_wrong_type_is_told_once(head_dim: str) -> None:
     [
         ("mask: causal\n", 1, "problem.head_dim"),
         ("name: x\nproblem: {}\n", 1, "problem.head_dim"),
-        ("problem: {direction: forward}\n", 1, "problem.head_dim"),
         ("problem: {head_dim: {qk: 64}}\n", 11, "problem.head_dim.v"),
     ],
 )

@@ -156,6 +156,7 @@ def test_a_spec_is_an_immutable_value() -> None:
             "mask": st.sampled_from(
                 ["true", "causal", "kv_idx <= q_idx # ", "b < 1 and\n h < 2", "(kv_idx < 3)"]
             ).map(lambda text: text.rstrip(" #")),
+            "gradients": st.sampled_from([[], ["q", "k", "v"], ("v", "q", "k")]),
             "tile": st.fixed_dictionaries({}, optional={"block_m": st.sampled_from(["auto", 32, 1 << 20])}),
             "schedule": st.fixed_dictionaries({}, optional={"kind": st.sampled_from(["fa2", "serial"])}),
             "check": st.lists(
@@ -190,6 +191,18 @@ def test_the_digest_is_of_the_meaning() -> None:
     assert len(digest) == 64 and int(digest, 16)
 
 
+def test_gradients_are_in_one_order_and_count_where_there_are_any() -> None:
+    """However they are written; without them a digest is what it was before specs could ask for them."""
+    spec = attngen.load("problem: {head_dim: 64}\ngradients: [v, q, k]\n")
+    assert spec.gradients == ("q", "k", "v") and spec.to_dict()["gradients"] == ["q", "k", "v"]
+    assert spec == attngen.load({"problem": {"head_dim": 64}, "gradients": ("q", "k", "v")})
+    without = spec.replace({"gradients": []})
+    assert without == attngen.load({"problem": {"head_dim": 64}}) and without.gradients == ()
+    assert without.to_dict() == {"problem": {"head_dim": 64}}
+    assert spec.digest() != without.digest()
+    assert without.digest() == "f44c151bc2bd8d87123f2df4deea9e637977859e88e45c1de7b3f21d2cd15edb"
+
+
 def test_the_json_schema_knows_every_key_and_its_words() -> None:
     """Editors complete from it: no other key, closed sets as enums, bounds, a description of every key."""
     schema = json_schema()
@@ -203,3 +216,5 @@ def test_the_json_schema_knows_every_key_and_its_words() -> None:
     assert schema["required"] == ["problem"] and "sm_90a" in schema["properties"]["target"]["enum"]
     assert schema["$defs"]["Tile"]["properties"]["block_m"]["anyOf"][0] == {"minimum": 1, "type": "integer"}
     assert schema["$defs"]["Problem"]["properties"]["head_dim"]["anyOf"][0]["type"] == "integer"
+    gradients = schema["properties"]["gradients"]
+    assert gradients["items"]["enum"] == ["q", "k", "v"] and gradients["uniqueItems"] is True
