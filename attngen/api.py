@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attngen.arch import ARCHS, Arch, arch_for_capability
+from attngen.autograd import is_differentiated
 from attngen.bind import check_plain
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr.python import bound_by, check_text, joined
@@ -89,6 +90,7 @@ class _Wanted:
     scalars: tuple[tuple[str, str], ...]
     tensors: tuple[tuple[str, str], ...]
     arch: str
+    gradients: bool
 
 
 @lru_cache(maxsize=256)
@@ -102,6 +104,7 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
             "score": wanted.score,
             "scalars": dict(wanted.scalars),
             "tensors": dict(wanted.tensors),
+            "gradients": ["q", "k", "v"] if wanted.gradients else [],
         }
     )
 
@@ -120,7 +123,8 @@ def attention(
     """Attention with the kernel that the tensors and the mask ask for, compiled once and remembered.
 
     Args:
-        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator.
+        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three requires
+            grad, the kernel has a backward pass.
         k: see q.
         v: see q.
         mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
@@ -154,5 +158,6 @@ def attention(
         tuple(joined("scalars", scalars, mask, score).items()),
         tuple(joined("tensors", tensors, mask, score).items()),
         arch,
+        is_differentiated(q, k, v),
     )
     return _kernel_for(wanted)(q, k, v, **{**bound_by(mask, score), **options})

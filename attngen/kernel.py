@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attngen.arch import Arch
+from attngen.autograd import Attention, is_differentiated
 from attngen.bind import (
     Given,
     TableSignature,
@@ -15,13 +16,24 @@ from attngen.bind import (
     bind,
     check_arguments,
     check_length,
+    check_no_derivative,
+    check_plain,
     check_rows_of_heads,
     check_writable,
     softmax_scale_of,
 )
 from attngen.emit import emit_module
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.plan import OPERANDS, OPERANDS_INTAKE, Call, KernelPlan, Manifest, Sheet, assemble
+from attngen.plan import (
+    GRADIENTS_INTAKE,
+    OPERANDS,
+    OPERANDS_INTAKE,
+    Call,
+    KernelPlan,
+    Manifest,
+    Sheet,
+    assemble,
+)
 from attngen.quantize import DESCALES, Operands
 from attngen.runtime import (
     CompiledKernel,
@@ -36,6 +48,8 @@ from attngen.runtime import (
 from attngen.simulate import SIMULATED_SMS, Progress, closed_form, run_call
 from attngen.spec import Spec
 from attngen.torch_state import torch_defaults
+
+GRADIENTS = ("dq", "dk", "dv")
 
 
 class Module:
@@ -216,6 +230,19 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
+        if self.call.gradients and is_differentiated(q, k, v):
+            if out is not None or tables is not None:
+                name = "tables" if out is None else "out"
+                raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                check_plain(name, x)  # type: ignore[arg-type]
+            for name, value in declared.items():
+                if isinstance(value, torch.Tensor):
+                    check_no_derivative(name, value)
+            made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
+                self, q, k, v, softmax_scale, layout, declared
+            )
+            return made if return_lse else made[0]
         if isinstance(out, torch.Tensor):
             check_writable(out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
@@ -226,6 +253,64 @@ class Kernel:
         run = self._launcher.run if is_on_gpu else self._simulate
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dlse: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        layout: str = "bshd",
+        **declared: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute the gradients of q, k and v, of the inputs' type, by recomputing P from lse.
+
+        The same bits come out in every run. Mask, score and declared values must be those of the call that made `out`
+        and `lse`, which may be another's.
+
+        Args:
+            dout: the gradient of out: (batch, seqlen_q, num_heads_q, head_dim_v), of out's type, last dimension
+                contiguous, rows on 16 bytes.
+            q: as the call took it, like k and v.
+            k: see q.
+            v: see q.
+            out: what the call returned.
+            lse: (batch, num_heads_q, seqlen_q), f32, contiguous: the natural log-sum-exp that the call returned.
+            dlse: the gradient of lse, if it has one.
+            softmax_scale: of the call, like what follows.
+            layout: "bhsd" exchanges seqlen and heads in dout, q, k, v, out and the gradients.
+            **declared: the scalars and tensors that the spec declares.
+
+        Returns:
+            dq, dk, dv, of the shapes of q, k and v.
+
+        Raises:
+            ArgumentError: the spec asks for no gradients, or an argument the kernels cannot take; nothing was touched.
+            ToolchainError: this machine cannot run the kernels.
+        """
+        if not self.call.gradients:
+            raise ArgumentError(
+                "self", "a kernel without a backward pass", "a spec with gradients: [q, k, v]"
+            )
+        rows = {"dout": dout, "out": out}
+        if layout == "bhsd":
+            rows = {name: x.transpose(1, 2) for name, x in rows.items() if check_length(x, layout, name) >= 0}
+        named = {**self.bound, **declared, **rows, "lse": lse, **({} if dlse is None else {"dlse": dlse})}
+        if isinstance(q, torch.Tensor) and q.is_cuda:
+            made = self._launcher.make(
+                GRADIENTS, q, k, v, softmax_scale, None, layout, named, None, GRADIENTS_INTAKE
+            )
+            return made[0], made[1], made[2]
+        given = self._check_on_cpu(q, k, v, softmax_scale, None, layout, named, GRADIENTS_INTAKE)
+        scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
+        found = run_call(
+            self.call, bind(self.manifest, given, GRADIENTS, SIMULATED_SMS, scale), layout=layout
+        )
+        return found["dq"], found["dk"], found["dv"]
 
     def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]

@@ -50,6 +50,8 @@ def scale_values(softmax_scale: float, score_factor: float) -> dict[str, float]:
     return {
         "scale_is_negative": int(softmax_scale < 0),
         "softmax_scale": softmax_scale,
+        "product_log2": softmax_scale * score_factor * log2_e,
+        "gradient_scale": softmax_scale * score_factor,
         "softmax_scale_log2": max(size, SMALLEST_SCALE) * log2_e,
         "score_factor_log2": score_factor * log2_e,
         "seeded_scale": seeded,

@@ -309,6 +309,13 @@ DEV void fill(float (&x)[N], float value) {
   for (int i = 0; i < N; ++i) x[i] = value;
 }
 
+// Multiply the registers of a tile.
+template <int kRowTiles, int kColTiles>
+DEV void multiply(float (&x)[kRowTiles][kColTiles][4], float factor) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles * kColTiles * 4; ++i) x[i / 4 / kColTiles][i / 4 % kColTiles][i % 4] *= factor;
+}
+
 // Fill the registers of a tile.
 template <int kRowTiles, int kColTiles>
 DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {

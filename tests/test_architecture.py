@@ -16,17 +16,17 @@ PACKAGE = Path(attngen.__file__).parent
 ORDER = {
     "errors": 0, "memory": 0, "version": 0, "torch_state": 0, "dtypes": 1, "resources": 1, "quantize": 1,
     "scaling": 1, "arch": 2, "expr": 2, "spec": 3, "plan": 4, "bind": 5, "schedules": 5, "lower": 6, "emit": 7,
-    "simulate": 7, "check": 7, "runtime": 8, "kernel": 10, "api": 11, "fuzz": 12, "cli": 13, "__init__": 14,
-    "__main__": 14,
+    "simulate": 7, "check": 7, "runtime": 8, "autograd": 9, "kernel": 10, "api": 11, "fuzz": 12, "cli": 13,
+    "__init__": 14, "__main__": 14,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 1670, "bind": 1040, "check": 2100, "cli": 2800, "emit": 945, "expr": 5650, "fuzz": 1700, "lower": 1500,
-    "plan": 3540, "runtime": 1620, "schedules": 1300, "simulate": 4075, "spec": 1855, "templates": 2785,
+    "attngen": 1820, "bind": 1065, "check": 2100, "cli": 2800, "emit": 980, "expr": 5650, "fuzz": 1700, "lower": 1740,
+    "plan": 3730, "runtime": 1620, "schedules": 1530, "simulate": 4220, "spec": 1855, "templates": 2900,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
 
 A number is raised by the commit of the feature that needs the lines, and by no other; who makes do with less lowers it.
-The package is to come to 23,000 lines in all, and the templates are to stay within 2,800.
+The package is to come to 23,000 lines in all without gradients, and to 26,000 with all that is to come.
 """
 OWNERS = {
     "jinja2": {"emit"},

@@ -1,7 +1,6 @@
 """Binding: what a call passes is checked, and becomes what it launches and allocates; for the GPU and the simulator."""
 
 from attngen.bind.arguments import (
-    ROW_ALIGNMENT,
     Given,
     check_arguments,
     check_length,
@@ -12,7 +11,7 @@ from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.declared import check_declared
 from attngen.bind.kept import TableSignature, TileTables
 from attngen.bind.numbers import scalar_of, softmax_scale_of
-from attngen.bind.tensors import check_plain
+from attngen.bind.tensors import ROW_ALIGNMENT, check_no_derivative, check_plain
 from attngen.bind.writable import check_writable
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "check_arguments",
     "check_declared",
     "check_length",
+    "check_no_derivative",
     "check_overlap",
     "check_plain",
     "check_rows_of_heads",

@@ -10,18 +10,23 @@ from typing import Any, Literal
 
 import torch
 
-from attngen.arch import ARCHS
 from attngen.bind.declared import check_declared
 from attngen.bind.numbers import softmax_scale_of
-from attngen.bind.tensors import check_no_derivative, check_plain
+from attngen.bind.tensors import check_plain, check_rows
 from attngen.dtypes import dtype, torch_dtype
 from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
-from attngen.plan import COLUMNS_OF_HEADS, OPERANDS_INTAKE, Intake, Manifest, Value, evaluate_formula
+from attngen.plan import (
+    COLUMNS_OF_HEADS,
+    GRADIENTS_INTAKE,
+    OPERANDS_INTAKE,
+    Intake,
+    Manifest,
+    Value,
+    evaluate_formula,
+)
 
 Layout = Literal["bshd", "bhsd"]
-ROW_ALIGNMENT = 16
-"""Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
 NOTHING_DECLARED: Mapping[str, Any] = {}
 
 
@@ -99,7 +104,7 @@ def check_rows_of_heads(
     if softmax_scale is not None:
         softmax_scale_of(softmax_scale)
     begun = choose_intake(manifest, q, intake)
-    entries = [manifest.value_of[name] for name in begun.values if manifest.value_of[name].axes]
+    entries = [manifest.value_of[name] for name in begun.tensors]
     passed = [*zip(entries, (q, k, v), strict=True)]
     output = _output(manifest)
     for value, x in (*passed, *([] if out is None else [(output, out)])):
@@ -125,7 +130,8 @@ def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake
     """
     if name is not None:
         return next(intake for intake in manifest.intakes if intake.name == name)
-    begun = [intake for intake in manifest.intakes if intake.name != OPERANDS_INTAKE] or manifest.intakes
+    by_name = (OPERANDS_INTAKE, GRADIENTS_INTAKE)
+    begun = [intake for intake in manifest.intakes if intake.name not in by_name] or manifest.intakes
     if len(begun) == 1 or not isinstance(q, torch.Tensor):
         return begun[0]
     types = {torch_dtype(dtype(manifest.value_of[intake.values[0]].dtype)): intake for intake in begun}
@@ -171,50 +177,6 @@ def strides(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
 
 
-def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose derivative would be wanted.
-
-    Raises:
-        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad or has a tangent.
-    """
-    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
-        raise ArgumentError(
-            name,
-            f"stride {x.stride(-1)} in the last dimension",
-            "1 (contiguous head_dim)",
-            f"pass {name}.contiguous()",
-        )
-    check_no_derivative(name, x)
-    if ARCHS[arch].emits:
-        check_alignment(name, x)
-
-
-def check_alignment(name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose rows do not all start on 16 bytes.
-
-    Raises:
-        ArgumentError: the address or a stride is off.
-    """
-    if not x.numel():
-        return
-    size = x.element_size()
-    if x.data_ptr() % ROW_ALIGNMENT:
-        raise ArgumentError(
-            name,
-            f"an address that is {x.data_ptr() % ROW_ALIGNMENT} bytes past a multiple of {ROW_ALIGNMENT}",
-            f"rows that start on {ROW_ALIGNMENT} bytes",
-            f"pass {name}.clone()",
-        )
-    for dim, (extent, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):
-        if extent > 1 and step * size % ROW_ALIGNMENT:
-            raise ArgumentError(
-                name,
-                f"stride {step} in dimension {dim} ({step * size} bytes)",
-                f"a multiple of {ROW_ALIGNMENT // size} elements ({ROW_ALIGNMENT} bytes)",
-                f"pass {name}.contiguous()",
-            )
-
-
 def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
     a, b, c, d = values
     return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
@@ -234,7 +196,7 @@ def _check_dimensions(name: str, x: torch.Tensor) -> None:
 
 def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> None:
     """Refuse what is no tensor of the value's type, beside q, with rows that a kernel can read."""
-    name = value.argument or value.name
+    name = value.passed_as
     _check_dimensions(name, x)
     expected = torch_dtype(dtype(value.dtype))
     if x.dtype != expected:
@@ -246,7 +208,7 @@ def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> 
 
 def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int]) -> torch.Tensor:
     """The tensor with its dimensions in the order of the value's axes; sizes that are new get its extents."""
-    name, follows_layout = value.argument or value.name, value.axes[1] == "seqlen"
+    name, follows_layout = value.passed_as, value.axes[1] == "seqlen"
     ordered = x.transpose(1, 2) if follows_layout and layout == "bhsd" else x
     for dim, size in zip(value.shape, ordered.shape, strict=True):
         if isinstance(dim, str):

@@ -160,7 +160,7 @@ class Bound:
         for name in (*self.given.tensors, *self.made):
             value = self.manifest.value_of[name]
             steps = self.strides_of(name)
-            if value.source == "output" and value.axes:
+            if name in self.made and value.source == "output" and value.axes:
                 steps = self._output_strides(value, output, layout)
             numbers |= {
                 f"{name}.stride_{axis}": step for axis, step in zip(value.stride_names, steps, strict=True)

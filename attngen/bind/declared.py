@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch
 
 from attngen.bind.numbers import scalar_of
-from attngen.bind.tensors import check_no_derivative, check_plain
+from attngen.bind.tensors import check_no_derivative, check_plain, check_rows
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import SIZE_NAMES
-from attngen.plan import Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
+from attngen.plan import GRADIENTS_INTAKE, Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
+
+_BESIDE = {GRADIENTS_INTAKE: "a backward pass takes"}
+"""Why a way to begin a call has more values than q, k and v."""
 
 
 class DeclaredValues(NamedTuple):
@@ -48,8 +51,8 @@ def check_declared(
         ArgumentError: the first fault found.
     """
     declared = manifest.declared
-    beside = [manifest.value_of[name] for name in intake.values if not manifest.value_of[name].axes]
-    known = [value.argument for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
+    beside = [manifest.value_of[name] for name in intake.beside]
+    known = [value.passed_as for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
     for name in passed:
         if name not in known:
             _refuse(manifest, name, [each for each in known if each is not None])
@@ -57,17 +60,23 @@ def check_declared(
     sizes = {name: sizes[name] for name in SIZE_NAMES}  # all others are for tensors to bind
     bound: dict[str, int] = {}
     tensors = {
-        value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device)
-        for values, says in ((declared, "the spec declares"), (beside, "e4m3 tensors have"))
+        value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device, manifest.arch)
+        for values, says in (
+            (declared, "the spec declares"),
+            (beside, _BESIDE.get(intake.name, "e4m3 tensors have")),
+        )
         for value in values
+        if not (value.optional and value.passed_as not in passed and value.source == "given")
     }
     return DeclaredValues(tensors, scalars, {**sizes, **bound})
 
 
 def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
     """Refuse an argument that the call does not have."""
-    elsewhere = [manifest.value_of[each] for intake in manifest.intakes for each in intake.values]
-    if any(value.argument == name and not value.axes for value in elsewhere):
+    elsewhere = {
+        name for intake in manifest.intakes if intake.name != GRADIENTS_INTAKE for name in intake.beside
+    }
+    if name in elsewhere:
         raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
     near = get_close_matches(name, known, n=1) or known
     must = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
@@ -88,9 +97,10 @@ def _tensor(
     sizes: Mapping[str, int],
     bound: dict[str, int],
     device: torch.device,
+    arch: str,
 ) -> torch.Tensor:
     """The tensor, whose dimensions of new names bind these; one element expanded where that stands for all."""
-    name, expected_type = str(value.argument), element_dtype(value.dtype)
+    name, expected_type = value.passed_as, element_dtype(value.dtype)
     declared = f"{value.dtype}[{', '.join(map(formula_text, value.shape))}]"
     x = passed.get(name)
     if not isinstance(x, torch.Tensor):
@@ -101,6 +111,8 @@ def _tensor(
         raise ArgumentError(name, f"dtype {x.dtype}", f"{expected_type}", f"pass {name}.to({expected_type})")
     if x.device != device:
         raise ArgumentError(name, f"device {x.device}", f"{device}, the device of q")
+    if value.axes:
+        check_rows(arch, name, x)
     check_no_derivative(name, x)
     if value.shared and x.numel() == 1:
         x = x.reshape((1,) * len(value.shape)).expand([evaluate_formula(dim, sizes) for dim in value.shape])

@@ -6,7 +6,11 @@ Everything else is refused by what it is, with what to pass in its place.
 import torch
 from torch.autograd import forward_ad
 
+from attngen.arch import ARCHS
 from attngen.errors import ArgumentError
+
+ROW_ALIGNMENT = 16
+"""Bytes: what one cp.async moves, and so where every row of head_dim numbers must start."""
 
 
 def check_plain(name: str, x: torch.Tensor) -> None:
@@ -66,11 +70,12 @@ def check_no_derivative(name: str, x: torch.Tensor) -> None:
         ArgumentError: x requires grad, or carries a tangent, and nobody has disabled that.
     """
     if x.requires_grad and torch.is_grad_enabled():
+        says = "say gradients: [q, k, v] in the spec, " if name in ("q", "k", "v") else ""
         raise ArgumentError(
             name,
             "a tensor that requires grad",
-            "one that does not: there is no backward yet",
-            f"pass {name}.detach(), or call under torch.no_grad()",
+            f"one that does not: this kernel makes no gradient of {name}",
+            f"{says}pass {name}.detach(), or call under torch.no_grad()",
         )
     if torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise ArgumentError(
@@ -79,3 +84,47 @@ def check_no_derivative(name: str, x: torch.Tensor) -> None:
             "one without: there is no forward derivative yet",
             f"pass torch.autograd.forward_ad.unpack_dual({name}).primal",
         )
+
+
+def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose rows a kernel of an arch cannot read, or whose derivative would be wanted.
+
+    Raises:
+        ArgumentError: rows are not contiguous, do not start on 16 bytes on a GPU, or x requires grad or has a tangent.
+    """
+    if x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+        raise ArgumentError(
+            name,
+            f"stride {x.stride(-1)} in the last dimension",
+            "1 (contiguous head_dim)",
+            f"pass {name}.contiguous()",
+        )
+    check_no_derivative(name, x)
+    if ARCHS[arch].emits:
+        check_alignment(name, x)
+
+
+def check_alignment(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose rows do not all start on 16 bytes.
+
+    Raises:
+        ArgumentError: the address or a stride is off.
+    """
+    if not x.numel():
+        return
+    size = x.element_size()
+    if x.data_ptr() % ROW_ALIGNMENT:
+        raise ArgumentError(
+            name,
+            f"an address that is {x.data_ptr() % ROW_ALIGNMENT} bytes past a multiple of {ROW_ALIGNMENT}",
+            f"rows that start on {ROW_ALIGNMENT} bytes",
+            f"pass {name}.clone()",
+        )
+    for dim, (extent, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):
+        if extent > 1 and step * size % ROW_ALIGNMENT:
+            raise ArgumentError(
+                name,
+                f"stride {step} in dimension {dim} ({step * size} bytes)",
+                f"a multiple of {ROW_ALIGNMENT // size} elements ({ROW_ALIGNMENT} bytes)",
+                f"pass {name}.contiguous()",
+            )

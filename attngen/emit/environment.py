@@ -30,6 +30,7 @@ from attngen.plan import (
     Program,
     RegTile,
     Rows,
+    Step,
     Tensor,
     View,
     walk,
@@ -41,6 +42,7 @@ from attngen.plan.steps import (
     ModifyScores,
     PassTurn,
     Product,
+    RecoverP,
     RowMax,
     SeedScores,
 )
@@ -74,6 +76,8 @@ _INDEX_BASES = {
     "m": "m",
     "n": "n",
     "m_block": "tile.m_block",
+    "n_block": "tile.n_block",
+    "m_stop": "seen.m_max",
     "zero": "0",
     "m_max": "m_max",
     "n_end": "n_end",
@@ -93,7 +97,7 @@ def finalize(value: Any) -> Any:
     return value
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "scales", "warpgroups")
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "gradients", "scales", "warpgroups")
 
 
 class Templates:
@@ -154,7 +158,8 @@ def _program(context: Context, steps: Program, indent: int = 2) -> str:
 @jinja2.pass_context
 def _condition(context: Context, condition: Condition) -> str:
     if condition == "m sees n" and context["walks"]:
-        return "visits(params, tile, m, n)"
+        n = "tile.n_block" if context["scheduler"].kind == "key_blocks" else "n"
+        return f"visits(params, tile, m, {n})"
     return _CONDITIONS[condition]
 
 
@@ -173,7 +178,7 @@ def environment() -> jinja2.Environment:
         "pair": _PAIRS.__getitem__,
         "program": _program,
         "condition": _condition,
-        "reads_scores": lambda of: any(isinstance(step, ModifyScores | SeedScores) for step in walk(of)),
+        "reads_scores": lambda of: any(_reads_scores(step) for step in walk(of)),
         "reads_tanh": lambda of: any(isinstance(step, ModifyScores) and step.by_tanh for step in walk(of)),
         "takes_turns": lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
         "element": lambda dtype: _ELEMENTS[dtype.name],
@@ -195,6 +200,11 @@ def environment() -> jinja2.Environment:
         "declaration": _declaration,
     }
     return env
+
+
+def _reads_scores(step: Step) -> bool:
+    is_modified = isinstance(step, RecoverP) and step.score is not None
+    return is_modified or isinstance(step, ModifyScores | SeedScores)
 
 
 def macros(file: str) -> Any:

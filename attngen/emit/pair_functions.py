@@ -27,6 +27,7 @@ from attngen.expr import (
     with_nodes,
 )
 from attngen.expr.arithmetic import minus, plus, times
+from attngen.expr.tree import real
 from attngen.plan import KEYS, QUERIES, KernelPlan, walk
 from attngen.plan.steps import (
     TANH,
@@ -35,6 +36,7 @@ from attngen.plan.steps import (
     MaskScoresEach,
     ModifyScores,
     ReadTopScale,
+    RecoverP,
     SeedScores,
 )
 
@@ -134,6 +136,9 @@ def _read_one_by_one(plan: KernelPlan) -> list[str]:
 def _blocks(plan: KernelPlan) -> Iterator[str]:
     if plan.key_blocks is not None:
         lines = seen(plan.key_blocks, leaves(plan))
+        if plan.key_blocks.axis is QUERIES:
+            yield _mask_macros().query_blocks(lines)
+            return
         yield _mask_macros().key_blocks(lines, plan.key_blocks.last_is_masked, plan.scheduler.kind == "heads")
         return
     assert plan.tile_classes is not None
@@ -199,6 +204,15 @@ def _pairs(plan: KernelPlan) -> Iterator[str]:
     if isinstance(step := steps.get(MaskScores), MaskScores):
         bounds = (step.visible.lower, step.visible.upper)
         yield _mask_macros().row_bounds(*([to_cuda(key, leaves(plan)) for key in keys] for keys in bounds))
+    recovered = [step for step in walk(plan.worker.program) if isinstance(step, RecoverP)]
+    if recovered and recovered[0].score is not None:
+        leaf_of, known = _known_of_score(plan, terms, key_step="")
+        both = (recovered[0].score, recovered[0].slope or real(1.0))
+        yield _mask_macros().score_and_slope(
+            cuda_body([with_nodes(each, leaf_of) for each in both], known), bool(terms)
+        )
+    for mask in dict.fromkeys(each.mask for each in recovered if each.mask is not None):
+        yield _mask_macros().predicate(cuda_body([mask], leaves(plan)))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield _mask_macros().predicate(cuda_body([step.mask], leaves(plan)))
 
@@ -208,12 +222,15 @@ _SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"
 
 
 def _known_of_score(
-    plan: KernelPlan, terms: Mapping[Expr, str], ahead: Mapping[Expr, str] = MappingProxyType({})
+    plan: KernelPlan,
+    terms: Mapping[Expr, str],
+    ahead: Mapping[Expr, str] = MappingProxyType({}),
+    key_step: str = "kv_step",
 ) -> tuple[dict[Expr, Expr], Leaves]:
     """What stands for the lookups of a score that have been done, and how its leaves are written."""
     operands = {**ahead, **{each: f"terms.{name}" for each, name in terms.items()}}
     leaf_of = {each: found_of(each) for each in operands}
-    known = leaves(plan, exact=False, key_step="kv_step")
+    known = leaves(plan, exact=False, key_step=key_step)
     names = {leaf_of[each].name: operand for each, operand in operands.items()}
     return leaf_of, replace(known, names={**known.names, **names})
 

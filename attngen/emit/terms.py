@@ -2,15 +2,17 @@
 
 from attngen.expr import Expr, free_names, nodes
 from attngen.plan import KernelPlan, walk
-from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores, SeedScores
+from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores, RecoverP, SeedScores
 
 
 def scores_of(plan: KernelPlan) -> tuple[Expr, ...]:
     """What the Steps make of a product: what it is added to, and what becomes of the sum."""
     found: dict[Expr, None] = {}
     for step in walk(plan.worker.program):
-        if isinstance(step, SeedScores | ModifyScores):
-            found[step.added if isinstance(step, SeedScores) else step.score] = None
+        if isinstance(step, SeedScores):
+            found[step.added] = None
+        elif isinstance(step, ModifyScores | RecoverP) and step.score is not None:
+            found[step.score] = None
     return tuple(found)
 
 
@@ -18,7 +20,7 @@ def expressions_of(plan: KernelPlan) -> tuple[Expr, ...]:
     """All that a kernel works out of pairs and blocks, and its tables of lookups."""
     masks: list[Expr] = []
     for step in walk(plan.worker.program):
-        if isinstance(step, MaskScoresEach):
+        if isinstance(step, MaskScoresEach | RecoverP) and step.mask is not None:
             masks.append(step.mask)
         elif isinstance(step, MaskScores):
             masks += (*step.visible.lower, *step.visible.upper)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from attngen.expr import INDEX_NAMES, TILE_NAMES, Expr, Leaves, const, free_names, name, to_cuda
-from attngen.plan import QUERIES, Scheduler, SeenBlocks, SequenceAxis
+from attngen.plan import KEYS, QUERIES, Scheduler, SeenBlocks, SequenceAxis
 
 VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
 """Indices and bounds of a tile as variables of a function: `q_first`."""
@@ -31,8 +31,10 @@ _DECODED = {
     **_CALL,
     **{f"{index}.start": f"tile.{index[:-4]}_start" for index in ("q_idx", "kv_idx")},
     QUERIES.tile.name: "tile.m_block",
+    KEYS.tile.name: "tile.n_block",
     "tile.index": "index",
     "tile.m_max": "m_max",
+    "tile.n_max": "n_max",
     "tile.row": "row",
 }
 

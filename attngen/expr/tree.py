@@ -60,7 +60,9 @@ LARGEST_LENGTH = LARGEST_INDEX + 1 - LARGEST_TILE
 """No length exceeds this (a rule of every call): the last tile reaches past the end, and its rows are indices too."""
 
 DECODING_RANGES = {
-    **dict.fromkeys(("call.batch", "call.num_heads_q", "call.group", "tile.m_max"), (1, LARGEST_INDEX)),
+    **dict.fromkeys(
+        ("call.batch", "call.num_heads_q", "call.group", "tile.m_max", "tile.n_max"), (1, LARGEST_INDEX)
+    ),
     **dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE)),
     **dict.fromkeys(("tile.index", "tile.row"), (0, 2**31 - 1)),
     **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},

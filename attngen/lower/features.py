@@ -50,6 +50,7 @@ class Features:
     scales: ScaleKind | None
     promotes: bool
     hadamard_seed: int | None
+    gradients: tuple[str, ...]
     given: Mapping[str, Any]
 
     @classmethod
@@ -79,6 +80,7 @@ class Features:
             scales=scales if inputs is E4M3 else None,
             promotes=inputs is E4M3 and bool(promotes),
             hadamard_seed=precision.seed if precision.incoherent == "hadamard" else None,
+            gradients=spec.gradients,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
         )
 

@@ -11,6 +11,7 @@ from attngen.lower import warpgroups
 from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
+from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.params import declarations_read_by, pair_params, params
 from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
@@ -41,13 +42,13 @@ def lower(spec: Spec, arch: Arch) -> Call:
     if faults := wrong(spec, features, schedule):
         raise PlanError(faults)
     if plans := _from_table(features):
-        return assemble(plans)
+        return _assemble(features, plans)
     refused: list[tuple[Violation, ...]] = []
     plan = _first_legal(features, schedule, candidates(features, schedule), refused)
     if not plan and _first_legal(features, schedule, cheapest(features, schedule), refused):
         plan = _first_legal(features, schedule, nearest_first(features, schedule), [])
     if plan:
-        return assemble((plan,))
+        return _assemble(features, (plan,))
 
     @cache
     def passes(knob: str, value: int) -> bool:
@@ -56,6 +57,11 @@ def lower(spec: Spec, arch: Arch) -> Call:
 
     # The choice that is nearest to legal; of several the last, whose costs no other undercuts.
     raise PlanError(diagnostics(spec, features, min(reversed(refused), key=faults_of), passes))
+
+
+def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
+    """The call of attention kernels, and of the backward pass where the spec asks for gradients."""
+    return assemble(plans, gradient_plans(features, plans[-1]) if features.gradients else ())
 
 
 def _first_legal(

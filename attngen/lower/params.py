@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from attngen.expr import Declarations, Expr, TileClasses, free_names, tensor_names
+from attngen.expr import Declarations, Expr, Table, TileClasses, free_names, tensor_names
 from attngen.plan import Param, Rows, Tensor, table_value
 from attngen.schedules import Pairs
 
@@ -26,13 +26,26 @@ def pair_params(pairs: Pairs, common: Mapping[str, Any], sizes: tuple[str, ...])
         common: fields of the kernel's plan: what it reads of the spec's declarations, how it classes blocks of keys.
         sizes: fields that are there anyway.
     """
-    read: Declarations = common["declarations"]
     classes: TileClasses | None = common["tile_classes"]
     tables = classes.tables if classes else ()
+    names = {end: table_value(end, common["up_to"]) for table in tables for end in table.ends}
+    return (*_scale_params(pairs), *expression_params(common["declarations"], tables, names, sizes))
+
+
+def expression_params(
+    read: Declarations, tables: tuple[Table, ...], names: Mapping[str, str], sizes: tuple[str, ...]
+) -> tuple[Param, ...]:
+    """What expressions read: tensors, tables, sizes of these that no other field has, scalars.
+
+    Args:
+        read: of the spec's declarations.
+        tables: extremes of lookups.
+        names: of the values that are their ends.
+        sizes: fields that are there anyway.
+    """
     dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
     dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
     return (
-        *_scale_params(pairs),
         *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
         *(
             Param(f"stride_{i}_of_{name}", "i64", f"tensor.{name}.stride_{i}")
@@ -40,7 +53,7 @@ def pair_params(pairs: Pairs, common: Mapping[str, Any], sizes: tuple[str, ...])
             for i in range(len(tensor.dims))
         ),
         *(
-            Param(field, "pointer", f"{table_value(end, common['up_to'])}.ptr")
+            Param(field, "pointer", f"{names[end]}.ptr")
             for table in tables
             for field, end in zip(table.fields, table.ends, strict=True)
         ),

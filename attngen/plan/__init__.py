@@ -3,6 +3,7 @@
 from attngen.plan.assemble import COLUMNS_OF_HEADS, assemble, quantizing_sheets
 from attngen.plan.call import (
     COUNTER,
+    GRADIENTS_INTAKE,
     OPERANDS_INTAKE,
     Call,
     Guard,
@@ -89,6 +90,7 @@ __all__ = [
     "COUNTER",
     "Guard",
     "OPERANDS",
+    "GRADIENTS_INTAKE",
     "OPERANDS_INTAKE",
     "Call",
     "Cursor",

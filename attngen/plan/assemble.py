@@ -6,6 +6,7 @@ from typing import Literal
 
 from attngen.dtypes import E4M3, F32
 from attngen.plan.call import (
+    GRADIENTS_INTAKE,
     OPERANDS_INTAKE,
     Call,
     Guard,
@@ -29,6 +30,7 @@ from attngen.plan.sheets import (
     FillTables,
     FindMaxima,
     PackValues,
+    PrepareRows,
     Quantize,
     Sheet,
     source_of,
@@ -41,19 +43,25 @@ COLUMNS_OF_HEADS = ("batch", "head", "seqlen", "key")
 """Axes of a tensor whose rows are columns; strides of its rows are called as those of others."""
 
 
-def assemble(plans: Iterable[KernelPlan]) -> Call:
+def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan] = ()) -> Call:
     """The call of attention kernels that take one spec's calls, by their numbers of keys.
 
     Args:
         plans: the one for the most keys, or for any number, takes all calls that the others do not.
+        gradients: the kernels of the backward pass.
     """
+    backward = tuple(gradients)
     programs = by_length(plans)
     plan = programs[-1]
     quantizer = plan.quantizer
     kernels: list[KernelPlan | Sheet] = [*quantizing_sheets(quantizer)] if quantizer else []
     for each in programs:
         kernels += [FillTables(each), each] if each.tables else [each]
-    values = {value.name: value for value in _values(programs)}
+    if backward:
+        kernels.append(PrepareRows(plan))
+    for each in backward:
+        kernels += [FillTables(each), each] if each.tables else [each]
+    values = {value.name: value for value in (*_values(programs), *_values_of_gradients(plan, backward))}
     return Call(
         plan.arch,
         Manifest(
@@ -71,7 +79,7 @@ def assemble(plans: Iterable[KernelPlan]) -> Call:
             spec_digest=plan.spec_digest,
             values=tuple(values.values()),
             scalars=tuple(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
-            intakes=tuple(_intakes(plan)),
+            intakes=(*_intakes(plan), *((GRADIENTS,) if backward else ())),
             kernels=tuple(map(_entry, kernels)),
             launches=tuple(_launch(kernel, plan) for kernel in kernels),
         ),
@@ -112,6 +120,7 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
         return Launch(kernel.name, kernel.grid, kernel.tiles, kernel.reads, kernel.writes, when)
     reads = (
         *(tensor.name for tensor in kernel.reads),
+        *(rows.name for rows in kernel.read_rows),
         *(descale.name for descale in kernel.scales),
         *(f"tensor.{name}" for name in kernel.declarations.tensors),
         *kernel.table_values.values(),
@@ -179,18 +188,44 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for declared in plan.declarations.tensors.values():
         yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
     for each in programs:
-        for table in each.tables:
-            dtype = "f32" if table.lookup.type == "f32" else "i32"
-            for end in table.ends:
-                yield Value(each.table_values[end], dtype, table_shape(table, each), "kept")
-        for place in each.scratch:
-            columns = (place.cols,) if isinstance(place, Tensor) else ()
-            yield Value(place.name, F32.name, ("batch", "num_heads_q", "seqlen_q", *columns), "scratch")
+        yield from _tables_and_scratch(each)
     for place in plan.writes:
+        name, shape = place.name, value_shape(place)
         if isinstance(place, Tensor):
-            yield Value(place.name, place.dtype.name, value_shape(place), "output", place.name, ROWS_OF_HEADS)
+            yield Value(name, place.dtype.name, shape, "output", name, ROWS_OF_HEADS)
         else:
-            yield Value(place.name, F32.name, value_shape(place), "output", optional=place.optional)
+            yield Value(name, F32.name, shape, "output", name, optional=place.optional)
+
+
+def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
+    for table in plan.tables:
+        dtype = "f32" if table.lookup.type == "f32" else "i32"
+        for end in table.ends:
+            yield Value(plan.table_values[end], dtype, table_shape(table, plan), "kept")
+    for place in plan.scratch:
+        columns = (place.cols,) if isinstance(place, Tensor) else ()
+        yield Value(place.name, F32.name, ("batch", "num_heads_q", "seqlen_q", *columns), "scratch")
+
+
+GRADIENTS = Intake(GRADIENTS_INTAKE, (*TENSORS, "dout", "out", "lse", "dlse"))
+"""What a backward pass begins with."""
+
+
+def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan, ...]) -> Iterator[Value]:
+    """The values of a backward pass that the forward has not."""
+    if not gradients:
+        return
+    of_queries = ("batch", "num_heads_q", "seqlen_q")
+    (out,) = plan.outputs
+    yield Value("dout", out.dtype.name, value_shape(out), "given", "dout", ROWS_OF_HEADS)
+    yield Value("dlse", F32.name, of_queries, "given", "dlse", optional=True)
+    for each in gradients:
+        yield from _tables_and_scratch(each)
+        for rows in each.read_rows:
+            yield Value(rows.name, F32.name, value_shape(rows), "scratch")
+        for tensor in each.outputs:
+            shape = value_shape(tensor)
+            yield Value(tensor.name, tensor.dtype.name, shape, "output", tensor.name, ROWS_OF_HEADS)
 
 
 def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:

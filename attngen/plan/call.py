@@ -24,6 +24,8 @@ COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
 OPERANDS_INTAKE = "operands"
 """Name of the intake of values that an earlier call has quantised."""
+GRADIENTS_INTAKE = "gradients"
+"""Name of the intake of a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Value:
     shared: bool = False
 
     @property
+    def passed_as(self) -> str:
+        """What a caller calls it."""
+        return self.argument or self.name
+
+    @property
     def stride_names(self) -> tuple[str | int, ...]:
         """What its strides are called."""
         return self.axes or tuple(range(len(self.shape)))
@@ -78,10 +85,24 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Intake:
-    """Values that a call is given together, beside what the spec declares: one way to begin."""
+    """Values that a call is given together, beside what the spec declares: one way to begin.
+
+    Attributes:
+        values: those of Q, K and V, then those that are passed by name.
+    """
 
     name: str
     values: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The values of Q, K and V."""
+        return self.values[:3]
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The values that are passed by name."""
+        return self.values[3:]
 
 
 @dataclass(frozen=True)
@@ -301,6 +322,15 @@ class Call:
     @property
     def programs(self) -> tuple[KernelPlan, ...]:
         """The attention kernels, those for the fewest keys first."""
+        return tuple(plan for plan in self._plans if plan.direction == "forward")
+
+    @property
+    def gradients(self) -> tuple[KernelPlan, ...]:
+        """The kernels of the backward pass; none where the spec asks for no gradients."""
+        return tuple(plan for plan in self._plans if plan.direction == "backward")
+
+    @property
+    def _plans(self) -> tuple[KernelPlan, ...]:
         return tuple(kernel for kernel in self.kernels if isinstance(kernel, KernelPlan))
 
     @property

@@ -80,7 +80,8 @@ class KernelPlan:
         row_tiles: how many instruction-high row tiles each warp owns.
         warps: of the role that computes.
         overlap: whether the scores of a block are computed under the output of the one before.
-        reads, writes: tensors and rows of the call, whoever makes them.
+        direction: of the pass.
+        reads, read_rows, writes: tensors and rows of the call, whoever makes them.
         scratch: tensors and rows that nobody else sees.
         up_to: most keys of the calls that it takes; None for any.
         scales: of e4m3 Q, K and V; empty for others.
@@ -126,6 +127,8 @@ class KernelPlan:
     scales: tuple[Descales, ...] = ()
     quantizer: Quantizer | None = None
     up_to: int | None = None
+    direction: Literal["forward", "backward"] = "forward"
+    read_rows: tuple[Rows, ...] = ()
 
     @property
     def module(self) -> str:
@@ -145,7 +148,8 @@ class KernelPlan:
     @property
     def table_values(self) -> dict[str, str]:
         """The values that are the ends of tables, by the names that expressions have for them."""
-        return {end: table_value(end, self.up_to) for table in self.tables for end in table.ends}
+        suffix = "" if self.direction == "forward" else f".{self.schedule}"
+        return {end: table_value(end, self.up_to) + suffix for table in self.tables for end in table.ends}
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -175,6 +179,8 @@ class KernelPlan:
         heads = product("batch", "num_heads_q")
         if self.scheduler.kind == "heads":
             return heads
+        if self.scheduler.kind == "key_blocks":
+            return product("batch", "num_heads_kv", ceil_div("seqlen_k", self.block_n))
         return product(heads, ceil_div("seqlen_q", self.block_m))
 
     @property

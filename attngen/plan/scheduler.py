@@ -81,17 +81,21 @@ QUERIES = SequenceAxis("queries", "m", "q_idx", "tile.block_m")
 KEYS = SequenceAxis("keys", "n", "kv_idx", "tile.block_n")
 
 
+_HEADS_KV = floor_divide(name("call.num_heads_q"), name("call.group"))
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """Which tiles a block works on.
 
     Attributes:
-        kind: "query_blocks", one block of query rows of one head; "heads", one whole head.
+        kind: "query_blocks", one block of query rows of one head; "heads", one whole head; "key_blocks", one block of
+            keys of one head of K and V, for all query heads that share it.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
     """
 
-    kind: Literal["query_blocks", "heads"]
+    kind: Literal["query_blocks", "key_blocks", "heads"]
     longest_first: bool = False
     persistent: bool = False
 
@@ -99,18 +103,30 @@ class Scheduler:
     def count(self) -> Expr:
         """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
         heads = times(name("call.batch"), name("call.num_heads_q"))
+        if self.kind == "key_blocks":
+            return times(times(name("call.batch"), _HEADS_KV), KEYS.blocks(name("call.seqlen_k")))
         return heads if self.kind == "heads" else times(heads, QUERIES.blocks(name("call.seqlen_q")))
 
     @cached_property
     def decoding(self) -> Definitions:
         """What a tile works on, by its number `tile.index`.
 
-        Names of the language are fields of the tile: head, batch, head of K and V, block of rows (unless it works on
-        all of a head's), the lengths of its sequence, and where that starts among the rows of the tensors. What begins
+        Names of the language are fields of the tile: head (the first of those that share its keys, where it is for all
+        of them), batch, head of K and V, block of rows or of keys (unless it works on all of a head's), the lengths of
+        its sequence, and where that starts among the rows of the tensors. What begins
         with `tile.` is there to define them.
         """
         index, heads = name("tile.index"), name("call.num_heads_q")
-        if self.kind == "heads":
+        if self.kind == "key_blocks":
+            n_max, row = name("tile.n_max"), name("tile.row")
+            block = {
+                "tile.n_max": KEYS.blocks(name("call.seqlen_k")),
+                "tile.row": floor_divide(index, n_max),
+                KEYS.tile.name: modulo(index, n_max),
+            }
+            head = times(modulo(row, _HEADS_KV), name("call.group"))
+            batch = floor_divide(row, _HEADS_KV)
+        elif self.kind == "heads":
             head, batch, block = modulo(index, heads), floor_divide(index, heads), {}
         else:
             m_max, row = name("tile.m_max"), name("tile.row")

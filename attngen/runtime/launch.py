@@ -56,8 +56,8 @@ class Launcher:
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._kept_memory = KeptMemory()
         self._tensors = tuple(str(value.argument) for value in manifest.declared)
-        beside = {name: manifest.value_of[name] for intake in manifest.intakes for name in intake.values}
-        self._beside = tuple(str(value.argument) for value in beside.values() if not value.axes)
+        beside = dict.fromkeys(name for intake in manifest.intakes for name in intake.beside)
+        self._beside = tuple(manifest.value_of[name].passed_as for name in beside)
         self._scalars = {scalar.name: scalar.type for scalar in manifest.scalars}
 
     def run(
@@ -213,9 +213,7 @@ class Launcher:
 
     def _names(self, declared: Mapping[str, Any]) -> tuple[str, ...]:
         """The tensors that a call passes by name, in the order in which they are bound."""
-        return (
-            self._tensors + self._beside if any(map(declared.__contains__, self._beside)) else self._tensors
-        )
+        return self._tensors + tuple(filter(declared.__contains__, self._beside))
 
     def _numbers(self, declared: Mapping[str, Any]) -> dict[str, Any]:
         """Python's numbers for scalars that are not: a tensor is the same key whatever it holds."""

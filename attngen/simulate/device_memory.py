@@ -95,7 +95,8 @@ class DeviceMemory:
         self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return
-        batch, head, _ = tile.columns
+        batch, head, head_kv = tile.columns
+        head = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
         target = self.tensors[place.name]
         cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
         start = tile.sequence(place.axis)[0] + first
@@ -103,16 +104,19 @@ class DeviceMemory:
             target.dtype
         )
 
-    def unwritten(self, plan: KernelPlan, members: Iterable[Member]) -> tuple[str, int] | None:
+    def unwritten(
+        self, plan: KernelPlan, tiles: Iterable[tuple[int | None, Member]]
+    ) -> tuple[str, int] | None:
         """An output block, by name and number, that not every head has written exactly once."""
-        lengths = Counter(member.seqlen_q for member in members)
+        members = {member for _, member in tiles}
         wanted = (place for place in plan.writes if isinstance(place, Tensor) or self.wants(place))
-        for name in (place.name for place in wanted):
-            rows = self.share_rows.get(name, plan.block_m)
+        for place in wanted:
+            lengths = Counter(each.seqlen_k if place.axis == "keys" else each.seqlen_q for each in members)
+            rows = self.share_rows.get(place.name, plan.block_m)
             for share in range(ceil_div(max(lengths), rows)):
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
-                if self.members_written.get((name, share), 0) != heads:
-                    return name, share * rows // plan.block_m
+                if self.members_written.get((place.name, share), 0) != heads:
+                    return place.name, share * rows // plan.block_m
         return None
 
 

@@ -14,6 +14,7 @@ from attngen.simulate import (
     simulated_control,
     simulated_copies,
     simulated_gemms,
+    simulated_gradients,
     simulated_scales,
     simulated_softmax,
     simulated_sync,
@@ -35,6 +36,7 @@ _STEP_MODULES = (
     simulated_sync,
     simulated_copies,
     simulated_gemms,
+    simulated_gradients,
     simulated_softmax,
     simulated_scales,
 )
@@ -155,7 +157,7 @@ def run_call(
         if not isinstance(kernel, KernelPlan):
             values |= SHEETS_SIMULATED[type(kernel)](kernel, values, sizes)
             continue
-        if sizes.has_no_output:
+        if sizes.has_no_output and kernel.direction == "forward":
             continue
         run = KernelRun(
             kernel,
@@ -199,9 +201,8 @@ def _with_tables(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tens
 def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The values that an attention kernel's places name, heads before rows."""
     found = {scale.name: values[scale.name] for scale in plan.scales}
-    found |= {
-        place.name: values[place.name] for place in (*plan.scratch, *plan.writes) if place.name in values
-    }
+    rows = (*plan.read_rows, *plan.scratch, *plan.writes)
+    found |= {place.name: values[place.name] for place in rows if place.name in values}
     for tensor in (*plan.reads, *plan.outputs):
         x = values[tensor.name]
         if (
@@ -250,7 +251,7 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    if missing := run.device.unwritten(plan, {member for _, member in decoded(plan, sizes)}):
+    if missing := run.device.unwritten(plan, decoded(plan, sizes)):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.plan import BlockIndex, Cursor, Program, RegTile, RegVec, Role, Step, View
+from attngen.plan import Axis, BlockIndex, Cursor, Program, RegTile, RegVec, Role, Step, View
 from attngen.simulate.barriers import StageBarriers
 from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
 from attngen.simulate.tile_source import Tile
-from attngen.simulate.visits import Visited, ceil_div, visited_blocks
+from attngen.simulate.visits import Visited, block_bounds, ceil_div, visited_blocks
 
 if TYPE_CHECKING:
     from attngen.simulate.blocks import Block
@@ -147,6 +147,8 @@ class RoleRun:
             "m_max": ceil_div(tile.seqlen_q, plan.block_m),
             "n_end": ceil_div(tile.seqlen_k, plan.block_n),
         }
+        if tile.n_block is not None:
+            self.variables["n_block"] = tile.n_block
         if tile.m_block is not None:
             self.variables |= {"m_block": tile.m_block, **(tile.bounds._asdict() if tile.bounds else {})}
 
@@ -168,13 +170,21 @@ class RoleRun:
         share = rows // self.warpgroups
         return range(self.warpgroup * share, (self.warpgroup + 1) * share)
 
-    @property
-    def valid_query_rows(self) -> int:
-        """Rows of the present block of queries that are its own and exist."""
-        block = self.variables.get("m", self.variables.get("m_block", 0))
-        own = self.own_rows(self.call.plan.block_m)
-        first = block * self.call.plan.block_m + own.start
-        return max(0, min(len(own), self.tile.seqlen_q - first))
+    def valid_extent(self, axis: Axis) -> int:
+        """How much of the present block of queries, or of keys, is its own and exists."""
+        letter, size = ("m", self.call.plan.block_m) if axis == "queries" else ("n", self.call.plan.block_n)
+        block = self.variables.get(letter, self.variables.get(f"{letter}_block", 0))
+        own = self.own_rows(size)
+        return max(0, min(len(own), self.tile.sequence(axis)[1] - block * size - own.start))
+
+    def see_queries(self) -> None:
+        """Take up the blocks of queries that see the tile's keys, for the head at hand."""
+        self._visited.clear()
+        if self.call.plan.key_blocks is not None:
+            (seen,) = block_bounds(
+                self.call.plan, self.call.sizes, [self.variables["n_block"]], self.tile.members[0]
+            )
+            self.variables |= dict(zip(("m_min", "m_full_begin", "m_full_end", "m_stop"), seen, strict=True))
 
     # ---- who knows what ---------------------------------------------------------------------------------------------
     @property

@@ -54,5 +54,5 @@ def _valid(step: Product, axis: Axis, role: RoleRun) -> int:
     """How much of an axis of a product exists, of rows of accumulators the warpgroup's own."""
     views = [place for place in (step.a, step.b) if isinstance(place, View) and axis in place.axes]
     if axis in LENGTHS:
-        return role.valid_rows(views[0]) if views else role.valid_query_rows
+        return role.valid_rows(views[0]) if views else role.valid_extent(axis)
     return step.acc.valid_cols if axis in step.acc.axes else views[0].buffer.valid_cols

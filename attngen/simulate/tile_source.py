@@ -1,9 +1,9 @@
 """Which tiles a launch has, as the plan's scheduler decodes them, and who works on which."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,6 +14,7 @@ from attngen.simulate.visits import (
     Sizes,
     Visited,
     all_blocks,
+    asks_for,
     block_bounds,
     decoded,
     visited_blocks,
@@ -30,17 +31,23 @@ class Tile:
     """What a block works on.
 
     Attributes:
-        m_block: block of rows; None where a block does a whole head.
+        m_block: block of rows; None where a block does a whole head, or a block of keys.
         bounds: its blocks of keys, where they have a closed form and m_block is not None.
         walk: its blocks of keys, where they have none.
         members: heads that the simulator runs in lockstep, as one block with stacked values, because nothing
             that steers the program differs between them, lengths included. On a GPU each is a block of its own.
+        n_block: block of keys, for all heads that share it; `members` are then the first of these.
     """
 
     m_block: int | None
     bounds: BlockBounds | None
     walk: tuple[Visited, ...] | None
     members: tuple[Member, ...]
+    n_block: int | None = None
+
+    def of_group(self, place: int) -> Self:
+        """The tile for another of the query heads that share its keys."""
+        return replace(self, members=tuple(each._replace(head=each.head + place) for each in self.members))
 
     @property
     def visits(self) -> int:
@@ -85,6 +92,13 @@ def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[
     alike: dict[Any, dict[tuple[int, ...], list[Member]]] = {}
     for m_block, member in decoded(plan, sizes):
         alike.setdefault(m_block, {}).setdefault(telling(member), []).append(member)
+    if plan.scheduler.kind == "key_blocks":
+        together = 1 if any(asks_for(plan)) else lockstep
+        for n_block, heads in alike.items():
+            for members in heads.values():
+                for i in range(0, len(members), together):
+                    yield Tile(None, None, None, tuple(members[i : i + together]), n_block)
+        return
     bounds_of: dict[tuple[int, ...], dict[Any, BlockBounds]] = {}
     for m_block, heads in alike.items():
         takers: dict[Any, list[Member]] = {}

@@ -129,7 +129,7 @@ def evaluated(
 
 
 def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[int | None, Member], ...]:
-    """The block of rows, or None for all of them, and the head that each tile of a launch works on, by its number."""
+    """The block of rows or keys, or None for all of them, and the head that each tile works on, by its number."""
     call = tuple((f"call.{size}", value) for size, value in sizes.values.items())
     return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()))
 
@@ -143,7 +143,8 @@ def _decoded(
     if not count:
         return ()
     tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)})
-    blocks = _listed(tile[QUERIES.tile.name], count) if QUERIES.tile.name in tile else [None] * count
+    axis = KEYS if scheduler.kind == "key_blocks" else QUERIES
+    blocks = _listed(tile[axis.tile.name], count) if axis.tile.name in tile else [None] * count
     return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in _DECODED)), strict=True))
 
 
@@ -161,7 +162,7 @@ def block_bounds(
     """
     assert plan.key_blocks is not None
     numbers = m_blocks[0] if len(m_blocks) == 1 else torch.tensor(m_blocks, dtype=torch.int64)
-    names = _names(plan, sizes, member, QUERIES, numbers)
+    names = _names(plan, sizes, member, plan.key_blocks.axis.other, numbers)
     seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes))
     found = evaluated(seen.definitions, names, sizes.declared.tensors)
     ends = (found[f"seen.{end.removeprefix('n_')}"] for end in BlockBounds._fields)

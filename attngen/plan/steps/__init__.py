@@ -8,6 +8,7 @@ from attngen.plan.steps.control import (
     Condition,
     DrawTile,
     ForBlocks,
+    ForHeads,
     ForTiles,
     ForVisited,
     Note,
@@ -36,6 +37,7 @@ from attngen.plan.steps.copies import (
     WaitStores,
 )
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
+from attngen.plan.steps.gradient_steps import RecoverP, ScaleGradient, ScoreGradient
 from attngen.plan.steps.scales import (
     CopyRows,
     Promote,
@@ -93,6 +95,7 @@ __all__ = [
     "FenceAsync",
     "FinishRows",
     "ForBlocks",
+    "ForHeads",
     "ForTiles",
     "ForVisited",
     "Gemm",
@@ -114,12 +117,15 @@ __all__ = [
     "ReadTile",
     "ReadTopScale",
     "ReadValueWeight",
+    "RecoverP",
     "ReduceRows",
     "Release",
     "RowMax",
     "STEPS",
+    "ScaleGradient",
     "ScaleKeys",
     "ScaleRows",
+    "ScoreGradient",
     "SeedScores",
     "StageScales",
     "StageTile",

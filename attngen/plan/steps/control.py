@@ -47,6 +47,16 @@ class When(Step):
 
 
 @dataclass(frozen=True)
+class ForHeads(Step):
+    """Run the body for every query head that shares the tile's head of K and V."""
+
+    body: Program
+
+    def __str__(self) -> str:
+        return "for each query head of the group:"
+
+
+@dataclass(frozen=True)
 class WhenBlock(Step):
     """Run the body where block `block` is not left of `first`, that is, exists."""
 
@@ -150,7 +160,9 @@ class Note(Step):
         return f"# {self.text}"
 
 
-_HoldsSteps = ForTiles | ForBlocks | ForVisited | When | WhenBlock | WhenNext | WhenVisited | WhenPartial
+_HoldsSteps = (
+    ForTiles | ForHeads | ForBlocks | ForVisited | When | WhenBlock | WhenNext | WhenVisited | WhenPartial
+)
 
 
 def body_of(step: Step) -> Program:

@@ -1,0 +1,61 @@
+"""Attention as a function that torch's autograd differentiates: a kernel's call, and its backward pass.
+
+Neither second derivatives nor forward-mode ones are there, and both are refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attngen.errors import ArgumentError
+
+
+def is_differentiated(*inputs: Any) -> bool:
+    """Whether autograd records what is done to these."""
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
+
+
+class Attention(torch.autograd.Function):
+    """Out and lse of q, k and v; what else a call takes is not differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None,
+        layout: str,
+        declared: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call the kernel, and keep what its backward pass takes."""
+        out, lse = kernel(q, k, v, softmax_scale, True, None, layout, **declared)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.kernel, ctx.rest = kernel, (softmax_scale, layout, declared)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of q, k and v; of an output that nobody used the gradient is 0.
+
+        Raises:
+            ArgumentError: the gradients are to be differentiated themselves.
+        """
+        if torch.is_grad_enabled():
+            raise ArgumentError(
+                "create_graph", "True", "False: there are no second derivatives", "differentiate once"
+            )
+        q, k, v, out, lse = ctx.saved_tensors
+        softmax_scale, layout, declared = ctx.rest
+        if dout is None:
+            dout = torch.zeros_like(out)
+        elif dout.stride(-1) != 1 and dout.shape[-1] > 1:  # of a sum it is one number, expanded
+            dout = dout.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        gradients = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, softmax_scale, layout, **declared)
+        return None, *gradients, None, None, None

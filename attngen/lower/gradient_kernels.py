@@ -1,0 +1,229 @@
+"""The kernels of a backward pass, beside the forward's: tiles, storage and parameters. Every number is chosen here."""
+
+from dataclasses import replace
+from typing import Any
+
+from attngen.dtypes import F32
+from attngen.expr import derivative, row_range, tile_classes
+from attngen.lower.features import Features
+from attngen.lower.params import declarations_read_by, expression_params
+from attngen.lower.rounding import round_up
+from attngen.plan import (
+    KEYS,
+    QUERIES,
+    ROWS_OF_K,
+    ROWS_OF_O,
+    ROWS_OF_Q,
+    ROWS_OF_V,
+    SCORES,
+    Axis,
+    Buffer,
+    KernelPlan,
+    Param,
+    RegTile,
+    Role,
+    Rows,
+    Scheduler,
+    Tensor,
+    seen_blocks,
+)
+from attngen.schedules.backward import (
+    GradientPlaces,
+    KeyGradient,
+    KeyGradientPlaces,
+    PairGradient,
+    QueryGradientPlaces,
+    key_gradients,
+    query_gradients,
+)
+from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.pairs import SCORE
+
+WARPS = 4
+ONE_KERNEL = 128
+"""The most columns of a head of whose keys one kernel has registers for both gradients."""
+LSE_LOG2, DELTA = Rows("lse_log2", "queries"), Rows("delta", "queries")
+_SIZES = ("seqlen_q", "seqlen_k", "num_heads_q", "group")
+
+
+def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan, ...]:
+    """The kernel of dQ, and that of dK and dV, or of wide heads one each.
+
+    Of a tile the side that owns a gradient has 16 rows for each of four warps. The other is as long as NVRTC 13.0.88
+    compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256.
+    """
+    widest = features.head_dim
+    queries = _of_queries(features, forward, 64, 64 if widest <= 128 else 32)
+    if widest <= ONE_KERNEL:
+        return (queries, _of_keys(features, forward, 64 if widest <= 64 else 32, 64, ("dv", "dk")))
+    return (queries, *(_of_keys(features, forward, 32, 64, (each,)) for each in ("dv", "dk")))
+
+
+def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
+    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES)
+    at = QueryGradientPlaces(
+        **common,
+        keys=KeyLoop(features.pairs.visible),
+        acc_dq=RegTile("acc_dq", F32, ROWS_OF_Q, block_m, qk_cols, features.head_dim_qk, "accumulator"),
+        dq=replace(common["q"], name="dq", dtype=features.inputs, overlays="q"),
+        result=Tensor("dq", features.inputs, ROWS_OF_Q, features.head_dim_qk, "q"),
+    )
+    pair = at.pair
+    return replace(
+        _plan(features, forward, "query_gradients", at, (at.dq,), (at.result,)),
+        block_m=block_m,
+        block_n=block_n,
+        qk_cols=qk_cols,
+        v_cols=v_cols,
+        row_tiles=block_m // (features.arch.mma.m * WARPS),
+        key_blocks=seen_blocks(features.pairs.visible, KEYS),
+        scheduler=Scheduler("query_blocks", longest_first=features.upper),
+        roles=(Role("warps", WARPS, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
+        smem_bytes=smem_bytes,
+    )
+
+
+def _of_keys(
+    features: Features, forward: KernelPlan, block_m: int, block_n: int, wanted: tuple[str, ...]
+) -> KernelPlan:
+    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES[::-1])
+    pair: PairGradient = common["pair"]
+    pair = common["pair"] = replace(pair, p=pair.p if "dv" in wanted else None)
+    visible = row_range(features.mask)
+
+    def gradient(name: str, beside: Buffer, pairs: RegTile, times: Buffer) -> KeyGradient:
+        rows, cols, valid = beside.rows, beside.cols, beside.valid_cols
+        return KeyGradient(
+            acc=RegTile(f"acc_{name}", F32, beside.axes, rows, cols, valid, "accumulator"),
+            pairs=pairs,
+            times=times,
+            staged=replace(beside, name=name, overlays=beside.name),
+            result=Tensor(name, features.inputs, beside.axes, valid, "kv"),
+            is_scaled=pairs is pair.ds,
+        )
+
+    gradients = []
+    if pair.p is not None:
+        gradients.append(gradient("dv", common["v"], pair.p, common["do"]))
+    if "dk" in wanted:
+        gradients.append(gradient("dk", common["k"], pair.ds, common["q"]))
+    at = KeyGradientPlaces(**common, visible=visible, gradients=tuple(gradients))
+    program = key_gradients(at)
+    schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
+    of_ds = (pair.dp, pair.ds) if "dk" in wanted else ()
+    tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in gradients))
+    staged, results = (tuple(getattr(each, name) for each in gradients) for name in ("staged", "result"))
+    return replace(
+        _plan(features, forward, schedule, at, staged, results),
+        block_m=block_m,
+        block_n=block_n,
+        qk_cols=qk_cols,
+        v_cols=v_cols,
+        row_tiles=block_n // (features.arch.mma.m * WARPS),
+        tile_classes=None if visible else tile_classes(features.mask),
+        key_blocks=seen_blocks(visible, QUERIES),
+        scheduler=Scheduler("key_blocks"),
+        roles=(Role("warps", WARPS, program, tiles),),
+        smem_bytes=smem_bytes,
+    )
+
+
+def _places(
+    features: Features, block_m: int, block_n: int, axes: tuple[Axis, ...]
+) -> tuple[dict[str, Any], int, int, int]:
+    """The fields of `GradientPlaces`, padded columns of Q and of V, and bytes of shared memory."""
+    inputs, step = features.inputs, features.arch.mma.k
+    qk, v = features.head_dim_qk, features.head_dim_v
+    qk_cols, v_cols = round_up(qk, step), round_up(v, step)
+    sides = {"queries": block_m, "keys": block_n}
+    rows, cols = (sides[axis] for axis in axes)
+    score = features.pairs.score
+    pair = PairGradient(
+        s=RegTile("acc_s", F32, axes, rows, cols, cols, "accumulator"),
+        dp=RegTile("acc_dp", F32, axes, rows, cols, cols, "accumulator"),
+        p=RegTile("p", inputs, axes, rows, cols, cols, "a_fragment") if axes != SCORES else None,
+        ds=RegTile("ds", inputs, axes, rows, cols, cols, "a_fragment"),
+        lse=LSE_LOG2,
+        delta=DELTA,
+        score=None if score is SCORE else score,
+        slope=None if score is SCORE else derivative(score),
+        mask=features.mask,
+    )
+    q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk)
+    do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, offset=q.size_bytes)
+    k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, offset=do.offset + do.size_bytes)
+    v_buffer = Buffer("v", inputs, ROWS_OF_V, block_n, v_cols, v, offset=k.offset + k.size_bytes)
+    fields = dict(
+        pair=pair,
+        score_unroll=4,
+        q=q,
+        k=k,
+        v=v_buffer,
+        do=do,
+        q_in=Tensor("q", inputs, ROWS_OF_Q, qk, "q"),
+        k_in=Tensor("k", inputs, ROWS_OF_K, qk, "kv"),
+        v_in=Tensor("v", inputs, ROWS_OF_V, v, "kv"),
+        do_in=Tensor("dout", inputs, ROWS_OF_O, v, "q"),
+    )
+    return fields, qk_cols, v_cols, v_buffer.offset + v_buffer.size_bytes
+
+
+def _plan(
+    features: Features,
+    forward: KernelPlan,
+    schedule: str,
+    at: GradientPlaces,
+    staged: tuple[Buffer, ...],
+    writes: tuple[Tensor, ...],
+) -> KernelPlan:
+    """What both kernels have in common, and with the forward's."""
+    reads = (at.q_in, at.k_in, at.v_in, at.do_in)
+    score = features.pairs.score
+    plan = replace(
+        forward,
+        direction="backward",
+        name=f"{forward.name.replace('attn_fwd', 'attn_bwd')}_{schedule}",
+        output=features.inputs,
+        score_factor=features.pairs.score_factor,
+        tile_classes=None if features.pairs.visible else tile_classes(features.mask),
+        declarations=declarations_read_by(features.declarations, features.mask, score),
+        schedule=schedule,
+        stages=1,
+        warps=WARPS,
+        overlap=False,
+        reads=reads,
+        read_rows=(LSE_LOG2, DELTA),
+        writes=writes,
+        scratch=(),
+        buffers=(at.q, at.do, at.k, at.v, *staged),
+        blocks_per_sm=1,
+        rings=(),
+        tensor_maps=(),
+        quantizer=None,
+        up_to=None,
+    )
+    return replace(plan, params=_params(plan, at.pair))
+
+
+def _params(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
+    tensors = (*plan.reads, *plan.outputs)
+    scales = (
+        (Param("softmax_scale_log2", "f32", "product_log2"),)
+        if pair.score is None
+        else (
+            Param("softmax_scale", "f32", "softmax_scale"),
+            Param("softmax_scale_log2", "f32", "score_factor_log2"),
+        )
+    )
+    return (
+        *(Param(name, "pointer", f"{name}.ptr") for name in map(str, (*tensors, *plan.read_rows))),
+        *(
+            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+            for tensor in tensors
+            for axis in ("batch", "seqlen", "head")
+        ),
+        *(Param(size, "i32", size) for size in ("batch", *_SIZES)),
+        *scales,
+        Param("gradient_scale", "f32", "gradient_scale"),
+        *expression_params(plan.declarations, plan.tables, plan.table_values, ("batch", *_SIZES)),
+    )

@@ -1,0 +1,73 @@
+"""Steps of the backward pass: probabilities recomputed, and the gradient of the scores.
+
+Queries may be the rows of a tile or its columns: which they are, its axes say.
+"""
+
+from dataclasses import dataclass
+
+from attngen.expr import Expr
+from attngen.plan.places import BlockIndex, RegTile, Rows
+from attngen.plan.steps.step import Step
+
+
+@dataclass(frozen=True)
+class RecoverP(Step):
+    """s = 2^(score in log2 units - lse), 0 for pairs that are hidden or do not exist; p = that rounded; s = s slope.
+
+    Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4, line 13.
+
+    Attributes:
+        s: products of queries and keys.
+        p: the A operand of dV; None where nobody wants it.
+        lse: log-sum-exp of every query in log2 units, +inf where it sees no key.
+        rows, block: of queries and of keys.
+        score: out of the scaled product; `slope`, its derivative. Both are None where it is that product.
+        mask: which pairs are visible; None where all are, and exist.
+    """
+
+    s: RegTile
+    p: RegTile | None
+    lse: Rows
+    rows: BlockIndex
+    block: BlockIndex
+    score: Expr | None
+    slope: Expr | None
+    mask: Expr | None
+
+    def __str__(self) -> str:
+        rounded = f"; {self.p} = {self.s} rounded" if self.p else ""
+        slope = f"; {self.s} = {self.s} times the score's slope" if self.slope else ""
+        masked = "" if self.mask is None else ", 0 where masked"
+        return f"{self.s} = exp2(scaled {self.s} - {self.lse}[{self.rows}]){masked}{rounded}{slope}"
+
+
+@dataclass(frozen=True)
+class ScoreGradient(Step):
+    """ds = s (dp - delta), rounded to the input type: the gradient of the products, as an A operand.
+
+    Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4, line 20.
+
+    Attributes:
+        dp: dO Vᵀ of the pairs of `s`.
+        delta: of every query the sum over the columns of dO O.
+        rows: block of queries.
+    """
+
+    s: RegTile
+    dp: RegTile
+    delta: Rows
+    rows: BlockIndex
+    ds: RegTile
+
+    def __str__(self) -> str:
+        return f"{self.ds} = {self.s} ({self.dp} - {self.delta}[{self.rows}]) rounded"
+
+
+@dataclass(frozen=True)
+class ScaleGradient(Step):
+    """Multiply an accumulator by softmax_scale, and by the constant factor of the score: what dS was left without."""
+
+    acc: RegTile
+
+    def __str__(self) -> str:
+        return f"{self.acc} = {self.acc} times the scale of gradients"

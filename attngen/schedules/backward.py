@@ -1,0 +1,230 @@
+"""The backward pass as two kernels that every warp runs alike: dQ of a block of queries, dK and dV of a block of keys.
+
+P is recomputed from lse, so that nothing of the size of the scores is kept; each gradient has one owner, so that there
+are no atomic additions and the same bits in every run. dK and dV work on transposed scores, whose accumulators are the
+A operands of both. Seven matrix products a pair of blocks.
+Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Dao, "FlashAttention-2", arXiv 2307.08691, 3.1.2.
+"""
+
+from dataclasses import dataclass
+
+from attngen.expr import Expr, IndexRange
+from attngen.plan import BlockIndex, Buffer, Program, Range, RegTile, Rows, Tensor
+from attngen.plan.steps import (
+    Clear,
+    CommitCopies,
+    ForBlocks,
+    ForHeads,
+    ForTiles,
+    Gemm,
+    LoadTile,
+    Note,
+    RecoverP,
+    ScaleGradient,
+    ScoreGradient,
+    StageTile,
+    StoreTile,
+    SyncThreads,
+    WaitCopies,
+    When,
+)
+from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop
+
+M, N_BLOCK, ZERO = BlockIndex("m"), BlockIndex("n_block"), BlockIndex("zero")
+M_MIN, M_FULL_BEGIN = BlockIndex("m_min"), BlockIndex("m_full_begin")
+M_FULL_END, M_STOP = BlockIndex("m_full_end"), BlockIndex("m_stop")
+LAND: Program = (CommitCopies(), WaitCopies(0), SyncThreads())
+
+
+@dataclass(frozen=True)
+class PairGradient:
+    """What becomes of the products of a block of queries and one of keys.
+
+    Attributes:
+        s, dp: accumulators of the products, Q Kᵀ and dO Vᵀ, or both transposed.
+        p, ds: rounded, as A operands; P where it is wanted.
+        lse, delta: of every query, as `PrepareRows` leaves them.
+        score, slope: of the scaled product; None where the score is that.
+        mask: of the spec.
+    """
+
+    s: RegTile
+    dp: RegTile
+    p: RegTile | None
+    ds: RegTile
+    lse: Rows
+    delta: Rows
+    score: Expr | None
+    slope: Expr | None
+    mask: Expr
+
+    def of(self, rows: BlockIndex, block: BlockIndex, is_masked: bool, wants_ds: bool = True) -> Program:
+        """P and dS of a pair of blocks whose products are there."""
+        mask, slope = self.mask if is_masked else None, self.slope if wants_ds else None
+        return (
+            RecoverP(self.s, self.p, self.lse, rows, block, self.score, slope, mask),
+            *((ScoreGradient(self.s, self.dp, self.delta, rows, self.ds),) if wants_ds else ()),
+        )
+
+
+@dataclass(frozen=True)
+class GradientPlaces:
+    """What both kernels may name.
+
+    Attributes:
+        pair: what becomes of products.
+        score_unroll: k-steps of a product that are written out.
+        q, k, v, do: tiles in shared memory.
+        q_in, k_in, v_in, do_in: tensors in device memory.
+    """
+
+    pair: PairGradient
+    score_unroll: int
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    do: Buffer
+    q_in: Tensor
+    k_in: Tensor
+    v_in: Tensor
+    do_in: Tensor
+
+    def load_queries(self, rows: BlockIndex) -> Program:
+        """Start loading Q and dO of a block of queries."""
+        return (
+            LoadTile(self.q.at(), self.q_in, rows, pads=True),
+            LoadTile(self.do.at(), self.do_in, rows, pads=True),
+        )
+
+    def load_keys(self, block: BlockIndex) -> Program:
+        """Start loading K and V of a block of keys."""
+        return (
+            LoadTile(self.k.at(), self.k_in, block, pads=True),
+            LoadTile(self.v.at(), self.v_in, block, pads=True),
+        )
+
+
+@dataclass(frozen=True)
+class QueryGradientPlaces(GradientPlaces):
+    """What the kernel of dQ may name.
+
+    Attributes:
+        keys: how it comes to the blocks of keys of a tile.
+        acc_dq: (block_m, head_dim_qk).
+        dq: where dQ is rounded, over `q`; `result`, where it goes.
+    """
+
+    keys: KeyLoop
+    acc_dq: RegTile
+    dq: Buffer
+    result: Tensor
+
+
+@dataclass(frozen=True)
+class KeyGradient:
+    """A gradient that a block of keys owns.
+
+    Attributes:
+        acc: (block_n, columns).
+        pairs: the A operand that it sums: dSᵀ for dK, Pᵀ for dV.
+        times: the tile of queries that this is multiplied by.
+        staged: where it is rounded, over the tile that it is the gradient of; `result`, where it goes.
+        is_scaled: its pairs were left without softmax_scale.
+    """
+
+    acc: RegTile
+    pairs: RegTile
+    times: Buffer
+    staged: Buffer
+    result: Tensor
+    is_scaled: bool
+
+
+@dataclass(frozen=True)
+class KeyGradientPlaces(GradientPlaces):
+    """What the kernel of dK and dV may name.
+
+    Attributes:
+        visible: the queries that see a key, where they have a closed form.
+        gradients: dV, dK, or both: of wide heads registers hold one.
+    """
+
+    visible: IndexRange | None
+    gradients: tuple[KeyGradient, ...]
+
+
+def query_gradients(at: QueryGradientPlaces) -> Program:
+    """The program of every warp: dQ of a block of queries, over the keys that it sees."""
+
+    def block(at_block: KeyBlock) -> Program:
+        n = at_block.n
+        return (
+            SyncThreads(),
+            *at.load_keys(n),
+            *LAND,
+            Note("S = Q Kᵀ, dP = dO Vᵀ"),
+            Gemm(at.pair.s, at.q.at(), at.k.at(), starts_at_zero=True, unroll=at.score_unroll),
+            Gemm(at.pair.dp, at.do.at(), at.v.at(), starts_at_zero=True, unroll=at.score_unroll),
+            *at.pair.of(M_BLOCK, n, at_block.masked != "no"),
+            Note("dQ += dS K"),
+            Gemm(at.acc_dq, at.pair.ds, at.k.at(), starts_at_zero=False),
+        )
+
+    return (
+        ForTiles(
+            (
+                Clear(at.acc_dq),
+                *at.keys.start(VISIT),
+                *at.load_queries(M_BLOCK),
+                *at.keys.for_all_blocks(block),
+                ScaleGradient(at.acc_dq),
+                *LAND,
+                StageTile(at.acc_dq, at.dq.at()),
+                SyncThreads(),
+                StoreTile(at.dq.at(), at.result, M_BLOCK),
+            )
+        ),
+    )
+
+
+def key_gradients(at: KeyGradientPlaces) -> Program:
+    """The program of every warp: dK and dV of a block of keys, over the queries that see it, head after head."""
+    wants_ds = any(each.pairs is at.pair.ds for each in at.gradients)
+    dp = Gemm(at.pair.dp, at.v.at(), at.do.at(), starts_at_zero=True, unroll=at.score_unroll)
+
+    def block(is_masked: bool) -> Program:
+        return (
+            SyncThreads(),
+            *at.load_queries(M),
+            *LAND,
+            Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
+            Gemm(at.pair.s, at.k.at(), at.q.at(), starts_at_zero=True, unroll=at.score_unroll),
+            *((dp,) if wants_ds else ()),
+            *at.pair.of(M, N_BLOCK, is_masked, wants_ds),
+            Note("dV += Pᵀ dO, dK += dSᵀ Q"),
+            *(Gemm(each.acc, each.pairs, each.times.at(), starts_at_zero=False) for each in at.gradients),
+        )
+
+    if at.visible is None:
+        every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
+        loops: Program = (ForBlocks(every, "m", (When("m sees n", block(is_masked=True)),)),)
+    else:
+        left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
+        full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
+        right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
+        ranges = (*((left,) if at.visible.lower else ()), full, right)
+        loops = tuple(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges)
+    return (
+        ForTiles(
+            (
+                *(Clear(each.acc) for each in at.gradients),
+                *at.load_keys(N_BLOCK),
+                ForHeads(loops),
+                *(ScaleGradient(each.acc) for each in at.gradients if each.is_scaled),
+                *LAND,
+                *(StageTile(each.acc, each.staged.at()) for each in at.gradients),
+                SyncThreads(),
+                *(StoreTile(each.staged.at(), each.result, N_BLOCK) for each in at.gradients),
+            )
+        ),
+    )

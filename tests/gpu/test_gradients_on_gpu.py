@@ -1,0 +1,127 @@
+"""Gradients on a GPU: within the rule, the same bits in every run, captured, and of no more memory than they say."""
+
+import pytest
+import torch
+
+import attngen
+from attngen.arch import arch_for_capability
+from tests.gradients.backward_cases import CASES, MASKS, SCORES, BackwardCase
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+
+LENGTHS = ((113, 203), (128, 217), (239, 1), (799, 3), (1023, 1024), (1024, 1023))
+WIDE = (
+    *(
+        BackwardCase(mask, lengths=lengths, heads=(6, 2))
+        for mask in ("full", "causal")
+        for lengths in LENGTHS
+    ),
+    *(
+        BackwardCase(mask, score, (257, 385), (6, 2), (dim, dim), inputs)
+        for dim in (32, 40, 64, 96, 128, 160, 192, 256)
+        for mask, score in (("causal", "score"), ("causal and document(doc)", "softcap(score, 3.0)"))
+        for inputs in ("bf16", "f16")
+    ),
+    *(
+        BackwardCase("causal", lengths=(300, 300), heads=heads, head_dim=(64, 64))
+        for heads in ((3, 3), (8, 1))
+    ),
+    *(BackwardCase("causal", lengths=(300, 300), head_dim=dims) for dims in ((192, 128), (64, 32))),
+    *(BackwardCase(mask, score, (200, 200), (4, 2), (64, 64)) for mask in MASKS for score in SCORES),
+)
+
+
+def target() -> str:
+    return arch_for_capability(torch.cuda.get_device_capability()).name
+
+
+def gradients(case: BackwardCase, kernel: attngen.Kernel) -> tuple:
+    """Inputs, declared tensors, out, lse and the gradients of a case."""
+    drawn, declared = case.inputs_on("cuda")
+    q, k, v, dout = drawn
+    out, lse = kernel(q, k, v, case.scale, return_lse=True, **declared)
+    return (
+        drawn,
+        declared,
+        out,
+        lse,
+        kernel.backward(dout, q, k, v, out, lse, softmax_scale=case.scale, **declared),
+    )
+
+
+@pytest.mark.parametrize("case", (*CASES, *WIDE), ids=str)
+def test_gradients_are_within_the_rule(case: BackwardCase) -> None:
+    """Every head_dim, mask, score and length, against fp64."""
+    drawn, declared, out, lse, got = gradients(case, case.kernel(target()))
+    verdict = case.verdict(got, drawn, declared, out=out, lse=lse)
+    assert verdict.ok, verdict.failures
+
+
+@pytest.mark.parametrize(
+    "case", [WIDE[1], WIDE[-1], BackwardCase("causal", lengths=(300, 300), head_dim=(256, 256))], ids=str
+)
+def test_the_same_bits_come_out_in_every_run(case: BackwardCase) -> None:
+    """Fifty runs, under whatever else the GPU does: each gradient has one owner, who adds in one order."""
+    kernel = case.kernel(target())
+    drawn, declared, out, lse, first = gradients(case, kernel)
+    q, k, v, dout = drawn
+    for _ in range(50):
+        again = kernel.backward(dout, q, k, v, out, lse, **declared)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_autograd_and_graphs_run_the_same_kernels() -> None:
+    """A training step by autograd, alone and replayed from a CUDA graph, has the bits of `Kernel.backward`."""
+    case = BackwardCase("causal", lengths=(300, 300), heads=(4, 2), head_dim=(64, 64))
+    kernel = case.kernel(target())
+    drawn, _, out, lse, expected = gradients(case, kernel)
+    q, k, v, dout = drawn
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    got = torch.autograd.grad(kernel(*leaves), leaves, dout)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = kernel.backward(dout, q, k, v, out, lse)
+    for x in replayed:
+        x.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(replayed, expected, strict=True))
+
+
+def test_a_pass_allocates_its_gradients_and_two_rows() -> None:
+    """Beside dQ, dK and dV there are D and lse in log2 units, of f32 a row each."""
+    case = BackwardCase("causal", lengths=(512, 512), heads=(4, 4), head_dim=(64, 64))
+    kernel = case.kernel(target())
+    drawn, _, out, lse, got = gradients(case, kernel)
+    q, k, v, dout = drawn
+    del got
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = kernel.backward(dout, q, k, v, out, lse)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak == sum(x.numel() * 2 for x in got) + 2 * 4 * lse.numel()
+
+
+@pytest.mark.parametrize("how", ["sum", "transposed", "sliced"])
+def test_strides_of_dout_are_read(how: str) -> None:
+    """dO of a sum, of a transpose and of a slice with far rows gives what a dense one does."""
+    case = BackwardCase("causal", lengths=(130, 130), heads=(4, 2), head_dim=(64, 64))
+    kernel = case.kernel(target())
+    drawn, _, out, lse, _ = gradients(case, kernel)
+    q, k, v, dout = drawn
+    if how == "sum":
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        got = torch.autograd.grad(kernel(*leaves).sum(), leaves)
+        dense = torch.ones_like(dout)
+    elif how == "transposed":
+        dense = dout
+        got = kernel.backward(dout.transpose(1, 2).contiguous().transpose(1, 2), q, k, v, out, lse)
+    else:
+        far = torch.zeros(2, 130, 4, 2**12, device="cuda", dtype=dout.dtype)
+        far[..., :64] = dout
+        dense, got = dout, kernel.backward(far[..., :64], q, k, v, out, lse)
+    for x, y in zip(got, kernel.backward(dense, q, k, v, out, lse), strict=True):
+        assert torch.equal(x, y)
