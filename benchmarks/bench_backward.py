@@ -1,0 +1,97 @@
+"""The backward pass beside torch's cuDNN and FlashAttention-2: `python benchmarks/bench_backward.py --out DIR`.
+
+All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqlen = 16384, heads·head_dim = 2048, 2.5
+times the forward's FLOPs. `--targets` are where attngen's kernels are emitted for.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import attngen
+from attngen.check import timing
+from attngen.check.inputs import random_inputs
+
+LENGTHS = (1024, 4096, 16384)
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+FACTOR = 2.5
+"""FLOPs of a backward pass to those of the forward, by convention: five products for two."""
+
+
+def passes(head_dim: int, causal: bool, length: int, targets: list[str]) -> Iterator[tuple[str, timing.Run]]:
+    """A backward pass of each contender on the same inputs."""
+    shape = timing.grid_shape(length, head_dim)
+    q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
+    dout = torch.randn_like(q)
+    for target in targets:
+        kernel = attngen.compile(
+            {
+                "target": target,
+                "problem": {"head_dim": head_dim},
+                "mask": "causal" if causal else "full",
+                "gradients": ["q", "k", "v"],
+            }
+        )
+        out, lse = kernel(q, k, v, return_lse=True)
+        yield f"attngen {target}", partial(kernel.backward, dout, q, k, v, out, lse)
+    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+    for name, backend in PEERS.items():
+        try:
+            with sdpa_kernel(backend):
+                made = scaled_dot_product_attention(*leaves, is_causal=causal)
+        except RuntimeError as error:
+            print(f"{name} does not take part: {error}")
+            continue
+        yield name, partial(torch.autograd.grad, made, leaves, dout.transpose(1, 2), retain_graph=True)
+
+
+def main() -> None:
+    """Print and write TFLOPS, and each contender's geometric mean against cuDNN."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--targets", nargs="+", default=["sm_90a", "sm_80"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--target-ms", type=float, default=15.0)
+    given = parser.parse_args()
+    rows = []
+    for head_dim in given.head_dims:
+        for causal in (True, False):
+            for length in given.lengths:
+                runs = dict(passes(head_dim, causal, length, given.targets))
+                samples = timing.measure(runs, given.rounds, given.target_ms)
+                point = timing.Point(timing.grid_shape(length, head_dim), head_dim, head_dim, causal)
+                tflops = {name: FACTOR * point.flops / median(times) / 1e9 for name, times in samples.items()}
+                rows.append(
+                    {
+                        "head_dim": head_dim,
+                        "causal": causal,
+                        "seqlen": length,
+                        "tflops": tflops,
+                        "ms": samples,
+                    }
+                )
+                text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
+                print(f"d{head_dim} {'causal' if causal else 'full'} {length}: {text}", flush=True)
+                del runs
+    ours = [name for name in rows[0]["tflops"] if name.startswith("attngen")]
+    summary = {
+        f"{name} over {peer}": timing.geometric_mean(
+            row["tflops"][name] / row["tflops"][peer] for row in rows if peer in row["tflops"]
+        )
+        for name in ours
+        for peer in PEERS
+    }
+    print(summary)
+    timing.write_json(given.out / "backward.json", rows, summary=summary)
+
+
+if __name__ == "__main__":
+    main()
