@@ -1,7 +1,7 @@
 """The backward pass beside torch's cuDNN and FlashAttention-2: `python benchmarks/bench_backward.py --out DIR`.
 
 All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqlen = 16384, heads·head_dim = 2048, 2.5
-times the forward's FLOPs. `--targets` are where attngen's kernels are emitted for.
+times the forward's FLOPs.
 """
 
 import argparse
@@ -24,22 +24,21 @@ FACTOR = 2.5
 """FLOPs of a backward pass to those of the forward, by convention: five products for two."""
 
 
-def passes(head_dim: int, causal: bool, length: int, targets: list[str]) -> Iterator[tuple[str, timing.Run]]:
+def passes(head_dim: int, causal: bool, length: int) -> Iterator[tuple[str, timing.Run]]:
     """A backward pass of each contender on the same inputs."""
     shape = timing.grid_shape(length, head_dim)
     q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
     dout = torch.randn_like(q)
-    for target in targets:
-        kernel = attngen.compile(
-            {
-                "target": target,
-                "problem": {"head_dim": head_dim},
-                "mask": "causal" if causal else "full",
-                "gradients": ["q", "k", "v"],
-            }
-        )
-        out, lse = kernel(q, k, v, return_lse=True)
-        yield f"attngen {target}", partial(kernel.backward, dout, q, k, v, out, lse)
+    kernel = attngen.compile(
+        {
+            "problem": {"head_dim": head_dim},
+            "mask": "causal" if causal else "full",
+            "gradients": ["q", "k", "v"],
+        },
+        arch="sm_90a",
+    )
+    out, lse = kernel(q, k, v, return_lse=True)
+    yield "attngen", partial(kernel.backward, dout, q, k, v, out, lse)
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
     for name, backend in PEERS.items():
         try:
@@ -57,7 +56,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--targets", nargs="+", default=["sm_90a", "sm_80"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)
     given = parser.parse_args()
@@ -65,7 +63,7 @@ def main() -> None:
     for head_dim in given.head_dims:
         for causal in (True, False):
             for length in given.lengths:
-                runs = dict(passes(head_dim, causal, length, given.targets))
+                runs = dict(passes(head_dim, causal, length))
                 samples = timing.measure(runs, given.rounds, given.target_ms)
                 point = timing.Point(timing.grid_shape(length, head_dim), head_dim, head_dim, causal)
                 tflops = {name: FACTOR * point.flops / median(times) / 1e9 for name, times in samples.items()}
@@ -81,12 +79,10 @@ def main() -> None:
                 text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
                 print(f"d{head_dim} {'causal' if causal else 'full'} {length}: {text}", flush=True)
                 del runs
-    ours = [name for name in rows[0]["tflops"] if name.startswith("attngen")]
     summary = {
-        f"{name} over {peer}": timing.geometric_mean(
-            row["tflops"][name] / row["tflops"][peer] for row in rows if peer in row["tflops"]
+        f"over {peer}": timing.geometric_mean(
+            row["tflops"]["attngen"] / row["tflops"][peer] for row in rows if peer in row["tflops"]
         )
-        for name in ours
         for peer in PEERS
     }
     print(summary)

@@ -18,8 +18,10 @@ from attngen.plan import (
     SCORES,
     Axis,
     Buffer,
+    Cursor,
     KernelPlan,
     Param,
+    Program,
     RegTile,
     Role,
     Rows,
@@ -39,9 +41,12 @@ from attngen.schedules.backward import (
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.pairs import SCORE
 
-WARPS = 4
+WARPS, STAGES = 4, 2
 ONE_KERNEL = 128
 """The most columns of a head of whose keys one kernel has registers for both gradients."""
+OTHER_ROWS = {64: 64, 128: 32, 192: 32, 256: 16}
+"""By the most columns of a head, rows of the side that a kernel of dK and dV loops over; of wide heads that of dQ too.
+With 16 at 256 columns two blocks of threads share a multiprocessor's memory."""
 LSE_LOG2, DELTA = Rows("lse_log2", "queries"), Rows("delta", "queries")
 _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q", "group")
 
@@ -53,10 +58,11 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
     compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256.
     """
     widest = features.head_dim
-    queries = _of_queries(features, forward, 64, 64 if widest <= 128 else 32)
+    other = next(rows for columns, rows in OTHER_ROWS.items() if widest <= columns)
+    queries = _of_queries(features, forward, 64, 64 if widest <= ONE_KERNEL else other)
     if widest <= ONE_KERNEL:
-        return (queries, _of_keys(features, forward, 64 if widest <= 64 else 32, 64, ("dv", "dk")))
-    return (queries, *(_of_keys(features, forward, 32, 64, (each,)) for each in ("dv", "dk")))
+        return (queries, _of_keys(features, forward, other, 64, ("dv", "dk")))
+    return (queries, *(_of_keys(features, forward, other, 64, (each,)) for each in ("dv", "dk")))
 
 
 def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
@@ -78,7 +84,7 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
         row_tiles=block_m // (features.arch.mma.m * WARPS),
         key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
-        roles=(Role("warps", WARPS, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
+        roles=(_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
         smem_bytes=smem_bytes,
     )
 
@@ -123,7 +129,7 @@ def _of_keys(
         tile_classes=None if visible else tile_classes(features.mask),
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
-        roles=(Role("warps", WARPS, program, tiles),),
+        roles=(_role(at, program, tiles),),
         smem_bytes=smem_bytes,
     )
 
@@ -149,10 +155,12 @@ def _places(
         slope=None if score is SCORE else derivative(score),
         mask=features.mask,
     )
-    q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk)
-    do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, offset=q.size_bytes)
-    k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, offset=do.offset + do.size_bytes)
-    v_buffer = Buffer("v", inputs, ROWS_OF_V, block_n, v_cols, v, offset=k.offset + k.size_bytes)
+    owner = axes[0]
+    of_queries, of_keys = (1, STAGES) if owner == "queries" else (STAGES, 1)
+    q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk, of_queries)
+    do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, of_queries, q.size_bytes)
+    k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, of_keys, do.offset + do.size_bytes)
+    v_buffer = Buffer("v", inputs, ROWS_OF_V, block_n, v_cols, v, of_keys, k.offset + k.size_bytes)
     fields = dict(
         pair=pair,
         score_unroll=4,
@@ -164,6 +172,8 @@ def _places(
         k_in=Tensor("k", inputs, ROWS_OF_K, qk, "kv"),
         v_in=Tensor("v", inputs, ROWS_OF_V, v, "kv"),
         do_in=Tensor("dout", inputs, ROWS_OF_O, v, "q"),
+        load_at=Cursor("load_at", STAGES),
+        read_at=Cursor("read_at", STAGES),
     )
     return fields, qk_cols, v_cols, v_buffer.offset + v_buffer.size_bytes
 
@@ -188,7 +198,7 @@ def _plan(
         tile_classes=None if features.pairs.visible else tile_classes(features.mask),
         declarations=declarations_read_by(features.declarations, features.mask, score),
         schedule=schedule,
-        stages=1,
+        stages=STAGES,
         warps=WARPS,
         overlap=False,
         reads=reads,
@@ -203,6 +213,10 @@ def _plan(
         up_to=None,
     )
     return replace(plan, params=_params(plan, at.pair))
+
+
+def _role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> Role:
+    return Role("warps", WARPS, program, tiles, cursors=(at.load_at, at.read_at))
 
 
 def _params(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:

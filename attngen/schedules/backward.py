@@ -9,8 +9,9 @@ Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Dao, "Flash
 from dataclasses import dataclass
 
 from attngen.expr import Expr, IndexRange
-from attngen.plan import BlockIndex, Buffer, Program, Range, RegTile, Rows, Tensor
+from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, Rows, Tensor
 from attngen.plan.steps import (
+    Advance,
     Clear,
     CommitCopies,
     ForBlocks,
@@ -27,13 +28,14 @@ from attngen.plan.steps import (
     SyncThreads,
     WaitCopies,
     When,
+    WhenBlock,
 )
-from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop
+from attngen.schedules.key_loop import LOAD, M_BLOCK, VISIT, KeyBlock, KeyLoop
 
 M, N_BLOCK, ZERO = BlockIndex("m"), BlockIndex("n_block"), BlockIndex("zero")
 M_MIN, M_FULL_BEGIN = BlockIndex("m_min"), BlockIndex("m_full_begin")
 M_FULL_END, M_STOP = BlockIndex("m_full_end"), BlockIndex("m_stop")
-LAND: Program = (CommitCopies(), WaitCopies(0), SyncThreads())
+LAND: Program = (WaitCopies(0), SyncThreads())
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class GradientPlaces:
         score_unroll: k-steps of a product that are written out.
         q, k, v, do: tiles in shared memory.
         q_in, k_in, v_in, do_in: tensors in device memory.
+        load_at, read_at: where the next copy goes in the ring of the side that is looped over, and which stage of it is
+            worked on; of two stages one is filled while the other is read.
     """
 
     pair: PairGradient
@@ -88,19 +92,21 @@ class GradientPlaces:
     k_in: Tensor
     v_in: Tensor
     do_in: Tensor
+    load_at: Cursor
+    read_at: Cursor
 
-    def load_queries(self, rows: BlockIndex) -> Program:
+    def load_queries(self, rows: BlockIndex, stage: Cursor | None = None) -> Program:
         """Start loading Q and dO of a block of queries."""
         return (
-            LoadTile(self.q.at(), self.q_in, rows, pads=True),
-            LoadTile(self.do.at(), self.do_in, rows, pads=True),
+            LoadTile(self.q.at(stage), self.q_in, rows, pads=True),
+            LoadTile(self.do.at(stage), self.do_in, rows, pads=True),
         )
 
-    def load_keys(self, block: BlockIndex) -> Program:
+    def load_keys(self, block: BlockIndex, stage: Cursor | None = None) -> Program:
         """Start loading K and V of a block of keys."""
         return (
-            LoadTile(self.k.at(), self.k_in, block, pads=True),
-            LoadTile(self.v.at(), self.v_in, block, pads=True),
+            LoadTile(self.k.at(stage), self.k_in, block, pads=True),
+            LoadTile(self.v.at(stage), self.v_in, block, pads=True),
         )
 
 
@@ -155,30 +161,44 @@ class KeyGradientPlaces(GradientPlaces):
 
 def query_gradients(at: QueryGradientPlaces) -> Program:
     """The program of every warp: dQ of a block of queries, over the keys that it sees."""
+    k, v = at.k.at(at.read_at), at.v.at(at.read_at)
+
+    def load(block: BlockIndex) -> Program:
+        return at.load_keys(block, at.load_at)
 
     def block(at_block: KeyBlock) -> Program:
         n = at_block.n
         return (
-            SyncThreads(),
-            *at.load_keys(n),
             *LAND,
+            at.keys.when_ahead(n - 1, load),
+            CommitCopies(),
+            Advance(at.load_at),
             Note("S = Q Kᵀ, dP = dO Vᵀ"),
-            Gemm(at.pair.s, at.q.at(), at.k.at(), starts_at_zero=True, unroll=at.score_unroll),
-            Gemm(at.pair.dp, at.do.at(), at.v.at(), starts_at_zero=True, unroll=at.score_unroll),
+            Gemm(at.pair.s, at.q.at(), k, starts_at_zero=True, unroll=at.score_unroll),
+            Gemm(at.pair.dp, at.do.at(), v, starts_at_zero=True, unroll=at.score_unroll),
             *at.pair.of(M_BLOCK, n, at_block.masked != "no"),
             Note("dQ += dS K"),
-            Gemm(at.acc_dq, at.pair.ds, at.k.at(), starts_at_zero=False),
+            Gemm(at.acc_dq, at.pair.ds, k, starts_at_zero=False),
+            Advance(at.read_at),
         )
 
     return (
         ForTiles(
             (
                 Clear(at.acc_dq),
-                *at.keys.start(VISIT),
-                *at.load_queries(M_BLOCK),
-                *at.keys.for_all_blocks(block),
+                *at.keys.start(LOAD, VISIT),
+                at.keys.when_first(
+                    (
+                        *at.load_queries(M_BLOCK),
+                        *load(at.keys.first_to_load),
+                        CommitCopies(),
+                        Advance(at.load_at),
+                        *at.keys.for_all_blocks(block),
+                    ),
+                    LOAD,
+                ),
                 ScaleGradient(at.acc_dq),
-                *LAND,
+                SyncThreads(),
                 StageTile(at.acc_dq, at.dq.at()),
                 SyncThreads(),
                 StoreTile(at.dq.at(), at.result, M_BLOCK),
@@ -190,35 +210,59 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
 def key_gradients(at: KeyGradientPlaces) -> Program:
     """The program of every warp: dK and dV of a block of keys, over the queries that see it, head after head."""
     wants_ds = any(each.pairs is at.pair.ds for each in at.gradients)
-    dp = Gemm(at.pair.dp, at.v.at(), at.do.at(), starts_at_zero=True, unroll=at.score_unroll)
+    q, do = at.q.at(at.read_at), at.do.at(at.read_at)
+    dp = Gemm(at.pair.dp, at.v.at(), do, starts_at_zero=True, unroll=at.score_unroll)
 
-    def block(is_masked: bool) -> Program:
+    def work(is_masked: bool) -> Program:
         return (
-            SyncThreads(),
-            *at.load_queries(M),
-            *LAND,
             Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
-            Gemm(at.pair.s, at.k.at(), at.q.at(), starts_at_zero=True, unroll=at.score_unroll),
+            Gemm(at.pair.s, at.k.at(), q, starts_at_zero=True, unroll=at.score_unroll),
             *((dp,) if wants_ds else ()),
             *at.pair.of(M, N_BLOCK, is_masked, wants_ds),
             Note("dV += Pᵀ dO, dK += dSᵀ Q"),
-            *(Gemm(each.acc, each.pairs, each.times.at(), starts_at_zero=False) for each in at.gradients),
+            *(
+                Gemm(each.acc, each.pairs, each.times.at(at.read_at), starts_at_zero=False)
+                for each in at.gradients
+            ),
         )
 
-    if at.visible is None:
+    def load(block: BlockIndex) -> Program:
+        return (*at.load_queries(block, at.load_at), CommitCopies(), Advance(at.load_at))
+
+    def block(is_masked: bool) -> Program:
+        next_one = WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at))
+        return (
+            *LAND,
+            next_one,
+            CommitCopies(),
+            Advance(at.load_at),
+            *work(is_masked),
+            Advance(at.read_at),
+        )
+
+    if at.visible is None:  # nobody knows of the next before it is there
         every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
-        loops: Program = (ForBlocks(every, "m", (When("m sees n", block(is_masked=True)),)),)
+        alone = (*load(M), *LAND, *work(True), Advance(at.read_at))
+        keys: Program = (*at.load_keys(N_BLOCK), CommitCopies())
+        loops: Program = (ForBlocks(every, "m", (When("m sees n", alone),)),)
     else:
         left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
         full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
         right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
+        keys = at.load_keys(N_BLOCK)  # one group with the first queries
         ranges = (*((left,) if at.visible.lower else ()), full, right)
-        loops = tuple(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges)
+        loops = (
+            WhenBlock(M_STOP - 1, M_MIN, at.load_queries(M_MIN, at.load_at)),
+            CommitCopies(),
+            Advance(at.load_at),
+            *(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges),
+            Advance(at.load_at),  # past the stage that no block was left for, to the one that is free
+        )
     return (
         ForTiles(
             (
                 *(Clear(each.acc) for each in at.gradients),
-                *at.load_keys(N_BLOCK),
+                *keys,
                 ForHeads(loops),
                 *(ScaleGradient(each.acc) for each in at.gradients if each.is_scaled),
                 *LAND,

@@ -59,8 +59,8 @@ def _holds(step: When, role: RoleRun) -> bool:
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
         return role.tile.visits > 0
-    n = role.index(BlockIndex("n")) if role.tile.n_block is None else role.tile.n_block
-    return role.visits(role.index(BlockIndex("m")), n)
+    m = role.index(BlockIndex("m"))
+    return role.visits(m, role.index(BlockIndex("n")) if role.tile.n_block is None else role.tile.n_block)
 
 
 def start_walk(step: StartWalk, role: RoleRun) -> None:

@@ -50,7 +50,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     said = _said(precision)
     yield from _head_dims(head_dim, _legal_of(data))
     yield from _fields_of_e4m3(said, head_dim)
-    yield from _gradients(data, said["inputs"])
+    yield from _gradients(data, said["inputs"], said["output"])
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
         if isinstance(shape, dict):
@@ -145,7 +145,7 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
         )
 
 
-def _gradients(data: dict[str, Any], inputs: object) -> Iterator[Broken]:
+def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator[Broken]:
     names = data.get("gradients")
     if not isinstance(names, list | tuple) or not names:
         return
@@ -159,6 +159,15 @@ def _gradients(data: dict[str, Any], inputs: object) -> Iterator[Broken]:
             nearest=("[]",),
         )
         return
+    if output in ("bf16", "f16", "f32") and output != inputs:
+        yield Broken(
+            path="precision.output",
+            value=output,
+            must=f"must be {inputs}, as the inputs are, where gradients are wanted",
+            rule="output-with-gradients",
+            note="the gradient of an output has the output's type, and is multiplied by inputs",
+            nearest=(str(inputs), "auto"),
+        )
     declared = {
         name: f"`{name}` is declared in {block}: there are no gradients of what a spec declares yet"
         for block in ("scalars", "tensors")

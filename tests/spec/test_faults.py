@@ -170,6 +170,8 @@ def test_gradients_that_are_not_there_yet_are_refused_with_the_reason() -> None:
     of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3}}\ngradients: [v, k, q]\n")
     assert of_e4m3.message == "gradients must be [] where inputs are e4m3" and of_e4m3.nearest == ("[]",)
     assert of_e4m3.rule == "gradients-of-e4m3" and "no gradients of e4m3 inputs yet" in of_e4m3.note
+    other = only(f"{HEAD_DIM}precision: {{inputs: bf16, output: f16}}\ngradients: [q, k, v]\n")
+    assert (other.rule, other.nearest) == ("output-with-gradients", ("bf16", "auto"))
 
 
 @pytest.mark.parametrize("block", ["scalars", "tensors", "define"])

@@ -1,0 +1,92 @@
+"""The programs of a backward pass: every Step has a reason, and what is emitted of them compiles as planned."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attngen
+from attngen.bind import bind, check_arguments
+from attngen.kernel import GRADIENTS
+from attngen.plan import GRADIENTS_INTAKE, Program, Step, body_of
+from attngen.plan.steps import Note
+from attngen.runtime import disassemble
+from attngen.simulate import SimulationFault
+from attngen.simulate.launches import run_call
+from tests.emit.sass import done_before_waiting
+from tests.gradients.backward_cases import BackwardCase
+
+CASE = BackwardCase("window(130, 70)", "softcap(score, 3.0)", heads=(2, 1), batch=1)
+WIDE = replace(CASE, head_dim=(192, 32))
+"""A tile of dQ takes so few keys of it that three blocks lie on the window's edge: more than the ring has stages."""
+WALKED = replace(CASE, mask="window(130, 70) and kv_idx % 2 != q_idx % 3")
+LENGTHS = ((330, 330), (20, 300))
+"""Such that blocks of keys are seen by many blocks of queries, and by none."""
+HARD = {
+    "mask": "causal and document(doc)",
+    "score": "softcap(score, 30.0)",
+    "tensors": {"doc": "i32[batch, seqlen_k]"},
+}
+
+
+def without_one(program: Program) -> Iterator[tuple[str, Program]]:
+    """The program without each of its Steps, notes apart, by what is missing."""
+    for i, step in enumerate(program):
+        before, after = program[:i], program[i + 1 :]
+        if not isinstance(step, Note):
+            yield str(step).splitlines()[0], (*before, *after)
+        for missing, body in without_one(body_of(step)):
+            changed: Step = replace(step, body=body)  # type: ignore[call-arg]
+            yield f"{str(step).splitlines()[0]} {missing}", (*before, changed, *after)
+
+
+def results(kernel: attngen.Kernel, case: BackwardCase, call: object = None) -> list[torch.Tensor]:
+    drawn, declared = case.inputs_on("cpu")
+    q, k, v, dout = drawn
+    out, lse = kernel(q, k, v, return_lse=True, **declared)
+    named = {"dout": dout, "out": out, "lse": lse, **declared}
+    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+    found = run_call(call or kernel.call, bind(kernel.manifest, given, GRADIENTS, 2))  # type: ignore[arg-type]
+    return [found[name] for name in GRADIENTS]
+
+
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [(WIDE, 0), (WIDE, 2), (CASE, 1), (WALKED, 0), (WALKED, 1)],
+    ids=["dq", "dk", "dk and dv", "dq, walked", "dk and dv, walked"],
+)
+def test_every_step_is_needed(case: BackwardCase, number: int) -> None:
+    """Without any one of them the simulator faults, or another gradient comes out."""
+    kernel, cases = case.kernel("sm_90a"), [replace(case, lengths=lengths) for lengths in LENGTHS]
+    whole = [results(kernel, each) for each in cases]
+    plan = kernel.call.gradients[number]
+    spare = []
+    for missing, program in without_one(plan.worker.program):
+        shorter = replace(plan, roles=(replace(plan.worker, program=program),))
+        kernels = tuple(shorter if each is plan else each for each in kernel.call.kernels)
+        try:
+            made = [results(kernel, each, replace(kernel.call, kernels=kernels)) for each in cases]
+        except SimulationFault:
+            continue
+        if all(
+            torch.equal(x, y) for xs, ys in zip(made, whole, strict=True) for x, y in zip(xs, ys, strict=True)
+        ):
+            spare.append(missing)
+    assert spare == []
+
+
+@pytest.mark.parametrize("spec", [{"mask": "causal"}, HARD], ids=["causal", "documents, capped"])
+@pytest.mark.parametrize(
+    ("target", "head_dim"),
+    [("sm_90a", 64), ("sm_90a", 128), ("sm_90a", 192), ("sm_90a", 256), ("sm_80", 128)],
+)
+def test_backward_kernels_compile_without_spills(target: str, head_dim: int, spec: dict) -> None:
+    """Nothing spills, and nothing of device memory is touched before a kernel has waited for those before it."""
+    data = {"target": target, "problem": {"head_dim": head_dim}, "gradients": ["q", "k", "v"], **spec}
+    kernel = attngen.compile(data)
+    for plan in kernel.call.gradients:
+        compiled = kernel.modules[plan.module].compiled
+        assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), plan.name
+        if target == "sm_90a":
+            assert done_before_waiting(disassemble(compiled.cubin)) == []
