@@ -41,12 +41,11 @@ from attngen.schedules.backward import (
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.pairs import SCORE
 
-WARPS, STAGES = 4, 2
+WARPS = 4
 ONE_KERNEL = 128
 """The most columns of a head of whose keys one kernel has registers for both gradients."""
-OTHER_ROWS = {64: 64, 128: 32, 192: 32, 256: 16}
-"""By the most columns of a head, rows of the side that a kernel of dK and dV loops over; of wide heads that of dQ too.
-With 16 at 256 columns two blocks of threads share a multiprocessor's memory."""
+OTHER_ROWS = {64: 64, 128: 32, 256: 32}
+"""By the most columns of a head, rows of the side that kernels of dK and dV loop over; of wide heads that of dQ too."""
 LSE_LOG2, DELTA = Rows("lse_log2", "queries"), Rows("delta", "queries")
 _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q", "group")
 
@@ -137,7 +136,11 @@ def _of_keys(
 def _places(
     features: Features, block_m: int, block_n: int, axes: tuple[Axis, ...]
 ) -> tuple[dict[str, Any], int, int, int]:
-    """The fields of `GradientPlaces`, padded columns of Q and of V, and bytes of shared memory."""
+    """The fields of `GradientPlaces`, padded columns of Q and of V, and bytes of shared memory.
+
+    Of wide heads a second stage would leave room for one block of threads on a multiprocessor; of masks without a
+    closed form nobody knows which block of queries is the next.
+    """
     inputs, step = features.inputs, features.arch.mma.k
     qk, v = features.head_dim_qk, features.head_dim_v
     qk_cols, v_cols = round_up(qk, step), round_up(v, step)
@@ -156,7 +159,9 @@ def _places(
         mask=features.mask,
     )
     owner = axes[0]
-    of_queries, of_keys = (1, STAGES) if owner == "queries" else (STAGES, 1)
+    walks_rows = owner == "keys" and row_range(features.mask) is None
+    stages = 1 if walks_rows or features.head_dim > ONE_KERNEL else 2
+    of_queries, of_keys = (1, stages) if owner == "queries" else (stages, 1)
     q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk, of_queries)
     do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, of_queries, q.size_bytes)
     k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, of_keys, do.offset + do.size_bytes)
@@ -172,8 +177,8 @@ def _places(
         k_in=Tensor("k", inputs, ROWS_OF_K, qk, "kv"),
         v_in=Tensor("v", inputs, ROWS_OF_V, v, "kv"),
         do_in=Tensor("dout", inputs, ROWS_OF_O, v, "q"),
-        load_at=Cursor("load_at", STAGES),
-        read_at=Cursor("read_at", STAGES),
+        load_at=Cursor("load_at", stages) if stages > 1 else None,
+        read_at=Cursor("read_at", stages) if stages > 1 else None,
     )
     return fields, qk_cols, v_cols, v_buffer.offset + v_buffer.size_bytes
 
@@ -198,7 +203,7 @@ def _plan(
         tile_classes=None if features.pairs.visible else tile_classes(features.mask),
         declarations=declarations_read_by(features.declarations, features.mask, score),
         schedule=schedule,
-        stages=STAGES,
+        stages=max(at.q.stages, at.k.stages),
         warps=WARPS,
         overlap=False,
         reads=reads,
@@ -216,7 +221,9 @@ def _plan(
 
 
 def _role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> Role:
-    return Role("warps", WARPS, program, tiles, cursors=(at.load_at, at.read_at))
+    return Role(
+        "warps", WARPS, program, tiles, cursors=tuple(each for each in (at.load_at, at.read_at) if each)
+    )
 
 
 def _params(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:

@@ -24,6 +24,7 @@ from attngen.plan.steps import (
     ScaleGradient,
     ScoreGradient,
     StageTile,
+    Step,
     StoreTile,
     SyncThreads,
     WaitCopies,
@@ -79,7 +80,8 @@ class GradientPlaces:
         q, k, v, do: tiles in shared memory.
         q_in, k_in, v_in, do_in: tensors in device memory.
         load_at, read_at: where the next copy goes in the ring of the side that is looped over, and which stage of it is
-            worked on; of two stages one is filled while the other is read.
+            worked on; of two stages one is filled while the other is read. None where there is one stage, which is
+            filled when all are done with it.
     """
 
     pair: PairGradient
@@ -92,8 +94,8 @@ class GradientPlaces:
     k_in: Tensor
     v_in: Tensor
     do_in: Tensor
-    load_at: Cursor
-    read_at: Cursor
+    load_at: Cursor | None
+    read_at: Cursor | None
 
     def load_queries(self, rows: BlockIndex, stage: Cursor | None = None) -> Program:
         """Start loading Q and dO of a block of queries."""
@@ -101,6 +103,15 @@ class GradientPlaces:
             LoadTile(self.q.at(stage), self.q_in, rows, pads=True),
             LoadTile(self.do.at(stage), self.do_in, rows, pads=True),
         )
+
+    def alone(self, load: Program, work: Program) -> Program:
+        """Work on a block once it has come, where there is one stage for it."""
+        return (SyncThreads(), *load, CommitCopies(), *LAND, *work)
+
+    def ahead(self, load_next: Step, work: Program) -> Program:
+        """Work on a block that is on its way, while the next one comes to the other stage."""
+        assert self.load_at is not None and self.read_at is not None
+        return (*LAND, load_next, CommitCopies(), Advance(self.load_at), *work, Advance(self.read_at))
 
     def load_keys(self, block: BlockIndex, stage: Cursor | None = None) -> Program:
         """Start loading K and V of a block of keys."""
@@ -166,39 +177,42 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
     def load(block: BlockIndex) -> Program:
         return at.load_keys(block, at.load_at)
 
-    def block(at_block: KeyBlock) -> Program:
-        n = at_block.n
+    def work(n: BlockIndex, is_masked: bool) -> Program:
         return (
-            *LAND,
-            at.keys.when_ahead(n - 1, load),
-            CommitCopies(),
-            Advance(at.load_at),
             Note("S = Q Kᵀ, dP = dO Vᵀ"),
             Gemm(at.pair.s, at.q.at(), k, starts_at_zero=True, unroll=at.score_unroll),
             Gemm(at.pair.dp, at.do.at(), v, starts_at_zero=True, unroll=at.score_unroll),
-            *at.pair.of(M_BLOCK, n, at_block.masked != "no"),
+            *at.pair.of(M_BLOCK, n, is_masked),
             Note("dQ += dS K"),
             Gemm(at.acc_dq, at.pair.ds, k, starts_at_zero=False),
-            Advance(at.read_at),
         )
 
+    def block(at_block: KeyBlock) -> Program:
+        n, is_masked = at_block.n, at_block.masked != "no"
+        if at.load_at is None:
+            return at.alone(load(n), work(n, is_masked))
+        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, is_masked))
+
+    if at.load_at is None:
+        walks: Program = at.keys.start(VISIT)
+        loop: Program = (*at.load_queries(M_BLOCK), CommitCopies(), *at.keys.for_all_blocks(block), *LAND)
+    else:
+        walks = at.keys.start(LOAD, VISIT)
+        first = (CommitCopies(), Advance(at.load_at))
+        visits = (
+            *at.load_queries(M_BLOCK),
+            *load(at.keys.first_to_load),
+            *first,
+            *at.keys.for_all_blocks(block),
+        )
+        loop = (at.keys.when_first(visits, LOAD), SyncThreads())
     return (
         ForTiles(
             (
                 Clear(at.acc_dq),
-                *at.keys.start(LOAD, VISIT),
-                at.keys.when_first(
-                    (
-                        *at.load_queries(M_BLOCK),
-                        *load(at.keys.first_to_load),
-                        CommitCopies(),
-                        Advance(at.load_at),
-                        *at.keys.for_all_blocks(block),
-                    ),
-                    LOAD,
-                ),
+                *walks,
+                *loop,
                 ScaleGradient(at.acc_dq),
-                SyncThreads(),
                 StageTile(at.acc_dq, at.dq.at()),
                 SyncThreads(),
                 StoreTile(at.dq.at(), at.result, M_BLOCK),
@@ -211,6 +225,7 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
     """The program of every warp: dK and dV of a block of keys, over the queries that see it, head after head."""
     wants_ds = any(each.pairs is at.pair.ds for each in at.gradients)
     q, do = at.q.at(at.read_at), at.do.at(at.read_at)
+    keys = at.load_keys(N_BLOCK) if wants_ds else (LoadTile(at.k.at(), at.k_in, N_BLOCK, pads=True),)
     dp = Gemm(at.pair.dp, at.v.at(), do, starts_at_zero=True, unroll=at.score_unroll)
 
     def work(is_masked: bool) -> Program:
@@ -226,36 +241,26 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
             ),
         )
 
-    def load(block: BlockIndex) -> Program:
-        return (*at.load_queries(block, at.load_at), CommitCopies(), Advance(at.load_at))
-
     def block(is_masked: bool) -> Program:
-        next_one = WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at))
-        return (
-            *LAND,
-            next_one,
-            CommitCopies(),
-            Advance(at.load_at),
-            *work(is_masked),
-            Advance(at.read_at),
-        )
+        if at.load_at is None:
+            return at.alone(at.load_queries(M), work(is_masked))
+        return at.ahead(WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at)), work(is_masked))
 
-    if at.visible is None:  # nobody knows of the next before it is there
+    if at.visible is None:  # nobody knows of the next block before it is there
         every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
-        alone = (*load(M), *LAND, *work(True), Advance(at.read_at))
-        keys: Program = (*at.load_keys(N_BLOCK), CommitCopies())
-        loops: Program = (ForBlocks(every, "m", (When("m sees n", alone),)),)
+        loops: Program = (ForBlocks(every, "m", (When("m sees n", block(is_masked=True)),)),)
     else:
         left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
         full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
         right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
-        keys = at.load_keys(N_BLOCK)  # one group with the first queries
         ranges = (*((left,) if at.visible.lower else ()), full, right)
+        loops = tuple(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges)
+    if at.load_at is not None:
         loops = (
             WhenBlock(M_STOP - 1, M_MIN, at.load_queries(M_MIN, at.load_at)),
             CommitCopies(),
             Advance(at.load_at),
-            *(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges),
+            *loops,
             Advance(at.load_at),  # past the stage that no block was left for, to the one that is free
         )
     return (
@@ -263,9 +268,12 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
             (
                 *(Clear(each.acc) for each in at.gradients),
                 *keys,
+                *((CommitCopies(),) if at.load_at is None else ()),  # else one group with the first queries
                 ForHeads(loops),
                 *(ScaleGradient(each.acc) for each in at.gradients if each.is_scaled),
-                *LAND,
+                *(
+                    LAND if wants_ds else (WaitCopies(0),)
+                ),  # nobody reads the tile of V that dV alone is staged over
                 *(StageTile(each.acc, each.staged.at()) for each in at.gradients),
                 SyncThreads(),
                 *(StoreTile(each.staged.at(), each.result, N_BLOCK) for each in at.gradients),
