@@ -1,0 +1,81 @@
+"""What training loops do with torch's autograd around a call: each gives the plain call's gradients, bit for bit."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import attngen
+
+
+def leaves(*lengths: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, length, 2, 64).bfloat16().requires_grad_() for length in lengths]
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attngen.attention(q, k, v, "causal")
+
+
+def gradients() -> list[torch.Tensor]:
+    q, k, v = leaves(70, 90, 90)
+    return list(torch.autograd.grad(attention(q, k, v).float().square().sum(), (q, k, v)))
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    """The forward runs twice, and the second time gives the same lse."""
+    q, k, v = leaves(70, 90, 90)
+    out = checkpoint(attention, q, k, v, use_reentrant=False)
+    found = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, gradients(), strict=True))
+
+
+def test_autocast_changes_no_bit() -> None:
+    q, k, v = leaves(70, 90, 90)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = attention(q, k, v)
+    found = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_one_gradient_alone(wanted: int) -> None:
+    """What nobody wants is made and dropped; what is wanted has the bits that it has beside the others."""
+    inputs = [x if i == wanted else x.detach() for i, x in enumerate(leaves(70, 90, 90))]
+    attention(*inputs).float().square().sum().backward()
+    grads = [x.grad for x in inputs]
+    found = grads[wanted]
+    assert found is not None and torch.equal(found, gradients()[wanted])
+    assert [x is None for x in grads] == [i != wanted for i in range(3)]
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    q, k, v = leaves(70, 90, 90)
+    for _ in range(2):
+        attention(q, k, v).float().square().sum().backward()
+    assert q.grad is not None and torch.equal(q.grad, 2 * gradients()[0])
+
+
+def test_a_graph_that_is_kept_gives_the_same_bits_again() -> None:
+    q, k, v = leaves(70, 90, 90)
+    loss = attention(q, k, v).float().square().sum()
+    first = torch.autograd.grad(loss, (q, k, v), retain_graph=True)
+    again = torch.autograd.grad(loss, (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_an_input_changed_in_place_is_told() -> None:
+    """The backward pass reads what the forward pass read, and torch says so if it is gone."""
+    q, k, v = leaves(70, 90, 90)
+    moved = q * 1
+    out = attention(moved, k, v)
+    moved.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_an_output_changed_in_place_is_told() -> None:
+    q, k, v = leaves(70, 90, 90)
+    out = attention(q, k, v)
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
