@@ -32,8 +32,10 @@ class Attention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the kernel, and keep what its backward pass takes."""
         out, lse = kernel(q, k, v, softmax_scale, True, None, layout, **declared)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.kernel, ctx.rest = kernel, (softmax_scale, layout, declared)
+        tensors = {name: x for name, x in declared.items() if isinstance(x, torch.Tensor)}
+        ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
+        ctx.kernel, ctx.names, ctx.rest = kernel, tuple(tensors), (softmax_scale, layout)
+        ctx.scalars = {name: x for name, x in declared.items() if name not in tensors}
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -50,12 +52,12 @@ class Attention(torch.autograd.Function):
             raise ArgumentError(
                 "create_graph", "True", "False: there are no second derivatives", "differentiate once"
             )
-        q, k, v, out, lse = ctx.saved_tensors
-        softmax_scale, layout, declared = ctx.rest
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        declared = ctx.scalars | dict(zip(ctx.names, tensors, strict=True))
         if dout is None:
             dout = torch.zeros_like(out)
         elif dout.stride(-1) != 1 and dout.shape[-1] > 1:  # of a sum it is one number, expanded
             dout = dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        gradients = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, softmax_scale, layout, **declared)
+        gradients = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, *ctx.rest, **declared)
         return None, *gradients, None, None, None

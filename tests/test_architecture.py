@@ -20,7 +20,7 @@ ORDER = {
     "__init__": 14, "__main__": 14,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 1820, "bind": 1065, "check": 2100, "cli": 2800, "emit": 980, "expr": 5650, "fuzz": 1700, "lower": 1750,
+    "attngen": 1825, "bind": 1065, "check": 2100, "cli": 2800, "emit": 980, "expr": 5650, "fuzz": 1700, "lower": 1750,
     "plan": 3730, "runtime": 1620, "schedules": 1580, "simulate": 4220, "spec": 1870, "templates": 2900,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.

@@ -79,3 +79,13 @@ def test_an_output_changed_in_place_is_told() -> None:
     out.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_declared_tensor_changed_in_place_is_told() -> None:
+    """P is recovered with what masks and scores read, so that this must be what the forward pass read."""
+    q, k, v = leaves(70, 90, 90)
+    doc = torch.zeros(1, 90, dtype=torch.int32)
+    out = attngen.attention(q, k, v, "document(doc)", tensors={"doc": "i32[batch, seqlen_k]"}, doc=doc)
+    doc[:, 40:] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
