@@ -65,7 +65,9 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
 
 
 def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
-    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES)
+    """dQ; of wide heads a second stage would leave room for one block of threads on a multiprocessor."""
+    stages = 2 if features.head_dim <= ONE_KERNEL else 1
+    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES, stages)
     at = QueryGradientPlaces(
         **common,
         keys=KeyLoop(features.pairs.visible),
@@ -91,10 +93,12 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
 def _of_keys(
     features: Features, forward: KernelPlan, block_m: int, block_n: int, wanted: tuple[str, ...]
 ) -> KernelPlan:
-    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES[::-1])
+    """dK, dV or both; without a closed form nobody knows which block of queries is the next, to load it ahead."""
+    visible = row_range(features.mask)
+    stages = 2 if visible and features.head_dim <= ONE_KERNEL else 1
+    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES[::-1], stages)
     pair: PairGradient = common["pair"]
     pair = common["pair"] = replace(pair, p=pair.p if "dv" in wanted else None)
-    visible = row_range(features.mask)
 
     def gradient(name: str, beside: Buffer, pairs: RegTile, times: Buffer) -> KeyGradient:
         rows, cols, valid = beside.rows, beside.cols, beside.valid_cols
@@ -134,12 +138,11 @@ def _of_keys(
 
 
 def _places(
-    features: Features, block_m: int, block_n: int, axes: tuple[Axis, ...]
+    features: Features, block_m: int, block_n: int, axes: tuple[Axis, ...], stages: int
 ) -> tuple[dict[str, Any], int, int, int]:
     """The fields of `GradientPlaces`, padded columns of Q and of V, and bytes of shared memory.
 
-    Of wide heads a second stage would leave room for one block of threads on a multiprocessor; of masks without a
-    closed form nobody knows which block of queries is the next.
+    The side of `axes[0]` owns the gradient; the other is looped over, in that many stages.
     """
     inputs, step = features.inputs, features.arch.mma.k
     qk, v = features.head_dim_qk, features.head_dim_v
@@ -158,10 +161,7 @@ def _places(
         slope=None if score is SCORE else derivative(score),
         mask=features.mask,
     )
-    owner = axes[0]
-    walks_rows = owner == "keys" and row_range(features.mask) is None
-    stages = 1 if walks_rows or features.head_dim > ONE_KERNEL else 2
-    of_queries, of_keys = (1, stages) if owner == "queries" else (stages, 1)
+    of_queries, of_keys = (1, stages) if axes[0] == "queries" else (stages, 1)
     q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk, of_queries)
     do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, of_queries, q.size_bytes)
     k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, of_keys, do.offset + do.size_bytes)

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 import attngen
+from attngen.bind import bind, check_arguments
 from attngen.check.gradients import GradientAccuracy, compare_gradients
+from attngen.kernel import GRADIENTS
+from attngen.plan import GRADIENTS_INTAKE, Call
+from attngen.simulate.launches import run_call
 
 TENSORS = {
     "doc": "i32[batch, seqlen_k]",
@@ -115,3 +119,15 @@ CASES = (
     BackwardCase("causal", scale=0.0),
     BackwardCase(inputs="f16", heads=(1, 1)),
 )
+
+
+def run_backward(
+    case: BackwardCase, kernel: attngen.Kernel, call: Call | None = None, **changed: Any
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a case, of another call than the kernel's own, or by a simulator with changed Steps."""
+    (q, k, v, dout), declared = case.inputs_on("cpu")
+    out, lse = kernel(q, k, v, return_lse=True, **declared)
+    named = {"dout": dout, "out": out, "lse": lse, **declared}
+    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+    made = run_call(call or kernel.call, bind(kernel.manifest, given, GRADIENTS, 2), **changed)
+    return tuple(made[name] for name in GRADIENTS)

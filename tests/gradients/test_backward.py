@@ -9,8 +9,7 @@ import attngen
 from attngen.check.gradients import attention_gradients
 from attngen.plan.steps import Gemm, RecoverP, ScaleGradient, ScoreGradient, walk
 from attngen.simulate import STEPS_SIMULATED
-from attngen.simulate.launches import run_call
-from tests.gradients.backward_cases import CASES, BackwardCase
+from tests.gradients.backward_cases import CASES, BackwardCase, run_backward
 
 SMALL = BackwardCase("causal", lengths=(70, 70), heads=(4, 2))
 NAMES = ("dq", "dk", "dv")
@@ -153,9 +152,6 @@ def test_a_fault_in_a_step_is_found(step: type) -> None:
     """The rule fails where any Step of the pass does nothing, so that it holds for a reason."""
     case = BackwardCase("causal", "softcap(score, 3.0)", lengths=(70, 70))
     kernel = case.kernel("sm_90a")
-    drawn, declared = case.inputs_on("cpu")
-    q, k, v, dout = drawn
-    out, lse = kernel(q, k, v, return_lse=True)
     own = STEPS_SIMULATED[step]
 
     def does_little(found, role):
@@ -163,13 +159,10 @@ def test_a_fault_in_a_step_is_found(step: type) -> None:
         place = found.ds if step is ScoreGradient else found.acc if step is not RecoverP else found.s
         role.write(place, lambda: role.registers[place.name] * 0.75)
 
-    from attngen.bind import bind, check_arguments
-    from attngen.kernel import GRADIENTS
-
-    named = {"dout": dout, "out": out, "lse": lse}
-    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, "gradients")
-    got = run_call(kernel.call, bind(kernel.manifest, given, GRADIENTS, 2), steps={step: does_little})
-    assert not case.verdict(tuple(got[name] for name in GRADIENTS), drawn, declared, out=out, lse=lse).ok
+    got = run_backward(case, kernel, steps={step: does_little})
+    drawn, declared = case.inputs_on("cpu")
+    out, lse = kernel(*drawn[:3], return_lse=True)
+    assert not case.verdict(got, drawn, declared, out=out, lse=lse).ok
 
 
 def test_each_gradient_has_one_owner() -> None:

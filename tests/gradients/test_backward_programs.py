@@ -7,15 +7,12 @@ import pytest
 import torch
 
 import attngen
-from attngen.bind import bind, check_arguments
-from attngen.kernel import GRADIENTS
-from attngen.plan import GRADIENTS_INTAKE, Program, Step, body_of
+from attngen.plan import Program, Step, body_of
 from attngen.plan.steps import Note
 from attngen.runtime import disassemble
 from attngen.simulate import SimulationFault
-from attngen.simulate.launches import run_call
 from tests.emit.sass import done_before_waiting
-from tests.gradients.backward_cases import BackwardCase
+from tests.gradients.backward_cases import BackwardCase, run_backward
 
 CASE = BackwardCase("window(130, 70)", "softcap(score, 3.0)", heads=(2, 1), batch=1)
 WIDE = replace(CASE, head_dim=(192, 32))
@@ -46,16 +43,6 @@ def without_one(program: Program) -> Iterator[tuple[str, Program]]:
             yield f"{str(step).splitlines()[0]} {missing}", (*before, changed, *after)
 
 
-def results(kernel: attngen.Kernel, case: BackwardCase, call: object = None) -> list[torch.Tensor]:
-    drawn, declared = case.inputs_on("cpu")
-    q, k, v, dout = drawn
-    out, lse = kernel(q, k, v, return_lse=True, **declared)
-    named = {"dout": dout, "out": out, "lse": lse, **declared}
-    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
-    found = run_call(call or kernel.call, bind(kernel.manifest, given, GRADIENTS, 2))  # type: ignore[arg-type]
-    return [found[name] for name in GRADIENTS]
-
-
 @pytest.mark.parametrize(
     ("case", "number", "expected"),
     [
@@ -72,14 +59,14 @@ def results(kernel: attngen.Kernel, case: BackwardCase, call: object = None) -> 
 def test_every_step_is_needed(case: BackwardCase, number: int, expected: list[str]) -> None:
     """Without any one of them the simulator faults, or another gradient comes out."""
     kernel, cases = case.kernel("sm_90a"), [replace(case, lengths=lengths) for lengths in LENGTHS]
-    whole = [results(kernel, each) for each in cases]
+    whole = [run_backward(each, kernel) for each in cases]
     plan = kernel.call.gradients[number]
     spare = []
     for missing, program in without_one(plan.worker.program):
         shorter = replace(plan, roles=(replace(plan.worker, program=program),))
         kernels = tuple(shorter if each is plan else each for each in kernel.call.kernels)
         try:
-            made = [results(kernel, each, replace(kernel.call, kernels=kernels)) for each in cases]
+            made = [run_backward(each, kernel, replace(kernel.call, kernels=kernels)) for each in cases]
         except SimulationFault:
             continue
         if all(
