@@ -54,7 +54,7 @@ def main() -> None:
     """Print and write TFLOPS, and each contender's geometric mean against cuDNN."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 192, 256])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)

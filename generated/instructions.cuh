@@ -80,6 +80,13 @@ DEV u32 load_shared(u32 address) {
 }
 
 // PTX ISA: ld.shared, .v2.
+DEV float2 load_shared_floats(u32 address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+// PTX ISA: ld.shared, .v2.
 DEV uint2 load_shared_8(u32 address) {
   uint2 x;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
@@ -187,6 +194,11 @@ DEV void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Announce bytes that must land before the phase completes, without arriving. PTX ISA: mbarrier.expect_tx.
+DEV void mbarrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Wait until the phase of that parity has completed. PTX ISA: mbarrier.try_wait, which may give up early.
 DEV void mbarrier_wait(u32 barrier, u32 parity) {
   asm volatile(
@@ -261,8 +273,11 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
-// Hints for the L2 cache, as createpolicy.fractional would make them.
-constexpr u64 kEvictFirst = 0x12f0000000000000ull, kEvictLast = 0x14f0000000000000ull;
+// A hint for the L2 cache, as createpolicy.fractional would make it: to be dropped first.
+constexpr u64 kEvictFirst = 0x12f0000000000000ull;
+
+// A hint for the L2 cache: to be dropped last.
+constexpr u64 kEvictLast = 0x14f0000000000000ull;
 
 // Fetch a descriptor before its first use. PTX ISA: prefetch.tensormap.
 DEV void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
@@ -272,6 +287,11 @@ DEV void tma_load(u32 dst, const TensorMap& map, u32 barrier, int column, int ro
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
       "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(keep) : "memory");
+}
+
+// Start copying bytes to shared memory, 16 at a time; they count towards the barrier. PTX ISA: cp.async.bulk.
+DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // Start copying a box to device memory; what lies past the tensor is dropped. PTX ISA: cp.async.bulk.tensor.

@@ -19,6 +19,7 @@ from attngen.plan import (
     COUNTER,
     KEYS,
     LENGTHS,
+    PADDED_ROWS,
     QUERIES,
     Axis,
     BlockIndex,
@@ -29,6 +30,7 @@ from attngen.plan import (
     Param,
     Program,
     RegTile,
+    RegVec,
     Rows,
     Step,
     Tensor,
@@ -119,6 +121,7 @@ class Templates:
             "by_warp": any(not role.single_thread for role in plan.roles[1:]),
             "has_score_terms": bool(score_terms(plan)),
             "pointees": _pointees(plan),
+            "padded_rows": PADDED_ROWS,
             "templates": self,
         }
         self.steps = {
@@ -192,6 +195,8 @@ def environment() -> jinja2.Environment:
         "form": _form,
         "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
         "is_in_memory": lambda place: isinstance(place, View),
+        "is_rows": lambda place: isinstance(place, Rows),
+        "is_vector": lambda place: isinstance(place, RegVec),
         "is_tile": lambda place: isinstance(place, RegTile),
         "seqlen": LENGTHS.__getitem__,
         "head_dim": _HEAD_DIMS.__getitem__,
@@ -264,7 +269,7 @@ def _first_row(block: BlockIndex, axis: Axis) -> str:
 def _head(place: Tensor | Rows) -> str:
     """Where the rows of this tile's head start."""
     if isinstance(place, Rows):
-        return f"dense_head(params.{place.name}, params, tile)"
+        return f"{'padded' if place.is_padded else 'dense'}_head(params.{place.name}, params, tile)"
     if place.workspace:
         return f"dense_head(params.{place.name}, params, tile, {_HEAD_DIMS[place.axes[1]]})"
     base = f"params.{place.name}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from attngen.emit.device import used_by
 from attngen.emit.environment import macros
-from attngen.plan import ROW_NUMBERS, FindMaxima, PackValues, Param, PrepareRows, Quantize, Sheet
+from attngen.plan import PADDED_ROWS, ROW_NUMBERS, FindMaxima, PackValues, Param, PrepareRows, Quantize, Sheet
 from attngen.quantize import DESCALES
 
 _C_TYPES = {"i64": "i64", "i32": "int"}
@@ -43,7 +43,7 @@ def quantizing_functions(sheets: Sequence[Sheet]) -> str:
 
 def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
-    text = sheet_text(sheet, declarations=list(_declarations(sheet.params)))
+    text = sheet_text(sheet, declarations=list(_declarations(sheet.params)), padded_rows=PADDED_ROWS)
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 

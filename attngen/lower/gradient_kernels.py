@@ -29,10 +29,11 @@ from attngen.plan import (
     Tensor,
     seen_blocks,
 )
+from attngen.plan.steps import RowNumbers
 from attngen.schedules.backward import (
     GradientPlaces,
-    KeyGradient,
     KeyGradientPlaces,
+    OwnGradient,
     PairGradient,
     QueryGradientPlaces,
     key_gradients,
@@ -46,7 +47,7 @@ ONE_KERNEL = 128
 """The most columns of a head of whose keys one kernel has registers for both gradients."""
 OTHER_ROWS = {64: 64, 128: 32, 256: 32}
 """By the most columns of a head, rows of the side that kernels of dK and dV loop over; of wide heads that of dQ too."""
-LSE_LOG2, DELTA = Rows("lse_log2", "queries"), Rows("delta", "queries")
+LSE_LOG2, DELTA = (Rows(name, "queries", is_padded=True) for name in ("lse_log2", "delta"))
 _SIZES = ("seqlen_q", "seqlen_k", "num_heads_q", "group")
 
 
@@ -100,12 +101,12 @@ def _of_keys(
     pair: PairGradient = common["pair"]
     pair = common["pair"] = replace(pair, p=pair.p if "dv" in wanted else None)
 
-    def gradient(name: str, beside: Buffer, pairs: RegTile, times: Buffer) -> KeyGradient:
+    def gradient(name: str, beside: Buffer, pairs: RegTile, times: Buffer) -> OwnGradient:
         rows, cols, valid = beside.rows, beside.cols, beside.valid_cols
-        return KeyGradient(
+        return OwnGradient(
             acc=RegTile(f"acc_{name}", F32, beside.axes, rows, cols, valid, "accumulator"),
             pairs=pairs,
-            times=times,
+            times=times.at(common["read_at"]),
             staged=replace(beside, name=name, overlays=beside.name),
             result=Tensor(name, features.inputs, beside.axes, valid, "kv"),
             is_scaled=pairs is pair.ds,
@@ -147,27 +148,13 @@ def _places(
     inputs, step = features.inputs, features.arch.mma.k
     qk, v = features.head_dim_qk, features.head_dim_v
     qk_cols, v_cols = round_up(qk, step), round_up(v, step)
-    sides = {"queries": block_m, "keys": block_n}
-    rows, cols = (sides[axis] for axis in axes)
-    score = features.pairs.score
-    pair = PairGradient(
-        s=RegTile("acc_s", F32, axes, rows, cols, cols, "accumulator"),
-        dp=RegTile("acc_dp", F32, axes, rows, cols, cols, "accumulator"),
-        p=RegTile("p", inputs, axes, rows, cols, cols, "a_fragment") if axes != SCORES else None,
-        ds=RegTile("ds", inputs, axes, rows, cols, cols, "a_fragment"),
-        lse=LSE_LOG2,
-        delta=DELTA,
-        score=None if score is SCORE else score,
-        slope=None if score is SCORE else derivative(score),
-        mask=features.mask,
-    )
     of_queries, of_keys = (1, stages) if axes[0] == "queries" else (stages, 1)
     q = Buffer("q", inputs, ROWS_OF_Q, block_m, qk_cols, qk, of_queries)
     do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, of_queries, q.size_bytes)
     k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, of_keys, do.offset + do.size_bytes)
     v_buffer = Buffer("v", inputs, ROWS_OF_V, block_n, v_cols, v, of_keys, k.offset + k.size_bytes)
     fields = dict(
-        pair=pair,
+        pair=pair_gradient(features, axes, block_m, block_n, LSE_LOG2, DELTA),
         score_unroll=4,
         q=q,
         k=k,
@@ -191,33 +178,65 @@ def _plan(
     staged: tuple[Buffer, ...],
     writes: tuple[Tensor, ...],
 ) -> KernelPlan:
-    """What both kernels have in common, and with the forward's."""
-    reads = (at.q_in, at.k_in, at.v_in, at.do_in)
-    score = features.pairs.score
+    """What both kernels have in common."""
     plan = replace(
+        backward_plan(features, forward, schedule),
+        stages=max(at.q.stages, at.k.stages),
+        warps=WARPS,
+        reads=(at.q_in, at.k_in, at.v_in, at.do_in),
+        writes=writes,
+        buffers=(at.q, at.do, at.k, at.v, *staged),
+        rings=(),
+        tensor_maps=(),
+    )
+    tensors = (*plan.reads, *plan.outputs)
+    pointers = (Param(name, "pointer", f"{name}.ptr") for name in map(str, (*tensors, *plan.read_rows)))
+    strides = (
+        Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+        for tensor in tensors
+        for axis in ("batch", "seqlen", "head")
+    )
+    return replace(plan, params=(*pointers, *strides, *numbers_of_pairs(plan, at.pair)))
+
+
+def backward_plan(features: Features, forward: KernelPlan, schedule: str) -> KernelPlan:
+    """What every kernel of a backward pass has in common, partly with the forward's; its places are still that's."""
+    return replace(
         forward,
         direction="backward",
         name=f"{forward.name.replace('attn_fwd', 'attn_bwd')}_{schedule}",
         output=features.inputs,
         score_factor=features.pairs.score_factor,
         tile_classes=None if features.pairs.visible else tile_classes(features.mask),
-        declarations=declarations_read_by(features.declarations, features.mask, score),
+        declarations=declarations_read_by(features.declarations, features.mask, features.pairs.score),
         schedule=schedule,
-        stages=max(at.q.stages, at.k.stages),
-        warps=WARPS,
         overlap=False,
-        reads=reads,
         read_rows=(LSE_LOG2, DELTA),
-        writes=writes,
         scratch=(),
-        buffers=(at.q, at.do, at.k, at.v, *staged),
         blocks_per_sm=1,
-        rings=(),
-        tensor_maps=(),
         quantizer=None,
         up_to=None,
     )
-    return replace(plan, params=_params(plan, at.pair))
+
+
+def pair_gradient(
+    features: Features, axes: tuple[Axis, ...], block_m: int, block_n: int, lse: RowNumbers, delta: RowNumbers
+) -> PairGradient:
+    """What becomes of the products of a block of queries and one of keys; those of `axes[0]` own the gradient."""
+    inputs, score = features.inputs, features.pairs.score
+    sides = {"queries": block_m, "keys": block_n}
+    rows, cols = (sides[axis] for axis in axes)
+    return PairGradient(
+        s=RegTile("acc_s", F32, axes, rows, cols, cols, "accumulator"),
+        dp=RegTile("acc_dp", F32, axes, rows, cols, cols, "accumulator"),
+        p=RegTile("p", inputs, axes, rows, cols, cols, "a_fragment") if axes != SCORES else None,
+        ds=RegTile("ds", inputs, axes, rows, cols, cols, "a_fragment"),
+        lse=lse,
+        delta=delta,
+        score=None if score is SCORE else score,
+        slope=None if score is SCORE else derivative(score),
+        mask=features.mask,
+    )
 
 
 def _role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> Role:
@@ -226,8 +245,8 @@ def _role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> R
     )
 
 
-def _params(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
-    tensors = (*plan.reads, *plan.outputs)
+def numbers_of_pairs(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
+    """Fields of the parameter struct that are no places: sizes, scales, and what expressions read."""
     scales = (
         (Param("softmax_scale_log2", "f32", "product_log2"),)
         if pair.score is None
@@ -237,12 +256,6 @@ def _params(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
         )
     )
     return (
-        *(Param(name, "pointer", f"{name}.ptr") for name in map(str, (*tensors, *plan.read_rows))),
-        *(
-            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-            for tensor in tensors
-            for axis in ("batch", "seqlen", "head")
-        ),
         *(Param(size, "i32", size) for size in ("batch", *_SIZES)),
         *scales,
         Param("gradient_scale", "f32", "gradient_scale"),

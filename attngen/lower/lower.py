@@ -12,13 +12,14 @@ from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import gradient_plans
+from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
 from attngen.lower.params import declarations_read_by, pair_params, params
 from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.storage import places
 from attngen.lower.table import rows
 from attngen.plan import KEYS, Call, KernelPlan, Quantizer, Role, Scheduler, assemble, seen_blocks
-from attngen.plan.hardware_rules import Violation, verify
+from attngen.plan.hardware_rules import Violation, takes_warpgroups, verify
 from attngen.schedules import SCHEDULES
 from attngen.spec import Spec
 
@@ -61,7 +62,10 @@ def lower(spec: Spec, arch: Arch) -> Call:
 
 def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
     """The call of attention kernels, and of the backward pass where the spec asks for gradients."""
-    return assemble(plans, gradient_plans(features, plans[-1]) if features.gradients else ())
+    if not features.gradients:
+        return assemble(plans)
+    of_gradients = warpgroup_gradient_plans if takes_warpgroups(plans[-1]) else gradient_plans
+    return assemble(plans, of_gradients(features, plans[-1]))
 
 
 def _first_legal(

@@ -19,7 +19,7 @@ from attngen.plan.call import (
     Value,
 )
 from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import LENGTHS, PANEL_BYTES, Descales, Rows, Tensor
+from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.sheets import (
@@ -157,18 +157,19 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
 def value_shape(place: Tensor | Rows) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, Rows):
-        return ("batch", "num_heads_q", LENGTHS[place.axis])
+        length = LENGTHS[place.axis]
+        return ("batch", "num_heads_q", _padded(length, PADDED_ROWS) if place.is_padded else length)
     if place.is_transposed:
-        return ("batch", f"num_heads_{place.heads}", place.cols, _padded(LENGTHS[place.axis]))
+        return ("batch", f"num_heads_{place.heads}", place.cols, _padded(LENGTHS[place.axis], KEY_BLOCK))
     return _rows_shape(place)
+
+
+def _padded(seqlen: str, block: int) -> Formula:
+    return product(block, ceil_div(seqlen, block))
 
 
 def _rows_shape(tensor: Tensor) -> tuple[Formula, ...]:
     return ("batch", LENGTHS[tensor.axis], f"num_heads_{tensor.heads}", tensor.cols)
-
-
-def _padded(seqlen: str) -> Formula:
-    return product(KEY_BLOCK, ceil_div(seqlen, KEY_BLOCK))
 
 
 def _values(programs: list[KernelPlan]) -> Iterator[Value]:

@@ -36,6 +36,8 @@ def sequence_of(axes: Iterable[Axis]) -> Axis:
     return next(axis for axis in axes if axis in LENGTHS)
 
 
+PADDED_ROWS = 128
+"""What rows of a head are padded to where blocks are read whole: the most rows of a block that does so."""
 PANEL_BYTES = 128
 """The widest row that the copy engine swizzles. Source: CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B."""
 
@@ -82,17 +84,19 @@ class Ring:
         read_by_threads: consumers load from the stages themselves, which no GEMM waits for, so each warp releases what
             it has read; else one thread does for its warpgroup.
         filled_by_warp: the producer's lanes store to the stages besides, and each of them arrives.
+        loads: of the copy engine by which a stage is filled, and with each of which the producer arrives.
     """
 
     name: str
     stages: int
     read_by_threads: bool = False
     filled_by_warp: bool = False
+    loads: int = 1
 
     @property
     def fills(self) -> int:
         """Arrivals by which the producer fills a stage."""
-        return 32 if self.filled_by_warp else 1
+        return 32 if self.filled_by_warp else self.loads
 
     @property
     def releases(self) -> int:
@@ -294,6 +298,7 @@ class Rows:
 
     Attributes:
         axis: the sequence.
+        is_padded: each head has whole blocks of `PADDED_ROWS`; who writes it writes what follows the sequence too.
         optional: the user may not ask for it; then nothing is written.
         workspace: made by the launch rather than passed by the user.
     """
@@ -302,6 +307,7 @@ class Rows:
     axis: Axis
     optional: bool = False
     workspace: bool = False
+    is_padded: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from attngen.arch import Arch
 from attngen.expr import Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
+from attngen.plan.places import PADDED_ROWS
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.quantizer import CHUNK, Quantizer
 from attngen.quantize import DESCALES, KEY_BLOCK
@@ -323,8 +324,8 @@ class PackValues(_QuantizingSheet):
 class PrepareRows(Sheet):
     """Work out the numbers of each row that a backward pass reads: D, and lse in log2 units.
 
-    D is the sum of dO O over columns, less the gradient of lse where a call has it (value "dlse"). A row without keys
-    has D 0 and lse +inf, so that its probabilities are 0.
+    D is the sum of dO O over columns, less the gradient of lse where a call has it (value "dlse"). A row without keys,
+    or past the end of the queries, has D 0 and lse +inf, so that its probabilities are 0.
 
     Attributes:
         plan: the attention kernel whose output it is.
@@ -386,13 +387,14 @@ class PrepareRows(Sheet):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """D and lse in log2 units, both dense (batch, num_heads_q, seqlen_q) of f32."""
+        """D and lse in log2 units, both dense (batch, num_heads_q, rows) of f32, rows in whole `PADDED_ROWS`."""
         return ROW_NUMBERS
 
     @property
     def tiles(self) -> Formula:
         """Blocks of rows of all heads."""
-        return product("batch", "num_heads_q", ceil_div("seqlen_q", self.block_rows))
+        blocks = product(PADDED_ROWS // self.block_rows, ceil_div("seqlen_q", PADDED_ROWS))
+        return product("batch", "num_heads_q", blocks)
 
 
 SHEETS: tuple[type[Sheet], ...] = (FillTables, FindMaxima, Quantize, PackValues, PrepareRows)

@@ -6,10 +6,11 @@ A operands of both. Seven matrix products a pair of blocks.
 Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Dao, "FlashAttention-2", arXiv 2307.08691, 3.1.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from attngen.expr import Expr, IndexRange
-from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, Rows, Tensor
+from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, Tensor, View
 from attngen.plan.steps import (
     Advance,
     Clear,
@@ -21,6 +22,7 @@ from attngen.plan.steps import (
     LoadTile,
     Note,
     RecoverP,
+    RowNumbers,
     ScaleGradient,
     ScoreGradient,
     StageTile,
@@ -46,7 +48,7 @@ class PairGradient:
     Attributes:
         s, dp: accumulators of the products, Q Kᵀ and dO Vᵀ, or both transposed.
         p, ds: rounded, as A operands; P where it is wanted.
-        lse, delta: of every query, as `PrepareRows` leaves them.
+        lse, delta: of every query, as `PrepareRows` makes them.
         score, slope: of the scaled product; None where the score is that.
         mask: of the spec.
     """
@@ -55,19 +57,25 @@ class PairGradient:
     dp: RegTile
     p: RegTile | None
     ds: RegTile
-    lse: Rows
-    delta: Rows
+    lse: RowNumbers
+    delta: RowNumbers
     score: Expr | None
     slope: Expr | None
     mask: Expr
 
     def of(self, rows: BlockIndex, block: BlockIndex, is_masked: bool, wants_ds: bool = True) -> Program:
         """P and dS of a pair of blocks whose products are there."""
+        recover = self.recover(rows, block, is_masked, wants_ds)
+        return (recover, self.gradient(rows)) if wants_ds else (recover,)
+
+    def recover(self, rows: BlockIndex, block: BlockIndex, is_masked: bool, wants_ds: bool = True) -> Step:
+        """P of a pair of blocks out of their product."""
         mask, slope = self.mask if is_masked else None, self.slope if wants_ds else None
-        return (
-            RecoverP(self.s, self.p, self.lse, rows, block, self.score, slope, mask),
-            *((ScoreGradient(self.s, self.dp, self.delta, rows, self.ds),) if wants_ds else ()),
-        )
+        return RecoverP(self.s, self.p, self.lse, rows, block, self.score, slope, mask)
+
+    def gradient(self, rows: BlockIndex) -> Step:
+        """dS of a pair of blocks whose P is there."""
+        return ScoreGradient(self.s, self.dp, self.delta, rows, self.ds)
 
 
 @dataclass(frozen=True)
@@ -138,20 +146,20 @@ class QueryGradientPlaces(GradientPlaces):
 
 
 @dataclass(frozen=True)
-class KeyGradient:
-    """A gradient that a block of keys owns.
+class OwnGradient:
+    """A gradient that a block of keys, or of queries, owns.
 
     Attributes:
-        acc: (block_n, columns).
-        pairs: the A operand that it sums: dSᵀ for dK, Pᵀ for dV.
-        times: the tile of queries that this is multiplied by.
+        acc: (block_n or block_m, columns).
+        pairs: the A operand that it sums: dSᵀ for dK, Pᵀ for dV, dS for dQ.
+        times: the tile that this is multiplied by: of dK Q, of dV dO, of dQ K.
         staged: where it is rounded, over the tile that it is the gradient of; `result`, where it goes.
         is_scaled: its pairs were left without softmax_scale.
     """
 
     acc: RegTile
     pairs: RegTile
-    times: Buffer
+    times: View
     staged: Buffer
     result: Tensor
     is_scaled: bool
@@ -167,7 +175,24 @@ class KeyGradientPlaces(GradientPlaces):
     """
 
     visible: IndexRange | None
-    gradients: tuple[KeyGradient, ...]
+    gradients: tuple[OwnGradient, ...]
+
+
+def for_queries(visible: IndexRange | None, body: Callable[[bool], Program], split: bool = True) -> Program:
+    """Run a body, which may mask, for every block of queries that sees the tile's keys, unmasked ones apart if `split`.
+
+    Without a closed form nobody knows of the next block before it is there.
+    """
+    if visible is None:
+        every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
+        return (ForBlocks(every, "m", (When("m sees n", body(True)),)),)
+    if not split:
+        return (ForBlocks(Range("all", M_MIN, M_STOP, descending=False, tile_class="any"), "m", body(False)),)
+    left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
+    full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
+    right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
+    ranges = (*((left,) if visible.lower else ()), full, right)
+    return tuple(ForBlocks(each, "m", body(each is not full)) for each in ranges)
 
 
 def query_gradients(at: QueryGradientPlaces) -> Program:
@@ -235,10 +260,7 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
             *((dp,) if wants_ds else ()),
             *at.pair.of(M, N_BLOCK, is_masked, wants_ds),
             Note("dV += Pᵀ dO, dK += dSᵀ Q"),
-            *(
-                Gemm(each.acc, each.pairs, each.times.at(at.read_at), starts_at_zero=False)
-                for each in at.gradients
-            ),
+            *(Gemm(each.acc, each.pairs, each.times, starts_at_zero=False) for each in at.gradients),
         )
 
     def block(is_masked: bool) -> Program:
@@ -246,15 +268,7 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
             return at.alone(at.load_queries(M), work(is_masked))
         return at.ahead(WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at)), work(is_masked))
 
-    if at.visible is None:  # nobody knows of the next block before it is there
-        every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
-        loops: Program = (ForBlocks(every, "m", (When("m sees n", block(is_masked=True)),)),)
-    else:
-        left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
-        full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
-        right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
-        ranges = (*((left,) if at.visible.lower else ()), full, right)
-        loops = tuple(ForBlocks(each, "m", block(is_masked=each is not full)) for each in ranges)
+    loops = for_queries(at.visible, block)
     if at.load_at is not None:
         loops = (
             WhenBlock(M_STOP - 1, M_MIN, at.load_queries(M_MIN, at.load_at)),

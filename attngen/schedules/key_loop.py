@@ -88,14 +88,17 @@ class KeyLoop:
 
     def for_further_blocks(self, body: Callable[[KeyBlock], Program], split: bool = True) -> Program:
         """Run the body for every block after the first, those that need no mask apart if `split`."""
-        if not self.walks and not split:
-            rest = Range("rest", N_MIN, N_MAX - 1, descending=True, tile_class="any")
-            return (ForBlocks(rest, "n", body(KeyBlock(M_BLOCK, N, N + 1, "no", True))),)
-        return self._for_blocks(body, N_MAX - 1)
+        return self._for_blocks(body, N_MAX - 1) if split else self._unsplit(body, N_MAX - 1)
 
-    def for_all_blocks(self, body: Callable[[KeyBlock], Program]) -> Program:
-        """Run the body for every block, those that need no mask apart."""
-        return self._for_blocks(body, N_MAX)
+    def for_all_blocks(self, body: Callable[[KeyBlock], Program], split: bool = True) -> Program:
+        """Run the body for every block, those that need no mask apart if `split`."""
+        return self._for_blocks(body, N_MAX) if split else self._unsplit(body, N_MAX)
+
+    def _unsplit(self, body: Callable[[KeyBlock], Program], end: BlockIndex) -> Program:
+        if self.walks:
+            return self._for_blocks(body, end)
+        rest = Range("rest", N_MIN, end, descending=True, tile_class="any")
+        return (ForBlocks(rest, "n", body(KeyBlock(M_BLOCK, N, N + 1, "no", True))),)
 
     def _for_blocks(self, body: Callable[[KeyBlock], Program], end: BlockIndex) -> Program:
         """Masked at both ends of what a row sees, unmasked between.

@@ -61,9 +61,13 @@ class Mbarrier(Barrier):
         """Whether all have arrived and only bytes are missing."""
         return self.arrived == self.parties
 
+    def announce(self, landing: Callable[[], None]) -> None:
+        """Let the phase wait for a copy in flight."""
+        self.landings.append(landing)
+
     def expect(self, landing: Callable[[], None], clock: Clock) -> None:
         """Arrive, and announce a copy in flight."""
-        self.landings.append(landing)
+        self.announce(landing)
         self.arrive(clock)
 
     def land(self) -> None:
@@ -117,7 +121,7 @@ class StageBarriers:
 def stage_barriers(ring: Ring, consumers: int) -> tuple[StageBarriers, ...]:
     """The mbarriers of every stage: its producer arrives at `full`, each consumer at `empty`."""
     names = (stage_name(ring, stage) for stage in range(ring.stages))
-    return tuple(StageBarriers(Mbarrier(name, 1), Mbarrier(name, consumers)) for name in names)
+    return tuple(StageBarriers(Mbarrier(name, ring.loads), Mbarrier(name, consumers)) for name in names)
 
 
 def stage_name(ring: Ring, stage: int) -> str:

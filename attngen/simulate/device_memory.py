@@ -47,7 +47,9 @@ class DeviceMemory:
         return not place.optional or place.name in self.wanted
 
     def valid_rows(self, place: Tensor | Rows, tile: Tile, first: int, rows: int) -> int:
-        """How many of rows first, first + 1, ... exist."""
+        """How many of rows first, first + 1, ... exist, what rows are padded by included."""
+        if isinstance(place, Rows) and place.is_padded:
+            return rows
         return max(0, min(rows, tile.sequence(place.axis)[1] - first))
 
     def read(self, place: Tensor | Rows, tile: Tile, first: int, shape: tuple[int, ...]) -> torch.Tensor:

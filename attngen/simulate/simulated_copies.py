@@ -1,5 +1,7 @@
 """What the Steps that move tiles do."""
 
+from collections.abc import Callable
+
 import torch
 
 from attngen.dtypes import E4M3, DType, torch_dtype
@@ -12,13 +14,15 @@ from attngen.plan.steps import (
     StoreRegisters,
     StoreTile,
     TmaLoad,
+    TmaLoadRows,
     TmaStore,
     WaitCopies,
     WaitStores,
 )
-from attngen.simulate.barriers import copies_into
+from attngen.simulate.barriers import Mbarrier, copies_into
 from attngen.simulate.clocks import Stamp
 from attngen.simulate.roles import RoleRun
+from attngen.simulate.shared_memory import Cell
 
 
 def rounded(values: torch.Tensor, dtype: DType) -> torch.Tensor:
@@ -56,15 +60,32 @@ def tma_load(step: TmaLoad, role: RoleRun) -> None:
     extent = buffer.sequence_extent
     first = _first_row(role, step.src, step.block, extent)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    parts = role.start_copy(step.dst, values, role.device.valid_rows(step.src, role.tile, first, extent))
-    assert step.dst.cursor is not None
-    full = role.stage_barriers(step.dst.cursor).full
+    valid = role.device.valid_rows(step.src, role.tile, first, extent)
+    full = _full(step, role)
+    full.expect(_landing(role.start_copy(step.dst, values, valid), full), role.leaders_clock)
 
+
+def tma_load_rows(step: TmaLoadRows, role: RoleRun) -> None:
+    """Have the copy engine bring one number of each row beside the tile whose bytes `full` waits for."""
+    rows = step.dst.buffer.cols
+    first = _first_row(role, step.src, step.block, rows)
+    values = role.device.read(step.src, role.tile, first, (rows,))
+    full = _full(step, role)
+    row = values.unsqueeze(-2) if role.device.holds_values else values
+    full.announce(_landing(role.start_copy(step.dst, row, rows), full))
+
+
+def _full(step: TmaLoad | TmaLoadRows, role: RoleRun) -> Mbarrier:
+    assert step.dst.cursor is not None
+    return role.stage_barriers(step.dst.cursor).full
+
+
+def _landing(parts: list[tuple[Cell, torch.Tensor]], full: Mbarrier) -> Callable[[], None]:
     def land() -> None:
         for cell, rows in parts:
             cell.fill(rows, Stamp(copies_into(full.name), full.completed))
 
-    full.expect(land, role.leaders_clock)
+    return land
 
 
 def commit_copies(step: CommitCopies, role: RoleRun) -> None:
@@ -105,18 +126,23 @@ def wait_stores(step: WaitStores, role: RoleRun) -> None:
 
 
 def load_registers(step: LoadRegisters, role: RoleRun) -> None:
-    """Read what this block wrote: of an accumulator each thread its own, of rows any lane, after a SyncThreads."""
+    """Read the warpgroup's rows.
+
+    What this block wrote each thread reads its own of an accumulator, and any lane of rows, after a SyncThreads.
+    """
     registers, place = step.dst, step.src
+    own = role.own_rows(registers.rows)
     first = _first_row(role, place, step.block, registers.rows)
     block = first // registers.rows
-    if (place.name, block) not in role.block.rows_written:
-        message = f"{place}[{block}] was never written by this block"
-        raise role.fault("uninitialised read", message, place.name)
-    is_known = role.clock.knows(role.block.rows_written[place.name, block])
-    if isinstance(registers, RegVec) and not is_known:
-        message = f"{place}[{block}] is read, and another lane wrote it since the last SyncThreads"
-        raise role.fault("race", message, place.name)
-    values = role.device.read(place, role.tile, first, _shape(registers, registers.rows))
+    if place not in role.call.plan.read_rows:
+        if (place.name, block) not in role.block.rows_written:
+            message = f"{place}[{block}] was never written by this block"
+            raise role.fault("uninitialised read", message, place.name)
+        is_known = role.clock.knows(role.block.rows_written[place.name, block])
+        if isinstance(registers, RegVec) and not is_known:
+            message = f"{place}[{block}] is read, and another lane wrote it since the last SyncThreads"
+            raise role.fault("race", message, place.name)
+    values = role.device.read(place, role.tile, first + own.start, _shape(registers, len(own)))
     role.write(registers, lambda: values)
 
 

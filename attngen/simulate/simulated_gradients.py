@@ -1,12 +1,10 @@
 """What the Steps of the backward pass do."""
 
-import math
-
 import torch
 
 from attngen.expr import Expr, evaluate
-from attngen.plan import BlockIndex, RegTile, Rows
-from attngen.plan.steps import ForHeads, RecoverP, ScaleGradient, ScoreGradient
+from attngen.plan import Axis, BlockIndex, RegTile, RegVec, View
+from attngen.plan.steps import ForHeads, RecoverP, RowNumbers, ScaleGradient, ScoreGradient
 from attngen.simulate.roles import RoleRun, Run
 from attngen.simulate.simulated_copies import rounded
 
@@ -25,7 +23,7 @@ def recover_p(step: RecoverP, role: RoleRun) -> None:
     """P of each pair, rounded where that is wanted, then times the slope of its score."""
     s = role.read(step.s)
     pairs = _Pairs(step.s, step.rows, step.block, role)
-    lse = pairs.of_queries(step.lse, math.inf)
+    lse = pairs.of_queries(step.lse)
     scale = role.call.scale
 
     def probabilities() -> torch.Tensor:
@@ -51,7 +49,7 @@ def recover_p(step: RecoverP, role: RoleRun) -> None:
 def score_gradient(step: ScoreGradient, role: RoleRun) -> None:
     """The gradient of the products, rounded."""
     s, dp = role.read(step.s), role.read(step.dp)
-    delta = _Pairs(step.s, step.rows, step.rows, role).of_queries(step.delta, 0.0)
+    delta = _Pairs(step.s, step.rows, step.rows, role).of_queries(step.delta)
     role.write(step.ds, lambda: rounded(s * (dp - delta), step.ds.dtype))
 
 
@@ -65,24 +63,29 @@ class _Pairs:
 
     def __init__(self, tile: RegTile, rows: BlockIndex, block: BlockIndex, role: RoleRun) -> None:
         self._role = role
-        self._block = role.index(rows)
+        numbers: dict[Axis, int] = {"queries": role.index(rows), "keys": role.index(block)}
         extents = dict(zip(tile.axes, (tile.rows, tile.cols), strict=True))
-        self._queries = extents["queries"]
-        self._shape = (1, -1, 1) if tile.axes[0] == "queries" else (1, 1, -1)
-        other = (1, 1, -1) if tile.axes[0] == "queries" else (1, -1, 1)
-        self.q_idx = (torch.arange(self._queries) + self._block * self._queries).view(self._shape)
-        keys = extents["keys"]
-        self.kv_idx = (torch.arange(keys) + role.index(block) * keys).view(other)
+        own = role.own_rows(tile.rows)
+        spans = {tile.axes[0]: own, tile.axes[1]: range(tile.cols)}
+        first = {axis: number * extents[axis] + spans[axis].start for axis, number in numbers.items()}
+        shapes = {tile.axes[0]: (1, -1, 1), tile.axes[1]: (1, 1, -1)}
+        of = {
+            axis: (torch.arange(len(spans[axis])) + first[axis]).view(shape) for axis, shape in shapes.items()
+        }
+        self.q_idx, self.kv_idx = of["queries"], of["keys"]
+        self._first, self._queries = first["queries"], len(spans["queries"])
+        self._other_axis = 2 if tile.axes[0] == "queries" else 1
 
-    def of_queries(self, place: Rows, missing: float) -> torch.Tensor:
-        """A value of each query; of those past the end `missing`."""
-        role, first = self._role, self._block * self._queries
-        valid = role.device.valid_rows(place, role.tile, first, self._queries)
-        found = role.device.read(place, role.tile, first, (self._queries,))
-        if not role.device.holds_values:
-            return found
-        known = torch.arange(self._queries) < valid
-        return torch.where(known, found, missing).unsqueeze(self._shape.index(1, 1))
+    def of_queries(self, place: RowNumbers) -> torch.Tensor:
+        """A number of each query."""
+        role = self._role
+        if isinstance(place, View):
+            return role.read_shared(place)
+        if isinstance(place, RegVec):
+            found = role.read(place)
+        else:
+            found = role.device.read(place, role.tile, self._first, (self._queries,))
+        return found.unsqueeze(self._other_axis) if role.device.holds_values else found
 
     def value(self, expr: Expr, score: torch.Tensor | None = None) -> torch.Tensor:
         """What an expression is for each pair."""

@@ -5,10 +5,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from attngen import quantize as quantization
 from attngen.expr import fill_tables as fill
-from attngen.plan import OPERANDS, SHEETS, FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
+from attngen.plan import (
+    OPERANDS,
+    PADDED_ROWS,
+    SHEETS,
+    FillTables,
+    FindMaxima,
+    PackValues,
+    PrepareRows,
+    Quantize,
+    Sheet,
+)
 from attngen.simulate.function_names import function_name
 from attngen.simulate.visits import Sizes
 
@@ -45,14 +56,15 @@ def pack_values(sheet: PackValues, values: Values, sizes: Sizes) -> dict[str, to
 
 
 def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """D and lse in log2 units of each row; 0 and +inf of one without keys, whose lse is -inf (or +inf)."""
+    """D and lse in log2 units of each row; 0 and +inf of one without keys (lse -inf or +inf) and past the end."""
     delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(1, 2)
     if "dlse" in values:
         delta = delta - values["dlse"]
     lse = values["lse"]
+    past = (0, -lse.shape[-1] % PADDED_ROWS)
     return {
-        "delta": delta.masked_fill(lse.isinf(), 0.0).contiguous(),
-        "lse_log2": (lse * math.log2(math.e)).masked_fill(lse.isinf(), math.inf).contiguous(),
+        "delta": pad(delta.masked_fill(lse.isinf(), 0.0), past),
+        "lse_log2": pad((lse * math.log2(math.e)).masked_fill(lse.isinf(), math.inf), past, value=math.inf),
     }
 
 

@@ -38,6 +38,13 @@ DEV void load_rows(float (&dst)[kRows], const float* head, int first_row, int en
   }
 }
 
+// Read one value per row, of rows that are all there.
+template <int kRowTiles, int kRows>
+DEV void load_whole_rows(float (&dst)[kRows], const float* head, int first_row) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) dst[r] = head[first_row + row_in_tile<kRowTiles>(r)];
+}
+
 // Read one value per row into the first of the four lanes that share it; the others hold 0.
 template <int kRowTiles, int kRows>
 DEV void load_rows_partial(float (&dst)[kRows], const float* head, int first_row, int end_row) {

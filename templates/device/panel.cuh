@@ -19,6 +19,13 @@ DEV void load_panels(u32 dst, const TensorMap& map, u32 full, int first_column, 
   for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes, map, full, first_column + i * Tile::kPanelCols, first_row, head, batch, keep);
 }
 
+// Start filling a stage with a number of each of kRows rows, beside a tile whose arrival `full` waits for.
+template <int kRows>
+DEV void load_row_numbers(u32 dst, const float* src, u32 full) {
+  mbarrier_expect(full, kRows * 4);
+  bulk_load(dst, src, kRows * 4, full);
+}
+
 // Round an accumulator and write it to this warpgroup's 64 rows of a tile, each warp its sixteen.
 template <class Element, class Tile, int kColTiles>
 DEV void stage_tile(u32 dst, const float (&acc)[1][kColTiles][4]) {

@@ -1,13 +1,13 @@
 """Calls whose gradients are held against fp64: masks and scores of every class, lengths beside the tiles' edges."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import attngen
-from attngen.bind import bind, check_arguments
+from attngen.bind import Given, bind, check_arguments
 from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, Call
@@ -121,13 +121,20 @@ CASES = (
 )
 
 
-def run_backward(
-    case: BackwardCase, kernel: attngen.Kernel, call: Call | None = None, **changed: Any
-) -> tuple[torch.Tensor, ...]:
-    """dq, dk and dv of a case, of another call than the kernel's own, or by a simulator with changed Steps."""
+def run_backward(case: BackwardCase, kernel: attngen.Kernel, **changed: Any) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a case, by a simulator with changed Steps."""
+    return run_given(kernel.call, given_backward(case, kernel), GRADIENTS, **changed)
+
+
+def given_backward(case: BackwardCase, kernel: attngen.Kernel) -> Given:
+    """What the backward pass of a case is given, the forward's results included."""
     (q, k, v, dout), declared = case.inputs_on("cpu")
     out, lse = kernel(q, k, v, return_lse=True, **declared)
     named = {"dout": dout, "out": out, "lse": lse, **declared}
-    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
-    made = run_call(call or kernel.call, bind(kernel.manifest, given, GRADIENTS, 2), **changed)
-    return tuple(made[name] for name in GRADIENTS)
+    return check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+
+
+def run_given(call: Call, given: Given, wanted: Sequence[str], **changed: Any) -> tuple[torch.Tensor, ...]:
+    """Some gradients of a call, of which only the kernels run that they need."""
+    made = run_call(call, bind(call.manifest, given, tuple(wanted), 2), **changed)
+    return tuple(made[name] for name in wanted)

@@ -1,5 +1,6 @@
 """The programs of a backward pass: every Step has a reason, and what is emitted of them compiles as planned."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -7,24 +8,32 @@ import pytest
 import torch
 
 import attngen
-from attngen.plan import Program, Step, body_of
+from attngen.plan import KernelPlan, Program, Step, body_of
 from attngen.plan.steps import Note
 from attngen.runtime import disassemble
 from attngen.simulate import SimulationFault
 from tests.emit.sass import done_before_waiting
-from tests.gradients.backward_cases import BackwardCase, run_backward
+from tests.gradients.backward_cases import BackwardCase, given_backward, run_given
 
-CASE = BackwardCase("window(130, 70)", "softcap(score, 3.0)", heads=(2, 1), batch=1)
+CASE = BackwardCase("", "softcap(score, 3.0)", heads=(2, 1), batch=1)
 WIDE = replace(CASE, head_dim=(192, 32))
 """Of which there is one stage for a block."""
-WALKED = replace(CASE, mask="window(130, 70) and kv_idx % 2 != q_idx % 3")
-LAST_OF_TWO = (
-    "for each tile of this block: when tile has blocks: for n in n_full_begin - 1 .. n_min downwards (partial tiles): "
-    "advance load_at"
-)
-"""On an edge of the mask lie two blocks at most, and after the second nothing is loaded."""
-LENGTHS = ((330, 330), (20, 300), (300, 20))
-"""Such that blocks of keys are seen by many blocks of queries, and by none."""
+WALKED = replace(CASE, mask=" and kv_idx % 2 != q_idx % 3")
+SPARE = {
+    ("sm_80", "dq"): [
+        "warps: for each tile of this block: when tile has blocks: "
+        "for n in n_full_begin - 1 .. n_min downwards (partial tiles): advance load_at"
+    ],
+    ("sm_90a", "dq"): [
+        "consumer: for each tile of this block: "
+        "for n in n_full_begin - 1 .. n_min downwards (partial tiles): release k_at"
+    ],
+}
+"""On an edge of the mask lie fewer blocks than stages, and after the last nothing is loaded."""
+LENGTHS = {"sm_80": ((330, 330), (20, 300), (300, 20)), "sm_90a": ((900, 900), (20, 300))}
+"""Such that blocks of keys are seen by more blocks of queries than a ring has stages, and by none."""
+WINDOWS = {"sm_80": "window(130, 70)", "sm_90a": "window(400, 300)"}
+"""Such that some blocks of either pair are masked and some are not."""
 HARD = {
     "mask": "causal and document(doc)",
     "score": "softcap(score, 30.0)",
@@ -43,37 +52,47 @@ def without_one(program: Program) -> Iterator[tuple[str, Program]]:
             yield f"{str(step).splitlines()[0]} {missing}", (*before, changed, *after)
 
 
+def plans_without_one(plan: KernelPlan) -> Iterator[tuple[str, KernelPlan]]:
+    """A kernel without each Step of each role."""
+    for i, role in enumerate(plan.roles):
+        for missing, program in without_one(role.program):
+            roles = (*plan.roles[:i], replace(role, program=program), *plan.roles[i + 1 :])
+            yield f"{role.name}: {missing}", replace(plan, roles=roles)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
-    ("case", "number", "expected"),
+    ("what", "case", "number"),
     [
-        (CASE, 0, [LAST_OF_TWO]),
-        (CASE, 1, []),
-        (WALKED, 0, []),
-        (WALKED, 1, []),
-        (WIDE, 0, []),
-        (WIDE, 1, []),
-        (WIDE, 2, []),
+        ("dq", CASE, 0),
+        ("dk and dv", CASE, 1),
+        ("dq, walked", WALKED, 0),
+        ("dk and dv, walked", WALKED, 1),
+        ("dq, wide", WIDE, 0),
+        ("dv, wide", WIDE, 1),
+        ("dk, wide", WIDE, 2),
     ],
-    ids=["dq", "dk and dv", "dq, walked", "dk and dv, walked", "dq, wide", "dv, wide", "dk, wide"],
 )
-def test_every_step_is_needed(case: BackwardCase, number: int, expected: list[str]) -> None:
+def test_every_step_is_needed(what: str, case: BackwardCase, number: int, target: str) -> None:
     """Without any one of them the simulator faults, or another gradient comes out."""
-    kernel, cases = case.kernel("sm_90a"), [replace(case, lengths=lengths) for lengths in LENGTHS]
-    whole = [run_backward(each, kernel) for each in cases]
+    case = replace(case, mask=WINDOWS[target] + case.mask)
+    kernel, cases = case.kernel(target), [replace(case, lengths=lengths) for lengths in LENGTHS[target]]
+    given = [given_backward(each, kernel) for each in cases]
     plan = kernel.call.gradients[number]
+    wanted = [tensor.name for tensor in plan.outputs]
+    whole = [run_given(kernel.call, each, wanted) for each in given]
     spare = []
-    for missing, program in without_one(plan.worker.program):
-        shorter = replace(plan, roles=(replace(plan.worker, program=program),))
+    for missing, shorter in plans_without_one(plan):
         kernels = tuple(shorter if each is plan else each for each in kernel.call.kernels)
         try:
-            made = [run_backward(each, kernel, replace(kernel.call, kernels=kernels)) for each in cases]
+            made = [run_given(replace(kernel.call, kernels=kernels), each, wanted) for each in given]
         except SimulationFault:
             continue
         if all(
             torch.equal(x, y) for xs, ys in zip(made, whole, strict=True) for x, y in zip(xs, ys, strict=True)
         ):
             spare.append(missing)
-    assert spare == expected
+    assert spare == SPARE.get((target, what), [])
 
 
 @pytest.mark.parametrize("spec", [{"mask": "causal"}, HARD], ids=["causal", "documents, capped"])
@@ -88,5 +107,8 @@ def test_backward_kernels_compile_without_spills(target: str, head_dim: int, spe
     for plan in kernel.call.gradients:
         compiled = kernel.modules[plan.module].compiled
         assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), plan.name
+        assert "C75" not in str(compiled.warnings), plan.name
         if target == "sm_90a":
-            assert done_before_waiting(disassemble(compiled.cubin)) == []
+            sass = disassemble(compiled.cubin)
+            assert done_before_waiting(sass) == []
+            assert {"HGMMA", "UTMALDG", "UTMASTG"} <= set(re.findall(r"\b[A-Z]+\b", sass)), plan.name

@@ -11,7 +11,7 @@ import torch
 import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit_module
-from attngen.plan import PrepareRows, evaluate_formula
+from attngen.plan import PADDED_ROWS, PrepareRows, evaluate_formula
 from attngen.runtime import DiskCache, disassemble
 from attngen.simulate.simulated_sheets import prepare_rows
 from attngen.simulate.visits import Sizes
@@ -59,12 +59,14 @@ def in_fp64(values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def assert_right(found: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    """As fp64 says but for f32: a rounding for each term of D at most, two for lse in log2 units."""
+    """As fp64 says but for f32: a rounding for each term of D at most, two for lse in log2 units; 0 and +inf behind."""
     delta, lse_log2, size = in_fp64(values)
-    no_keys, unit = values["lse"].isinf(), 2.0**-24
+    no_keys, unit, rows = values["lse"].isinf(), 2.0**-24, delta.shape[-1]
     for name in ("delta", "lse_log2"):
         assert found[name].dtype == torch.float32 and found[name].is_contiguous()
-        assert found[name].shape == delta.shape
+        assert found[name].shape == (*delta.shape[:2], -(-rows // PADDED_ROWS) * PADDED_ROWS)
+    assert (found["delta"][..., rows:] == 0).all() and (found["lse_log2"][..., rows:] == math.inf).all()
+    found = {name: x[..., :rows] for name, x in found.items()}
     assert (found["delta"][no_keys] == 0).all() and (found["lse_log2"][no_keys] == math.inf).all()
     seen = ~no_keys
     columns = values["out"].shape[-1]
@@ -80,7 +82,8 @@ def on_cpu(text: str) -> CpuKernels:
 def run_on_cpu(of: PrepareRows, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the emitted text makes of values; what it does not write stays NaN."""
     batch, rows, heads, _ = values["out"].shape
-    made = {name: torch.full((batch, heads, rows), math.nan) for name in of.writes}
+    padded = -(-rows // PADDED_ROWS) * PADDED_ROWS
+    made = {name: torch.full((batch, heads, padded), math.nan) for name in of.writes}
     sizes = {"batch": batch, "seqlen_q": rows, "num_heads_q": heads}
     carried = dict(sizes)
     for name, x in (values | made).items():

@@ -32,12 +32,13 @@ from attngen.plan.steps.copies import (
     StoreRegisters,
     StoreTile,
     TmaLoad,
+    TmaLoadRows,
     TmaStore,
     WaitCopies,
     WaitStores,
 )
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
-from attngen.plan.steps.gradient_steps import RecoverP, ScaleGradient, ScoreGradient
+from attngen.plan.steps.gradient_steps import RecoverP, RowNumbers, ScaleGradient, ScoreGradient
 from attngen.plan.steps.scales import (
     CopyRows,
     Promote,
@@ -121,6 +122,7 @@ __all__ = [
     "ReduceRows",
     "Release",
     "RowMax",
+    "RowNumbers",
     "STEPS",
     "ScaleGradient",
     "ScaleKeys",
@@ -138,6 +140,7 @@ __all__ = [
     "TakeTile",
     "TakeTurn",
     "TmaLoad",
+    "TmaLoadRows",
     "TmaStore",
     "WaitCopies",
     "WaitEmpty",

@@ -109,6 +109,22 @@ class TmaLoad(Step):
 
 
 @dataclass(frozen=True)
+class TmaLoadRows(Step):
+    """Have the copy engine fill a stage with one number of each row of a block, beside the TmaLoad that follows.
+
+    Attributes:
+        src: padded, so that the block is there as a whole.
+    """
+
+    dst: View
+    src: Rows
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"load {self.dst} <- {self.src}[{self.block}]"
+
+
+@dataclass(frozen=True)
 class TmaStore(Step):
     """Have the copy engine write this warpgroup's rows of a buffer to device memory; what lies past it is dropped."""
 

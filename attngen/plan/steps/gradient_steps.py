@@ -1,13 +1,32 @@
 """Steps of the backward pass: probabilities recomputed, and the gradient of the scores.
 
-Queries may be the rows of a tile or its columns: which they are, its axes say.
+Queries may be the rows of a tile or its columns: which they are, its axes say. Their numbers are read from device
+memory; or those of rows are in registers, and those of columns in shared memory.
 """
 
 from dataclasses import dataclass
 
+from attngen.errors import InternalError
 from attngen.expr import Expr
-from attngen.plan.places import BlockIndex, RegTile, Rows
+from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, View
 from attngen.plan.steps.step import Step
+
+RowNumbers = Rows | RegVec | View
+"""A number of each query of a tile."""
+
+
+def _check_numbers(numbers: RowNumbers, tile: RegTile) -> None:
+    """Refuse numbers of queries that lie where a tile of these axes does not look for them.
+
+    Raises:
+        InternalError: they are in registers and queries are columns, or in shared memory and queries are rows.
+    """
+    if isinstance(numbers, RegVec if tile.axes[1] == "queries" else View):
+        raise InternalError(f"{numbers} does not lie where {tile} {tile.axes} has its queries")
+
+
+def _of_block(numbers: RowNumbers, rows: BlockIndex) -> str:
+    return f"{numbers}[{rows}]" if isinstance(numbers, Rows) else str(numbers)
 
 
 @dataclass(frozen=True)
@@ -27,18 +46,22 @@ class RecoverP(Step):
 
     s: RegTile
     p: RegTile | None
-    lse: Rows
+    lse: RowNumbers
     rows: BlockIndex
     block: BlockIndex
     score: Expr | None
     slope: Expr | None
     mask: Expr | None
 
+    def __post_init__(self) -> None:
+        _check_numbers(self.lse, self.s)
+
     def __str__(self) -> str:
         rounded = f"; {self.p} = {self.s} rounded" if self.p else ""
         slope = f"; {self.s} = {self.s} times the score's slope" if self.slope else ""
         masked = "" if self.mask is None else ", 0 where masked"
-        return f"{self.s} = exp2(scaled {self.s} - {self.lse}[{self.rows}]){masked}{rounded}{slope}"
+        lse = _of_block(self.lse, self.rows)
+        return f"{self.s} = exp2(scaled {self.s} - {lse}){masked}{rounded}{slope}"
 
 
 @dataclass(frozen=True)
@@ -55,12 +78,15 @@ class ScoreGradient(Step):
 
     s: RegTile
     dp: RegTile
-    delta: Rows
+    delta: RowNumbers
     rows: BlockIndex
     ds: RegTile
 
+    def __post_init__(self) -> None:
+        _check_numbers(self.delta, self.s)
+
     def __str__(self) -> str:
-        return f"{self.ds} = {self.s} ({self.dp} - {self.delta}[{self.rows}]) rounded"
+        return f"{self.ds} = {self.s} ({self.dp} - {_of_block(self.delta, self.rows)}) rounded"
 
 
 @dataclass(frozen=True)

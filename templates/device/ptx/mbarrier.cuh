@@ -21,6 +21,11 @@ DEV void mbarrier_arrive_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Announce bytes that must land before the phase completes, without arriving. PTX ISA: mbarrier.expect_tx.
+DEV void mbarrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Wait until the phase of that parity has completed. PTX ISA: mbarrier.try_wait, which may give up early.
 DEV void mbarrier_wait(u32 barrier, u32 parity) {
   asm volatile(

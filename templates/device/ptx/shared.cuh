@@ -12,6 +12,13 @@ DEV u32 load_shared(u32 address) {
 }
 
 // PTX ISA: ld.shared, .v2.
+DEV float2 load_shared_floats(u32 address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+// PTX ISA: ld.shared, .v2.
 DEV uint2 load_shared_8(u32 address) {
   uint2 x;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");

@@ -3,8 +3,11 @@ struct __align__(64) TensorMap {
   u64 opaque[16];
 };
 
-// Hints for the L2 cache, as createpolicy.fractional would make them.
-constexpr u64 kEvictFirst = 0x12f0000000000000ull, kEvictLast = 0x14f0000000000000ull;
+// A hint for the L2 cache, as createpolicy.fractional would make it: to be dropped first.
+constexpr u64 kEvictFirst = 0x12f0000000000000ull;
+
+// A hint for the L2 cache: to be dropped last.
+constexpr u64 kEvictLast = 0x14f0000000000000ull;
 
 // Fetch a descriptor before its first use. PTX ISA: prefetch.tensormap.
 DEV void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
@@ -14,6 +17,11 @@ DEV void tma_load(u32 dst, const TensorMap& map, u32 barrier, int column, int ro
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
       "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(keep) : "memory");
+}
+
+// Start copying bytes to shared memory, 16 at a time; they count towards the barrier. PTX ISA: cp.async.bulk.
+DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // Start copying a box to device memory; what lies past the tensor is dropped. PTX ISA: cp.async.bulk.tensor.

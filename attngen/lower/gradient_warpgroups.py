@@ -1,0 +1,360 @@
+"""The kernels of a backward pass for warpgroups: tiles, rings, storage and parameters. Every number is chosen here."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from attngen.dtypes import F32
+from attngen.expr import Expr, free_names, nodes, row_range, tile_classes
+from attngen.expr.arithmetic import FUNCTIONS
+from attngen.lower.features import Features
+from attngen.lower.gradient_kernels import (
+    DELTA,
+    LSE_LOG2,
+    ONE_KERNEL,
+    backward_plan,
+    numbers_of_pairs,
+    pair_gradient,
+)
+from attngen.lower.rounding import round_up
+from attngen.lower.warpgroups import BUFFER_ALIGNMENT
+from attngen.plan import (
+    KEYS,
+    PANEL_BYTES,
+    QUERIES,
+    ROWS_OF_K,
+    ROWS_OF_O,
+    ROWS_OF_Q,
+    ROWS_OF_V,
+    SCORES,
+    WARPGROUP_WARPS,
+    Axis,
+    Buffer,
+    Cursor,
+    KernelPlan,
+    NamedBarriers,
+    Param,
+    Program,
+    RegTile,
+    RegVec,
+    Ring,
+    Role,
+    Rows,
+    Scheduler,
+    Tensor,
+    TensorMap,
+    seen_blocks,
+)
+from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
+from attngen.schedules.backward import OwnGradient
+from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.pairs import SCORE
+from attngen.schedules.warpgroup_backward import (
+    Stream,
+    WarpgroupGradientPlaces,
+    WarpgroupKeyPlaces,
+    WarpgroupQueryPlaces,
+    key_gradients,
+    query_gradients,
+)
+
+WARPGROUPS = 2
+OWN = NamedBarriers("own", 1, 1)
+WALKING = RegisterShare(232, 32, spare=24)
+"""How registers are shared out where a producer walks over blocks of keys that come through a ring each."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much a block of threads works on at a time.
+
+    Attributes:
+        block_m, block_n: queries and keys.
+        stages, beside: of K and of V where dQ is owned, else of Q and of dO.
+        dv_late: as of `WarpgroupKeyPlaces`.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    beside: int
+    dv_late: bool = False
+
+
+Weight = Literal["plain", "arithmetic", "functions"]
+"""What a score asks for besides the product: nothing, arithmetic, or functions such as tanh and lookups, of which many
+are at work at a time and want registers."""
+Kind = Literal["dq", "dk and dv", "dv", "dk"]
+TILES: dict[Kind, dict[tuple[int, Weight], Tile]] = {
+    "dq": {
+        (64, "plain"): Tile(128, 128, 3, 3),
+        (64, "functions"): Tile(128, 64, 3, 3),
+        (128, "plain"): Tile(128, 128, 2, 2),
+        (128, "functions"): Tile(128, 64, 3, 3),
+        (192, "plain"): Tile(128, 96, 2, 1),
+        (192, "functions"): Tile(128, 48, 3, 3),
+        (256, "plain"): Tile(128, 64, 2, 1),
+        (256, "functions"): Tile(128, 32, 2, 2),
+    },
+    "dk and dv": {
+        (64, "plain"): Tile(128, 128, 3, 3, dv_late=True),
+        (64, "arithmetic"): Tile(64, 128, 3, 3),
+        (128, "plain"): Tile(64, 128, 3, 3),
+        (128, "functions"): Tile(32, 128, 3, 3),
+    },
+    "dv": {
+        (192, "plain"): Tile(64, 128, 3, 3),
+        (256, "plain"): Tile(64, 128, 3, 2),
+        (256, "functions"): Tile(32, 128, 3, 3),
+    },
+    "dk": {
+        (192, "plain"): Tile(64, 128, 2, 2),
+        (192, "functions"): Tile(32, 128, 3, 3),
+        (256, "plain"): Tile(64, 128, 2, 1),
+        (256, "functions"): Tile(32, 128, 3, 3),
+    },
+}
+"""By the most columns of a head and the least weight of a score: as large as NVRTC 13.0.88 compiles without spills, and
+of these the fastest on an H200 (docs/performance.md)."""
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
+
+
+def warpgroup_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan, ...]:
+    """The kernel of dQ, and that of dK and dV, or of wide heads, whose sums fill the registers, one each."""
+    queries = _of_queries(features, forward, _tile("dq", features))
+    if features.head_dim <= ONE_KERNEL:
+        return (queries, _of_keys(features, forward, _tile("dk and dv", features), ("dv", "dk")))
+    return (
+        queries,
+        _of_keys(features, forward, _tile("dv", features), ("dv",)),
+        _of_keys(features, forward, _tile("dk", features), ("dk",)),
+    )
+
+
+def _tile(kind: Kind, features: Features) -> Tile:
+    """The tile of the narrowest heads that are wide enough, and of the heaviest score that is not too heavy."""
+    tiles, score = TILES[kind], features.pairs.score
+    weight: Weight = "plain" if score is SCORE else "arithmetic"
+    if _is_heavy(score) or (
+        kind in ("dq", "dk") and features.walks
+    ):  # registers have the mask to work out, too
+        weight = "functions"
+    columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
+    lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]
+    return next(tiles[columns, each] for each in lighter if (columns, each) in tiles)
+
+
+def _is_heavy(score: Expr) -> bool:
+    """Whether functions are called for every pair, or tensors looked up."""
+    of_pairs = {"q_idx", "kv_idx"}
+    return any(
+        FUNCTIONS[node.name].takes == "f32" if node.op == "call" else bool(of_pairs & free_names(node))
+        for node in nodes(score)
+        if node.op in ("call", "lookup")
+    )
+
+
+class _Storage:
+    """Shared memory as it is given away: tiles on whole swizzles, numbers of rows behind them, then mbarriers."""
+
+    def __init__(self, features: Features, tile: Tile, owns: Axis) -> None:
+        self._features = features
+        self._tile = tile
+        self._owns = owns
+        self._end = 0
+
+    def side(self, *tensors: tuple[str, tuple[Axis, ...], Rows | None]) -> tuple[Stream, ...]:
+        """Tensors of queries, or of keys, on their way, by name, axes and numbers that come along.
+
+        There is one stage where the block owns their side, else those of the tile. Of as many stages they share a ring.
+        """
+        made = [self._stream(*each) for each in tensors]
+        first = made[0]
+        if any(each.tile.stages != first.tile.stages for each in made):
+            return tuple(made)
+        ring = Ring(
+            first.tile.name,
+            first.tile.stages,
+            loads=len(made),
+            read_by_threads=any(each.beside for each in made),
+        )
+        fills, reads = (replace(cursor, ring=ring) for cursor in (first.fills, first.reads))
+        return tuple(replace(each, fills=fills, reads=reads) for each in made)
+
+    def _stream(self, name: str, axes: tuple[Axis, ...], numbers: Rows | None) -> Stream:
+        """A stage where dK or dV will be put out has room for the wider of them."""
+        features, tile = self._features, self._tile
+        side, columns = axes
+        head_dims = {"qk_columns": features.head_dim_qk, "v_columns": features.head_dim_v}
+        stages = 1 if side == self._owns else tile.stages if columns == "qk_columns" else tile.beside
+        rows, step = (
+            tile.block_m if side == "queries" else tile.block_n,
+            features.arch.k_step(features.inputs),
+        )
+
+        def buffer(valid: int) -> Buffer:
+            return Buffer(
+                name,
+                features.inputs,
+                axes,
+                rows,
+                round_up(valid, step),
+                valid,
+                stages,
+                round_up(self._end, BUFFER_ALIGNMENT),
+                in_panels=features.arch.emits,
+            )
+
+        found = buffer(head_dims[columns])
+        widest = buffer(features.head_dim) if side == self._owns == "keys" else found
+        self._end = widest.offset + widest.size_bytes
+        beside = None
+        if numbers and side != self._owns:
+            beside = Buffer(numbers.name, F32, ("queries",), 1, rows, rows, stages, self._end)
+            self._end += beside.size_bytes
+        ring = Ring(name, stages, read_by_threads=beside is not None)
+        fills, reads = (Cursor(f"{name}_at", stages, ring, fills) for fills in (True, False))
+        tensor = Tensor(
+            "dout" if name == "do" else name,
+            features.inputs,
+            axes,
+            head_dims[columns],
+            "q" if side == "queries" else "kv",
+        )
+        return Stream(tensor, found, fills, reads, numbers if beside else None, beside)
+
+    def fields(self, gradients: tuple[OwnGradient, ...], streams: list[Stream]) -> dict[str, Any]:
+        """The fields of `KernelPlan` that are shared memory."""
+        rings = tuple(dict.fromkeys(each.reads.ring for each in streams if each.reads.ring))
+        tiles = [buffer for each in streams for buffer in (each.tile, each.beside) if buffer]
+        return dict(
+            buffers=(*tiles, *(each.staged for each in gradients)),
+            rings=rings,
+            rings_offset=self._end,
+            smem_bytes=self._end + sum(ring.size_bytes for ring in rings),
+        )
+
+
+def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPlan:
+    """dQ of a block of queries, staged over Q."""
+    storage = _Storage(features, tile, "queries")
+    q, do = storage.side(("q", ROWS_OF_Q, None), ("do", ROWS_OF_O, None))
+    k, v = storage.side(("k", ROWS_OF_K, None), ("v", ROWS_OF_V, None))
+    numbers = tuple((RegVec(rows.name, "queries", tile.block_m), rows) for rows in (LSE_LOG2, DELTA))
+    (lse, _), (delta, _) = numbers
+    pair = pair_gradient(features, SCORES, tile.block_m, tile.block_n, lse, delta)
+    gradient = _gradient("dq", ROWS_OF_Q, q, pair.ds, k, features)
+    at = WarpgroupQueryPlaces(pair, q, k, v, do, (gradient,), OWN, KeyLoop(features.pairs.visible), numbers)
+    return replace(
+        _plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
+        key_blocks=seen_blocks(features.pairs.visible, KEYS),
+        scheduler=Scheduler("query_blocks", longest_first=features.upper),
+    )
+
+
+def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[str, ...]) -> KernelPlan:
+    """dK, dV or both of a block of keys; dV alone asks for neither V nor delta, and is staged over K."""
+    visible, wants_dk = row_range(features.mask), "dk" in wanted
+    storage = _Storage(features, tile, "keys")
+    k, *rest = storage.side(("k", ROWS_OF_K, None), *((("v", ROWS_OF_V, None),) if wants_dk else ()))
+    v = rest[0] if rest else None
+    q, do = storage.side(("q", ROWS_OF_Q, LSE_LOG2), ("do", ROWS_OF_O, DELTA if wants_dk else None))
+    lse, delta = (each.beside.at(each.reads) if each.beside else DELTA for each in (q, do))
+    pair = pair_gradient(features, SCORES[::-1], tile.block_m, tile.block_n, lse, delta)
+    gradients = []
+    if "dv" in wanted and pair.p is not None:
+        gradients.append(_gradient("dv", ROWS_OF_V, v or k, pair.p, do, features))
+    else:
+        pair = replace(pair, p=None)
+    if wants_dk:
+        gradients.append(_gradient("dk", ROWS_OF_K, k, pair.ds, q, features))
+    at = WarpgroupKeyPlaces(pair, q, k, v, do, tuple(gradients), OWN, visible, tile.dv_late)
+    schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
+    return replace(
+        _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
+        tile_classes=None if visible else tile_classes(features.mask),
+        key_blocks=seen_blocks(visible, QUERIES),
+        scheduler=Scheduler("key_blocks"),
+    )
+
+
+def _gradient(
+    name: str, axes: tuple[Axis, ...], over: Stream, pairs: RegTile, times: Stream, features: Features
+) -> OwnGradient:
+    """A gradient that is summed over pairs times a tensor, and staged over a tile of as many rows or more columns."""
+    rows, cols = over.tile.rows, times.tile.cols
+    valid = times.tile.valid_cols
+    return OwnGradient(
+        acc=RegTile(f"acc_{name}", F32, axes, rows, cols, valid, "accumulator"),
+        pairs=pairs,
+        times=times.here,
+        staged=replace(over.tile, name=name, axes=axes, cols=cols, valid_cols=valid, overlays=over.tile.name),
+        result=Tensor(name, features.inputs, axes, valid, over.tensor.heads),
+        is_scaled=name != "dv",
+    )
+
+
+def _plan(
+    features: Features,
+    forward: KernelPlan,
+    schedule: str,
+    tile: Tile,
+    at: WarpgroupGradientPlaces,
+    programs: dict[str, Program],
+    storage: _Storage,
+) -> KernelPlan:
+    """What all these kernels have in common."""
+    streams = [each for each in (at.q, at.k, at.v, at.do) if each]
+    plan = replace(
+        backward_plan(features, forward, schedule),
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        stages=tile.stages,
+        qk_cols=at.q.tile.cols,
+        v_cols=at.do.tile.cols,
+        row_tiles=1,
+        reads=tuple(each.tensor for each in streams),
+        writes=tuple(each.result for each in at.gradients),
+        warps=WARPGROUPS * WARPGROUP_WARPS,
+        roles=_roles(features, at, programs, streams),
+        tensor_maps=tuple(
+            TensorMap(tensor, rows, PANEL_BYTES // tensor.dtype.bytes)
+            for tensor, rows in (
+                *((each.tensor, each.tile.rows) for each in streams),
+                *((each.result, each.staged.rows // WARPGROUPS) for each in at.gradients),
+            )
+        ),
+        **storage.fields(at.gradients, streams),
+    )
+    maps = (Param(f"{each.tensor}_map", "tensor_map", f"{each.tensor}.map") for each in plan.tensor_maps)
+    rows = (Param(each.name, "pointer", f"{each.name}.ptr") for each in plan.read_rows)
+    return replace(plan, params=(*maps, *rows, *numbers_of_pairs(plan, at.pair)))
+
+
+def _roles(
+    features: Features, at: WarpgroupGradientPlaces, programs: dict[str, Program], streams: list[Stream]
+) -> tuple[Role, Role]:
+    """Consumers first; a whole warp of the producer loads where its lanes class blocks together, else one thread."""
+    pair, share = at.pair, WALKING if at.walks else WARPGROUP_REGISTERS[WARPGROUPS]
+    of_ds = (pair.dp, pair.ds) if any(each.pairs is pair.ds for each in at.gradients) else ()
+    tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in at.gradients))
+    vectors = tuple(each for each in (pair.lse, pair.delta) if isinstance(each, RegVec))
+    return (
+        Role(
+            "consumer",
+            WARPGROUPS * WARPGROUP_WARPS,
+            programs["consumer"],
+            tiles,
+            vectors,
+            tuple(dict.fromkeys(each.reads for each in streams)),
+            WARPGROUPS,
+            share.consumer,
+        ),
+        Role(
+            "producer",
+            WARPGROUP_WARPS,
+            programs["producer"],
+            cursors=tuple(dict.fromkeys(each.fills for each in streams)),
+            registers=share.producer,
+            single_thread=not features.walks,
+        ),
+    )
