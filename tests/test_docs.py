@@ -29,7 +29,7 @@ NAMING = sorted(
 )
 """The pages that name files of the tree."""
 MAP = [page for page in NAMING if page.parent.name == "design" or page.name == "design.md"]
-FOLDERS = (".ci", "attngen", "benchmarks", "docs", "generated", "specs", "templates", "tests")
+FOLDERS = (".ci", "attngen", "benchmarks", "docs", "examples", "generated", "specs", "templates", "tests")
 SUFFIXES = "attn|cu|cuh|hpp|j2|json|lark|md|py|sh|yaml"
 
 
