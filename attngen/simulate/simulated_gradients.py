@@ -36,7 +36,8 @@ def recover_p(step: RecoverP, role: RoleRun) -> None:
 
     def steepened(p: torch.Tensor) -> torch.Tensor:
         assert step.slope is not None
-        return (p * pairs.value(step.slope, s * scale["softmax_scale"])).contiguous()
+        steep = (p * pairs.value(step.slope, s * scale["softmax_scale"])).contiguous()
+        return steep.masked_fill_(p == 0, 0.0) if step.is_steep else steep
 
     p = role.write(step.s, probabilities)
     if step.p is not None:

@@ -46,6 +46,11 @@ class BackwardCase:
         more = "".join(f" {key}={value}" for key, value in self.spec.items())
         return f"{self.inputs} d{dims} {self.mask} | {self.score} {self.lengths} {self.heads}{more}"
 
+    @property
+    def softmax_scale(self) -> float:
+        """The one that counts."""
+        return self.head_dim[0] ** -0.5 if self.scale is None else self.scale
+
     def kernel(self, target: str) -> attngen.Kernel:
         """The kernel, with a backward pass."""
         read = {name: text for name, text in TENSORS.items() if name in self.mask + self.score}
@@ -121,20 +126,54 @@ CASES = (
 )
 
 
-def run_backward(case: BackwardCase, kernel: attngen.Kernel, **changed: Any) -> tuple[torch.Tensor, ...]:
-    """dq, dk and dv of a case, by a simulator with changed Steps."""
-    return run_given(kernel.call, given_backward(case, kernel), GRADIENTS, **changed)
+def run_backward(
+    case: BackwardCase, kernel: attngen.Kernel, call: Call | None = None, **changed: Any
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a case, of another call than the kernel's own, or by a simulator with changed Steps."""
+    given = given_backward(case, kernel)
+    return run_given(call or kernel.call, given, GRADIENTS, case.scale, **changed)
 
 
 def given_backward(case: BackwardCase, kernel: attngen.Kernel) -> Given:
     """What the backward pass of a case is given, the forward's results included."""
-    (q, k, v, dout), declared = case.inputs_on("cpu")
-    out, lse = kernel(q, k, v, return_lse=True, **declared)
-    named = {"dout": dout, "out": out, "lse": lse, **declared}
-    return check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+    drawn, declared = case.inputs_on("cpu")
+    out, lse = kernel(*drawn[:3], case.scale, return_lse=True, **declared)
+    return _given(kernel, drawn, {"out": out, "lse": lse, **declared}, case.scale)
 
 
-def run_given(call: Call, given: Given, wanted: Sequence[str], **changed: Any) -> tuple[torch.Tensor, ...]:
+def _given(
+    kernel: attngen.Kernel, drawn: list[torch.Tensor], named: Mapping[str, Any], scale: float | None
+) -> Given:
+    q, k, v, dout = drawn
+    named = {"dout": dout, **named}
+    return check_arguments(kernel.manifest, q, k, v, scale, None, "bshd", named, GRADIENTS_INTAKE)
+
+
+def run_given(
+    call: Call, given: Given, wanted: Sequence[str], scale: float | None = None, **changed: Any
+) -> tuple[torch.Tensor, ...]:
     """Some gradients of a call, of which only the kernels run that they need."""
-    made = run_call(call, bind(call.manifest, given, tuple(wanted), 2), **changed)
+    made = run_call(call, bind(call.manifest, given, tuple(wanted), 2, scale), **changed)
     return tuple(made[name] for name in wanted)
+
+
+def simulate_backward(
+    kernel: attngen.Kernel,
+    drawn: list[torch.Tensor],
+    named: Mapping[str, Any],
+    scale: float | None,
+    call: Call | None = None,
+    **changed: Any,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv by a simulator that may be changed.
+
+    Args:
+        kernel: with a backward pass.
+        drawn: q, k, v and dout.
+        named: out, lse, dlse if it is there, and what the spec declares.
+        scale: softmax_scale.
+        call: instead of the kernel's own.
+        **changed: as of `run_call`: `steps`, `observer`.
+    """
+    given = _given(kernel, drawn, named, scale)
+    return run_given(call or kernel.call, given, GRADIENTS, scale, **changed)

@@ -4,10 +4,11 @@ Queries may be the rows of a tile or its columns: which they are, its axes say. 
 memory; or those of rows are in registers, and those of columns in shared memory.
 """
 
+import math
 from dataclasses import dataclass
 
 from attngen.errors import InternalError
-from attngen.expr import Expr
+from attngen.expr import Expr, magnitude, tensor_names
 from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, View
 from attngen.plan.steps.step import Step
 
@@ -33,6 +34,7 @@ def _of_block(numbers: RowNumbers, rows: BlockIndex) -> str:
 class RecoverP(Step):
     """s = 2^(score in log2 units - lse), 0 for pairs that are hidden or do not exist; p = that rounded; s = s slope.
 
+    A P of 0 stays 0, whatever the slope of a hidden pair, or of a score of -inf, is.
     Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4, line 13.
 
     Attributes:
@@ -55,6 +57,12 @@ class RecoverP(Step):
 
     def __post_init__(self) -> None:
         _check_numbers(self.lse, self.s)
+
+    @property
+    def is_steep(self) -> bool:
+        """Whether a slope may be no finite number, which times 0 is NaN; a lookup may find any number."""
+        slope = self.slope
+        return slope is not None and (bool(tensor_names(slope)) or math.isinf(magnitude(slope)))
 
     def __str__(self) -> str:
         rounded = f"; {self.p} = {self.s} rounded" if self.p else ""

@@ -1,0 +1,195 @@
+"""A fault in a backward pass is found by the properties that speak of it: each kills mutants, and none survives.
+
+A mutant is a simulator in which some Step of the pass does something else, as a slip in a kernel would.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from attngen.expr import Expr, parse_mask
+from attngen.plan import Step
+from attngen.plan.steps import ForHeads, Gemm, RecoverP, ScaleGradient, ScoreGradient
+from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction
+from attngen.simulate.simulated_copies import rounded
+from tests.gradients import gradient_properties as properties
+from tests.gradients.backward_cases import BackwardCase
+from tests.gradients.gradient_properties import Property, Subject
+from tests.gradients.test_gradient_properties import PROPERTIES
+
+Run = Any
+
+
+def run(step: Step, role: RoleRun) -> Run:
+    """What the Step really does."""
+    return STEPS_SIMULATED[type(step)](step, role)
+
+
+def adds_nothing(step: Gemm, role: RoleRun) -> Run:
+    """Gradients stay 0."""
+    return run(step, role) if step.starts_at_zero else None
+
+
+def drops_the_last_block(step: Gemm, role: RoleRun) -> Run:
+    """Of the side that is looped over, the block with the highest number has no part in a gradient."""
+    last = {"n": role.variables["n_end"] - 1, "m": role.variables["m_max"] - 1}
+    is_last = any(role.variables.get(name) == block for name, block in last.items())
+    return None if is_last and not step.starts_at_zero else run(step, role)
+
+
+def masks_by(mask: Expr | None, step: RecoverP, role: RoleRun) -> Run:
+    return run(replace(step, mask=step.mask and mask), role)
+
+
+def forgets_the_slope(step: RecoverP, role: RoleRun) -> Run:
+    return run(replace(step, slope=None), role)
+
+
+def forgets_delta(step: ScoreGradient, role: RoleRun) -> None:
+    s, dp = role.read(step.s), role.read(step.dp)
+    role.write(step.ds, lambda: rounded(s * dp, step.ds.dtype))
+
+
+def adds_delta(step: ScoreGradient, role: RoleRun) -> None:
+    """D has the wrong sign."""
+    s, dp = role.read(step.s), role.read(step.dp)
+    run(step, role)
+    ds = role.registers[step.ds.name]
+    role.write(step.ds, lambda: rounded(2 * s * dp - ds, step.ds.dtype))
+
+
+def rounds_to_f16(step: ScoreGradient, role: RoleRun) -> None:
+    """dS is held in a format that it may be too large for."""
+    run(step, role)
+    ds = role.registers[step.ds.name]
+    role.write(step.ds, lambda: ds.half().float())
+
+
+def takes_delta_of_the_first(step: ScoreGradient, role: RoleRun) -> None:
+    """D is that of another sequence."""
+    tile = role.tile
+    role.tile = replace(tile, members=tile.members[:1] * len(tile.members))
+    run(step, role)
+    role.tile = tile
+
+
+def scales(times: int, step: ScaleGradient, role: RoleRun) -> None:
+    for _ in range(times):
+        run(step, role)
+
+
+def visits_heads(places: Callable[[int], Iterable[int]], step: ForHeads, role: RoleRun) -> Run:
+    """Others than the query heads of the group, by their places in it."""
+    tile, heads = role.tile, role.call.sizes.num_heads_q
+    for place in places(role.call.sizes.group):
+        members = tile.of_group(place).members
+        role.tile = replace(tile, members=tuple(each._replace(head=each.head % heads) for each in members))
+        role.see_queries()
+        yield from role.run(step.body)
+    role.tile = tile
+
+
+def masked_by(mask: str) -> Callable[[BackwardCase], BackwardCase]:
+    """The backward pass of another mask, where there is one."""
+    return lambda case: case if case.mask == "full" else replace(case, mask=mask)
+
+
+CAUSAL = BackwardCase("causal", lengths=(130, 132), heads=(4, 2))
+FULL = replace(CAUSAL, mask="full", lengths=(130, 128))
+CAPPED = replace(CAUSAL, score="softcap(score, 3.0)")
+HIDING = replace(CAUSAL, mask="causal and q_idx >= 3 and kv_idx < 60")
+CASES: Mapping[str, tuple[Property, BackwardCase]] = {
+    "integers": (properties.whole_numbers_are_exact, CAUSAL),
+    "full integers": (properties.whole_numbers_are_exact, FULL),
+    "dlse": (properties.the_gradient_of_scores_sums_to_that_of_lse, FULL),
+    "dlse alone": (properties.a_gradient_of_lse_alone_has_no_part_in_dv, FULL),
+    "constant": (properties.a_constant_in_all_scores_changes_nothing, CAPPED),
+    "low scores": (properties.very_low_scores_are_recovered, CAPPED),
+    "permuted": (properties.permuted_keys_permute_dk_and_dv, FULL),
+    "batch": (properties.a_part_of_a_batch_has_its_own_gradients, CAUSAL),
+    "documents": (properties.two_documents_are_two_calls, CAUSAL),
+    "groups": (properties.a_group_sums_over_its_heads, CAUSAL),
+    "heads": (properties.a_head_keeps_to_itself, CAUSAL),
+    "window": (properties.a_window_of_all_is_full, FULL),
+    "powers": (properties.powers_of_two_pass_through, CAUSAL),
+    "nothing": (properties.what_sees_nothing_touches_nothing, HIDING),
+    "factor": (properties.a_factor_of_the_score_is_one_of_the_scale, CAUSAL),
+}
+"""Properties, each on a call that mutants show in."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A slip, and the `CASES` that must fail by it."""
+
+    found_by: str
+    steps: Mapping[type[Step], StepFunction] = field(default_factory=dict)
+    edit: Callable[[BackwardCase], BackwardCase] = lambda case: case
+
+
+RULE = "constant, low scores"
+"""Those that hold gradients to fp64."""
+MUTANTS = {
+    "zeros": Mutant(f"integers, full integers, dlse, dlse alone, powers, {RULE}", {Gemm: adds_nothing}),
+    "last block dropped": Mutant(
+        f"full integers, dlse, permuted, documents, {RULE}", {Gemm: drops_the_last_block}
+    ),
+    "one key too few": Mutant(
+        f"integers, documents, {RULE}", {RecoverP: partial(masks_by, parse_mask("kv_idx < q_pos"))}
+    ),
+    "one key too many": Mutant(
+        f"integers, documents, {RULE}", {RecoverP: partial(masks_by, parse_mask("kv_idx <= q_pos + 1"))}
+    ),
+    "no mask": Mutant(f"integers, documents, nothing, {RULE}", {RecoverP: partial(masks_by, None)}),
+    "causal aligned to the top left": Mutant("integers", edit=masked_by("kv_idx <= q_idx")),
+    "a window cut short": Mutant("window", edit=masked_by("window(64, 64)")),
+    "slope forgotten": Mutant(f"factor, {RULE}", {RecoverP: forgets_the_slope}),
+    "D forgotten": Mutant(f"integers, dlse, dlse alone, {RULE}", {ScoreGradient: forgets_delta}),
+    "D added": Mutant(f"integers, dlse, {RULE}", {ScoreGradient: adds_delta}),
+    "D of another sequence": Mutant("batch", {ScoreGradient: takes_delta_of_the_first}),
+    "dS in f16": Mutant("powers", {ScoreGradient: rounds_to_f16}),
+    "scale forgotten": Mutant(f"integers, dlse, factor, {RULE}", {ScaleGradient: partial(scales, 0)}),
+    "scale twice": Mutant(f"integers, dlse, factor, {RULE}", {ScaleGradient: partial(scales, 2)}),
+    "first head alone": Mutant(
+        f"integers, groups, {RULE}", {ForHeads: partial(visits_heads, lambda group: range(1))}
+    ),
+    "first head again": Mutant(
+        f"integers, groups, {RULE}", {ForHeads: partial(visits_heads, lambda group: [0] * group)}
+    ),
+    "the next group": Mutant(
+        f"integers, heads, {RULE}",
+        {ForHeads: partial(visits_heads, lambda group: range(group, 2 * group))},
+    ),
+}
+
+
+def holds(name: str, subject: Subject) -> bool:
+    check, case = CASES[name]
+    try:
+        check(subject, case)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(name: str) -> None:
+    """By each of the properties that speak of it."""
+    mutant = MUTANTS[name]
+    subject = Subject(steps=mutant.steps, edit=mutant.edit)
+    assert [each for each in mutant.found_by.split(", ") if holds(each, subject)] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_property_finds_mutants(name: str) -> None:
+    """What no mutant fails would say nothing; what is right does not fail."""
+    assert any(name in mutant.found_by.split(", ") for mutant in MUTANTS.values())
+    assert holds(name, Subject())
+
+
+def test_every_property_is_tried() -> None:
+    """A property that is new wants a mutant."""
+    assert {check for check, _ in CASES.values()} == PROPERTIES.keys()
