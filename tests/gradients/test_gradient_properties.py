@@ -41,7 +41,7 @@ HIDING = st.sampled_from(
         "q_idx % 3 != 0 and kv_idx % 5 != 1",
         "q_idx >= 2 and kv_idx < lens[b]",
         "causal and q_idx >= 3 and kv_idx < 60",
-        "window(40, 3) and q_idx >= 70",
+        "window(10, 3) and q_idx >= 60",
     )
 )
 PROPERTIES: dict[Property, SearchStrategy[BackwardCase]] = {
