@@ -14,6 +14,7 @@ Rule = Literal[
     "never written",
     "never reset",
     "partial sum",
+    "not once",
     "undefined index",
     "wrong grid",
     "deadlock",

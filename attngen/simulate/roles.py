@@ -4,7 +4,7 @@ A blocking Step yields what it waits for. A role of several warpgroups runs once
 resumes them, is in `blocks.py`; what each Step does, in the modules named in `run.py`.
 """
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from attngen.plan import Axis, BlockIndex, Cursor, Program, RegTile, RegVec, Role, Step, View
 from attngen.simulate.barriers import StageBarriers
 from attngen.simulate.clocks import Clock, Stamp
+from attngen.simulate.contributions import Source
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
@@ -86,6 +87,7 @@ class RoleRun:
             partial sums the total.
         clock: what all its threads know.
         leader: what its first thread knows beside, who issues stores and releases the stages that GEMMs alone read.
+        contributions: of each accumulator of a gradient, how often it has which block in it.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
     """
@@ -106,6 +108,7 @@ class RoleRun:
         self.registers: dict[str, torch.Tensor] = {}
         self.clock = Clock()
         self.leader = Clock()
+        self.contributions: defaultdict[str, Counter[Source | None]] = defaultdict(Counter)
         self.started: list[tuple[Cell, torch.Tensor]] = []
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
@@ -371,7 +374,7 @@ class RoleRun:
                     cell.fence = self.now
 
     def start_copy(
-        self, view: View, values: torch.Tensor, valid_rows: int
+        self, view: View, values: torch.Tensor, valid_rows: int, source: Source
     ) -> list[tuple[Cell, torch.Tensor]]:
         """Start an asynchronous copy: its cells belong to it until they are filled.
 
@@ -382,6 +385,7 @@ class RoleRun:
         for cell, _ in parts:
             self._heed(cell.objection_to_write(self.clock, self.name), cell)
             cell.take()
+            cell.source = source
             cell.valid_rows = valid_rows
             if not view.buffer.is_transposed:
                 cell.valid_rows = max(0, min(len(cell.rows), valid_rows - cell.rows.start))

@@ -16,6 +16,7 @@ from attngen.plan import PANEL_BYTES, Buffer, Program, Ring, walk
 from attngen.plan.places import View
 from attngen.simulate.barriers import stage_name
 from attngen.simulate.clocks import Clock, Stamp
+from attngen.simulate.contributions import Source
 from attngen.simulate.faults import Rule
 
 Complaint = tuple[Rule, str]
@@ -30,6 +31,7 @@ class Cell:
         rows: of the stage.
         values: (members, rows, cols), None while nobody may count on them; of a ring's slot the number of a tile.
         valid_rows: rows that the last copy took from the sequence; the others are zero.
+        source: what the last copy took; None of what threads stored.
         in_flight: whether a copy into it has been started and has not landed.
         is_stored: whether ordinary stores wrote the values.
         fence: when the stores were fenced, if they were.
@@ -42,6 +44,7 @@ class Cell:
         self.spans = spans
         self.values: torch.Tensor | int | None = None
         self.valid_rows = 0
+        self.source: Source | None = None
         self.in_flight = False
         self.is_stored = False
         self.fence: Stamp | None = None
@@ -104,7 +107,7 @@ class Cell:
     def take(self) -> None:
         """Make the bytes this cell's own: from now on nobody may count on what they held."""
         for cell in (self, *self.rivals):
-            cell.values = None
+            cell.values = cell.source = None
             cell._lost_to = "" if cell is self else self.name
 
     def fill(self, values: torch.Tensor | int, stamp: Stamp, is_stored: bool = False) -> None:

@@ -21,6 +21,7 @@ from attngen.plan.steps import (
 )
 from attngen.simulate.barriers import Mbarrier, copies_into
 from attngen.simulate.clocks import Stamp
+from attngen.simulate.contributions import Source, check_contributions
 from attngen.simulate.roles import RoleRun
 from attngen.simulate.shared_memory import Cell
 
@@ -51,7 +52,8 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
         )
         raise role.fault("out of bounds", message, step.src.name)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
-    role.started += role.start_copy(step.dst, values, valid)
+    source = Source.of(step.src, role.tile, role.index(step.block))
+    role.started += role.start_copy(step.dst, values, valid, source)
 
 
 def tma_load(step: TmaLoad, role: RoleRun) -> None:
@@ -61,8 +63,9 @@ def tma_load(step: TmaLoad, role: RoleRun) -> None:
     first = _first_row(role, step.src, step.block, extent)
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
     valid = role.device.valid_rows(step.src, role.tile, first, extent)
+    source = Source.of(step.src, role.tile, role.index(step.block))
     full = _full(step, role)
-    full.expect(_landing(role.start_copy(step.dst, values, valid), full), role.leaders_clock)
+    full.expect(_landing(role.start_copy(step.dst, values, valid, source), full), role.leaders_clock)
 
 
 def tma_load_rows(step: TmaLoadRows, role: RoleRun) -> None:
@@ -100,7 +103,8 @@ def wait_copies(step: WaitCopies, role: RoleRun) -> None:
 
 
 def stage_tile(step: StageTile, role: RoleRun) -> None:
-    """Round an accumulator and write it to shared memory."""
+    """Round an accumulator and write it to shared memory; of a gradient every visit must be in it, once."""
+    check_contributions(step.src, role)
     dtype = step.dst.buffer.dtype
     role.write_shared(step.dst, lambda src: rounded(src, dtype), role.read(step.src))
 

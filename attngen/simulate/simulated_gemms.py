@@ -9,6 +9,7 @@ import torch
 
 from attngen.plan import LENGTHS, Axis, RegTile, View
 from attngen.plan.steps import Gemm, IssueGemm, Product, WaitGemm
+from attngen.simulate.contributions import add_contribution
 from attngen.simulate.roles import RoleRun
 
 
@@ -41,6 +42,7 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
         role.write(step.acc, product)
     else:
         role.write(step.acc, lambda acc: acc + product(), role.read(step.acc))
+    add_contribution(step, role)
     if role.device.traffic:
         rows, cols = step.acc.axes
         role.device.traffic.count_gemm(

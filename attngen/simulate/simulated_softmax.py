@@ -114,7 +114,8 @@ def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 
 # ---- softmax ------------------------------------------------------------------------------------------
 def clear(step: Clear, role: RoleRun) -> None:
-    """Fill registers."""
+    """Fill registers; the sum of a gradient begins."""
+    role.contributions[step.dst.name].clear()
     value = {"0": 0.0, "-inf": -math.inf, "lowest": torch.finfo(torch.float32).min}[step.value]
     rows = len(role.own_rows(step.dst.rows))
     shape = (rows, step.dst.cols) if isinstance(step.dst, RegTile) else (rows,)

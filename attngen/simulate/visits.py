@@ -174,19 +174,36 @@ def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> tup
 
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
     """
-    classes, tensors = plan.tile_classes, sizes.declared.tensors
-    assert classes is not None
     numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
     names = _names(plan, sizes, member, QUERIES, m_block) | _names(plan, sizes, member, KEYS, numbers)
+    may, must = _classes(plan, sizes, names, len(numbers))
+    full = must & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
+    return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
+
+
+def _classes(
+    plan: KernelPlan, sizes: Sizes, names: Mapping[str, Any], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each of so many pairs of blocks may show a pair, and whether it must show all."""
+    assert plan.tile_classes is not None
 
     def hold(condition: Expr, otherwise: bool) -> torch.Tensor:
         known = _is_known(condition, names, sizes)
-        found = evaluate(condition, names, tensors) if known else otherwise
-        return torch.as_tensor(found).expand(len(numbers))
+        found = evaluate(condition, names, sizes.declared.tensors) if known else otherwise
+        return torch.as_tensor(found).expand(count)
 
-    may, must = hold(classes.may, True), hold(classes.must, False)
-    full = must & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
-    return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
+    return hold(plan.tile_classes.may, True), hold(plan.tile_classes.must, False)
+
+
+def visiting_blocks(plan: KernelPlan, sizes: Sizes, n_block: int, member: Member) -> tuple[int, ...]:
+    """The numbers of the blocks of rows that visit a block of keys, in a plan whose tiles are such."""
+    if plan.key_blocks is not None:
+        (seen,) = block_bounds(plan, sizes, [n_block], member)
+        return tuple(range(seen.n_min, seen.n_max))
+    numbers = torch.arange(ceil_div(member.seqlen_q, plan.block_m))
+    names = _names(plan, sizes, member, QUERIES, numbers) | _names(plan, sizes, member, KEYS, n_block)
+    may, _ = _classes(plan, sizes, names, len(numbers))
+    return tuple(numbers[may].tolist())
 
 
 def visited_blocks(

@@ -1,9 +1,10 @@
 """A fault in a backward pass is found by the properties that speak of it: each kills mutants, and none survives.
 
-A mutant is a simulator in which some Step of the pass does something else, as a slip in a kernel would.
+A mutant is a simulator in which some Step of the pass does something else, as a slip in a kernel would. That each visit
+counts once the simulator sees to by itself: `test_contributions.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 
 from attngen.expr import Expr, parse_mask
 from attngen.plan import Step
-from attngen.plan.steps import ForHeads, Gemm, RecoverP, ScaleGradient, ScoreGradient
+from attngen.plan.steps import Gemm, RecoverP, ScaleGradient, ScoreGradient
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction
 from attngen.simulate.simulated_copies import rounded
+from attngen.simulate.tile_source import Tile
+from attngen.simulate.visits import Member
 from tests.gradients import gradient_properties as properties
 from tests.gradients.backward_cases import BackwardCase
 from tests.gradients.gradient_properties import Property, Subject
@@ -28,16 +31,19 @@ def run(step: Step, role: RoleRun) -> Run:
     return STEPS_SIMULATED[type(step)](step, role)
 
 
-def adds_nothing(step: Gemm, role: RoleRun) -> Run:
+def adds_nothing(step: Gemm, role: RoleRun) -> None:
     """Gradients stay 0."""
-    return run(step, role) if step.starts_at_zero else None
+    before = None if step.starts_at_zero else role.read(step.acc)
+    run(step, role)
+    if before is not None:
+        role.write(step.acc, lambda: before)
 
 
-def drops_the_last_block(step: Gemm, role: RoleRun) -> Run:
+def drops_the_last_block(step: Gemm, role: RoleRun) -> None:
     """Of the side that is looped over, the block with the highest number has no part in a gradient."""
     last = {"n": role.variables["n_end"] - 1, "m": role.variables["m_max"] - 1}
     is_last = any(role.variables.get(name) == block for name, block in last.items())
-    return None if is_last and not step.starts_at_zero else run(step, role)
+    (adds_nothing if is_last else run)(step, role)
 
 
 def masks_by(mask: Expr | None, step: RecoverP, role: RoleRun) -> Run:
@@ -68,12 +74,22 @@ def rounds_to_f16(step: ScoreGradient, role: RoleRun) -> None:
     role.write(step.ds, lambda: ds.half().float())
 
 
-def takes_delta_of_the_first(step: ScoreGradient, role: RoleRun) -> None:
-    """D is that of another sequence."""
+def takes_delta_of(
+    other: Callable[[Tile, int], tuple[Member, ...]], step: ScoreGradient, role: RoleRun
+) -> None:
+    """D is that of other heads or sequences."""
     tile = role.tile
-    role.tile = replace(tile, members=tile.members[:1] * len(tile.members))
+    role.tile = replace(tile, members=other(tile, role.call.sizes.num_heads_q))
     run(step, role)
     role.tile = tile
+
+
+def of_first_sequence(tile: Tile, heads: int) -> tuple[Member, ...]:
+    return tile.members[:1] * len(tile.members)
+
+
+def of_next_head(tile: Tile, heads: int) -> tuple[Member, ...]:
+    return tuple(each._replace(head=(each.head + 1) % heads) for each in tile.members)
 
 
 def scales(times: int, step: ScaleGradient, role: RoleRun) -> None:
@@ -81,15 +97,10 @@ def scales(times: int, step: ScaleGradient, role: RoleRun) -> None:
         run(step, role)
 
 
-def visits_heads(places: Callable[[int], Iterable[int]], step: ForHeads, role: RoleRun) -> Run:
-    """Others than the query heads of the group, by their places in it."""
-    tile, heads = role.tile, role.call.sizes.num_heads_q
-    for place in places(role.call.sizes.group):
-        members = tile.of_group(place).members
-        role.tile = replace(tile, members=tuple(each._replace(head=each.head % heads) for each in members))
-        role.see_queries()
-        yield from role.run(step.body)
-    role.tile = tile
+def keeps_to_the_first_head(step: Gemm, role: RoleRun) -> None:
+    """The other query heads of a group have no part in dK and dV."""
+    is_first = role.tile.members[0].head % role.call.sizes.group == 0
+    (run if is_first or role.tile.n_block is None else adds_nothing)(step, role)
 
 
 def masked_by(mask: str) -> Callable[[BackwardCase], BackwardCase]:
@@ -149,20 +160,14 @@ MUTANTS = {
     "slope forgotten": Mutant(f"factor, {RULE}", {RecoverP: forgets_the_slope}),
     "D forgotten": Mutant(f"integers, dlse, dlse alone, {RULE}", {ScoreGradient: forgets_delta}),
     "D added": Mutant(f"integers, dlse, {RULE}", {ScoreGradient: adds_delta}),
-    "D of another sequence": Mutant("batch", {ScoreGradient: takes_delta_of_the_first}),
+    "D of another sequence": Mutant("batch", {ScoreGradient: partial(takes_delta_of, of_first_sequence)}),
+    "D of another head": Mutant(
+        f"integers, heads, {RULE}", {ScoreGradient: partial(takes_delta_of, of_next_head)}
+    ),
     "dS in f16": Mutant("powers", {ScoreGradient: rounds_to_f16}),
     "scale forgotten": Mutant(f"integers, dlse, factor, {RULE}", {ScaleGradient: partial(scales, 0)}),
     "scale twice": Mutant(f"integers, dlse, factor, {RULE}", {ScaleGradient: partial(scales, 2)}),
-    "first head alone": Mutant(
-        f"integers, groups, {RULE}", {ForHeads: partial(visits_heads, lambda group: range(1))}
-    ),
-    "first head again": Mutant(
-        f"integers, groups, {RULE}", {ForHeads: partial(visits_heads, lambda group: [0] * group)}
-    ),
-    "the next group": Mutant(
-        f"integers, heads, {RULE}",
-        {ForHeads: partial(visits_heads, lambda group: range(group, 2 * group))},
-    ),
+    "first head alone": Mutant(f"integers, groups, {RULE}", {Gemm: keeps_to_the_first_head}),
 }
 
 

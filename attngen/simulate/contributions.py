@@ -1,0 +1,68 @@
+"""What the sums of a gradient were made of: every visit, a pair of blocks that a pass comes to, must count once.
+
+A copy leaves in its cells which block of which head it took. A product that contracts queries or keys adds that block
+to its accumulator, so that a stage read a round too late, or for another head, counts as what it holds. A skipped or
+doubled visit then is a fault where the sum is staged, be it too small for any tolerance to tell.
+"""
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from attngen.plan import LENGTHS, RegTile, Tensor, View
+from attngen.plan.steps import Product
+from attngen.simulate.tile_source import Tile
+from attngen.simulate.visits import visited_blocks, visiting_blocks
+
+if TYPE_CHECKING:
+    from attngen.simulate.roles import RoleRun
+
+
+class Source(NamedTuple):
+    """A block of queries or of keys, and the head that it is of; in a tile of several heads that of the first."""
+
+    head: int
+    block: int
+
+    @staticmethod
+    def of(tensor: Tensor, tile: Tile, block: int) -> "Source":
+        """What a copy of a block takes."""
+        member = tile.members[0]
+        return Source(member.head_kv if tensor.heads == "kv" else member.head, block)
+
+
+def add_contribution(step: Product, role: "RoleRun") -> None:
+    """Note what a product adds to a gradient."""
+    if role.call.plan.direction != "backward" or step.contracted not in LENGTHS:
+        return
+    if step.starts_at_zero:
+        role.contributions[step.acc.name] = Counter()
+    cells = [cell for view in (step.a, step.b) if isinstance(view, View) for cell in role.cells(view)]
+    role.contributions[step.acc.name][next((cell.source for cell in cells if cell.source), None)] += 1
+
+
+def check_contributions(gradient: RegTile, role: "RoleRun") -> None:
+    """See that a gradient about to be staged is the sum over all visits of its tile.
+
+    Raises:
+        SimulationFault: a visit does not count once.
+    """
+    if role.call.plan.direction != "backward" or gradient.name not in role.contributions:
+        return
+    found, expected = role.contributions[gradient.name], _visits(role)
+    for source in found.keys() | expected:
+        wanted = int(source in expected)
+        if found[source] != wanted:
+            what = f"block {source.block} of head {source.head}" if source else "what no copy brought"
+            message = f"{what} counts {found[source]} times in {gradient}, and should {wanted} times"
+            raise role.fault("not once", message, gradient.name)
+
+
+def _visits(role: "RoleRun") -> set[Source | None]:
+    """The blocks that the gradient of the present tile is a sum over."""
+    plan, sizes, tile = role.call.plan, role.call.sizes, role.tile
+    if tile.n_block is None:
+        assert tile.m_block is not None
+        (blocks,) = visited_blocks(plan, sizes, [tile.m_block], tile.members[0])
+        return {Source(tile.members[0].head_kv, n) for n in blocks}
+    group = (tile.of_group(place).members[0] for place in range(sizes.group))
+    return {Source(each.head, m) for each in group for m in visiting_blocks(plan, sizes, tile.n_block, each)}
