@@ -1,7 +1,8 @@
 """The backward pass beside torch's cuDNN and FlashAttention-2: `python benchmarks/bench_backward.py --out DIR`.
 
 All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqlen = 16384, heads·head_dim = 2048, 2.5
-times the forward's FLOPs.
+times the forward's FLOPs. With `--flex window document alibi softcap` instead masks and scores at 16k, head_dim 128,
+beside the backward pass of compiled FlexAttention, whose block mask is built before.
 """
 
 import argparse
@@ -9,8 +10,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import bench_language as language
 import torch
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -22,6 +26,8 @@ LENGTHS = (1024, 4096, 16384)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FACTOR = 2.5
 """FLOPs of a backward pass to those of the forward, by convention: five products for two."""
+MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap")
+"""Cases of `bench_language.py` whose declared tensors want no gradient."""
 
 
 def passes(head_dim: int, causal: bool, length: int) -> Iterator[tuple[str, timing.Run]]:
@@ -50,6 +56,37 @@ def passes(head_dim: int, causal: bool, length: int) -> Iterator[tuple[str, timi
         yield name, partial(torch.autograd.grad, made, leaves, dout.transpose(1, 2), retain_graph=True)
 
 
+def beside_flex(names: list[str], rounds: int, target_ms: float) -> list[dict[str, Any]]:
+    """Milliseconds of backward passes of the language's masks and scores, and of FlexAttention's."""
+    functorch.donated_buffer = False  # else a compiled backward pass runs once
+    held, rows = language.values(language.SEQLEN), []
+    for name in names:
+        case = language.cases(held)[name]
+        q, k, v = language.tensors(case)
+        declared = {each: held[each] for each in case.tensors}
+        kernel = attngen.compile(language.spec(case) | {"gradients": ["q", "k", "v"]})
+        out, lse = kernel(q, k, v, return_lse=True, **declared)
+        dout = torch.randn_like(out)
+        leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+        made = language.flex_function(case)(*leaves)
+        runs = {
+            "attngen": partial(kernel.backward, dout, q, k, v, out, lse, **declared),
+            "flex": partial(torch.autograd.grad, made, leaves, dout.transpose(1, 2), retain_graph=True),
+        }
+        ours, theirs = (run() for run in runs.values())
+        pairs = zip(ours, theirs, strict=True)
+        difference = max(((x - y.transpose(1, 2)).norm() / y.norm()).item() for x, y in pairs)
+        samples = timing.measure(runs, rounds, target_ms)
+        rows.append({"case": name, "seqlen": language.SEQLEN, "ms": samples, "difference": difference})
+        ratio = median(samples["flex"]) / median(samples["attngen"])
+        print(
+            f"{name}: {median(samples['attngen']):.3f} ms, {ratio:.2f} times as fast as flex; "
+            f"gradients differ by {difference:.1e} of their norm",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     """Print and write TFLOPS, and each contender's geometric mean against cuDNN."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,7 +95,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)
+    parser.add_argument("--flex", nargs="+", choices=MODIFIED, help="these cases, and nothing else")
     given = parser.parse_args()
+    if given.flex:
+        rows = beside_flex(given.flex, given.rounds, given.target_ms)
+        timing.write_json(given.out / "backward_flex.json", rows)
+        return
     rows = []
     for head_dim in given.head_dims:
         for causal in (True, False):
