@@ -24,6 +24,7 @@ python3 benchmarks/fp8_error.py --out "$results" | tee "$results/fp8_error.log"
 python3 benchmarks/bench_language.py --out "$results" | tee "$results/language.log"
 python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.log"
 python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
+python3 examples/train_tiny.py --out "$results" | tee "$results/train_tiny.log"
 for tool in memcheck racecheck synccheck; do
   echo "== compute-sanitizer $tool"
   timeout 300 compute-sanitizer --tool "$tool" --report-api-errors no --kernel-name kernel_substring=attn_fwd python3 benchmarks/sanitize.py

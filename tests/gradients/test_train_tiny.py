@@ -59,3 +59,20 @@ def test_the_table_has_every_loss(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [tuple(map(float, row)) for row in rows] == list(zip(*made.values(), strict=True))
     assert all(each.stat().st_size > 1000 for each in pictures)
     assert bool(pictures) != ("no picture" in capsys.readouterr().out)
+
+
+def test_the_script_tells_what_it_found(
+    curves: Curves, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How far each loss fell, how far curves lie apart, and what was written."""
+    example = train_tiny()
+    found = iter(curves.values())
+    monkeypatch.setattr(example, "train", lambda attention, sizes, device: next(found))
+    monkeypatch.setattr("sys.argv", ["train_tiny.py", "--device", "cpu", "--out", str(tmp_path)])
+    example.main()
+    told = capsys.readouterr().out
+    for name, losses in curves.items():
+        assert f"{name}: from {losses[0]:.3f} to " in told
+    apart = example.distance(curves["attngen bf16"], curves["torch f32"])
+    assert f"attngen bf16 and torch f32 lie {apart:.1e} nats apart" in told
+    assert str(tmp_path / "train_tiny.csv") in told and (tmp_path / "train_tiny.csv").is_file()
