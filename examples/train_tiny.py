@@ -11,6 +11,7 @@ import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,6 @@ class Model(nn.Module):
 
 def manual() -> tuple[Tensor, int]:
     """The manual that `help()` prints from, as numbers of characters, and how many characters there are."""
-    from pydoc_data.topics import topics  # a part of Python's library
-
     text = "\n".join(topics[name] for name in sorted(topics))
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     return torch.tensor([number[character] for character in text]), len(number)
@@ -164,8 +163,8 @@ def write(curves: dict[str, list[float]], folder: Path) -> list[Path]:
         return [table]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, losses in curves.items():
-        axes.plot(smooth(losses), label=name)
+    for i, (name, losses) in enumerate(curves.items()):
+        axes.plot(smooth(losses), ("-", "--", ":")[i], label=name)  # they lie upon each other
     axes.set(xlabel="step", ylabel="loss, nats a character, mean of ten steps")
     axes.legend()
     figure.savefig(picture, dpi=150)

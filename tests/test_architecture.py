@@ -21,7 +21,7 @@ ORDER = {
 }  # fmt: skip
 BUDGET = {
     "attngen": 1825, "bind": 1065, "check": 2100, "cli": 2800, "emit": 980, "expr": 5650, "fuzz": 1700, "lower": 2125,
-    "plan": 3790, "runtime": 1620, "schedules": 1845, "simulate": 4345, "spec": 1870, "templates": 2960,
+    "plan": 3790, "runtime": 1620, "schedules": 1845, "simulate": 4360, "spec": 1870, "templates": 2960,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
 

@@ -374,7 +374,7 @@ class RoleRun:
                     cell.fence = self.now
 
     def start_copy(
-        self, view: View, values: torch.Tensor, valid_rows: int, source: Source
+        self, view: View, values: torch.Tensor, valid_rows: int, source: Source | None
     ) -> list[tuple[Cell, torch.Tensor]]:
         """Start an asynchronous copy: its cells belong to it until they are filled.
 

@@ -75,7 +75,7 @@ def tma_load_rows(step: TmaLoadRows, role: RoleRun) -> None:
     values = role.device.read(step.src, role.tile, first, (rows,))
     full = _full(step, role)
     row = values.unsqueeze(-2) if role.device.holds_values else values
-    full.announce(_landing(role.start_copy(step.dst, row, rows), full))
+    full.announce(_landing(role.start_copy(step.dst, row, rows, None), full))
 
 
 def _full(step: TmaLoad | TmaLoadRows, role: RoleRun) -> Mbarrier:
