@@ -17,6 +17,7 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
+from attngen.expr.gradient_sites import GradientSite, Owner, gradient_sites
 from attngen.expr.index_range import IndexRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
@@ -73,10 +74,12 @@ __all__ = [
     "Declarations",
     "Definition",
     "Expr",
+    "GradientSite",
     "IndexRange",
     "Leaves",
     "Locate",
     "LocateOf",
+    "Owner",
     "Scalar",
     "Table",
     "TensorType",
@@ -98,6 +101,7 @@ __all__ = [
     "fill_tables",
     "found_of",
     "free_names",
+    "gradient_sites",
     "ignores_score",
     "index_range",
     "key_range",

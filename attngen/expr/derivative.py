@@ -1,4 +1,4 @@
-"""Tree to tree: the derivative of a modified score by `score`, for the backward pass.
+"""Tree to tree: the derivative of a modified score by `score`, or by what else it reads, for the backward pass.
 
 Where there is none, it is the one that torch takes. `abs` follows `sign`, `where` the branch that it chooses; `min`
 and `max` of equal numbers follow the first, so that `clamp` passes its argument on at both ends too, and never a
@@ -12,13 +12,16 @@ from collections.abc import Callable
 from attngen.errors import InternalError
 from attngen.expr.arithmetic import call, compare, minus, negative, over, plus, times, where
 from attngen.expr.logic import disjunction
-from attngen.expr.tree import Expr, nodes, real
+from attngen.expr.tree import Expr, name, nodes, real
 
 _ZERO, _ONE = real(0.0), real(1.0)
+_SCORE = name("score")
 
 
-def derivative(score: Expr) -> Expr:
-    """The derivative of an f32 expression by the name `score`; it shares nodes with the expression.
+def derivative(score: Expr, by: Expr = _SCORE) -> Expr:
+    """The derivative of an f32 expression by a name or a lookup of f32 in it; it shares nodes with the expression.
+
+    Of a lookup that is by the element which each pair finds: what other lookups find is taken to stay.
 
     Raises:
         InternalError: the expression is no f32.
@@ -27,14 +30,15 @@ def derivative(score: Expr) -> Expr:
         raise InternalError(f"{score} is no f32")
     slopes: dict[Expr, Expr] = {}
     for each in nodes(score):
-        slopes[each] = _slope(each, [slopes[arg] for arg in each.args]) if each.type == "f32" else _ZERO
+        if each is by:
+            slopes[each] = _ONE
+        else:
+            slopes[each] = _slope(each, [slopes[arg] for arg in each.args]) if each.type == "f32" else _ZERO
     return slopes[score]
 
 
 def _slope(expr: Expr, slopes: list[Expr]) -> Expr:
     """The derivative of an f32 node, from those of its arguments."""
-    if expr.op == "name":
-        return _ONE if expr.name == "score" else _ZERO
     if expr.op == "lookup" or all(slope is _ZERO for slope in slopes):
         return _ZERO
     if expr.op == "where":

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from attngen.errors import InternalError
-from attngen.expr.arithmetic import call, compare, minus, over, plus, times, where
+from attngen.expr.arithmetic import call, compare, minus, negative, over, plus, times, where
 from attngen.expr.derivative import derivative
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import Expr, lookup, name, nodes, real, scalar
@@ -45,6 +45,24 @@ def test_a_derivative_is_as_short_as_a_person_writes_it(score: Expr, expected: E
     assert derivative(score) is expected
 
 
+@pytest.mark.parametrize(
+    ("score", "by", "expected"),
+    [
+        (plus(SCORE, BIAS), BIAS, ONE),
+        (plus(SCORE, BIAS), CAP, real(0.0)),
+        (times(SCORE, CAP), CAP, SCORE),
+        (minus(SCORE, times(CAP, call("f32", minus(Q, K)))), CAP, negative(call("f32", minus(Q, K)))),
+        (times(BIAS, BIAS), BIAS, plus(BIAS, BIAS)),
+        (where(compare("<", CAP, SCORE), BIAS, SCORE), CAP, real(0.0)),
+        (plus(BIAS, lookup("bias", (K, Q), "f32")), BIAS, ONE),
+        (BIAS, BIAS, ONE),
+    ],
+)
+def test_a_derivative_by_what_a_score_reads_is_short_too(score: Expr, by: Expr, expected: Expr) -> None:
+    """By a lookup, which another of the same tensor is not, or by a scalar."""
+    assert derivative(score, by) is expected
+
+
 def test_the_derivative_of_softcap_computes_tanh_once() -> None:
     """It reads the value's own node: 1 - tanh² needs no second tanh."""
     found = derivative(times(CAP, SOFTCAP))
@@ -74,21 +92,29 @@ _scores = st.one_of(
 )
 
 
-def slope_by_torch(expr: Expr, env: dict[str, Any], bias: torch.Tensor) -> torch.Tensor:
+def slope_by_torch(expr: Expr, by: Expr, env: dict[str, Any], bias: torch.Tensor) -> torch.Tensor:
     """What autograd makes of the value, in f64."""
-    score = torch.tensor(env["score"], dtype=torch.float64, requires_grad=True)
-    value = evaluate(expr, env | {"score": score}, {"bias": bias}, torch.float64)
+    x = bias.clone() if by is BIAS else torch.tensor(env[by.name], dtype=torch.float64)
+    x.requires_grad_()
+    value = evaluate(
+        expr, env if by is BIAS else env | {by.name: x}, {"bias": x if by is BIAS else bias}, torch.float64
+    )
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return torch.zeros((), dtype=torch.float64)
-    return torch.autograd.grad(value, score, materialize_grads=True)[0]
+    return torch.autograd.grad(value, x, materialize_grads=True)[0].squeeze()
 
 
 @settings(max_examples=examples(2))
 @given(
-    SCORES, st.sampled_from([-2.0, -1.0, -0.3, 0.0, 0.5, 1.0, 1.7, 3.0]), st.sampled_from([0.25, 1.0, -1.0])
+    SCORES,
+    st.sampled_from([SCORE, CAP, BIAS]),
+    st.sampled_from([-2.0, -1.0, -0.3, 0.0, 0.5, 1.0, 1.7, 3.0]),
+    st.sampled_from([0.25, 1.0, -1.0]),
 )
-def test_the_derivative_is_torchs(expr: Expr, score: float, cap: float) -> None:
-    """In f64, at ties and ends of clamps too, wherever torch finds a finite value and a finite slope.
+def test_the_derivative_is_torchs(expr: Expr, by: Expr, score: float, cap: float) -> None:
+    """By the score, a scalar or a lookup, in f64, at ties and ends of clamps too.
+
+    Wherever torch finds a finite value and a finite slope.
 
     The tolerance is that of constants such as ln 2, which are f32 in the tree.
     """
@@ -98,7 +124,7 @@ def test_the_derivative_is_torchs(expr: Expr, score: float, cap: float) -> None:
         evaluate(each, env, {"bias": bias}, torch.float64) for each in nodes(expr) if each.type == "f32"
     ]
     assume(all(torch.as_tensor(value).abs() < 1e6 for value in values))
-    expected = slope_by_torch(expr, env, bias)
+    expected = slope_by_torch(expr, by, env, bias)
     assume(bool(expected.isfinite()))
-    found = torch.as_tensor(evaluate(derivative(expr), env, {"bias": bias}, torch.float64))
+    found = torch.as_tensor(evaluate(derivative(expr, by), env, {"bias": bias}, torch.float64))
     torch.testing.assert_close(found.to(torch.float64), expected, rtol=1e-5, atol=1e-5)
