@@ -16,6 +16,9 @@ The rule, for dQ, dK and dV each:
   times min(1, 4 / rows), where rows counts the different ones, plus the RMS of order;
 - a row without keys and a key without rows is exactly 0; NaN and inf stand where the reference has them, only there.
 
+Gradients of what is declared are held to it too (`score_gradients`), each element a row. Nothing of theirs is rounded
+before it is added up, in f32; beside order they may move by SUM times all magnitudes that are added up.
+
 Why the unit fades, `accuracy` says. Its sum with 0.3 has no part here: the rule holds of 2^n dO what it holds of dO. On
 2,000 small problems a loop over blocks needed at most 0.8 of the terms, and 0.2 where the yardstick read its out.
 
@@ -25,8 +28,8 @@ This module shares no code with the simulator or the kernels.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +38,7 @@ from torch import Tensor
 from attngen.check import accuracy
 from attngen.check.accuracy import Accuracy
 from attngen.check.reference import Layout, Problem, standard_attention, weighted_sum
+from attngen.check.score_gradients import SUM, ScoreGradients
 from attngen.errors import ArgumentError
 from attngen.expr import Expr
 from attngen.torch_state import torch_defaults
@@ -75,11 +79,18 @@ class _Sums(Gradients):
 
 @dataclass(frozen=True)
 class GradientAccuracy:
-    """The verdict on dQ, dK and dV, each as `accuracy.Accuracy` without lse."""
+    """The verdict on dQ, dK, dV and gradients of what is declared, each as `accuracy.Accuracy` without lse."""
 
     dq: Accuracy
     dk: Accuracy
     dv: Accuracy
+    declared: Mapping[str, Accuracy] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, Accuracy]:
+        """Each by the name of its gradient; that of a bias is dbias."""
+        others = {f"d{name}": each for name, each in self.declared.items()}
+        return {"dq": self.dq, "dk": self.dk, "dv": self.dv, **others}
 
     @property
     def ok(self) -> bool:
@@ -89,10 +100,10 @@ class GradientAccuracy:
     @property
     def failures(self) -> tuple[str, ...]:
         """The lines that do not hold, as "dk rmse"."""
-        return tuple(f"{name} {line}" for name, each in vars(self).items() for line in each.failures)
+        return tuple(f"{name} {line}" for name, each in self.by_name.items() for line in each.failures)
 
     def __str__(self) -> str:
-        return "\n".join(f"{name} {each}" for name, each in vars(self).items())
+        return "\n".join(f"{name} {each}" for name, each in self.by_name.items())
 
 
 @torch_defaults()
@@ -134,6 +145,29 @@ def attention_gradients(
 
 
 @torch_defaults()
+def declared_gradients(
+    wanted: Sequence[str],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    mask: Expr | None = None,
+    softmax_scale: float | None = None,
+    layout: Layout = "bshd",
+    *,
+    dlse: Tensor | None = None,
+    score: Expr | None = None,
+    declared: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Compute the gradients of what is declared in fp64, by name; arguments are those of `attention_gradients`."""
+    problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
+    total = ScoreGradients(problem, wanted, torch.float64)
+    for piece in _pieces(problem, dout, dlse, torch.float64):
+        total.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
+    return total.sums
+
+
+@torch_defaults()
 def standard_gradients(
     q: Tensor,
     k: Tensor,
@@ -158,15 +192,32 @@ def standard_gradients(
     The arguments are those of `attention_gradients`, with out and lse of the forward call, or by `standard_attention`
     where None; all are in a kernel's dtypes.
     """
-    if out is None or lse is None:
-        own = standard_attention(q, k, v, mask, softmax_scale, layout, score=score, declared=declared)
-        out, lse = own[0] if out is None else out, own[1] if lse is None else lse
+    forward = _forward(q, k, v, mask, softmax_scale, layout, out, lse, score, declared)
     problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     # Of f32 the order of sums is all that errs, and torch's differs from machine to machine.
     total = _Sums.zeros(problem, torch.float64 if q.dtype == torch.float32 else torch.float32)
-    for piece in _pieces(problem, dout, dlse, torch.float32, (out, lse)):
+    for piece in _pieces(problem, dout, dlse, torch.float32, forward):
         total.add(piece, q.dtype)
     return Gradients(*(x.to(q.dtype) for x in total.scaled(problem.softmax_scale, layout)))
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Expr | None,
+    softmax_scale: float | None,
+    layout: Layout,
+    out: Tensor | None,
+    lse: Tensor | None,
+    score: Expr | None,
+    declared: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """Out and lse as they are given, or by `standard_attention`."""
+    if out is not None and lse is not None:
+        return out, lse
+    own = standard_attention(q, k, v, mask, softmax_scale, layout, score=score, declared=declared)
+    return own[0] if out is None else out, own[1] if lse is None else lse
 
 
 @torch_defaults()
@@ -185,31 +236,64 @@ def compare_gradients(
     dlse: Tensor | None = None,
     score: Expr | None = None,
     declared: Mapping[str, Any] | None = None,
+    wanted: Sequence[str] = (),
 ) -> GradientAccuracy:
     """Hold gradients against the fp64 reference on the same inputs, on the device they are on.
 
-    got holds dq, dk and dv in the shapes of q, k and v and in a kernel's dtype; the other arguments are those of
-    `standard_gradients`. Where out and lse are what the kernel read, the yardstick errs by their roundings too, and
-    `accuracy.compare` has to judge them first. A gradient of another shape is an ArgumentError.
+    got holds dq, dk and dv in the shapes of q, k and v and in a kernel's dtype, then the gradient of each name in
+    wanted, which is declared; the other arguments are those of `standard_gradients`. Where out and lse are what the
+    kernel read, the yardstick errs by their roundings too, and `accuracy.compare` has to judge them first. A gradient
+    of another shape is an ArgumentError.
     """
     about: dict[str, Any] = {"dlse": dlse, "score": score, "declared": declared}
-    standard = standard_gradients(q, k, v, dout, mask, softmax_scale, layout, out=out, lse=lse, **about)
+    forward = _forward(q, k, v, mask, softmax_scale, layout, out, lse, score, declared)
+    given: dict[str, Any] = {"out": forward[0], "lse": forward[1], **about}
+    standard = standard_gradients(q, k, v, dout, mask, softmax_scale, layout, **given)
     problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     exact, order = (_Sums.zeros(problem, torch.float64) for _ in range(2))
+    number = torch.float64 if q.dtype == torch.float32 else torch.float32
+    of_score, short = ScoreGradients(problem, wanted, torch.float64), ScoreGradients(problem, wanted, number)
+    for piece in _pieces(problem, dout, dlse, torch.float32, forward) if wanted else ():
+        short.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
     rows, keys = (x.new_zeros(x.shape[:3], dtype=torch.bool) for x in (problem.q, problem.k))
     for piece in _pieces(problem, dout, dlse, torch.float64):
         exact.add(piece)
         order.add(piece.squares())
+        of_score.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
         rows[piece.b, piece.h, piece.here] = (piece.p != 0).any(dim=1)
         keys[piece.b, piece.h_kv] |= (piece.p != 0).any(dim=0)
     ref = exact.scaled(problem.softmax_scale, layout)
     squares = order.scaled(problem.softmax_scale**2, layout)
     paired = (_turned(x, layout) for x in (rows, keys, keys))
-    return GradientAccuracy(*map(_verdict, got, ref, standard, squares, paired))
+    found = tuple(got)
+    if len(found) != len(ref) + len(wanted):
+        raise ArgumentError("got", f"{len(found)} gradients", f"{len(ref) + len(wanted)}")
+    dq, dk, dv = map(_verdict, found, ref, standard, squares, paired)
+    return GradientAccuracy(
+        dq,
+        dk,
+        dv,
+        {
+            name: _verdict(
+                x[..., None],
+                of_score.sums[name][..., None],
+                short.sums[name].to(x.dtype)[..., None],
+                of_score.squares[name][..., None],
+                of_score.is_read[name],
+                SUM * of_score.magnitudes[name][..., None],
+            )
+            for name, x in zip(wanted, found[len(ref) :], strict=True)
+        },
+    )
 
 
-def _verdict(got: Tensor, ref: Tensor, standard: Tensor, squares: Tensor, paired: Tensor) -> Accuracy:
-    """The rule on one gradient, from the squares of order / ORDER and which of its rows, or keys, have a partner."""
+def _verdict(
+    got: Tensor, ref: Tensor, standard: Tensor, squares: Tensor, paired: Tensor, beside: Tensor | None = None
+) -> Accuracy:
+    """The rule on one gradient, from the squares of order / ORDER and which of its rows, or keys, have a partner.
+
+    What else f32 may lose is `beside`, element by element.
+    """
     if got.shape != ref.shape:
         raise ArgumentError("a gradient", tuple(got.shape), tuple(ref.shape))
     rounded = ref.to(got.dtype)
@@ -217,7 +301,8 @@ def _verdict(got: Tensor, ref: Tensor, standard: Tensor, squares: Tensor, paired
     format, size = torch.finfo(got.dtype), accuracy.largest(rounded[rounded.isfinite()].abs())
     unit = format.eps * max(format.smallest_normal, math.ulp(size) / math.ulp(1.0))
     share = accuracy.share_of_chance(accuracy.different_rows(ref[paired].square().sum(-1).log()))
-    order = ORDER * squares[squares.isfinite()].sqrt()
+    order = ORDER * squares.sqrt() + (0.0 if beside is None else beside)
+    order = order[order.isfinite()]
     by_max, by_rmse = unit + accuracy.largest(order), unit * share + accuracy.root_mean_square(order)
     return accuracy.measure(got.detach(), ref, standard, paired, ~paired, by_max, by_rmse)
 
@@ -242,12 +327,21 @@ class _Piece:
     p: Tensor  # (rows, seqlen_k), 0 where masked
     reach: Tensor  # (rows, seqlen_k), P slope: what an error of dP moves dS by
     ds: Tensor  # (rows, seqlen_k)
+    dt: Tensor  # (rows, seqlen_k), ds without the slope
+    scaled: Tensor  # (rows, seqlen_k), products before the score
+    places: tuple[Any, ...]  # b, h, q_idx and kv_idx of the pairs
+
+    @property
+    def sizes(self) -> Tensor:
+        """(rows, seqlen_k), |dO| |V|."""
+        dout, values = (x.norm(dim=-1).nan_to_num(0.0, 0.0, 0.0) for x in (self.dout, self.values))
+        sizes: Tensor = dout[:, None] * values
+        return sizes
 
     def squares(self) -> "_Piece":
         """Squares of what is summed, of dS where dP errs by |dO| |V|."""
-        dout, values = (x.norm(dim=-1).nan_to_num(0.0, 0.0, 0.0) for x in (self.dout, self.values))
         squared = {name: getattr(self, name).square() for name in ("queries", "keys", "dout", "p")}
-        return replace(self, ds=(self.reach * dout[:, None] * values).square(), **squared)
+        return replace(self, ds=(self.reach * self.sizes).square(), **squared)
 
 
 def _pieces(
@@ -280,5 +374,6 @@ def _pieces(
         if dlse is not None:
             d = d - dlse.detach()[b, h, here, None].to(number)
         reach = (p * problem.slopes(scaled, *places)).masked_fill_(p == 0, 0.0)
-        ds = (reach * (dout_here @ values.mT - d)).masked_fill_(p == 0, 0.0)
-        yield _Piece(b, h, h_kv, here, queries, keys, values, dout_here, p, reach, ds)
+        less = dout_here @ values.mT - d
+        ds, dt = ((x * less).masked_fill_(p == 0, 0.0) for x in (reach, p))
+        yield _Piece(b, h, h_kv, here, queries, keys, values, dout_here, p, reach, ds, dt, scaled, places)

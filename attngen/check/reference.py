@@ -351,15 +351,16 @@ class Problem:
         """What becomes of scaled products, in their own precision."""
         if self.score is None:
             return scores
-        return self._values(self.score, scores, b, h, q_idx, kv_idx)
+        return self.values(self.score, scores, b, h, q_idx, kv_idx)
 
     def slopes(self, scores: Tensor, *places: Any) -> Tensor:
         """The derivative of `modified` by each scaled product, in their own precision."""
         if self.score is None:
             return torch.ones_like(scores)
-        return self._values(derivative(self.score), scores, *places)
+        return self.values(derivative(self.score), scores, *places)
 
-    def _values(self, expr: Expr, scores: Tensor, *places: Any) -> Tensor:
+    def values(self, expr: Expr, scores: Tensor, *places: Any) -> Tensor:
+        """What an expression is for each pair, of scaled products in their own precision."""
         names = self._names(*places) | {"score": scores}
         found = torch.as_tensor(evaluate(expr, names, self._tensors, scores.dtype))
         return found.to(scores).expand_as(scores)

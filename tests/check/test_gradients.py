@@ -200,7 +200,7 @@ def test_gradients_and_verdicts_scale_with_dout(dtype: torch.dtype) -> None:
             assert torch.equal(x, 8 * y)
     got = standard_gradients(q, k, v, dout)
     once, scaled = (compare_gradients([c * x for x in got], q, k, v, c * dout) for c in (1, 8))
-    for x, y in zip(vars(scaled).values(), vars(once).values(), strict=True):
+    for x, y in zip(scaled.by_name.values(), once.by_name.values(), strict=True):
         assert x.max_bound == pytest.approx(8 * y.max_bound) and x.rmse_bound == pytest.approx(
             8 * y.rmse_bound
         )
