@@ -1,5 +1,6 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError,
 from attngen.expr.python import bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
-from attngen.spec import Spec, load
+from attngen.spec import INPUTS, Spec, load
 
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -90,7 +91,8 @@ class _Wanted:
     scalars: tuple[tuple[str, str], ...]
     tensors: tuple[tuple[str, str], ...]
     arch: str
-    gradients: bool
+    gradients: tuple[str, ...]
+    deterministic: bool
 
 
 @lru_cache(maxsize=256)
@@ -104,7 +106,8 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
             "score": wanted.score,
             "scalars": dict(wanted.scalars),
             "tensors": dict(wanted.tensors),
-            "gradients": ["q", "k", "v"] if wanted.gradients else [],
+            "gradients": list(wanted.gradients),
+            "deterministic": wanted.deterministic,
         }
     )
 
@@ -118,13 +121,14 @@ def attention(
     *,
     scalars: Mapping[str, str] | None = None,
     tensors: Mapping[str, str] | None = None,
+    deterministic: bool = True,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with the kernel that the tensors and the mask ask for, compiled once and remembered.
 
     Args:
-        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three requires
-            grad, the kernel has a backward pass.
+        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three, or of what
+            the score reads, requires grad, the kernel has a backward pass.
         k: see q.
         v: see q.
         mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
@@ -132,6 +136,7 @@ def attention(
         score: a score expression, likewise.
         scalars: types of scalars by name, as in a spec: `{"cap": "f32 = 30.0"}`.
         tensors: formats and dimensions of tensors by name, as in a spec: `{"slopes": "f32[num_heads_q]"}`.
+        deterministic: as in a spec; False allows gradients of lookups of which no block of threads has a table.
         **options: the other arguments of `Kernel.__call__`, with a value for each scalar and tensor.
 
     Raises:
@@ -149,6 +154,7 @@ def attention(
     arch = arch_for_capability(capability).name if capability else "simulator"
     for name, text in (("mask", mask), ("score", score)):
         check_text(name, text)
+    passed = {**bound_by(mask, score), **options}
     wanted = _Wanted(
         _INPUTS[q.dtype],
         q.shape[-1],
@@ -158,6 +164,16 @@ def attention(
         tuple(joined("scalars", scalars, mask, score).items()),
         tuple(joined("tensors", tensors, mask, score).items()),
         arch,
-        is_differentiated(q, k, v),
+        _differentiated(q, k, v, str(score), passed),
+        deterministic,
     )
-    return _kernel_for(wanted)(q, k, v, **{**bound_by(mask, score), **options})
+    return _kernel_for(wanted)(q, k, v, **passed)
+
+
+def _differentiated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: str, passed: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What gradients are wanted of: nothing, or q, k, v and what the score names that requires grad."""
+    declared = [name for name, value in passed.items() if is_differentiated(value)]
+    named = [name for name in declared if re.search(rf"\b{re.escape(name)}\b", score)]
+    return (*INPUTS, *named) if named or is_differentiated(q, k, v) else ()

@@ -17,20 +17,21 @@ def is_differentiated(*inputs: Any) -> bool:
 
 
 class Attention(torch.autograd.Function):
-    """Out and lse of q, k and v; what else a call takes is not differentiated."""
+    """Out and lse of q, k, v and what the spec names in `gradients` besides; what else is passed has no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         kernel: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
         softmax_scale: float | None,
         layout: str,
         declared: Mapping[str, Any],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *differentiated: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call the kernel, and keep what its backward pass takes."""
+        """Call the kernel, and keep what its backward pass takes; `differentiated` is declared as well."""
         out, lse = kernel(q, k, v, softmax_scale, True, None, layout, **declared)
         tensors = {name: x for name, x in declared.items() if isinstance(x, torch.Tensor)}
         ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
@@ -43,7 +44,7 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of q, k and v; of an output that nobody used the gradient is 0.
+        """The gradients of q, k, v and what is declared; of an output that nobody used the gradient is 0.
 
         Raises:
             ArgumentError: the gradients are to be differentiated themselves.
@@ -59,5 +60,10 @@ class Attention(torch.autograd.Function):
         elif dout.stride(-1) != 1 and dout.shape[-1] > 1:  # of a sum it is one number, expanded
             dout = dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        gradients = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, *ctx.rest, **declared)
-        return None, *gradients, None, None, None
+        dq, dk, dv, *others = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, *ctx.rest, **declared)
+        # Of a scalar it goes where that tensor is, in its format; of a number nobody wants it.
+        of_declared = (
+            x.to(declared[name]) if isinstance(declared.get(name), torch.Tensor) else None
+            for name, x in zip(ctx.kernel.declared_gradients, others, strict=True)
+        )
+        return None, None, None, None, dq, dk, dv, *of_declared

@@ -33,6 +33,7 @@ from attngen.plan import (
     Manifest,
     Sheet,
     assemble,
+    gradient_value,
 )
 from attngen.quantize import DESCALES, Operands
 from attngen.runtime import (
@@ -46,10 +47,11 @@ from attngen.runtime import (
     explain_launch,
 )
 from attngen.simulate import SIMULATED_SMS, Progress, closed_form, run_call
-from attngen.spec import Spec
+from attngen.spec import INPUTS, Spec
 from attngen.torch_state import torch_defaults
 
 GRADIENTS = ("dq", "dk", "dv")
+"""Of the inputs; values of what a spec declares follow, in the order in which it names them."""
 
 
 class Module:
@@ -168,6 +170,16 @@ class Kernel:
         """How long NVRTC took over `module`, when it did."""
         return self.compiled.seconds
 
+    @cached_property
+    def gradients(self) -> tuple[str, ...]:
+        """The values that a backward pass returns, in order; none where the spec asks for no gradients."""
+        return (*GRADIENTS, *map(gradient_value, self.declared_gradients)) if self.call.gradients else ()
+
+    @property
+    def declared_gradients(self) -> tuple[str, ...]:
+        """What the spec declares and wants gradients of, in order."""
+        return self.spec.gradients[len(INPUTS) :]
+
     @property
     def takes_operands(self) -> bool:
         """Whether inputs are e4m3, which calls may quantise."""
@@ -230,17 +242,22 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        if self.call.gradients and is_differentiated(q, k, v):
+        wanted = self.declared_gradients
+        others = (declared.get(name, self.bound.get(name)) for name in wanted)
+        if self.call.gradients and is_differentiated(q, k, v, *others):
             if out is not None or tables is not None:
                 name = "tables" if out is None else "out"
                 raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
             for name, x in (("q", q), ("k", k), ("v", v)):
                 check_plain(name, x)  # type: ignore[arg-type]
-            for name, value in declared.items():
+            passed = {**self.bound, **declared}
+            for name, value in passed.items():
                 if isinstance(value, torch.Tensor):
-                    check_no_derivative(name, value)
+                    check_plain(name, value)
+                    if name not in wanted:
+                        check_no_derivative(name, value, is_declared=True)
             made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
-                self, q, k, v, softmax_scale, layout, declared
+                self, softmax_scale, layout, passed, q, k, v, *map(passed.get, wanted)
             )
             return made if return_lse else made[0]
         if isinstance(out, torch.Tensor):
@@ -266,11 +283,11 @@ class Kernel:
         softmax_scale: float | None = None,
         layout: str = "bshd",
         **declared: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the gradients of q, k and v, of the inputs' type, by recomputing P from lse.
+    ) -> tuple[torch.Tensor, ...]:
+        """Compute the gradients that the spec asks for, by recomputing P from lse.
 
-        The same bits come out in every run. Mask, score and declared values must be those of the call that made `out`
-        and `lse`, which may be another's.
+        The same bits come out in every run, unless the spec allows others (`deterministic: false`). Mask, score and
+        declared values must be those of the call that made `out` and `lse`, which may be another's.
 
         Args:
             dout: the gradient of out: (batch, seqlen_q, num_heads_q, head_dim_v), of out's type, last dimension
@@ -286,7 +303,8 @@ class Kernel:
             **declared: the scalars and tensors that the spec declares.
 
         Returns:
-            dq, dk, dv, of the shapes of q, k and v.
+            dq, dk, dv, of the shapes and the type of q, k and v; then the gradient of each declared name in
+            `gradients`, in that order, of its shape and type: of a scalar f32, without dimensions, on q's device.
 
         Raises:
             ArgumentError: the spec asks for no gradients, or an argument the kernels cannot take; nothing was touched.
@@ -302,15 +320,15 @@ class Kernel:
         named = {**self.bound, **declared, **rows, "lse": lse, **({} if dlse is None else {"dlse": dlse})}
         if isinstance(q, torch.Tensor) and q.is_cuda:
             made = self._launcher.make(
-                GRADIENTS, q, k, v, softmax_scale, None, layout, named, None, GRADIENTS_INTAKE
+                self.gradients, q, k, v, softmax_scale, None, layout, named, None, GRADIENTS_INTAKE
             )
-            return made[0], made[1], made[2]
+            return tuple(made)
         given = self._check_on_cpu(q, k, v, softmax_scale, None, layout, named, GRADIENTS_INTAKE)
         scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
         found = run_call(
-            self.call, bind(self.manifest, given, GRADIENTS, SIMULATED_SMS, scale), layout=layout
+            self.call, bind(self.manifest, given, self.gradients, SIMULATED_SMS, scale), layout=layout
         )
-        return found["dq"], found["dk"], found["dv"]
+        return tuple(found[name] for name in self.gradients)
 
     def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]

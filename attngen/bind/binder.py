@@ -194,7 +194,8 @@ def bind(
         softmax_scale: 1/sqrt(head_dim_qk) where None.
         known: names of more values that need not be made: an earlier call has, or nobody asks for their addresses.
     """
-    sizes = {**given.sizes, "num_sms": num_sms}
+    declared_sizes = {f"size.{name}": size for name, size in given.declared_sizes.items()}
+    sizes = {**given.sizes, **declared_sizes, "num_sms": num_sms}
     launches = manifest.launches_for({*given.tensors, *known}, wanted, sizes)
     read = [name for launch in launches for name in launch.reads]
     written = [name for launch in launches for name in launch.writes]
@@ -206,10 +207,20 @@ def bind(
         for value in entries
         if not value.optional or value.name in needed
     }
+    for name, each in made.items():
+        _check_covered(each, given.tensors.get(name.replace("gradient.", "tensor.", 1)))
     scale = 1 / math.sqrt(manifest.head_dim_qk) if softmax_scale is None else softmax_scale
     scalars = {
         **scale_values(scale, manifest.score_factor),
         **{f"scalar.{name}": value for name, value in given.scalars.items()},
-        **{f"size.{name}": size for name, size in given.declared_sizes.items()},
     }
     return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars)
+
+
+def _check_covered(gradient: Allocation, declared: torch.Tensor | None) -> None:
+    """Refuse a declared tensor that is shorter than its index: what is clamped to its end belongs to many pairs."""
+    if declared is None or gradient.shape == tuple(declared.shape):
+        return
+    name = gradient.value.passed_as.removeprefix("d")
+    must = f"{gradient.shape} at least where its gradient is wanted: an element for each pair"
+    raise ArgumentError(name, f"shape {tuple(declared.shape)}", must)

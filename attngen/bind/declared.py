@@ -113,7 +113,9 @@ def _tensor(
         raise ArgumentError(name, f"device {x.device}", f"{device}, the device of q")
     if value.axes:
         check_rows(arch, name, x)
-    check_no_derivative(name, x)
+    check_no_derivative(
+        name, x, is_declared=not value.axes and value.source == "given" and not value.optional
+    )
     if value.shared and x.numel() == 1:
         x = x.reshape((1,) * len(value.shape)).expand([evaluate_formula(dim, sizes) for dim in value.shape])
     if x.dim() != len(value.shape):

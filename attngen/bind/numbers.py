@@ -17,7 +17,7 @@ LARGEST_SCALE = 2.0**127
 LARGEST_I32 = 2**31 - 1
 
 
-def python_number(name: str, value: Any) -> Any:
+def python_number(name: str, value: Any, is_declared: bool = False) -> Any:
     """The Python number that a scalar of numpy or a 0-dimensional tensor stands for; other values as they are.
 
     A bool stays one, and so do an integer and a real number; an f32 is the same number as a float.
@@ -27,7 +27,7 @@ def python_number(name: str, value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):
         check_plain(name, value)
-        check_no_derivative(name, value)
+        check_no_derivative(name, value, is_declared)
         if value.dim():
             cure = f"pass {name}.item()" if value.numel() == 1 else None
             raise ArgumentError(name, f"a tensor of shape {tuple(value.shape)}", "a number", cure)
@@ -66,7 +66,7 @@ def scalar_of(name: str, type: str, value: Any) -> bool | int | float:
     Raises:
         ArgumentError: it is not of that type.
     """
-    number = python_number(name, value)
+    number = python_number(name, value, is_declared=True)
     is_right, must = _RULES[type]
     if not is_right(number):
         raise ArgumentError(name, shown(number), must)

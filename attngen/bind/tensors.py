@@ -63,14 +63,15 @@ def _check_transforms(name: str, x: torch.Tensor) -> None:
         raise ArgumentError(name, "a tensor inside torch.func.functionalize", "a plain tensor", cure)
 
 
-def check_no_derivative(name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose derivative would be wanted.
+def check_no_derivative(name: str, x: torch.Tensor, is_declared: bool = False) -> None:
+    """Refuse a tensor whose derivative would be wanted; the spec may ask for that of an input, or of what it declares.
 
     Raises:
         ArgumentError: x requires grad, or carries a tangent, and nobody has disabled that.
     """
     if x.requires_grad and torch.is_grad_enabled():
-        says = "say gradients: [q, k, v] in the spec, " if name in ("q", "k", "v") else ""
+        key = "[q, k, v]" if name in ("q", "k", "v") else f"[q, k, v, {name}]" if is_declared else ""
+        says = f"say gradients: {key} in the spec, " if key else ""
         raise ArgumentError(
             name,
             "a tensor that requires grad",

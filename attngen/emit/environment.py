@@ -27,6 +27,7 @@ from attngen.plan import (
     Cursor,
     KernelPlan,
     NamedBarriers,
+    PairMatrix,
     Param,
     Program,
     RegTile,
@@ -50,7 +51,7 @@ from attngen.plan.steps import (
 )
 from attngen.resources import templates_dir
 
-_ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
+ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
 _PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
 """Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
@@ -61,7 +62,6 @@ _TENSOR_POINTEES = {
     "f32": "float",
 }
 _CONDITIONS: dict[Condition, str] = {
-    "m sees n": "key_blocks(params, tile, m).visits(n)",
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
     "last warpgroup": "next_warpgroup == 0",
@@ -99,7 +99,7 @@ def finalize(value: Any) -> Any:
     return value
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "gradients", "scales", "warpgroups")
+STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "gradients", "declared", "scales", "warpgroups")
 
 
 class Templates:
@@ -143,6 +143,8 @@ class Templates:
 def _pointees(plan: KernelPlan) -> dict[str, str]:
     """The C types of what parameters point to, by the values they carry; f32 is not among them."""
     found = {COUNTER: "u32"} | {f"{tensor.name}.ptr": "u16" for tensor in (*plan.reads, *plan.outputs)}
+    matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
+    found |= {f"{place.name}.ptr": _TENSOR_POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():
         found[f"tensor.{tensor.name}.ptr"] = _TENSOR_POINTEES[tensor.dtype]
     for table in plan.tables:
@@ -160,9 +162,12 @@ def _program(context: Context, steps: Program, indent: int = 2) -> str:
 
 @jinja2.pass_context
 def _condition(context: Context, condition: Condition) -> str:
-    if condition == "m sees n" and context["walks"]:
-        n = "tile.n_block" if context["scheduler"].kind == "key_blocks" else "n"
-        return f"visits(params, tile, m, {n})"
+    if condition == "m sees n":
+        kind = context["scheduler"].kind
+        m = "tile.m_block" if kind == "pair_blocks" else "m"
+        n = "tile.n_block" if kind in ("key_blocks", "pair_blocks") else "n"
+        walks = context["walks"]
+        return f"visits(params, tile, {m}, {n})" if walks else f"key_blocks(params, tile, {m}).visits({n})"
     return _CONDITIONS[condition]
 
 
@@ -184,7 +189,7 @@ def environment() -> jinja2.Environment:
         "reads_scores": lambda of: any(_reads_scores(step) for step in walk(of)),
         "reads_tanh": lambda of: any(isinstance(step, ModifyScores) and step.by_tanh for step in walk(of)),
         "takes_turns": lambda of: any(isinstance(step, PassTurn) for step in walk(of.program)),
-        "element": lambda dtype: _ELEMENTS[dtype.name],
+        "element": lambda dtype: ELEMENTS[dtype.name],
         "score_scale": _score_scale,
         "barrier": _barrier,
         "tile_type": _tile_type,
@@ -268,6 +273,9 @@ def _first_row(block: BlockIndex, axis: Axis) -> str:
 
 def _head(place: Tensor | Rows) -> str:
     """Where the rows of this tile's head start."""
+    if isinstance(place, Rows) and place.axis == "keys":
+        head = "(i64)stay_in_loop(tile.batch) * params.num_heads_q + stay_in_loop(tile.head)"
+        return f"params.{place.name} + ({head}) * params.seqlen_k"
     if isinstance(place, Rows):
         return f"{'padded' if place.is_padded else 'dense'}_head(params.{place.name}, params, tile)"
     if place.workspace:

@@ -31,6 +31,8 @@ from attngen.expr.tree import real
 from attngen.plan import KEYS, QUERIES, KernelPlan, walk
 from attngen.plan.steps import (
     TANH,
+    AddToElements,
+    AddToTable,
     LookUp,
     MaskScores,
     MaskScoresEach,
@@ -139,7 +141,8 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
         if plan.key_blocks.axis is QUERIES:
             yield _mask_macros().query_blocks(lines)
             return
-        yield _mask_macros().key_blocks(lines, plan.key_blocks.last_is_masked, plan.scheduler.kind == "heads")
+        tells_visits = plan.scheduler.kind in ("heads", "pair_blocks")
+        yield _mask_macros().key_blocks(lines, plan.key_blocks.last_is_masked, tells_visits)
         return
     assert plan.tile_classes is not None
     classes = plan.tile_classes
@@ -211,6 +214,11 @@ def _pairs(plan: KernelPlan) -> Iterator[str]:
         yield _mask_macros().score_and_slope(
             cuda_body([with_nodes(each, leaf_of) for each in both], known), bool(terms)
         )
+    if isinstance(step := steps.get(AddToTable), AddToTable):
+        yield _mask_macros().table_entry(cuda_body([step.entry], leaves(plan)))
+    if isinstance(step := steps.get(AddToElements), AddToElements):
+        places = places_of(step.read, leaves(plan))
+        yield _mask_macros().element_read(str(step.read), places, step.dst.of)
     for mask in dict.fromkeys(each.mask for each in recovered if each.mask is not None):
         yield _mask_macros().predicate(cuda_body([mask], leaves(plan)))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):

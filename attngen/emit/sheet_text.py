@@ -4,14 +4,27 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from attngen.emit.device import used_by
-from attngen.emit.environment import macros
-from attngen.plan import PADDED_ROWS, ROW_NUMBERS, FindMaxima, PackValues, Param, PrepareRows, Quantize, Sheet
+from attngen.emit.environment import ELEMENTS, macros
+from attngen.plan import (
+    LENGTHS,
+    PADDED_ROWS,
+    ROW_NUMBERS,
+    FindMaxima,
+    PackValues,
+    Param,
+    PrepareRows,
+    Quantize,
+    Rows,
+    Sheet,
+    SumRows,
+    field_of,
+)
 from attngen.quantize import DESCALES
 
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "quantize", "rows")
+SHEET_FILES = ("tables", "quantize", "rows", "sums")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -44,6 +57,40 @@ def quantizing_functions(sheets: Sequence[Sheet]) -> str:
 def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
     text = sheet_text(sheet, declarations=list(_declarations(sheet.params)), padded_rows=PADDED_ROWS)
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_sums(sheet: SumRows) -> str:
+    """A file of nothing but the kernel that adds rows up to a gradient, in a namespace of its own."""
+    names = {"b": "b", "h": "h", "h_kv": "h_kv", "q_idx": "row", "kv_idx": "row"}
+    of_table = () if isinstance(sheet.sums, Rows) else sheet.site.table_dims
+    dims = [
+        {
+            "number": number,
+            "size": size if isinstance(size, int) else f"params.{field_of(str(size))}",
+            "index": "entry" if number in of_table else names.get(index.name, index.value),
+        }
+        for number, (index, size) in enumerate(zip(sheet.site.indices, sheet.sizes, strict=True))
+    ]
+    kind = sheet.site.dtype
+    convert = "sum" if kind == "f32" else f"(u16){ELEMENTS[kind]}::pack(sum, 0.f)"
+    pointees = {"sums": "const float", "gradient": "float" if kind == "f32" else "u16"}
+    declarations = [
+        f"{pointees[param.name]}* {param.name}"
+        if param.ctype == "pointer"
+        else f"{_C_TYPES[param.ctype]} {param.name}"
+        for param in sheet.params
+    ]
+    if isinstance(sheet.sums, Rows):
+        length, entries = f"params.{LENGTHS[sheet.sums.axis]}", 1
+    else:
+        length, entries = (
+            f"((params.seqlen_q + {sheet.sums.block_m - 1}) / {sheet.sums.block_m})",
+            sheet.sums.entries,
+        )
+    text = sheet_text(
+        sheet, declarations=declarations, dims=dims, length=length, entries=entries, convert=convert
+    )
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 

@@ -83,7 +83,11 @@ def seen(blocks: SeenBlocks, leaves: Leaves) -> list[str]:
 
 
 def _kept(scheduler: Scheduler) -> Mapping[str, Expr]:
-    return {each: value for each, value in scheduler.decoding.items() if value is not const(0)}
+    return {
+        each: value
+        for each, value in scheduler.decoding.items()
+        if value is not const(0) or each in ("b", "h", "h_kv")  # which loops of a tile may count up
+    }
 
 
 def _constants(found: Mapping[str, Expr], axis: SequenceAxis, number: str) -> str:

@@ -51,6 +51,7 @@ class Features:
     promotes: bool
     hadamard_seed: int | None
     gradients: tuple[str, ...]
+    deterministic: bool
     given: Mapping[str, Any]
 
     @classmethod
@@ -81,6 +82,7 @@ class Features:
             promotes=inputs is E4M3 and bool(promotes),
             hadamard_seed=precision.seed if precision.incoherent == "hadamard" else None,
             gradients=spec.gradients,
+            deterministic=spec.deterministic,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
         )
 

@@ -17,9 +17,12 @@ from attngen.plan import (
     ROWS_OF_V,
     SCORES,
     Axis,
+    BlockTables,
     Buffer,
     Cursor,
+    Elements,
     KernelPlan,
+    PairMatrix,
     Param,
     Program,
     RegTile,
@@ -68,7 +71,7 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
 def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
     """dQ; of wide heads a second stage would leave room for one block of threads on a multiprocessor."""
     stages = 2 if features.head_dim <= ONE_KERNEL else 1
-    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES, stages)
+    common, qk_cols, v_cols, smem_bytes = gradient_places(features, block_m, block_n, SCORES, stages)
     at = QueryGradientPlaces(
         **common,
         keys=KeyLoop(features.pairs.visible),
@@ -78,7 +81,7 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
     )
     pair = at.pair
     return replace(
-        _plan(features, forward, "query_gradients", at, (at.dq,), (at.result,)),
+        gradient_plan(features, forward, "query_gradients", at, (at.dq,), (at.result,)),
         block_m=block_m,
         block_n=block_n,
         qk_cols=qk_cols,
@@ -86,7 +89,7 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
         row_tiles=block_m // (features.arch.mma.m * WARPS),
         key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
-        roles=(_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
+        roles=(gradient_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
         smem_bytes=smem_bytes,
     )
 
@@ -97,7 +100,7 @@ def _of_keys(
     """dK, dV or both; without a closed form nobody knows which block of queries is the next, to load it ahead."""
     visible = row_range(features.mask)
     stages = 2 if visible and features.head_dim <= ONE_KERNEL else 1
-    common, qk_cols, v_cols, smem_bytes = _places(features, block_m, block_n, SCORES[::-1], stages)
+    common, qk_cols, v_cols, smem_bytes = gradient_places(features, block_m, block_n, SCORES[::-1], stages)
     pair: PairGradient = common["pair"]
     pair = common["pair"] = replace(pair, p=pair.p if "dv" in wanted else None)
 
@@ -124,7 +127,7 @@ def _of_keys(
     tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in gradients))
     staged, results = (tuple(getattr(each, name) for each in gradients) for name in ("staged", "result"))
     return replace(
-        _plan(features, forward, schedule, at, staged, results),
+        gradient_plan(features, forward, schedule, at, staged, results),
         block_m=block_m,
         block_n=block_n,
         qk_cols=qk_cols,
@@ -133,12 +136,12 @@ def _of_keys(
         tile_classes=None if visible else tile_classes(features.mask),
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
-        roles=(_role(at, program, tiles),),
+        roles=(gradient_role(at, program, tiles),),
         smem_bytes=smem_bytes,
     )
 
 
-def _places(
+def gradient_places(
     features: Features, block_m: int, block_n: int, axes: tuple[Axis, ...], stages: int
 ) -> tuple[dict[str, Any], int, int, int]:
     """The fields of `GradientPlaces`, padded columns of Q and of V, and bytes of shared memory.
@@ -170,13 +173,13 @@ def _places(
     return fields, qk_cols, v_cols, v_buffer.offset + v_buffer.size_bytes
 
 
-def _plan(
+def gradient_plan(
     features: Features,
     forward: KernelPlan,
     schedule: str,
     at: GradientPlaces,
     staged: tuple[Buffer, ...],
-    writes: tuple[Tensor, ...],
+    writes: tuple[Tensor | Rows | PairMatrix | BlockTables | Elements, ...],
 ) -> KernelPlan:
     """What both kernels have in common."""
     plan = replace(
@@ -190,11 +193,23 @@ def _plan(
         tensor_maps=(),
     )
     tensors = (*plan.reads, *plan.outputs)
-    pointers = (Param(name, "pointer", f"{name}.ptr") for name in map(str, (*tensors, *plan.read_rows)))
+    elements = [place for place in writes if isinstance(place, PairMatrix | Elements)]
+    dense = (*tensors, *plan.read_rows, *plan.sums)
+    pointers = (
+        *(Param(name, "pointer", f"{name}.ptr") for name in map(str, dense)),
+        *(Param(f"gradient_of_{each.of}", "pointer", f"{each.name}.ptr") for each in elements),
+    )
     strides = (
-        Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-        for tensor in tensors
-        for axis in ("batch", "seqlen", "head")
+        *(
+            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+            for tensor in tensors
+            for axis in ("batch", "seqlen", "head")
+        ),
+        *(
+            Param(f"step_{i}_of_{each.of}", "i64", f"{each.name}.stride_{i}")
+            for each in elements
+            for i in range(len(each.shape))
+        ),
     )
     return replace(plan, params=(*pointers, *strides, *numbers_of_pairs(plan, at.pair)))
 
@@ -239,7 +254,8 @@ def pair_gradient(
     )
 
 
-def _role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> Role:
+def gradient_role(at: GradientPlaces, program: Program, tiles: tuple[RegTile, ...]) -> Role:
+    """The one role of a kernel that every warp runs alike."""
     return Role(
         "warps", WARPS, program, tiles, cursors=tuple(each for each in (at.load_at, at.read_at) if each)
     )

@@ -10,6 +10,7 @@ from attngen.expr import definitions, tile_classes, to_text
 from attngen.lower import warpgroups
 from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
+from attngen.lower.declared_kernels import declared_gradient_plans, wrong_tables
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
@@ -40,7 +41,7 @@ def lower(spec: Spec, arch: Arch) -> Call:
     """
     features = Features.of(spec, arch)
     schedule = _schedule(features)
-    if faults := wrong(spec, features, schedule):
+    if faults := (*wrong(spec, features, schedule), *wrong_tables(spec, features)):
         raise PlanError(faults)
     if plans := _from_table(features):
         return _assemble(features, plans)
@@ -64,8 +65,9 @@ def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
     """The call of attention kernels, and of the backward pass where the spec asks for gradients."""
     if not features.gradients:
         return assemble(plans)
-    of_gradients = warpgroup_gradient_plans if takes_warpgroups(plans[-1]) else gradient_plans
-    return assemble(plans, of_gradients(features, plans[-1]))
+    forward = plans[-1]
+    of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
+    return assemble(plans, (*of_inputs(features, forward), *declared_gradient_plans(features, forward)))
 
 
 def _first_legal(

@@ -19,9 +19,21 @@ from attngen.plan.call import (
     Value,
 )
 from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Descales, Rows, Tensor
+from attngen.plan.places import (
+    LENGTHS,
+    PADDED_ROWS,
+    PANEL_BYTES,
+    BlockTables,
+    Descales,
+    Elements,
+    PairMatrix,
+    Rows,
+    Tensor,
+    gradient_value,
+)
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
+from attngen.plan.row_sums import SumRows
 from attngen.plan.sheets import (
     MAXIMA,
     SOURCES,
@@ -43,12 +55,12 @@ COLUMNS_OF_HEADS = ("batch", "head", "seqlen", "key")
 """Axes of a tensor whose rows are columns; strides of its rows are called as those of others."""
 
 
-def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan] = ()) -> Call:
+def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRows] = ()) -> Call:
     """The call of attention kernels that take one spec's calls, by their numbers of keys.
 
     Args:
         plans: the one for the most keys, or for any number, takes all calls that the others do not.
-        gradients: the kernels of the backward pass.
+        gradients: the kernels of the backward pass, each after what it reads of the others.
     """
     backward = tuple(gradients)
     programs = by_length(plans)
@@ -59,8 +71,8 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan] = ()) 
         kernels += [FillTables(each), each] if each.tables else [each]
     if backward:
         kernels.append(PrepareRows(plan))
-    for each in backward:
-        kernels += [FillTables(each), each] if each.tables else [each]
+    for made in backward:
+        kernels += [FillTables(made), made] if isinstance(made, KernelPlan) and made.tables else [made]
     values = {value.name: value for value in (*_values(programs), *_values_of_gradients(plan, backward))}
     return Call(
         plan.arch,
@@ -154,8 +166,10 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     )
 
 
-def value_shape(place: Tensor | Rows) -> tuple[Formula, ...]:
+def value_shape(place: Tensor | Rows | BlockTables) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
+    if isinstance(place, BlockTables):
+        return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
     if isinstance(place, Rows):
         length = LENGTHS[place.axis]
         return ("batch", "num_heads_q", _padded(length, PADDED_ROWS) if place.is_padded else length)
@@ -190,7 +204,8 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
         yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
     for each in programs:
         yield from _tables_and_scratch(each)
-    for place in plan.writes:
+    places: tuple[Tensor | Rows, ...] = (*plan.outputs, *plan.written_rows)
+    for place in places:
         name, shape = place.name, value_shape(place)
         if isinstance(place, Tensor):
             yield Value(name, place.dtype.name, shape, "output", name, ROWS_OF_HEADS)
@@ -212,7 +227,7 @@ GRADIENTS = Intake(GRADIENTS_INTAKE, (*TENSORS, "dout", "out", "lse", "dlse"))
 """What a backward pass begins with."""
 
 
-def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan, ...]) -> Iterator[Value]:
+def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows, ...]) -> Iterator[Value]:
     """The values of a backward pass that the forward has not."""
     if not gradients:
         return
@@ -221,12 +236,25 @@ def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan, ...]) ->
     yield Value("dout", out.dtype.name, value_shape(out), "given", "dout", ROWS_OF_HEADS)
     yield Value("dlse", F32.name, of_queries, "given", "dlse", optional=True)
     for each in gradients:
+        if isinstance(each, SumRows):
+            yield _declared_gradient(each.site.name, each.site.dtype, each.sizes)
+            continue
         yield from _tables_and_scratch(each)
-        for rows in each.read_rows:
+        for rows in (*each.read_rows, *each.sums):
             yield Value(rows.name, F32.name, value_shape(rows), "scratch")
         for tensor in each.outputs:
             shape = value_shape(tensor)
             yield Value(tensor.name, tensor.dtype.name, shape, "output", tensor.name, ROWS_OF_HEADS)
+        for place in each.writes:
+            if isinstance(place, PairMatrix):
+                yield _declared_gradient(place.of, place.dtype.name, place.shape, zeroed=not place.is_covered)
+            elif isinstance(place, Elements):
+                yield _declared_gradient(place.of, F32.name, place.shape, zeroed=True)
+
+
+def _declared_gradient(name: str, dtype: str, shape: tuple[Formula, ...], zeroed: bool = False) -> Value:
+    """The gradient of a tensor that the spec declares, or of a scalar, which has no dimensions."""
+    return Value(gradient_value(name), dtype, shape, "output", f"d{name}", zeroed=zeroed)
 
 
 def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:

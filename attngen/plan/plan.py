@@ -7,7 +7,20 @@ from attngen.arch import Arch
 from attngen.dtypes import DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.formulas import Formula, ceil_div, minimum, product
-from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.places import (
+    BlockTables,
+    Buffer,
+    Cursor,
+    Descales,
+    Elements,
+    NamedBarriers,
+    PairMatrix,
+    RegTile,
+    RegVec,
+    Ring,
+    Rows,
+    Tensor,
+)
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.scheduler import Scheduler
 from attngen.plan.seen import SeenBlocks
@@ -113,7 +126,7 @@ class KernelPlan:
     overlap: bool
     key_blocks: SeenBlocks | None
     reads: tuple[Tensor, ...]
-    writes: tuple[Tensor | Rows, ...]
+    writes: tuple[Tensor | Rows | PairMatrix | BlockTables | Elements, ...]
     scheduler: Scheduler
     roles: tuple[Role, ...]
     buffers: tuple[Buffer, ...]
@@ -157,6 +170,16 @@ class KernelPlan:
         return tuple(place for place in self.writes if isinstance(place, Tensor))
 
     @property
+    def sums(self) -> tuple[Rows | BlockTables, ...]:
+        """What it writes for a `SumRows` to add up."""
+        return tuple(place for place in self.writes if isinstance(place, Rows | BlockTables))
+
+    @property
+    def written_rows(self) -> tuple[Rows, ...]:
+        """The rows that it writes."""
+        return tuple(place for place in self.writes if isinstance(place, Rows))
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return 32 * sum(role.warps for role in self.roles)
@@ -177,6 +200,11 @@ class KernelPlan:
     def tiles(self) -> Formula:
         """What the blocks of a launch work on, together."""
         heads = product("batch", "num_heads_q")
+        if self.scheduler.kind == "pair_blocks":
+            batch: Formula = 1 if self.scheduler.sums_batch else "batch"
+            of: dict[str, Formula] = {"own": "num_heads_q", "group": "num_heads_kv", "all": 1}
+            blocks = (ceil_div("seqlen_q", self.block_m), ceil_div("seqlen_k", self.block_n))
+            return product(batch, of[self.scheduler.sums_heads], *blocks)
         if self.scheduler.kind == "heads":
             return heads
         if self.scheduler.kind == "key_blocks":

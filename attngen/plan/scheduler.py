@@ -90,19 +90,32 @@ class Scheduler:
 
     Attributes:
         kind: "query_blocks", one block of query rows of one head; "heads", one whole head; "key_blocks", one block of
-            keys of one head of K and V, for all query heads that share it.
+            keys of one head of K and V, for all query heads that share it; "pair_blocks", one block of query rows and
+            one of keys.
+        sums_batch, sums_heads: over which batches and heads a tile of pairs is for: its own or all, and its own, those
+            that share its head of K and V, or all.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
     """
 
-    kind: Literal["query_blocks", "key_blocks", "heads"]
+    kind: Literal["query_blocks", "key_blocks", "pair_blocks", "heads"]
     longest_first: bool = False
     persistent: bool = False
+    sums_batch: bool = False
+    sums_heads: Literal["own", "group", "all"] = "own"
+
+    @property
+    def heads(self) -> Expr:
+        """How many heads a batch has tiles for."""
+        return {"own": name("call.num_heads_q"), "group": _HEADS_KV, "all": const(1)}[self.sums_heads]
 
     @cached_property
     def count(self) -> Expr:
         """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
         heads = times(name("call.batch"), name("call.num_heads_q"))
+        if self.kind == "pair_blocks":
+            blocks = times(QUERIES.blocks(name("call.seqlen_q")), KEYS.blocks(name("call.seqlen_k")))
+            return times(times(const(1) if self.sums_batch else name("call.batch"), self.heads), blocks)
         if self.kind == "key_blocks":
             return times(times(name("call.batch"), _HEADS_KV), KEYS.blocks(name("call.seqlen_k")))
         return heads if self.kind == "heads" else times(heads, QUERIES.blocks(name("call.seqlen_q")))
@@ -126,6 +139,19 @@ class Scheduler:
             }
             head = times(modulo(row, _HEADS_KV), name("call.group"))
             batch = floor_divide(row, _HEADS_KV)
+        elif self.kind == "pair_blocks":
+            m_max, n_max, row = name("tile.m_max"), name("tile.n_max"), name("tile.row")
+            block = {
+                "tile.m_max": QUERIES.blocks(name("call.seqlen_q")),
+                "tile.n_max": KEYS.blocks(name("call.seqlen_k")),
+                KEYS.tile.name: modulo(index, n_max),
+                "tile.row": floor_divide(index, n_max),
+                QUERIES.tile.name: modulo(row, m_max),
+            }
+            of_head = floor_divide(row, m_max)
+            first = {"own": const(1), "group": name("call.group"), "all": const(0)}[self.sums_heads]
+            head = times(modulo(of_head, self.heads), first)
+            batch = const(0) if self.sums_batch else floor_divide(of_head, self.heads)
         elif self.kind == "heads":
             head, batch, block = modulo(index, heads), floor_divide(index, heads), {}
         else:

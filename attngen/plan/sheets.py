@@ -395,7 +395,3 @@ class PrepareRows(Sheet):
         """Blocks of rows of all heads."""
         blocks = product(PADDED_ROWS // self.block_rows, ceil_div("seqlen_q", PADDED_ROWS))
         return product("batch", "num_heads_q", blocks)
-
-
-SHEETS: tuple[type[Sheet], ...] = (FillTables, FindMaxima, Quantize, PackValues, PrepareRows)
-"""Every sheet there is."""

@@ -154,6 +154,8 @@ class Launcher:
         for shape, dtype in prepared.outputs if out is None else prepared.outputs[1:]:
             # Not to spell the shape takes a third less.
             made.append(torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=dtype))
+        for number in prepared.zeroed:
+            made[number].zero_()
         stream = torch._C._cuda_getCurrentRawStream(device)
         kept = scratch = zeroed = None
         kept_size, scratch_size, zeroed_size = prepared.sizes

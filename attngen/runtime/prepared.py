@@ -97,6 +97,7 @@ class Prepared:
     Attributes:
         outputs: shape and type of each wanted value, in the call's layout; a shape of None is that of q, with its
             strides and type.
+        zeroed: which of these are 0 before the first launch.
         sizes: what kept, scratch and zeroed values take, in bytes.
         draws_tiles: whether the kernels need a tile counter.
         tables: what tables of this signature are known by.
@@ -104,6 +105,7 @@ class Prepared:
 
     bound: Bound
     outputs: tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]
+    zeroed: tuple[int, ...]
     sizes: tuple[int, int, int]
     structs: tuple[PreparedStruct, ...]
     draws_tiles: bool
@@ -147,6 +149,7 @@ def prepare_signature(
     return Prepared(
         bound,
         tuple(_output(bound, name, q, layout) for name in bound.wanted),
+        tuple(number for number, name in enumerate(bound.wanted) if bound.made[name].value.zeroed),
         (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),
         tuple(structs),
         any(param.value == COUNTER for kernel, _ in launched for param in kernel.params),

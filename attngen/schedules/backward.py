@@ -130,16 +130,25 @@ class GradientPlaces:
 
 
 @dataclass(frozen=True)
-class QueryGradientPlaces(GradientPlaces):
-    """What the kernel of dQ may name.
+class OverKeysPlaces(GradientPlaces):
+    """What a kernel may name that loops over the keys of a block of queries.
 
     Attributes:
         keys: how it comes to the blocks of keys of a tile.
+    """
+
+    keys: KeyLoop
+
+
+@dataclass(frozen=True)
+class QueryGradientPlaces(OverKeysPlaces):
+    """What the kernel of dQ may name.
+
+    Attributes:
         acc_dq: (block_m, head_dim_qk).
         dq: where dQ is rounded, over `q`; `result`, where it goes.
     """
 
-    keys: KeyLoop
     acc_dq: RegTile
     dq: Buffer
     result: Tensor
@@ -166,15 +175,24 @@ class OwnGradient:
 
 
 @dataclass(frozen=True)
-class KeyGradientPlaces(GradientPlaces):
-    """What the kernel of dK and dV may name.
+class OverQueriesPlaces(GradientPlaces):
+    """What a kernel may name that loops over the queries that see a block of keys.
 
     Attributes:
         visible: the queries that see a key, where they have a closed form.
-        gradients: dV, dK, or both: of wide heads registers hold one.
     """
 
     visible: IndexRange | None
+
+
+@dataclass(frozen=True)
+class KeyGradientPlaces(OverQueriesPlaces):
+    """What the kernel of dK and dV may name.
+
+    Attributes:
+        gradients: dV, dK, or both: of wide heads registers hold one.
+    """
+
     gradients: tuple[OwnGradient, ...]
 
 
@@ -195,12 +213,35 @@ def for_queries(visible: IndexRange | None, body: Callable[[bool], Program], spl
     return tuple(ForBlocks(each, "m", body(each is not full)) for each in ranges)
 
 
-def query_gradients(at: QueryGradientPlaces) -> Program:
-    """The program of every warp: dQ of a block of queries, over the keys that it sees."""
-    k, v = at.k.at(at.read_at), at.v.at(at.read_at)
+def over_keys(at: OverKeysPlaces, work: Callable[[BlockIndex, bool], Program]) -> Program:
+    """Work on every block of keys that the tile's queries see: its number, and whether some pair of it is masked."""
 
     def load(block: BlockIndex) -> Program:
         return at.load_keys(block, at.load_at)
+
+    def block(at_block: KeyBlock) -> Program:
+        n, is_masked = at_block.n, at_block.masked != "no"
+        if at.load_at is None:
+            return at.alone(load(n), work(n, is_masked))
+        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, is_masked))
+
+    if at.load_at is None:
+        walks: Program = at.keys.start(VISIT)
+        loop = at.keys.for_all_blocks(block)
+        return (*walks, *at.load_queries(M_BLOCK), CommitCopies(), *loop, WaitCopies(0))
+    first = (CommitCopies(), Advance(at.load_at))
+    visits = (
+        *at.load_queries(M_BLOCK),
+        *load(at.keys.first_to_load),
+        *first,
+        *at.keys.for_all_blocks(block),
+    )
+    return (*at.keys.start(LOAD, VISIT), at.keys.when_first(visits, LOAD))
+
+
+def query_gradients(at: QueryGradientPlaces) -> Program:
+    """The program of every warp: dQ of a block of queries, over the keys that it sees."""
+    k, v = at.k.at(at.read_at), at.v.at(at.read_at)
 
     def work(n: BlockIndex, is_masked: bool) -> Program:
         return (
@@ -212,37 +253,38 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
             Gemm(at.acc_dq, at.pair.ds, k, starts_at_zero=False),
         )
 
-    def block(at_block: KeyBlock) -> Program:
-        n, is_masked = at_block.n, at_block.masked != "no"
-        if at.load_at is None:
-            return at.alone(load(n), work(n, is_masked))
-        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, is_masked))
-
-    if at.load_at is None:
-        walks: Program = at.keys.start(VISIT)
-        loop: Program = (*at.load_queries(M_BLOCK), CommitCopies(), *at.keys.for_all_blocks(block), *LAND)
-    else:
-        walks = at.keys.start(LOAD, VISIT)
-        first = (CommitCopies(), Advance(at.load_at))
-        visits = (
-            *at.load_queries(M_BLOCK),
-            *load(at.keys.first_to_load),
-            *first,
-            *at.keys.for_all_blocks(block),
-        )
-        loop = (at.keys.when_first(visits, LOAD), SyncThreads())
     return (
         ForTiles(
             (
                 Clear(at.acc_dq),
-                *walks,
-                *loop,
+                *over_keys(at, work),
+                SyncThreads(),
                 ScaleGradient(at.acc_dq),
                 StageTile(at.acc_dq, at.dq.at()),
                 SyncThreads(),
                 StoreTile(at.dq.at(), at.result, M_BLOCK),
             )
         ),
+    )
+
+
+def over_queries(at: OverQueriesPlaces, work: Callable[[bool], Program]) -> Program:
+    """Work on every block of queries, of one head, that see the tile's keys: whether some pair of it is masked."""
+
+    def block(is_masked: bool) -> Program:
+        if at.load_at is None:
+            return at.alone(at.load_queries(M), work(is_masked))
+        return at.ahead(WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at)), work(is_masked))
+
+    loops = for_queries(at.visible, block)
+    if at.load_at is None:
+        return loops
+    return (
+        WhenBlock(M_STOP - 1, M_MIN, at.load_queries(M_MIN, at.load_at)),
+        CommitCopies(),
+        Advance(at.load_at),
+        *loops,
+        Advance(at.load_at),  # past the stage that no block was left for, to the one that is free
     )
 
 
@@ -263,27 +305,13 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
             *(Gemm(each.acc, each.pairs, each.times, starts_at_zero=False) for each in at.gradients),
         )
 
-    def block(is_masked: bool) -> Program:
-        if at.load_at is None:
-            return at.alone(at.load_queries(M), work(is_masked))
-        return at.ahead(WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at)), work(is_masked))
-
-    loops = for_queries(at.visible, block)
-    if at.load_at is not None:
-        loops = (
-            WhenBlock(M_STOP - 1, M_MIN, at.load_queries(M_MIN, at.load_at)),
-            CommitCopies(),
-            Advance(at.load_at),
-            *loops,
-            Advance(at.load_at),  # past the stage that no block was left for, to the one that is free
-        )
     return (
         ForTiles(
             (
                 *(Clear(each.acc) for each in at.gradients),
                 *keys,
                 *((CommitCopies(),) if at.load_at is None else ()),  # else one group with the first queries
-                ForHeads(loops),
+                ForHeads(over_queries(at, work)),
                 *(ScaleGradient(each.acc) for each in at.gradients if each.is_scaled),
                 *(
                     LAND if wants_ds else (WaitCopies(0),)

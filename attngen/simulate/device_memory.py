@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import torch
 
-from attngen.plan import KernelPlan, Rows, Tensor
+from attngen.plan import BlockTables, KernelPlan, PairMatrix, Rows, Tensor
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import Member, ceil_div
+from attngen.simulate.visits import Blocks, Member, ceil_div
 
 NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
@@ -106,17 +106,54 @@ class DeviceMemory:
             target.dtype
         )
 
+    def write_pairs(
+        self, place: PairMatrix, tile: Tile, rows: range, keys: range, values: torch.Tensor
+    ) -> None:
+        """Write (members, rows, keys) to some pairs; what does not exist is dropped."""
+        rows, keys = rows[: max(0, tile.seqlen_q - rows.start)], keys[: max(0, tile.seqlen_k - keys.start)]
+        if self.traffic:
+            pairs = len(tile.members) * len(rows) * len(keys)
+            self.traffic.count_written(place.name, pairs * place.dtype.bytes)
+        if not self.holds_values:
+            return
+        target = self.tensors[place.name]
+        for member, found in zip(tile.members, values, strict=True):
+            of: dict[str, int | slice] = {
+                "b": member.batch,
+                "h": member.head,
+                "h_kv": member.head_kv,
+                "q_idx": slice(rows.start, rows.stop),
+                "kv_idx": slice(keys.start, keys.stop),
+            }
+            at = tuple(of[index] if isinstance(index, str) else index for index in place.indices)
+            own = found[: len(rows), : len(keys)].to(target.dtype)
+            by_key = place.indices.index("kv_idx") < place.indices.index("q_idx")
+            target[at] = own.mT if by_key else own
+
+    def write_table(self, place: BlockTables, tile: Tile, block: int, values: torch.Tensor) -> None:
+        """Write (members, entries) for a block of rows."""
+        if self.traffic:
+            self.traffic.count_written(place.name, 4 * len(tile.members) * place.entries)
+        if self.holds_values:
+            batch, head, _ = tile.columns
+            self.tensors[place.name][batch, head, block] = values
+
     def unwritten(
-        self, plan: KernelPlan, tiles: Iterable[tuple[int | None, Member]]
+        self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]], group: int
     ) -> tuple[str, int] | None:
-        """An output block, by name and number, that not every head has written exactly once."""
+        """A block of rows of an output, by name and number, that not every head has written exactly once."""
         members = {member for _, member in tiles}
-        wanted = (place for place in plan.writes if isinstance(place, Tensor) or self.wants(place))
+        wanted: tuple[Tensor | Rows, ...] = (
+            *plan.outputs,
+            *(rows for rows in plan.written_rows if self.wants(rows)),
+        )
         for place in wanted:
             lengths = Counter(each.seqlen_k if place.axis == "keys" else each.seqlen_q for each in members)
             rows = self.share_rows.get(place.name, plan.block_m)
             for share in range(ceil_div(max(lengths), rows)):
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
+                if isinstance(place, Rows) and plan.scheduler.kind == "key_blocks":
+                    heads *= group
                 if self.members_written.get((place.name, share), 0) != heads:
                     return place.name, share * rows // plan.block_m
         return None

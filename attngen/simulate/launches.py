@@ -13,6 +13,7 @@ from attngen.quantize import unpack_values
 from attngen.simulate import (
     simulated_control,
     simulated_copies,
+    simulated_declared,
     simulated_gemms,
     simulated_gradients,
     simulated_scales,
@@ -37,6 +38,7 @@ _STEP_MODULES = (
     simulated_copies,
     simulated_gemms,
     simulated_gradients,
+    simulated_declared,
     simulated_softmax,
     simulated_scales,
 )
@@ -251,7 +253,7 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    if missing := run.device.unwritten(plan, decoded(plan, sizes)):
+    if missing := run.device.unwritten(plan, decoded(plan, sizes), sizes.group):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

@@ -180,9 +180,13 @@ class RoleRun:
         own = self.own_rows(size)
         return max(0, min(len(own), self.tile.sequence(axis)[1] - block * size - own.start))
 
+    def forget_visits(self) -> None:
+        """Class blocks anew: the tile goes on with another head."""
+        self._visited.clear()
+
     def see_queries(self) -> None:
         """Take up the blocks of queries that see the tile's keys, for the head at hand."""
-        self._visited.clear()
+        self.forget_visits()
         if self.call.plan.key_blocks is not None:
             (seen,) = block_bounds(
                 self.call.plan, self.call.sizes, [self.variables["n_block"]], self.tile.members[0]

@@ -59,8 +59,9 @@ def _holds(step: When, role: RoleRun) -> bool:
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
         return role.tile.visits > 0
-    m = role.index(BlockIndex("m"))
-    return role.visits(m, role.index(BlockIndex("n")) if role.tile.n_block is None else role.tile.n_block)
+    rows, keys = role.tile.m_block, role.tile.n_block
+    m = role.index(BlockIndex("m")) if rows is None or keys is None else rows
+    return role.visits(m, role.index(BlockIndex("n")) if keys is None else keys)
 
 
 def start_walk(step: StartWalk, role: RoleRun) -> None:

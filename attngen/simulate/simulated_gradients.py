@@ -22,7 +22,7 @@ def for_heads(step: ForHeads, role: RoleRun) -> Run:
 def recover_p(step: RecoverP, role: RoleRun) -> None:
     """P of each pair, rounded where that is wanted, then times the slope of its score."""
     s = role.read(step.s)
-    pairs = _Pairs(step.s, step.rows, step.block, role)
+    pairs = TilePairs(step.s, step.rows, step.block, role)
     lse = pairs.of_queries(step.lse)
     scale = role.call.scale
 
@@ -50,7 +50,7 @@ def recover_p(step: RecoverP, role: RoleRun) -> None:
 def score_gradient(step: ScoreGradient, role: RoleRun) -> None:
     """The gradient of the products, rounded."""
     s, dp = role.read(step.s), role.read(step.dp)
-    delta = _Pairs(step.s, step.rows, step.rows, role).of_queries(step.delta)
+    delta = TilePairs(step.s, step.rows, step.rows, role).of_queries(step.delta)
     role.write(step.ds, lambda: rounded(s * (dp - delta), step.ds.dtype))
 
 
@@ -59,7 +59,7 @@ def scale_gradient(step: ScaleGradient, role: RoleRun) -> None:
     role.write(step.acc, lambda acc: acc * role.call.scale["gradient_scale"], role.read(step.acc))
 
 
-class _Pairs:
+class TilePairs:
     """The queries and the keys of a tile of pairs, each broadcast to (members, rows, cols)."""
 
     def __init__(self, tile: RegTile, rows: BlockIndex, block: BlockIndex, role: RoleRun) -> None:

@@ -19,6 +19,7 @@ from attngen.plan import (
     PrepareRows,
     Quantize,
     Sheet,
+    SumRows,
 )
 from attngen.simulate.function_names import function_name
 from attngen.simulate.visits import Sizes
@@ -66,6 +67,34 @@ def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, 
         "delta": pad(delta.masked_fill(lse.isinf(), 0.0), past),
         "lse_log2": pad((lse * math.log2(math.e)).masked_fill(lse.isinf(), math.inf), past, value=math.inf),
     }
+
+
+def sum_rows(sheet: SumRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The elements of a declared tensor, each the sum of the rows that read it."""
+    (gradient,) = sheet.writes
+    found, target = values[sheet.sums.name], values[gradient]
+    batch, heads, rows = (torch.arange(size) for size in found.shape[:3])
+    places = {
+        "b": batch.view(-1, 1, 1),
+        "h": heads.view(1, -1, 1),
+        "h_kv": heads.view(1, -1, 1) // max(1, sizes.group),
+        "q_idx": rows.view(1, 1, -1),
+        "kv_idx": rows.view(1, 1, -1),
+    }
+    of_table: dict[int, torch.Tensor] = {}
+    if found.dim() == 4:  # an entry a column
+        dims = sheet.site.table_dims
+        entries = torch.unravel_index(torch.arange(found.shape[3]), [target.shape[dim] for dim in dims])
+        of_table = dict(zip(dims, entries, strict=True))
+        places = {name: place.unsqueeze(-1) for name, place in places.items()}
+    element = torch.zeros(found.shape, dtype=torch.int64)
+    for dim, (index, size) in enumerate(zip(sheet.site.indices, target.shape, strict=True)):
+        of_rows = index.value if index.op == "const" else places.get(index.name)
+        element = element * size + torch.as_tensor(of_table.get(dim, of_rows)).clamp(0, size - 1)
+    total = torch.zeros(target.numel(), dtype=torch.float64).index_add_(
+        0, element.view(-1), found.double().view(-1)
+    )
+    return {gradient: total.view(target.shape).to(target.dtype)}
 
 
 SHEETS_SIMULATED: dict[type[Sheet], SheetFunction] = {

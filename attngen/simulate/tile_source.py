@@ -36,7 +36,8 @@ class Tile:
         walk: its blocks of keys, where they have none.
         members: heads that the simulator runs in lockstep, as one block with stacked values, because nothing
             that steers the program differs between them, lengths included. On a GPU each is a block of its own.
-        n_block: block of keys, for all heads that share it; `members` are then the first of these.
+        n_block: block of keys, for all heads that share it; `members` are then the first of these. Beside a block of
+            rows, for all batches and heads that the elements of a tile of pairs are sums over.
     """
 
     m_block: int | None
@@ -48,6 +49,17 @@ class Tile:
     def of_group(self, place: int) -> Self:
         """The tile for another of the query heads that share its keys."""
         return replace(self, members=tuple(each._replace(head=each.head + place) for each in self.members))
+
+    def of_summed(self, batch: int, place: int, group: int) -> Self:
+        """The tile for another batch, and another head, that its elements are sums over."""
+        heads = ((each, each.head + place) for each in self.members)
+        return replace(
+            self,
+            members=tuple(
+                each._replace(batch=each.batch + batch, head=head, head_kv=head // group)
+                for each, head in heads
+            ),
+        )
 
     @property
     def visits(self) -> int:
@@ -92,12 +104,13 @@ def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[
     alike: dict[Any, dict[tuple[int, ...], list[Member]]] = {}
     for m_block, member in decoded(plan, sizes):
         alike.setdefault(m_block, {}).setdefault(telling(member), []).append(member)
-    if plan.scheduler.kind == "key_blocks":
+    if plan.scheduler.kind in ("key_blocks", "pair_blocks"):
         together = 1 if any(asks_for(plan)) else lockstep
-        for n_block, heads in alike.items():
+        for block, heads in alike.items():
+            m, n = block if isinstance(block, tuple) else (None, block)
             for members in heads.values():
                 for i in range(0, len(members), together):
-                    yield Tile(None, None, None, tuple(members[i : i + together]), n_block)
+                    yield Tile(m, None, None, tuple(members[i : i + together]), n)
         return
     bounds_of: dict[tuple[int, ...], dict[Any, BlockBounds]] = {}
     for m_block, heads in alike.items():

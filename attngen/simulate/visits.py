@@ -3,7 +3,7 @@
 A tile's lengths and where its rows begin are read from its `Member`; `Sizes` are for whoever decodes it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import compress
@@ -128,23 +128,27 @@ def evaluated(
     return found
 
 
-def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[int | None, Member], ...]:
-    """The block of rows or keys, or None for all of them, and the head that each tile works on, by its number."""
+Blocks = int | tuple[int, int] | None
+"""The block of rows or of keys that a tile works on, one of each, or None for all of a head's."""
+
+
+def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Blocks, Member], ...]:
+    """The block or blocks and the head that each tile works on, by its number."""
     call = tuple((f"call.{size}", value) for size, value in sizes.values.items())
     return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()))
 
 
 @lru_cache(maxsize=8)
-def _decoded(
-    scheduler: Scheduler, sizes: tuple[tuple[str, int], ...]
-) -> tuple[tuple[int | None, Member], ...]:
+def _decoded(scheduler: Scheduler, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Blocks, Member], ...]:
     names = dict(sizes)
     count = int(evaluate(scheduler.count, names))
     if not count:
         return ()
     tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)})
-    axis = KEYS if scheduler.kind == "key_blocks" else QUERIES
-    blocks = _listed(tile[axis.tile.name], count) if axis.tile.name in tile else [None] * count
+    found = [_listed(tile[axis.tile.name], count) for axis in (QUERIES, KEYS) if axis.tile.name in tile]
+    blocks: Iterable[Blocks] = (
+        zip(*found, strict=True) if len(found) > 1 else found[0] if found else [None] * count
+    )
     return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in _DECODED)), strict=True))
 
 

@@ -18,7 +18,7 @@ from attngen.expr.literals import nearest_declarations
 Nearest = tuple[str, ...]
 
 INPUTS = ("q", "k", "v")
-"""What has gradients, in their order."""
+"""What has gradients wherever anything has, in their order; what a spec declares follows."""
 ALL_GRADIENTS = f"[{', '.join(INPUTS)}]"
 
 _TENSOR_EXAMPLES = ("i32[batch, seqlen_k]",)
@@ -80,6 +80,12 @@ def _boolean(value: Any) -> Any:
     return value
 
 
+def _flag(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")  # pydantic would take 1 and "yes"
+    return value
+
+
 _Positive = Annotated[int, Field(ge=1), BeforeValidator(_integer)]
 _Auto = Literal["auto"]
 
@@ -95,6 +101,9 @@ CountOrAuto = Annotated[
     ),
 ]
 """Of stages, warps or warpgroups: far more than any rule allows, few enough to make a plan that says so."""
+Flag = Annotated[
+    bool, BeforeValidator(_flag), Expects("boolean", "true or false", lambda value: ("true", "false"))
+]
 FlagOrAuto = Annotated[
     bool | _Auto,
     BeforeValidator(_boolean),
@@ -135,16 +144,21 @@ Gradients = Annotated[
     tuple[
         Annotated[
             str,
-            Expects("known-gradients", "one of q, k, v", lambda value: (f"gradients: {ALL_GRADIENTS}",)),
-            Field(json_schema_extra={"enum": list(INPUTS)}),
+            Expects(
+                "known-gradients",
+                "q, k, v or a declared name",
+                lambda value: (f"gradients: {ALL_GRADIENTS}",),
+            ),
+            Field(json_schema_extra={"examples": list(INPUTS)}),
         ],
         ...,
     ],
-    AfterValidator(lambda names: tuple(name for name in INPUTS if name in names)),
+    AfterValidator(lambda names: tuple(sorted(names, key=lambda name: (*INPUTS, name).index(name)))),
     Expects("gradients", f"a list: {ALL_GRADIENTS}, or [] for none", lambda value: (ALL_GRADIENTS,)),
     Field(json_schema_extra={"uniqueItems": True}),
 ]
-"""In canonical order; which names there may be is for rules.py, which knows what a spec declares."""
+"""Inputs in canonical order, then what is declared, as written; which names there may be is for rules.py and
+gradient_rules.py, which know what a spec declares and reads."""
 Target = Annotated[
     Literal["auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"],
     _one_of("known-targets", "auto", "simulator", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"),
@@ -289,7 +303,10 @@ class SpecModel(_Model):
     score: Text = "score"
     """What takes the place of the scaled score of a query and a key: softcap(score, 30.0), score + alibi(slopes)."""
     gradients: Gradients = ()
-    """Of which inputs a call also has gradients: none, or [q, k, v]."""
+    """What a call also has gradients of: nothing, or [q, k, v] and names of what is declared and the score reads."""
+    deterministic: Flag = True
+    """Gradients are the same bits in every run; false allows those of tables that a block of threads has no room for.
+    """
     tile: Tile = Tile()
     """The part of S that one step computes."""
     schedule: Schedule = Schedule()

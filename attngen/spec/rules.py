@@ -6,12 +6,13 @@ stand in one report; a value of the wrong type is the schema's fault to tell.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
 from attngen.expr import LARGEST_LENGTH
 from attngen.quantize import HADAMARD_DIMS
-from attngen.spec.models import ALL_GRADIENTS, INPUTS, Precision
+from attngen.spec.models import INPUTS, Precision
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
 _GPU_HEAD_DIMS_8BIT = range(32, 257, 16)
@@ -168,35 +169,38 @@ def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator
             note="the gradient of an output has the output's type, and is multiplied by inputs",
             nearest=(str(inputs), "auto"),
         )
-    declared = {
-        name: f"`{name}` is declared in {block}: there are no gradients of what a spec declares yet"
-        for block in ("scalars", "tensors")
-        if isinstance(data.get(block), dict)
-        for name in data[block]
-    }
-    are_inputs = True
+    declared = [
+        name for block in ("scalars", "tensors") if isinstance(data.get(block), dict) for name in data[block]
+    ]
+    known, are_known = [*INPUTS, *declared], True
     for index, name in enumerate(names):
-        if name in INPUTS and name not in names[:index]:
+        if name in known and name not in names[:index]:
             continue
-        are_inputs = False
+        are_known = False
         if isinstance(name, str):  # what is no text is the schema's to tell
             yield Broken(
                 path=f"gradients[{index}]",
                 value=name,
-                must="must stand there once" if name in INPUTS else f"must be one of {', '.join(INPUTS)}",
-                rule="unique-gradients" if name in INPUTS else "known-gradients",
-                note=declared.get(name, ""),
-                nearest=(f"gradients: {ALL_GRADIENTS}",),
+                must="must stand there once" if name in known else f"must be one of {', '.join(known)}",
+                rule="unique-gradients" if name in known else "known-gradients",
+                note="" if name in known else "there are gradients of inputs, and of what the score reads",
+                nearest=(f"gradients: {_nearest_gradients(names, known)}",),
             )
-    if are_inputs and len(names) < len(INPUTS):
+    if are_known and not set(INPUTS) <= set(names):
         yield Broken(
             path="gradients",
             value=names,
-            must=f"must be {ALL_GRADIENTS}",
+            must="must have q, k and v",
             rule="all-gradients",
             note="there are no gradients of some of the inputs alone yet",
-            nearest=(ALL_GRADIENTS,),
+            nearest=(_nearest_gradients(names, known),),
         )
+
+
+def _nearest_gradients(names: list[Any] | tuple[Any, ...], known: list[str]) -> str:
+    """The inputs, and of what else stands there what is known or is spelt like it, each once."""
+    near = (get_close_matches(name, known, n=1) for name in names if isinstance(name, str))
+    return f"[{', '.join(dict.fromkeys((*INPUTS, *(each for found in near for each in found))))}]"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

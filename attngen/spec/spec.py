@@ -23,7 +23,7 @@ class Spec:
     Attributes:
         name: of the spec, for people and files; may be empty.
         target: name of an arch, or "auto".
-        problem, precision, gradients, tile, schedule, check: as in the schema.
+        problem, precision, gradients, deterministic, tile, schedule, check: as in the schema.
         scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
         marks: where each value was written, by its dotted path; empty for a spec that came from no text.
@@ -39,6 +39,7 @@ class Spec:
     mask: str
     score: str
     gradients: tuple[str, ...]
+    deterministic: bool
     tile: Tile
     schedule: Schedule
     check: tuple[CheckShape, ...]
@@ -102,6 +103,8 @@ class Spec:
         data = self._model.model_dump(mode="json", exclude={"name", "check", "scalars", "tensors", "define"})
         if not self.gradients:
             del data["gradients"]
+        if self.deterministic:
+            del data["deterministic"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
         data["problem"]["direction"] = "forward"  # so that digests stay what they were when this was a key
         if self.precision.inputs != "e4m3":  # whose fields these are

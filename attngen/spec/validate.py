@@ -14,8 +14,9 @@ from pydantic_core import ErrorDetails
 
 from attngen.errors import MAX_TOLD, Diagnostic, ExpressionError, Location, SpecError, SpecWarning
 from attngen.spec.document import Document
+from attngen.spec.gradient_rules import check_declared_gradients
 from attngen.spec.models import Expects, SpecModel
-from attngen.spec.rules import check_rules, nearest_head_dims
+from attngen.spec.rules import Broken, check_rules, nearest_head_dims
 from attngen.spec.spec import Spec
 from attngen.spec.texts import Expressions
 
@@ -49,9 +50,13 @@ def validate(document: Document, *, warns: bool = True) -> Spec:
         report = tuple(sorted(faults + expression_faults, key=_place))
         raise (SpecError if faults else ExpressionError)(report, untold)
     assert model is not None  # a document without faults has a model
+    spec = Spec.from_model(model, document.marks)
+    written = document.data.get("gradients", ())
+    if broken := tuple(_diagnostic(document, each) for each in check_declared_gradients(spec, written)):
+        raise SpecError(broken)
     for doubt in expressions.doubts if warns else ():
         warnings.warn(SpecWarning(doubt), stacklevel=3)
-    return Spec.from_model(model, document.marks)
+    return spec
 
 
 def _place(fault: Diagnostic) -> tuple[str, int, int]:
@@ -60,16 +65,19 @@ def _place(fault: Diagnostic) -> tuple[str, int, int]:
 
 
 def _rule_faults(document: Document) -> Iterator[Diagnostic]:
-    for broken in check_rules(document.data):
-        yield Diagnostic(
-            message=f"{_given(document, broken.path, broken.value)} {broken.must}",
-            rule=broken.rule,
-            location=_value_location(document, broken.path),
-            path=broken.path,
-            value=broken.value,
-            note=broken.note,
-            nearest=broken.nearest,
-        )
+    return (_diagnostic(document, broken) for broken in check_rules(document.data))
+
+
+def _diagnostic(document: Document, broken: Broken) -> Diagnostic:
+    return Diagnostic(
+        message=f"{_given(document, broken.path, broken.value)} {broken.must}",
+        rule=broken.rule,
+        location=_value_location(document, broken.path),
+        path=broken.path,
+        value=broken.value,
+        note=broken.note,
+        nearest=broken.nearest,
+    )
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,27 @@ DEV float f16_of_pair(u32 pair, int which) { return f16_to_float(which ? pair >>
 // Whether 16-bit elements of two neighbouring keys, the first even, lie in 4 bytes on a multiple of 4, in every row.
 DEV bool lies_in_pairs(const u16* base, i64 to_rows, i64 to_key) { return to_key == 1 && !(to_rows & 1) && !((u64)base & 3); }
 
+// Whether f32 elements of two such keys lie in 8 bytes on a multiple of 8, in every row.
+DEV bool lies_in_pairs(const float* base, i64 to_rows, i64 to_key) { return to_key == 1 && !(to_rows & 1) && !((u64)base & 7); }
+
+// Write the elements of two neighbouring keys, as many as exist; at once where they lie in a pair.
+DEV void store_two(float* p, i64 to_key, float even, float odd, int exist, bool in_pairs) {
+  if (in_pairs && exist > 1) {
+    *(float2*)p = {even, odd};
+  } else {
+    if (exist > 0) p[0] = even;
+    if (exist > 1) p[to_key] = odd;
+  }
+}
+DEV void store_two(u16* p, i64 to_key, u32 both, int exist, bool in_pairs) {
+  if (in_pairs && exist > 1) {
+    *(u32*)p = both;
+  } else {
+    if (exist > 0) p[0] = (u16)both;
+    if (exist > 1) p[to_key] = (u16)(both >> 16);
+  }
+}
+
 // Elements of a row at the pairs of keys that a thread has scores of: those of rows 0 .. 7 of its tile, or of rows 8 .. 15.
 template <int kColumns>
 DEV void look_up_row(u32 (&found)[kColumns][4], int half, const u16* row, i64 to_key, int kv_first, int size, bool in_pairs) {

@@ -6,6 +6,8 @@ import torch
 import attngen
 from attngen.arch import arch_for_capability
 from tests.gradients.backward_cases import CASES, MASKS, SCORES, BackwardCase
+from tests.gradients.declared_cases import CASES as DECLARED
+from tests.gradients.declared_cases import PAIRS, DeclaredCase, everything
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -125,3 +127,87 @@ def test_strides_of_dout_are_read(how: str) -> None:
         dense, got = dout, kernel.backward(far[..., :64], q, k, v, out, lse)
     for x, y in zip(got, kernel.backward(dense, q, k, v, out, lse), strict=True):
         assert torch.equal(x, y)
+
+
+EVERYTHING = (
+    *(
+        everything(dim, inputs, mask, (257, 385), (6, 2))
+        for dim in (32, 64, 96, 128, 192, 256)
+        for inputs, mask in (("bf16", "causal"), ("f16", "causal and document(doc)"))
+    ),
+    *(everything(64, "bf16", "causal", lengths, (4, 4)) for lengths in LENGTHS),
+    everything(128, "bf16", "window(100, 30)", (300, 300), (8, 1)),
+)
+"""Cases with gradients of all that a spec may declare at once."""
+
+
+def declared_gradients(case: DeclaredCase, kernel: attngen.Kernel) -> tuple:
+    """Inputs, what is declared, out, lse and all gradients of a case."""
+    drawn, declared = case.inputs_on("cuda")
+    q, k, v, dout = drawn
+    out, lse = kernel(q, k, v, return_lse=True, **declared)
+    return drawn, declared, out, lse, kernel.backward(dout, q, k, v, out, lse, **declared)
+
+
+@pytest.mark.parametrize("case", (*DECLARED, *EVERYTHING), ids=str)
+def test_gradients_of_what_is_declared_are_within_the_rule(case: DeclaredCase) -> None:
+    """Of every class of owners, head_dim and length, against fp64."""
+    drawn, declared, out, lse, got = declared_gradients(case, case.kernel(target()))
+    verdict = case.verdict(got, drawn, declared, out=out, lse=lse)
+    assert verdict.ok, f"{verdict.failures}\n{verdict}"
+
+
+@pytest.mark.parametrize("case", [EVERYTHING[2], EVERYTHING[7], EVERYTHING[-1]], ids=str)
+def test_gradients_of_what_is_declared_are_the_same_bits_in_every_run(case: DeclaredCase) -> None:
+    """Fifty runs: sums over batches, heads, rows and threads have one order."""
+    kernel = case.kernel(target())
+    drawn, declared, out, lse, first = declared_gradients(case, kernel)
+    q, k, v, dout = drawn
+    for _ in range(50):
+        again = kernel.backward(dout, q, k, v, out, lse, **declared)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_autograd_hands_gradients_to_what_is_declared() -> None:
+    """By the call, with a scalar on the CPU and a bias that is transposed, and by `attngen.attention`."""
+    case = EVERYTHING[2]
+    kernel = case.kernel(target())
+    drawn, declared, _, _, expected = declared_gradients(case, kernel)
+    turned = declared | {"bias": declared["bias"].mT.contiguous().mT, "cap": torch.tensor(declared["cap"])}
+    leaves = {name: x.detach().requires_grad_() for name, x in turned.items()}
+    inputs = [x.detach().requires_grad_() for x in drawn[:3]]
+    wanted = [*inputs, *(leaves[name] for name in case.wanted)]
+    got = torch.autograd.grad(kernel(*inputs, **leaves), wanted, drawn[3])
+    assert all(torch.equal(x.to(y), y) for x, y in zip(got, expected, strict=True))
+    assert [x.device for x in got] == [x.device for x in wanted]
+    tensors = {name: text for name, (text, _) in case.tensors.items()}
+    out = attngen.attention(*inputs, case.mask, case.score, tensors=tensors, scalars={"cap": "f32"}, **leaves)
+    again = torch.autograd.grad(out, wanted, drawn[3])
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+
+
+def test_elements_that_no_pair_reads_are_0_in_dirty_memory() -> None:
+    """A bias that is longer than its indices: what they do not come to is written, captured in a graph too."""
+    case = PAIRS[5]
+    kernel = case.kernel(target())
+    drawn, declared, out, lse, first = declared_gradients(case, kernel)
+    q, k, v, dout = drawn
+    size = first[3].numel()
+    for _ in range(4):
+        junk = torch.full((size,), float("nan"), device="cuda")
+        del junk
+        got = kernel.backward(dout, q, k, v, out, lse, **declared)[3]
+        assert (
+            torch.equal(got, first[3])
+            and not got[:, 0].any()
+            and not got[70:].any()
+            and not got[..., 130:].any()
+        )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = kernel.backward(dout, q, k, v, out, lse, **declared)
+    for x in replayed:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(replayed, first, strict=True))

@@ -182,11 +182,13 @@ def test_11_strides_are_64_bits_wide() -> None:
 
     Sources: FA#2611, FA#1500, NATTEN#347, pytorch#190857.
     """
-    call = BackwardCase("causal").kernel("sm_90a").call
-    rows = next(each for each in call.kernels if "delta" in map(str, each.writes))
-    for kernel in (*call.gradients, rows):
-        strides = [param for param in kernel.params if "stride" in param.name]
-        assert len(strides) >= 6 and {param.ctype for param in strides} == {"i64"}
+    for target in ("sm_80", "sm_90a"):
+        call = BackwardCase("causal").kernel(target).call
+        rows = next(each for each in call.kernels if "delta" in map(str, each.writes))
+        for kernel in (*call.gradients, rows):
+            strides = [param for param in kernel.params if "stride" in param.name]
+            maps = [param for param in kernel.params if param.ctype == "tensor_map"]  # which have their own
+            assert len(strides) + 3 * len(maps) >= 6 and {param.ctype for param in strides} <= {"i64"}
 
 
 @pytest.mark.parametrize("lens", [(0, 70), (70, 0), (0, 0)])

@@ -17,6 +17,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static
 using std::max;
+using std::min;
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };

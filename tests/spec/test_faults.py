@@ -101,14 +101,15 @@ def underlined(fault: Diagnostic) -> str:
         ("score: kv_idx <= q_idx", "score must be a number", "kv_idx <= q_idx", (), "expression-types"),
         ("gradients: [q, dk]", "gradients[1] = dk must be one of q, k, v", "dk", ("gradients: [q, k, v]",),
          "known-gradients"),
-        ("gradients: [q, 1, v]", "gradients[1] = 1 must be one of q, k, v", "1", ("gradients: [q, k, v]",),
+        ("gradients: [q, 1, v]", "gradients[1] = 1 must be q, k, v or a declared name", "1", ("gradients: [q, k, v]",),
          "known-gradients"),
-        ("gradients: [[q], k, v]", "gradients[0] must be one of q, k, v", "[q]", ("gradients: [q, k, v]",),
+        ("gradients: [[q], k, v]", "gradients[0] must be q, k, v or a declared name", "[q]", ("gradients: [q, k, v]",),
          "known-gradients"),
         ("gradients: [q, k, v, q]", "gradients[3] = q must stand there once", "q", ("gradients: [q, k, v]",),
          "unique-gradients"),
-        ("gradients: [v, k]", "gradients must be [q, k, v]", "[v, k]", ("[q, k, v]",), "all-gradients"),
+        ("gradients: [v, k]", "gradients must have q, k and v", "[v, k]", ("[q, k, v]",), "all-gradients"),
         ("gradients: q", "gradients = q must be a list: [q, k, v], or [] for none", "q", ("[q, k, v]",), "gradients"),
+        ("deterministic: 1", "deterministic = 1 must be true or false", "1", ("true", "false"), "boolean"),
         ("gradients: {q: k}", "gradients must be a list", "{q: k}", ("[q, k, v]",), "gradients"),
         ("gradients:", "gradients is empty; it must be a list", "", ("[q, k, v]",), "gradients"),
         ("check: {seqlen_q: 1, seqlen_k: 1}", "check must be a list of shapes", "{seqlen_q: 1, seqlen_k: 1}", (),
@@ -154,24 +155,55 @@ def test_every_fault_of_e4m3_is_in_one_report() -> None:
 
 
 def test_gradients_that_are_not_there_yet_are_refused_with_the_reason() -> None:
-    """Of what a spec declares, of some inputs alone, and of e4m3 inputs."""
-    declares = (
-        "scalars: {cap: f32}\ntensors: {bias: 'f32[num_heads_q]'}\nscore: softcap(score, cap) + bias[h]\n"
-    )
-    found = faults(f"{HEAD_DIM}{declares}gradients: [q, k, v, bias, cap]\n")
-    assert [(fault.path, underlined(fault), fault.rule) for fault in found] == [
-        ("gradients[3]", "bias", "known-gradients"),
-        ("gradients[4]", "cap", "known-gradients"),
-    ]
-    reason = "there are no gradients of what a spec declares yet"
-    assert found[0].note == f"`bias` is declared in tensors: {reason}"
-    assert found[1].note == f"`cap` is declared in scalars: {reason}"
+    """Of some inputs alone, and of e4m3 inputs."""
     assert "of some of the inputs alone yet" in only(f"{HEAD_DIM}gradients: [q, v]\n").note
     of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3}}\ngradients: [v, k, q]\n")
     assert of_e4m3.message == "gradients must be [] where inputs are e4m3" and of_e4m3.nearest == ("[]",)
     assert of_e4m3.rule == "gradients-of-e4m3" and "no gradients of e4m3 inputs yet" in of_e4m3.note
     other = only(f"{HEAD_DIM}precision: {{inputs: bf16, output: f16}}\ngradients: [q, k, v]\n")
     assert (other.rule, other.nearest) == ("output-with-gradients", ("bf16", "auto"))
+
+
+DECLARES = """
+scalars: {cap: f32, n: i32, low: f32}
+tensors: {bias: 'f32[num_heads_q]', doc: 'i32[batch, seqlen_k]', far: 'f16[batch]', twice: 'f32[m]', own: 'bf16[w]'}
+mask: document(doc) and kv_idx > q_idx - i32(far[b])
+score: >
+  softcap(score, cap) + bias[h] + twice[q_idx] * twice[kv_idx] + own[i32(score)]
+  + where(score > low, score, f32(n))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "words", "note"),
+    [
+        ("bais", "known-gradients", "must be one of q, k, v, cap, n, low, bias", "of what the score reads"),
+        (
+            "doc",
+            "float-gradients",
+            "must be declared as f16, bf16 or f32",
+            "`doc` is i32, and has no derivative",
+        ),
+        ("n", "float-gradients", "must be declared as f16, bf16 or f32", "`n` is i32"),
+        ("far", "gradients-of-scores", "must be read by the score", "the mask alone reads it"),
+        ("low", "gradients-of-scores", "other than in conditions and indices", "moves in steps with `low`"),
+        (
+            "twice",
+            "one-lookup",
+            "must be read by one lookup",
+            "it is read as `twice[q_idx]` and `twice[kv_idx]`",
+        ),
+        ("own", "gradient-index", "that do not depend on the score", "it is read as `own[i32(score)]`"),
+    ],
+)
+def test_of_what_a_spec_declares_only_numbers_of_the_score_have_gradients(
+    name: str, rule: str, words: str, note: str
+) -> None:
+    """Each other name is told at its place, with the list that is left; cap and bias are legal."""
+    found = only(f"{HEAD_DIM}{DECLARES}gradients: [cap, {name}, q, k, v, bias]\n")
+    assert (found.path, underlined(found), found.rule) == ("gradients[1]", name, rule)
+    assert words in found.message and note in found.note
+    assert found.nearest == ("gradients: [q, k, v, cap, bias]",)
 
 
 @pytest.mark.parametrize("block", ["scalars", "tensors", "define"])

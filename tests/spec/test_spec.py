@@ -196,10 +196,15 @@ def test_gradients_are_in_one_order_and_count_where_there_are_any() -> None:
     spec = attngen.load("problem: {head_dim: 64}\ngradients: [v, q, k]\n")
     assert spec.gradients == ("q", "k", "v") and spec.to_dict()["gradients"] == ["q", "k", "v"]
     assert spec == attngen.load({"problem": {"head_dim": 64}, "gradients": ("q", "k", "v")})
+    declares = "scalars: {z: f32, a: f32}\nscore: score * z + a\n"
+    more = attngen.load(f"problem: {{head_dim: 64}}\n{declares}gradients: [z, v, a, q, k]\n")
+    assert more.gradients == ("q", "k", "v", "z", "a")
     without = spec.replace({"gradients": []})
     assert without == attngen.load({"problem": {"head_dim": 64}}) and without.gradients == ()
     assert without.to_dict() == {"problem": {"head_dim": 64}}
     assert spec.digest() != without.digest()
+    assert without.replace({"deterministic": True}).digest() == without.digest()
+    assert without.replace({"deterministic": False}).digest() != without.digest()
     assert without.digest() == "f44c151bc2bd8d87123f2df4deea9e637977859e88e45c1de7b3f21d2cd15edb"
 
 
@@ -217,4 +222,4 @@ def test_the_json_schema_knows_every_key_and_its_words() -> None:
     assert schema["$defs"]["Tile"]["properties"]["block_m"]["anyOf"][0] == {"minimum": 1, "type": "integer"}
     assert schema["$defs"]["Problem"]["properties"]["head_dim"]["anyOf"][0]["type"] == "integer"
     gradients = schema["properties"]["gradients"]
-    assert gradients["items"]["enum"] == ["q", "k", "v"] and gradients["uniqueItems"] is True
+    assert gradients["items"]["examples"] == ["q", "k", "v"] and gradients["uniqueItems"] is True

@@ -9,6 +9,7 @@ from attngen.plan.steps.control import (
     DrawTile,
     ForBlocks,
     ForHeads,
+    ForSummed,
     ForTiles,
     ForVisited,
     Note,
@@ -36,6 +37,15 @@ from attngen.plan.steps.copies import (
     TmaStore,
     WaitCopies,
     WaitStores,
+)
+from attngen.plan.steps.declared_steps import (
+    AddPairs,
+    AddToElements,
+    AddToTable,
+    ClearTable,
+    StorePairs,
+    StoreTable,
+    SumPairs,
 )
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
 from attngen.plan.steps.gradient_steps import RecoverP, RowNumbers, ScaleGradient, ScoreGradient
@@ -84,9 +94,13 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 
 __all__ = [
     "TANH",
+    "AddPairs",
+    "AddToElements",
+    "AddToTable",
     "Advance",
     "ByTanh",
     "Clear",
+    "ClearTable",
     "CommitCopies",
     "Condition",
     "ConvertP",
@@ -97,6 +111,7 @@ __all__ = [
     "FinishRows",
     "ForBlocks",
     "ForHeads",
+    "ForSummed",
     "ForTiles",
     "ForVisited",
     "Gemm",
@@ -133,8 +148,11 @@ __all__ = [
     "StageTile",
     "StartWalk",
     "Step",
+    "StorePairs",
     "StoreRegisters",
+    "StoreTable",
     "StoreTile",
+    "SumPairs",
     "SyncThreads",
     "SyncWarpgroup",
     "TakeTile",

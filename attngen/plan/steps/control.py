@@ -57,6 +57,16 @@ class ForHeads(Step):
 
 
 @dataclass(frozen=True)
+class ForSummed(Step):
+    """Run the body for every batch and every head that the elements of a tile of pairs are sums over."""
+
+    body: Program
+
+    def __str__(self) -> str:
+        return "for each batch and head that is summed over:"
+
+
+@dataclass(frozen=True)
 class WhenBlock(Step):
     """Run the body where block `block` is not left of `first`, that is, exists."""
 
@@ -161,7 +171,16 @@ class Note(Step):
 
 
 _HoldsSteps = (
-    ForTiles | ForHeads | ForBlocks | ForVisited | When | WhenBlock | WhenNext | WhenVisited | WhenPartial
+    ForTiles
+    | ForHeads
+    | ForSummed
+    | ForBlocks
+    | ForVisited
+    | When
+    | WhenBlock
+    | WhenNext
+    | WhenVisited
+    | WhenPartial
 )
 
 
