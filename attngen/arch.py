@@ -39,7 +39,7 @@ class Arch:
         mma: the matrix instruction of the schedules `serial` and `fa2`; 1x1x1 on the simulator, where any
             tile is legal.
         wgmma: the matrix instruction of a warpgroup, for schedules that specialise warps; None where there is none.
-        dtypes, input_dtypes: names of the formats that the output, and that Q, K and V may have.
+        input_dtypes: names of the formats that Q, K and V may have.
         starts_early: kernels are emitted that may be launched before the one ahead of them in the stream has ended, and
             wait for that themselves. Source: PTX ISA, "griddepcontrol"; CUDA C++ Programming Guide, "Programmatic
             Dependent Launch".
@@ -58,7 +58,6 @@ class Arch:
     runs_on_later_minor: bool = True
     mma: Mma = Mma(16, 8, 16)
     wgmma: Mma | None = None
-    dtypes: tuple[str, ...] = ("f16", "bf16")
     input_dtypes: tuple[str, ...] = ("f16", "bf16")
     starts_early: bool = False
     num_sms: int = 108
@@ -119,7 +118,6 @@ ARCHS: dict[str, Arch] = {
             mma=Mma(1, 1, 1),
             wgmma=Mma(1, 1, 1),
             num_sms=2,
-            dtypes=("f16", "bf16", "f32"),
             input_dtypes=("f16", "bf16", "e4m3", "f32"),
             emits=False,
         ),

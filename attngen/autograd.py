@@ -56,10 +56,11 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         declared = ctx.scalars | dict(zip(ctx.names, tensors, strict=True))
         if dout is None:
-            dout = torch.zeros_like(out)
+            dout = torch.zeros_like(out, dtype=q.dtype)
+        elif dout.dtype != q.dtype:  # of an f32 output; it is multiplied by inputs
+            dout = dout.to(q.dtype, memory_format=torch.contiguous_format)
         elif dout.stride(-1) != 1 and dout.shape[-1] > 1:  # of a sum it is one number, expanded
             dout = dout.contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
         dq, dk, dv, *others = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, *ctx.rest, **declared)
         # Of a scalar it goes where that tensor is, in its format; of a number nobody wants it.
         of_declared = (

@@ -10,18 +10,17 @@ import torch
 from attngen.arch import Arch
 from attngen.autograd import Attention, is_differentiated
 from attngen.bind import (
-    Given,
-    TableSignature,
     TileTables,
-    bind,
-    check_arguments,
+    check_differentiable,
     check_length,
     check_no_derivative,
+    check_not_recorded,
     check_plain,
     check_rows_of_heads,
     check_writable,
-    softmax_scale_of,
+    gradient_memory,
 )
+from attngen.dtypes import torch_dtype
 from attngen.emit import emit_module
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.plan import (
@@ -46,9 +45,9 @@ from attngen.runtime import (
     disassemble,
     explain_launch,
 )
-from attngen.simulate import SIMULATED_SMS, Progress, closed_form, run_call
+from attngen.simulate import Simulator
 from attngen.spec import INPUTS, Spec
-from attngen.torch_state import torch_defaults
+from attngen.torch_state import is_altered
 
 GRADIENTS = ("dq", "dk", "dv")
 """Of the inputs; values of what a spec declares follow, in the order in which it names them."""
@@ -206,6 +205,27 @@ class Kernel:
             )
         return Launcher(self.manifest, lambda module: self.modules[module].compiled.cubin)
 
+    @cached_property
+    def _differentiated(self) -> torch.dtype:
+        """The type of inputs of which there are gradients."""
+        return torch_dtype(self.plan.differentiated)
+
+    @cached_property
+    def _simulator(self) -> Simulator:
+        return Simulator(self.call)
+
+    def _machine(self, q: Any) -> Launcher | Simulator:
+        """What runs a call with this Q.
+
+        Raises:
+            ArgumentError: q is no tensor.
+        """
+        try:
+            is_on_gpu = q.is_cuda
+        except AttributeError:
+            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
+        return self._launcher if is_on_gpu else self._simulator
+
     def __call__(
         self,
         q: torch.Tensor | Operands,
@@ -248,8 +268,9 @@ class Kernel:
             if out is not None or tables is not None:
                 name = "tables" if out is None else "out"
                 raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
-            for name, x in (("q", q), ("k", k), ("v", v)):
-                check_plain(name, x)  # type: ignore[arg-type]
+            if is_altered() or getattr(q, "dtype", None) is not self._differentiated:
+                for name, x in (("q", q), ("k", k), ("v", v)):
+                    check_differentiable(self.manifest, name, x)
             passed = {**self.bound, **declared}
             for name, value in passed.items():
                 if isinstance(value, torch.Tensor):
@@ -261,13 +282,9 @@ class Kernel:
             )
             return made if return_lse else made[0]
         if isinstance(out, torch.Tensor):
-            check_writable(out)  # before anything is quantised, and in the mode of the call
+            check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
-        try:
-            is_on_gpu = q.is_cuda  # type: ignore[union-attr]
-        except AttributeError:
-            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
-        run = self._launcher.run if is_on_gpu else self._simulate
+        run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
 
@@ -282,29 +299,36 @@ class Kernel:
         dlse: torch.Tensor | None = None,
         softmax_scale: float | None = None,
         layout: str = "bshd",
+        grads: Sequence[torch.Tensor] | None = None,
+        accumulate: bool = False,
         **declared: Any,
     ) -> tuple[torch.Tensor, ...]:
         """Compute the gradients that the spec asks for, by recomputing P from lse.
 
         The same bits come out in every run, unless the spec allows others (`deterministic: false`). Mask, score and
-        declared values must be those of the call that made `out` and `lse`, which may be another's.
+        declared values must be those of the call that made `out` and `lse`. These may also be of more keys than k and
+        v are, as the merged results of a ring: the gradients are then what these keys have to do with them, and dq is
+        the sum over all parts.
 
         Args:
-            dout: the gradient of out: (batch, seqlen_q, num_heads_q, head_dim_v), of out's type, last dimension
+            dout: the gradient of out: (batch, seqlen_q, num_heads_q, head_dim_v), of the inputs' type, last dimension
                 contiguous, rows on 16 bytes.
             q: as the call took it, like k and v.
             k: see q.
             v: see q.
             out: what the call returned.
-            lse: (batch, num_heads_q, seqlen_q), f32, contiguous: the natural log-sum-exp that the call returned.
+            lse: (batch, num_heads_q, seqlen_q), f32: the natural log-sum-exp that the call returned.
             dlse: the gradient of lse, if it has one.
             softmax_scale: of the call, like what follows.
             layout: "bhsd" exchanges seqlen and heads in dout, q, k, v, out and the gradients.
+            grads: memory for dq, dk and dv, each of the inputs' type or f32; allocated of the inputs' type where None.
+            accumulate: add to what `grads` holds; sums are worked out in f32 and rounded where they are written.
             **declared: the scalars and tensors that the spec declares.
 
         Returns:
-            dq, dk, dv, of the shapes and the type of q, k and v; then the gradient of each declared name in
-            `gradients`, in that order, of its shape and type: of a scalar f32, without dimensions, on q's device.
+            dq, dk, dv, of the shapes of q, k and v; `grads` where that is given. Then the gradient of each declared
+            name in `gradients`, in that order, of its shape and type: of a scalar f32, without dimensions, on q's
+            device.
 
         Raises:
             ArgumentError: the spec asks for no gradients, or an argument the kernels cannot take; nothing was touched.
@@ -314,21 +338,26 @@ class Kernel:
             raise ArgumentError(
                 "self", "a kernel without a backward pass", "a spec with gradients: [q, k, v]"
             )
-        rows = {"dout": dout, "out": out}
+        if isinstance(q, Operands):
+            must = "the tensors that they were made of: gradients are of these"
+            raise ArgumentError("q", "operands of kernel.quantize", must)
+        tensors = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
+        named = {**self.bound, **declared, **tensors}
+        if torch.is_grad_enabled():
+            check_not_recorded({"q": q, "k": k, "v": v, **named})
         if layout == "bhsd":
-            rows = {name: x.transpose(1, 2) for name, x in rows.items() if check_length(x, layout, name) >= 0}
-        named = {**self.bound, **declared, **rows, "lse": lse, **({} if dlse is None else {"dlse": dlse})}
-        if isinstance(q, torch.Tensor) and q.is_cuda:
-            made = self._launcher.make(
-                self.gradients, q, k, v, softmax_scale, None, layout, named, None, GRADIENTS_INTAKE
-            )
-            return tuple(made)
-        given = self._check_on_cpu(q, k, v, softmax_scale, None, layout, named, GRADIENTS_INTAKE)
-        scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
-        found = run_call(
-            self.call, bind(self.manifest, given, self.gradients, SIMULATED_SMS, scale), layout=layout
-        )
-        return tuple(found[name] for name in self.gradients)
+            for name in ("dout", "out"):
+                check_length(named[name], layout, name)
+                named[name] = named[name].transpose(1, 2)
+        into = gradient_memory(self.manifest, GRADIENTS, grads, accumulate)
+        if accumulate and self.declared_gradients:
+            of, must = ", ".join(self.declared_gradients), "False where what is declared has gradients"
+            raise ArgumentError("accumulate", f"True beside gradients of {of}", must)
+        made = self._machine(q).make(
+            (*(into or GRADIENTS), *self.gradients[len(GRADIENTS) :]),
+            q, k, v, softmax_scale, tuple(into.values()), layout, named, None, GRADIENTS_INTAKE, accumulate,
+        )  # fmt: skip
+        return tuple(made)
 
     def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]
@@ -361,63 +390,6 @@ class Kernel:
                 "q", f"operands of incoherent: {basis}", f"incoherent: {must}, as the spec has it"
             )
 
-    def _simulate(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float | None,
-        return_lse: bool,
-        out: torch.Tensor | None,
-        layout: str,
-        declared: Mapping[str, Any],
-        tables: TileTables | None,
-        intake: str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Out and, if it is asked for, lse of CPU tensors."""
-        given = self._check_on_cpu(q, k, v, softmax_scale, out, layout, declared, intake)
-        kept = self._kept(tables, given) if tables is not None else {}
-        wanted = ("out", "lse") if return_lse else ("out",)
-        scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
-        bound = bind(self.manifest, given, wanted, SIMULATED_SMS, scale, kept)
-        with Progress(lambda: self._flops(given)) as progress:
-            made = run_call(self.call, bound, kept, layout=layout, memory=progress)
-        if out is None:
-            return made["out"], made.get("lse")
-        with torch_defaults(), torch.inference_mode(out.is_inference()):  # where alone it may be written
-            return out.copy_(made["out"]), made.get("lse")
-
-    def _check_on_cpu(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        softmax_scale: float | None,
-        out: torch.Tensor | None,
-        layout: str,
-        declared: Mapping[str, Any],
-        intake: str | None,
-    ) -> Given:
-        if q.device.type != "cpu":
-            raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
-        return check_arguments(self.manifest, q, k, v, softmax_scale, out, layout, declared, intake)
-
-    def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
-        """The values of tables that an earlier call has filled."""
-        served = self.call.serving(given.sizes["seqlen_k"])
-        signature = TableSignature.of(served.name, given)
-        TileTables.check(tables, signature, given.declared.values())
-        if isinstance(tables.memory, torch.Tensor):
-            raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
-        return tables.memory
-
-    def _flops(self, given: Given) -> int:
-        """Those of the attention kernel that takes a call."""
-        served, sizes = self.call.serving(given.sizes["seqlen_k"]), given.sizes
-        names = ("seqlen_q", "seqlen_k", "batch", "num_heads_q", "num_heads_kv")
-        passed = {**given.scalars, **given.declared}
-        return closed_form(served, *(sizes[name] for name in names), declared=passed).flops
-
     def tables(
         self,
         q: torch.Tensor | Operands,
@@ -439,15 +411,8 @@ class Kernel:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
-        first, k, v, named, intake = self._begin(q, k, v, layout, declared)
-        if isinstance(first, torch.Tensor) and first.is_cuda:
-            return self._launcher.tables(first, k, v, layout, named, intake)
-        given = self._check_on_cpu(first, k, v, None, None, layout, named, intake)
-        whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
-        prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
-        served = self.call.serving(given.sizes["seqlen_k"])
-        made = run_call(self.call, prefix)
-        return TileTables.of(TableSignature.of(served.name, given), given.declared.values(), made)
+        q, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
@@ -463,11 +428,7 @@ class Kernel:
         """
         if not self.takes_operands:
             raise ArgumentError("self", f"a kernel of {self.plan.inputs.name} inputs", "one of e4m3 inputs")
-        if isinstance(q, torch.Tensor) and q.is_cuda:
-            return operands_of(self.manifest, self._launcher.make(OPERANDS, q, k, v, layout=layout))
-        given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
-        made = run_call(self.call, bind(self.manifest, given, OPERANDS, SIMULATED_SMS))
-        return operands_of(self.manifest, [made[name] for name in OPERANDS])
+        return operands_of(self.manifest, self._machine(q).make(OPERANDS, q, k, v, layout=layout))
 
     def sass(self) -> str:
         """The machine code of `module`, disassembled."""

@@ -2,11 +2,13 @@
 
 All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqlen = 16384, heads·head_dim = 2048, 2.5
 times the forward's FLOPs. With `--flex window document alibi softcap` instead masks and scores at 16k, head_dim 128,
-beside the backward pass of compiled FlexAttention, whose block mask is built before.
+beside the backward pass of compiled FlexAttention, whose block mask is built before. With `--host`, what calls take of
+the host alone, on tensors that cost the GPU nothing.
 """
 
 import argparse
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -87,6 +89,53 @@ def beside_flex(names: list[str], rounds: int, target_ms: float) -> list[dict[st
     return rows
 
 
+class Nothing(torch.autograd.Function):
+    """What autograd itself takes for a function of three inputs: it allocates and launches nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):  # noqa: D102
+        ctx.save_for_backward(q, k, v)
+        return q.new_empty(q.shape)
+
+    @staticmethod
+    def backward(ctx, dout):  # noqa: D102
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def host_microseconds(calls: int = 300, rounds: int = 9) -> dict[str, float]:
+    """The median time of a call on the host: none is waited for, and the queue of launches is emptied in between."""
+    q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout, spec = (
+        torch.randn_like(q),
+        {"problem": {"head_dim": 64}, "mask": "causal", "gradients": ["q", "k", "v"]},
+    )
+    kernel = attngen.compile(spec)
+    out, lse = kernel(q, k, v, return_lse=True)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+    measured: dict[str, Callable[[], object]] = {
+        "forward": lambda: kernel(q, k, v),
+        "forward, recorded": lambda: kernel(*leaves),
+        "backward": lambda: kernel.backward(dout, q, k, v, out, lse),
+        "backward, added to f32": lambda: kernel.backward(
+            dout, q, k, v, out, lse, grads=sums, accumulate=True
+        ),
+        "forward and backward by autograd": lambda: torch.autograd.grad(kernel(*leaves), leaves, dout),
+        "autograd alone": lambda: torch.autograd.grad(Nothing.apply(*leaves), leaves, dout),
+    }
+    found: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(rounds):
+        for name, call in measured.items():
+            call()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                call()
+            found[name].append((time.perf_counter() - began) / calls * 1e6)
+            torch.cuda.synchronize()
+    return {name: median(times) for name, times in found.items()}
+
+
 def main() -> None:
     """Print and write TFLOPS, and each contender's geometric mean against cuDNN."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,10 +145,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)
     parser.add_argument("--flex", nargs="+", choices=MODIFIED, help="these cases, and nothing else")
+    parser.add_argument("--host", action="store_true", help="time calls on the host, and nothing else")
     given = parser.parse_args()
     if given.flex:
         rows = beside_flex(given.flex, given.rounds, given.target_ms)
         timing.write_json(given.out / "backward_flex.json", rows)
+        return
+    if given.host:
+        for name, microseconds in host_microseconds().items():
+            print(f"{name}: {microseconds:.1f} us")
         return
     rows = []
     for head_dim in given.head_dims:

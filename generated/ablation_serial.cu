@@ -63,7 +63,8 @@ struct Tile {
 };
 
 // Where a head starts. Computed where it is used, not ahead of the loops: registers are scarce there.
-DEV u16* head_of(u16* base, int batch, i64 stride_batch, int head, i64 stride_head) {
+template <class Element>
+DEV Element* head_of(Element* base, int batch, i64 stride_batch, int head, i64 stride_head) {
   return base + stay_in_loop(batch) * stride_batch + stay_in_loop(head) * stride_head;
 }
 
@@ -133,7 +134,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
     fill(acc_o, 0.f);
     fill(row_max, lowest());
     fill(total, 0.f);
-    store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q);
+    store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q, kHeadDimV);
     store_rows<kRowTiles>(dense_head(params.saved_max, params, tile), row_max, m * kBlockM, tile.seqlen_q);
     store_rows<kRowTiles>(dense_head(params.saved_sum, params, tile), total, m * kBlockM, tile.seqlen_q);
   }
@@ -160,7 +161,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
           negate_tile<QTile, kThreads>(q_smem);
           __syncthreads();
         }
-        load_fragment<kHeadDimV>(acc_o, dense_head(params.o_acc, params, tile, kHeadDimV), m * kBlockM, tile.seqlen_q);
+        load_fragment<kHeadDimV>(acc_o, dense_head(params.o_acc, params, tile, kHeadDimV), m * kBlockM, tile.seqlen_q, kHeadDimV);
         load_rows<kRowTiles>(row_max, dense_head(params.saved_max, params, tile), m * kBlockM, tile.seqlen_q);
         load_rows_partial<kRowTiles>(row_sum, dense_head(params.saved_sum, params, tile), m * kBlockM, tile.seqlen_q);
         load_rows<kRowTiles>(total, dense_head(params.saved_sum, params, tile), m * kBlockM, tile.seqlen_q);
@@ -186,7 +187,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
         reduce_rows(total, row_sum);
         finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 134217728.0f);
         scale_rows(acc_o, inv_sum);
-        store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q);
+        store_fragment<kHeadDimV>(dense_head(params.o_acc, params, tile, kHeadDimV), acc_o, m * kBlockM, tile.seqlen_q, kHeadDimV);
         // line 13: write row_sum and row_max
         store_rows<kRowTiles>(dense_head(params.saved_max, params, tile), row_max, m * kBlockM, tile.seqlen_q);
         store_rows<kRowTiles>(dense_head(params.saved_sum, params, tile), total, m * kBlockM, tile.seqlen_q);
@@ -197,7 +198,7 @@ attn_fwd_sm90a_f16_d128_full_serial_dbabae50(const __grid_constant__ Params para
   __syncthreads();
   #pragma unroll 1
   for (int m = 0; m < m_max; ++m) {  // any tiles
-    load_fragment<kHeadDimV>(acc_o, dense_head(params.o_acc, params, tile, kHeadDimV), m * kBlockM, tile.seqlen_q);
+    load_fragment<kHeadDimV>(acc_o, dense_head(params.o_acc, params, tile, kHeadDimV), m * kBlockM, tile.seqlen_q, kHeadDimV);
     load_rows<kRowTiles>(row_max, dense_head(params.saved_max, params, tile), m * kBlockM, tile.seqlen_q);
     load_rows<kRowTiles>(total, dense_head(params.saved_sum, params, tile), m * kBlockM, tile.seqlen_q);
     finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 134217728.0f);

@@ -61,7 +61,8 @@ struct Tile {
 };
 
 // Where a head starts. Computed where it is used, not ahead of the loops: registers are scarce there.
-DEV u16* head_of(u16* base, int batch, i64 stride_batch, int head, i64 stride_head) {
+template <class Element>
+DEV Element* head_of(Element* base, int batch, i64 stride_batch, int head, i64 stride_head) {
   return base + stay_in_loop(batch) * stride_batch + stay_in_loop(head) * stride_head;
 }
 

@@ -43,11 +43,11 @@ struct E4m3 {
   }
 };
 
-// A tile of 16-bit elements in shared memory, kCols wide of which kValid mean something. Rows follow one another
-// without padding; 16-byte chunks of a row are exchanged so that eight rows of one column lie on different banks.
-template <int kRows_, int kCols, int kValid>
+// A tile in shared memory, kCols wide of which kValid mean something; a chunk of 16 bytes has kElements. Rows follow one another
+// without padding; chunks of a row are exchanged so that eight rows of one column lie on different banks.
+template <int kRows_, int kCols, int kValid, int kElements = 8>
 struct SmemTile {
-  static constexpr int kRows = kRows_, kChunks = kCols / 8, kValidChunks = kValid / 8;
+  static constexpr int kRows = kRows_, kChunks = kCols / kElements, kValidChunks = kValid / kElements;
   static constexpr int kRowBytes = kChunks * 16, kBytes = kRows * kRowBytes;
   static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
   // What the chunks of a row are exchanged by; the same for rows 8 apart.
@@ -249,31 +249,31 @@ DEV void store_tile(u16* head, i64 stride, int first_row, int end_row, u32 src) 
   }
 }
 
-// Read an accumulator from rows first_row .. of a dense f32 matrix; rows at or past `end_row` read as zero.
+// Read an accumulator from rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` read as zero.
 template <int kCols, int kRowTiles, int kColTiles>
-DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head, int first_row, int end_row) {
+DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head, int first_row, int end_row, i64 stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       const bool valid = row < end_row && 8 * j < kCols;
-      const float2 x = valid ? *(const float2*)(head + (i64)row * kCols + 8 * j + lane_column()) : float2{0.f, 0.f};
+      const float2 x = valid ? *(const float2*)(head + row * stride + 8 * j + lane_column()) : float2{0.f, 0.f};
       acc[r / 2][j][r % 2 * 2] = x.x, acc[r / 2][j][r % 2 * 2 + 1] = x.y;
     }
   }
 }
 
-// Write an accumulator to rows first_row .. of a dense f32 matrix; rows at or past `end_row` are dropped.
+// Write an accumulator to rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` are dropped.
 template <int kCols, int kRowTiles, int kColTiles>
-DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row) {
+DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, i64 stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       if (row < end_row && 8 * j < kCols) {
-        *(float2*)(head + (i64)row * kCols + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
+        *(float2*)(head + row * stride + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
       }
     }
   }
@@ -1193,4 +1193,58 @@ DEV void transpose_bytes(u32 (&x)[4]) {
   const u32 c = __byte_perm(x[0], x[1], 0x7362), d = __byte_perm(x[2], x[3], 0x7362);
   x[0] = __byte_perm(a, b, 0x5410), x[1] = __byte_perm(a, b, 0x7632);
   x[2] = __byte_perm(c, d, 0x5410), x[3] = __byte_perm(c, d, 0x7632);
+}
+
+// Write an accumulator to a tile of f32; each warp writes its own rows.
+template <class Tile, int kRowTiles, int kColTiles>
+DEV void copy_tile_f32(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kColTiles; ++j) {
+      const u32 address = dst + Tile::address(row_in_tile<kRowTiles>(r), 2 * j + lane_column() / 4) + lane_column() % 4 * 4;
+      store_shared_8(address, acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]);
+    }
+  }
+}
+
+// Eight neighbours of a row in device memory: 16 bytes of 16-bit elements.
+template <class Format, class Pair>
+struct PackedRow {
+  using Element = u16;
+  DEV Eight load(const u16* p) { return eight<Pair>(*(const uint4*)p); }
+  DEV void store(u16* p, const Eight& e) {
+    *(uint4*)p = {Format::pack(e.x[0], e.x[1]), Format::pack(e.x[2], e.x[3]), Format::pack(e.x[4], e.x[5]), Format::pack(e.x[6], e.x[7])};
+  }
+};
+
+// Eight neighbours of a row in device memory: f32.
+struct RowF32 {
+  using Element = float;
+  DEV Eight load(const float* p) {
+    const float4 low = *(const float4*)p, high = *(const float4*)(p + 4);
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  }
+  DEV void store(float* p, const Eight& e) {
+    *(float4*)p = {e.x[0], e.x[1], e.x[2], e.x[3]}, *(float4*)(p + 4) = {e.x[4], e.x[5], e.x[6], e.x[7]};
+  }
+};
+
+// Write a tile of f32 to rows first_row .. of a head, or add it to what stands there; rows at or past `end_row` are dropped.
+template <class Tile, class Row, int kThreads>
+DEV void store_gradient(typename Row::Element* head, i64 stride, int first_row, int end_row, u32 src, bool adds) {
+  constexpr int kEights = Tile::kValidChunks / 2;
+#pragma unroll 1
+  for (int index = threadIdx.x; index < Tile::kRows * kEights; index += kThreads) {
+    const int row = index / kEights, column = index % kEights * 8;
+    if (first_row + row >= end_row) continue;
+    typename Row::Element* p = head + (first_row + row) * stride + column;
+    const uint4 low = load_shared_16(src + Tile::address(row, column / 4)), high = load_shared_16(src + Tile::address(row, column / 4 + 1));
+    const u32 bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    Eight given = {};
+    if (adds) given = Row::load(p);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) given.x[i] = adds ? given.x[i] + __uint_as_float(bits[i]) : __uint_as_float(bits[i]);
+    Row::store(p, given);
+  }
 }

@@ -4,14 +4,21 @@ from attngen.bind.arguments import (
     Given,
     check_arguments,
     check_length,
-    check_overlap,
     check_rows_of_heads,
 )
 from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.declared import check_declared
+from attngen.bind.gradient_memory import check_differentiable, gradient_memory
 from attngen.bind.kept import TableSignature, TileTables
 from attngen.bind.numbers import scalar_of, softmax_scale_of
-from attngen.bind.tensors import ROW_ALIGNMENT, check_no_derivative, check_plain
+from attngen.bind.overlap import check_overlap
+from attngen.bind.tensors import (
+    ROW_ALIGNMENT,
+    check_alignment,
+    check_no_derivative,
+    check_not_recorded,
+    check_plain,
+)
 from attngen.bind.writable import check_writable
 
 __all__ = [
@@ -23,14 +30,18 @@ __all__ = [
     "TableSignature",
     "TileTables",
     "bind",
+    "check_alignment",
     "check_arguments",
     "check_declared",
+    "check_differentiable",
     "check_length",
     "check_no_derivative",
+    "check_not_recorded",
     "check_overlap",
     "check_plain",
     "check_rows_of_heads",
     "check_writable",
+    "gradient_memory",
     "scalar_of",
     "softmax_scale_of",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from attngen.bind.declared import check_declared
 from attngen.bind.numbers import softmax_scale_of
+from attngen.bind.overlap import check_overlap
 from attngen.bind.tensors import check_plain, check_rows
 from attngen.dtypes import dtype, torch_dtype
 from attngen.errors import ArgumentError, shown
@@ -27,7 +28,7 @@ from attngen.plan import (
 )
 
 Layout = Literal["bshd", "bhsd"]
-NOTHING_DECLARED: Mapping[str, Any] = {}
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def check_arguments(
     k: torch.Tensor,
     v: torch.Tensor,
     softmax_scale: float | None = None,
-    out: torch.Tensor | None = None,
+    into: Mapping[str, torch.Tensor] = NOTHING,
     layout: str = "bshd",
-    declared: Mapping[str, Any] = NOTHING_DECLARED,
+    declared: Mapping[str, Any] = NOTHING,
     intake: str | None = None,
 ) -> Given:
     """Check the arguments of a call against what its kernels were made for.
@@ -74,18 +75,19 @@ def check_arguments(
         k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         softmax_scale: of at most 2^127, either sign, or None.
-        out: (batch, seqlen_q, num_heads_q, head_dim_v), the manifest's output type, or None.
-        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and out.
+        into: memory for outputs, by the names of their values: {"out": (batch, seqlen_q, num_heads_q, head_dim_v)}.
+        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and outputs.
         declared: what is passed by name.
         intake: in which way the call begins; that of q's type where None.
 
     Raises:
         ArgumentError: the first fault found.
     """
-    given = check_rows_of_heads(manifest, q, k, v, softmax_scale, out, layout, intake)
+    given = check_rows_of_heads(manifest, q, k, v, softmax_scale, into, layout, intake)
     tensors, scalars, sizes = check_declared(manifest, given.intake, declared, given.sizes, q.device)
-    if out is not None:
-        check_overlap(out, {name.removeprefix("tensor."): x for name, x in tensors.items()})
+    named = {name.removeprefix("tensor."): x for name, x in tensors.items()}
+    for name, x in into.items():
+        check_overlap(manifest.value_of[name].passed_as, x, named)
     return Given(given.intake, given.sizes, {**given.tensors, **tensors}, scalars, sizes)
 
 
@@ -95,7 +97,7 @@ def check_rows_of_heads(
     k: torch.Tensor,
     v: torch.Tensor,
     softmax_scale: float | None = None,
-    out: torch.Tensor | None = None,
+    into: Mapping[str, torch.Tensor] = NOTHING,
     layout: str = "bshd",
     intake: str | None = None,
 ) -> Given:
@@ -106,8 +108,8 @@ def check_rows_of_heads(
     begun = choose_intake(manifest, q, intake)
     entries = [manifest.value_of[name] for name in begun.tensors]
     passed = [*zip(entries, (q, k, v), strict=True)]
-    output = _output(manifest)
-    for value, x in (*passed, *([] if out is None else [(output, out)])):
+    outputs = [(manifest.value_of[name], x) for name, x in into.items()]
+    for value, x in (*passed, *outputs):
         _check_tensor(manifest.arch, value, x, q)
     sizes: dict[str, int] = {}
     tensors = {value.name: _bind_shape(value, x, layout, sizes) for value, x in passed}
@@ -116,9 +118,11 @@ def check_rows_of_heads(
         if (length := sizes[f"seqlen_{name}"]) > LARGEST_LENGTH:
             raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
     sizes["group"] = sizes["num_heads_q"] // max(1, sizes["num_heads_kv"])
-    if out is not None:
-        _bind_shape(output, out, layout, sizes)
-        check_overlap(out, {"q": q, "k": k, "v": v})
+    others = {"q": q, "k": k, "v": v}
+    for value, x in outputs:
+        _bind_shape(value, x, layout, sizes)
+        check_overlap(value.passed_as, x, others)
+        others[value.passed_as] = x
     return Given(begun, sizes, tensors, {}, {})
 
 
@@ -140,10 +144,6 @@ def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake
         must = f"{', '.join(others)} or {last}"
         raise ArgumentError("q", f"dtype {q.dtype}", must, f"pass q.to({others[0]})")
     return types[q.dtype]
-
-
-def _output(manifest: Manifest) -> Value:
-    return next(value for value in manifest.values if value.source == "output" and value.argument)
 
 
 def _check_heads(sizes: Mapping[str, int]) -> None:
@@ -225,59 +225,3 @@ def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int
 
 _LETTERS = {"batch": "batch", "seqlen": "seqlen", "head": "heads", "column": "head_dim", "key": "padded keys"}
 _CURES: Mapping[tuple[str, ...], str] = {COLUMNS_OF_HEADS: "pass k and v of one length"}
-
-
-def check_overlap(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-    """Refuse an `out` two of whose elements may share memory, or that may share memory with an input.
-
-    Dimensions sorted by stride must nest: each stride at least spans what the smaller ones reach. An input may lie
-    between the rows of `out` only where both step through memory with the same strides (slices of one packed
-    tensor) and neither row reaches into the other's.
-
-    Raises:
-        ArgumentError: `out` overlaps itself or an input.
-    """
-    if out.numel() == 0:
-        return
-    reach = 1
-    dims = [(step, size) for step, size in zip(out.stride(), out.shape, strict=True) if size > 1]
-    for step, size in sorted(dims):
-        if step < reach:
-            raise ArgumentError(
-                "out", f"strides {tuple(out.stride())}", "a tensor that does not overlap itself"
-            )
-        reach += step * (size - 1)
-    first, last = _extent(out)
-    for name, x in inputs.items():
-        begin, end = _extent(x)
-        if x.numel() and begin < last and first < end and not _interleaved(out, x):
-            raise ArgumentError("out", f"memory shared with {name}", "memory of its own")
-
-
-def _extent(x: torch.Tensor) -> tuple[int, int]:
-    reach = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
-
-
-def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are provably disjoint slices of one packed tensor.
-
-    They are where, for the stride of some dimension, both keep to parts of their own within one step of it.
-    """
-    if a.stride() != b.stride() or a.element_size() != b.element_size():
-        return False
-    steps = {step for x in (a, b) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1}
-    offset = b.data_ptr() - a.data_ptr()
-    for step in steps:
-        period = step * a.element_size()
-        if period and all(larger % step == 0 for larger in steps if larger > step):
-            ahead = offset % period
-            if _reach_within(a, step) <= ahead and ahead + _reach_within(b, step) <= period:
-                return True
-    return False
-
-
-def _reach_within(x: torch.Tensor, step: int) -> int:
-    """Bytes that the dimensions of smaller stride than `step` span."""
-    dims = zip(x.stride(), x.shape, strict=True)
-    return (1 + sum(inner * (size - 1) for inner, size in dims if inner < step)) * x.element_size()

@@ -90,6 +90,7 @@ class Bound:
         made: what they write, the wanted values among it, and the kept values that they read, by name.
         softmax_scale: what products are multiplied by.
         scalars: what parameters carry besides sizes, addresses, strides and tensor maps.
+        accumulates: the wanted values are added to what their memory holds.
     """
 
     manifest: Manifest
@@ -100,6 +101,7 @@ class Bound:
     made: Mapping[str, Allocation]
     softmax_scale: float
     scalars: Mapping[str, Any]
+    accumulates: bool = False
 
     @cached_property
     def kept(self) -> Region:
@@ -148,12 +150,12 @@ class Bound:
         x = self.given.tensors[name]
         return strides(x) if self.manifest.value_of[name].axes else x.stride()
 
-    def numbers(self, output: torch.Tensor | None, layout: str) -> dict[str, Any]:
+    def numbers(self, into: Mapping[str, torch.Tensor], layout: str) -> dict[str, Any]:
         """What parameters carry, by the names of their values, but addresses and maps.
 
         Args:
-            output: memory that the caller passes for the output, in the call's layout; None where the call makes it,
-                dense in that layout.
+            into: memory that the caller passes for outputs, in the call's layout; those that the call makes are dense
+                in that layout.
             layout: of the call.
         """
         numbers: dict[str, Any] = {**self.sizes, **self.scalars}
@@ -161,7 +163,7 @@ class Bound:
             value = self.manifest.value_of[name]
             steps = self.strides_of(name)
             if name in self.made and value.source == "output" and value.axes:
-                steps = self._output_strides(value, output, layout)
+                steps = self._output_strides(value, into.get(name), layout)
             numbers |= {
                 f"{name}.stride_{axis}": step for axis, step in zip(value.stride_names, steps, strict=True)
             }
@@ -183,6 +185,7 @@ def bind(
     num_sms: int,
     softmax_scale: float | None = None,
     known: Collection[str] = (),
+    accumulates: bool = False,
 ) -> Bound:
     """Work out what a call launches and allocates.
 
@@ -193,6 +196,7 @@ def bind(
         num_sms: multiprocessors of the GPU.
         softmax_scale: 1/sqrt(head_dim_qk) where None.
         known: names of more values that need not be made: an earlier call has, or nobody asks for their addresses.
+        accumulates: as of `Bound`.
     """
     declared_sizes = {f"size.{name}": size for name, size in given.declared_sizes.items()}
     sizes = {**given.sizes, **declared_sizes, "num_sms": num_sms}
@@ -213,8 +217,9 @@ def bind(
     scalars = {
         **scale_values(scale, manifest.score_factor),
         **{f"scalar.{name}": value for name, value in given.scalars.items()},
+        "accumulates": int(accumulates),
     }
-    return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars)
+    return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars, accumulates)
 
 
 def _check_covered(gradient: Allocation, declared: torch.Tensor | None) -> None:

@@ -3,6 +3,9 @@
 Everything else is refused by what it is, with what to pass in its place.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -78,6 +81,15 @@ def check_no_derivative(name: str, x: torch.Tensor, is_declared: bool = False) -
             f"one that does not: this kernel makes no gradient of {name}",
             f"{says}pass {name}.detach(), or call under torch.no_grad()",
         )
+    check_no_tangent(name, x)
+
+
+def check_no_tangent(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor whose forward derivative would be wanted.
+
+    Raises:
+        ArgumentError: x carries a tangent, and nobody has disabled that.
+    """
     if torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise ArgumentError(
             name,
@@ -85,6 +97,22 @@ def check_no_derivative(name: str, x: torch.Tensor, is_declared: bool = False) -
             "one without: there is no forward derivative yet",
             f"pass torch.autograd.forward_ad.unpack_dual({name}).primal",
         )
+
+
+def check_not_recorded(tensors: Mapping[str, Any]) -> None:
+    """Refuse what autograd, if it is enabled, would record of a backward pass: gradients are not differentiated.
+
+    Raises:
+        ArgumentError: a tensor requires grad.
+    """
+    for name, x in tensors.items():
+        if getattr(x, "requires_grad", False):
+            raise ArgumentError(
+                name,
+                "a tensor that requires grad",
+                "one that does not: there are no second derivatives",
+                f"pass {name}.detach(), or call under torch.no_grad()",
+            )
 
 
 def check_rows(arch: str, name: str, x: torch.Tensor) -> None:

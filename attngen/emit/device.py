@@ -39,6 +39,7 @@ FUNCTIONS = (
     "softmax.cuh",
     "expression.cuh",
     "quantize.cuh",
+    "gradient.cuh",
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)

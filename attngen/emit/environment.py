@@ -51,7 +51,7 @@ from attngen.plan.steps import (
 )
 from attngen.resources import templates_dir
 
-ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3"}
+ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3", "f32": "float"}
 _PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
 """Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
@@ -142,7 +142,8 @@ class Templates:
 
 def _pointees(plan: KernelPlan) -> dict[str, str]:
     """The C types of what parameters point to, by the values they carry; f32 is not among them."""
-    found = {COUNTER: "u32"} | {f"{tensor.name}.ptr": "u16" for tensor in (*plan.reads, *plan.outputs)}
+    tensors = (*plan.reads, *plan.outputs)
+    found = {COUNTER: "u32"} | {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
     found |= {f"{place.name}.ptr": _TENSOR_POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():
@@ -197,12 +198,13 @@ def environment() -> jinja2.Environment:
         "index": _index,
         "first_row": _first_row,
         "head": _head,
+        "row_stride": _row_stride,
         "form": _form,
         "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
         "is_in_memory": lambda place: isinstance(place, View),
         "is_rows": lambda place: isinstance(place, Rows),
         "is_vector": lambda place: isinstance(place, RegVec),
-        "is_tile": lambda place: isinstance(place, RegTile),
+        "is_tile": _is_tile,
         "seqlen": LENGTHS.__getitem__,
         "head_dim": _HEAD_DIMS.__getitem__,
         "extent": _EXTENTS.__getitem__,
@@ -230,6 +232,11 @@ def _score_scale(step: RowMax | Exponentiate | FinishRows) -> str:
     return given.name if given else "params.softmax_scale_log2"
 
 
+def _is_tile(place: Buffer | RegTile | RegVec) -> bool:
+    """Whether it has rows and columns."""
+    return len(place.axes) == 2 if isinstance(place, Buffer) else isinstance(place, RegTile)
+
+
 def _tile_type(place: Buffer | View) -> str:
     buffer = place.buffer if isinstance(place, View) else place
     return f"{buffer.name.capitalize()}Tile"
@@ -251,8 +258,8 @@ def _smem(view: View) -> str:
     if view.cursor is None or view.cursor.stages == 1:
         return base
     stage = f"{view.cursor.name}.stage" if view.cursor.ring else view.cursor.name
-    is_tile = view.buffer.dtype.bits <= 16
-    return f"{base} + {stage} * {f'{_tile_type(view)}::kBytes' if is_tile else view.buffer.stage_bytes}"
+    size = f"{_tile_type(view)}::kBytes" if _is_tile(view.buffer) else view.buffer.stage_bytes
+    return f"{base} + {stage} * {size}"
 
 
 def _barrier(cursor: Cursor, which: str) -> str:
@@ -283,6 +290,11 @@ def _head(place: Tensor | Rows) -> str:
     base = f"params.{place.name}"
     head = "tile.kv_head" if place.heads == "kv" else "tile.head"
     return f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
+
+
+def _row_stride(tensor: Tensor) -> str:
+    """Elements from a row of a head to the next."""
+    return _HEAD_DIMS[tensor.axes[1]] if tensor.workspace else f"params.{tensor.name}_stride_seqlen"
 
 
 @jinja2.pass_context

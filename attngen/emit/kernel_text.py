@@ -89,7 +89,13 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
         Constant("kThreads", plan.threads, threads),
         Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
         *(
-            Constant(first_barrier(barriers), barriers.first, _BARRIERS[barriers.parties])
+            Constant(
+                first_barrier(barriers),
+                barriers.first,
+                "the named barrier at which consumers meet"
+                if barriers.is_common
+                else _BARRIERS[barriers.parties],
+            )
             for barriers in plan.named_barriers
         ),
     )

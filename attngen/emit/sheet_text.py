@@ -1,8 +1,9 @@
 """Sheets -> the text of their kernels: of tables for an attention kernel's file, of the others a file of their own."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from attngen.dtypes import F32
 from attngen.emit.device import used_by
 from attngen.emit.environment import ELEMENTS, macros
 from attngen.plan import (
@@ -56,7 +57,9 @@ def quantizing_functions(sheets: Sequence[Sheet]) -> str:
 
 def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
-    text = sheet_text(sheet, declarations=list(_declarations(sheet.params)), padded_rows=PADDED_ROWS)
+    pointees = {"out": "const float"} if sheet.plan.output is F32 else {}
+    declarations = list(_declarations(sheet.params, pointees))
+    text = sheet_text(sheet, declarations=declarations, padded_rows=PADDED_ROWS)
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 
@@ -94,10 +97,10 @@ def emit_sums(sheet: SumRows) -> str:
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 
-def _declarations(params: Iterable[Param]) -> Iterable[str]:
+def _declarations(params: Iterable[Param], pointees: Mapping[str, str] | None = None) -> Iterable[str]:
     for param in params:
         if param.ctype == "pointer":
-            yield f"{_pointee(param.name)}* {param.name}"
+            yield f"{(pointees or {}).get(param.name, _pointee(param.name))}* {param.name}"
         else:
             yield f"{_C_TYPES[param.ctype]} {param.name}"
 

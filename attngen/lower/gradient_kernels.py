@@ -1,12 +1,12 @@
 """The kernels of a backward pass, beside the forward's: tiles, storage and parameters. Every number is chosen here."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from attngen.dtypes import F32
 from attngen.expr import derivative, row_range, tile_classes
 from attngen.lower.features import Features
-from attngen.lower.params import declarations_read_by, expression_params
+from attngen.lower.params import declarations_read_by, expression_params, row_strides
 from attngen.lower.rounding import round_up
 from attngen.plan import (
     KEYS,
@@ -30,6 +30,9 @@ from attngen.plan import (
     Rows,
     Scheduler,
     Tensor,
+    View,
+    in_bf16,
+    in_f32,
     seen_blocks,
 )
 from attngen.plan.steps import RowNumbers
@@ -71,17 +74,12 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
 def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
     """dQ; of wide heads a second stage would leave room for one block of threads on a multiprocessor."""
     stages = 2 if features.head_dim <= ONE_KERNEL else 1
-    common, qk_cols, v_cols, smem_bytes = gradient_places(features, block_m, block_n, SCORES, stages)
-    at = QueryGradientPlaces(
-        **common,
-        keys=KeyLoop(features.pairs.visible),
-        acc_dq=RegTile("acc_dq", F32, ROWS_OF_Q, block_m, qk_cols, features.head_dim_qk, "accumulator"),
-        dq=replace(common["q"], name="dq", dtype=features.inputs, overlays="q"),
-        result=Tensor("dq", features.inputs, ROWS_OF_Q, features.head_dim_qk, "q"),
-    )
-    pair = at.pair
+    common, qk_cols, v_cols, _ = gradient_places(features, block_m, block_n, SCORES, stages)
+    pair: PairGradient = common["pair"]
+    dq = _gradient("dq", common["q"], "q", pair.ds, common["k"].at(common["read_at"]))
+    at = QueryGradientPlaces(**common, keys=KeyLoop(features.pairs.visible), dq=dq)
     return replace(
-        gradient_plan(features, forward, "query_gradients", at, (at.dq,), (at.result,)),
+        gradient_plan(features, forward, "query_gradients", at, (dq.staged,), dq.results),
         block_m=block_m,
         block_n=block_n,
         qk_cols=qk_cols,
@@ -89,8 +87,7 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
         row_tiles=block_m // (features.arch.mma.m * WARPS),
         key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
-        roles=(gradient_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, at.acc_dq)),),
-        smem_bytes=smem_bytes,
+        roles=(gradient_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, dq.acc)),),
     )
 
 
@@ -100,34 +97,29 @@ def _of_keys(
     """dK, dV or both; without a closed form nobody knows which block of queries is the next, to load it ahead."""
     visible = row_range(features.mask)
     stages = 2 if visible and features.head_dim <= ONE_KERNEL else 1
-    common, qk_cols, v_cols, smem_bytes = gradient_places(features, block_m, block_n, SCORES[::-1], stages)
+    common, qk_cols, v_cols, _ = gradient_places(features, block_m, block_n, SCORES[::-1], stages)
     pair: PairGradient = common["pair"]
     pair = common["pair"] = replace(pair, p=pair.p if "dv" in wanted else None)
-
-    def gradient(name: str, beside: Buffer, pairs: RegTile, times: Buffer) -> OwnGradient:
-        rows, cols, valid = beside.rows, beside.cols, beside.valid_cols
-        return OwnGradient(
-            acc=RegTile(f"acc_{name}", F32, beside.axes, rows, cols, valid, "accumulator"),
-            pairs=pairs,
-            times=times.at(common["read_at"]),
-            staged=replace(beside, name=name, overlays=beside.name),
-            result=Tensor(name, features.inputs, beside.axes, valid, "kv"),
-            is_scaled=pairs is pair.ds,
-        )
-
-    gradients = []
-    if pair.p is not None:
-        gradients.append(gradient("dv", common["v"], pair.p, common["do"]))
-    if "dk" in wanted:
-        gradients.append(gradient("dk", common["k"], pair.ds, common["q"]))
+    gradients: list[OwnGradient] = []
+    for name, beside, pairs, times in (("dv", "v", pair.p, "do"), ("dk", "k", pair.ds, "q")):
+        if name in wanted and pairs is not None:
+            behind = sum(each.staged.size_bytes for each in gradients)
+            read = common[times].at(common["read_at"])
+            gradients.append(_gradient(name, common[beside], "kv", pairs, read, behind))
     at = KeyGradientPlaces(**common, visible=visible, gradients=tuple(gradients))
     program = key_gradients(at)
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     of_ds = (pair.dp, pair.ds) if "dk" in wanted else ()
     tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in gradients))
-    staged, results = (tuple(getattr(each, name) for each in gradients) for name in ("staged", "result"))
     return replace(
-        gradient_plan(features, forward, schedule, at, staged, results),
+        gradient_plan(
+            features,
+            forward,
+            schedule,
+            at,
+            tuple(each.staged for each in gradients),
+            tuple(result for each in gradients for result in each.results),
+        ),
         block_m=block_m,
         block_n=block_n,
         qk_cols=qk_cols,
@@ -137,7 +129,29 @@ def _of_keys(
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(gradient_role(at, program, tiles),),
-        smem_bytes=smem_bytes,
+    )
+
+
+def _gradient(
+    name: str, beside: Buffer, heads: Literal["q", "kv"], pairs: RegTile, times: View, offset: int = 0
+) -> OwnGradient:
+    """What is the gradient of a tile, staged from an offset on."""
+    axes, rows, cols, valid = beside.axes, beside.rows, beside.cols, beside.valid_cols
+    return OwnGradient(
+        acc=RegTile(f"acc_{name}", F32, axes, rows, cols, valid, "accumulator"),
+        pairs=pairs,
+        times=times,
+        staged=Buffer(name, F32, axes, rows, cols, valid, offset=offset, overlays="q"),
+        results=results_of(name, beside, heads),
+        is_scaled=name != "dv",
+    )
+
+
+def results_of(name: str, beside: Buffer, heads: Literal["q", "kv"]) -> tuple[Tensor, ...]:
+    """Where the gradient of a tile goes: to a tensor of its format, or to one of f32."""
+    return tuple(
+        Tensor(each, dtype, beside.axes, beside.valid_cols, heads, optional=True)
+        for each, dtype in ((name, beside.dtype), (in_f32(name), F32))
     )
 
 
@@ -156,6 +170,7 @@ def gradient_places(
     do = Buffer("do", inputs, ROWS_OF_O, block_m, v_cols, v, of_queries, q.size_bytes)
     k = Buffer("k", inputs, ROWS_OF_K, block_n, qk_cols, qk, of_keys, do.offset + do.size_bytes)
     v_buffer = Buffer("v", inputs, ROWS_OF_V, block_n, v_cols, v, of_keys, k.offset + k.size_bytes)
+    names = {name: in_bf16(name) if features.scales else name for name in ("q", "k", "v")}
     fields = dict(
         pair=pair_gradient(features, axes, block_m, block_n, LSE_LOG2, DELTA),
         score_unroll=4,
@@ -163,9 +178,9 @@ def gradient_places(
         k=k,
         v=v_buffer,
         do=do,
-        q_in=Tensor("q", inputs, ROWS_OF_Q, qk, "q"),
-        k_in=Tensor("k", inputs, ROWS_OF_K, qk, "kv"),
-        v_in=Tensor("v", inputs, ROWS_OF_V, v, "kv"),
+        q_in=Tensor(names["q"], inputs, ROWS_OF_Q, qk, "q"),
+        k_in=Tensor(names["k"], inputs, ROWS_OF_K, qk, "kv"),
+        v_in=Tensor(names["v"], inputs, ROWS_OF_V, v, "kv"),
         do_in=Tensor("dout", inputs, ROWS_OF_O, v, "q"),
         load_at=Cursor("load_at", stages) if stages > 1 else None,
         read_at=Cursor("read_at", stages) if stages > 1 else None,
@@ -182,13 +197,15 @@ def gradient_plan(
     writes: tuple[Tensor | Rows | PairMatrix | BlockTables | Elements, ...],
 ) -> KernelPlan:
     """What both kernels have in common."""
+    buffers = (at.q, at.do, at.k, at.v, *staged)
     plan = replace(
         backward_plan(features, forward, schedule),
         stages=max(at.q.stages, at.k.stages),
         warps=WARPS,
         reads=(at.q_in, at.k_in, at.v_in, at.do_in),
         writes=writes,
-        buffers=(at.q, at.do, at.k, at.v, *staged),
+        buffers=buffers,
+        smem_bytes=max(each.offset + each.size_bytes for each in buffers),
         rings=(),
         tensor_maps=(),
     )
@@ -200,11 +217,7 @@ def gradient_plan(
         *(Param(f"gradient_of_{each.of}", "pointer", f"{each.name}.ptr") for each in elements),
     )
     strides = (
-        *(
-            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-            for tensor in tensors
-            for axis in ("batch", "seqlen", "head")
-        ),
+        *row_strides(map(str, tensors)),
         *(
             Param(f"step_{i}_of_{each.of}", "i64", f"{each.name}.stride_{i}")
             for each in elements
@@ -220,7 +233,9 @@ def backward_plan(features: Features, forward: KernelPlan, schedule: str) -> Ker
         forward,
         direction="backward",
         name=f"{forward.name.replace('attn_fwd', 'attn_bwd')}_{schedule}",
+        inputs=features.inputs,
         output=features.inputs,
+        scales=(),
         score_factor=features.pairs.score_factor,
         tile_classes=None if features.pairs.visible else tile_classes(features.mask),
         declarations=declarations_read_by(features.declarations, features.mask, features.pairs.score),
@@ -275,5 +290,6 @@ def numbers_of_pairs(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
         *(Param(size, "i32", size) for size in ("batch", *_SIZES)),
         *scales,
         Param("gradient_scale", "f32", "gradient_scale"),
+        Param("accumulates", "i32", "accumulates"),
         *expression_params(plan.declarations, plan.tables, plan.table_values, ("batch", *_SIZES)),
     )

@@ -14,7 +14,9 @@ from attngen.lower.gradient_kernels import (
     backward_plan,
     numbers_of_pairs,
     pair_gradient,
+    results_of,
 )
+from attngen.lower.params import row_strides
 from attngen.lower.rounding import round_up
 from attngen.lower.warpgroups import BUFFER_ALIGNMENT
 from attngen.plan import (
@@ -42,6 +44,7 @@ from attngen.plan import (
     Scheduler,
     Tensor,
     TensorMap,
+    in_bf16,
     seen_blocks,
 )
 from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
@@ -58,7 +61,7 @@ from attngen.schedules.warpgroup_backward import (
 )
 
 WARPGROUPS = 2
-OWN = NamedBarriers("own", 1, 1)
+COMMON, OWN = NamedBarriers("common", 1, WARPGROUPS, is_common=True), NamedBarriers("own", 2, 1)
 WALKING = RegisterShare(232, 32, spare=24)
 """How registers are shared out where a producer walks over blocks of keys that come through a ring each."""
 
@@ -181,57 +184,36 @@ class _Storage:
         return tuple(replace(each, fills=fills, reads=reads) for each in made)
 
     def _stream(self, name: str, axes: tuple[Axis, ...], numbers: Rows | None) -> Stream:
-        """A stage where dK or dV will be put out has room for the wider of them."""
         features, tile = self._features, self._tile
         side, columns = axes
         head_dims = {"qk_columns": features.head_dim_qk, "v_columns": features.head_dim_v}
         stages = 1 if side == self._owns else tile.stages if columns == "qk_columns" else tile.beside
-        rows, step = (
-            tile.block_m if side == "queries" else tile.block_n,
-            features.arch.k_step(features.inputs),
+        rows, valid = tile.block_m if side == "queries" else tile.block_n, head_dims[columns]
+        cols, at = (
+            round_up(valid, features.arch.k_step(features.inputs)),
+            round_up(self._end, BUFFER_ALIGNMENT),
         )
-
-        def buffer(valid: int) -> Buffer:
-            return Buffer(
-                name,
-                features.inputs,
-                axes,
-                rows,
-                round_up(valid, step),
-                valid,
-                stages,
-                round_up(self._end, BUFFER_ALIGNMENT),
-                in_panels=features.arch.emits,
-            )
-
-        found = buffer(head_dims[columns])
-        widest = buffer(features.head_dim) if side == self._owns == "keys" else found
-        self._end = widest.offset + widest.size_bytes
+        panels = features.arch.emits
+        found = Buffer(name, features.inputs, axes, rows, cols, valid, stages, at, in_panels=panels)
+        self._end = found.offset + found.size_bytes
         beside = None
         if numbers and side != self._owns:
             beside = Buffer(numbers.name, F32, ("queries",), 1, rows, rows, stages, self._end)
             self._end += beside.size_bytes
         ring = Ring(name, stages, read_by_threads=beside is not None)
         fills, reads = (Cursor(f"{name}_at", stages, ring, fills) for fills in (True, False))
-        tensor = Tensor(
-            "dout" if name == "do" else name,
-            features.inputs,
-            axes,
-            head_dims[columns],
-            "q" if side == "queries" else "kv",
-        )
+        value = "dout" if name == "do" else in_bf16(name) if features.scales else name
+        tensor = Tensor(value, features.inputs, axes, valid, "q" if side == "queries" else "kv")
         return Stream(tensor, found, fills, reads, numbers if beside else None, beside)
 
     def fields(self, gradients: tuple[OwnGradient, ...], streams: list[Stream]) -> dict[str, Any]:
         """The fields of `KernelPlan` that are shared memory."""
         rings = tuple(dict.fromkeys(each.reads.ring for each in streams if each.reads.ring))
         tiles = [buffer for each in streams for buffer in (each.tile, each.beside) if buffer]
-        return dict(
-            buffers=(*tiles, *(each.staged for each in gradients)),
-            rings=rings,
-            rings_offset=self._end,
-            smem_bytes=self._end + sum(ring.size_bytes for ring in rings),
-        )
+        buffers = (*tiles, *(each.staged for each in gradients))
+        end = max(each.offset + each.size_bytes for each in buffers)
+        smem_bytes = end + sum(ring.size_bytes for ring in rings)
+        return dict(buffers=buffers, rings=rings, rings_offset=end, smem_bytes=smem_bytes)
 
 
 def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPlan:
@@ -242,8 +224,10 @@ def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPl
     numbers = tuple((RegVec(rows.name, "queries", tile.block_m), rows) for rows in (LSE_LOG2, DELTA))
     (lse, _), (delta, _) = numbers
     pair = pair_gradient(features, SCORES, tile.block_m, tile.block_n, lse, delta)
-    gradient = _gradient("dq", ROWS_OF_Q, q, pair.ds, k, features)
-    at = WarpgroupQueryPlaces(pair, q, k, v, do, (gradient,), OWN, KeyLoop(features.pairs.visible), numbers)
+    gradient = _gradient("dq", q, pair.ds, k)
+    at = WarpgroupQueryPlaces(
+        pair, q, k, v, do, (gradient,), OWN, COMMON, KeyLoop(features.pairs.visible), numbers
+    )
     return replace(
         _plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
         key_blocks=seen_blocks(features.pairs.visible, KEYS),
@@ -260,14 +244,14 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
     q, do = storage.side(("q", ROWS_OF_Q, LSE_LOG2), ("do", ROWS_OF_O, DELTA if wants_dk else None))
     lse, delta = (each.beside.at(each.reads) if each.beside else DELTA for each in (q, do))
     pair = pair_gradient(features, SCORES[::-1], tile.block_m, tile.block_n, lse, delta)
-    gradients = []
+    gradients: tuple[OwnGradient, ...] = ()
     if "dv" in wanted and pair.p is not None:
-        gradients.append(_gradient("dv", ROWS_OF_V, v or k, pair.p, do, features))
+        gradients = (_gradient("dv", k, pair.p, do),)
     else:
         pair = replace(pair, p=None)
     if wants_dk:
-        gradients.append(_gradient("dk", ROWS_OF_K, k, pair.ds, q, features))
-    at = WarpgroupKeyPlaces(pair, q, k, v, do, tuple(gradients), OWN, visible, tile.dv_late)
+        gradients = (*gradients, _gradient("dk", k, pair.ds, q, gradients))
+    at = WarpgroupKeyPlaces(pair, q, k, v, do, gradients, OWN, COMMON, visible, tile.dv_late)
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     return replace(
         _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
@@ -278,17 +262,20 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
 
 
 def _gradient(
-    name: str, axes: tuple[Axis, ...], over: Stream, pairs: RegTile, times: Stream, features: Features
+    name: str, beside: Stream, pairs: RegTile, times: Stream, behind: tuple[OwnGradient, ...] = ()
 ) -> OwnGradient:
-    """A gradient that is summed over pairs times a tensor, and staged over a tile of as many rows or more columns."""
-    rows, cols = over.tile.rows, times.tile.cols
-    valid = times.tile.valid_cols
+    """A gradient of the rows of a tensor beside it, summed over pairs times another, staged behind others."""
+    tile = replace(beside.tile, axes=(beside.tile.axes[0], times.tile.axes[1]))
+    tile = replace(tile, cols=times.tile.cols, valid_cols=times.tile.valid_cols)
+    offset = sum(each.staged.size_bytes for each in behind)
     return OwnGradient(
-        acc=RegTile(f"acc_{name}", F32, axes, rows, cols, valid, "accumulator"),
+        acc=RegTile(f"acc_{name}", F32, tile.axes, tile.rows, tile.cols, tile.valid_cols, "accumulator"),
         pairs=pairs,
         times=times.here,
-        staged=replace(over.tile, name=name, axes=axes, cols=cols, valid_cols=valid, overlays=over.tile.name),
-        result=Tensor(name, features.inputs, axes, valid, over.tensor.heads),
+        staged=Buffer(
+            name, F32, tile.axes, tile.rows, tile.cols, tile.valid_cols, offset=offset, overlays="k"
+        ),
+        results=results_of(name, tile, beside.tensor.heads),
         is_scaled=name != "dv",
     )
 
@@ -313,21 +300,19 @@ def _plan(
         v_cols=at.do.tile.cols,
         row_tiles=1,
         reads=tuple(each.tensor for each in streams),
-        writes=tuple(each.result for each in at.gradients),
+        writes=tuple(result for each in at.gradients for result in each.results),
         warps=WARPGROUPS * WARPGROUP_WARPS,
         roles=_roles(features, at, programs, streams),
         tensor_maps=tuple(
-            TensorMap(tensor, rows, PANEL_BYTES // tensor.dtype.bytes)
-            for tensor, rows in (
-                *((each.tensor, each.tile.rows) for each in streams),
-                *((each.result, each.staged.rows // WARPGROUPS) for each in at.gradients),
-            )
+            TensorMap(each.tensor, each.tile.rows, PANEL_BYTES // each.tensor.dtype.bytes) for each in streams
         ),
         **storage.fields(at.gradients, streams),
     )
     maps = (Param(f"{each.tensor}_map", "tensor_map", f"{each.tensor}.map") for each in plan.tensor_maps)
-    rows = (Param(each.name, "pointer", f"{each.name}.ptr") for each in plan.read_rows)
-    return replace(plan, params=(*maps, *rows, *numbers_of_pairs(plan, at.pair)))
+    values = map(str, (*plan.read_rows, *plan.outputs))
+    pointers = (Param(value, "pointer", f"{value}.ptr") for value in values)
+    strides = row_strides(map(str, plan.outputs))
+    return replace(plan, params=(*maps, *pointers, *strides, *numbers_of_pairs(plan, at.pair)))
 
 
 def _roles(

@@ -1,6 +1,7 @@
 """From a spec and an arch to kernels that pass every rule, or an error that says which choice would."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -66,6 +67,9 @@ def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
     if not features.gradients:
         return assemble(plans)
     forward = plans[-1]
+    features = replace(
+        features, inputs=forward.differentiated
+    )  # of e4m3 ones, the format that they were made of
     of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
     return assemble(plans, (*of_inputs(features, forward), *declared_gradient_plans(features, forward)))
 
@@ -142,11 +146,12 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     schedule, arch = common["schedule"], features.arch
     at = places(choice, features, decided)
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
+    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
     return KernelPlan(
         **common,
         warps=choice.warps,
         qk_cols=at.q.cols,
-        v_cols=at.v.cols,
+        v_cols=at.acc_o.cols,
         row_tiles=choice.block_m // (arch.mma.m * choice.warps),
         overlap=False,
         key_blocks=seen_blocks(decided.pairs.visible, KEYS, last_is_masked=False),
@@ -164,9 +169,9 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
                 (at.load_at, at.read_at),
             ),
         ),
-        buffers=(at.q, at.k, at.v, at.out),
+        buffers=buffers,
         params=params(scratch, pair_params(decided.pairs, common, _SIZES)),
-        smem_bytes=max(at.v.offset + at.v.size_bytes, at.out.size_bytes),
+        smem_bytes=max(each.offset + each.size_bytes for each in buffers),
     )
 
 
@@ -181,7 +186,7 @@ def _warpgroup_plan(
         **common,
         warps=worker.warps,
         qk_cols=at.q.cols,
-        v_cols=at.out.cols,
+        v_cols=at.acc_o.cols,
         row_tiles=1,
         overlap=choice.overlap,
         key_blocks=seen_blocks(decided.pairs.visible, KEYS, last_is_masked=True),

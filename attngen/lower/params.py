@@ -1,6 +1,6 @@
 """The fields of a kernel's parameter struct."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attngen.expr import Declarations, Expr, Table, TileClasses, free_names, tensor_names
@@ -81,6 +81,15 @@ def _scale_params(pairs: Pairs) -> tuple[Param, ...]:
     )
 
 
+def row_strides(tensors: Iterable[str]) -> tuple[Param, ...]:
+    """Strides of tensors of rows of heads, in elements."""
+    return tuple(
+        Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
+        for tensor in tensors
+        for axis in ("batch", "seqlen", "head")
+    )
+
+
 def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
     """The fields of the parameter struct: pointers, strides in elements, sizes, scale, and what expressions read."""
     tensors = ("q", "k", "v", "out")
@@ -88,11 +97,7 @@ def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> t
         *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in tensors),
         Param("lse", "pointer", "lse.ptr"),
         *(Param(place.name, "pointer", f"{place.name}.ptr") for place in scratch),
-        *(
-            Param(f"{tensor}_stride_{axis}", "i64", f"{tensor}.stride_{axis}")
-            for tensor in tensors
-            for axis in ("batch", "seqlen", "head")
-        ),
+        *row_strides(tensors),
         *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
     )

@@ -91,7 +91,7 @@ def _nearest(arch: Arch, blame: Blame, passes: Passes) -> list[int]:
 def wrong(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
     """What is refused of a spec before there is a plan; `spec` tells where it is written."""
     return (
-        *_wrong_dtypes(spec, features),
+        *_wrong_dtype(spec, features),
         *_wrong_target(spec, features.arch, schedule),
         *_wrong_inputs(spec, features, schedule),
         *_wrong_fields(spec, features, schedule),
@@ -181,32 +181,22 @@ def _wrong_weight(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
     )
 
 
-def _wrong_dtypes(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
-    """Formats that the target has no instructions for."""
-    arch, inputs, output = features.arch, features.inputs.name, spec.precision.output
+def _wrong_dtype(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
+    """A format that the target has no instructions for."""
+    arch, inputs = features.arch, features.inputs.name
+    if inputs in arch.input_dtypes:
+        return ()
     takers = " and ".join(known.name for known in ARCHS.values() if inputs in known.input_dtypes)
     *most, last = arch.input_dtypes
     takes = f"the matrix instruction of {arch.name} takes {', '.join(most)} and {last}"
-    fields = (
-        ("inputs", "input-dtype", inputs, arch.input_dtypes, f"{takes}; {inputs} is for {takers}"),
-        (
-            "output",
-            "output-dtype",
-            output,
-            arch.dtypes,
-            f"{arch.name} rounds the result to {' or '.join(arch.dtypes)}",
-        ),
-    )
-    return tuple(
+    return (
         Diagnostic(
-            message=f"precision.{field} = {value} is not to be had on {arch.name}",
-            rule=rule,
-            location=spec.locate(f"precision.{field}"),
-            path=f"precision.{field}",
-            value=value,
-            note=note,
-            nearest=formats,
-        )
-        for field, rule, value, formats, note in fields
-        if value not in ("auto", *formats)
+            message=f"precision.inputs = {inputs} is not to be had on {arch.name}",
+            rule="input-dtype",
+            location=spec.locate("precision.inputs"),
+            path="precision.inputs",
+            value=inputs,
+            note=f"{takes}; {inputs} is for {takers}",
+            nearest=arch.input_dtypes,
+        ),
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from attngen.dtypes import F32
+from attngen.dtypes import F32, DType
 from attngen.expr import Expr
 from attngen.lower.choice import Choice
 from attngen.lower.decision import Decision
@@ -28,13 +28,15 @@ def tile_places(
     q: Buffer,
     k: Buffer,
     v: Buffer,
-    out: Buffer,
+    acc_o: RegTile,
+    output: DType,
+    out: Buffer | None,
     decided: Decision,
     ahead: tuple[tuple[Expr, RegTile], ...] = (),
 ) -> dict[str, Any]:
-    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers."""
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers and of O."""
     inputs, m, n = q.dtype, q.rows, k.rows
-    head_dim_v = out.valid_cols
+    head_dim_v = acc_o.valid_cols
     scores = Scores(
         RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
         decided.pairs,
@@ -60,7 +62,7 @@ def tile_places(
         keys=KeyLoop(decided.pairs.visible),
         scores=scores,
         softmax=softmax,
-        acc_o=RegTile("acc_o", F32, out.axes, m, out.cols, head_dim_v, "accumulator"),
+        acc_o=acc_o,
         q=q,
         k=k,
         v=v,
@@ -68,9 +70,14 @@ def tile_places(
         q_in=Tensor("q", inputs, q.axes, q.valid_cols, "q"),
         k_in=Tensor("k", inputs, k.axes, k.valid_cols, "kv"),
         v_in=Tensor("v", inputs, v.axes, head_dim_v, "kv"),
-        result=Tensor("out", out.dtype, out.axes, head_dim_v, "q"),
+        result=Tensor("out", output, acc_o.axes, head_dim_v, "q"),
         lse=Rows("lse", "queries", optional=True),
     )
+
+
+def is_staged(inputs: DType, output: DType) -> bool:
+    """Whether O goes through shared memory: not in f32 where tiles are shorter, for it is twice as large as they."""
+    return output is not F32 or inputs is F32
 
 
 def places(choice: Choice, features: Features, decided: Decision) -> Places:
@@ -85,9 +92,10 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     q_buffer = Buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk)
     k_buffer = Buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
-    out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q")
+    acc_o = RegTile("acc_o", F32, ROWS_OF_O, m, v_cols, v, "accumulator")
+    out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if is_staged(inputs, output) else None
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, out, decided),
+        **tile_places(q_buffer, k_buffer, v_buffer, acc_o, output, out, decided),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),

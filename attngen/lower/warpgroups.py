@@ -10,9 +10,10 @@ from attngen.expr import Expr
 from attngen.lower.choice import WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
+from attngen.lower.params import row_strides
 from attngen.lower.rounding import round_up
 from attngen.lower.scale_places import scale_params
-from attngen.lower.storage import tile_places
+from attngen.lower.storage import is_staged, tile_places
 from attngen.plan import (
     PANEL_BYTES,
     ROWS_OF_K,
@@ -71,15 +72,18 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
         return Buffer(name, dtype, axes, rows, cols, valid, stages, offset, in_panels=panels)
 
     q_buffer = buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk, choice.q_stages, None)
-    out = buffer("out", output, ROWS_OF_O, m, v_cols, v, 1, None)
-    if choice.out_over_q:  # which then must be as large as the larger of the two
+    acc_o = RegTile("acc_o", F32, ROWS_OF_O, m, v_cols, v, "accumulator")
+    out = buffer("out", output, ROWS_OF_O, m, v_cols, v, 1, None) if is_staged(inputs, output) else None
+    out_over_q = choice.out_over_q and out is not None
+    first = q_buffer
+    if out and out_over_q:  # which then must be as large as the larger of the two
         out = replace(out, overlays="q")
-    first = max(q_buffer, out, key=lambda each: each.size_bytes) if choice.out_over_q else q_buffer
+        first = max(q_buffer, out, key=lambda each: each.size_bytes)
     k_buffer = buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, first)
     v_buffer = buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer)
     if scales:  # 8-bit wgmma contracts over columns alone
         v_buffer = replace(v_buffer, axes=ROWS_OF_V[::-1], rows=v_cols, cols=n, valid_cols=n)
-    if not choice.out_over_q:
+    if out and not out_over_q:
         out = replace(out, offset=round_up(v_buffer.offset + v_buffer.size_bytes, BUFFER_ALIGNMENT))
 
     def ring(name: str, count: int) -> Ring:
@@ -93,7 +97,8 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
         )
 
     if scales and scales.staged:
-        end = max(each.offset + each.size_bytes for each in (q_buffer, k_buffer, v_buffer, out))
+        tiles = (q_buffer, k_buffer, v_buffer, *((out,) if out else ()))
+        end = max(each.offset + each.size_bytes for each in tiles)
         scales = replace(scales, staged=replace(scales.staged, offset=end))
     ahead = tuple(
         (lookup, RegTile(f"ahead{i}_{lookup.name}", format, SCORES, m, n, n, "a_fragment"))
@@ -107,8 +112,10 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
     consumer = cursors(fills=False)
 
     def with_loads(ahead: tuple[tuple[Expr, RegTile], ...]) -> WarpgroupPlaces:
-        of_tile = tile_places(q_buffer, k_buffer, v_buffer, out, replace(decided, scales=scales), ahead)
-        output = Output(
+        of_tile = tile_places(
+            q_buffer, k_buffer, v_buffer, acc_o, output, out, replace(decided, scales=scales), ahead
+        )
+        of_warpgroup = Output(
             of_tile["acc_o"],
             of_tile["softmax"],
             v_buffer,
@@ -121,10 +128,10 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
         )
         return WarpgroupPlaces(
             **of_tile,
-            output=output,
+            output=of_warpgroup,
             passes_late=choice.passes_late,
             persistent=choice.persistent,
-            out_over_q=choice.out_over_q,
+            out_over_q=out_over_q,
             producer=cursors(fills=True),
             consumer=consumer,
             turn=NamedBarriers("turn", 1, 2),
@@ -188,7 +195,7 @@ def storage(choice: WarpgroupChoice, at: WarpgroupPlaces) -> dict[str, Any]:
     )
     scales = at.scores.scales
     staged = (scales.staged,) if scales and scales.staged else ()
-    buffers = (at.q, at.k, at.v, at.out, *staged)
+    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *staged)
     end = max(buffer.offset + buffer.size_bytes for buffer in buffers)
     barrier_bytes = sum(ring.size_bytes for ring in rings)
     smem_bytes = end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0)
@@ -205,16 +212,18 @@ def tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap
         box(at.q_in, choice.block_m),
         box(at.k_in, choice.block_n),
         box(at.v_in, at.v.rows),
-        box(at.result, choice.block_m // choice.warpgroups),
+        *((box(at.result, choice.block_m // choice.warpgroups),) if at.out else ()),
     )
 
 
 def params(choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
     """The fields of the parameter struct: tensor maps, pointers, sizes, what expressions read, and scales."""
     return (
-        *(Param(f"{tensor}_map", "tensor_map", f"{tensor}.map") for tensor in ("q", "k", "v", "out")),
+        *(Param(f"{tensor}_map", "tensor_map", f"{tensor}.map") for tensor in ("q", "k", "v")),
+        *((Param("out_map", "tensor_map", "out.map"),) if at.out else (Param("out", "pointer", "out.ptr"),)),
         Param("lse", "pointer", "lse.ptr"),
         *((Param("tile_counter", "pointer", "counter.ptr"),) if choice.persistent else ()),
+        *(() if at.out else row_strides(("out",))),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
         *(scale_params(at.scores.scales) if at.scores.scales else ()),

@@ -14,6 +14,8 @@ from attngen.plan.call import (
     Scalar,
     TensorMapEntry,
     Value,
+    in_bf16,
+    in_f32,
 )
 from attngen.plan.formulas import (
     FORMULA_OPS,
@@ -163,6 +165,8 @@ __all__ = [
     "field_of",
     "formula_text",
     "gradient_value",
+    "in_bf16",
+    "in_f32",
     "listing",
     "maximum",
     "minimum",

@@ -17,6 +17,7 @@ from attngen.plan.call import (
     Scalar,
     TensorMapEntry,
     Value,
+    in_f32,
 )
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import (
@@ -91,7 +92,7 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
             spec_digest=plan.spec_digest,
             values=tuple(values.values()),
             scalars=tuple(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
-            intakes=(*_intakes(plan), *((GRADIENTS,) if backward else ())),
+            intakes=(*_intakes(plan), *_intakes_of_gradients(backward)),
             kernels=tuple(map(_entry, kernels)),
             launches=tuple(_launch(kernel, plan) for kernel in kernels),
         ),
@@ -121,6 +122,18 @@ def _intakes(plan: KernelPlan) -> Iterator[Intake]:
         yield Intake("e4m3", ("q", "k", VALUE_ROWS, *DESCALES))
     descales = tuple(descale.name for descale in plan.scales)
     yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
+
+
+def _intakes_of_gradients(gradients: Iterable[KernelPlan | SumRows]) -> Iterator[Intake]:
+    """What a backward pass begins with; all of its kernels read one Q, K and V."""
+    for plan in _of_inputs(gradients):
+        tensors = (tensor.name for tensor in plan.reads if tensor.name != "dout")
+        yield Intake(GRADIENTS_INTAKE, (*tensors, "dout", "out", "lse", "dlse"))
+
+
+def _of_inputs(gradients: Iterable[KernelPlan | SumRows]) -> list[KernelPlan]:
+    """The first kernel of a backward pass, if there is one; the others read the same inputs."""
+    return [each for each in gradients if isinstance(each, KernelPlan)][:1]
 
 
 def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
@@ -223,17 +236,18 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
         yield Value(place.name, F32.name, ("batch", "num_heads_q", "seqlen_q", *columns), "scratch")
 
 
-GRADIENTS = Intake(GRADIENTS_INTAKE, (*TENSORS, "dout", "out", "lse", "dlse"))
-"""What a backward pass begins with."""
-
-
 def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows, ...]) -> Iterator[Value]:
     """The values of a backward pass that the forward has not."""
     if not gradients:
         return
     of_queries = ("batch", "num_heads_q", "seqlen_q")
     (out,) = plan.outputs
-    yield Value("dout", out.dtype.name, value_shape(out), "given", "dout", ROWS_OF_HEADS)
+    (first,) = _of_inputs(gradients)
+    for name, tensor in zip(TENSORS, first.reads, strict=False):
+        if tensor.name != name:  # of e4m3, which has no gradient
+            shape = value_shape(tensor)
+            yield Value(tensor.name, tensor.dtype.name, shape, "given", name, ROWS_OF_HEADS)
+    yield Value("dout", plan.differentiated.name, value_shape(out), "given", "dout", ROWS_OF_HEADS)
     yield Value("dlse", F32.name, of_queries, "given", "dlse", optional=True)
     for each in gradients:
         if isinstance(each, SumRows):
@@ -242,9 +256,11 @@ def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows
         yield from _tables_and_scratch(each)
         for rows in (*each.read_rows, *each.sums):
             yield Value(rows.name, F32.name, value_shape(rows), "scratch")
+        gradient_of = {in_f32(tensor.name): tensor.name for tensor in each.outputs}
         for tensor in each.outputs:
-            shape = value_shape(tensor)
-            yield Value(tensor.name, tensor.dtype.name, shape, "output", tensor.name, ROWS_OF_HEADS)
+            name, shape, optional = tensor.name, value_shape(tensor), tensor.optional
+            argument = gradient_of.get(name, name)
+            yield Value(name, tensor.dtype.name, shape, "output", argument, ROWS_OF_HEADS, optional=optional)
         for place in each.writes:
             if isinstance(place, PairMatrix):
                 yield _declared_gradient(place.of, place.dtype.name, place.shape, zeroed=not place.is_covered)

@@ -19,13 +19,23 @@ from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import Sheet
 from attngen.quantize import ScaleKind
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
 OPERANDS_INTAKE = "operands"
 """Name of the intake of values that an earlier call has quantised."""
 GRADIENTS_INTAKE = "gradients"
 """Name of the intake of a backward pass."""
+
+
+def in_bf16(tensor: str) -> str:
+    """The value that is Q, K or V as a backward pass reads it where attention itself reads e4m3."""
+    return f"{tensor}_bf16"
+
+
+def in_f32(gradient: str) -> str:
+    """The value that is a gradient in f32, whatever the type of its input."""
+    return f"{gradient}_f32"
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,8 @@ class Manifest:
 
     Parameters carry by the name of their value: of `values` addresses, strides and tensor maps; "scalar.<name>";
     run-time sizes by their own names, and as "size.<name>" those that tensors of the spec are declared with; what
-    `softmax_scale` becomes (`attngen.scaling.scale_values`). What a call has not is 0.
+    `softmax_scale` becomes (`attngen.scaling.scale_values`); "accumulates", 1 where gradients are added to what their
+    memory holds. What a call has not is 0.
 
     Attributes:
         scales, hadamard: of e4m3 operands, see `attngen.quantize.Operands`; None and False for other inputs.
@@ -319,12 +330,12 @@ class Call:
         names = dict.fromkeys(kernel.module for kernel in self.kernels)
         return {name: tuple(k for k in self.kernels if k.module == name) for name in names}
 
-    @property
+    @cached_property
     def programs(self) -> tuple[KernelPlan, ...]:
         """The attention kernels, those for the fewest keys first."""
         return tuple(plan for plan in self._plans if plan.direction == "forward")
 
-    @property
+    @cached_property
     def gradients(self) -> tuple[KernelPlan, ...]:
         """The kernels of the backward pass; none where the spec asks for no gradients."""
         return tuple(plan for plan in self._plans if plan.direction == "backward")

@@ -115,11 +115,15 @@ class NamedBarriers:
     """One hardware barrier per warpgroup, `first` onwards, at which the threads of `parties` warpgroups meet.
 
     Source: PTX ISA, bar.sync and bar.arrive; 16 a block, of which 0 is __syncthreads.
+
+    Attributes:
+        is_common: all warpgroups have one and the same.
     """
 
     name: str
     first: int
     parties: int
+    is_common: bool = False
 
     @property
     def threads(self) -> int:
@@ -246,6 +250,7 @@ class Tensor:
         cols: how many there are of the axis that is no sequence.
         heads: whose heads it has, "q" or "kv".
         workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
+        optional: a call may not ask for it; then nothing is written, or read.
     """
 
     name: str
@@ -254,6 +259,7 @@ class Tensor:
     cols: int
     heads: Literal["q", "kv"]
     workspace: bool = False
+    optional: bool = False
 
     @property
     def axis(self) -> Axis:

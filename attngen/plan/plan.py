@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attngen.arch import Arch
-from attngen.dtypes import DType
+from attngen.dtypes import BF16, E4M3, DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.formulas import Formula, ceil_div, minimum, product
 from attngen.plan.places import (
@@ -163,6 +163,11 @@ class KernelPlan:
         """The values that are the ends of tables, by the names that expressions have for them."""
         suffix = "" if self.direction == "forward" else f".{self.schedule}"
         return {end: table_value(end, self.up_to) + suffix for table in self.tables for end in table.ends}
+
+    @property
+    def differentiated(self) -> DType:
+        """The format of the inputs that gradients are of: of e4m3 ones, of those that they were made of."""
+        return BF16 if self.inputs is E4M3 else self.inputs
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:

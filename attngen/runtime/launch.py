@@ -14,6 +14,7 @@ from attngen.bind import (
     Given,
     TileTables,
     bind,
+    check_alignment,
     check_arguments,
     check_overlap,
     check_plain,
@@ -75,7 +76,8 @@ class Launcher:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Out, and lse if it is asked for; see `attngen.Kernel.__call__` for the arguments."""
         wanted = OUT_AND_LSE if return_lse else OUT
-        made = self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
+        into = () if out is None else (out,)
+        made = self.make(wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake)
         return made[0], (made[1] if return_lse else None)
 
     def make(
@@ -85,11 +87,12 @@ class Launcher:
         k: torch.Tensor,
         v: torch.Tensor,
         softmax_scale: float | None = None,
-        out: torch.Tensor | None = None,
+        into: tuple[torch.Tensor, ...] = (),
         layout: str = "bshd",
         declared: Mapping[str, Any] = _NOTHING,
         tables: TileTables | None = None,
         intake: str | None = None,
+        accumulates: bool = False,
     ) -> list[torch.Tensor]:
         """Launch on torch's current stream of q's device what the wanted values need, and return these.
 
@@ -100,27 +103,32 @@ class Launcher:
             k: likewise.
             v: likewise.
             softmax_scale: likewise.
-            out: memory for the first wanted value.
+            into: memory for the first of the wanted values.
             layout: likewise.
             declared: what is passed by name.
             tables: likewise.
             intake: as of `check_arguments`.
+            accumulates: the wanted values are added to what `into` holds.
         """
         if is_altered():
-            self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
+            self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             with torch_defaults():
-                return self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
+                return self.make(
+                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates
+                )
         try:
             if softmax_scale is not None and softmax_scale.__class__ is not float:
                 softmax_scale = softmax_scale_of(softmax_scale)
             device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
-            if out is not None or q.requires_grad or k.requires_grad or v.requires_grad:
-                check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
+            is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            if into or is_recorded:
+                memory = dict(zip(wanted, into, strict=False))
+                check_rows_of_heads(self.manifest, q, k, v, softmax_scale, memory, layout, intake)
             key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-                device, k.get_device(), v.get_device(), layout, None if out is None else out.stride(), softmax_scale,
+                device, k.get_device(), v.get_device(), layout, softmax_scale,
                 q.__class__ is k.__class__ is v.__class__ is torch.Tensor or (q.__class__, k.__class__, v.__class__),
-                wanted, tables is None, intake,
+                wanted, tables is None, intake, accumulates, tuple([x.stride() for x in into]) if into else None,
             )  # fmt: skip
             tensors: list[torch.Tensor] = []
             if declared:
@@ -132,26 +140,32 @@ class Launcher:
                        x.requires_grad and torch.is_grad_enabled()) for x in tensors],
                     *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
-                if out is not None:
-                    check_overlap(out, dict(zip(names, tensors, strict=True)))
+                for name, x in zip(wanted, into, strict=False):
+                    others = dict(zip(names, tensors, strict=True))
+                    check_overlap(self.manifest.value_of[name].passed_as, x, others)
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             # nothing, no tensor, no strides, a list, an array
-            self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
+            self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             raise
         if prepared is None:
             if numbers := self._numbers(declared):
                 declared = {**declared, **numbers}
-                return self.make(wanted, q, k, v, softmax_scale, out, layout, declared, tables, intake)
-            given = self._check(wanted, q, k, v, softmax_scale, out, layout, declared, intake)
-            prepared = self._prepare(wanted, given, q, softmax_scale, out, layout, tables is not None)
+                return self.make(
+                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates
+                )
+            given = self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
+            is_given_tables = tables is not None
+            prepared = self._prepare(
+                wanted, given, q, softmax_scale, into, layout, is_given_tables, accumulates
+            )
             remember(self._prepared, key, prepared)
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT or not (q_pointer and k_pointer and v_pointer):
             # of the empty some lie at 0
-            check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
-        made = [] if out is None else [out]
-        for shape, dtype in prepared.outputs if out is None else prepared.outputs[1:]:
+            check_rows_of_heads(self.manifest, q, k, v, softmax_scale, {}, layout, intake)
+        made = [*into]
+        for shape, dtype in prepared.outputs[len(into) :] if into else prepared.outputs:
             # Not to spell the shape takes a third less.
             made.append(torch.empty_like(q) if shape is None else q.new_empty(shape, dtype=dtype))
         for number in prepared.zeroed:
@@ -171,6 +185,9 @@ class Launcher:
         if 0 in pointers:
             for name, x in zip(self._names(declared), tensors, strict=True):
                 check_plain(name, x)
+        for i in prepared.rows:
+            if pointers[i] % ROW_ALIGNMENT:
+                check_alignment(self._names(declared)[i], tensors[i])
         addresses = (
             q_pointer, k_pointer, v_pointer, *pointers, *[x.data_ptr() for x in made],
             0 if kept is None else kept.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
@@ -191,9 +208,9 @@ class Launcher:
         intake: str | None = None,
     ) -> TileTables:
         """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
-        given = self._check(OUT, q, k, v, None, None, layout, declared, intake)
-        whole = self._prepare(OUT, given, q, None, None, layout, is_given_tables=False)
-        prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, None, layout, False)
+        given = self._check(OUT, q, k, v, None, (), layout, declared, intake)
+        whole = self._prepare(OUT, given, q, None, (), layout, is_given_tables=False)
+        prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, (), layout, False)
         with torch_defaults():
             memory = q.new_empty(whole.bound.kept.size_bytes, dtype=torch.uint8)
         made = [memory.data_ptr() + beyond for beyond in whole.bound.kept.offsets.values()]
@@ -233,15 +250,16 @@ class Launcher:
         k: torch.Tensor,
         v: torch.Tensor,
         softmax_scale: float | None,
-        out: torch.Tensor | None,
+        into: tuple[torch.Tensor, ...],
         layout: str,
         declared: Mapping[str, Any],
         intake: str | None,
     ) -> Given:
         """Look at everything that a call passes, or at q, k and v where what is wanted is made of nothing else."""
+        memory = dict(zip(wanted, into, strict=False))
         if all(self.manifest.value_of[name].source == "scratch" for name in wanted):
-            return check_rows_of_heads(self.manifest, q, k, v, softmax_scale, out, layout, intake)
-        return check_arguments(self.manifest, q, k, v, softmax_scale, out, layout, declared, intake)
+            return check_rows_of_heads(self.manifest, q, k, v, softmax_scale, memory, layout, intake)
+        return check_arguments(self.manifest, q, k, v, softmax_scale, memory, layout, declared, intake)
 
     def _prepare(
         self,
@@ -249,15 +267,17 @@ class Launcher:
         given: Given,
         q: torch.Tensor,
         softmax_scale: float | None,
-        out: torch.Tensor | None,
+        into: tuple[torch.Tensor, ...],
         layout: str,
         is_given_tables: bool,
+        accumulates: bool = False,
     ) -> Prepared:
         """Have at hand all that the launches of a signature need."""
         kept = self.manifest.kept if is_given_tables else ()
-        bound = bind(self.manifest, given, wanted, sms_of(self.manifest.arch, q.device), softmax_scale, kept)
+        num_sms, memory = sms_of(self.manifest.arch, q.device), dict(zip(wanted, into, strict=False))
+        bound = bind(self.manifest, given, wanted, num_sms, softmax_scale, kept, accumulates)
         with torch_defaults(), self._kernels.preparing(q.device):
-            prepared = prepare_signature(bound, self._kernels.function, q, out, layout)
+            prepared = prepare_signature(bound, self._kernels.function, q, memory, layout)
             if prepared.draws_tiles:
                 COUNTERS.prepare(q.get_device())
         return prepared

@@ -100,6 +100,7 @@ class Prepared:
         zeroed: which of these are 0 before the first launch.
         sizes: what kept, scratch and zeroed values take, in bytes.
         draws_tiles: whether the kernels need a tile counter.
+        rows: which of the tensors behind q, k and v have rows that start on 16 bytes, at any address of theirs.
         tables: what tables of this signature are known by.
     """
 
@@ -109,6 +110,7 @@ class Prepared:
     sizes: tuple[int, int, int]
     structs: tuple[PreparedStruct, ...]
     draws_tiles: bool
+    rows: tuple[int, ...]
     tables: TableSignature
 
 
@@ -123,7 +125,7 @@ def prepare_signature(
     bound: Bound,
     function: Callable[[KernelEntry, int], Function],
     q: torch.Tensor,
-    out: torch.Tensor | None,
+    into: Mapping[str, torch.Tensor],
     layout: str,
 ) -> Prepared:
     """Have at hand what a signature launches.
@@ -132,10 +134,10 @@ def prepare_signature(
         bound: what that is.
         function: makes a kernel ready on a device.
         q: of the call, like those that follow.
-        out: None where it will be allocated.
+        into: memory for the first of the wanted values; the others will be allocated.
         layout: "bshd" or "bhsd".
     """
-    numbers = bound.numbers(out, layout)
+    numbers = bound.numbers(into, layout)
     places = _places(bound)
     launched = bound.kernels()
     structs = []
@@ -153,6 +155,9 @@ def prepare_signature(
         (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),
         tuple(structs),
         any(param.value == COUNTER for kernel, _ in launched for param in kernel.params),
+        tuple(
+            i for i, name in enumerate(tuple(bound.given.tensors)[3:]) if bound.manifest.value_of[name].axes
+        ),
         TableSignature.of(bound.launches[-1].kernel, bound.given),
     )
 

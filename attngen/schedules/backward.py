@@ -27,7 +27,7 @@ from attngen.plan.steps import (
     ScoreGradient,
     StageTile,
     Step,
-    StoreTile,
+    StoreGradient,
     SyncThreads,
     WaitCopies,
     When,
@@ -130,6 +130,44 @@ class GradientPlaces:
 
 
 @dataclass(frozen=True)
+class OwnGradient:
+    """A gradient that a block of keys, or of queries, owns, and how it leaves the registers.
+
+    Attributes:
+        acc: (block_n or block_m, columns).
+        pairs: the A operand that it sums: dSᵀ for dK, Pᵀ for dV, dS for dQ.
+        times: the tile that this is multiplied by: of dK Q, of dV dO, of dQ K.
+        staged: in shared memory, over tiles that nobody needs any more: in f32, since a call may want it so, or want it
+            added to what it has.
+        results: where it goes: a tensor for each format that a call may want.
+        is_scaled: its pairs were left without softmax_scale.
+    """
+
+    acc: RegTile
+    pairs: RegTile
+    times: View
+    staged: Buffer
+    results: tuple[Tensor, ...]
+    is_scaled: bool
+
+
+def leave(gradients: tuple[OwnGradient, ...], block: BlockIndex, meet: Step) -> Program:
+    """Bring the gradients of a block to device memory; no warp reads a tile any more.
+
+    Args:
+        gradients: of the block.
+        block: its number.
+        meet: lets all who stage them meet.
+    """
+    return (
+        *(ScaleGradient(each.acc) for each in gradients if each.is_scaled),
+        *(StageTile(each.acc, each.staged.at()) for each in gradients),
+        meet,
+        *(StoreGradient(each.staged.at(), each.results, block) for each in gradients),
+    )
+
+
+@dataclass(frozen=True)
 class OverKeysPlaces(GradientPlaces):
     """What a kernel may name that loops over the keys of a block of queries.
 
@@ -145,33 +183,10 @@ class QueryGradientPlaces(OverKeysPlaces):
     """What the kernel of dQ may name.
 
     Attributes:
-        acc_dq: (block_m, head_dim_qk).
-        dq: where dQ is rounded, over `q`; `result`, where it goes.
+        dq: the gradient.
     """
 
-    acc_dq: RegTile
-    dq: Buffer
-    result: Tensor
-
-
-@dataclass(frozen=True)
-class OwnGradient:
-    """A gradient that a block of keys, or of queries, owns.
-
-    Attributes:
-        acc: (block_n or block_m, columns).
-        pairs: the A operand that it sums: dSᵀ for dK, Pᵀ for dV, dS for dQ.
-        times: the tile that this is multiplied by: of dK Q, of dV dO, of dQ K.
-        staged: where it is rounded, over the tile that it is the gradient of; `result`, where it goes.
-        is_scaled: its pairs were left without softmax_scale.
-    """
-
-    acc: RegTile
-    pairs: RegTile
-    times: View
-    staged: Buffer
-    result: Tensor
-    is_scaled: bool
+    dq: OwnGradient
 
 
 @dataclass(frozen=True)
@@ -250,19 +265,16 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
             Gemm(at.pair.dp, at.do.at(), v, starts_at_zero=True, unroll=at.score_unroll),
             *at.pair.of(M_BLOCK, n, is_masked),
             Note("dQ += dS K"),
-            Gemm(at.acc_dq, at.pair.ds, k, starts_at_zero=False),
+            Gemm(at.dq.acc, at.pair.ds, k, starts_at_zero=False),
         )
 
     return (
         ForTiles(
             (
-                Clear(at.acc_dq),
+                Clear(at.dq.acc),
                 *over_keys(at, work),
                 SyncThreads(),
-                ScaleGradient(at.acc_dq),
-                StageTile(at.acc_dq, at.dq.at()),
-                SyncThreads(),
-                StoreTile(at.dq.at(), at.result, M_BLOCK),
+                *leave((at.dq,), M_BLOCK, SyncThreads()),
             )
         ),
     )
@@ -312,13 +324,8 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
                 *keys,
                 *((CommitCopies(),) if at.load_at is None else ()),  # else one group with the first queries
                 ForHeads(over_queries(at, work)),
-                *(ScaleGradient(each.acc) for each in at.gradients if each.is_scaled),
-                *(
-                    LAND if wants_ds else (WaitCopies(0),)
-                ),  # nobody reads the tile of V that dV alone is staged over
-                *(StageTile(each.acc, each.staged.at()) for each in at.gradients),
-                SyncThreads(),
-                *(StoreTile(each.staged.at(), each.result, N_BLOCK) for each in at.gradients),
+                *LAND,
+                *leave(at.gradients, N_BLOCK, SyncThreads()),
             )
         ),
     )

@@ -18,9 +18,7 @@ from attngen.plan.steps import (
     ReadTile,
     ReduceRows,
     ScaleRows,
-    StageTile,
     StoreRegisters,
-    StoreTile,
     SyncThreads,
     WaitCopies,
 )
@@ -53,10 +51,7 @@ def fa2(at: Places) -> Program:
                 at.softmax.finish,
                 ScaleRows(at.acc_o, at.softmax.inv_sum),
                 StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
-                SyncThreads(),
-                StageTile(at.acc_o, at.out.at()),
-                SyncThreads(),
-                StoreTile(at.out.at(), at.result, M_BLOCK),
+                *at.store_result(M_BLOCK),
             )
         ),
     )

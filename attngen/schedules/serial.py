@@ -17,9 +17,7 @@ from attngen.plan.steps import (
     Note,
     ReduceRows,
     ScaleRows,
-    StageTile,
     StoreRegisters,
-    StoreTile,
     SyncThreads,
     WaitCopies,
     When,
@@ -78,10 +76,7 @@ def serial(at: Places) -> Program:
         LoadRegisters(at.softmax.total, at.saved_sum, M),
         at.softmax.finish,
         StoreRegisters(at.softmax.row_lse, at.lse, M),
-        SyncThreads(),
-        StageTile(at.acc_o, at.out.at()),
-        SyncThreads(),
-        StoreTile(at.out.at(), at.result, M),
+        *at.store_result(M),
     )
     return (
         ForTiles(

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from attngen.plan import Buffer, Cursor, RegTile, Rows, Tensor
+from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor
+from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.scores import Scores
@@ -16,7 +17,8 @@ class TilePlaces:
         keys: how it comes to the blocks of keys of a tile.
         scores, softmax: what it makes of a block of keys.
         acc_o: (block_m, head_dim_v), the accumulators of O.
-        q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result.
+        q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result. An f32
+            result of shorter inputs has none: it goes from registers to device memory.
         q_in, k_in, v_in, result, lse: tensors in device memory.
     """
 
@@ -27,7 +29,7 @@ class TilePlaces:
     q: Buffer
     k: Buffer
     v: Buffer
-    out: Buffer
+    out: Buffer | None
     q_in: Tensor
     k_in: Tensor
     v_in: Tensor
@@ -59,3 +61,14 @@ class Places(TilePlaces):
     o_acc: Tensor
     saved_max: Rows
     saved_sum: Rows
+
+    def store_result(self, block: BlockIndex) -> Program:
+        """Bring O of a block to device memory."""
+        if self.out is None:
+            return (StoreRegisters(self.acc_o, self.result, block),)
+        return (
+            SyncThreads(),
+            StageTile(self.acc_o, self.out.at()),
+            SyncThreads(),
+            StoreTile(self.out.at(), self.result, block),
+        )

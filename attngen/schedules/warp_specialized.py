@@ -170,7 +170,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 *(next_tile if at.persistent else ()),
             )
         ),
-        *(() if at.out_over_q else (WaitStores(),)),
+        *(() if at.out_over_q or at.out is None else (WaitStores(),)),
     )
 
 
@@ -239,12 +239,17 @@ def _leave_k(at: WarpgroupPlaces) -> Program:
 
 def _epilogue(at: WarpgroupPlaces) -> Program:
     """Each warpgroup normalises and stores its own rows; the copy engine writes them while the next tile begins."""
-    return (
+    finish = (
         Note("normalise once, at the end"),
         ReduceRows(at.softmax.total, at.softmax.row_sum),
         at.softmax.finish,
         ScaleRows(at.acc_o, at.softmax.inv_sum),
         StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
+    )
+    if at.out is None:
+        return (*finish, StoreRegisters(at.acc_o, at.result, M_BLOCK))
+    return (
+        *finish,
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),
         StageTile(at.acc_o, at.out.at().own),
         FenceAsync(),

@@ -12,7 +12,6 @@ from attngen.plan import BlockIndex, Buffer, Cursor, NamedBarriers, Program, Reg
 from attngen.plan.steps import (
     Advance,
     Clear,
-    FenceAsync,
     ForHeads,
     ForTiles,
     IssueGemm,
@@ -22,14 +21,14 @@ from attngen.plan.steps import (
     ScaleGradient,
     StageTile,
     Step,
+    StoreGradient,
     SyncWarpgroup,
+    SyncWarpgroups,
     TmaLoad,
     TmaLoadRows,
-    TmaStore,
     WaitEmpty,
     WaitFull,
     WaitGemm,
-    WaitStores,
 )
 from attngen.schedules.backward import N_BLOCK, M, OwnGradient, PairGradient, for_queries
 from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop
@@ -96,7 +95,7 @@ class WarpgroupGradientPlaces:
         pair: what becomes of products.
         q, k, v, do: tensors on their way through shared memory; no V where dV alone is wanted.
         gradients: what the kernel is for: dQ; or dV, dK, or both.
-        own: the named barriers at which a warpgroup meets itself.
+        own, common: the named barriers at which a warpgroup meets itself, and the other.
     """
 
     pair: PairGradient
@@ -106,6 +105,7 @@ class WarpgroupGradientPlaces:
     do: Stream
     gradients: tuple[OwnGradient, ...]
     own: NamedBarriers
+    common: NamedBarriers
 
     @property
     def walks(self) -> bool:
@@ -113,21 +113,20 @@ class WarpgroupGradientPlaces:
         return False
 
     def put_out(self, block: BlockIndex) -> Program:
-        """Scale each gradient, and have the copy engine write the warpgroup's rows, over what it has read last."""
+        """Bring the warpgroup's rows of the gradients to device memory; they are staged over what nobody reads."""
         return (
             *(ScaleGradient(each.acc) for each in self.gradients if each.is_scaled),
+            SyncWarpgroups(self.common),
             *(StageTile(each.acc, each.staged.at().own) for each in self.gradients),
-            FenceAsync(),
             SyncWarpgroup(self.own),
-            *(TmaStore(each.staged.at().own, each.result, block) for each in self.gradients),
-            WaitStores(),
+            *(StoreGradient(each.staged.at().own, each.results, block) for each in self.gradients),
         )
 
 
 # ---- dQ of a block of queries ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class WarpgroupQueryPlaces(WarpgroupGradientPlaces):
-    """What the kernel of dQ may name; its gradient is staged over Q.
+    """What the kernel of dQ may name.
 
     Attributes:
         keys: how it comes to the blocks of keys of a tile.
@@ -191,7 +190,7 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
 # ---- dK and dV of a block of keys -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class WarpgroupKeyPlaces(WarpgroupGradientPlaces):
-    """What a kernel of dK, of dV or of both may name; they are staged over K and V.
+    """What a kernel of dK, of dV or of both may name.
 
     Attributes:
         visible: the queries that see a key, where they have a closed form.

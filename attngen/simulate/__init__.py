@@ -11,6 +11,7 @@ from attngen.simulate.launches import STEPS_SIMULATED, count, run_call, simulate
 from attngen.simulate.prediction import Prediction, Timeline, predict, timeline
 from attngen.simulate.progress import Progress
 from attngen.simulate.roles import Event, RoleRun, StepFunction
+from attngen.simulate.simulator import Simulator
 from attngen.simulate.threads import one_thread
 from attngen.simulate.tile_source import tiles
 from attngen.simulate.trace import Trace, trace
@@ -31,6 +32,7 @@ __all__ = [
     "Progress",
     "RoleRun",
     "SimulationFault",
+    "Simulator",
     "Sizes",
     "StepFunction",
     "Timeline",

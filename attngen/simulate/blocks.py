@@ -30,6 +30,7 @@ class KernelRun:
         device: the tensors; without values in them the program is only counted.
         steps: the function of every Step.
         observer: called after every Step, or None.
+        accumulates: gradients are added to what stands there.
     """
 
     plan: KernelPlan
@@ -38,6 +39,7 @@ class KernelRun:
     device: DeviceMemory
     steps: Mapping[type[Step], StepFunction]
     observer: Callable[[Event], None] | None = None
+    accumulates: bool = False
 
 
 def scale_params(plan: KernelPlan, softmax_scale: float) -> dict[str, float]:

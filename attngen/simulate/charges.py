@@ -32,6 +32,7 @@ from attngen.plan.steps import (
     ScaleRows,
     SeedScores,
     StageTile,
+    StoreGradient,
     StoreRegisters,
     StoreTile,
     SyncThreads,
@@ -215,6 +216,12 @@ def _store_tile(units: Units, step: StoreTile, role: RoleRun) -> Paid:
     return _access_device(units, step.src.buffer.stage_bytes, False, step, role)
 
 
+def _store_gradient(units: Units, step: StoreGradient, role: RoleRun) -> Paid:
+    wanted = sum(place.dtype.bytes for place in filter(role.device.wants, step.places))
+    elements = step.src.buffer.rows * step.src.buffer.cols
+    return _access_device(units, elements * wanted, role.call.accumulates, step, role)
+
+
 def _draw_tile(units: Units, step: DrawTile, role: RoleRun) -> None:
     role.clock[TIME] = now(role) + units.costs.memory_latency
 
@@ -244,6 +251,7 @@ CHARGES: dict[type[Step], Charge] = {
     TmaStore: _tma_store,
     WaitStores: _wait_stores,
     StoreTile: _store_tile,
+    StoreGradient: _store_gradient,
     DrawTile: _draw_tile,
 }
 """What each Step costs; those that are missing (control, Release, Advance, ...) cost nothing."""

@@ -31,9 +31,9 @@ class DeviceMemory:
         """Take the values of a call.
 
         Args:
-            tensors: by the names of places, without rows not asked for; None to count only.
+            tensors: by the names of places, without those not asked for; None to count only.
             traffic: where to count, or None.
-            wanted: optional rows to write although they are not among the tensors.
+            wanted: optional places to write although they are not among the tensors.
         """
         self.holds_values = tensors is not None
         self.tensors = dict(tensors or {})
@@ -42,8 +42,8 @@ class DeviceMemory:
         self.members_written: dict[tuple[str, int], int] = {}
         self.share_rows: dict[str, int] = {}
 
-    def wants(self, place: Rows) -> bool:
-        """Whether these rows are to be written: the user asked for them, or they are not optional."""
+    def wants(self, place: Tensor | Rows) -> bool:
+        """Whether this is to be written: the call asks for it, or it is not optional."""
         return not place.optional or place.name in self.wanted
 
     def valid_rows(self, place: Tensor | Rows, tile: Tile, first: int, rows: int) -> int:
@@ -144,7 +144,7 @@ class DeviceMemory:
         """A block of rows of an output, by name and number, that not every head has written exactly once."""
         members = {member for _, member in tiles}
         wanted: tuple[Tensor | Rows, ...] = (
-            *plan.outputs,
+            *(tensor for tensor in plan.outputs if self.wants(tensor)),
             *(rows for rows in plan.written_rows if self.wants(rows)),
         )
         for place in wanted:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attngen.bind import Bound, Given, bind
-from attngen.plan import STEPS, Call, KernelPlan, Launch, Step, assemble, evaluate_formula
+from attngen.plan import STEPS, Call, KernelPlan, Launch, Step, Value, assemble, evaluate_formula
 from attngen.quantize import unpack_values
 from attngen.simulate import (
     simulated_control,
@@ -140,7 +140,7 @@ def run_call(
     Args:
         call: the kernels.
         bound: what is launched, with the tensors that the call passes.
-        kept: values that an earlier call has made.
+        kept: values that an earlier call has made, or to which this one adds.
         layout: of the output, as of `simulate`, like those that follow.
         observer: see layout.
         steps: see layout.
@@ -168,11 +168,12 @@ def run_call(
             DeviceMemory(_by_heads(kernel, sizes, values), memory),
             {**STEPS_SIMULATED, **(steps or {})},
             observer,
+            bound.accumulates,
         )
         _launch(run, launch, lockstep=LOCKSTEP if observer is None else 1)
+    outputs = {name for name in bound.wanted if _has_layout(bound.made[name].value)}
     return {
-        name: _in_layout(values[name], layout) if bound.made[name].value.axes else values[name]
-        for name in bound.wanted
+        name: _in_layout(values[name], layout) if name in outputs else values[name] for name in bound.wanted
     }
 
 
@@ -180,12 +181,17 @@ def _allocate(bound: Bound, layout: str) -> dict[str, torch.Tensor]:
     """The values that a call makes, in the order of their axes: NaN, or 0, until something is written."""
     made = {}
     for name, each in bound.made.items():
-        is_output = each.value.source == "output" and bool(each.value.axes)
-        shape = [each.shape[i] for i in (0, 2, 1, 3)] if is_output and layout == "bhsd" else each.stored
+        has_layout = _has_layout(each.value)
+        shape = [each.shape[i] for i in (0, 2, 1, 3)] if has_layout and layout == "bhsd" else each.stored
         fill = 0.0 if each.value.zeroed or not each.dtype.is_floating_point else math.nan
         whole = torch.full(shape, fill, dtype=torch.float32).to(each.dtype)
-        made[name] = _in_layout(whole, layout) if is_output else whole.expand(each.shape)
+        made[name] = _in_layout(whole, layout) if has_layout else whole.expand(each.shape)
     return made
+
+
+def _has_layout(value: Value) -> bool:
+    """Whether the call's layout is this value's."""
+    return value.source == "output" and bool(value.axes)
 
 
 def _in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -206,6 +212,8 @@ def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]
     rows = (*plan.read_rows, *plan.scratch, *plan.writes)
     found |= {place.name: values[place.name] for place in rows if place.name in values}
     for tensor in (*plan.reads, *plan.outputs):
+        if tensor.optional and tensor.name not in values:
+            continue
         x = values[tensor.name]
         if (
             tensor.is_transposed

@@ -4,7 +4,14 @@ import torch
 
 from attngen.expr import Expr, evaluate
 from attngen.plan import Axis, BlockIndex, RegTile, RegVec, View
-from attngen.plan.steps import ForHeads, RecoverP, RowNumbers, ScaleGradient, ScoreGradient
+from attngen.plan.steps import (
+    ForHeads,
+    RecoverP,
+    RowNumbers,
+    ScaleGradient,
+    ScoreGradient,
+    StoreGradient,
+)
 from attngen.simulate.roles import RoleRun, Run
 from attngen.simulate.simulated_copies import rounded
 
@@ -57,6 +64,17 @@ def score_gradient(step: ScoreGradient, role: RoleRun) -> None:
 def scale_gradient(step: ScaleGradient, role: RoleRun) -> None:
     """What dS was left without."""
     role.write(step.acc, lambda acc: acc * role.call.scale["gradient_scale"], role.read(step.acc))
+
+
+def store_gradient(step: StoreGradient, role: RoleRun) -> None:
+    """Write a buffer, or its sum with what stands there, to the places that the call wants."""
+    buffer, device = step.src.buffer, role.device
+    own = role.own_rows(buffer.rows) if step.src.own_rows else range(buffer.rows)
+    values, shape = role.read_shared(step.src), (len(own), buffer.cols)
+    first = role.index(step.block) * buffer.rows + own.start
+    for place in filter(device.wants, step.places):
+        given = device.read(place, role.tile, first, shape) if role.call.accumulates else None
+        device.write(place, role.tile, first, values if given is None else values + given, shape)
 
 
 class TilePairs:

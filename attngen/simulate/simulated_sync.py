@@ -8,6 +8,7 @@ from attngen.plan.steps import (
     Release,
     SyncThreads,
     SyncWarpgroup,
+    SyncWarpgroups,
     TakeTurn,
     WaitEmpty,
     WaitFull,
@@ -33,6 +34,11 @@ def sync_threads(step: SyncThreads, role: RoleRun) -> Run:
 def sync_warpgroup(step: SyncWarpgroup, role: RoleRun) -> None:
     """Meet the threads of the warpgroup, which the simulator runs as one."""
     role.meet()
+
+
+def sync_warpgroups(step: SyncWarpgroups, role: RoleRun) -> Run:
+    """Meet the role's other warpgroups."""
+    yield from _meet_at(_barrier(step.barriers, role, 0), role, "the other warpgroups")
 
 
 def fence_async(step: FenceAsync, role: RoleRun) -> None:
@@ -94,13 +100,16 @@ def advance(step: Advance, role: RoleRun) -> None:
 # ---- turns ----------------------------------------------------------------------------------------------------------
 def take_turn(step: TakeTurn, role: RoleRun) -> Run:
     """Wait at this warpgroup's barrier until the one before it has passed the turn."""
-    barrier = _barrier(step.turn, role, role.warpgroup)
+    yield from _meet_at(_barrier(step.turn, role, role.warpgroup), role, "its turn")
+
+
+def _meet_at(barrier: NamedBarrier, role: RoleRun, what: str) -> Run:
     phase = barrier.completed
     role.meet()
     barrier.waiting += 1
     barrier.arrive(role.clock)
     if barrier.completed == phase:
-        yield Wait(lambda: "its turn", lambda: barrier.completed > phase)
+        yield Wait(lambda: what, lambda: barrier.completed > phase)
     role.clock.join(barrier.clock)
 
 

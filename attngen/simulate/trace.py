@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from attngen.plan import KernelPlan
+from attngen.plan import KernelPlan, RegVec
 from attngen.plan.steps import (
     Exponentiate,
     Gemm,
@@ -161,9 +161,11 @@ class _Board:
         elif isinstance(step, Gemm | IssueGemm) and "v_columns" in step.acc.axes:
             o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
             self.records.append(BlockRecord(event.tile.members[0], rows, o=o, **seen.popleft()))
-        elif isinstance(step, StoreRegisters) and not step.dst.workspace:
+        elif isinstance(step, StoreRegisters) and step.dst.workspace:
+            return
+        elif isinstance(step, StoreRegisters) and isinstance(step.src, RegVec):
             self._lse[event.role] = event.value(step.src)[: len(rows)]
-        elif isinstance(step, StageTile):
+        elif isinstance(step, StageTile | StoreRegisters):
             o = event.value(step.src)[: len(rows), : plan.head_dim_v]
             self.records.append(FinishedRecord(event.tile.members[0], rows, o, self._lse[event.role]))
 

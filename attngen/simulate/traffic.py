@@ -10,7 +10,16 @@ from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import KernelPlan
-from attngen.simulate.visits import Member, Sizes, all_blocks, declared_values, heads_alike, visited_blocks
+from attngen.plan.steps import Product, walk
+from attngen.simulate.visits import (
+    Member,
+    Sizes,
+    all_blocks,
+    block_bounds,
+    declared_values,
+    heads_alike,
+    visited_blocks,
+)
 from attngen.torch_state import torch_defaults
 
 
@@ -81,6 +90,32 @@ def closed_form(
         return Traffic()
     alike = heads_alike(plan, sizes)
     return _total((_of_head(plan, sizes, members[0], return_lse), len(members)) for members in alike)
+
+
+@torch_defaults()
+def executed_flops(plan: KernelPlan, sizes: Sizes) -> int:
+    """FLOPs of the products that a kernel executes on a call, padded ones too: what `Traffic.flops` comes to.
+
+    Every pair of blocks that it visits has each of its products once, wherever they stand in the program.
+    """
+    products = {
+        (step.acc, step.first_column): step for step in walk(plan.worker.program) if isinstance(step, Product)
+    }
+    of_pair = sum(2 * each.acc.rows * each.acc.cols * each.depth for each in products.values())
+    return of_pair * sum(len(heads) * _pairs(plan, sizes, heads[0]) for heads in heads_alike(plan, sizes))
+
+
+def _pairs(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
+    """Pairs of blocks of queries and of keys that a head visits, or that the group of a head of keys does."""
+    if plan.scheduler.kind != "key_blocks":
+        return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, member), member)))
+    group = (member._replace(head=member.head + place) for place in range(sizes.group))
+    if plan.key_blocks is None:
+        return sum(
+            len(n) for each in group for n in visited_blocks(plan, sizes, all_blocks(plan, each), each)
+        )
+    blocks = range(-(-member.seqlen_k // plan.block_n))
+    return sum(seen.n_max - seen.n_min for each in group for seen in block_bounds(plan, sizes, blocks, each))
 
 
 def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:

@@ -204,7 +204,7 @@ class Precision(_Model):
     output: Annotated[
         Literal["auto", "f16", "bf16", "f32"], _one_of("known-formats", "auto", "f16", "bf16", "f32")
     ] = "auto"
-    """Of the output; auto is that of the inputs, bf16 for e4m3; f32 on the simulator only."""
+    """Of the output; auto is that of the inputs, bf16 for e4m3."""
     scales: Annotated[
         Literal["auto", "per_tensor", "per_head", "per_block", "per_token"],
         _one_of("known-scales", "auto", "per_tensor", "per_head", "per_block", "per_token"),

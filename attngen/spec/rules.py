@@ -150,24 +150,16 @@ def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator
     names = data.get("gradients")
     if not isinstance(names, list | tuple) or not names:
         return
-    if inputs == "e4m3":
-        yield Broken(
-            path="gradients",
-            value=names,
-            must="must be [] where inputs are e4m3",
-            rule="gradients-of-e4m3",
-            note="there are no gradients of e4m3 inputs yet; of bf16 and f16 inputs there are",
-            nearest=("[]",),
-        )
-        return
-    if output in ("bf16", "f16", "f32") and output != inputs:
+    of = "bf16" if inputs == "e4m3" else inputs
+    if output in ("bf16", "f16") and output != of:
+        are = "gradients of e4m3 inputs are worked out in it" if of != inputs else "as the inputs are"
         yield Broken(
             path="precision.output",
             value=output,
-            must=f"must be {inputs}, as the inputs are, where gradients are wanted",
+            must=f"must be {of}, {are}, or f32 where gradients are wanted",
             rule="output-with-gradients",
-            note="the gradient of an output has the output's type, and is multiplied by inputs",
-            nearest=(str(inputs), "auto"),
+            note="the gradient of an output is multiplied by inputs, and has their type",
+            nearest=(str(of), "f32"),
         )
     declared = [
         name for block in ("scalars", "tensors") if isinstance(data.get(block), dict) for name in data[block]

@@ -1,28 +1,28 @@
-// Read an accumulator from rows first_row .. of a dense f32 matrix; rows at or past `end_row` read as zero.
+// Read an accumulator from rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` read as zero.
 template <int kCols, int kRowTiles, int kColTiles>
-DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head, int first_row, int end_row) {
+DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head, int first_row, int end_row, i64 stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       const bool valid = row < end_row && 8 * j < kCols;
-      const float2 x = valid ? *(const float2*)(head + (i64)row * kCols + 8 * j + lane_column()) : float2{0.f, 0.f};
+      const float2 x = valid ? *(const float2*)(head + row * stride + 8 * j + lane_column()) : float2{0.f, 0.f};
       acc[r / 2][j][r % 2 * 2] = x.x, acc[r / 2][j][r % 2 * 2 + 1] = x.y;
     }
   }
 }
 
-// Write an accumulator to rows first_row .. of a dense f32 matrix; rows at or past `end_row` are dropped.
+// Write an accumulator to rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` are dropped.
 template <int kCols, int kRowTiles, int kColTiles>
-DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row) {
+DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, i64 stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       if (row < end_row && 8 * j < kCols) {
-        *(float2*)(head + (i64)row * kCols + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
+        *(float2*)(head + row * stride + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
       }
     }
   }

@@ -1,8 +1,8 @@
-// A tile of 16-bit elements in shared memory, kCols wide of which kValid mean something. Rows follow one another
-// without padding; 16-byte chunks of a row are exchanged so that eight rows of one column lie on different banks.
-template <int kRows_, int kCols, int kValid>
+// A tile in shared memory, kCols wide of which kValid mean something; a chunk of 16 bytes has kElements. Rows follow one another
+// without padding; chunks of a row are exchanged so that eight rows of one column lie on different banks.
+template <int kRows_, int kCols, int kValid, int kElements = 8>
 struct SmemTile {
-  static constexpr int kRows = kRows_, kChunks = kCols / 8, kValidChunks = kValid / 8;
+  static constexpr int kRows = kRows_, kChunks = kCols / kElements, kValidChunks = kValid / kElements;
   static constexpr int kRowBytes = kChunks * 16, kBytes = kRows * kRowBytes;
   static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
   // What the chunks of a row are exchanged by; the same for rows 8 apart.

@@ -197,12 +197,12 @@ def test_a_wrong_kernel_fails_the_comparison(
     attngen: Attngen, small: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An output of zeros exits with 1 and says where the error is largest."""
-    from attngen import kernel
+    from attngen.simulate import simulator
 
     def zeros(call: Call, bound: Bound, *_: object, **options: object) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(made.shape, dtype=made.dtype) for name, made in bound.made.items()}
 
-    monkeypatch.setattr(kernel, "run_call", zeros)
+    monkeypatch.setattr(simulator, "run_call", zeros)
     result = attngen(command[0], small, *command[1:])
     assert result.exit_code == 1, result.output
     assert "FAILED (" in result.stdout and "got 0, expected" in result.stdout

@@ -146,7 +146,7 @@ def _given(
 ) -> Given:
     q, k, v, dout = drawn
     named = {"dout": dout, **named}
-    return check_arguments(kernel.manifest, q, k, v, scale, None, "bshd", named, GRADIENTS_INTAKE)
+    return check_arguments(kernel.manifest, q, k, v, scale, {}, "bshd", named, GRADIENTS_INTAKE)
 
 
 def run_given(

@@ -89,3 +89,19 @@ def test_a_declared_tensor_changed_in_place_is_told() -> None:
     doc[:, 40:] = 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_gradient_of_an_f32_output_is_rounded(whole: bool) -> None:
+    """It is multiplied by inputs, and so takes their type; of a sum it is one number in all places."""
+    spec = {"problem": {"head_dim": 64}, "precision": {"output": "f32"}, "gradients": ["q", "k", "v"]}
+    kernel = attngen.compile({"target": "simulator", "mask": "causal", **spec})
+    inputs = leaves(70, 90, 90)
+    out, lse = kernel(*inputs, return_lse=True)
+    upstream = torch.randn(out.shape) if whole else torch.ones(()).expand(out.shape)
+    found = torch.autograd.grad(out, inputs, upstream)
+    q, k, v = (x.detach() for x in inputs)
+    dout = upstream.bfloat16().contiguous()
+    expected = kernel.backward(dout, q, k, v, out.detach(), lse.detach())
+    assert out.dtype == torch.float32 and all(x.dtype == torch.bfloat16 for x in found)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

@@ -192,7 +192,7 @@ def test_a_fault_in_a_step_is_found(case: DeclaredCase, step: type) -> None:
 
     wanted = kernel.gradients[3:]
     named = {"dout": dout, "out": out, "lse": lse, **declared}
-    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+    given = check_arguments(kernel.manifest, q, k, v, None, {}, "bshd", named, GRADIENTS_INTAKE)
     changed = run_call(kernel.call, bind(kernel.manifest, given, wanted, 2), steps={step: forgets})[wanted[0]]
     assert case.verdict(got, drawn, declared, out=out, lse=lse).ok
     verdict = case.verdict((*got[:3], changed), drawn, declared, out=out, lse=lse)

@@ -55,7 +55,7 @@ def run_gradient(case: DeclaredCase, kernel: attngen.Kernel, call: Call | None =
     (q, k, v, dout), declared = case.inputs_on("cpu")
     out, lse = kernel(q, k, v, return_lse=True, **declared)
     named = {"dout": dout, "out": out, "lse": lse, **declared}
-    given = check_arguments(kernel.manifest, q, k, v, None, None, "bshd", named, GRADIENTS_INTAKE)
+    given = check_arguments(kernel.manifest, q, k, v, None, {}, "bshd", named, GRADIENTS_INTAKE)
     wanted = kernel.gradients[3:]
     return run_call(call or kernel.call, bind(kernel.manifest, given, wanted, 2))[wanted[0]]
 

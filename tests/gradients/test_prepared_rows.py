@@ -10,6 +10,7 @@ import torch
 
 import attngen
 from attngen.arch import ARCHS
+from attngen.dtypes import DTYPES
 from attngen.emit import emit_module
 from attngen.plan import PADDED_ROWS, PrepareRows, evaluate_formula
 from attngen.runtime import DiskCache, disassemble
@@ -25,18 +26,21 @@ C_TYPES = {"pointer": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_in
 
 
 @cache
-def sheet(head_dim_v: int, output: str = "bf16", arch: str = "sm_90a") -> PrepareRows:
+def sheet(head_dim_v: int, formats: str = "bf16", arch: str = "sm_90a") -> PrepareRows:
+    """Of inputs of a format, and an output of that or of another: "bf16, f32"."""
+    inputs, *output = formats.split(", ")
     problem = {"head_dim": {"qk": 64, "v": head_dim_v}}
-    spec = {"problem": problem, "precision": {"inputs": output}, "gradients": ["q", "k", "v"]}
+    precision = {"inputs": inputs, "output": output[0] if output else "auto"}
+    spec = {"problem": problem, "precision": precision, "gradients": ["q", "k", "v"]}
     return PrepareRows(kernel_plan(attngen.load(spec), ARCHS[arch]))
 
 
-def inputs(shape: Shape, head_dim_v: int, output: str, with_dlse: bool = True) -> dict[str, torch.Tensor]:
+def inputs(shape: Shape, head_dim_v: int, formats: str, with_dlse: bool = True) -> dict[str, torch.Tensor]:
     """O and dO of different strides, rows without keys among the others."""
     batch, rows, heads = shape
-    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[output]
+    dtype, *_, of_out = (getattr(torch, DTYPES[name].torch_name) for name in 2 * formats.split(", "))
     random = torch.Generator().manual_seed(head_dim_v)
-    out = torch.randn(batch, rows, heads, head_dim_v, generator=random).to(dtype)
+    out = torch.randn(batch, rows, heads, head_dim_v, generator=random).to(of_out)
     dout = torch.randn(batch, heads, rows, head_dim_v + 8, generator=random).to(dtype)
     lse = 30 * torch.randn(batch, heads, rows, generator=random)
     lse.view(-1)[::7], lse.view(-1)[3::11] = -math.inf, math.inf
@@ -100,13 +104,13 @@ def run_on_cpu(of: PrepareRows, values: dict[str, torch.Tensor]) -> dict[str, to
     return made
 
 
-@pytest.mark.parametrize("output", ["bf16", "f16"])
+@pytest.mark.parametrize("formats", ["bf16", "f16", "bf16, f32"])
 @pytest.mark.parametrize("head_dim_v", [32, 40, 128, 192, 256])
-def test_text_and_torch_function_say_what_fp64_says(head_dim_v: int, output: str) -> None:
+def test_text_and_torch_function_say_what_fp64_says(head_dim_v: int, formats: str) -> None:
     """Several batches and heads, rows that do not fill a block, other strides, with and without a gradient of lse."""
-    of = sheet(head_dim_v, output)
+    of = sheet(head_dim_v, formats)
     for shape, with_dlse in (((2, of.block_rows + 5, 3), True), ((1, 70, 2), False)):
-        values = inputs(shape, head_dim_v, output, with_dlse)
+        values = inputs(shape, head_dim_v, formats, with_dlse)
         torch_says = prepare_rows(of, values, Sizes(*shape[:2], 1, shape[2], shape[2]))
         assert_right(torch_says, values)
         assert_right(run_on_cpu(of, values), values)
@@ -145,19 +149,21 @@ def test_a_call_without_rows_has_no_blocks() -> None:
 
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("formats", ["f16", "bf16, f32"])
 @pytest.mark.parametrize("head_dim_v", [32, 128, 256])
-def test_the_text_compiles_without_spills(head_dim_v: int, arch: str) -> None:
+def test_the_text_compiles_without_spills(head_dim_v: int, formats: str, arch: str) -> None:
     """Whole in registers; all loads of O and dO are under way before the first is used; it waits as others do."""
-    of = sheet(head_dim_v, "f16", arch)
+    of = sheet(head_dim_v, formats, arch)
     compiled = DiskCache().get(emit_module((of,)), arch)
     (used,) = compiled.resources
     assert compiled.warnings == () and used.name == of.name
     assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0)
-    assert used.registers * 8 * of.threads <= of.arch.registers_per_sm
+    blocks = 7 if "f32" in formats else 8  # an f32 row is half as long again in all
+    assert used.registers * blocks * of.threads <= of.arch.registers_per_sm
     sass = disassemble(compiled.cubin).splitlines()
     loads = [number for number, line in enumerate(sass) if "LDG.E.128" in line]
     uses = [number for number, line in enumerate(sass) if "SHFL" in line]
-    assert len(loads) == 2 * of.lane_rows and max(loads) < min(uses)
+    assert len(loads) == (3 if "f32" in formats else 2) * of.lane_rows and max(loads) < min(uses)
     if of.arch.starts_early:
         assert not done_before_waiting("\n".join(sass))
 
@@ -170,3 +176,14 @@ def test_a_module_of_its_own() -> None:
     types = [param.ctype for param in of.params]
     ranks = [("pointer", "i64", "i32").index(each) for each in types]
     assert all(a <= b for a, b in pairwise(ranks))
+
+
+def test_rows_2_to_the_30_elements_apart() -> None:
+    """Offsets beyond 2^31 elements are those of 64 bits, of O and of dO; most of the memory is never touched."""
+    of = sheet(64)
+    values = inputs((1, 3, 1), 64, "bf16")
+    expected = run_on_cpu(of, values)
+    for name in ("out", "dout"):
+        far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((1, 3, 1, 64), (0, 2**30, 0, 1))
+        found = run_on_cpu(of, values | {name: far.copy_(values[name])})
+        assert all(torch.equal(found[each], expected[each]) for each in of.writes)

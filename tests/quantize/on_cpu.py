@@ -22,6 +22,8 @@ _IN_CPP = {
     "f16_to_float": "float f16_to_float(u16 x) { return half_to_float(x); }",
     "smem_address": "u32 smem_address(const void* p) { return shared_address(p); }",
     "store_shared": "void store_shared(u32 address, u32 x) { at_shared<u32>(address) = x; }",
+    "store_shared_8": "void store_shared_8(u32 address, float x, float y) "
+    "{ at_shared<float>(address) = x; at_shared<float>(address + 4) = y; }",
     "load_shared_16": "uint4 load_shared_16(u32 address) { return at_shared<uint4>(address); }",
     "max_or_nan": "float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }",
     "cp_async_16": "void cp_async_16(u32 dst, const void* src, int bytes) "

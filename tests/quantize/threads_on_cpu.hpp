@@ -21,6 +21,7 @@ using std::min;
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x; };
 static Index blockIdx, gridDim, threadIdx;
 

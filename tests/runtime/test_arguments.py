@@ -17,7 +17,8 @@ def tensors(heads_kv: int = 2) -> dict[str, torch.Tensor]:
 
 
 def refused(**changes: object) -> attngen.ArgumentError:
-    arguments = {**tensors(), "softmax_scale": None, "out": None, "layout": "bshd"} | changes
+    out = {"into": {"out": changes.pop("out")}} if "out" in changes else {}
+    arguments = {**tensors(), "softmax_scale": None, "layout": "bshd"} | changes | out
     with pytest.raises(attngen.ArgumentError) as caught:
         check_arguments(KERNEL.manifest, **arguments)
     return caught.value
@@ -25,7 +26,7 @@ def refused(**changes: object) -> attngen.ArgumentError:
 
 def test_good_arguments_pass() -> None:
     """The sizes and strides come back, a stride of a size-1 dimension as 0."""
-    given = check_arguments(KERNEL.manifest, **tensors(), softmax_scale=None, out=None, layout="bshd")
+    given = check_arguments(KERNEL.manifest, **tensors(), softmax_scale=None, layout="bshd")
     sizes = {"batch": 2, "seqlen_q": 16, "seqlen_k": 24, "num_heads_q": 4, "num_heads_kv": 2, "group": 2}
     assert given.sizes == sizes
     assert strides(given.tensors["q"]) == (16 * 4 * 64, 4 * 64, 64, 1)
@@ -74,7 +75,7 @@ def test_a_length_leaves_room_for_the_last_tile() -> None:
         assert error.argument == next(iter(changes))
         assert (error.got, error.expected) == (f"length {2**30 - 511}", "at most 2^30 - 512")
     given = {name: x[:, 1:] for name, x in given.items()}
-    sizes = check_arguments(KERNEL.manifest, **given, softmax_scale=None, out=None, layout="bshd").sizes
+    sizes = check_arguments(KERNEL.manifest, **given, softmax_scale=None, layout="bshd").sizes
     assert sizes["seqlen_q"] == sizes["seqlen_k"] == LARGEST_LENGTH
 
 
@@ -91,7 +92,9 @@ def test_out_may_be_a_slice_of_a_packed_tensor() -> None:
     """Columns of one buffer that never meet are legal: q, and out beside it."""
     packed = torch.zeros(2, 16, 8, 64).bfloat16()
     q, out = packed[:, :, :4], packed[:, :, 4:]
-    check_arguments(KERNEL.manifest, **(tensors() | {"q": q}), softmax_scale=None, out=out, layout="bshd")
+    check_arguments(
+        KERNEL.manifest, **(tensors() | {"q": q}), softmax_scale=None, into={"out": out}, layout="bshd"
+    )
 
 
 def test_nothing_is_touched_by_a_refused_call() -> None:

@@ -8,12 +8,11 @@ import torch
 import attngen
 from attngen.arch import ARCHS
 from attngen.emit import emit_module
-from attngen.kernel import run_call
 from attngen.lower import lower
 from attngen.plan import Call
 from attngen.runtime import Launcher, launch
 from attngen.runtime.nvrtc import compile_source
-from attngen.simulate import launches
+from attngen.simulate import launches, simulator
 from tests.plans import no_code
 
 DOCUMENTS: dict[str, Any] = {"mask": "document(doc)", "tensors": {"doc": "i32[batch, seqlen_k]"}}
@@ -90,7 +89,7 @@ def test_simulator_and_runtime_run_one_list(
         "_run_blocks",
         lambda each, source: (simulated.append(each.plan.name), run_blocks(each, source)),
     )
-    assert run_call is launches.run_call
+    assert simulator.run_call is launches.run_call
     attngen.Kernel(attngen.load({"problem": {"head_dim": 64}}), call)(q, q, q, **declared)
     assert simulated == started
 

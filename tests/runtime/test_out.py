@@ -81,7 +81,9 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     """The error names `out` and what is wrong with it; the simulator, minutes of work, has not started."""
-    monkeypatch.setattr("attngen.kernel.run_call", lambda *_, **__: pytest.fail("the simulator ran"))
+    monkeypatch.setattr(
+        "attngen.simulate.simulator.run_call", lambda *_, **__: pytest.fail("the simulator ran")
+    )
     call = {name: torch.randn(SHAPE) for name in "qkv"} | {"bias": torch.randn(SHAPE[1:])}
     with pytest.raises(ArgumentError, match=word) as fault:
         attngen.compile(SPEC)(**call, out=OUTS[word](tmp_path, call))

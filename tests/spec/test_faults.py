@@ -157,11 +157,11 @@ def test_every_fault_of_e4m3_is_in_one_report() -> None:
 def test_gradients_that_are_not_there_yet_are_refused_with_the_reason() -> None:
     """Of some inputs alone, and of e4m3 inputs."""
     assert "of some of the inputs alone yet" in only(f"{HEAD_DIM}gradients: [q, v]\n").note
-    of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3}}\ngradients: [v, k, q]\n")
-    assert of_e4m3.message == "gradients must be [] where inputs are e4m3" and of_e4m3.nearest == ("[]",)
-    assert of_e4m3.rule == "gradients-of-e4m3" and "no gradients of e4m3 inputs yet" in of_e4m3.note
+    of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3, output: f16}}\ngradients: [v, k, q]\n")
+    assert (of_e4m3.rule, of_e4m3.nearest) == ("output-with-gradients", ("bf16", "f32"))
+    assert "must be bf16, gradients of e4m3 inputs are worked out in it" in of_e4m3.message
     other = only(f"{HEAD_DIM}precision: {{inputs: bf16, output: f16}}\ngradients: [q, k, v]\n")
-    assert (other.rule, other.nearest) == ("output-with-gradients", ("bf16", "auto"))
+    assert (other.rule, other.nearest) == ("output-with-gradients", ("bf16", "f32"))
 
 
 DECLARES = """

@@ -48,7 +48,13 @@ from attngen.plan.steps.declared_steps import (
     SumPairs,
 )
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
-from attngen.plan.steps.gradient_steps import RecoverP, RowNumbers, ScaleGradient, ScoreGradient
+from attngen.plan.steps.gradient_steps import (
+    RecoverP,
+    RowNumbers,
+    ScaleGradient,
+    ScoreGradient,
+    StoreGradient,
+)
 from attngen.plan.steps.scales import (
     CopyRows,
     Promote,
@@ -84,6 +90,7 @@ from attngen.plan.steps.sync import (
     Release,
     SyncThreads,
     SyncWarpgroup,
+    SyncWarpgroups,
     TakeTurn,
     WaitEmpty,
     WaitFull,
@@ -148,6 +155,7 @@ __all__ = [
     "StageTile",
     "StartWalk",
     "Step",
+    "StoreGradient",
     "StorePairs",
     "StoreRegisters",
     "StoreTable",
@@ -155,6 +163,7 @@ __all__ = [
     "SumPairs",
     "SyncThreads",
     "SyncWarpgroup",
+    "SyncWarpgroups",
     "TakeTile",
     "TakeTurn",
     "TmaLoad",

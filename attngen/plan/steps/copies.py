@@ -44,7 +44,7 @@ class WaitCopies(Step):
 
 @dataclass(frozen=True)
 class StageTile(Step):
-    """Round an accumulator to the type of a buffer and write it there, each warp its rows."""
+    """Write an accumulator to a buffer, rounded to its type, each warp its rows."""
 
     src: RegTile
     dst: View

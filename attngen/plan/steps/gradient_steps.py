@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from attngen.errors import InternalError
 from attngen.expr import Expr, magnitude, tensor_names
-from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, View
+from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, Tensor, View
 from attngen.plan.steps.step import Step
 
 RowNumbers = Rows | RegVec | View
@@ -105,3 +105,23 @@ class ScaleGradient(Step):
 
     def __str__(self) -> str:
         return f"{self.acc} = {self.acc} times the scale of gradients"
+
+
+@dataclass(frozen=True)
+class StoreGradient(Step):
+    """Write a buffer of f32 to a block of rows in device memory; rows past the sequence are dropped.
+
+    A call that accumulates adds what stands there, and the sum is rounded.
+
+    Attributes:
+        src: of a warpgroup its own rows.
+        places: one for each format that a call may want; of those that it does not want nothing is read or written.
+    """
+
+    src: View
+    places: tuple[Tensor, ...]
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        places = " or ".join(map(str, self.places))
+        return f"store {places}[{self.block}] <- {self.src}, or add it where the call accumulates"

@@ -81,6 +81,16 @@ class SyncWarpgroup(Step):
 
 
 @dataclass(frozen=True)
+class SyncWarpgroups(Step):
+    """Wait for all threads of the role's warpgroups; orders their shared memory accesses."""
+
+    barriers: NamedBarriers
+
+    def __str__(self) -> str:
+        return "sync all warpgroups"
+
+
+@dataclass(frozen=True)
 class FenceAsync(Step):
     """Let the copy engine and wgmma see what this thread's ordinary stores wrote to shared memory."""
 

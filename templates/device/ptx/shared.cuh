@@ -25,6 +25,9 @@ DEV uint2 load_shared_8(u32 address) {
   return x;
 }
 
+// PTX ISA: st.shared, .v2.
+DEV void store_shared_8(u32 address, float x, float y) { asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory"); }
+
 // PTX ISA: st.shared, .v4.
 DEV void store_shared_16(u32 address, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");

@@ -1,0 +1,144 @@
+"""Running a call on CPU tensors: what `attngen.runtime.Launcher` does on CUDA ones, by the same methods."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attngen.bind import (
+    Bound,
+    Given,
+    TableSignature,
+    TileTables,
+    bind,
+    check_arguments,
+    check_rows_of_heads,
+    softmax_scale_of,
+)
+from attngen.errors import ArgumentError
+from attngen.plan import Call, KernelPlan
+from attngen.simulate.launches import run_call
+from attngen.simulate.progress import Progress
+from attngen.simulate.traffic import executed_flops
+from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values
+from attngen.torch_state import torch_defaults
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+class Simulator:
+    """Runs the kernels of a call on CPU tensors, in the caller's thread.
+
+    Args:
+        call: the kernels.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.manifest = call.manifest
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+        declared: Mapping[str, Any] = _NOTHING,
+        tables: TileTables | None = None,
+        intake: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Out, and lse if it is asked for; see `attngen.Kernel.__call__` for the arguments."""
+        wanted = ("out", "lse") if return_lse else ("out",)
+        into = () if out is None else (out,)
+        made = self.make(wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake)
+        return made[0], (made[1] if return_lse else None)
+
+    def make(
+        self,
+        wanted: tuple[str, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None = None,
+        into: tuple[torch.Tensor, ...] = (),
+        layout: str = "bshd",
+        declared: Mapping[str, Any] = _NOTHING,
+        tables: TileTables | None = None,
+        intake: str | None = None,
+        accumulates: bool = False,
+    ) -> list[torch.Tensor]:
+        """Run what the wanted values need, and return these; see `attngen.runtime.Launcher.make` for the arguments."""
+        memory = dict(zip(wanted, into, strict=False))
+        given = self._check(wanted, q, k, v, softmax_scale, memory, layout, declared, intake)
+        kept = dict(self._kept(tables, given)) if tables is not None else {}
+        scale = None if softmax_scale is None else softmax_scale_of(softmax_scale)
+        bound = bind(self.manifest, given, wanted, SIMULATED_SMS, scale, kept, accumulates)
+        if accumulates:  # in memory of its own: what a caller has changes when all is done
+            with torch_defaults():
+                for name, x in memory.items():
+                    kept[name] = x.transpose(1, 2).clone() if layout == "bhsd" else x.clone()
+        with Progress(lambda: self._flops(bound)) as progress:
+            found = run_call(self.call, bound, kept, layout=layout, memory=progress)
+        for name, x in memory.items():
+            with torch_defaults(), torch.inference_mode(x.is_inference()):  # where alone it may be written
+                found[name] = x.copy_(found[name])
+        return [found[name] for name in wanted]
+
+    def tables(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str,
+        declared: Mapping[str, Any],
+        intake: str | None = None,
+    ) -> TileTables:
+        """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
+        given = self._check(("out",), q, k, v, None, {}, layout, declared, intake)
+        whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
+        prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
+        made = run_call(self.call, prefix)
+        return TileTables.of(self._table_signature(given), given.declared.values(), made)
+
+    def _check(
+        self,
+        wanted: tuple[str, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None,
+        into: Mapping[str, torch.Tensor],
+        layout: str,
+        declared: Mapping[str, Any],
+        intake: str | None,
+    ) -> Given:
+        """Look at everything that a call passes, or at q, k and v where what is wanted is made of nothing else."""
+        if all(self.manifest.value_of[name].source == "scratch" for name in wanted):
+            return check_rows_of_heads(self.manifest, q, k, v, softmax_scale, into, layout, intake)
+        if isinstance(q, torch.Tensor) and q.device.type != "cpu":
+            raise ArgumentError("q", f"device {q.device}", "a CUDA or a CPU tensor")
+        return check_arguments(self.manifest, q, k, v, softmax_scale, into, layout, declared, intake)
+
+    def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
+        """The values of tables that an earlier call has filled."""
+        TileTables.check(tables, self._table_signature(given), given.declared.values())
+        if isinstance(tables.memory, torch.Tensor):
+            raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
+        return tables.memory
+
+    def _table_signature(self, given: Given) -> TableSignature:
+        return TableSignature.of(self.call.serving(given.sizes["seqlen_k"]).name, given)
+
+    def _flops(self, bound: Bound) -> int:
+        """Those of all that a call launches."""
+        sizes, passed = Sizes.of(bound.sizes, Declared()), {**bound.given.scalars, **bound.given.declared}
+        plans = (self.call.kernel_of[launch.kernel] for launch in bound.launches)
+        return sum(
+            executed_flops(plan, replace(sizes, declared=declared_values(plan, sizes, passed)))
+            for plan in plans
+            if isinstance(plan, KernelPlan)
+        )
