@@ -1,9 +1,9 @@
 """Times that the timeline predicts beside measured ones: `python benchmarks/timeline_vs_measured.py FILE.json ...`.
 
-Takes what bench_hopper.py (its grid) and bench_fa2.py write, with batch·seqlen = 16384 and heads·head_dim = 2048.
-Kernels are lowered anew, so the tables of the present tree hold, not those of the measurement. The last column is the
-clock at which the two would be equal: below what the GPU really ran at, the schedule loses time that the model does not
-know of. `--clock` puts a measured clock in the table's place.
+Takes what bench_hopper.py (its grid), bench_fa2.py and bench_backward.py write, with batch·seqlen = 16384
+and heads·head_dim = 2048. Kernels are lowered anew, so the tables of the present tree hold, not those of the
+measurement. The last column is the clock at which the two would be equal: below what the GPU really ran at, the
+schedule loses time that the model does not know of. `--clock` puts a measured clock in the table's place.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 import attngen
 from attngen.arch import ARCHS
 from attngen.check.timing import Point, geometric_mean, grid_shape
-from attngen.cli.facts import attention_resources
+from attngen.cli.facts import resources_of
 from attngen.cli.output import console, table
 from attngen.cli.timeline import resident_blocks
 from attngen.errors import ToolchainError
 from attngen.lower import lower
-from attngen.plan import assemble
-from attngen.simulate import costs_of, predict
+from attngen.plan import KernelPlan
+from attngen.simulate import Costs, costs_of, predict
 from attngen.spec import load
 
 ARCH = ARCHS["sm_90a"]
@@ -39,10 +39,11 @@ NAME = re.compile(
 
 @dataclass(frozen=True)
 class Measured:
-    """One kernel at one length."""
+    """What ran at one length: a forward kernel, or the kernels of a backward pass that are programs."""
 
     label: str
     kernel: attngen.Kernel
+    plans: tuple[KernelPlan, ...]
     seqlen: int
     milliseconds: float
 
@@ -50,6 +51,9 @@ class Measured:
 def measured(rows: list[dict[str, Any]]) -> Iterator[Measured]:
     """The points of a file that can be predicted."""
     for row in rows:
+        if "kernel" not in row:
+            yield backward(row)
+            continue
         found = NAME.match(row["kernel"])
         if found and row.get("group", "grid") == "grid":
             spec = load(
@@ -62,10 +66,36 @@ def measured(rows: list[dict[str, Any]]) -> Iterator[Measured]:
                 }
             )
             kernel = attngen.Kernel(spec, lower(spec, ARCH))
-            served = assemble((kernel.call.serving(row["seqlen"]),))
-            yield Measured(
-                found["kind"], attngen.Kernel(spec, served), row["seqlen"], median(row["ms"]["attngen"])
-            )
+            served = kernel.call.serving(row["seqlen"])
+            yield Measured(found["kind"], kernel, (served,), row["seqlen"], median(row["ms"]["attngen"]))
+
+
+def backward(row: dict[str, Any]) -> Measured:
+    """A point of bench_backward.py."""
+    spec = load(
+        {
+            "target": ARCH.name,
+            "problem": {"head_dim": row["head_dim"]},
+            "mask": "causal" if row["causal"] else "full",
+            "gradients": ["q", "k", "v"],
+        }
+    )
+    kernel = attngen.Kernel(spec, lower(spec, ARCH))
+    milliseconds = median(row["ms"]["attngen"])
+    return Measured("backward", kernel, kernel.call.gradients, row["seqlen"], milliseconds)
+
+
+def seconds_of(point: Measured, costs: Costs) -> float:
+    """What is predicted for all kernels of a point."""
+    shape = grid_shape(point.seqlen, point.kernel.plan.head_dim_qk)
+    sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
+    total = 0.0
+    for plan in point.plans:
+        used = None
+        with suppress(ToolchainError):
+            used = resources_of(point.kernel, plan)
+        total += predict(plan, *sizes, costs=costs, slots=resident_blocks(plan, used)).seconds
+    return total
 
 
 def main(files: list[Path], clock_hz: float | None) -> None:
@@ -77,21 +107,16 @@ def main(files: list[Path], clock_hz: float | None) -> None:
     for path in files:
         for point in measured(json.loads(path.read_text(encoding="utf-8"))["rows"]):
             plan = point.kernel.plan
-            used = None
-            with suppress(ToolchainError):
-                used = attention_resources(point.kernel)
-            shape = grid_shape(point.seqlen, plan.head_dim_qk)
-            slots = resident_blocks(plan, used)
-            sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
-            found = predict(plan, *sizes, costs=costs, slots=slots)
-            flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask_text == "causal").flops
-            ratio = found.seconds * 1e3 / point.milliseconds
+            seconds, shape = seconds_of(point, costs), grid_shape(point.seqlen, plan.head_dim_qk)
+            counted = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask_text == "causal")
+            flops = counted.backward_flops if point.label == "backward" else counted.flops
+            ratio = seconds * 1e3 / point.milliseconds
             ratios.append(ratio)
-            tflops = (flops / found.seconds / 1e12, flops / point.milliseconds / 1e9)
+            tflops = (flops / seconds / 1e12, flops / point.milliseconds / 1e9)
             cells.append(
                 (
                     str(plan.head_dim_qk), plan.mask_text, str(point.seqlen), point.label,
-                    f"{found.seconds * 1e3:.3f}", f"{point.milliseconds:.3f}", *(f"{x:.0f}" for x in tflops),
+                    f"{seconds * 1e3:.3f}", f"{point.milliseconds:.3f}", *(f"{x:.0f}" for x in tflops),
                     f"{ratio:.3f}", f"{costs.clock_hz * ratio / 1e9:.2f}",
                 )
             )  # fmt: skip

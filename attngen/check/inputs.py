@@ -86,6 +86,13 @@ class Shape:
 
 
 @torch_defaults()
+def random_like(x: Tensor, seed: int = 0) -> Tensor:
+    """Draw N(0, 1) in the shape and dtype of a tensor, on its device: the gradient of an output, say."""
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return drawn.to(x.device, x.dtype)
+
+
+@torch_defaults()
 def random_inputs(
     shape: Shape,
     head_dim_qk: int,

@@ -6,12 +6,13 @@ the Hadamard matrix they stay in that basis, which leaves their products as they
 tensors, to the reference on these. Nothing here runs a kernel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from attngen.check.accuracy import Accuracy, compare, score_unit_of
+from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.check.reference import Layout, Roundings
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
@@ -97,6 +98,41 @@ def judge(
         inputs = (q, k, v)
         operands = quantized(plan, *(x if layout == "bshd" else x.transpose(1, 2) for x in inputs))
     return compare_operands(out, lse, operands, mask, softmax_scale, layout, inputs, by_gpu, **about)
+
+
+def judge_gradients(
+    spec: Spec,
+    gradients: Iterable[torch.Tensor],
+    inputs: Inputs,
+    dout: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    layout: Layout = "bshd",
+    *,
+    declared: Mapping[str, Any] | None = None,
+) -> GradientAccuracy:
+    """Hold what a backward pass returned to the rule of `attngen.check.gradients`.
+
+    Args:
+        spec: of the kernel.
+        gradients: dq, dk and dv, as the pass returned them.
+        inputs: q, k and v, as the call took them.
+        dout: the gradient of out that the pass took, like out, lse, dlse, softmax_scale, layout and declared.
+        out: what the forward call returned, like lse; `judge` holds both to their own rule.
+        lse: see out.
+        dlse: see dout.
+        softmax_scale: see dout.
+        layout: see dout.
+        declared: see dout.
+
+    Raises:
+        ArgumentError: a gradient has not the shape of its input.
+    """
+    about: dict[str, Any] = {"out": out, "lse": lse, "dlse": dlse, "declared": declared}
+    mask, score = spec.mask_expr, spec.score_expr
+    return compare_gradients(gradients, *inputs, dout, mask, softmax_scale, layout, score=score, **about)
 
 
 @torch_defaults()

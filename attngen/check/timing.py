@@ -10,8 +10,8 @@ import math
 import platform
 import random
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -60,6 +60,10 @@ def grid_shape(
     return Shape(max(1, tokens // seqlen), heads, heads // group, seqlen, seqlen)
 
 
+BACKWARD_FLOPS = 2.5
+"""FLOPs of a backward pass to those of the forward, by the field's convention: five products for two."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One shape of a benchmark."""
@@ -75,6 +79,11 @@ class Point:
         shape = self.shape
         full = 2 * shape.seqlen_q * shape.seqlen_k * (self.head_dim_qk + self.head_dim_v)
         return full * shape.heads * shape.batch / (2 if self.causal else 1)
+
+    @property
+    def backward_flops(self) -> float:
+        """FLOPs of the backward pass, as the field counts them."""
+        return BACKWARD_FLOPS * self.flops
 
 
 def measure(
@@ -140,16 +149,63 @@ def peer(
     Raises:
         ToolchainError: the peer is not present here, or does not take this problem.
     """
-    try:
+    with _absence_told(name):
         flex = partial(_flex, declared=declared)
         run = flex(q, k, v, mask, score) if name == "flex" else _sdpa(name, q, k, v, mask, score)
         run()
-    except (RuntimeError, ValueError, ImportError) as error:  # what torch and its compilers refuse with
+    return run
+
+
+def backward_peer(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    mask: Expr,
+    score: Expr = SCORE,
+    declared: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
+    """The backward pass of a `peer`, already run once: all its kernels, and none of the forward.
+
+    Args:
+        name: as of `peer`, like what follows; of declared tensors there are no gradients.
+        q: see name.
+        k: see name.
+        v: see name.
+        dout: the gradient of out, (batch, seqlen, heads, head_dim).
+        mask: see name.
+        score: see name.
+        declared: see name.
+
+    Returns:
+        A call that gives the gradients of q, k and v.
+
+    Raises:
+        ToolchainError: the peer is not present here, or does not take this problem.
+    """
+    from torch._functorch import config
+
+    q, k, v = leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    # What is compiled may otherwise overwrite what a second differentiation of one graph reads.
+    with config.patch(donated_buffer=False):
+        out = peer(name, q, k, v, mask, score, declared)()
+        run = partial(torch.autograd.grad, out, leaves, dout.transpose(1, 2), retain_graph=True)
+        with _absence_told(name):
+            run()
+    return run
+
+
+@contextmanager
+def _absence_told(name: str) -> Iterator[None]:
+    """Say that a peer does not take part, where torch or one of its compilers refuses."""
+    try:
+        yield
+    except (RuntimeError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ToolchainError(
             f"{name} does not take part: {reason}", f"--against names the peers to measure: leave {name} out"
         ) from error
-    return run
 
 
 def peers(

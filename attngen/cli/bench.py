@@ -1,6 +1,6 @@
 """`attngen bench`: this kernel and its peers in one process, interleaved; a table, JSON and a plot."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,9 +13,11 @@ from rich.table import Table
 from attngen.api import resolve_arch
 from attngen.check import timing as measuring
 from attngen.check.declared_inputs import Given, declared_inputs
+from attngen.check.inputs import random_like
 from attngen.check.judging import draw
 from attngen.cli.declared_options import declared_options, given_values
-from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, refused_facts, sweep_facts
+from attngen.cli.facts import SWEEP_COLUMNS, refused_facts, resources_of, sweep_facts
+from attngen.cli.gradient_comparison import check_has_gradients
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
 from attngen.cli.shapes import POSITIVE
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
@@ -23,6 +25,7 @@ from attngen.errors import ArgumentError, SpecError, ToolchainError
 from attngen.kernel import Kernel
 
 OURS = "attngen"
+FORWARD, BACKWARD = "forward", "backward"
 
 
 def _words(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
@@ -49,6 +52,7 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
 @click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_lengths)
 @click.option("--tokens", type=POSITIVE, default=measuring.TOKENS, show_default=True, help="batch x seqlen.")
 @click.option("--width", type=POSITIVE, default=measuring.WIDTH, show_default=True, help="heads x head_dim.")
+@click.option("--backward", is_flag=True, help="Time the backward pass too, all its kernels together.")
 @click.option("--rounds", type=POSITIVE, default=7, show_default=True)
 @declared_options
 @click.option(
@@ -69,6 +73,7 @@ def bench(
     seqlen: tuple[int, ...],
     tokens: int,
     width: int,
+    backward: bool,
     rounds: int,
     tensors: dict[str, str],
     scalars: dict[str, str],
@@ -79,12 +84,15 @@ def bench(
 
     With --set a row a combination, with its registers, spills, shared memory and occupancy; those that no legal
     kernel has show the rule that refuses them. A peer that cannot take part has no figure, and is told with its reason.
+    With --backward a row a pass: that of gradients is counted with 2.5 times the forward's FLOPs.
     """
     if not torch.cuda.is_available():
         raise ToolchainError("bench times a GPU and this machine has none", "attngen explain needs no GPU")
+    if backward and source is not None:
+        raise click.UsageError("--source holds the kernel of a forward pass; leave out --backward")
     edited = None if source is None else _read_source(source)
     said, chosen = given_values(tensors, scalars, variants(specs, sweep))
-    lowered = [(variant, _lower(variant, arch, edited)) for variant in chosen]
+    lowered = [(variant, _lower(variant, arch, edited, backward)) for variant in chosen]
     kernels = [kernel for _, kernel in lowered if isinstance(kernel, Kernel)]
     with console(err=True).status(f"compiling {len(kernels)} kernels"):
         for fault in filter(None, compile_all(kernels).values()):
@@ -93,22 +101,24 @@ def bench(
     faults = False
     for variant, kernel in lowered:
         if isinstance(kernel, SpecError):
-            rows.append({"spec": variant.label, "facts": _named(refused_facts(kernel))})
+            rows.append({"spec": variant.label, "pass": FORWARD, "facts": _named(refused_facts(kernel))})
             if not sweep:  # there what is refused is a row
                 faults = True
                 report(kernel)
             continue
-        facts = {"spec": variant.label, "facts": _named(sweep_facts(kernel, attention_resources(kernel)))}
         try:
             for length in seqlen:
-                with console(err=True).status(f"timing {variant.label}, seqlen {length}"):
-                    rows.append(facts | _measure(kernel, length, against, tokens, width, rounds, said))
+                for each in (FORWARD, BACKWARD) if backward else (FORWARD,):
+                    facts = {"spec": variant.label, "pass": each, "facts": _facts(kernel, each)}
+                    with console(err=True).status(f"timing {variant.label}, {each}, seqlen {length}"):
+                        found = _measure(kernel, each, length, against, tokens, width, rounds, said)
+                    rows.append(facts | found)
         except ToolchainError as fault:  # a kernel for another GPU hides none of the others
             faults = True
             report(fault)
     measured = [row for row in rows if "ms" in row]
     names = (OURS, *against)
-    console().print(_table(rows if sweep else measured, names, with_facts=bool(sweep)))
+    console().print(_table(rows if sweep else measured, names, with_pass=backward, with_facts=bool(sweep)))
     for line in dict.fromkeys(line for row in measured for line in row["absent"].values()):
         click.echo(line, err=True)
     if out is not None and measured:
@@ -129,8 +139,17 @@ def _named(facts: Iterable[str]) -> dict[str, str]:
     return dict(zip(SWEEP_COLUMNS, facts, strict=True))
 
 
-def _lower(variant: Variant, arch: str | None, edited: str | None) -> Kernel | SpecError:
+def _facts(kernel: Kernel, of_pass: str) -> dict[str, str]:
+    """What a pass takes, in lines, one a kernel of programs."""
+    plans = kernel.call.gradients if of_pass == BACKWARD else (kernel.plan,)
+    each = zip(*(sweep_facts(plan, resources_of(kernel, plan)) for plan in plans), strict=True)
+    return _named(map("\n".join, each))
+
+
+def _lower(variant: Variant, arch: str | None, edited: str | None, backward: bool) -> Kernel | SpecError:
     try:
+        if backward:
+            check_has_gradients(variant.spec, variant.label)
         kernel = kernel_of(variant.spec, resolve_arch(variant.spec, arch))
     except SpecError as fault:
         return fault
@@ -139,6 +158,7 @@ def _lower(variant: Variant, arch: str | None, edited: str | None) -> Kernel | S
 
 def _measure(
     kernel: Kernel,
+    of_pass: str,
     seqlen: int,
     against: Iterable[str],
     tokens: int,
@@ -150,31 +170,43 @@ def _measure(
     shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = draw(plan, shape, "cuda")
     passed = declared_inputs(kernel.spec.declarations, shape, q.device, given=said)
-    runs: dict[str, measuring.Run] = {OURS: partial(kernel, q, k, v, **passed)}
+    point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
+    inputs: tuple[torch.Tensor, ...] = (q, k, v)
+    peer: Callable[..., measuring.Run] = measuring.peer
+    ours: measuring.Run = partial(kernel, q, k, v, **passed)
+    flops = point.flops
+    if of_pass == BACKWARD:
+        out, lse = kernel(q, k, v, return_lse=True, **passed)
+        dout = random_like(out)
+        inputs, peer = (q, k, v, dout), measuring.backward_peer
+        ours, flops = partial(kernel.backward, dout, q, k, v, out, lse, **passed), point.backward_flops
+    runs: dict[str, measuring.Run] = {OURS: ours}
     absent = {}
     for name in against:
         try:
-            runs[name] = measuring.peer(name, q, k, v, plan.mask, kernel.spec.score_expr, passed)
+            runs[name] = peer(name, *inputs, plan.mask, kernel.spec.score_expr, passed)
         except ToolchainError as fault:
             absent[name] = fault.message
     samples = measuring.measure(runs, rounds)
-    point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
     return {
         "seqlen": seqlen,
         "kernel": plan.name,
         "cubin": kernel.compiled.digest,
-        "tflops": measuring.summary(samples, point.flops),
+        "tflops": measuring.summary(samples, flops),
         "ms": samples,
         "absent": absent,
     }
 
 
-def _table(rows: Iterable[dict[str, Any]], names: Iterable[str], *, with_facts: bool) -> Table:
-    """A row a spec and length: its facts where asked for, the time of a call, TFLOPS beside every peer's."""
-    columns = ("spec", *(SWEEP_COLUMNS if with_facts else ()))
+def _table(
+    rows: Iterable[dict[str, Any]], names: Iterable[str], *, with_pass: bool, with_facts: bool
+) -> Table:
+    """A row a spec, length and pass: its facts where asked for, the time of a call, TFLOPS beside every peer's."""
+    columns = ("spec", *(("pass",) if with_pass else ()), *(SWEEP_COLUMNS if with_facts else ()))
     cells = []
     for row in rows:
-        text = (row["spec"], *(row["facts"].values() if with_facts else ()))
+        of_pass = (row["pass"],) if with_pass else ()
+        text = (row["spec"], *of_pass, *(row["facts"].values() if with_facts else ()))
         if "ms" in row:
             time = seconds_text(median(row["ms"][OURS]) / 1e3)
             figures = (f"{row['tflops'][name]:.0f}" if name in row["tflops"] else "-" for name in names)
@@ -187,20 +219,20 @@ def _table(rows: Iterable[dict[str, Any]], names: Iterable[str], *, with_facts: 
 
 
 def _plot(rows: list[dict[str, Any]], names: Iterable[str], out: Path) -> None:
-    """TFLOPS over length, a line for each spec and peer."""
+    """TFLOPS over length, a line for each spec, pass and peer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for spec in dict.fromkeys(row["spec"] for row in rows):
+    for spec, of_pass in dict.fromkeys((row["spec"], row["pass"]) for row in rows):
+        own = [row for row in rows if (row["spec"], row["pass"]) == (spec, of_pass)]
         for name in names:
-            points = [
-                (r["seqlen"], r["tflops"][name]) for r in rows if r["spec"] == spec and name in r["tflops"]
-            ]
+            points = [(row["seqlen"], row["tflops"][name]) for row in own if name in row["tflops"]]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=f"{spec}: {name}")
+                label = f"{spec}, {of_pass}: {name}" if of_pass == BACKWARD else f"{spec}: {name}"
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.set(xscale="log", xlabel="seqlen", ylabel="TFLOPS")
     axes.set_xticks([row["seqlen"] for row in rows], [str(row["seqlen"]) for row in rows])
     axes.set_ylim(bottom=0)

@@ -4,6 +4,7 @@ import click
 
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared_options import declared_options, given_values
+from attngen.cli.gradient_comparison import BackwardOutcome, execute_backward, gradients_table
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, table
 from attngen.cli.shapes import SEED, shape_text, shapes_of
 from attngen.cli.variants import (
@@ -21,7 +22,9 @@ from attngen.errors import SpecError
 @click.command()
 @specs_argument
 @arch_option
-@click.option("--run", is_flag=True, help="Run the check shapes on the simulator against the reference.")
+@click.option(
+    "--run", is_flag=True, help="Run the check shapes on the simulator against the reference, gradients too."
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the inputs of --run.")
 @declared_options
 @click.pass_context
@@ -38,6 +41,7 @@ def check(
     """Load each SPEC, lower it and hold its plan against every rule."""
     rows: list[tuple[str, ...]] = []
     outcomes: list[Outcome] = []
+    passes: list[BackwardOutcome] = []
     notes: dict[str, None] = {}
     refused = False
     given, chosen = given_values(tensors, scalars, variants(specs, sweep))
@@ -70,6 +74,8 @@ def check(
                 inputs = draw_inputs(kernel, shape, "cpu", seed)
                 declared = draw_declared(kernel, inputs, seed, given)
                 outcomes.append(execute(kernel, inputs, variant.label, declared))
+                if spec.gradients:
+                    passes.append(execute_backward(kernel, inputs, variant.label, declared, seed))
     out = console()
     for note in notes:
         click.echo(note)
@@ -79,7 +85,10 @@ def check(
         click.echo(f"{len(rows)} legal plan{'' if len(rows) == 1 else 's'}")
     if outcomes:
         out.print(outcomes_table(outcomes, on_simulator=True))
-    failed = [outcome for outcome in outcomes if not outcome.accuracy.ok]
+    if passes:
+        out.print(gradients_table(passes, on_simulator=True))
+    judged: list[Outcome | BackwardOutcome] = [*outcomes, *passes]
+    failed = [outcome for outcome in judged if not outcome.accuracy.ok]
     for outcome in failed:
         click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")
     ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)

@@ -117,9 +117,9 @@ def outcomes_table(outcomes: Iterable[Outcome], *, on_simulator: bool) -> Table:
             (
                 outcome.label,
                 shape_text(outcome.shape),
-                _error(accuracy.max_error, accuracy.max_bound),
-                _error(accuracy.rmse, accuracy.rmse_bound),
-                _error(accuracy.lse_error, accuracy.lse_bound),
+                error_text(accuracy.max_error, accuracy.max_bound),
+                error_text(accuracy.rmse, accuracy.rmse_bound),
+                error_text(accuracy.lse_error, accuracy.lse_bound),
                 seconds_text(outcome.seconds),
                 "-" if outcome.tflops is None else f"{outcome.tflops:.1f}",
                 "ok" if accuracy.ok else "FAILED",
@@ -141,5 +141,6 @@ def outcomes_table(outcomes: Iterable[Outcome], *, on_simulator: bool) -> Table:
     )
 
 
-def _error(error: float | None, bound: float | None) -> str:
+def error_text(error: float | None, bound: float | None) -> str:
+    """An error beside what it may be; a dash where there is none."""
     return "-" if error is None or bound is None else f"{error:.2e} / {bound:.2e}"

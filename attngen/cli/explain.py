@@ -1,6 +1,6 @@
 """`attngen explain`: what was decided and what it costs, of one kernel or several side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import click
@@ -8,18 +8,30 @@ import click
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape
 from attngen.cli.declared_options import declared_options, given_values
-from attngen.cli.facts import SWEEP_COLUMNS, attention_resources, facts, refused_facts, role_text, sweep_facts
+from attngen.cli.facts import (
+    SWEEP_COLUMNS,
+    attention_resources,
+    facts,
+    refused_facts,
+    resources_of,
+    role_text,
+    sweep_facts,
+)
+from attngen.cli.gradient_facts import gradient_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
 from attngen.cli.picture import PICTURES, path_ending_in
 from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
 from attngen.cli.tiles import SHAPE_TO_DRAW, check_passed, check_tiles, draw_tiles, tile_map
 from attngen.cli.timeline import (
+    TIMELINES,
+    backward_line,
     check_length,
     draw,
     prediction_line,
     resident_blocks,
     shape_to_draw,
 )
+from attngen.cli.timeline_text import write_text
 from attngen.cli.variants import (
     Sweep,
     Variant,
@@ -48,8 +60,8 @@ Lowered = tuple[Variant, Kernel | SpecError]
     "--timeline",
     "picture",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=path_ending_in(*PICTURES),
-    help="Draw who uses which unit of an SM when, to this .svg or .png, and predict the time of a call.",
+    callback=path_ending_in(*TIMELINES),
+    help="Draw who uses which unit of an SM when, to this .svg, .png or .txt, and predict the time of a call.",
 )
 @click.option(
     "--tiles",
@@ -78,6 +90,8 @@ def explain(
     seqlen_k: int | None,
 ) -> None:
     """Show tiles, memory map, registers, occupancy, rules and traffic of each SPEC, side by side.
+
+    Of specs with gradients the kernels of the backward pass too.
 
     FLOPs, bytes and tiles are those of the first check shape, or of the shape given. With --set a table, one row a
     combination; those that no legal kernel has show the rule that refuses them.
@@ -133,7 +147,9 @@ def _print_facts(
             if _is_known(kernel, said):
                 passed = declared_inputs(kernel.spec.declarations, shape, given=said)
                 tiles = tile_map(kernel, shape, passed)
-            columns.append((variant.label, facts(kernel, resources.get(kernel), shape, passed, tiles)))
+            told = facts(kernel, resources.get(kernel), shape, passed, tiles)
+            told |= gradient_facts(kernel, kernel in resources, shape, passed)
+            columns.append((variant.label, told))
     names = dict.fromkeys(name for _, column in columns for name in column)
     rows = [(name, *(column.get(name, "-") for _, column in columns)) for name in names]
     if columns:
@@ -145,7 +161,7 @@ def _print_sweep(lowered: list[Lowered], resources: Mapping[Kernel, KernelResour
     rows = []
     for variant, kernel in lowered:
         if isinstance(kernel, Kernel):
-            rows.append((variant.label, *sweep_facts(kernel, resources.get(kernel))))
+            rows.append((variant.label, *sweep_facts(kernel.plan, resources.get(kernel))))
         else:
             rows.append((variant.label, *refused_facts(kernel)))
     columns = ("spec", *SWEEP_COLUMNS)
@@ -177,33 +193,40 @@ def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -
 
 def _draw_timelines(
     lowered: list[Lowered],
-    resources: Mapping[Kernel, KernelResources | None],
+    is_compiled: Container[Kernel],
     given: Shape | None,
     said: Given,
     path: Path,
 ) -> None:
-    """One panel a kernel, and one line of figures."""
+    """One panel a kernel, and one line of figures; of a backward pass one more for all of its kernels."""
     timelines = {}
     for variant, kernel in lowered:
-        if isinstance(kernel, Kernel):
-            plan, shape = kernel.plan, shape_to_draw(kernel.plan, given)
-            check_tiles(plan, shape)
+        if not isinstance(kernel, Kernel):
+            continue
+        shape = shape_to_draw(kernel.plan, given)
+        check_tiles(kernel.plan, shape)
+        sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
+        passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+        check_passed(kernel, shape, passed)
+        of_gradients = []
+        for plan in (kernel.plan, *kernel.call.gradients):
             check_length(plan, shape)
-            sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
-            slots = resident_blocks(plan, resources.get(kernel))
-            passed = declared_inputs(kernel.spec.declarations, shape, given=said)
-            check_passed(kernel, shape, passed)
-            timelines[variant.label] = timeline(plan, *sizes, slots=slots, declared=passed)
+            slots = resident_blocks(plan, resources_of(kernel, plan) if kernel in is_compiled else None)
+            label = variant.label if plan is kernel.plan else f"{variant.label}, {plan.schedule}"
+            timelines[label] = timeline(plan, *sizes, slots=slots, declared=passed)
             prediction = predict(plan, *sizes, slots=slots, declared=passed)
-            line = prediction_line(plan, shape, timelines[variant.label], prediction)
-            click.echo(f"{variant.label}: {line}")
+            click.echo(f"{label}: {prediction_line(plan, shape, timelines[label], prediction)}")
+            of_gradients += [prediction] if plan.direction == "backward" else []
+        if of_gradients:
+            click.echo(f"{variant.label}: {backward_line(kernel.plan, shape, of_gradients)}")
     with writing("--timeline", path):
-        draw(timelines, path)
+        (write_text if path.suffix == ".txt" else draw)(timelines, path)
     click.echo(f"timeline: {path}")
 
 
 def _print_program(kernel: Kernel) -> None:
-    for role in kernel.plan.roles:
-        click.echo(f"{kernel.plan.name}, role {role_text(role)}:")
-        click.echo(listing(role.program, indent=1))
-        click.echo()
+    for plan in (kernel.plan, *kernel.call.gradients):
+        for role in plan.roles:
+            click.echo(f"{plan.name}, role {role_text(role)}:")
+            click.echo(listing(role.program, indent=1))
+            click.echo()

@@ -10,7 +10,7 @@ from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
 from attngen.kernel import Kernel
-from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, source_of, walk
+from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, Sheet, source_of, walk
 from attngen.plan.hardware_rules import (
     RULES,
     binding,
@@ -65,7 +65,7 @@ def facts(
         "block": _block(plan),
         "of fewer keys": _shorter(kernel),
         "shared memory": size_text(plan.smem_bytes),
-        "memory map": _memory_map(plan),
+        "memory map": memory_map(plan),
     }
     lines |= _compiled(kernel, used)
     # The simulator's limits are numbers for the rules, not facts for people.
@@ -89,19 +89,23 @@ def role_text(role: Role) -> str:
     return f"{role.name}, {who}{held}"
 
 
+def resources_of(kernel: Kernel, each: KernelPlan | Sheet) -> KernelResources | None:
+    """What ptxas says of a kernel of a call; None on the simulator, or where an edited source names it otherwise."""
+    known = kernel.modules[each.module].compiled.resources if each.arch.emits else ()
+    return next((used for used in known if used.name == each.name), None)
+
+
 def attention_resources(kernel: Kernel) -> KernelResources | None:
-    """What ptxas says of the attention kernel; None on the simulator, or where an edited source names it otherwise."""
-    known = kernel.resources if kernel.plan.arch.emits else ()
-    return next((used for used in known if used.name == kernel.plan.name), None)
+    """What ptxas says of the attention kernel; None as of `resources_of`."""
+    return resources_of(kernel, kernel.plan)
 
 
-def sweep_facts(kernel: Kernel, used: KernelResources | None) -> tuple[str, ...]:
+def sweep_facts(plan: KernelPlan, used: KernelResources | None) -> tuple[str, ...]:
     """The `SWEEP_COLUMNS` of a legal kernel; `used` is None where nothing was or could be compiled."""
-    plan = kernel.plan
     workers = f"warpgroups {plan.worker.warpgroups}" if takes_warpgroups(plan) else f"warps {plan.warps}"
     tile = f"{plan.block_m}x{plan.block_n}, stages {plan.stages}, {workers}"
-    known = (UNKNOWN, UNKNOWN) if used is None else (str(used.registers), _spills(used))
-    held = UNKNOWN if used is None else _occupancy(plan, used)
+    known = (UNKNOWN, UNKNOWN) if used is None else (str(used.registers), spills_text(used))
+    held = UNKNOWN if used is None else occupancy_text(plan, used)
     if not plan.arch.emits:
         return (tile, "-", "-", size_text(plan.smem_bytes), "-", "-")
     return (tile, *known, size_text(plan.smem_bytes), held, _binding(plan))
@@ -215,36 +219,41 @@ def _binding(plan: KernelPlan) -> str:
 
 def _compiled(kernel: Kernel, used: KernelResources | None) -> dict[str, str]:
     plan = kernel.plan
-    in_tiles = f"{sum(tile_registers(plan).values())} a thread in tiles"
     if not plan.arch.emits:
         return {"registers": "none: nothing is emitted for the simulator"}
     if used is None:
-        return {"registers": f"{UNKNOWN}; {in_tiles}", "occupancy": UNKNOWN}
+        return {"registers": f"{UNKNOWN}; {_in_tiles(plan)}", "occupancy": UNKNOWN}
     return {
-        "registers": _registers(plan, used, in_tiles),
-        "spills": f"{_spills(used)} bytes stored + loaded",
+        "registers": registers_text(plan, used),
+        "spills": f"{spills_text(used)} bytes stored + loaded",
         "stack": f"{used.stack_bytes} bytes",
         "compiled in": "cached" if kernel.was_cached else seconds_text(kernel.compile_seconds),
-        "occupancy": _occupancy(plan, used),
+        "occupancy": occupancy_text(plan, used),
     }
 
 
-def _registers(plan: KernelPlan, used: KernelResources, in_tiles: str) -> str:
+def _in_tiles(plan: KernelPlan) -> str:
+    return f"{sum(tile_registers(plan).values())} a thread in tiles"
+
+
+def registers_text(plan: KernelPlan, used: KernelResources) -> str:
     """What a thread holds: what the launch gives it, and from setmaxnreg on what its role keeps."""
     later = ", ".join(f"{role.name} {role.registers}" for role in plan.roles if role.registers is not None)
-    return f"{used.registers} a thread{f' at launch, then {later}' if later else ''} ({in_tiles})"
+    return f"{used.registers} a thread{f' at launch, then {later}' if later else ''} ({_in_tiles(plan)})"
 
 
-def _spills(used: KernelResources) -> str:
+def spills_text(used: KernelResources) -> str:
+    """Bytes spilled: stored, and loaded again."""
     return f"{used.spill_stores} + {used.spill_loads}"
 
 
-def _occupancy(plan: KernelPlan, used: KernelResources) -> str:
+def occupancy_text(plan: KernelPlan, used: KernelResources) -> str:
+    """How many blocks of threads a multiprocessor holds."""
     smem = plan.smem_bytes + used.static_smem_bytes
     return str(occupancy(plan.arch, plan.threads, used.registers, smem))
 
 
-def _memory_map(plan: KernelPlan) -> str:
+def memory_map(plan: KernelPlan) -> str:
     """One line a buffer: its bytes, what it holds, and what it overlays; then the mbarriers of the rings."""
     kernel = plan
     places = [(buffer.offset, buffer.size_bytes, _contents(buffer)) for buffer in kernel.buffers]
@@ -266,18 +275,24 @@ def _contents(buffer: Buffer) -> str:
     return f"{buffer.name}: {buffer.rows} x {buffer.cols} {buffer.dtype.name}{stages}{panels}{over}"
 
 
+def tiles_to_count(plan: KernelPlan, shape: Shape) -> int:
+    """Tiles of all heads that differ, which are run to count what a kernel moves."""
+    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    of_head = ceil_div(shape.seqlen_q, plan.block_m) * ceil_div(shape.seqlen_k, plan.block_n)
+    return of_head * len(heads_alike(plan, sizes))
+
+
 def _traffic(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> dict[str, str]:
     """FLOPs and bytes of one call: counted, by formula, and of the standard algorithm."""
     sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
-    alike = heads_alike(plan, Sizes(shape.batch, *sizes[:2], shape.heads, shape.heads_kv))
-    tiles = ceil_div(shape.seqlen_q, plan.block_m) * ceil_div(shape.seqlen_k, plan.block_n) * len(alike)
+    tiles = tiles_to_count(plan, shape)
     formula = closed_form(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
     standard = standard_algorithm(plan.inputs, plan.head_dim_qk, plan.head_dim_v, *sizes)
     flops = moved = f"not counted: {tiles} tiles"
     if tiles <= MOST_COUNTED:
         counted = count(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
         flops = f"{counted.flops:.4g}, of which {counted.useful_flops:.4g} on rows and keys that exist"
-        moved = f"{size_text(counted.bytes_moved)} ({_moved(counted)})"
+        moved = f"{size_text(counted.bytes_moved)} ({moved_text(counted)})"
     return {
         "for one call of": shape_text(shape),
         "FLOPs, counted": flops,
@@ -285,11 +300,12 @@ def _traffic(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> dic
         "FLOPs, standard": f"{standard.flops:.4g}",
         "bytes, counted": moved,
         "bytes, closed form": size_text(formula.bytes_moved),
-        "bytes, standard": f"{size_text(standard.bytes_moved)} ({_moved(standard)})",
+        "bytes, standard": f"{size_text(standard.bytes_moved)} ({moved_text(standard)})",
     }
 
 
-def _moved(traffic: Traffic) -> str:
+def moved_text(traffic: Traffic) -> str:
+    """Bytes by place, read and written."""
     read = ", ".join(f"{name} {size_text(size)}" for name, size in traffic.read.items())
     written = ", ".join(f"{name} {size_text(size)}" for name, size in traffic.written.items())
     return f"reads {read or 'nothing'}; writes {written or 'nothing'}"

@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from attngen.cli.gradient_comparison import check_has_gradients
 from attngen.cli.output import COMPARISON_FAILED, GOOD, console
 from attngen.cli.shapes import POSITIVE, SEED
 from attngen.cli.variants import read_value
@@ -35,6 +36,7 @@ def _finite(ctx: click.Context, param: click.Parameter, given: float | None) -> 
 @click.option("--arch", help="Target in place of the spec's; without SPEC, of the specs that are drawn.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a value of SPEC.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything that is drawn.")
+@click.option("--backward", is_flag=True, help="Draw only specs with gradients, or take only such a SPEC.")
 @click.option("--property", "rules", multiple=True, type=click.Choice(list(RULES)), help="Only these.")
 @click.option("--repro", metavar="CASE", help="Try this one case, as a failing run printed it.")
 @click.pass_context
@@ -47,14 +49,16 @@ def fuzz(
     arch: str | None,
     changes: tuple[str, ...],
     seed: int,
+    backward: bool,
     rules: tuple[str, ...],
     repro: str | None,
 ) -> None:
     """Search for a case that breaks a property of attention, and make it small.
 
-    Draws problems for SPEC, or specs too where none is given: lengths beside the tiles' edges, GQA, strides,
-    scales, masks. On cpu the simulator runs, on cuda the cubin. Prints what was met, and for a failure one
-    line that shows it again. Exit code 1 where a property does not hold.
+    Draws problems for SPEC, or specs too where none is given: lengths beside the tiles' edges, GQA, strides, scales,
+    masks. On cpu the simulator runs, on cuda the cubin. Gradients are judged where a spec has them, as one in four that
+    are drawn. Prints what was met, and for a failure one line that shows it again. Exit code 1 where a property does
+    not hold.
     """
     from attngen.fuzz import search_faults  # and with it Hypothesis, which no other command needs
 
@@ -63,6 +67,8 @@ def fuzz(
     if repro is not None:
         ctx.exit(_repeat_case(out, repro, device))
     chosen = None if spec is None else _changed(load(spec), arch, changes)
+    if backward and chosen is not None:
+        check_has_gradients(chosen, chosen.name or str(spec))
     columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     total = examples or (EXAMPLES if minutes is None else None)
     with Progress(*columns, console=console(err=True), transient=True) as bar:
@@ -75,6 +81,7 @@ def fuzz(
             seed=seed,
             targets=search_faults.targets_for(device, arch) if chosen is None else None,
             rules=rules or tuple(RULES),
+            backward=backward,
             progress=lambda cases: bar.update(task, completed=cases),
         )
     out.print(report)

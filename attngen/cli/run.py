@@ -12,6 +12,12 @@ from attngen.cli.clamps import clamps
 from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
 from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.errors_report import SUFFIXES, Loss, at_lengths, losses, losses_table, plot
+from attngen.cli.gradient_comparison import (
+    BackwardOutcome,
+    check_has_gradients,
+    execute_backward,
+    gradients_table,
+)
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, writing
 from attngen.cli.picture import path_ending_in
 from attngen.cli.shapes import SEED, given_shape, shape_options, shape_text, shapes_of
@@ -41,8 +47,11 @@ SIMULATED = (
 )
 @shape_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of random inputs.")
+@click.option("--backward", is_flag=True, help="Run the backward pass too, and compare dq, dk and dv.")
 @click.option(
-    "--trace", is_flag=True, help="Print S, maxima, sums and O after every block of keys; on the CPU."
+    "--trace",
+    is_flag=True,
+    help="Print S, maxima, sums and O after every block of keys, with --backward dS and gradients; on the CPU.",
 )
 @click.option(
     "--inputs",
@@ -72,6 +81,7 @@ def run(
     seqlen_q: int | None,
     seqlen_k: int | None,
     seed: int,
+    backward: bool,
     trace: bool,
     file: Path | None,
     tensors: dict[str, str],
@@ -82,6 +92,7 @@ def run(
     """Run each SPEC on its check shapes, or on the shape given, and compare with the reference in fp64.
 
     For e4m3 inputs also what these cost: errors against fp64 on the inputs as they were, normal and with outliers.
+    With --backward also gradients, of a gradient of out from N(0, 1), for specs that have them.
 
     Exits with 1 if a comparison failed.
     """
@@ -95,6 +106,7 @@ def run(
             "this machine has no CUDA GPU that torch can use", "--device cpu runs the simulator"
         )
     outcomes: dict[bool, list[Outcome]] = {True: [], False: []}  # by whether they are the simulator's
+    passes: dict[bool, list[BackwardOutcome]] = {True: [], False: []}
     clamped: list[str] = []
     lost: list[Loss] = []
     over_lengths: list[Loss] = []
@@ -104,6 +116,8 @@ def run(
     for variant in chosen:
         try:
             spec = variant.spec
+            if backward:
+                check_has_gradients(spec, variant.label)
             on = "cpu" if trace else device or _default_device(spec, arch)
             target = arch_without_gpu(spec, arch) if on == "cpu" else resolve_arch(spec, arch)
             kernel = kernel_of(spec, target, lineinfo=lineinfo)
@@ -116,10 +130,17 @@ def run(
                     outcome = execute(kernel, inputs, variant.label, declared, with_trace=trace)
                     found = clamps(spec, outcome.shape, declared)
                     clamped += [f"{variant.label}, {shape_text(outcome.shape)}: {each}" for each in found]
+                    board = outcome.board
+                    if backward:
+                        made = execute_backward(
+                            kernel, inputs, variant.label, declared, seed, with_trace=trace
+                        )
+                        passes[on == "cpu"].append(made)
+                        board += f"\n{made.board}" if trace else ""
                 outcomes[on == "cpu"].append(outcome)
                 shapes.append(outcome.shape)
-                if outcome.board:
-                    click.echo(outcome.board)
+                if board:
+                    click.echo(board)
             if kernel.takes_operands:
                 with progress.status(f"what e4m3 costs {variant.label}"):
                     shape = max(shapes, key=_pairs)
@@ -135,6 +156,8 @@ def run(
         if done:
             click.echo(SIMULATED if simulated else f"on {torch.cuda.get_device_name()}")
             console().print(outcomes_table(done, on_simulator=simulated))
+        if passes[simulated]:
+            console().print(gradients_table(passes[simulated], on_simulator=simulated))
     if lost:
         console().print(losses_table(lost))
     if picture is not None:
@@ -145,9 +168,15 @@ def run(
         click.echo(f"report: {picture}")
     for line in clamped:
         click.echo(f"warning: {line}", err=True)
-    failed = [outcome for done in outcomes.values() for outcome in done if not outcome.accuracy.ok]
-    for outcome in failed:
-        click.echo(f"{outcome.label}, {shape_text(outcome.shape)}: {outcome.accuracy}")
+    judged: list[Outcome | BackwardOutcome] = [
+        *outcomes[True],
+        *outcomes[False],
+        *passes[True],
+        *passes[False],
+    ]
+    failed = [outcome for outcome in judged if not outcome.accuracy.ok]
+    for each in failed:
+        click.echo(f"{each.label}, {shape_text(each.shape)}: {each.accuracy}")
     ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)
 
 

@@ -1,6 +1,6 @@
 """Drawing a timeline: lanes of the units and of the roles over cycles, in SVG or PNG. Numbers come from `simulate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,16 @@ from attngen.check.inputs import Shape
 from attngen.check.timing import CAUSAL, Point, grid_shape
 from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text
-from attngen.cli.picture import figure_panels
+from attngen.cli.picture import PICTURES, figure_panels
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
-from attngen.plan import ROWS_OF_O, SCORES, Axis, KernelPlan
+from attngen.plan import KernelPlan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
 from attngen.simulate.visits import ceil_div
 
+TIMELINES = (*PICTURES, ".txt")
+"""What a timeline may be drawn as."""
 BLOCKS = 8
 """Blocks of keys of the sequence that is drawn where no length is given."""
 MOST_BLOCKS = 2**14
@@ -25,17 +27,26 @@ MOST_CYCLES = 40_000
 
 # Okabe and Ito's colours, which differ for every eye.
 _ROLE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_KIND_COLOURS = {
+KINDS = {  # of what a role does, with their colours
     "waits": "#D9D9D9",
     "waits for a GEMM": "#999999",
     "scores to probabilities": "#D55E00",
     "other work": "#56B4E9",
 }
-_PROBABILITIES = {"MaskScores", "MaskScoresEach", "RowMax", "Exponentiate", "ConvertP"}
+_PROBABILITIES = {
+    "MaskScores",
+    "MaskScoresEach",
+    "RowMax",
+    "Exponentiate",
+    "ConvertP",
+    "RecoverP",
+    "ScoreGradient",
+}
 _WAITS = {"WaitFull", "WaitEmpty", "TakeTurn", "SyncThreads", "SyncWarpgroup", "WaitCopies", "WaitStores"}
-_PRODUCTS: dict[tuple[Axis, ...], str] = {SCORES: "S", ROWS_OF_O: "O"}
 _SHORT = {
     "Exponentiate": "exp",
+    "RecoverP": "P",
+    "ScoreGradient": "dS",
     "RowMax": "max",
     "TakeTurn": "turn",
     "MaskScores": "mask",
@@ -56,10 +67,13 @@ def check_length(plan: KernelPlan, shape: Shape) -> None:
         ArgumentError: it visits more than `MOST_BLOCKS`.
     """
     rows, blocks = ceil_div(shape.seqlen_q, plan.block_m), ceil_div(shape.seqlen_k, plan.block_n)
+    what = "keys"
     if plan.scheduler.kind == "heads":  # a tile is a head
         blocks *= rows
+    elif plan.scheduler.kind == "key_blocks":
+        blocks, what = rows * (shape.heads // max(1, shape.heads_kv)), "queries"
     if blocks > MOST_BLOCKS:
-        raise ArgumentError("--timeline", f"{blocks} blocks of keys in a tile", f"at most {MOST_BLOCKS}")
+        raise ArgumentError("--timeline", f"{blocks} blocks of {what} in a tile", f"at most {MOST_BLOCKS}")
 
 
 def resident_blocks(plan: KernelPlan, used: KernelResources | None) -> int:
@@ -72,14 +86,28 @@ def resident_blocks(plan: KernelPlan, used: KernelResources | None) -> int:
 
 
 def prediction_line(plan: KernelPlan, shape: Shape, timeline: Timeline, prediction: Prediction) -> str:
-    """What a timeline comes to, in one line."""
+    """What the timeline of a kernel comes to, in one line; of a forward pass with its TFLOPS."""
     busy = ", ".join(f"{unit} {timeline.share(unit):.0%}" for unit in UNITS)
-    flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is CAUSAL).flops
-    tflops = flops / prediction.seconds / 1e12 if prediction.seconds else 0.0
+    time = f"{seconds_text(prediction.seconds)} at {timeline.costs.clock_hz / 1e9:.3f} GHz"
+    if plan.direction == "forward":
+        flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is CAUSAL).flops
+        time += f", {_tflops(flops, prediction.seconds):.0f} TFLOPS"
     return (
-        f"{prediction.tile_cycles:.0f} cycles a tile on an {timeline.costs.name}; busy: {busy}; {shape_text(shape)}: "
-        f"{seconds_text(prediction.seconds)} at {timeline.costs.clock_hz / 1e9:.3f} GHz, {tflops:.0f} TFLOPS predicted"
+        f"{prediction.tile_cycles:.0f} cycles a tile on an {timeline.costs.name}; busy: {busy}; "
+        f"{shape_text(shape)}: {time} predicted"
     )
+
+
+def backward_line(plan: KernelPlan, shape: Shape, predictions: Iterable[Prediction]) -> str:
+    """What the kernels of a backward pass come to, in one line; those that are no programs of Steps are left out."""
+    seconds = sum(each.seconds for each in predictions)
+    flops = Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is CAUSAL).backward_flops
+    tflops = _tflops(flops, seconds)
+    return f"backward, {shape_text(shape)}: {seconds_text(seconds)}, {tflops:.0f} TFLOPS predicted, without sheets"
+
+
+def _tflops(flops: float, seconds: float) -> float:
+    return flops / seconds / 1e12 if seconds else 0.0
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
@@ -104,7 +132,7 @@ def _panel(axes: Any, title: str, timeline: Timeline, end: int) -> None:
     for interval in timeline.intervals:
         if interval.begin < end:
             lane = lanes.index(interval.unit or interval.role)
-            colour = colours[interval.role] if interval.unit else _KIND_COLOURS[_kind(interval)]
+            colour = colours[interval.role] if interval.unit else KINDS[kind_of(interval)]
             bars.setdefault((lane, colour), []).append((interval.begin, interval.end - interval.begin))
             _label(axes, interval, lane, end)
     for (lane, colour), spans in bars.items():
@@ -121,21 +149,28 @@ def _panel(axes: Any, title: str, timeline: Timeline, end: int) -> None:
     cut = f", the first {end} of {timeline.cycles} cycles" if timeline.cycles > end else ""
     tiles = f"{timeline.tiles} tile{'s' * (timeline.tiles != 1)}"
     axes.set_title(f"{title}\n{timeline.name}: {tiles} on one SM{cut}", loc="left", fontsize="medium")
-    _legend(axes, {f"for {role}": colour for role, colour in colours.items()} | _KIND_COLOURS)
+    _legend(axes, {f"for {role}": colour for role, colour in colours.items()} | KINDS)
 
 
 def _label(axes: Any, interval: Interval, lane: int, end: int) -> None:
     """What a bar is for, where there is room in it."""
     width = interval.end - interval.begin
-    block = "" if interval.n is None else f" {interval.n}"
-    short = _PRODUCTS.get(interval.axes) or _SHORT.get(interval.step, "")
+    block = "" if interval.block is None else f" {interval.block}"
+    short = product_text(interval.acc) if interval.acc else _SHORT.get(interval.step, "")
     text = short + block
     if short and width > 0.006 * len(text) * end and interval.begin + width <= end:
         middle = interval.begin + width / 2
         axes.text(middle, lane, text, ha="center", va="center", fontsize="x-small", color="black")
 
 
-def _kind(interval: Interval) -> str:
+def product_text(acc: str) -> str:
+    """What a GEMM is for, by the name of its accumulator: S of acc_s, dP of acc_dp."""
+    name = acc.rpartition("_")[2]
+    return name[:-1] + name[-1].upper()
+
+
+def kind_of(interval: Interval) -> str:
+    """What a role is about: one of `KINDS`."""
     if interval.step in _WAITS:
         return "waits"
     if interval.step == "WaitGemm":

@@ -170,11 +170,15 @@ def _split(values: str) -> list[str]:
 
 
 def read_value(text: str) -> Any:
-    """A number or a truth value where the text is one; the spec's schema judges the rest."""
+    """A number, a truth value or a list in brackets where the text is one; the spec's schema judges the rest."""
     text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [read_value(part) for part in _split(text[1:-1]) if part.strip()]
     return int(text) if _INTEGER.fullmatch(text) else _TRUTH.get(text, text)
 
 
 def _text(value: Any) -> str:
     """The value as `read_value` reads it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

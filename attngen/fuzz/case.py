@@ -8,7 +8,15 @@ import torch
 
 from attngen.bind.numbers import LARGEST_SCALE
 from attngen.check.declared_inputs import declared_inputs
-from attngen.check.inputs import KINDS_WITH_SCALES, MEMORY_LAYOUTS, Kind, MemoryLayout, Shape, random_inputs
+from attngen.check.inputs import (
+    KINDS_WITH_SCALES,
+    MEMORY_LAYOUTS,
+    Kind,
+    MemoryLayout,
+    Shape,
+    random_inputs,
+    random_like,
+)
 from attngen.check.judging import call_dtype
 from attngen.dtypes import dtype
 from attngen.expr import LARGEST_LENGTH
@@ -42,6 +50,7 @@ class Case:
         seed: of the inputs.
         rule: name of the property that is checked beside the error bound; see `attngen.fuzz.properties`.
         state: of torch, in which inputs are drawn, calls are made and results are judged; see `attngen.fuzz.states`.
+        has_dlse: whether lse has a gradient too, where the spec asks for gradients.
     """
 
     spec: Spec
@@ -53,6 +62,7 @@ class Case:
     seed: int = 0
     rule: str = "error"
     state: str = PLAIN
+    has_dlse: bool = False
 
     def to_json(self) -> str:
         """The case as one line."""
@@ -92,6 +102,8 @@ class Case:
                 return f"{value} is none of {', '.join(known)}"
         if not isinstance(self.rule, str):
             return "rule is no name"
+        if type(self.has_dlse) is not bool:
+            return "has_dlse is neither true nor false"
         for name, size in asdict(shape).items():
             if type(size) is not int or not 0 <= size <= LARGEST_LENGTH:
                 return f"{name} is no integer from 0 to {LARGEST_LENGTH}"
@@ -105,11 +117,21 @@ class Case:
 
     def inputs(self, device: str) -> Tensors:
         """q, k and v, (batch, seqlen, heads, head_dim) each; bf16 where the kernel's inputs are e4m3."""
-        dims = self.spec.problem.head_dim
+        drawn = self._drawn(self.spec.problem.head_dim.qk, device, self.seed)
+        return far_apart(drawn) if self.memory == "far" else drawn
+
+    def upstream(self, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of out, in the memory layout of q, and of lse, if it has one."""
+        dout = self._drawn(self.spec.problem.head_dim.v, device, self.seed + 1)[0]
+        of_rows = dout.new_zeros((dout.shape[0], dout.shape[2], dout.shape[1]), dtype=torch.float32)
+        return dout, random_like(of_rows, self.seed + 2) if self.has_dlse else None
+
+    def _drawn(self, head_dim_qk: int, device: str, seed: int) -> Tensors:
+        """q, k and v of a width; nothing far apart."""
         number = call_dtype(dtype(self.spec.precision.inputs))
         memory: MemoryLayout = "contiguous" if self.memory == "far" else self.memory
-        drawn = random_inputs(self.shape, dims.qk, dims.v, number, device, self.seed, memory, self.kind)
-        return far_apart(drawn) if self.memory == "far" else drawn
+        head_dim_v = self.spec.problem.head_dim.v
+        return random_inputs(self.shape, head_dim_qk, head_dim_v, number, device, seed, memory, self.kind)
 
     def declared(self, device: str) -> dict[str, Any]:
         """What the call passes for what the spec declares, and mask and score read."""

@@ -63,6 +63,8 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
         "scale",
         "default" if scale is None else "zero" if scale == 0 else "negative" if scale < 0 else "positive",
     )
+    has_gradients = bool(case.spec.gradients)
+    yield ("gradients", ("of out and lse" if case.has_dlse else "of out") if has_gradients else "none")
     yield ("property", case.rule)
     yield ("torch", case.state)
 

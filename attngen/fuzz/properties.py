@@ -1,6 +1,7 @@
 """The properties of attention that hold whatever the kernel, each a function from a trial to a complaint.
 
-The error bound is checked in every case; of the others each case draws one that its mask allows. Two runs that
+The error bound is checked in every case, that of gradients where there are some; of the others each case draws one that
+its mask allows. Two runs that
 must do the same arithmetic are compared bit by bit; runs that sum in another order are each held to the bound.
 Source: docs/design/check.md.
 """
@@ -8,6 +9,7 @@ Source: docs/design/check.md.
 import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from attngen.check.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy
 from attngen.check.inputs import Canary, poison
 from attngen.check.judging import judge as judged
+from attngen.check.judging import judge_gradients
 from attngen.check.reference import attention_as_fractions
 from attngen.errors import AttngenError
 from attngen.expr import TRUE, free_names
@@ -53,6 +56,9 @@ class Subject(Protocol):
     ) -> Any:
         """As `attngen.Kernel.__call__`."""
 
+    def backward(self, *arguments: Any, **declared: Any) -> tuple[torch.Tensor, ...]:
+        """As `attngen.Kernel.backward`, where the spec asks for gradients."""
+
 
 Make = Callable[[Spec], Subject]
 
@@ -80,6 +86,7 @@ class Trial:
         q, k, v: its inputs, (batch, seqlen, heads, head_dim).
         declared: what it passes for what the spec declares.
         out, lse: what the subject made of them.
+        dout, dlse: their gradients, where the spec asks for gradients; dlse only if the case has it.
     """
 
     def __init__(self, case: Case, make: Make, device: str) -> None:
@@ -92,6 +99,10 @@ class Trial:
         with self.state():
             self.q, self.k, self.v = case.inputs(device)
             self.declared = case.declared(device)
+            self.dout: torch.Tensor | None = None
+            self.dlse: torch.Tensor | None = None
+            if case.spec.gradients:
+                self.dout, self.dlse = case.upstream(device)
         self.out, self.lse = self.run(self.q, self.k, self.v)
 
     def run(
@@ -128,6 +139,22 @@ class Trial:
             subject, options = self.subject, options | self.declared
         with self.state():
             return subject(q, k, v, **options)
+
+    def gradients(self, scale: float = 1.0, batch: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+        """dq, dk and dv, in bshd, of a multiple of the gradients of out and lse, or of a slice of the batch."""
+        assert self.dout is not None
+        dlse = None if self.dlse is None else scale * self.dlse[batch]
+        tensors = (scale * self.dout if scale != 1.0 else self.dout, self.q, self.k, self.v, self.out)
+        turned = (self.turned(x[batch]) for x in tensors)
+        scale_and_layout = (self.case.softmax_scale, self.case.layout)
+        with self.state():
+            made = self.subject.backward(*turned, self.lse[batch], dlse, *scale_and_layout, **self.declared)
+        return tuple(map(self.turned, made))
+
+    @cached_property
+    def first_gradients(self) -> tuple[torch.Tensor, ...]:
+        """dq, dk and dv of the case."""
+        return self.gradients()
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor from bshd to the layout of the call, or back."""
@@ -310,6 +337,60 @@ def shifted_scores(trial: Trial) -> Complaint:
     return None
 
 
+# ---- rules of gradients -------------------------------------------------------------------------------
+def gradients(trial: Trial) -> Complaint:
+    """dq, dk and dv are within their bound, for the out and lse that the call returned."""
+    case, made = trial.case, trial.first_gradients
+    assert trial.dout is not None
+    with trial.state():
+        verdict = judge_gradients(
+            case.spec,
+            made,
+            (trial.q, trial.k, trial.v),
+            trial.dout,
+            trial.out,
+            trial.lse,
+            trial.dlse,
+            case.softmax_scale,
+            declared=trial.declared,
+        )
+    return None if verdict.ok else str(verdict)
+
+
+def repeated_gradients(trial: Trial) -> Complaint:
+    """A second backward pass gives the same bits."""
+    return _first_difference(trial.gradients(), trial.first_gradients)
+
+
+def scaled_gradients(trial: Trial) -> Complaint:
+    """Of 8 times the gradients of out and lse, gradients are 8 times as large, to the bit: no rounding is another.
+
+    But for what terms below the normal numbers of f32 and bf16, where roundings are others, come to in a sum.
+    """
+    eightfold = tuple(8.0 * x for x in trial.first_gradients)
+    return _first_difference(trial.gradients(8.0), eightfold, floor=2.0**-110)
+
+
+def sliced_gradients(trial: Trial) -> Complaint:
+    """The last element of the batch, alone, has the same gradients, to the bit on a GPU (as of `batch_slice`)."""
+    last = slice(max(0, trial.q.shape[0] - 1), None)
+    ulps = SIMULATOR_ULPS if trial.device == "cpu" else 0
+    return _first_difference(trial.gradients(batch=last), tuple(x[last] for x in trial.first_gradients), ulps)
+
+
+def _first_difference(
+    got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], ulps: int = 0, floor: float = 0.0
+) -> Complaint:
+    """A complaint where gradients differ by more than a floor, and than units in the last place of the largest."""
+    for name, x, y in zip(("dq", "dk", "dv"), got, expected, strict=True):
+        slack = max(floor, ulps * torch.finfo(x.dtype).eps * largest(y))
+        same = (x == y) | (x.isnan() & y.isnan()) | ((x.float() - y.float()).abs() <= slack)
+        if not bool(same.all()):
+            index = tuple((~same).nonzero()[0].tolist())
+            return f"{name}[{', '.join(map(str, index))}] is {x[index]:.8g}, was {y[index]:.8g}"
+    return None
+
+
 def largest(x: torch.Tensor) -> float:
     """The largest absolute value, 0 where there is none."""
     return float(x.double().abs().max()) if x.numel() else 0.0
@@ -323,11 +404,17 @@ class Rule:
         check: the property; its docstring says what it claims.
         applies: whether it holds for a plan whose mask and score use such names.
         is_rare: few masks allow it; where one does, it is drawn four times as often.
+        of_gradients: it holds for specs that ask for gradients.
     """
 
     check: Callable[[Trial], Complaint]
     applies: Callable[[KernelPlan, Set[str]], bool] = lambda plan, names: True
     is_rare: bool = False
+    of_gradients: bool = False
+
+    def may_hold(self, spec: Spec, plan: KernelPlan) -> bool:
+        """Whether it holds for a spec and its plan."""
+        return (not self.of_gradients or bool(spec.gradients)) and self.applies(plan, names_of(plan))
 
 
 def names_of(plan: KernelPlan) -> Set[str]:
@@ -376,6 +463,15 @@ RULES: dict[str, Rule] = {
         split_keys, lambda plan, names: _is_plain(plan, names) and not plan.scales, is_rare=True
     ),
     "wide-window": Rule(wide_window, _is_plain, is_rare=True),
+    "gradients": Rule(gradients, of_gradients=True),
+    "repeated-gradients": Rule(repeated_gradients, of_gradients=True),
+    # What is smaller than f16's normal numbers has fewer bits, and what is larger than all of them none.
+    "scaled-gradients": Rule(
+        scaled_gradients, lambda plan, names: plan.inputs.name != "f16", of_gradients=True
+    ),
+    "sliced-gradients": Rule(
+        sliced_gradients, lambda plan, names: names.isdisjoint(("b", "batch")), of_gradients=True
+    ),
 }
 
 
@@ -393,7 +489,8 @@ def check(case: Case, make: Make, device: str = "cpu") -> None:
 def _complaint(case: Case, make: Make, device: str) -> tuple[str, Complaint]:
     try:
         trial = Trial(case, make, device)
-        for name in dict.fromkeys(("error", case.rule)):
+        always = ("error", "gradients") if case.spec.gradients else ("error",)
+        for name in dict.fromkeys((*always, case.rule)):
             if (complaint := RULES[name].check(trial)) is not None:
                 return name, complaint
     except Exception as raised:  # whatever a legal call raises is a finding, but for this machine's size

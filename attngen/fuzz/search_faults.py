@@ -169,6 +169,7 @@ def fuzz(
     make: Make | None = None,
     progress: Callable[[int], None] = lambda cases: None,
     meets: Callable[[Case, KernelPlan], Iterable[Met]] = met_by,
+    backward: bool = False,
 ) -> FuzzReport:
     """Look for a case in which a property of attention does not hold.
 
@@ -183,6 +184,7 @@ def fuzz(
         make: builds what is tried from a spec; the kernel itself where None.
         progress: called with the number of cases so far.
         meets: what of a case is counted.
+        backward: whether all specs that are drawn ask for gradients, or one in four.
 
     Raises:
         ToolchainError: no such device.
@@ -198,7 +200,7 @@ def fuzz(
         build(spec)  # what is wrong with it is the user's to hear, before anything is drawn
         drawn_specs: SearchStrategy[Spec] = st.just(spec)
     else:
-        drawn_specs = specs(tuple(targets or targets_for(device)))
+        drawn_specs = specs(tuple(targets or targets_for(device)), backward)
         if device != "cpu":
             drawn_specs = st.sampled_from(_pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL))
     limit = examples if examples is not None else EXAMPLES if minutes is None else None

@@ -15,7 +15,7 @@ from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.draw_pairs import pair_texts
-from attngen.fuzz.properties import RULES, names_of
+from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
 from attngen.lower import lower
 from attngen.plan import KernelPlan
@@ -108,12 +108,13 @@ def _scales(draw: DrawFn, head_dim_qk: int) -> dict[str, object]:
 
 
 @st.composite
-def _specs_of(draw: DrawFn, target: str) -> Spec:
-    """A spec for a target; its tiles may be too large for it."""
+def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
+    """A spec for a target, one in four or all with a backward pass; its tiles may be too large for it."""
     arch = ARCHS[target]
     kind = draw(st.sampled_from(_kinds(arch)))
     workers = draw(_workers(kind, arch))
-    inputs = draw(st.sampled_from(_formats(arch, kind)))
+    formats = [name for name in _formats(arch, kind) if name != "e4m3" or not backward]
+    inputs = draw(st.sampled_from(formats))
     if inputs == "e4m3" and arch.has_mma_granularity:
         qk, v = draw(st.sampled_from(DIMS_8BIT))
         block_n = 32 * draw(st.sampled_from((2, 1, 3, 4, 5)))
@@ -134,21 +135,25 @@ def _specs_of(draw: DrawFn, target: str) -> Spec:
     }
     if arch.has_mma_granularity and draw(st.integers(0, 7)) == 7:
         numbers = {"schedule": {"kind": kind}}  # what `auto` stands for
+    has_gradients = backward or (inputs != "e4m3" and draw(st.integers(0, 3)) == 3)
+    gradients = ["q", "k", "v"] if has_gradients else []
     data = {
         "target": target,
         "problem": {"head_dim": {"qk": qk, "v": v}},
         "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
-        **draw(pair_texts()),
+        **draw(pair_texts(may_be_huge=not gradients)),
         **numbers,
+        "gradients": gradients,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SpecWarning)  # a mask that shows nothing is as good as others
         return load(data)
 
 
-def specs(targets: Sequence[str]) -> SearchStrategy[Spec]:
-    """Specs that have a plan on one of the targets."""
-    return st.one_of([_specs_of(target) for target in targets]).filter(lambda spec: plan_of(spec) is not None)
+def specs(targets: Sequence[str], backward: bool = False) -> SearchStrategy[Spec]:
+    """Specs that have a plan on one of the targets; with `backward` all of them ask for gradients."""
+    drawn = [_specs_of(target, backward) for target in targets]
+    return st.one_of(drawn).filter(lambda spec: plan_of(spec) is not None)
 
 
 # ---- problems -----------------------------------------------------------------------------------------
@@ -185,8 +190,7 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     memories: tuple[Memory, ...] = tuple(
         memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16)
     )
-    names = names_of(plan)
-    applicable = [name for name in rules if RULES[name].applies(plan, names)]
+    applicable = [name for name in rules if RULES[name].may_hold(spec, plan)]
     applicable += 3 * [name for name in applicable if RULES[name].is_rare]
     return Case(
         spec=spec,
@@ -198,4 +202,5 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
         seed=draw(st.integers(0, 2**16)),
         rule=draw(st.sampled_from(applicable)),
         state=draw(st.sampled_from(tuple(STATES))),
+        has_dlse=bool(spec.gradients) and draw(st.booleans()),
     )

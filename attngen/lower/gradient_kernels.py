@@ -61,8 +61,12 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
     """The kernel of dQ, and that of dK and dV, or of wide heads one each.
 
     Of a tile the side that owns a gradient has 16 rows for each of four warps. The other is as long as NVRTC 13.0.88
-    compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256.
+    compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256. On the simulator tiles
+    are the forward's.
     """
+    if not features.arch.has_mma_granularity:
+        tile = forward.block_m, forward.block_n
+        return _of_queries(features, forward, *tile), _of_keys(features, forward, *tile, ("dv", "dk"))
     widest = features.head_dim
     other = next(rows for columns, rows in OTHER_ROWS.items() if widest <= columns)
     queries = _of_queries(features, forward, 64, 64 if widest <= ONE_KERNEL else other)

@@ -7,6 +7,7 @@ a cost for each Step it draws the timeline of one SM. It emits nothing.
 
 from attngen.simulate.costs import COSTS, Costs, costs_of
 from attngen.simulate.faults import SimulationFault
+from attngen.simulate.gradient_trace import BackwardTrace, trace_backward
 from attngen.simulate.launches import STEPS_SIMULATED, count, run_call, simulate
 from attngen.simulate.prediction import Prediction, Timeline, predict, timeline
 from attngen.simulate.progress import Progress
@@ -24,6 +25,7 @@ __all__ = [
     "SIMULATED_SMS",
     "STEPS_SIMULATED",
     "UNITS",
+    "BackwardTrace",
     "BlockBounds",
     "Costs",
     "Event",
@@ -51,5 +53,6 @@ __all__ = [
     "tiles",
     "timeline",
     "trace",
+    "trace_backward",
     "visited_blocks",
 ]

@@ -26,10 +26,13 @@ from attngen.plan.steps import (
     ModifyScores,
     NegateTile,
     Promote,
+    RecoverP,
     ReduceRows,
     RowMax,
+    ScaleGradient,
     ScaleKeys,
     ScaleRows,
+    ScoreGradient,
     SeedScores,
     StageTile,
     StoreGradient,
@@ -95,6 +98,7 @@ _OPERAND: dict[type[Step], str] = {
     Promote: "o",
     ReduceRows: "part",
     FinishRows: "row_sum",
+    ScaleGradient: "acc",
 }
 """The operand whose elements a Step on registers works through."""
 
@@ -111,6 +115,41 @@ def _work_on_registers(units: Units, step: Any, role: RoleRun) -> Paid:
     yield from units.queue_in_slices(work, step, role)
     latency = costs.reduction_latency if isinstance(step, RowMax | ReduceRows) else costs.step_latency
     return now(role) + (latency if not isinstance(step, Clear) else 0)
+
+
+def _load_rows(units: Units, step: RecoverP | ScoreGradient, role: RoleRun) -> Paid:
+    """The numbers of the queries of a tile of pairs; ptxas loads them under the products before (NVRTC 13.0.88)."""
+    yield when_due(role)
+    rows = dict(zip(step.s.axes, (step.s.rows, step.s.cols), strict=True))["queries"]
+    units.queue("copy engine", _transfer_cycles(units, 4 * rows), step, role)
+    return None
+
+
+def _recover_p(units: Units, step: RecoverP, role: RoleRun) -> Paid:
+    """lse comes from device memory; exponentials, and what score, slope, mask and rounding take beside."""
+    yield from _load_rows(units, step, role)
+    costs, elements, share = units.costs, _elements(step.s, role), _scheduler_share(role)
+    besides: dict[type[Step], int] = {
+        ConvertP: step.p is not None,
+        ModifyScores: (step.score is not None) + (step.slope is not None),
+        MaskScoresEach: step.mask is not None,
+    }
+    slots = costs.lane_slots[RecoverP] + sum(costs.lane_slots[kind] * n for kind, n in besides.items())
+    work: dict[Unit, float] = {
+        "arithmetic": elements * slots / (costs.lanes * share),
+        "exponential unit": elements / (costs.exponentials * share),
+    }
+    yield from units.queue_in_slices(work, step, role)
+    return now(role) + costs.step_latency
+
+
+def _score_gradient(units: Units, step: ScoreGradient, role: RoleRun) -> Paid:
+    """delta comes from device memory."""
+    yield from _load_rows(units, step, role)
+    costs, share = units.costs, _scheduler_share(role)
+    slots = _elements(step.s, role) * costs.lane_slots[ScoreGradient]
+    yield from units.queue_in_slices({"arithmetic": slots / (costs.lanes * share)}, step, role)
+    return now(role) + costs.step_latency
 
 
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
@@ -242,6 +281,8 @@ CHARGES: dict[type[Step], Charge] = {
     **dict.fromkeys(MEETINGS, _meet),
     **dict.fromkeys((StageTile, NegateTile), _write_shared),
     **dict.fromkeys((LoadRegisters, StoreRegisters), _registers),
+    RecoverP: _recover_p,
+    ScoreGradient: _score_gradient,
     LookUp: _look_up,
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,

@@ -17,8 +17,11 @@ from attngen.plan.steps import (
     MaskScores,
     MaskScoresEach,
     ModifyScores,
+    RecoverP,
     RowMax,
+    ScaleGradient,
     ScaleRows,
+    ScoreGradient,
     SeedScores,
     Step,
 )
@@ -102,6 +105,9 @@ H200 = Costs(
             ModifyScores: 12,  # a scale and a handful of operations
             MaskScores: 4,  # ISETP and FSEL
             MaskScoresEach: 12,  # the mask itself, then as above
+            RecoverP: 2,  # FFMA, MUFU; rounding, a mask and a score as above, and the slope as a score
+            ScoreGradient: 3,  # FADD, FMUL, and F2FP as above
+            ScaleGradient: 1,  # FMUL
         }
     ),
     step_latency=30,

@@ -7,9 +7,9 @@ out: bank conflicts, instruction caches, power, other SMs.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from heapq import heapify, heapreplace
 from typing import Any
 
@@ -19,7 +19,14 @@ from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
 from attngen.simulate.tile_source import Tile, tiles
 from attngen.simulate.units import Interval, Unit
-from attngen.simulate.visits import Sizes, all_blocks, declared_values, visited_blocks
+from attngen.simulate.visits import (
+    Member,
+    Sizes,
+    all_blocks,
+    block_bounds,
+    declared_values,
+    visited_blocks,
+)
 from attngen.torch_state import torch_defaults
 
 MOST_PAIRS = 256
@@ -151,7 +158,8 @@ def predict(
     """
     sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
     costs, slots = costs or costs_of(plan.arch), slots or plan.blocks_per_sm
-    launch = [(tile, _pairs(plan, sizes, tile)) for tile in tiles(plan, sizes, max(1, batch * heads))]
+    pairs_of = _pairs_of(plan, sizes)
+    launch = [(tile, pairs_of(tile)) for tile in tiles(plan, sizes, max(1, batch * heads))]
     kinds = {pairs: tile for tile, pairs in launch}
     if not kinds:
         return Prediction(0, 0, 0)
@@ -171,12 +179,13 @@ def predict(
 def _tile_cycles(plan: KernelPlan, sizes: Sizes, tile: Tile, costs: Costs, slots: int) -> tuple[float, float]:
     """What one more such tile costs, and how much longer the first takes."""
     scale = 1.0
-    if tile.m_block is None:  # a whole head: a shorter one, so that it does not take minutes
-        pairs = _pairs(plan, sizes, tile)
-        while _pairs(plan, sizes, tile) > MOST_PAIRS:
+    if plan.scheduler.kind == "heads":  # a shorter one, so that it does not take minutes
+        pairs_of = _pairs_of(plan, sizes)
+        pairs = pairs_of(tile)
+        while pairs_of(tile) > MOST_PAIRS:
             lengths = {"seqlen_q": max(1, tile.seqlen_q // 2), "seqlen_k": max(1, tile.seqlen_k // 2)}
             tile = replace(tile, members=(tile.members[0]._replace(**lengths),))
-        scale = pairs / max(1, _pairs(plan, sizes, tile))
+        scale = pairs / max(1, pairs_of(tile))
     one = replace(tile, members=tile.members[:1])
     once, twice = (
         _on_one_sm(plan, sizes, [one] * slots * rounds, costs, slots).cycles * scale for rounds in (1, 2)
@@ -184,12 +193,26 @@ def _tile_cycles(plan: KernelPlan, sizes: Sizes, tile: Tile, costs: Costs, slots
     return (twice - once) / slots, max(0.0, 2 * once - twice)
 
 
-def _pairs(plan: KernelPlan, sizes: Sizes, tile: Tile) -> int:
-    """How many pairs of a block of rows and a block of keys a tile is made of."""
-    if tile.m_block is not None:
-        return tile.visits
-    head = tile.members[0]
-    return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, head), head)))
+def _pairs_of(plan: KernelPlan, sizes: Sizes) -> Callable[[Tile], int]:
+    """Counts the pairs of a block of queries and a block of keys that a tile is made of."""
+
+    @cache
+    def visited(head: Member) -> list[tuple[int, ...]]:
+        return visited_blocks(plan, sizes, all_blocks(plan, head), head)
+
+    def of_keys(block: int, head: Member) -> int:
+        if plan.key_blocks is None:
+            return sum(block in keys for keys in visited(head))
+        (seen,) = block_bounds(plan, sizes, [block], head)
+        return seen.n_max - seen.n_min
+
+    def pairs_of(tile: Tile) -> int:
+        if tile.n_block is not None:
+            heads = (tile.of_group(place).members[0] for place in range(sizes.group))
+            return sum(of_keys(tile.n_block, head) for head in heads)
+        return tile.visits if tile.m_block is not None else sum(map(len, visited(tile.members[0])))
+
+    return pairs_of
 
 
 def _sizes(

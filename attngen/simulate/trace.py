@@ -138,11 +138,11 @@ class _Board:
         step, plan, seen = event.step, self._plan, self._seen[event.role]
         own = event.role.own_rows(plan.block_m)
         first_row = event.indices.get("m", event.tile.m_block or 0) * plan.block_m + own.start
-        rows = _existing(first_row, len(own), event.tile.seqlen_q)
+        rows = existing(first_row, len(own), event.tile.seqlen_q)
         if not rows:
             return
         last = event.tile.bounds.n_max - 1 if event.tile.bounds else 0
-        keys = _existing(event.indices.get("n", last) * plan.block_n, plan.block_n, event.tile.seqlen_k)
+        keys = existing(event.indices.get("n", last) * plan.block_n, plan.block_n, event.tile.seqlen_k)
         if isinstance(step, RowMax):
             seen.append(
                 {
@@ -182,35 +182,37 @@ class _Board:
         return math.log(2) * (1.0 if step.is_scaled else role.call.scale["softmax_scale_log2"])
 
 
-def _existing(first: int, size: int, length: int) -> range:
+def existing(first: int, size: int, length: int) -> range:
+    """Of so many rows or keys those that a sequence has."""
     return range(first, min(first + size, length))
 
 
 def _lines(record: BlockRecord | FinishedRecord) -> Iterator[str]:
     batch, head, *_ = record.member
-    whose = f"batch {batch}, head {head}, rows {_span(record.rows)}"
+    whose = f"batch {batch}, head {head}, rows {span_text(record.rows)}"
     if isinstance(record, BlockRecord):
-        yield f"{whose}, keys {_span(record.keys)}"
-        yield from _matrix("S", record.s)
-        yield from _matrix("running max", record.row_max.unsqueeze(1))
-        yield from _matrix("rescale factor", record.alpha.unsqueeze(1))
-        yield from _matrix("running sum", record.row_sum.unsqueeze(1))
-        yield from _matrix("O, not normalised", record.o)
+        yield f"{whose}, keys {span_text(record.keys)}"
+        yield from matrix_lines("S", record.s)
+        yield from matrix_lines("running max", record.row_max.unsqueeze(1))
+        yield from matrix_lines("rescale factor", record.alpha.unsqueeze(1))
+        yield from matrix_lines("running sum", record.row_sum.unsqueeze(1))
+        yield from matrix_lines("O, not normalised", record.o)
     else:
         yield f"{whose}, done"
-        yield from _matrix("O", record.o)
-        yield from _matrix("lse", record.lse.unsqueeze(1))
+        yield from matrix_lines("O", record.o)
+        yield from matrix_lines("lse", record.lse.unsqueeze(1))
 
 
-def _span(indices: range) -> str:
+def span_text(indices: range) -> str:
+    """The first and the last of some rows or keys."""
     return f"{indices[0]} .. {indices[-1]}" if len(indices) > 1 else f"{indices[0]}"
 
 
-def _matrix(name: str, values: torch.Tensor) -> Iterator[str]:
+def matrix_lines(name: str, values: torch.Tensor) -> Iterator[str]:
     """A matrix in aligned columns beside its name; a column of one number per row is written as one row."""
     if values.shape[1] == 1 and values.shape[0] > 1:
         values = values.T
-    cells = [[f"{x:.5g}" for x in _cut(row)] for row in _cut(values.tolist())]
+    cells = [[f"{x + 0.0:.5g}" for x in _cut(row)] for row in _cut(values.tolist())]
     width = max((len(cell) for row in cells for cell in row), default=0)
     more_columns = "  ..." if values.shape[1] > WIDEST else ""
     for i, row in enumerate(cells):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from attngen.plan import Axis, Step
+from attngen.plan import Step
 from attngen.plan.steps import Product
 from attngen.simulate.costs import Costs
 from attngen.simulate.roles import RoleRun, Run, Wait
@@ -35,18 +35,17 @@ class Interval:
         unit: which unit is at work; None for what the role itself does or waits for.
         role: for which role: "consumer 1", with its block where several share the SM.
         step: class name of the Step that caused it: "Exponentiate".
-        axes: of the accumulator, where that is a GEMM; empty for others.
-        m_block: block of rows of the role's tile, None where a tile is a whole head.
-        n: block of keys of the loop that the Step stands in, if any.
+        acc: name of the accumulator, where that is a GEMM; empty for others.
+        block: number of the block of keys of the loop that the Step stands in, or where a tile is a block of keys, of
+            queries; None outside.
         begin, end: in cycles.
     """
 
     unit: Unit | None
     role: str
     step: str
-    axes: tuple[Axis, ...]
-    m_block: int | None
-    n: int | None
+    acc: str
+    block: int | None
     begin: int
     end: int
 
@@ -105,9 +104,11 @@ class Units:
     def note(self, unit: Unit | None, step: Step, role: RoleRun, begin: int, end: int) -> None:
         """Write an interval down, where it is not empty."""
         if end > begin:
-            m_block, n = role.tile.m_block, role.variables.get("n")
-            name, axes = type(step).__name__, step.acc.axes if isinstance(step, Product) else ()
-            self._intervals.append(Interval(unit, self._names[role], name, axes, m_block, n, begin, end))
+            acc = step.acc.name if isinstance(step, Product) else ""
+            block = role.variables.get("n", role.variables.get("m"))
+            self._intervals.append(
+                Interval(unit, self._names[role], type(step).__name__, acc, block, begin, end)
+            )
 
     def queue(self, unit: Unit, cycles: float, step: Step, role: RoleRun) -> int:
         """Let a unit work for a role as soon as it has done what was queued before; when it will be done."""

@@ -110,6 +110,52 @@ def test_a_refused_spec_hides_no_other(attngen: Attngen) -> None:
     assert " 2 ms " in row_of(result, "fa2_d64")
 
 
+TRAINED = "name: trained\ntarget: sm_80\nproblem: {head_dim: 64}\nmask: causal\ngradients: [q, k, v]\n"
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_bench_times_both_passes(attngen: Attngen) -> None:
+    """A row a pass, ours and a peer's: in as much time the backward pass does 2.5 times the FLOPs."""
+    Path("trained.yaml").write_text(TRAINED)
+    shape = ("--seqlen", "128", "--tokens", "512", "--width", "1024")
+    result = attngen("bench", "trained.yaml", *shape, "--backward", "--against", "flash", "-o", "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("out/bench.json").read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    for name in ("attngen", "flash"):
+        forward, backward = (row["tflops"][name] for row in rows)
+        assert backward == 2.5 * forward > 0
+    assert [line.split()[1] for line in result.stdout.splitlines() if " ms " in line] == [
+        "forward",
+        "backward",
+    ]
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_sweep_shows_what_each_kernel_of_a_pass_takes(attngen: Attngen) -> None:
+    """A row of the backward pass has a line for each of its kernels; one of the forward has its own."""
+    Path("trained.yaml").write_text(TRAINED)
+    sweep = ("--set", "mask=full", "--against", "", "-o", "out")
+    result = attngen("bench", "trained.yaml", *SMALL, "--backward", *sweep)
+    assert result.exit_code == 0, result.output
+    forward, backward = (row["facts"] for row in json.loads(Path("out/bench.json").read_text())["rows"])
+    for name in ("registers", "tile"):
+        assert len(forward[name].splitlines()) == 1 and len(backward[name].splitlines()) == 2
+    assert backward["tile"] == "64x64, stages 2, warps 4\n64x64, stages 2, warps 4"
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_bench_backward_wants_gradients(attngen: Attngen) -> None:
+    """A spec without them is told the key and hides no other; an edited kernel has no backward pass."""
+    Path("trained.yaml").write_text(TRAINED)
+    result = attngen("bench", "fa2_d64", "trained.yaml", *SMALL, "--backward", "--against", "")
+    assert result.exit_code == 2 and " ms " in result.stdout
+    assert "fa2_d64: gradients = [] must" in result.stderr and "gradients: [q, k, v]" in result.stderr
+    Path("edited.cu").write_text("")
+    result = attngen("bench", "trained.yaml", "--backward", "--source", "edited.cu")
+    assert result.exit_code == 2 and "leave out --backward" in result.stderr
+
+
 def test_fuzz_finds_nothing_wrong_in_a_shipped_spec(attngen: Attngen) -> None:
     """A few cases of the simulator's: exit code 0."""
     result = attngen("fuzz", "blackboard", "--examples", "5")
@@ -143,6 +189,25 @@ def test_bench_times_this_kernel_and_its_peers(attngen: Attngen) -> None:
     assert ours.isdigit() and flash.isdigit()
     assert flex.isdigit() or "flex does not take part: " in result.stderr  # it wants triton
     assert sorted(path.name for path in Path("out").iterdir()) == ["bench.json", "bench.png", "bench.svg"]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_backward_passes_run_and_are_timed_on_the_gpu(attngen: Attngen) -> None:
+    """`run --backward` judges the cubins' gradients, `bench --backward` times them beside flash and flex."""
+    Path("trained.yaml").write_text(TRAINED.replace("sm_80", "auto"))
+    result = attngen("run", "trained.yaml", "--device", "cuda", "--backward", "--seqlen", "200")
+    assert result.exit_code == 0, result.output
+    (dq,) = (line.split() for line in result.stdout.splitlines() if " dq " in line)
+    assert float(dq[-2]) > 0 and dq[-1] == "ok"
+    peers = ("--against", "flash,flex", "--rounds", "2", "-o", "out")
+    shape = ("--seqlen", "256", "--tokens", "512", "--width", "256")
+    result = attngen("bench", "trained.yaml", *shape, "--backward", *peers)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("out/bench.json").read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    assert all({"attngen", "flash"} <= set(row["tflops"]) for row in rows)
+    assert all("flex" in {**row["tflops"], **row["absent"]} for row in rows)  # it wants triton
 
 
 @pytest.mark.gpu

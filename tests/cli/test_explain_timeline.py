@@ -76,13 +76,13 @@ def test_kernels_are_drawn_below_one_another(attngen: Attngen) -> None:
 
 @pytest.mark.parametrize(
     ("given", "nearest"),
-    [("out.pdf", "out.png"), ("out.pgn", "out.png"), ("out", "out.svg"), ("a/b.sgv", "a/b.svg")],
+    [("out.pdf", "out.png"), ("out.pgn", "out.png"), ("out", "out.txt"), ("a/b.sgv", "a/b.svg")],
 )
 def test_another_suffix_is_refused(attngen: Attngen, given: str, nearest: str) -> None:
     """The error names the file, what may stand there and the nearest of it; nothing is written, the exit code is 2."""
     result = attngen("explain", "small.yaml", "--timeline", given)
     assert result.exit_code == 2
-    for part in (given, ".svg or .png", f"nearest valid: {nearest}"):
+    for part in (given, ".svg or .png or .txt", f"nearest valid: {nearest}"):
         assert part in " ".join(result.stderr.replace("│", " ").split())
     assert not Path(given).exists() and "Traceback" not in result.output
 

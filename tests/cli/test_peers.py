@@ -8,7 +8,8 @@ import torch
 from attngen.check import timing
 from attngen.check.accuracy import compare
 from attngen.check.declared_inputs import declared_inputs
-from attngen.check.inputs import Shape, random_inputs
+from attngen.check.gradients import compare_gradients
+from attngen.check.inputs import Shape, random_inputs, random_like
 from attngen.errors import ToolchainError
 from attngen.expr import parse_mask, parse_score, read_declarations
 
@@ -110,3 +111,23 @@ def test_compiled_flex_is_right(mask: str) -> None:
     out = timing.peer("flex", q, k, v, expr)().transpose(1, 2)
     accuracy = compare(out, None, q, k, v, expr)
     assert accuracy.ok, str(accuracy)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_a_peer_has_gradients(mask: str) -> None:
+    """The backward pass of flash, again and again, gives the gradients of the reference; inputs stay as they were."""
+    q, k, v = random_inputs(Shape(2, 4, 4, 64, 64), 32, 32, torch.bfloat16)
+    dout, expr = random_like(q, 5), parse_mask(mask)
+    run = timing.backward_peer("flash", q, k, v, dout, expr)
+    for got in (run(), run()):
+        verdict = compare_gradients(got, q, k, v, dout, expr)
+        assert verdict.ok, str(verdict)
+    assert not q.requires_grad
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_a_peer_without_gradients_is_told(name: str) -> None:
+    """What the peer cannot do is a fault with its name, as of its forward."""
+    q, k, v = random_inputs(Shape(1, 2, 2, 8, 8), 32, 32, torch.bfloat16)
+    with pytest.raises(ToolchainError, match=f"{name} does not take part"):
+        timing.backward_peer(name, q, k, v, q, parse_mask("kv_idx <= q_idx + 1"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attngen.api import compile
 from attngen.check.judging import quantized
 from attngen.expr import add, const, evaluate
 from attngen.fuzz.properties import Make
@@ -59,8 +60,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Planted:
-    """A simulated kernel with a fault."""
+    """A simulated kernel with a fault; its backward pass is right, for the out and lse that it is given."""
 
+    spec: Spec
     plan: KernelPlan
     fault: Fault
 
@@ -97,6 +99,9 @@ class Planted:
         result = result if out is None else out.copy_(result)
         return (result, lse) if return_lse else result
 
+    def backward(self, *arguments: Any, **declared: Any) -> tuple[torch.Tensor, ...]:
+        return compile(self.spec).backward(*arguments, **declared)
+
 
 def plant(fault: Fault) -> Make:
     """Builds every spec with the fault in it."""
@@ -104,7 +109,7 @@ def plant(fault: Fault) -> Make:
     def make(spec: Spec) -> Planted:
         plan = plan_of(spec)
         assert plan is not None
-        return Planted(fault.edit(plan), fault)
+        return Planted(spec, fault.edit(plan), fault)
 
     return make
 

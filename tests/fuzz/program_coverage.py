@@ -84,6 +84,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
     else:
         yield from (("inputs", kind) for kind in KINDS)
     yield from (("scale", sign) for sign in ("default", "positive", "zero", "negative"))
+    yield from (("gradients", kind) for kind in ("none", "of out", "of out and lse"))
     yield from (("property", rule) for rule in RULES)
     yield from (("torch", state) for state in STATES)
 

@@ -8,7 +8,7 @@ import pytest
 
 from attngen.arch import ARCHS
 from attngen.errors import ToolchainError
-from attngen.plan import ROWS_OF_O, SCORES, KernelPlan, Program
+from attngen.plan import KernelPlan, Program
 from attngen.plan.steps import ForBlocks, ForTiles, PassTurn, Release, Step, When
 from attngen.simulate import (
     COSTS,
@@ -164,11 +164,11 @@ def test_turns_alternate() -> None:
     """With pingpong the tensor core serves the two GEMMs of one warpgroup, then those of the other."""
     found = timeline(plan_of("pingpong"), 128, LENGTH)
     served = sorted(
-        (i for i in found.intervals if i.unit == "tensor core" and i.n is not None), key=lambda i: i.begin
+        (i for i in found.intervals if i.unit == "tensor core" and i.block is not None), key=lambda i: i.begin
     )
     assert served
     for pair in zip(served[::2], served[1::2], strict=True):
-        assert [i.axes for i in pair] == [SCORES, ROWS_OF_O]
+        assert [i.acc for i in pair] == ["acc_s", "acc_o"]
         assert pair[0].role == pair[1].role
     order = [i.role for i in served[::2]]
     assert order[: len(order) // 2] == ["consumer 0", "consumer 1"] * (len(order) // 4)
