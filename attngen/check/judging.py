@@ -19,7 +19,7 @@ from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.expr import Expr
 from attngen.plan import KernelPlan
 from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
-from attngen.spec import Spec
+from attngen.spec import INPUTS, Spec
 from attngen.torch_state import torch_defaults
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -117,7 +117,7 @@ def judge_gradients(
 
     Args:
         spec: of the kernel.
-        gradients: dq, dk and dv, as the pass returned them.
+        gradients: dq, dk, dv and those of what the spec declares, as the pass returned them.
         inputs: q, k and v, as the call took them.
         dout: the gradient of out that the pass took, like out, lse, dlse, softmax_scale, layout and declared.
         out: what the forward call returned, like lse; `judge` holds both to their own rule.
@@ -131,6 +131,7 @@ def judge_gradients(
         ArgumentError: a gradient has not the shape of its input.
     """
     about: dict[str, Any] = {"out": out, "lse": lse, "dlse": dlse, "declared": declared}
+    about["wanted"] = spec.gradients[len(INPUTS) :]
     mask, score = spec.mask_expr, spec.score_expr
     return compare_gradients(gradients, *inputs, dout, mask, softmax_scale, layout, score=score, **about)
 

@@ -16,7 +16,7 @@ from attngen.cli.comparison import error_text, shape_of
 from attngen.cli.output import seconds_text, table
 from attngen.cli.shapes import shape_text
 from attngen.errors import Diagnostic, SpecError
-from attngen.kernel import GRADIENTS, Kernel
+from attngen.kernel import Kernel
 from attngen.simulate import trace_backward
 from attngen.spec import Spec
 
@@ -81,8 +81,8 @@ def execute_backward(
     dout = random_like(out, seed)
     started = time.perf_counter()
     if with_trace:
-        traced = trace_backward(kernel.call, dout, q, k, v, out, lse, GRADIENTS, declared=passed)
-        gradients, board = tuple(traced.gradients[name] for name in GRADIENTS), str(traced)
+        traced = trace_backward(kernel.call, dout, q, k, v, out, lse, kernel.gradients, declared=passed)
+        gradients, board = tuple(traced.gradients[name] for name in kernel.gradients), str(traced)
     else:
         gradients = kernel.backward(dout, q, k, v, out, lse, **passed)
     seconds, tflops = time.perf_counter() - started, None
@@ -101,7 +101,7 @@ def gradients_table(outcomes: Iterable[BackwardOutcome], *, on_simulator: bool) 
     for outcome in outcomes:
         tflops = "-" if outcome.tflops is None else f"{outcome.tflops:.1f}"
         whose, took = (outcome.label, shape_text(outcome.shape)), (seconds_text(outcome.seconds), tflops)
-        for name, accuracy in vars(outcome.accuracy).items():
+        for name, accuracy in outcome.accuracy.by_name.items():
             largest = error_text(accuracy.max_error, accuracy.max_bound)
             rmse = error_text(accuracy.rmse, accuracy.rmse_bound)
             rows.append((*whose, name, largest, rmse, *took, "ok" if accuracy.ok else "FAILED"))
