@@ -84,7 +84,7 @@ def trace_backward(
         ArgumentError: what the kernels cannot take.
     """
     named = {**(declared or {}), "dout": dout, "out": out, "lse": lse}
-    given = check_arguments(call.manifest, q, k, v, softmax_scale, None, "bshd", named, GRADIENTS_INTAKE)
+    given = check_arguments(call.manifest, q, k, v, softmax_scale, {}, "bshd", named, GRADIENTS_INTAKE)
     board = _Board(q.shape[1], k.shape[1])
     bound = bind(call.manifest, given, tuple(wanted), SIMULATED_SMS, softmax_scale)
     made = run_call(call, bound, observer=board.observe)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from click.testing import Result
 
-from attngen import kernel
 from attngen.bind import Bound
 from attngen.plan import Call
+from attngen.simulate import simulator
 
 Attngen = Callable[..., Result]
 
@@ -58,13 +58,13 @@ def test_wrong_gradients_fail_the_comparison(
     attngen: Attngen, trained: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the output is right and dk is half of itself, the exit code is 1, and dk alone has failed."""
-    right = kernel.run_call
+    right = simulator.run_call
 
     def halved(call: Call, bound: Bound, *more: object, **options: object) -> dict[str, torch.Tensor]:
         made = right(call, bound, *more, **options)  # type: ignore[arg-type]
         return made | ({"dk": made["dk"] / 2} if "dk" in made else {})
 
-    monkeypatch.setattr(kernel, "run_call", halved)
+    monkeypatch.setattr(simulator, "run_call", halved)
     result = attngen(command[0], trained, *command[1:])
     assert result.exit_code == 1, result.output
     assert [row[-1] for row in gradients_in(result)] == ["ok", "FAILED", "ok"]

@@ -68,7 +68,7 @@ class PlantedGradients:
         }
         of_lse = {} if dlse is None or self.fault.forgets_dlse else {"dlse": dlse}
         named, manifest = {**declared, **rows, "lse": lse, **of_lse}, self.kernel.manifest
-        given = check_arguments(manifest, q, k, v, softmax_scale, None, layout, named, GRADIENTS_INTAKE)
+        given = check_arguments(manifest, q, k, v, softmax_scale, {}, layout, named, GRADIENTS_INTAKE)
         bound = bind(manifest, given, GRADIENTS, SIMULATED_SMS, softmax_scale)
         made = run_call(self.call, bound, layout=layout, steps=self.fault.steps)
         return tuple(made[name] for name in GRADIENTS)
