@@ -40,8 +40,10 @@ from attngen.plan.steps import (
     StoreTile,
     SyncThreads,
     SyncWarpgroup,
+    SyncWarpgroups,
     TakeTurn,
     TmaLoad,
+    TmaLoadRows,
     TmaStore,
     WaitCopies,
     WaitEmpty,
@@ -119,6 +121,9 @@ def _work_on_registers(units: Units, step: Any, role: RoleRun) -> Paid:
 
 def _load_rows(units: Units, step: RecoverP | ScoreGradient, role: RoleRun) -> Paid:
     """The numbers of the queries of a tile of pairs; ptxas loads them under the products before (NVRTC 13.0.88)."""
+    numbers = step.lse if isinstance(step, RecoverP) else step.delta
+    if not isinstance(numbers, Rows):  # they have come before
+        return None
     yield when_due(role)
     rows = dict(zip(step.s.axes, (step.s.rows, step.s.cols), strict=True))["queries"]
     units.queue("copy engine", _transfer_cycles(units, 4 * rows), step, role)
@@ -185,6 +190,12 @@ def _tma_load(units: Units, step: TmaLoad, role: RoleRun) -> Paid:
     end = units.queue("copy engine", _transfer_cycles(units, step.dst.buffer.stage_bytes), step, role)
     role.clock[TIME] = end + units.costs.copy_latency
     return goes_on
+
+
+def _tma_load_rows(units: Units, step: TmaLoadRows, role: RoleRun) -> Paid:
+    yield when_due(role)
+    units.queue("copy engine", _transfer_cycles(units, step.dst.buffer.stage_bytes), step, role)
+    return now(role) + units.costs.copy_issue
 
 
 def _load_tile(units: Units, step: LoadTile, role: RoleRun) -> Paid:
@@ -257,7 +268,8 @@ def _store_tile(units: Units, step: StoreTile, role: RoleRun) -> Paid:
 
 def _store_gradient(units: Units, step: StoreGradient, role: RoleRun) -> Paid:
     wanted = sum(place.dtype.bytes for place in filter(role.device.wants, step.places))
-    elements = step.src.buffer.rows * step.src.buffer.cols
+    share = role.warpgroups if step.src.own_rows else 1
+    elements = step.src.buffer.rows * step.src.buffer.cols // share
     return _access_device(units, elements * wanted, role.call.accumulates, step, role)
 
 
@@ -266,7 +278,7 @@ def _draw_tile(units: Units, step: DrawTile, role: RoleRun) -> None:
 
 
 # ---- meetings -------------------------------------------------------------------------------------------------------
-MEETINGS = (WaitFull, WaitEmpty, TakeTurn, SyncThreads, SyncWarpgroup)
+MEETINGS = (WaitFull, WaitEmpty, TakeTurn, SyncThreads, SyncWarpgroup, SyncWarpgroups)
 """Steps that end at the later of two times: the role's, and that of those it waits for."""
 
 
@@ -286,6 +298,7 @@ CHARGES: dict[type[Step], Charge] = {
     LookUp: _look_up,
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,
+    TmaLoadRows: _tma_load_rows,
     LoadTile: _load_tile,
     CommitCopies: _commit_copies,
     WaitCopies: _wait_copies,

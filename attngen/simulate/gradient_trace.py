@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from attngen.bind import bind, check_arguments
-from attngen.plan import GRADIENTS_INTAKE, SCORES, Call, RegTile
+from attngen.errors import ArgumentError
+from attngen.plan import GRADIENTS_INTAKE, SCORES, Call, RegTile, Rows
 from attngen.plan.steps import Gemm, RecoverP, ScoreGradient, StageTile
 from attngen.simulate.launches import run_call
 from attngen.simulate.roles import Event
@@ -81,8 +82,11 @@ def trace_backward(
         declared: the scalars and tensors of the spec, by name.
 
     Raises:
-        ArgumentError: what the kernels cannot take.
+        ArgumentError: what the kernels cannot take, or kernels for warpgroups.
     """
+    if any(len(plan.roles) > 1 for plan in call.gradients):
+        must = "one whose warps run alike: target: simulator, or schedule.kind: fa2"
+        raise ArgumentError("call", "a backward pass for warpgroups", must)
     named = {**(declared or {}), "dout": dout, "out": out, "lse": lse}
     given = check_arguments(call.manifest, q, k, v, softmax_scale, {}, "bshd", named, GRADIENTS_INTAKE)
     board = _Board(q.shape[1], k.shape[1])
@@ -109,6 +113,7 @@ class _Board:
             self._pair = {name: self._of_pair(event, step.s)}
         elif isinstance(step, ScoreGradient):
             assert self._pair_of is not None
+            assert isinstance(step.delta, Rows)
             rows, _ = self._pair_of
             delta = event.role.device.read(step.delta, event.tile, rows.start, (len(rows),))[0]
             self._pair |= {
