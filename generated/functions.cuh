@@ -1230,13 +1230,14 @@ struct RowF32 {
   }
 };
 
-// Write a tile of f32 to rows first_row .. of a head, or add it to what stands there; rows at or past `end_row` are dropped.
-template <class Tile, class Row, int kThreads>
+// Write the rows of a tile of f32 that kThreads threads own, in order, to rows first_row .. of a head, or add them to what stands
+// there; rows at or past `end_row` are dropped.
+template <class Tile, class Row, int kRows, int kThreads>
 DEV void store_gradient(typename Row::Element* head, i64 stride, int first_row, int end_row, u32 src, bool adds) {
   constexpr int kEights = Tile::kValidChunks / 2;
 #pragma unroll 1
-  for (int index = threadIdx.x; index < Tile::kRows * kEights; index += kThreads) {
-    const int row = index / kEights, column = index % kEights * 8;
+  for (int index = threadIdx.x % kThreads; index < kRows * kEights; index += kThreads) {
+    const int row = threadIdx.x / kThreads * kRows + index / kEights, column = index % kEights * 8;
     if (first_row + row >= end_row) continue;
     typename Row::Element* p = head + (first_row + row) * stride + column;
     const uint4 low = load_shared_16(src + Tile::address(row, column / 4)), high = load_shared_16(src + Tile::address(row, column / 4 + 1));

@@ -16,7 +16,9 @@ LENGTH = 512
 WALKED = "kv_idx % 100 <= q_idx % 70"
 
 
-def gradients(head_dim: int = 64, mask: str = "full", score: str = "score") -> dict[str, KernelPlan]:
+def gradients(
+    head_dim: int = 64, mask: str = "full", score: str = "score", kind: str = "fa2"
+) -> dict[str, KernelPlan]:
     """The kernels of a backward pass that are programs, by their schedules."""
     spec: dict[str, Any] = {
         "target": "sm_90a",
@@ -24,15 +26,16 @@ def gradients(head_dim: int = 64, mask: str = "full", score: str = "score") -> d
         "mask": mask,
         "score": score,
         "gradients": ["q", "k", "v"],
+        "schedule": {"kind": kind},
     }
     return {plan.schedule: plan for plan in attngen.compile(spec).call.gradients}
 
 
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(("kind", "slots"), [("fa2", 1), ("fa2", 2), ("auto", 1)])
 @pytest.mark.parametrize(("head_dim", "mask"), [(64, "causal"), (128, WALKED), (256, "causal")])
-def test_a_unit_does_one_thing_at_a_time(head_dim: int, mask: str, slots: int) -> None:
+def test_a_unit_does_one_thing_at_a_time(head_dim: int, mask: str, kind: str, slots: int) -> None:
     """Each unit, and each role, is busy with one thing at a time, and every unit is used by every kernel."""
-    for plan in gradients(head_dim, mask).values():
+    for plan in gradients(head_dim, mask, kind=kind).values():
         found = timeline(plan, LENGTH, LENGTH, heads=2, heads_kv=1, slots=slots)
         for lane in (*UNITS, *found.roles):
             end = 0
