@@ -27,8 +27,10 @@ SMALL = 40
 
 @pytest.mark.parametrize("name", GRADIENT_FAULTS)
 def test_planted_fault_is_found_and_shrunk(name: str) -> None:
-    """Within 300 drawn cases gradients are out of bounds, or made of the wrong visits, at which the simulator stops; the
-    shrunk case shows it again, and is the fault's alone."""
+    """Within 300 drawn cases gradients are out of bounds, or the simulator counts the wrong visits; the fault is shrunk.
+
+    The shrunk case shows it again, and is the fault's alone.
+    """
     make = plant_gradients(GRADIENT_FAULTS[name])
     report = fuzz(examples=300, seed=1, targets=("simulator",), make=make, backward=True)
     assert report.failure is not None, "not found"
