@@ -90,9 +90,9 @@ Kind = Literal["dq", "dk and dv", "dv", "dk"]
 TILES: dict[Kind, dict[tuple[int, Weight], Tile]] = {
     "dq": {
         (64, "plain"): Tile(128, 128, 3, 3),
-        (64, "functions"): Tile(128, 64, 3, 3),
+        (64, "arithmetic"): Tile(128, 64, 3, 3),
         (128, "plain"): Tile(128, 128, 2, 2),
-        (128, "functions"): Tile(128, 64, 3, 3),
+        (128, "arithmetic"): Tile(128, 64, 3, 3),
         (192, "plain"): Tile(128, 96, 2, 1),
         (192, "functions"): Tile(128, 48, 3, 3),
         (256, "plain"): Tile(128, 64, 2, 1),
@@ -106,6 +106,7 @@ TILES: dict[Kind, dict[tuple[int, Weight], Tile]] = {
     },
     "dv": {
         (192, "plain"): Tile(64, 128, 3, 3),
+        (192, "functions"): Tile(32, 128, 3, 3),
         (256, "plain"): Tile(64, 128, 3, 2),
         (256, "functions"): Tile(32, 128, 3, 3),
     },
@@ -137,9 +138,8 @@ def _tile(kind: Kind, features: Features) -> Tile:
     """The tile of the narrowest heads that are wide enough, and of the heaviest score that is not too heavy."""
     tiles, score = TILES[kind], features.pairs.score
     weight: Weight = "plain" if score is SCORE else "arithmetic"
-    if _is_heavy(score) or (
-        kind in ("dq", "dk") and features.walks
-    ):  # registers have the mask to work out, too
+    works_masks_out = features.walks and (kind in ("dq", "dk") or score is not SCORE)
+    if _is_heavy(score) or works_masks_out:
         weight = "functions"
     columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
     lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]

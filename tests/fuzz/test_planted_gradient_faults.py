@@ -27,7 +27,7 @@ SMALL = 40
 
 @pytest.mark.parametrize("name", GRADIENT_FAULTS)
 def test_planted_fault_is_found_and_shrunk(name: str) -> None:
-    """Within 300 drawn cases gradients are out of bounds, or the simulator counts the wrong visits; the fault is shrunk.
+    """Within 300 drawn cases gradients are out of bounds, or the simulator counts other visits; the fault is shrunk.
 
     The shrunk case shows it again, and is the fault's alone.
     """
