@@ -222,10 +222,13 @@ def _in_format(tensor: "torch.Tensor", word: str) -> tuple[str, "torch.Tensor"]:
             note = "an integer of the language is looked up from 32 bits"
             refuse(f"{shown} holds integers beyond 2^31", "traced-tensors", word, note)
         return "i32", tensor.to(torch.int32)
-    rounded = tensor.detach().to(torch.float32)
+    if tensor.requires_grad:
+        note = f"write {word}.float(), whose gradient reaches {word}, or {word}.detach()"
+        refuse(f"{shown} requires grad, and a copy of it in f32 would take it", "traced-tensors", word, note)
+    rounded = tensor.to(torch.float32)
     if not bool(((rounded.to(tensor.dtype) == tensor) | tensor.isnan()).all()):
         refuse(f"{shown} holds numbers that f32 rounds", "traced-tensors", word, f"write {word}.float()")
-    return "f32", rounded.requires_grad_(tensor.requires_grad)  # which the call judges, as of any tensor
+    return "f32", rounded
 
 
 def declaration_of(value: Any) -> str:
