@@ -1,7 +1,9 @@
 """The programs of gradients of what is declared: every Step has a reason, and what is emitted compiles as planned."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +165,18 @@ def test_kernels_compile_without_spills(target: str, head_dim: int, spec: dict) 
         assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), plan.name
         if target == "sm_90a":
             assert done_before_waiting(disassemble(compiled.cubin)) == []
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 64, 113, 257])
+def test_tables_of_blocks_lie_where_they_are_summed(seqlen_q: int) -> None:
+    """The text's place of a block's table is that of an array (batch, heads, blocks), whatever the last one holds."""
+    kernel = case_of("table", "full", 64).kernel("sm_90a")
+    (plan,) = (each for each in kernel.call.gradients if "sums_of" in each.schedule)
+    found = re.search(r"const i64 block = (.*);", kernel.modules[plan.module].source)
+    assert found is not None
+    place = found[1].replace("(i64)", "").replace("/", "//")
+    blocks = -(-seqlen_q // plan.block_m)
+    names = {"kBlockM": plan.block_m, "params": SimpleNamespace(num_heads_q=3)}
+    tiles = [(b, h, m) for b in range(2) for h in range(3) for m in range(blocks)]
+    tile = [SimpleNamespace(batch=b, head=h, m_block=m, seqlen_q=seqlen_q) for b, h, m in tiles]
+    assert [eval(place, names | {"tile": each}) for each in tile] == list(range(len(tiles)))
