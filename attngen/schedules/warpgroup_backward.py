@@ -1,7 +1,8 @@
 """The backward pass on warpgroups: a producer feeds the copy engine, consumers feed the tensor core.
 
 The kernels are those of `backward`: dQ of a block of queries, dK and dV of a block of keys, or one of the two. Each
-consumer owns 64 rows of the gradients, and none waits for another, so that one multiplies while another is at P and dS.
+consumer owns 64 rows of the gradients, and none waits for another in the loop, so that one multiplies while another is
+at P and dS.
 Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1 and appendix B.1.
 """
 
