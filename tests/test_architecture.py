@@ -20,7 +20,7 @@ ORDER = {
     "__init__": 14, "__main__": 14,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 1825, "bind": 1190, "check": 2375, "cli": 3240, "emit": 1075, "expr": 5760, "fuzz": 1830, "lower": 2420,
+    "attngen": 1825, "bind": 1190, "check": 2375, "cli": 3240, "emit": 1075, "expr": 5765, "fuzz": 1830, "lower": 2430,
     "plan": 4320, "runtime": 1635, "schedules": 2100, "simulate": 5060, "spec": 1940, "templates": 3255,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
