@@ -57,15 +57,15 @@ def pack_values(sheet: PackValues, values: Values, sizes: Sizes) -> dict[str, to
 
 
 def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
-    """D and lse in log2 units of each row; 0 and +inf of one without keys (lse -inf or +inf) and past the end."""
+    """D and lse in log2 units of each row; 0 and +inf of one without keys (lse infinite) and past the end."""
     delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(1, 2)
     if "dlse" in values:
         delta = delta - values["dlse"]
-    lse = values["lse"]
-    past = (0, -lse.shape[-1] % PADDED_ROWS)
+    lse_log2 = values["lse"] * math.log2(math.e)
+    has_no_keys, past = lse_log2.isinf(), (0, -lse_log2.shape[-1] % PADDED_ROWS)
     return {
-        "delta": pad(delta.masked_fill(lse.isinf(), 0.0), past),
-        "lse_log2": pad((lse * math.log2(math.e)).masked_fill(lse.isinf(), math.inf), past, value=math.inf),
+        "delta": pad(delta.masked_fill(has_no_keys, 0.0), past),
+        "lse_log2": pad(lse_log2.masked_fill(has_no_keys, math.inf), past, value=math.inf),
     }
 
 

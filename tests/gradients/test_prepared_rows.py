@@ -140,6 +140,17 @@ def test_whole_numbers_are_exact() -> None:
     assert found["delta"].abs().max() > 100
 
 
+def test_an_lse_that_overflows_in_log2_units_is_that_of_no_keys() -> None:
+    """Its probabilities are 0, where they were NaN; an lse that is NaN stays NaN, and one at the edge is kept."""
+    of = sheet(64)
+    values = inputs((1, 5, 1), 64, "bf16", with_dlse=False)
+    values["lse"] = torch.tensor([[[-3.38e38, 3.38e38, -2.3e38, math.nan, 1.0]]])
+    for found in (prepare_rows(of, values, Sizes(1, 5, 1, 1, 1)), run_on_cpu(of, values)):
+        lse, delta = found["lse_log2"][0, 0], found["delta"][0, 0]
+        assert (lse[:2] == math.inf).all() and (delta[:2] == 0).all()
+        assert lse[2].isfinite() and lse[3].isnan() and delta[2:5].count_nonzero() == 3
+
+
 def test_a_call_without_rows_has_no_blocks() -> None:
     """No batch, no rows or no heads: nothing is launched."""
     for empty in ("batch", "seqlen_q", "num_heads_q"):
