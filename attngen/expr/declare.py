@@ -40,8 +40,9 @@ LocateSpan = Callable[[str, Span | None], Location | None]
 
 _CALL_ARGUMENTS = (
     "self", "q", "k", "v", "softmax_scale", "return_lse", "out", "layout", "tables", "mask",
-    "scalars", "tensors",
+    "scalars", "tensors", "deterministic",
 )  # fmt: skip
+_BACKWARD_ARGUMENTS = ("dout", "lse", "dlse", "grads", "accumulate")
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
@@ -50,6 +51,7 @@ _NO_PARAMETERS = {
 _RESERVED = {
     **dict.fromkeys(SIZE_NAMES, "a size of every call"),
     **dict.fromkeys(_CALL_ARGUMENTS, "an argument of every call"),
+    **dict.fromkeys(_BACKWARD_ARGUMENTS, "an argument of every backward pass"),
     **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
     **_NO_PARAMETERS,
 }

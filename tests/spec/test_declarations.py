@@ -1,6 +1,7 @@
 """The blocks scalars, tensors and define: what they give, and every fault of theirs at its place."""
 
 import copy
+import inspect
 import pickle
 import warnings
 from typing import Any
@@ -397,3 +398,19 @@ def test_the_json_schema_knows_the_blocks() -> None:
         assert properties[block]["type"] == "object" and properties[block]["description"]
         assert properties[block]["additionalProperties"]["type"] == "string"
     assert "f32" in properties["scalars"]["additionalProperties"]["pattern"]
+
+
+@pytest.mark.parametrize("call", [attngen.Kernel.__call__, attngen.Kernel.backward, attngen.attention])
+def test_no_argument_of_a_call_may_be_declared(call: Any) -> None:
+    """What is declared is passed by its name, beside the arguments of a call, of a backward pass and of `attention`."""
+    parameters = inspect.signature(call).parameters.values()
+    named = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    assert len(named) > 5
+    for name in named:
+        data = {
+            "problem": {"head_dim": 64},
+            "tensors": {name: "f32[batch]"},
+            "score": f"score + {name}[b]",
+        }
+        with pytest.raises(attngen.SpecError, match=r"must be called otherwise|reserved-names"):
+            attngen.load(data)
