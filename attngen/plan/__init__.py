@@ -17,6 +17,7 @@ from attngen.plan.call import (
     in_bf16,
     in_f32,
 )
+from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, PrivateTable, gradient_value
 from attngen.plan.formulas import (
     FORMULA_OPS,
     RUNTIME_SIZES,
@@ -43,14 +44,10 @@ from attngen.plan.places import (
     WARPGROUP_WARPS,
     Axis,
     BlockIndex,
-    BlockTables,
     Buffer,
     Cursor,
     Descales,
-    Elements,
     NamedBarriers,
-    PairMatrix,
-    PrivateTable,
     Range,
     RegTile,
     RegVec,
@@ -60,7 +57,6 @@ from attngen.plan.places import (
     Tensor,
     View,
     Walk,
-    gradient_value,
 )
 from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer

@@ -19,19 +19,9 @@ from attngen.plan.call import (
     Value,
     in_f32,
 )
+from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import (
-    LENGTHS,
-    PADDED_ROWS,
-    PANEL_BYTES,
-    BlockTables,
-    Descales,
-    Elements,
-    PairMatrix,
-    Rows,
-    Tensor,
-    gradient_value,
-)
+from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.row_sums import SumRows

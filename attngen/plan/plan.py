@@ -6,21 +6,9 @@ from typing import Literal
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
+from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
 from attngen.plan.formulas import Formula, ceil_div, minimum, product
-from attngen.plan.places import (
-    BlockTables,
-    Buffer,
-    Cursor,
-    Descales,
-    Elements,
-    NamedBarriers,
-    PairMatrix,
-    RegTile,
-    RegVec,
-    Ring,
-    Rows,
-    Tensor,
-)
+from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.scheduler import Scheduler
 from attngen.plan.seen import SeenBlocks

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from attngen.arch import Arch
 from attngen.expr import SIZE_NAMES, GradientSite
+from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import LENGTHS, BlockTables, Rows, gradient_value
+from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
 

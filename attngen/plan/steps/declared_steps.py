@@ -7,15 +7,8 @@ There s is P times the derivative of the score by what is read, of the pairs of 
 from dataclasses import dataclass
 
 from attngen.expr import Expr
-from attngen.plan.places import (
-    BlockIndex,
-    BlockTables,
-    Elements,
-    PairMatrix,
-    PrivateTable,
-    RegTile,
-    RegVec,
-)
+from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, PrivateTable
+from attngen.plan.places import BlockIndex, RegTile, RegVec
 from attngen.plan.steps.gradient_steps import RowNumbers
 from attngen.plan.steps.step import Step
 
