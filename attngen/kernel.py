@@ -174,7 +174,7 @@ class Kernel:
         """The values that a backward pass returns, in order; none where the spec asks for no gradients."""
         return (*GRADIENTS, *map(gradient_value, self.declared_gradients)) if self.call.gradients else ()
 
-    @property
+    @cached_property
     def declared_gradients(self) -> tuple[str, ...]:
         """What the spec declares and wants gradients of, in order."""
         return self.spec.gradients[len(INPUTS) :]
@@ -262,31 +262,38 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        wanted = self.declared_gradients
-        others = (declared.get(name, self.bound.get(name)) for name in wanted)
-        if self.call.gradients and is_differentiated(q, k, v, *others):
-            if out is not None or tables is not None:
-                name = "tables" if out is None else "out"
-                raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
-            if is_altered() or getattr(q, "dtype", None) is not self._differentiated:
-                for name, x in (("q", q), ("k", k), ("v", v)):
-                    check_differentiable(self.manifest, name, x)
-            passed = {**self.bound, **declared}
-            for name, value in passed.items():
-                if isinstance(value, torch.Tensor):
-                    check_plain(name, value)
-                    if name not in wanted:
-                        check_no_derivative(name, value, is_declared=True)
-            made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
-                self, softmax_scale, layout, passed, q, k, v, *map(passed.get, wanted)
-            )
-            return made if return_lse else made[0]
+        if self.gradients:
+            others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
+            if is_differentiated(q, k, v, *others):
+                if out is not None or tables is not None:
+                    name = "tables" if out is None else "out"
+                    raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
+                made = self._recorded(q, k, v, softmax_scale, layout, {**self.bound, **declared})
+                return made if return_lse else made[0]
         if isinstance(out, torch.Tensor):
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
+
+    def _recorded(
+        self, q: Any, k: Any, v: Any, softmax_scale: float | None, layout: str, passed: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Out and lse, which autograd differentiates; refuse what it would not."""
+        if is_altered() or getattr(q, "dtype", None) is not self._differentiated:
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                check_differentiable(self.manifest, name, x)
+        wanted = self.declared_gradients
+        for name, value in passed.items():
+            if isinstance(value, torch.Tensor):
+                check_plain(name, value)
+                if name not in wanted:
+                    check_no_derivative(name, value, is_declared=True)
+        made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
+            self, softmax_scale, layout, passed, q, k, v, *map(passed.get, wanted)
+        )
+        return made
 
     def backward(
         self,
@@ -334,7 +341,7 @@ class Kernel:
             ArgumentError: the spec asks for no gradients, or an argument the kernels cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernels.
         """
-        if not self.call.gradients:
+        if not self.gradients:
             raise ArgumentError(
                 "self", "a kernel without a backward pass", "a spec with gradients: [q, k, v]"
             )
