@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from attngen.arch import Arch
 from attngen.autograd import Attention, is_differentiated
 from attngen.bind import (
     TileTables,
@@ -20,8 +19,8 @@ from attngen.bind import (
     check_writable,
     gradient_memory,
 )
+from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
-from attngen.emit import emit_module
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.plan import (
     GRADIENTS_INTAKE,
@@ -30,7 +29,6 @@ from attngen.plan import (
     Call,
     KernelPlan,
     Manifest,
-    Sheet,
     assemble,
     gradient_value,
 )
@@ -38,11 +36,9 @@ from attngen.quantize import DESCALES, Operands
 from attngen.runtime import (
     CompiledKernel,
     CompilerPool,
-    DiskCache,
     KernelResources,
     Launcher,
     LaunchReport,
-    disassemble,
     explain_launch,
 )
 from attngen.simulate import Simulator
@@ -51,47 +47,6 @@ from attngen.torch_state import is_altered
 
 GRADIENTS = ("dq", "dk", "dv")
 """Of the inputs; values of what a spec declares follow, in the order in which it names them."""
-
-
-class Module:
-    """Kernels of a call that stand in one text and one cubin.
-
-    Attributes:
-        name: of the files.
-        kernels: what it holds; none of a text that is not emitted.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        kernels: Sequence[KernelPlan | Sheet],
-        arch: Arch,
-        lineinfo: bool = False,
-        source: str | None = None,
-    ) -> None:
-        self.name = name
-        self.kernels = kernels
-        self._arch = arch
-        self._lineinfo = lineinfo
-        self._edited = source
-
-    @cached_property
-    def source(self) -> str:
-        """The CUDA C++ text: emitted, or the edited one that was given in its place."""
-        return emit_module(self.kernels) if self._edited is None else self._edited
-
-    @cached_property
-    def compiled(self) -> CompiledKernel:
-        """The cubin and its report; compiled at first use, or read from the disk cache.
-
-        Raises:
-            ToolchainError: NVRTC is missing.
-        """
-        return DiskCache().get(self.source, self._arch.name, lineinfo=self._lineinfo)
-
-    def sass(self) -> str:
-        """The machine code, disassembled."""
-        return disassemble(self.compiled.cubin)
 
 
 class Kernel:
