@@ -43,6 +43,10 @@ _CALL_ARGUMENTS = (
     "scalars", "tensors", "deterministic",
 )  # fmt: skip
 _BACKWARD_ARGUMENTS = ("dout", "lse", "dlse", "grads", "accumulate")
+_RAGGED_ARGUMENTS = (
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "leftpad_k",
+    "work", "tokens_q", "tokens_k",
+)  # fmt: skip
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
@@ -53,6 +57,9 @@ _RESERVED = {
     **dict.fromkeys(_CALL_ARGUMENTS, "an argument of every call"),
     **dict.fromkeys(_BACKWARD_ARGUMENTS, "an argument of every backward pass"),
     **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
+    **dict.fromkeys(_RAGGED_ARGUMENTS, "an argument or a size of calls with ragged lengths"),
+    "sink": "an argument of calls with a learned sink",
+    "blocks": "an argument of calls with given blocks",
     **_NO_PARAMETERS,
 }
 """What nothing may be called that a spec declares, and why."""

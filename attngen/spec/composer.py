@@ -12,6 +12,7 @@ from attngen.spec.document import Document
 
 MAX_NESTING = 16
 MAX_VALUES = 20_000  # keys and values of a spec, collections included; no spec comes near
+MAX_REFUSED = 10_000  # anchors, aliases and tags, each of which becomes a fault with its place
 _WORD_END = re.compile(r"[\s,\]}]")
 
 
@@ -28,6 +29,7 @@ class Composer(yaml.SafeLoader):
         self._document = document
         self._depth = 0
         self._count = 0
+        self._refused_words = 0
 
     def scan_to_next_token(self) -> None:
         """Pass over what is blank: tabs as well inside {} and [], as JSON has them."""
@@ -70,6 +72,11 @@ class Composer(yaml.SafeLoader):
         raise TooMuch
 
     def _refuse(self, start: int, word: str, message: str, note: str) -> None:
+        self._refused_words += 1
+        if self._refused_words > MAX_REFUSED:
+            self._stop(
+                start, "yaml-size", f"the spec holds more than {MAX_REFUSED:,} anchors, aliases and tags"
+            )
         text = self._document.source.text
         start = text.index(word, start)  # an anchor and a tag of one node may stand in either order
         found = _WORD_END.search(text, start + 1)

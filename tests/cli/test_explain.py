@@ -128,7 +128,7 @@ def test_explain_without_a_compiler_says_what_it_does_not_know(
 ) -> None:
     """Without NVRTC all but the registers is shown, and the cure is named."""
     from attngen.errors import ToolchainError
-    from attngen.kernel import DiskCache
+    from attngen.runtime import DiskCache
 
     def refuse(*_: object, **__: object) -> None:
         raise ToolchainError("NVRTC cannot be loaded", "install it")
