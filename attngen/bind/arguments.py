@@ -13,6 +13,7 @@ import torch
 from attngen.bind.declared import check_declared
 from attngen.bind.numbers import softmax_scale_of
 from attngen.bind.overlap import check_overlap
+from attngen.bind.sequences import sequence_sizes
 from attngen.bind.tensors import check_plain, check_rows
 from attngen.dtypes import dtype, torch_dtype
 from attngen.errors import ArgumentError, shown
@@ -20,7 +21,10 @@ from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.plan import (
     COLUMNS_OF_HEADS,
     GRADIENTS_INTAKE,
+    LETTERS,
     OPERANDS_INTAKE,
+    ROWS_OF_HEADS,
+    TOKENS_OF_HEADS,
     Intake,
     Manifest,
     Value,
@@ -55,6 +59,12 @@ class Given:
         prefix = "tensor."
         return {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
 
+    @property
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """Those, and the tensors that say lengths: all that every way to begin a call is passed by name."""
+        begun = self.intake.values
+        return {name.removeprefix("tensor."): x for name, x in self.tensors.items() if name not in begun}
+
 
 def check_arguments(
     manifest: Manifest,
@@ -71,12 +81,13 @@ def check_arguments(
 
     Args:
         manifest: of the call.
-        q: (batch, seqlen_q, num_heads_q, head_dim_qk), of a type that the manifest takes; last dimension contiguous.
+        q: (batch, seqlen_q, num_heads_q, head_dim_qk), or (tokens_q, num_heads_q, head_dim_qk) of ragged queries,
+            of a type that the manifest takes; last dimension contiguous.
         k: (batch, seqlen_k, num_heads_kv, head_dim_qk).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         softmax_scale: of at most 2^127, either sign, or None.
         into: memory for outputs, by the names of their values: {"out": (batch, seqlen_q, num_heads_q, head_dim_v)}.
-        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and outputs.
+        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and outputs that have batches.
         declared: what is passed by name.
         intake: in which way the call begins; that of q's type where None.
 
@@ -84,6 +95,8 @@ def check_arguments(
         ArgumentError: the first fault found.
     """
     given = check_rows_of_heads(manifest, q, k, v, softmax_scale, into, layout, intake)
+    if not manifest.lengths.are_dense:
+        given.sizes.update(sequence_sizes(manifest, given.sizes, declared))
     tensors, scalars, sizes = check_declared(manifest, given.intake, declared, given.sizes, q.device)
     named = {name.removeprefix("tensor."): x for name, x in tensors.items()}
     for name, x in into.items():
@@ -114,8 +127,9 @@ def check_rows_of_heads(
     sizes: dict[str, int] = {}
     tensors = {value.name: _bind_shape(value, x, layout, sizes) for value, x in passed}
     _check_heads(sizes)
-    for name in ("q", "k"):
-        if (length := sizes[f"seqlen_{name}"]) > LARGEST_LENGTH:
+    for axis, name in LETTERS.items():
+        is_by_token = manifest.lengths.is_by_token(axis)
+        if (length := sizes[f"tokens_{name}" if is_by_token else f"seqlen_{name}"]) > LARGEST_LENGTH:
             raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
     sizes["group"] = sizes["num_heads_q"] // max(1, sizes["num_heads_kv"])
     others = {"q": q, "k": k, "v": v}
@@ -187,17 +201,19 @@ def _check_layout(layout: str) -> None:
         raise ArgumentError("layout", shown(layout), "'bshd' or 'bhsd'")
 
 
-def _check_dimensions(name: str, x: torch.Tensor) -> None:
-    """Refuse what has no four dimensions with strides."""
+def _check_dimensions(name: str, x: torch.Tensor, axes: tuple[str, ...] = ROWS_OF_HEADS) -> None:
+    """Refuse what has not these dimensions with strides."""
     check_plain(name, x)
-    if x.dim() != 4:
-        raise ArgumentError(name, f"{x.dim()} dimensions", "4: (batch, seqlen, heads, head_dim)")
+    if x.dim() != len(axes):
+        of_tokens = axes == TOKENS_OF_HEADS
+        must = "3: (tokens, heads, head_dim)" if of_tokens else "4: (batch, seqlen, heads, head_dim)"
+        raise ArgumentError(name, f"{x.dim()} dimensions", must)
 
 
 def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> None:
     """Refuse what is no tensor of the value's type, beside q, with rows that a kernel can read."""
     name = value.passed_as
-    _check_dimensions(name, x)
+    _check_dimensions(name, x, value.axes)
     expected = torch_dtype(dtype(value.dtype))
     if x.dtype != expected:
         raise ArgumentError(name, f"dtype {x.dtype}", f"{expected}", f"pass {name}.to({expected})")
@@ -208,7 +224,7 @@ def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> 
 
 def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int]) -> torch.Tensor:
     """The tensor with its dimensions in the order of the value's axes; sizes that are new get its extents."""
-    name, follows_layout = value.passed_as, value.axes[1] == "seqlen"
+    name, follows_layout = value.passed_as, value.axes == ROWS_OF_HEADS
     ordered = x.transpose(1, 2) if follows_layout and layout == "bhsd" else x
     for dim, size in zip(value.shape, ordered.shape, strict=True):
         if isinstance(dim, str):
@@ -216,6 +232,8 @@ def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int
     expected = tuple(evaluate_formula(dim, sizes) for dim in value.shape)
     if tuple(ordered.shape) != expected:
         letters = [_LETTERS[axis] for axis in value.axes]
+        if value.axes == TOKENS_OF_HEADS:
+            letters[0] = "tokens"
         if follows_layout and layout == "bhsd":
             letters[1:3], expected = letters[2:0:-1], (expected[0], expected[2], expected[1], expected[3])
         must = f"{expected} = ({', '.join(letters)})"

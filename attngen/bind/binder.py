@@ -172,10 +172,10 @@ class Bound:
     def _output_strides(self, value: Value, output: torch.Tensor | None, layout: str) -> tuple[int, ...]:
         if output is None:
             shape = self.made[value.name].shape
-            if layout == "bhsd":
+            if layout == "bhsd" and len(shape) == 4:
                 shape = (shape[0], shape[2], shape[1], shape[3])
             output = torch.empty(shape, device="meta", dtype=element_dtype(value.dtype))
-        return strides(output.transpose(1, 2) if layout == "bhsd" else output)
+        return strides(output.transpose(1, 2) if layout == "bhsd" and output.dim() == 4 else output)
 
 
 def bind(

@@ -66,7 +66,7 @@ def check_declared(
             (beside, _BESIDE.get(intake.name, "e4m3 tensors have")),
         )
         for value in values
-        if not (value.optional and value.passed_as not in passed and value.source == "given")
+        if not (value.optional and passed.get(value.passed_as) is None and value.source == "given")
     }
     return DeclaredValues(tensors, scalars, {**sizes, **bound})
 

@@ -18,7 +18,7 @@ class TableSignature(NamedTuple):
     Attributes:
         kernel: name of the kernel that reads the tables, which fixes the grid of tiles.
         sizes: of the call.
-        tensors: name, shape and strides of each declared tensor.
+        tensors: name, shape and strides of each declared tensor, and of each that says lengths.
         scalars: name and value of each declared scalar; lookups may have read it.
     """
 
@@ -33,7 +33,7 @@ class TableSignature(NamedTuple):
         return cls(
             kernel,
             tuple(given.sizes[name] for name in _SIZES),
-            tuple((name, tuple(x.shape), x.stride()) for name, x in given.declared.items()),
+            tuple((name, tuple(x.shape), x.stride()) for name, x in given.by_name.items()),
             tuple(given.scalars.items()),
         )
 

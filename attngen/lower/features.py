@@ -9,6 +9,7 @@ from typing import Any
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, F32, DType, dtype
 from attngen.expr import INDEX_NAMES, Declarations, Expr, free_names, name, nodes, tensor_names
+from attngen.plan import Lengths
 from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
@@ -35,6 +36,7 @@ class Features:
         promotes: O of e4m3 inputs is added up in true f32 after each block of keys.
         hadamard_seed: of the matrix that Q and K are multiplied by; None where they are not.
         given: the fields of a choice that the spec says.
+        lengths: how queries and keys are cut into sequences.
     """
 
     arch: Arch
@@ -53,6 +55,7 @@ class Features:
     gradients: tuple[str, ...]
     deterministic: bool
     given: Mapping[str, Any]
+    lengths: Lengths
 
     @classmethod
     def of(cls, spec: Spec, arch: Arch) -> "Features":
@@ -84,6 +87,7 @@ class Features:
             gradients=spec.gradients,
             deterministic=spec.deterministic,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
+            lengths=Lengths(spec.problem.queries, spec.problem.keys),
         )
 
     def saying(self, field: str, value: int) -> "Features":

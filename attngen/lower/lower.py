@@ -15,7 +15,7 @@ from attngen.lower.declared_kernels import declared_gradient_plans, wrong_tables
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
-from attngen.lower.params import declarations_read_by, pair_params, params
+from attngen.lower.params import declarations_read_by, pair_params, params, with_lengths
 from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.storage import places
@@ -71,7 +71,11 @@ def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
         features, inputs=forward.differentiated
     )  # of e4m3 ones, the format that they were made of
     of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
-    return assemble(plans, (*of_inputs(features, forward), *declared_gradient_plans(features, forward)))
+    backward = (*of_inputs(features, forward), *declared_gradient_plans(features, forward))
+    lengths = features.lengths
+    return assemble(
+        plans, (with_lengths(each, lengths) if isinstance(each, KernelPlan) else each for each in backward)
+    )
 
 
 def _first_legal(
@@ -137,8 +141,10 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
         up_to=up_to,
     )
     if isinstance(choice, WarpgroupChoice):
-        return _warpgroup_plan(common, choice, features, decided)
-    return _warp_plan(common, choice, features, decided)
+        plan = _warpgroup_plan(common, choice, features, decided)
+    else:
+        plan = _warp_plan(common, choice, features, decided)
+    return with_lengths(plan, features.lengths)
 
 
 def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decided: Decision) -> KernelPlan:

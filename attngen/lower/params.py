@@ -1,10 +1,11 @@
 """The fields of a kernel's parameter struct."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from attngen.expr import Declarations, Expr, Table, TileClasses, free_names, tensor_names
-from attngen.plan import Param, Rows, Tensor, table_value
+from attngen.plan import LETTERS, KernelPlan, Lengths, Param, Rows, Tensor, table_value
 from attngen.schedules import Pairs
 
 
@@ -101,3 +102,22 @@ def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> t
         *(Param(size, "i32", size) for size in ("seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
     )
+
+
+def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:
+    """The kernel for sequences that have lengths of their own: what it works on is listed in device memory.
+
+    Its struct then also carries what the list is made of (`attngen.plan.ListTiles` takes the same one).
+    """
+    if lengths.are_dense:
+        return plan
+    listed = replace(plan, lengths=lengths, scheduler=replace(plan.scheduler, is_listed=True))
+    own = {param.name for param in plan.params}
+    sizes = ("batch", *(f"tokens_{letter}" for axis, letter in LETTERS.items() if lengths.is_by_token(axis)))
+    params = (
+        Param("tiles", "pointer", f"{listed.tile_list}.ptr"),
+        *(Param(each.name, "pointer", f"{each.name}.ptr") for each in lengths.arguments),
+        *plan.params,
+        *(Param(size, "i32", size) for size in sizes if size not in own),
+    )
+    return replace(listed, params=params)

@@ -1,6 +1,12 @@
 """Plans: places, Steps and the rule table that every plan passes."""
 
-from attngen.plan.assemble import COLUMNS_OF_HEADS, assemble, quantizing_sheets
+from attngen.plan.assemble import (
+    COLUMNS_OF_HEADS,
+    ROWS_OF_HEADS,
+    TOKENS_OF_HEADS,
+    assemble,
+    quantizing_sheets,
+)
 from attngen.plan.call import (
     COUNTER,
     GRADIENTS_INTAKE,
@@ -30,6 +36,7 @@ from attngen.plan.formulas import (
     product,
     total,
 )
+from attngen.plan.lengths import ANY_LENGTH, DENSE, LENGTH_KINDS, LETTERS, LengthArgument, LengthKind, Lengths
 from attngen.plan.places import (
     BANK_BYTES,
     CHUNK_BYTES,
@@ -61,7 +68,15 @@ from attngen.plan.places import (
 from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.row_sums import SHEETS, SumRows, declared_shape, field_of
-from attngen.plan.scheduler import KEYS, QUERIES, Definitions, Scheduler, SequenceAxis
+from attngen.plan.scheduler import (
+    ENTRY_FIELDS,
+    KEYS,
+    QUERIES,
+    Definitions,
+    Scheduler,
+    SequenceAxis,
+    entry_field,
+)
 from attngen.plan.seen import SeenBlocks, seen_blocks
 from attngen.plan.sheets import (
     OPERANDS,
@@ -77,9 +92,25 @@ from attngen.plan.sheets import (
     source_of,
 )
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
+from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, ListTiles, bucket
 
 __all__ = [
+    "ANY_LENGTH",
+    "BUCKETS",
+    "DENSE",
+    "ENTRY_FIELDS",
+    "ENTRY_WORDS",
+    "LENGTH_KINDS",
+    "LETTERS",
+    "LengthArgument",
+    "LengthKind",
+    "Lengths",
+    "ListTiles",
+    "bucket",
+    "entry_field",
     "Axis",
+    "ROWS_OF_HEADS",
+    "TOKENS_OF_HEADS",
     "Definitions",
     "KEYS",
     "QUERIES",

@@ -20,8 +20,9 @@ from attngen.plan.call import (
     in_f32,
 )
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
-from attngen.plan.formulas import Formula, ceil_div, product
-from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Descales, Rows, Tensor
+from attngen.plan.formulas import Formula, ceil_div, product, total
+from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths
+from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.row_sums import SumRows
@@ -39,11 +40,14 @@ from attngen.plan.sheets import (
     source_of,
     table_shape,
 )
+from attngen.plan.tile_list import ListTiles
 from attngen.quantize import DESCALES, KEY_BLOCK
 
 ROWS_OF_HEADS = ("batch", "seqlen", "head", "column")
 COLUMNS_OF_HEADS = ("batch", "head", "seqlen", "key")
 """Axes of a tensor whose rows are columns; strides of its rows are called as those of others."""
+TOKENS_OF_HEADS = ROWS_OF_HEADS[1:]
+"""Axes of a tensor in which the rows of all sequences follow one another."""
 
 
 def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRows] = ()) -> Call:
@@ -59,11 +63,11 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
     quantizer = plan.quantizer
     kernels: list[KernelPlan | Sheet] = [*quantizing_sheets(quantizer)] if quantizer else []
     for each in programs:
-        kernels += [FillTables(each), each] if each.tables else [each]
+        kernels += _with_what_it_reads(each)
     if backward:
         kernels.append(PrepareRows(plan))
     for made in backward:
-        kernels += [FillTables(made), made] if isinstance(made, KernelPlan) and made.tables else [made]
+        kernels += _with_what_it_reads(made) if isinstance(made, KernelPlan) else [made]
     values = {value.name: value for value in (*_values(programs), *_values_of_gradients(plan, backward))}
     return Call(
         plan.arch,
@@ -81,13 +85,26 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
             score_factor=plan.score_factor,
             spec_digest=plan.spec_digest,
             values=tuple(values.values()),
-            scalars=tuple(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
+            lengths=plan.lengths,
+            scalars=(
+                *(Scalar(name, "i32", ANY_LENGTH) for name in plan.lengths.bounds),
+                *(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
+            ),
             intakes=(*_intakes(plan), *_intakes_of_gradients(backward)),
             kernels=tuple(map(_entry, kernels)),
             launches=tuple(_launch(kernel, plan) for kernel in kernels),
         ),
         tuple(kernels),
     )
+
+
+def _with_what_it_reads(plan: KernelPlan) -> list[KernelPlan | Sheet]:
+    """A kernel behind those that make its tables and the list of its tiles."""
+    return [
+        *((FillTables(plan),) if plan.tables else ()),
+        *((ListTiles(plan),) if plan.scheduler.is_listed else ()),
+        plan,
+    ]
 
 
 def by_length(plans: Iterable[KernelPlan]) -> list[KernelPlan]:
@@ -127,7 +144,7 @@ def _of_inputs(gradients: Iterable[KernelPlan | SumRows]) -> list[KernelPlan]:
 
 
 def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
-    served = kernel.plan if isinstance(kernel, FillTables) else kernel
+    served = kernel.plan if isinstance(kernel, FillTables | ListTiles) else kernel
     when = None
     if isinstance(served, KernelPlan) and served is not longest and served.up_to is not None:
         when = Guard("seqlen_k", served.up_to)
@@ -139,13 +156,14 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
         *(descale.name for descale in kernel.scales),
         *(f"tensor.{name}" for name in kernel.declarations.tensors),
         *kernel.table_values.values(),
+        *((kernel.tile_list,) if kernel.scheduler.is_listed else ()),
     )
     writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch))
     return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, when)
 
 
 def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
-    program = kernel.plan if isinstance(kernel, FillTables) else kernel  # whose struct it takes
+    program = kernel.plan if isinstance(kernel, FillTables | ListTiles) else kernel  # whose struct it takes
     maps = program.tensor_maps if isinstance(program, KernelPlan) else ()
     return KernelEntry(
         kernel.name,
@@ -153,14 +171,15 @@ def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
         kernel.threads,
         kernel.smem_bytes,
         kernel.params,
-        tuple(map(_tensor_map, maps)),
+        tuple(_tensor_map(map_, program.lengths) for map_ in maps) if isinstance(program, KernelPlan) else (),
         kernel.scheduler.persistent if isinstance(kernel, KernelPlan) else kernel.repeats,
         kernel.arch.starts_early,
     )
 
 
-def _tensor_map(entry: TensorMap) -> TensorMapEntry:
-    batch, *rest = value_shape(entry.tensor)
+def _tensor_map(entry: TensorMap, lengths: Lengths) -> TensorMapEntry:
+    shape = value_shape(entry.tensor, lengths)
+    batch, *rest = (1, *shape) if lengths.is_by_token(entry.tensor.axis) else shape
     # Of a tensor whose rows are columns the copy engine sees keys first, then columns.
     heads, rows, cols = rest if entry.tensor.is_transposed else (rest[1], rest[0], rest[2])
     box = (entry.box_cols, entry.box_rows, 1, 1)
@@ -169,24 +188,30 @@ def _tensor_map(entry: TensorMap) -> TensorMapEntry:
     )
 
 
-def value_shape(place: Tensor | Rows | BlockTables) -> tuple[Formula, ...]:
+def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, BlockTables):
         return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
+    batch, length = _extents(place.axis, lengths)
     if isinstance(place, Rows):
-        length = LENGTHS[place.axis]
-        return ("batch", "num_heads_q", _padded(length, PADDED_ROWS) if place.is_padded else length)
+        return (*batch, "num_heads_q", _padded(length, PADDED_ROWS) if place.is_padded else length)
     if place.is_transposed:
-        return ("batch", f"num_heads_{place.heads}", place.cols, _padded(LENGTHS[place.axis], KEY_BLOCK))
-    return _rows_shape(place)
+        return (*batch, f"num_heads_{place.heads}", place.cols, _padded(length, KEY_BLOCK))
+    return (*batch, length, f"num_heads_{place.heads}", place.cols)
+
+
+def axes_of(tensor: Tensor, lengths: Lengths) -> tuple[str, ...]:
+    """What the dimensions of a tensor of rows of heads are."""
+    return TOKENS_OF_HEADS if lengths.is_by_token(tensor.axis) else ROWS_OF_HEADS
+
+
+def _extents(axis: Axis, lengths: Lengths) -> tuple[tuple[Formula, ...], str]:
+    """How many sequences a tensor has a dimension for, which it has not where they follow one another; and the rows."""
+    return ((), f"tokens_{LETTERS[axis]}") if lengths.is_by_token(axis) else (("batch",), LENGTHS[axis])
 
 
 def _padded(seqlen: str, block: int) -> Formula:
     return product(block, ceil_div(seqlen, block))
-
-
-def _rows_shape(tensor: Tensor) -> tuple[Formula, ...]:
-    return ("batch", LENGTHS[tensor.axis], f"num_heads_{tensor.heads}", tensor.cols)
 
 
 def _values(programs: list[KernelPlan]) -> Iterator[Value]:
@@ -198,20 +223,25 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     # What the call makes for itself, operands, it may be given all the same.
     made: Literal["scratch", "given"] = "scratch" if quantizer else "given"
     for tensor in plan.reads:
-        axes = COLUMNS_OF_HEADS if tensor.is_transposed else ROWS_OF_HEADS
-        yield Value(tensor.name, tensor.dtype.name, value_shape(tensor), made, tensor.name, axes)
+        axes = COLUMNS_OF_HEADS if tensor.is_transposed else axes_of(tensor, plan.lengths)
+        yield Value(
+            tensor.name, tensor.dtype.name, value_shape(tensor, plan.lengths), made, tensor.name, axes
+        )
     for descale in plan.scales:
         shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
         yield Value(descale.name, F32.name, shape, made, descale.name, shared=shared)
     for declared in plan.declarations.tensors.values():
         yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
+    for length in plan.lengths.arguments:
+        shape = (total("batch", 1) if length.is_cumulative else "batch",)
+        yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)
     for each in programs:
         yield from _tables_and_scratch(each)
     places: tuple[Tensor | Rows, ...] = (*plan.outputs, *plan.written_rows)
     for place in places:
-        name, shape = place.name, value_shape(place)
+        name, shape = place.name, value_shape(place, plan.lengths)
         if isinstance(place, Tensor):
-            yield Value(name, place.dtype.name, shape, "output", name, ROWS_OF_HEADS)
+            yield Value(name, place.dtype.name, shape, "output", name, axes_of(place, plan.lengths))
         else:
             yield Value(name, F32.name, shape, "output", name, optional=place.optional)
 
@@ -221,36 +251,39 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
         dtype = "f32" if table.lookup.type == "f32" else "i32"
         for end in table.ends:
             yield Value(plan.table_values[end], dtype, table_shape(table, plan), "kept")
+    if plan.scheduler.is_listed:
+        yield Value(plan.tile_list, "i32", ListTiles(plan).shape, "kept")
     for place in plan.scratch:
         columns = (place.cols,) if isinstance(place, Tensor) else ()
-        yield Value(place.name, F32.name, ("batch", "num_heads_q", "seqlen_q", *columns), "scratch")
+        batch, length = _extents(place.axis, plan.lengths)
+        yield Value(place.name, F32.name, (*batch, "num_heads_q", length, *columns), "scratch")
 
 
 def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows, ...]) -> Iterator[Value]:
     """The values of a backward pass that the forward has not."""
     if not gradients:
         return
-    of_queries = ("batch", "num_heads_q", "seqlen_q")
-    (out,) = plan.outputs
+    (out,), (lse,), lengths = plan.outputs, plan.written_rows, plan.lengths
     (first,) = _of_inputs(gradients)
     for name, tensor in zip(TENSORS, first.reads, strict=False):
         if tensor.name != name:  # of e4m3, which has no gradient
-            shape = value_shape(tensor)
-            yield Value(tensor.name, tensor.dtype.name, shape, "given", name, ROWS_OF_HEADS)
-    yield Value("dout", plan.differentiated.name, value_shape(out), "given", "dout", ROWS_OF_HEADS)
-    yield Value("dlse", F32.name, of_queries, "given", "dlse", optional=True)
+            shape = value_shape(tensor, lengths)
+            yield Value(tensor.name, tensor.dtype.name, shape, "given", name, axes_of(tensor, lengths))
+    shape, axes = value_shape(out, lengths), axes_of(out, lengths)
+    yield Value("dout", plan.differentiated.name, shape, "given", "dout", axes)
+    yield Value("dlse", F32.name, value_shape(lse, lengths), "given", "dlse", optional=True)
     for each in gradients:
         if isinstance(each, SumRows):
             yield _declared_gradient(each.site.name, each.site.dtype, each.sizes)
             continue
         yield from _tables_and_scratch(each)
         for rows in (*each.read_rows, *each.sums):
-            yield Value(rows.name, F32.name, value_shape(rows), "scratch")
+            yield Value(rows.name, F32.name, value_shape(rows, lengths), "scratch")
         gradient_of = {in_f32(tensor.name): tensor.name for tensor in each.outputs}
         for tensor in each.outputs:
-            name, shape, optional = tensor.name, value_shape(tensor), tensor.optional
+            name, shape, axes = tensor.name, value_shape(tensor, lengths), axes_of(tensor, lengths)
             argument = gradient_of.get(name, name)
-            yield Value(name, tensor.dtype.name, shape, "output", argument, ROWS_OF_HEADS, optional=optional)
+            yield Value(name, tensor.dtype.name, shape, "output", argument, axes, optional=tensor.optional)
         for place in each.writes:
             if isinstance(place, PairMatrix):
                 yield _declared_gradient(place.of, place.dtype.name, place.shape, zeroed=not place.is_covered)
@@ -265,7 +298,10 @@ def _declared_gradient(name: str, dtype: str, shape: tuple[Formula, ...], zeroed
 
 def _sources(plan: KernelPlan, quantizer: Quantizer) -> Iterator[Value]:
     """What e4m3 operands are made of."""
-    shapes = {tensor.name: _rows_shape(tensor) for tensor in plan.reads}
+    shapes = {
+        tensor.name: ("batch", LENGTHS[tensor.axis], f"num_heads_{tensor.heads}", tensor.cols)
+        for tensor in plan.reads
+    }
     for source in SOURCES:
         for name, shape in shapes.items():
             yield Value(source_of(name, source), source, shape, "given", name, ROWS_OF_HEADS)

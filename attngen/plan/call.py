@@ -15,11 +15,12 @@ from pydantic import TypeAdapter
 
 from attngen.arch import Arch
 from attngen.plan.formulas import Formula
+from attngen.plan.lengths import DENSE, Lengths
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import Sheet
 from attngen.quantize import ScaleKind
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
 OPERANDS_INTAKE = "operands"
@@ -209,6 +210,7 @@ class Manifest:
         score_factor: the constant factor of the score that is left to the exponentials.
         intakes: ways to begin a call.
         launches: in order; which of them a call needs says `launches_for`.
+        lengths: how queries and keys are cut into sequences.
     """
 
     name: str
@@ -228,6 +230,7 @@ class Manifest:
     intakes: tuple[Intake, ...]
     kernels: tuple[KernelEntry, ...]
     launches: tuple[Launch, ...]
+    lengths: Lengths = DENSE
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -258,7 +261,7 @@ class Manifest:
 
     @property
     def declared(self) -> tuple[Value, ...]:
-        """The tensors of the spec's expressions, which every call passes by name."""
+        """The tensors that calls pass by name: those of the spec's expressions, and those that say lengths."""
         begun = {name for intake in self.intakes for name in intake.values}
         return tuple(value for value in self.values if value.source == "given" and value.name not in begun)
 

@@ -14,8 +14,11 @@ FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
     "min": min,
 }
 
-RUNTIME_SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms")
-"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand."""
+RUNTIME_SIZES = (
+    "batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms", "tokens_q", "tokens_k",
+)  # fmt: skip
+"""Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand; tokens are
+the rows of all sequences, and of ragged ones seqlen is a bound that the caller gives, or the tokens."""
 
 
 def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:

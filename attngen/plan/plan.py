@@ -7,7 +7,8 @@ from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, DType
 from attngen.expr import Declarations, Expr, Table, TileClasses, name
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
-from attngen.plan.formulas import Formula, ceil_div, minimum, product
+from attngen.plan.formulas import Formula, ceil_div, minimum, product, total
+from attngen.plan.lengths import DENSE, LETTERS, Lengths
 from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.scheduler import Scheduler
@@ -88,6 +89,7 @@ class KernelPlan:
         scales: of e4m3 Q, K and V; empty for others.
         quantizer: how their operands are made of 16-bit tensors; None for others.
         params: fields of the struct that the kernel takes by value.
+        lengths: of the sequences of its calls.
     """
 
     name: str
@@ -130,6 +132,7 @@ class KernelPlan:
     up_to: int | None = None
     direction: Literal["forward", "backward"] = "forward"
     read_rows: tuple[Rows, ...] = ()
+    lengths: Lengths = DENSE
 
     @property
     def module(self) -> str:
@@ -149,8 +152,16 @@ class KernelPlan:
     @property
     def table_values(self) -> dict[str, str]:
         """The values that are the ends of tables, by the names that expressions have for them."""
+        return {end: self._own_value(end) for table in self.tables for end in table.ends}
+
+    @property
+    def tile_list(self) -> str:
+        """The value that is the list of its tiles, where it has one."""
+        return self._own_value("tiles")
+
+    def _own_value(self, of: str) -> str:
         suffix = "" if self.direction == "forward" else f".{self.schedule}"
-        return {end: table_value(end, self.up_to) + suffix for table in self.tables for end in table.ends}
+        return table_value(of, self.up_to) + suffix
 
     @property
     def differentiated(self) -> DType:
@@ -192,6 +203,10 @@ class KernelPlan:
     @property
     def tiles(self) -> Formula:
         """What the blocks of a launch work on, together."""
+        if self.scheduler.is_listed:
+            return product(
+                "num_heads_kv" if self.scheduler.kind == "key_blocks" else "num_heads_q", self.most_entries
+            )
         heads = product("batch", "num_heads_q")
         if self.scheduler.kind == "pair_blocks":
             batch: Formula = 1 if self.scheduler.sums_batch else "batch"
@@ -205,8 +220,25 @@ class KernelPlan:
         return product(heads, ceil_div("seqlen_q", self.block_m))
 
     @property
+    def most_entries(self) -> Formula:
+        """Entries of its list of tiles at most: blocks of all sequences, and of what lies between and behind them."""
+        axis = self.scheduler.axis
+        kind = self.lengths.of(axis.axis if axis else "queries")
+        pieces = {"dense": "batch", "padded": product(3, "batch"), "ragged": total(product(2, "batch"), 1)}[
+            kind
+        ]
+        if axis is None:
+            return pieces
+        block = self.block_m if axis.axis == "queries" else self.block_n
+        if kind == "ragged":
+            return total(ceil_div(f"tokens_{LETTERS[axis.axis]}", block), pieces)
+        return product("batch", total(ceil_div(axis.seqlen, block), 0 if kind == "dense" else 2))
+
+    @property
     def grid(self) -> Formula:
-        """Blocks of a launch: one for each tile, or as many as the GPU holds at a time."""
+        """Blocks of a launch: one for each tile, or as many as the GPU holds at a time; beyond a list's end they do
+        nothing.
+        """
         if not self.scheduler.persistent:
             return self.tiles
         return minimum(product("num_sms", self.blocks_per_sm), self.tiles)

@@ -9,6 +9,7 @@ from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
+from attngen.plan.tile_list import ListTiles
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,13 @@ def field_of(size: str) -> str:
     return size if size in SIZE_NAMES else size.replace("size.", "size_of_", 1)
 
 
-SHEETS: tuple[type[Sheet], ...] = (FillTables, FindMaxima, Quantize, PackValues, PrepareRows, SumRows)
+SHEETS: tuple[type[Sheet], ...] = (
+    FillTables,
+    ListTiles,
+    FindMaxima,
+    Quantize,
+    PackValues,
+    PrepareRows,
+    SumRows,
+)
 """Every sheet there is."""

@@ -12,6 +12,7 @@ from typing import Literal
 from attngen.expr import Expr, add, const, name, sub
 from attngen.expr.arithmetic import floor_divide, modulo, times
 from attngen.expr.intervals import lesser
+from attngen.expr.tree import lookup
 from attngen.plan.places import LENGTHS, Axis
 
 Definitions = Mapping[str, Expr]
@@ -83,6 +84,15 @@ KEYS = SequenceAxis("keys", "n", "kv_idx", "tile.block_n")
 
 _HEADS_KV = floor_divide(name("call.num_heads_q"), name("call.group"))
 
+ENTRY_FIELDS = ("sequence", "block", "q_start", "seqlen_q", "k_start", "seqlen_k")
+"""What an entry of a list of tiles says: which sequence, which block of its rows or keys, and where its queries and its
+keys begin among the rows of the tensors, and how many there are."""
+
+
+def entry_field(field: str) -> str:
+    """The name of a field of all entries of a tile list, which is looked up by the number of an entry."""
+    return f"tiles.{field}"
+
 
 @dataclass(frozen=True)
 class Scheduler:
@@ -96,6 +106,8 @@ class Scheduler:
             that share its head of K and V, or all.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
+        is_listed: sequences have lengths of their own, and tiles are those of a list in device memory (`ListTiles`),
+            for each of the heads.
     """
 
     kind: Literal["query_blocks", "key_blocks", "pair_blocks", "heads"]
@@ -103,6 +115,12 @@ class Scheduler:
     persistent: bool = False
     sums_batch: bool = False
     sums_heads: Literal["own", "group", "all"] = "own"
+    is_listed: bool = False
+
+    @property
+    def axis(self) -> SequenceAxis | None:
+        """Of which a tile is a block; None where it is a whole head, or a block of each."""
+        return {"query_blocks": QUERIES, "key_blocks": KEYS}.get(self.kind)
 
     @property
     def heads(self) -> Expr:
@@ -112,6 +130,10 @@ class Scheduler:
     @cached_property
     def count(self) -> Expr:
         """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
+        if self.is_listed:
+            return times(
+                name("tiles.count"), _HEADS_KV if self.kind == "key_blocks" else name("call.num_heads_q")
+            )
         heads = times(name("call.batch"), name("call.num_heads_q"))
         if self.kind == "pair_blocks":
             blocks = times(QUERIES.blocks(name("call.seqlen_q")), KEYS.blocks(name("call.seqlen_k")))
@@ -129,6 +151,8 @@ class Scheduler:
         its sequence, and where that starts among the rows of the tensors. What begins
         with `tile.` is there to define them.
         """
+        if self.is_listed:
+            return self._listed_decoding
         index, heads = name("tile.index"), name("call.num_heads_q")
         if self.kind == "key_blocks":
             n_max, row = name("tile.n_max"), name("tile.row")
@@ -174,4 +198,23 @@ class Scheduler:
             "seqlen_k": name("call.seqlen_k"),
             "q_idx.start": const(0),
             "kv_idx.start": const(0),
+        }
+
+    @property
+    def _listed_decoding(self) -> Definitions:
+        """Heads are fastest; the list is in the order in which tiles start."""
+        index, entry = name("tile.index"), name("tile.row")
+        heads = _HEADS_KV if self.kind == "key_blocks" else name("call.num_heads_q")
+        says = {field: lookup(entry_field(field), (entry,), "i32") for field in ENTRY_FIELDS}
+        head = modulo(index, heads)
+        return {
+            "tile.row": floor_divide(index, heads),
+            **({self.axis.tile.name: says["block"]} if self.axis else {}),
+            "h": times(head, name("call.group")) if self.kind == "key_blocks" else head,
+            "b": says["sequence"],
+            "h_kv": floor_divide(name("h"), name("call.group")),
+            "seqlen_q": says["seqlen_q"],
+            "seqlen_k": says["seqlen_k"],
+            "q_idx.start": says["q_start"],
+            "kv_idx.start": says["k_start"],
         }

@@ -57,6 +57,7 @@ class Launcher:
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._kept_memory = KeptMemory()
         self._tensors = tuple(str(value.argument) for value in manifest.declared)
+        self._optional = frozenset(value.argument for value in manifest.declared if value.optional)
         beside = dict.fromkeys(name for intake in manifest.intakes for name in intake.beside)
         self._beside = tuple(manifest.value_of[name].passed_as for name in beside)
         self._scalars = {scalar.name: scalar.type for scalar in manifest.scalars}
@@ -110,6 +111,10 @@ class Launcher:
             intake: as of `check_arguments`.
             accumulates: the wanted values are added to what `into` holds.
         """
+        if self._optional:
+            declared = {
+                name: x for name, x in declared.items() if x is not None or name not in self._optional
+            }
         if is_altered():
             self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             with torch_defaults():
@@ -219,20 +224,23 @@ class Launcher:
         addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)
         device = q.get_device()
         self._kernels.launch(prefix.structs, addresses, device, torch._C._cuda_getCurrentRawStream(device))
-        return TileTables.of(whole.tables, tensors[: len(self._tensors)], memory)
+        return TileTables.of(whole.tables, tensors[: len(whole.tables.tensors)], memory)
 
     def _kept(self, tables: TileTables, prepared: Prepared, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The memory of tables that an earlier call has filled."""
         if not self.manifest.kept:
             raise ArgumentError("tables", "tables", "None: this kernel reads none")
-        TileTables.check(tables, prepared.tables, tensors[: len(self._tensors)])
+        TileTables.check(tables, prepared.tables, tensors[: len(prepared.tables.tensors)])
         if not isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CPU tensors", "those of a call on this device")
         return tables.memory
 
     def _names(self, declared: Mapping[str, Any]) -> tuple[str, ...]:
         """The tensors that a call passes by name, in the order in which they are bound."""
-        return self._tensors + tuple(filter(declared.__contains__, self._beside))
+        tensors = self._tensors
+        if self._optional:
+            tensors = tuple(name for name in tensors if name not in self._optional or name in declared)
+        return tensors + tuple(filter(declared.__contains__, self._beside))
 
     def _numbers(self, declared: Mapping[str, Any]) -> dict[str, Any]:
         """Python's numbers for scalars that are not: a tensor is the same key whatever it holds."""

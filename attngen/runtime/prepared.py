@@ -178,7 +178,7 @@ def _output(
     """The shape of a wanted value, in the call's layout where it is an output, and its type."""
     made = bound.made[name]
     shape = made.stored
-    if made.value.source == "output" and made.value.axes and layout == "bhsd":
+    if made.value.source == "output" and len(made.value.axes) == 4 and layout == "bhsd":
         shape = (shape[0], shape[2], shape[1], shape[3])
     dense = torch.empty(shape, dtype=made.dtype, device="meta").stride()
     is_like_q = (q.shape, q.stride(), q.dtype) == (shape, dense, made.dtype)
@@ -203,7 +203,9 @@ def _struct(
     """
     words = {name: offset // WORD for name, offset in offsets(kernel).items()}
     maps = {  # of what the call has
-        entry.value: geometry(entry, bound.sizes, [numbers[f"{entry.value}.stride_{axis}"] for axis in _ROWS])
+        entry.value: geometry(
+            entry, bound.sizes, [numbers.get(f"{entry.value}.stride_{axis}", 0) for axis in _ROWS]
+        )
         for entry in kernel.tensor_maps
         if f"{entry.value}.ptr" in places
     }
@@ -221,7 +223,7 @@ def _struct(
 
 
 _ROWS = ("batch", "seqlen", "head")
-"""Axes whose strides a tensor map holds."""
+"""Axes whose strides a tensor map holds; of ragged sequences there is one batch."""
 
 
 def offsets(kernel: KernelEntry) -> dict[str, int]:

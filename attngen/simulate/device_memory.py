@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from attngen.plan import BlockTables, KernelPlan, PairMatrix, Rows, Tensor
+from attngen.plan import DENSE, BlockTables, KernelPlan, Lengths, PairMatrix, Rows, Tensor
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Blocks, Member, ceil_div
@@ -27,6 +27,7 @@ class DeviceMemory:
         tensors: dict[str, torch.Tensor] | None,
         traffic: Traffic | None,
         wanted: tuple[str, ...] = (),
+        lengths: Lengths = DENSE,
     ) -> None:
         """Take the values of a call.
 
@@ -34,7 +35,9 @@ class DeviceMemory:
             tensors: by the names of places, without those not asked for; None to count only.
             traffic: where to count, or None.
             wanted: optional places to write although they are not among the tensors.
+            lengths: of the sequences; what has no batches has one, in which all of them lie.
         """
+        self._lengths = lengths
         self.holds_values = tensors is not None
         self.tensors = dict(tensors or {})
         self.traffic = traffic
@@ -70,8 +73,7 @@ class DeviceMemory:
             self.traffic.count_read(place.name, len(tile.members) * valid * _row_bytes(place))
         if not self.holds_values:
             return NOTHING
-        batch, head, head_kv = tile.columns
-        heads = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
+        batch, heads = self._heads(place, tile)
         start = tile.sequence(place.axis)[0] + first
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]
@@ -97,14 +99,19 @@ class DeviceMemory:
         self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return
-        batch, head, head_kv = tile.columns
-        head = head_kv if isinstance(place, Tensor) and place.heads == "kv" else head
+        batch, head = self._heads(place, tile)
         target = self.tensors[place.name]
         cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
         start = tile.sequence(place.axis)[0] + first
         target[batch, head, start : start + valid] = values[(slice(None), slice(valid), *cols)].to(
             target.dtype
         )
+
+    def _heads(self, place: Tensor | Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch and head of each of the tile's members, as the place has them: (members,) each."""
+        batch, head, head_kv = tile.columns
+        is_shared = isinstance(place, Tensor) and place.heads == "kv"
+        return batch * (not self._lengths.is_by_token(place.axis)), head_kv if is_shared else head
 
     def write_pairs(
         self, place: PairMatrix, tile: Tile, rows: range, keys: range, values: torch.Tensor

@@ -8,7 +8,20 @@ from typing import Any
 import torch
 
 from attngen.bind import Bound, Given, bind
-from attngen.plan import STEPS, Call, KernelPlan, Launch, Step, Value, assemble, evaluate_formula
+from attngen.plan import (
+    ROWS_OF_HEADS,
+    STEPS,
+    Axis,
+    Call,
+    KernelPlan,
+    Launch,
+    Rows,
+    Step,
+    Tensor,
+    Value,
+    assemble,
+    evaluate_formula,
+)
 from attngen.quantize import unpack_values
 from attngen.simulate import (
     simulated_control,
@@ -165,7 +178,7 @@ def run_call(
             kernel,
             _with_tables(kernel, sizes, values),
             scale_params(kernel, bound.softmax_scale),
-            DeviceMemory(_by_heads(kernel, sizes, values), memory),
+            DeviceMemory(_by_heads(kernel, sizes, values), memory, lengths=kernel.lengths),
             {**STEPS_SIMULATED, **(steps or {})},
             observer,
             bound.accumulates,
@@ -191,7 +204,7 @@ def _allocate(bound: Bound, layout: str) -> dict[str, torch.Tensor]:
 
 def _has_layout(value: Value) -> bool:
     """Whether the call's layout is this value's."""
-    return value.source == "output" and bool(value.axes)
+    return value.source == "output" and value.axes == ROWS_OF_HEADS
 
 
 def _in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -200,21 +213,29 @@ def _in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _with_tables(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> Sizes:
-    """The sizes of a call whose classes of blocks also find the tables that were filled."""
+    """The sizes of a call in which a kernel also finds the tables that were filled, and the list of its tiles."""
     tables = {end: values[name] for end, name in plan.table_values.items() if name in values}
-    declared = sizes.declared
-    return replace(sizes, declared=Declared(declared.scalars, {**declared.tensors, **tables}))
+    if plan.scheduler.is_listed:
+        tables[plan.tile_list] = values[plan.tile_list]
+    return sizes.with_tensors(tables)
 
 
 def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The values that an attention kernel's places name, heads before rows."""
+
+    def batched(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
+
     found = {scale.name: values[scale.name] for scale in plan.scales}
     rows = (*plan.read_rows, *plan.scratch, *plan.writes)
-    found |= {place.name: values[place.name] for place in rows if place.name in values}
+    for place in rows:
+        if place.name in values:
+            x = values[place.name]
+            found[place.name] = batched(x, place.axis) if isinstance(place, Tensor | Rows) else x
     for tensor in (*plan.reads, *plan.outputs):
         if tensor.optional and tensor.name not in values:
             continue
-        x = values[tensor.name]
+        x = batched(values[tensor.name], tensor.axis)
         if (
             tensor.is_transposed
         ):  # the order of 16 keys is for the registers of a lane, which are not simulated
@@ -244,7 +265,7 @@ def count(
     sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
     sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
     traffic = Traffic()
-    device = DeviceMemory(None, traffic, wanted=("lse",) if return_lse else ())
+    device = DeviceMemory(None, traffic, ("lse",) if return_lse else (), plan.lengths)
     if not sizes.has_no_output:
         call = assemble((plan,))
         run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
@@ -257,7 +278,9 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
     plan, sizes = run.plan, run.sizes
     grid, expected = (evaluate_formula(formula, sizes.values) for formula in (launch.grid, launch.tiles))
     source = TileSource(tiles(plan, sizes, lockstep), plan.scheduler.persistent, grid)
-    if source.heads != expected or (grid != expected and not source.is_drawn_from):
+    is_short = source.heads < expected and plan.scheduler.is_listed  # blocks beyond the list's end do nothing
+    is_grid_wrong = grid != expected and not source.is_drawn_from
+    if (source.heads != expected and not is_short) or is_grid_wrong:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)

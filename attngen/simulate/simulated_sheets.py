@@ -22,6 +22,7 @@ from attngen.plan import (
     SumRows,
 )
 from attngen.simulate.function_names import function_name
+from attngen.simulate.tile_lists import list_tiles as list_tiles
 from attngen.simulate.visits import Sizes
 
 Values = Mapping[str, torch.Tensor]

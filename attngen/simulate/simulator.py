@@ -17,9 +17,10 @@ from attngen.bind import (
     softmax_scale_of,
 )
 from attngen.errors import ArgumentError
-from attngen.plan import Call, KernelPlan
+from attngen.plan import Call, KernelPlan, ListTiles
 from attngen.simulate.launches import run_call
 from attngen.simulate.progress import Progress
+from attngen.simulate.tile_lists import list_tiles
 from attngen.simulate.traffic import executed_flops
 from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values
 from attngen.torch_state import torch_defaults
@@ -102,7 +103,7 @@ class Simulator:
         whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
         prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
         made = run_call(self.call, prefix)
-        return TileTables.of(self._table_signature(given), given.declared.values(), made)
+        return TileTables.of(self._table_signature(given), given.by_name.values(), made)
 
     def _check(
         self,
@@ -125,7 +126,7 @@ class Simulator:
 
     def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
         """The values of tables that an earlier call has filled."""
-        TileTables.check(tables, self._table_signature(given), given.declared.values())
+        TileTables.check(tables, self._table_signature(given), given.by_name.values())
         if isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
         return tables.memory
@@ -137,8 +138,11 @@ class Simulator:
         """Those of all that a call launches."""
         sizes, passed = Sizes.of(bound.sizes, Declared()), {**bound.given.scalars, **bound.given.declared}
         plans = (self.call.kernel_of[launch.kernel] for launch in bound.launches)
-        return sum(
-            executed_flops(plan, replace(sizes, declared=declared_values(plan, sizes, passed)))
-            for plan in plans
-            if isinstance(plan, KernelPlan)
-        )
+        flops = 0
+        for plan in plans:
+            if isinstance(plan, KernelPlan):
+                own = replace(sizes, declared=declared_values(plan, sizes, passed))
+                if plan.scheduler.is_listed:
+                    own = own.with_tensors(list_tiles(ListTiles(plan), bound.given.tensors, own))
+                flops += executed_flops(plan, own)
+        return flops

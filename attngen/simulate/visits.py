@@ -4,7 +4,7 @@ A tile's lengths and where its rows begin are read from its `Member`; `Sizes` ar
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import compress
 from typing import Any, NamedTuple, Self
@@ -12,7 +12,17 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
-from attngen.plan import KEYS, QUERIES, RUNTIME_SIZES, Definitions, KernelPlan, Scheduler, SequenceAxis
+from attngen.plan import (
+    ENTRY_FIELDS,
+    KEYS,
+    QUERIES,
+    RUNTIME_SIZES,
+    Definitions,
+    KernelPlan,
+    Scheduler,
+    SequenceAxis,
+    entry_field,
+)
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -36,17 +46,24 @@ class Sizes:
     num_heads_q: int
     num_heads_kv: int
     num_sms: int = SIMULATED_SMS
+    tokens_q: int = 0
+    tokens_k: int = 0
     declared: Declared = Declared()
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
         """The sizes of a call that has been bound."""
-        return cls(**{name: sizes[name] for name in RUNTIME_SIZES if name != "group"}, declared=declared)
+        known = {name: sizes[name] for name in RUNTIME_SIZES if name != "group" and name in sizes}
+        return cls(**known, declared=declared)
+
+    def with_tensors(self, more: Mapping[str, torch.Tensor]) -> Self:
+        """The sizes of a call in which more tensors are found: tables, and lists of tiles."""
+        return replace(self, declared=Declared(self.declared.scalars, {**self.declared.tensors, **more}))
 
     @property
     def has_no_output(self) -> bool:
         """Whether there are no rows of queries."""
-        return self.batch * self.seqlen_q * self.num_heads_q == 0
+        return (self.batch * self.seqlen_q + self.tokens_q) * self.num_heads_q == 0
 
     @property
     def group(self) -> int:
@@ -135,16 +152,27 @@ Blocks = int | tuple[int, int] | None
 def decoded(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Blocks, Member], ...]:
     """The block or blocks and the head that each tile works on, by its number."""
     call = tuple((f"call.{size}", value) for size, value in sizes.values.items())
-    return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()))
+    listed: tuple[tuple[int, ...], ...] = ()
+    if plan.scheduler.is_listed:
+        entries = sizes.declared.tensors[plan.tile_list]
+        listed = tuple(map(tuple, entries[1 : 1 + int(entries[0, 0])].tolist()))
+    return _decoded(plan.scheduler, (*call, *_block_sizes(plan).items()), listed)
 
 
 @lru_cache(maxsize=8)
-def _decoded(scheduler: Scheduler, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Blocks, Member], ...]:
-    names = dict(sizes)
+def _decoded(
+    scheduler: Scheduler, sizes: tuple[tuple[str, int], ...], listed: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[Blocks, Member], ...]:
+    names = {**dict(sizes), "tiles.count": len(listed)}
     count = int(evaluate(scheduler.count, names))
     if not count:
         return ()
-    tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)})
+    columns = zip(*listed, strict=True)
+    tensors = {
+        entry_field(field): torch.tensor(of, dtype=torch.int64)
+        for field, of in zip(ENTRY_FIELDS, columns, strict=False)
+    }
+    tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)}, tensors)
     found = [_listed(tile[axis.tile.name], count) for axis in (QUERIES, KEYS) if axis.tile.name in tile]
     blocks: Iterable[Blocks] = (
         zip(*found, strict=True) if len(found) > 1 else found[0] if found else [None] * count

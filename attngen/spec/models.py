@@ -184,6 +184,12 @@ class HeadDim(_Model):
         return {"qk": value, "v": value} if is_number else value
 
 
+LengthsOf = Annotated[
+    Literal["dense", "ragged", "padded"], _one_of("known-lengths", "dense", "ragged", "padded")
+]
+"""How queries, or keys, are cut into sequences; see `attngen.plan.Lengths`."""
+
+
 class Problem(_Model):
     """What is computed."""
 
@@ -192,6 +198,11 @@ class Problem(_Model):
         Expects("head-dim", "a positive integer, or {qk: 192, v: 128}", _nearest_integer(1)),
     ]
     """Columns of Q, K and V: a number, or {qk: 192, v: 128}. The one key that must be given."""
+    queries: LengthsOf = "dense"
+    """Sequences of queries: dense, all of one length; ragged, one after another from cu_seqlens_q[b] on; padded, of
+    which seqused_q[b] count."""
+    keys: LengthsOf = "dense"
+    """Sequences of keys, likewise: cu_seqlens_k and seqused_k."""
 
 
 class Precision(_Model):

@@ -106,6 +106,9 @@ class Spec:
         if self.deterministic:
             del data["deterministic"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
+        for axis in ("queries", "keys"):
+            if data["problem"][axis] == "dense":
+                del data["problem"][axis]
         data["problem"]["direction"] = "forward"  # so that digests stay what they were when this was a key
         if self.precision.inputs != "e4m3":  # whose fields these are
             data["precision"] = {name: data["precision"][name] for name in ("inputs", "output")}

@@ -1,0 +1,70 @@
+"""How many sequences a call has and how long they may be, from the shapes of what says their lengths.
+
+The numbers themselves lie in device memory and are never read here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attngen.bind.numbers import scalar_of
+from attngen.bind.tensors import check_plain
+from attngen.errors import ArgumentError
+from attngen.plan import ANY_LENGTH, LENGTHS, LETTERS, LengthArgument, Manifest
+
+
+def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a call that follow from its lengths: batch and, of ragged sequences, seqlen_q and seqlen_k.
+
+    Args:
+        manifest: of the call.
+        sizes: that follow from q, k and v: tokens_q and tokens_k of ragged sequences, batch and lengths of others.
+        passed: what the call passes by name.
+
+    Raises:
+        ArgumentError: what says a length is no contiguous row of integers, or two tell of different batches.
+    """
+    found: dict[str, int] = {}
+    said_by = "q" if manifest.lengths.queries != "ragged" else "k"
+    if "batch" in sizes:
+        found["batch"] = sizes["batch"]
+    for each in manifest.lengths.arguments:
+        x = passed.get(each.name)
+        if x is None and each.is_optional:
+            continue
+        batch = _count(each, x)
+        if found.setdefault("batch", batch) != batch:
+            more = 1 if each.is_cumulative else 0
+            must = f"{found['batch'] + more}, as {said_by} has {found['batch']} sequences"
+            raise ArgumentError(each.name, f"{batch + more} elements", must)
+        said_by = each.name if "batch" not in sizes else said_by
+    for axis, letter in LETTERS.items():
+        if manifest.lengths.is_by_token(axis):
+            name = f"max_seqlen_{letter}"
+            bound = scalar_of(name, "i32", passed.get(name, ANY_LENGTH))
+            if bound < 0:
+                raise ArgumentError(
+                    name, str(bound), "the length of the longest sequence, or more", "leave it out"
+                )
+            found[LENGTHS[axis]] = min(int(bound), sizes[f"tokens_{letter}"])
+    return found
+
+
+def _count(argument: LengthArgument, x: Any) -> int:
+    """How many sequences a tensor tells of."""
+    form = "batch + 1" if argument.is_cumulative else "batch"
+    if not isinstance(x, torch.Tensor):
+        got = "nothing" if x is None else type(x).__name__
+        raise ArgumentError(
+            argument.name, got, f"a torch tensor: i32[{form}], the lengths of {argument.axis}"
+        )
+    check_plain(argument.name, x)
+    if x.dim() != 1:
+        raise ArgumentError(argument.name, f"{x.dim()} dimensions", f"1: i32[{form}]")
+    if x.shape[0] > 1 and x.stride(0) != 1:
+        cure = f"pass {argument.name}.contiguous()"
+        raise ArgumentError(argument.name, f"stride {x.stride(0)}", "contiguous elements", cure)
+    if argument.is_cumulative and not x.shape[0]:
+        raise ArgumentError(argument.name, "0 elements", "1 more than there are sequences: [0] for none")
+    return x.shape[0] - argument.is_cumulative

@@ -1,0 +1,82 @@
+"""The list of a call's tiles where sequences have lengths of their own: the sheet that makes it on the device."""
+
+from dataclasses import dataclass
+
+from attngen.arch import Arch
+from attngen.plan.formulas import Formula, total
+from attngen.plan.plan import KernelPlan, Param
+from attngen.plan.sheets import Sheet
+
+ENTRY_WORDS = 8
+"""i32 of an entry, of which the fields are the first: 32 bytes, which a thread reads at once."""
+BUCKETS_PER_OCTAVE = 8
+"""Tiles start longest first; those whose lengths differ by less than an eighth count as alike."""
+
+
+def bucket(length: int) -> int:
+    """Which of the lengths that count as alike a number of blocks is: 0 and up, exact below 16."""
+    octave = max(0, length.bit_length() - 4)
+    return octave * BUCKETS_PER_OCTAVE + (length >> octave)
+
+
+BUCKETS = bucket(2**30) + 1
+
+
+@dataclass(frozen=True)
+class ListTiles(Sheet):
+    """List the tiles of a kernel, the longest first, by what the lengths of a call say in device memory.
+
+    An entry is a block of the rows of a sequence, or of its keys, or a whole sequence, as the kernel's tiles are. Rows
+    that are no sequence's (behind the last, behind what is used of one) are listed as well, as those of a sequence
+    that sees nothing, so that results there are 0. Entries are sorted by the blocks that they visit (`bucket`), else in
+    the order of sequences and blocks: the same lengths give the same list.
+
+    It stands in the kernel's text and takes the same struct. Numbers that lie are kept within the tensors: a sequence
+    begins and ends among the tokens, and lengths end where it does.
+
+    Attributes:
+        plan: the kernel.
+    """
+
+    plan: KernelPlan
+    threads = 1024
+
+    @property
+    def name(self) -> str:
+        """Entry name of the kernel."""
+        return f"{self.plan.name}_tiles"
+
+    @property
+    def module(self) -> str:
+        """That of the kernel."""
+        return self.plan.module
+
+    @property
+    def arch(self) -> Arch:
+        """That of the kernel."""
+        return self.plan.arch
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Those of the kernel."""
+        return self.plan.params
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What a call says of its lengths, if it must say it."""
+        return tuple(each.name for each in self.plan.lengths.arguments if not each.is_optional)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The list: how many entries there are, then the entries, `ENTRY_WORDS` each."""
+        return (self.plan.tile_list,)
+
+    @property
+    def shape(self) -> tuple[Formula, ...]:
+        """Of the list."""
+        return (total(1, self.plan.most_entries), ENTRY_WORDS)
+
+    @property
+    def tiles(self) -> Formula:
+        """One block lists them all."""
+        return 1

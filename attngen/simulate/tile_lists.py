@@ -1,0 +1,127 @@
+"""What `ListTiles` means: the tiles of sequences that have lengths of their own, in the order in which they start."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from attngen.plan import (
+    ENTRY_WORDS,
+    KEYS,
+    LENGTHS,
+    LETTERS,
+    Axis,
+    KernelPlan,
+    ListTiles,
+    bucket,
+    evaluate_formula,
+)
+from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div
+
+Values = Mapping[str, torch.Tensor]
+
+
+class Span(NamedTuple):
+    """Rows of a sequence, and where they begin among the rows of a tensor."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Where the next row would stand."""
+        return self.start + self.length
+
+
+class Piece(NamedTuple):
+    """Rows of one sequence, or rows that no sequence uses, behind or before one."""
+
+    sequence: int
+    span: Span
+    is_used: bool
+
+
+NOTHING = Span(0, 0)
+
+
+def list_tiles(sheet: ListTiles, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The list of a kernel's tiles: how many there are, then an entry each."""
+    plan = sheet.plan
+    entries = sorted(_entries(plan, values, sizes), key=lambda each: -bucket(each[0]))
+    rows = evaluate_formula(sheet.shape[0], sizes.values)
+    found = torch.zeros((rows, ENTRY_WORDS), dtype=torch.int32)
+    found[0, 0] = len(entries)
+    for row, (_, *fields) in enumerate(entries, 1):
+        found[row, : len(fields)] = torch.tensor(fields, dtype=torch.int32)
+    return {plan.tile_list: found}
+
+
+def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[int, ...]]:
+    """How many blocks each tile visits, and the fields of its entry; sequence after sequence, block after block."""
+    own = plan.scheduler.axis
+    axis: Axis = own.axis if own else "queries"
+    other: Axis = "queries" if axis == "keys" else "keys"
+    seen = spans(plan, values, sizes, other)
+    for piece in pieces(plan, values, sizes, axis):
+        if piece.span.length <= 0:  # of sequences that overlap what lies between them is less than nothing
+            continue
+        beside = seen[piece.sequence] if piece.is_used else NOTHING
+        queries, keys = (piece.span, beside) if axis == "queries" else (beside, piece.span)
+        places = (queries.start, queries.length, keys.start, keys.length)
+        if own is None:
+            blocks = ceil_div(queries.length, plan.block_m) * ceil_div(keys.length, plan.block_n)
+            yield (blocks, piece.sequence, 0, *places)
+            continue
+        size = plan.block_n if own is KEYS else plan.block_m
+        for block in range(ceil_div(piece.span.length, size)):
+            member = Member(piece.sequence, 0, 0, queries.length, keys.length)
+            yield (_visits(plan, sizes, block, member), piece.sequence, block, *places)
+
+
+def _visits(plan: KernelPlan, sizes: Sizes, block: int, member: Member) -> int:
+    """How many blocks a tile visits, as far as there is a closed form; else all of its sequence."""
+    if plan.key_blocks is not None:
+        (bounds,) = block_bounds(plan, sizes, [block], member)
+        return bounds.n_max - bounds.n_min
+    if plan.scheduler.axis is KEYS:
+        return ceil_div(member.seqlen_q, plan.block_m)
+    return ceil_div(member.seqlen_k, plan.block_n)
+
+
+def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Span]:
+    """The rows of each sequence, kept within the tensors whatever the numbers are."""
+    letter, kind = LETTERS[axis], plan.lengths.of(axis)
+    rows = int(sizes.values[f"tokens_{letter}" if kind == "ragged" else LENGTHS[axis]])
+    starts, stops = [0] * sizes.batch, [rows] * sizes.batch
+    if kind == "ragged":
+        *starts, _ = cumulative = values[f"cu_seqlens_{letter}"].tolist()
+        stops = cumulative[1:]
+    used = _numbers(values, f"seqused_{letter}", sizes.batch, rows)
+    skipped = _numbers(values, f"leftpad_{letter}", sizes.batch, 0)
+    found = []
+    for start, stop, length, skip in zip(starts, stops, used, skipped, strict=True):
+        first = min(max(start, 0), rows)
+        room = min(max(stop, first), rows) - first
+        length, skip = min(max(length, 0), room), min(max(skip, 0), room)
+        found.append(Span(first + skip, max(0, length - skip)))
+    return found
+
+
+def pieces(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> Iterator[Piece]:
+    """The rows of a tensor: those of each sequence, and those before, between and behind them that nobody uses."""
+    is_ragged = plan.lengths.is_by_token(axis)
+    rows = int(sizes.values[f"tokens_{LETTERS[axis]}" if is_ragged else LENGTHS[axis]])
+    end = 0
+    for sequence, span in enumerate(spans(plan, values, sizes, axis)):
+        yield Piece(sequence, Span(end, span.start - end), is_used=False)
+        yield Piece(sequence, span, is_used=True)
+        end = span.end
+        if not is_ragged:
+            yield Piece(sequence, Span(end, rows - end), is_used=False)
+            end = 0
+    if is_ragged:
+        yield Piece(max(0, sizes.batch - 1), Span(end, rows - end), is_used=False)
+
+
+def _numbers(values: Values, name: str, count: int, default: int) -> list[int]:
+    return values[name].tolist() if name in values else [default] * count
