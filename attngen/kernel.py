@@ -307,7 +307,7 @@ class Kernel:
         named = {**self.bound, **declared, **tensors}
         if torch.is_grad_enabled():
             check_not_recorded({"q": q, "k": k, "v": v, **named})
-        if layout == "bhsd":
+        if layout == "bhsd" and not self.manifest.lengths.is_by_token("queries"):
             for name in ("dout", "out"):
                 check_length(named[name], layout, name)
                 named[name] = named[name].transpose(1, 2)

@@ -6,6 +6,7 @@ from attngen.plan.assemble import (
     TOKENS_OF_HEADS,
     assemble,
     quantizing_sheets,
+    value_shape,
 )
 from attngen.plan.call import (
     COUNTER,
@@ -36,7 +37,16 @@ from attngen.plan.formulas import (
     product,
     total,
 )
-from attngen.plan.lengths import ANY_LENGTH, DENSE, LENGTH_KINDS, LETTERS, LengthArgument, LengthKind, Lengths
+from attngen.plan.lengths import (
+    ANY_LENGTH,
+    DENSE,
+    LENGTH_KINDS,
+    LETTERS,
+    LengthArgument,
+    LengthKind,
+    Lengths,
+    padded_start,
+)
 from attngen.plan.places import (
     BANK_BYTES,
     CHUNK_BYTES,
@@ -107,6 +117,8 @@ __all__ = [
     "Lengths",
     "ListTiles",
     "bucket",
+    "padded_start",
+    "value_shape",
     "entry_field",
     "Axis",
     "ROWS_OF_HEADS",

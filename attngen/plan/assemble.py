@@ -21,7 +21,7 @@ from attngen.plan.call import (
 )
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product, total
-from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths
+from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
 from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
@@ -194,7 +194,10 @@ def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[F
         return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
     batch, length = _extents(place.axis, lengths)
     if isinstance(place, Rows):
-        return (*batch, "num_heads_q", _padded(length, PADDED_ROWS) if place.is_padded else length)
+        rows: Formula = length
+        if place.is_padded:
+            rows = product(PADDED_ROWS, ceil_div(length, PADDED_ROWS) if batch else padded_blocks(length))
+        return (*batch, "num_heads_q", rows)
     if place.is_transposed:
         return (*batch, f"num_heads_{place.heads}", place.cols, _padded(length, KEY_BLOCK))
     return (*batch, length, f"num_heads_{place.heads}", place.cols)

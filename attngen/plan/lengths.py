@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from attngen.expr import LARGEST_LENGTH
-from attngen.plan.places import Axis
+from attngen.plan.formulas import Formula, ceil_div, total
+from attngen.plan.places import PADDED_ROWS, Axis
 
 LengthKind = Literal["dense", "ragged", "padded"]
 LENGTH_KINDS: tuple[str, ...] = get_args(LengthKind)
@@ -74,6 +75,20 @@ class LengthArgument:
     def is_cumulative(self) -> bool:
         """Whether it has one element more than there are sequences."""
         return self.name.startswith("cu_seqlens")
+
+
+def padded_start(start: int, sequence: int) -> int:
+    """Where the rows of a ragged sequence begin among rows that are padded to whole blocks of `PADDED_ROWS`.
+
+    A sequence that begins at `start` and has n rows ends before the next begins: those lie n / PADDED_ROWS blocks apart,
+    rounded down or up, and one more.
+    """
+    return (start // PADDED_ROWS + sequence) * PADDED_ROWS
+
+
+def padded_blocks(tokens: str) -> Formula:
+    """Blocks of `PADDED_ROWS` in which the padded rows of ragged sequences lie, see `padded_start`."""
+    return total(ceil_div(tokens, PADDED_ROWS), "batch")
 
 
 DENSE = Lengths()

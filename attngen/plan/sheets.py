@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from attngen.arch import Arch
 from attngen.expr import Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
-from attngen.plan.places import PADDED_ROWS
+from attngen.plan.lengths import padded_blocks
+from attngen.plan.places import PADDED_ROWS, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.quantizer import CHUNK, Quantizer
 from attngen.quantize import DESCALES, KEY_BLOCK
@@ -333,6 +334,8 @@ class PrepareRows(Sheet):
 
     plan: KernelPlan
     threads = 128
+    rows = Rows("lse_log2", "queries", is_padded=True)
+    """Either of the numbers, as a place."""
     lane_rows = 4
     """Rows of which a lane takes its part."""
 
@@ -393,5 +396,7 @@ class PrepareRows(Sheet):
     @property
     def tiles(self) -> Formula:
         """Blocks of rows of all heads."""
-        blocks = product(PADDED_ROWS // self.block_rows, ceil_div("seqlen_q", PADDED_ROWS))
-        return product("batch", "num_heads_q", blocks)
+        of_padded = PADDED_ROWS // self.block_rows
+        if self.plan.lengths.is_by_token("queries"):
+            return product("num_heads_q", of_padded, padded_blocks("tokens_q"))
+        return product("batch", "num_heads_q", product(of_padded, ceil_div("seqlen_q", PADDED_ROWS)))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from attngen.plan import DENSE, BlockTables, KernelPlan, Lengths, PairMatrix, Rows, Tensor
+from attngen.plan import DENSE, BlockTables, KernelPlan, Lengths, PairMatrix, Rows, Tensor, padded_start
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Blocks, Member, ceil_div
@@ -74,7 +74,7 @@ class DeviceMemory:
         if not self.holds_values:
             return NOTHING
         batch, heads = self._heads(place, tile)
-        start = tile.sequence(place.axis)[0] + first
+        start = self._start(place, tile) + first
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]
         else:
@@ -106,6 +106,12 @@ class DeviceMemory:
         target[batch, head, start : start + valid] = values[(slice(None), slice(valid), *cols)].to(
             target.dtype
         )
+
+    def _start(self, place: Tensor | Rows, tile: Tile) -> int:
+        """Where the rows of the tile's sequence begin in a place."""
+        start, _ = tile.sequence(place.axis)
+        is_padded = isinstance(place, Rows) and place.is_padded and self._lengths.is_by_token(place.axis)
+        return padded_start(start, tile.members[0].batch) if is_padded else start
 
     def _heads(self, place: Tensor | Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch and head of each of the tile's members, as the place has them: (members,) each."""

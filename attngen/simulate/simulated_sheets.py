@@ -20,9 +20,13 @@ from attngen.plan import (
     Quantize,
     Sheet,
     SumRows,
+    evaluate_formula,
+    padded_start,
+    value_shape,
 )
 from attngen.simulate.function_names import function_name
 from attngen.simulate.tile_lists import list_tiles as list_tiles
+from attngen.simulate.tile_lists import spans
 from attngen.simulate.visits import Sizes
 
 Values = Mapping[str, torch.Tensor]
@@ -59,15 +63,35 @@ def pack_values(sheet: PackValues, values: Values, sizes: Sizes) -> dict[str, to
 
 def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
     """D and lse in log2 units of each row; 0 and +inf of one without keys (lse infinite) and past the end."""
-    delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(1, 2)
+    delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(-1, -2)
     if "dlse" in values:
         delta = delta - values["dlse"]
     lse_log2 = values["lse"] * math.log2(math.e)
     has_no_keys, past = lse_log2.isinf(), (0, -lse_log2.shape[-1] % PADDED_ROWS)
-    return {
-        "delta": pad(delta.masked_fill(has_no_keys, 0.0), past),
-        "lse_log2": pad(lse_log2.masked_fill(has_no_keys, math.inf), past, value=math.inf),
+    found = {
+        "delta": delta.masked_fill(has_no_keys, 0.0),
+        "lse_log2": lse_log2.masked_fill(has_no_keys, math.inf),
     }
+    nothing = {"delta": 0.0, "lse_log2": math.inf}
+    if sheet.plan.lengths.queries == "dense":
+        return {name: pad(x, past, value=nothing[name]) for name, x in found.items()}
+    return {name: _by_sequence(sheet, x, values, sizes, nothing[name]) for name, x in found.items()}
+
+
+def _by_sequence(
+    sheet: PrepareRows, rows: torch.Tensor, values: Values, sizes: Sizes, fill: float
+) -> torch.Tensor:
+    """The numbers of the rows that sequences use, each padded to whole blocks; `fill` everywhere else."""
+    of_sequences = spans(sheet.plan, values, sizes, "queries")
+    shape = [evaluate_formula(size, sizes.values) for size in value_shape(sheet.rows, sheet.plan.lengths)]
+    found = torch.full(shape, fill, dtype=torch.float32)
+    for sequence, (start, length) in enumerate(of_sequences):
+        if sheet.plan.lengths.queries == "padded":
+            found[sequence, :, start : start + length] = rows[sequence, :, start : start + length]
+        else:
+            at = padded_start(start, sequence)
+            found[:, at : at + length] = rows[:, start : start + length]
+    return found
 
 
 def sum_rows(sheet: SumRows, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
