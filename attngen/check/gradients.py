@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attngen.check import accuracy
-from attngen.check.accuracy import Accuracy
+from attngen.check.accuracy import Accuracy, measure
+from attngen.check.accuracy_terms import different_rows, share_of_chance
+from attngen.check.distances import largest, root_mean_square
 from attngen.check.reference import Layout, Problem, standard_attention, weighted_sum
 from attngen.check.score_gradients import SUM, ScoreGradients
 from attngen.errors import ArgumentError
@@ -298,13 +299,13 @@ def _verdict(
         raise ArgumentError("a gradient", tuple(got.shape), tuple(ref.shape))
     rounded = ref.to(got.dtype)
     ref = torch.where(rounded.isinf(), rounded.double(), ref)  # what got's dtype cannot hold
-    format, size = torch.finfo(got.dtype), accuracy.largest(rounded[rounded.isfinite()].abs())
+    format, size = torch.finfo(got.dtype), largest(rounded[rounded.isfinite()].abs())
     unit = format.eps * max(format.smallest_normal, math.ulp(size) / math.ulp(1.0))
-    share = accuracy.share_of_chance(accuracy.different_rows(ref[paired].square().sum(-1).log()))
+    share = share_of_chance(different_rows(ref[paired].square().sum(-1).log()))
     order = ORDER * squares.sqrt() + (0.0 if beside is None else beside)
     order = order[order.isfinite()]
-    by_max, by_rmse = unit + accuracy.largest(order), unit * share + accuracy.root_mean_square(order)
-    return accuracy.measure(got.detach(), ref, standard, paired, ~paired, by_max, by_rmse)
+    by_max, by_rmse = unit + largest(order), unit * share + root_mean_square(order)
+    return measure(got.detach(), ref, standard, paired, ~paired, by_max, by_rmse)
 
 
 def _turned(x: Tensor, layout: Layout) -> Tensor:

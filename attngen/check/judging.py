@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from attngen.check.accuracy import Accuracy, compare, score_unit_of
+from attngen.check.accuracy import Accuracy, compare
+from attngen.check.accuracy_terms import score_unit_of
 from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.check.reference import Layout, Roundings

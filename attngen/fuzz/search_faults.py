@@ -23,8 +23,9 @@ from attngen.arch import arch_for_capability
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.fuzz.case import EXAMPLES, Case
 from attngen.fuzz.coverage import Coverage, Met, met_by
-from attngen.fuzz.properties import RULES, Make, PropertyFailure, Subject, check
+from attngen.fuzz.properties import RULES, PropertyFailure, check
 from attngen.fuzz.strategies import cases, plan_of, specs
+from attngen.fuzz.trial import Make, Subject
 from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import KernelPlan

@@ -314,8 +314,8 @@ def test_long_problems_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the naive reference was asked for a long problem")
 
-    monkeypatch.setattr("attngen.check.accuracy.NAIVE_SCORES", 1000)
-    monkeypatch.setattr("attngen.check.accuracy.attention", refuse)
+    monkeypatch.setattr("attngen.check.accuracy_terms.NAIVE_SCORES", 1000)
+    monkeypatch.setattr("attngen.check.accuracy_terms.attention", refuse)
     chunked = compare(out, lse, q, k, v)
     assert chunked.max_error == pytest.approx(naive.max_error, rel=1e-9)
     assert chunked.rmse_bound == pytest.approx(naive.rmse_bound, rel=1e-9)

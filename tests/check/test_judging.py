@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import attngen
-from attngen.check.accuracy import compare, score_unit_of
+from attngen.check.accuracy import compare
+from attngen.check.accuracy_terms import score_unit_of
 from attngen.check.inputs import Kind, Shape
 from attngen.check.judging import Inputs, call_dtype, compare_operands, draw, judge, quantized, roundings_of
 from attngen.quantize import SCALE_KINDS, Operands, ScaleKind, dequantize, quantize

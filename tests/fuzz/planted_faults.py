@@ -15,8 +15,8 @@ import torch
 from attngen.api import compile
 from attngen.check.judging import quantized
 from attngen.expr import add, const, evaluate
-from attngen.fuzz.properties import Make
 from attngen.fuzz.strategies import plan_of
+from attngen.fuzz.trial import Make
 from attngen.plan import BlockIndex, KernelPlan, Program, Step, View, body_of
 from attngen.plan.steps import (
     Exponentiate,

@@ -9,7 +9,7 @@ from planted_faults import Edit, rewritten, with_programs
 
 from attngen.api import compile
 from attngen.bind import bind, check_arguments
-from attngen.fuzz.properties import Make
+from attngen.fuzz.trial import Make
 from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, KernelPlan, Step
 from attngen.plan.steps import ForHeads, LoadTile, RecoverP, ScaleGradient, ScoreGradient

@@ -10,9 +10,10 @@ from attngen.check.inputs import Shape
 from attngen.fuzz import search_faults
 from attngen.fuzz.case import Case
 from attngen.fuzz.coverage import Coverage, Met
-from attngen.fuzz.properties import Make, PropertyFailure, check
+from attngen.fuzz.properties import PropertyFailure, check
 from attngen.fuzz.search_faults import fuzz
 from attngen.fuzz.strategies import plan_of
+from attngen.fuzz.trial import Make
 from attngen.spec import load
 from tests.effort import examples, profile
 

@@ -18,7 +18,8 @@ from attngen.fuzz.case import FAR, Case
 from attngen.fuzz.draw_expressions import DECLARATIONS
 from attngen.fuzz.draw_pairs import PairTexts, pair_texts
 from attngen.fuzz.names import emitted_names
-from attngen.fuzz.properties import RULES, WIDE_WINDOW, PropertyFailure, check
+from attngen.fuzz.properties import RULES, PropertyFailure, check
+from attngen.fuzz.properties_of_outputs import WIDE_WINDOW
 from attngen.fuzz.search_faults import CPU_TARGETS, fuzz, kernels, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.quantize import SCALE_KINDS
