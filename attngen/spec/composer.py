@@ -11,8 +11,9 @@ import yaml
 from attngen.spec.document import Document
 
 MAX_NESTING = 16
-MAX_VALUES = 20_000  # keys and values of a spec, collections included; no spec comes near
-MAX_REFUSED = 10_000  # anchors, aliases and tags, each of which becomes a fault with its place
+MAX_VALUES = 10_000  # keys and values of a spec, collections included; no spec comes near
+MAX_REFUSED = 5_000  # anchors, aliases and tags, each of which becomes a fault with its place
+_LINE_CHANGES = re.compile("[\n\r\x85\u2028\u2029\ufeff]")  # what counts otherwise than as a column more
 _WORD_END = re.compile(r"[\s,\]}]")
 
 
@@ -37,6 +38,14 @@ class Composer(yaml.SafeLoader):
         while self.flow_level and self.peek() == "\t":
             self.forward()
             super().scan_to_next_token()
+
+    def forward(self, length: int = 1) -> None:
+        """Pass over characters: a stretch within a line at once, where PyYAML goes one by one."""
+        end = self.pointer + length
+        if end >= len(self.buffer) or _LINE_CHANGES.search(self.buffer, self.pointer, end):
+            super().forward(length)
+        else:
+            self.pointer, self.index, self.column = end, self.index + length, self.column + length
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """The next node; raises `TooMuch` where there are too many or they are too deep."""

@@ -97,7 +97,9 @@ def scalar_offsets(source: Source, node: yaml.ScalarNode) -> tuple[int, ...]:
         line_break = _LINE_BREAK.search(text, place, end)  # the header holds an indicator, perhaps a comment
         place = line_break.end() if line_break else end
     elif node.style is not None:
-        place += 1  # the opening quote
+        place, end = place + 1, end - 1  # between the quotes
+    if text[place:end] == node.value:  # as most are: nothing is folded or escaped
+        return tuple(range(place, end + 1))
     offsets = []
     last_end = place
     for char in node.value:
