@@ -10,7 +10,7 @@ from attngen.bind.numbers import scalar_of
 from attngen.bind.tensors import check_no_derivative, check_plain, check_rows
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
-from attngen.expr import SIZE_NAMES
+from attngen.expr import SIZE_NAMES, TOKENS
 from attngen.plan import GRADIENTS_INTAKE, Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
 
 _BESIDE = {GRADIENTS_INTAKE: "a backward pass takes"}
@@ -57,7 +57,9 @@ def check_declared(
         if name not in known:
             _refuse(manifest, name, [each for each in known if each is not None])
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
-    sizes = {name: sizes[name] for name in SIZE_NAMES}  # all others are for tensors to bind
+    sizes = {
+        name: sizes[name] for name in (*SIZE_NAMES, *TOKENS) if name in sizes
+    }  # all others are for tensors to bind
     bound: dict[str, int] = {}
     tensors = {
         value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device, manifest.arch)

@@ -17,6 +17,8 @@ FIELDS = {
     "h_kv": "tile.kv_head",
     "seqlen_q": "tile.seqlen_q",
     "seqlen_k": "tile.seqlen_k",
+    "q_idx.start": "tile.q_start",
+    "kv_idx.start": "tile.k_start",
 }
 """What the language's names are once a tile has been decoded."""
 _CALL = {
@@ -29,7 +31,6 @@ _CALL = {
 _DECODED = {
     **FIELDS,
     **_CALL,
-    **{f"{index}.start": f"tile.{index[:-4]}_start" for index in ("q_idx", "kv_idx")},
     QUERIES.tile.name: "tile.m_block",
     KEYS.tile.name: "tile.n_block",
     "tile.index": "index",

@@ -9,6 +9,7 @@ from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cud
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
     SIZE_NAMES,
+    TOKENS,
     VALUE_TYPES,
     Declarations,
     Definition,
@@ -66,6 +67,7 @@ __all__ = [
     "LARGEST_TILE",
     "NO_DECLARATIONS",
     "SIZE_NAMES",
+    "TOKENS",
     "TILE_NAMES",
     "TRUE",
     "VALUE_TYPES",

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from attngen.expr.tree import Expr, Type, lookup, scalar
+from attngen.expr.arithmetic import call
+from attngen.expr.tree import Expr, Type, add, const, lookup, name, scalar, sub
 
 SIZE_NAMES = ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k")
-"""The sizes of a call that a tensor's dimension may be; any other name is bound by the tensor that comes first."""
+"""The sizes of every call that a tensor's dimension may be; any other name is bound by the tensor that comes first."""
+
+TOKENS: Mapping[str, str] = MappingProxyType({"tokens_q": "q_idx", "tokens_k": "kv_idx"})
+"""Sizes of calls with ragged lengths, and the index that counts a sequence's own part of such a dimension."""
 
 VALUE_TYPES: Mapping[str, Type] = MappingProxyType(
     {"bool": "bool", "u8": "i32", "i32": "i32", "f16": "f32", "bf16": "f32", "f32": "f32"}
@@ -50,8 +54,20 @@ class TensorType:
         return f"{self.dtype}[{', '.join(map(str, self.dims))}]"
 
     def at(self, *indices: Expr) -> Expr:
-        """An element in a tree."""
-        return lookup(self.name, indices, VALUE_TYPES[self.dtype])
+        """An element in a tree; along tokens indices count from where the sequence begins, and end where it does."""
+        places = (_within_tokens(index, dim) for index, dim in zip(indices, self.dims, strict=True))
+        return lookup(self.name, tuple(places), VALUE_TYPES[self.dtype])
+
+
+def _within_tokens(index: Expr, dim: str | int) -> Expr:
+    """The place of an index among the tokens of all sequences; what passes its sequence's end is kept within."""
+    if dim not in TOKENS:
+        return index
+    own = TOKENS[str(dim)]
+    if index is not name(own):
+        last = sub(name("seqlen_q" if own == "q_idx" else "seqlen_k"), const(1))
+        index = call("max", call("min", index, last), const(0))
+    return add(index, name(f"{own}.start"))
 
 
 @dataclass(frozen=True)

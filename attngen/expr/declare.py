@@ -13,6 +13,7 @@ from attngen.errors import Diagnostic, Location
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.declarations import (
     SIZE_NAMES,
+    TOKENS,
     VALUE_TYPES,
     Declarations,
     Definition,
@@ -45,7 +46,7 @@ _CALL_ARGUMENTS = (
 _BACKWARD_ARGUMENTS = ("dout", "lse", "dlse", "grads", "accumulate")
 _RAGGED_ARGUMENTS = (
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "leftpad_k",
-    "work", "tokens_q", "tokens_k",
+    "work", *TOKENS,
 )  # fmt: skip
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
@@ -255,7 +256,7 @@ def _read_dimension(entry: _Entry, owners: Mapping[str, _Entry], span: Span) -> 
         if 0 < number <= LARGEST_INDEX:
             return number
         nearest = (str(max(1, min(number, LARGEST_INDEX))),)
-    elif word in SIZE_NAMES:
+    elif word in SIZE_NAMES or word in TOKENS:
         return word
     elif word in _SIZE_OF_INDEX:
         note, nearest = f"`{word}` is an index", (_SIZE_OF_INDEX[word],)

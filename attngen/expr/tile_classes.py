@@ -31,6 +31,7 @@ from attngen.expr.tree import (
     const,
     free_names,
     name,
+    real,
     scale,
 )
 
@@ -56,14 +57,24 @@ class TileClasses:
     tables: tuple[Table, ...]
 
 
+_ANY_NUMBER = {
+    "i32": Bounds(const(-(2**31)), const(2**31 - 1)),
+    "f32": Bounds(real(float("-inf")), real(float("inf"))),
+}
+
+
 @lru_cache(maxsize=64)  # every candidate for a plan asks for those of one mask
-def tile_classes(mask: Expr) -> TileClasses:
+def tile_classes(mask: Expr, has_tables: bool = True) -> TileClasses:
     """The classes of the tiles of a mask.
+
+    Args:
+        mask: of the spec.
+        has_tables: whether there are extremes of what is looked up by row or key; else a lookup may be anything.
 
     Raises:
         InternalError: the mask reads `score` or divides by what may be 0; the parser has refused both.
     """
-    reader = _Reader()
+    reader = _Reader(has_tables)
     found = reader.truth(mask, _Tile())
     return TileClasses(found.may, found.must, reader.tables.used_by(found.may, found.must))
 
@@ -93,8 +104,9 @@ class _Tile:
 class _Reader:
     """The readings of a mask's nodes, each once for each part of the tile that it is read for."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_tables: bool) -> None:
         self.tables = Tables()
+        self._has_tables = has_tables
         self._truths: dict[tuple[Expr, _Tile], _Truth] = {}
         self._bounds: dict[tuple[Expr, _Tile], Bounds] = {}
         self._uniform: dict[Expr, bool] = {}
@@ -133,6 +145,8 @@ class _Reader:
         if condition.op == "and":
             return self._conjunction(condition, tile)
         if condition.op == "lookup":
+            if not self._has_tables:
+                return _Truth(TRUE, FALSE)
             table = self.tables.of(condition)
             return _Truth(table.greatest, table.least)
         if condition.op == "compare":
@@ -200,6 +214,8 @@ class _Reader:
         if number.op == "name" and number.name != "score":
             return tile.q_idx if number.name == "q_idx" else tile.kv_idx
         if number.op == "lookup":
+            if not self._has_tables:
+                return _ANY_NUMBER[number.type]
             table = self.tables.of(number)
             return Bounds(table.least, table.greatest)
         if number.op == "where":

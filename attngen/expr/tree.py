@@ -66,6 +66,7 @@ DECODING_RANGES = {
     **dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE)),
     **dict.fromkeys(("tile.index", "tile.row"), (0, 2**31 - 1)),
     "tiles.count": (0, LARGEST_INDEX),
+    **dict.fromkeys(("q_idx.start", "kv_idx.start"), (0, LARGEST_LENGTH)),
     **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},
     **{f"seen.{each}": (0, LARGEST_INDEX) for each in ("min", "full_begin", "full_end", "max", "last")},
     **{f"seen.{each}": (0, LARGEST_LENGTH) for each in ("first_all", "end_any", "end_all")},

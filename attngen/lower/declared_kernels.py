@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from attngen.dtypes import F32, dtype
 from attngen.errors import Diagnostic
-from attngen.expr import Expr, GradientSite, gradient_sites, row_range, tile_classes, weight
+from attngen.expr import Expr, GradientSite, gradient_sites, row_range, weight
 from attngen.expr.tree import real
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import (
@@ -215,7 +215,7 @@ def _of_keys(features: Features, forward: KernelPlan, site: GradientSite) -> Ker
     return replace(
         gradient_plan(features, forward, f"key_sums_of_{site.name}", at, (), (sums.result,)),
         **sizes,
-        tile_classes=None if visible else tile_classes(features.mask),
+        tile_classes=None if visible else features.classes,
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(replace(role, reg_vecs=(sums.part, sums.total)),),

@@ -8,7 +8,17 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, F32, DType, dtype
-from attngen.expr import INDEX_NAMES, Declarations, Expr, free_names, name, nodes, tensor_names
+from attngen.expr import (
+    INDEX_NAMES,
+    Declarations,
+    Expr,
+    TileClasses,
+    free_names,
+    name,
+    nodes,
+    tensor_names,
+    tile_classes,
+)
 from attngen.plan import Lengths
 from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
@@ -138,6 +148,11 @@ class Features:
     def walks(self) -> bool:
         """Blocks of keys are classed one by one."""
         return self.pairs.visible is None
+
+    @property
+    def classes(self) -> TileClasses:
+        """How blocks of keys are classed one by one. Tables have no place for sequences of any length."""
+        return tile_classes(self.mask, self.lengths.are_dense)
 
     @property
     def has_score(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attngen.dtypes import F32
-from attngen.expr import derivative, row_range, tile_classes
+from attngen.expr import derivative, row_range
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, expression_params, row_strides
 from attngen.lower.rounding import round_up
@@ -129,7 +129,7 @@ def _of_keys(
         qk_cols=qk_cols,
         v_cols=v_cols,
         row_tiles=block_n // (features.arch.mma.m * WARPS),
-        tile_classes=None if visible else tile_classes(features.mask),
+        tile_classes=None if visible else features.classes,
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(gradient_role(at, program, tiles),),
@@ -241,7 +241,7 @@ def backward_plan(features: Features, forward: KernelPlan, schedule: str) -> Ker
         output=features.inputs,
         scales=(),
         score_factor=features.pairs.score_factor,
-        tile_classes=None if features.pairs.visible else tile_classes(features.mask),
+        tile_classes=None if features.pairs.visible else features.classes,
         declarations=declarations_read_by(features.declarations, features.mask, features.pairs.score),
         schedule=schedule,
         overlap=False,

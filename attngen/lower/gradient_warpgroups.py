@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from attngen.dtypes import F32
-from attngen.expr import Expr, free_names, nodes, row_range, tile_classes
+from attngen.expr import Expr, free_names, nodes, row_range
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import (
@@ -255,7 +255,7 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     return replace(
         _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
-        tile_classes=None if visible else tile_classes(features.mask),
+        tile_classes=None if visible else features.classes,
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from attngen.arch import Arch
 from attngen.errors import PlanError
-from attngen.expr import definitions, tile_classes, to_text
+from attngen.expr import definitions, to_text
 from attngen.lower import warpgroups
 from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
@@ -130,7 +130,7 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
         mask_text=mask_name if masks else to_text(mask),
         score=features.score,
         score_factor=features.pairs.score_factor,
-        tile_classes=tile_classes(mask) if features.walks else None,
+        tile_classes=features.classes if features.walks else None,
         declarations=declarations_read_by(features.declarations, mask, features.pairs.score),
         schedule=schedule,
         block_m=choice.block_m,

@@ -12,7 +12,6 @@ from attngen.expr import (
     LARGEST_KERNEL,
     LARGEST_TILE,
     WEIGHT_OF_TABLE,
-    tile_classes,
     weight,
 )
 from attngen.lower.choice import KNOBS, WARP_FIELDS, WARPGROUP_FIELDS
@@ -162,7 +161,7 @@ def _wrong_weight(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
     arch = features.arch
     weights = {"mask": weight(features.mask), "score": weight(features.score)}
     if arch.emits and weights["mask"] > LARGEST_INLINE and features.walks:
-        classes = tile_classes(features.mask)
+        classes = features.classes
         weights["mask"] += weight(classes.may) + weight(classes.must) + WEIGHT_OF_TABLE * len(classes.tables)
     total = sum(weights.values())
     if not arch.emits or total <= LARGEST_KERNEL:

@@ -115,6 +115,7 @@ class TilePairs:
             "kv_idx": self.kv_idx,
             "seqlen_q": role.tile.seqlen_q,
             "seqlen_k": role.tile.seqlen_k,
+            **role.tile.starts,
             "b": batch,
             "h": head,
             "h_kv": head_kv,

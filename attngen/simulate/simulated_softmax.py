@@ -215,6 +215,7 @@ def _indices(
         "kv_idx": kv_idx,
         "seqlen_q": role.tile.seqlen_q,
         "seqlen_k": role.tile.seqlen_k,
+        **role.tile.starts,
         "b": batch,
         "h": head,
         "h_kv": head_kv,

@@ -85,6 +85,11 @@ class Tile:
         """Keys of its sequence."""
         return self.members[0].seqlen_k
 
+    @property
+    def starts(self) -> dict[str, int]:
+        """Where its queries and keys begin among all tokens, by the names that expressions have for it."""
+        return {"q_idx.start": self.members[0].q_start, "kv_idx.start": self.members[0].k_start}
+
     @cached_property
     def columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Batch, head and head_kv of the members: (members,) each, for indexing."""

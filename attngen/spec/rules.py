@@ -4,6 +4,7 @@ The rules read plain data rather than a Spec, so that they speak even where anot
 stand in one report; a value of the wrong type is the schema's fault to tell.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -52,6 +53,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     yield from _head_dims(head_dim, _legal_of(data))
     yield from _fields_of_e4m3(said, head_dim)
     yield from _gradients(data, said["inputs"], said["output"])
+    yield from _lengths(data, problem if isinstance(problem, dict) else {})
     shapes = data.get("check")
     for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
         if isinstance(shape, dict):
@@ -186,6 +188,37 @@ def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator
             rule="all-gradients",
             note="there are no gradients of some of the inputs alone yet",
             nearest=(_nearest_gradients(names, known),),
+        )
+
+
+def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
+    """What sequences with lengths of their own rule out."""
+    kinds = {axis: problem.get(axis, "dense") for axis in ("queries", "keys")}
+    tensors = data.get("tensors")
+    for name, text in tensors.items() if isinstance(tensors, dict) else ():
+        for axis, letter in (("queries", "q"), ("keys", "k")):
+            wrong, right = f"tokens_{letter}", f"batch, seqlen_{letter}"
+            if kinds[axis] == "ragged":
+                wrong, right = f"seqlen_{letter}", wrong
+            if isinstance(text, str) and re.search(rf"\b{wrong}\b", text):
+                yield Broken(
+                    path=f"tensors.{name}",
+                    value=text,
+                    must=f"must have no dimension {wrong}",
+                    rule="ragged-dimensions",
+                    note=f"{axis} are {kinds[axis]}, so that there is {right}",
+                    nearest=(re.sub(rf"(batch\s*,\s*)?\b{wrong}\b", right, text),),
+                )
+    names = data.get("gradients")
+    more = [name for name in names if name not in INPUTS] if isinstance(names, list | tuple) else []
+    if more and set(kinds.values()) != {"dense"}:
+        yield Broken(
+            path="gradients",
+            value=names,
+            must="must be q, k and v alone where sequences have lengths of their own",
+            rule="ragged-gradients",
+            note=f"the gradient of {more[0]} is a sum over sequences of one length",
+            nearest=(f"gradients: [{', '.join(INPUTS)}]",),
         )
 
 
