@@ -25,6 +25,7 @@ class Attention(torch.autograd.Function):
         kernel: Any,
         softmax_scale: float | None,
         layout: str,
+        work: Any,
         declared: Mapping[str, Any],
         q: torch.Tensor,
         k: torch.Tensor,
@@ -32,7 +33,7 @@ class Attention(torch.autograd.Function):
         *differentiated: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Call the kernel, and keep what its backward pass takes; `differentiated` is declared as well."""
-        out, lse = kernel(q, k, v, softmax_scale, True, None, layout, **declared)
+        out, lse = kernel(q, k, v, softmax_scale, True, None, layout, work=work, **declared)
         tensors = {name: x for name, x in declared.items() if isinstance(x, torch.Tensor)}
         ctx.save_for_backward(q, k, v, out, lse, *tensors.values())
         ctx.kernel, ctx.names, ctx.rest = kernel, tuple(tensors), (softmax_scale, layout)
@@ -67,4 +68,4 @@ class Attention(torch.autograd.Function):
             x.to(declared[name]) if isinstance(declared.get(name), torch.Tensor) else None
             for name, x in zip(ctx.kernel.declared_gradients, others, strict=True)
         )
-        return None, None, None, None, dq, dk, dv, *of_declared
+        return None, None, None, None, None, dq, dk, dv, *of_declared

@@ -10,8 +10,10 @@ import torch
 from attngen.autograd import Attention, is_differentiated
 from attngen.bind import (
     TileTables,
+    check_arguments,
     check_differentiable,
     check_length,
+    check_lengths,
     check_no_derivative,
     check_not_recorded,
     check_plain,
@@ -145,6 +147,8 @@ class Kernel:
         Raises:
             ArgumentError: k or layout is not what a call may pass.
         """
+        if self.manifest.lengths.is_by_token("keys"):
+            return self.call.serving(k.shape[0])
         return self.call.serving(check_length(k, layout))
 
     def compile(self) -> None:
@@ -191,6 +195,7 @@ class Kernel:
         out: torch.Tensor | None = None,
         layout: str = "bshd",
         tables: TileTables | None = None,
+        work: TileTables | None = None,
         **declared: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Compute attention.
@@ -206,6 +211,7 @@ class Kernel:
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
             layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
+            work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
                 out. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are multiplied
                 by, of the shapes that `Operands` has; they are trusted to be positive.
@@ -223,17 +229,32 @@ class Kernel:
                 if out is not None or tables is not None:
                     name = "tables" if out is None else "out"
                     raise ArgumentError(name, "memory of the caller's", "None where gradients are wanted")
-                made = self._recorded(q, k, v, softmax_scale, layout, {**self.bound, **declared})
+                made = self._recorded(q, k, v, softmax_scale, layout, work, {**self.bound, **declared})
                 return made if return_lse else made[0]
         if isinstance(out, torch.Tensor):
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        if work is not None:
+            if self.manifest.lengths.are_dense:
+                raise ArgumentError(
+                    "work", type(work).__name__, "None: the sequences of this kernel are of one length"
+                )
+            if not isinstance(work, TileTables):
+                raise ArgumentError("work", type(work).__name__, "what kernel.work(...) made")
+            tables = work
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
 
     def _recorded(
-        self, q: Any, k: Any, v: Any, softmax_scale: float | None, layout: str, passed: Mapping[str, Any]
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        softmax_scale: float | None,
+        layout: str,
+        work: TileTables | None,
+        passed: Mapping[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Out and lse, which autograd differentiates; refuse what it would not."""
         if is_altered() or getattr(q, "dtype", None) is not self._differentiated:
@@ -246,7 +267,7 @@ class Kernel:
                 if name not in wanted:
                     check_no_derivative(name, value, is_declared=True)
         made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
-            self, softmax_scale, layout, passed, q, k, v, *map(passed.get, wanted)
+            self, softmax_scale, layout, work, passed, q, k, v, *map(passed.get, wanted)
         )
         return made
 
@@ -369,12 +390,48 @@ class Kernel:
         Raises:
             ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
         """
-        if not self.manifest.kept:
+        if not self.plan.tables:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
+
+    def work(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: str = "bshd",
+        **declared: Any,
+    ) -> TileTables:
+        """The list of tiles of a call whose sequences have lengths of their own, for many calls: one small launch.
+
+        Calls may pass it as long as their sizes are these, and the tensors that say lengths and their values too, as
+        the layers of a model do. It can be captured, and is then made anew by every replay. Arguments are those of a
+        call.
+
+        Raises:
+            ArgumentError: an argument the kernel cannot take, or sequences are all of one length.
+        """
+        if self.manifest.lengths.are_dense:
+            must = (
+                "one of problem: {queries: ragged, keys: ragged}, whose sequences have lengths of their own"
+            )
+            raise ArgumentError("self", "a kernel of sequences of one length", must)
+        return self._machine(q).tables(q, k, v, layout, {**self.bound, **declared})
+
+    def verify(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd", **declared: Any
+    ) -> None:
+        """Read the values that a call with these arguments trusts; the host waits for the device.
+
+        Raises:
+            ArgumentError: an argument that the kernel cannot take, or lengths that the tensors have not.
+        """
+        named = {**self.bound, **declared}
+        given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named)
+        check_lengths(self.manifest, given.sizes, given.tensors)
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.

@@ -9,9 +9,10 @@ from attngen.bind.arguments import (
 from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.declared import check_declared
 from attngen.bind.gradient_memory import check_differentiable, gradient_memory
-from attngen.bind.kept import TableSignature, TileTables
+from attngen.bind.kept import TableSignature, TileTables, passed_as
 from attngen.bind.numbers import scalar_of, softmax_scale_of
 from attngen.bind.overlap import check_overlap
+from attngen.bind.sequences import check_lengths
 from attngen.bind.tensors import (
     ROW_ALIGNMENT,
     check_alignment,
@@ -35,12 +36,14 @@ __all__ = [
     "check_declared",
     "check_differentiable",
     "check_length",
+    "check_lengths",
     "check_no_derivative",
     "check_not_recorded",
     "check_overlap",
     "check_plain",
     "check_rows_of_heads",
     "check_writable",
+    "passed_as",
     "gradient_memory",
     "scalar_of",
     "softmax_scale_of",

@@ -1,13 +1,16 @@
-"""Tables of extremes that outlive a call: what they were made of is remembered, and a call that differs is refused."""
+"""Tables of extremes and lists of tiles that outlive a call: what they were made of is remembered, and a call that
+differs is refused.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from attngen.bind.arguments import Given
 from attngen.errors import ArgumentError
+from attngen.plan import Manifest
 
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
 
@@ -40,7 +43,8 @@ class TableSignature(NamedTuple):
 
 @dataclass(frozen=True)
 class TileTables:
-    """Extremes of declared tensors by tile, made by `attngen.Kernel.tables` and passed to calls as `tables`.
+    """Extremes of declared tensors by tile, made by `attngen.Kernel.tables` and passed to calls as `tables`, or a list
+    of tiles, made by `attngen.Kernel.work` and passed as `work`.
 
     Attributes:
         signature: of the calls that may use them.
@@ -51,6 +55,7 @@ class TileTables:
     signature: TableSignature
     contents: tuple[tuple[int, int], ...]
     memory: torch.Tensor | Mapping[str, torch.Tensor]
+    passed_as: Literal["tables", "work"] = "tables"
 
     @classmethod
     def of(
@@ -58,9 +63,10 @@ class TileTables:
         signature: TableSignature,
         tensors: Iterable[torch.Tensor],
         memory: torch.Tensor | Mapping[str, torch.Tensor],
+        passed_as: Literal["tables", "work"],
     ) -> "TileTables":
         """The tables of a call that passes these tensors."""
-        return cls(signature, _contents(tensors), memory)
+        return cls(signature, _contents(tensors, passed_as), memory, passed_as)
 
     def check(self, signature: TableSignature, tensors: Iterable[torch.Tensor]) -> None:
         """Refuse tables that are not of the call that has this signature and passes these tensors.
@@ -70,21 +76,21 @@ class TileTables:
         """
         if not isinstance(self, TileTables):  # whatever a caller passed
             raise ArgumentError("tables", type(self).__name__, "what kernel.tables(...) made")
-        contents = _contents(tensors)
+        contents = _contents(tensors, self.passed_as)
         if self.signature != signature or self.contents != contents:
             self._refuse(signature, contents)
 
     def _refuse(self, now: TableSignature, contents: tuple[tuple[int, int], ...]) -> None:
-        made = self.signature
-        cure = "make them anew with kernel.tables(...)"
+        made, argument = self.signature, self.passed_as
+        cure = f"make {'it' if argument == 'work' else 'them'} anew with kernel.{argument}(...)"
         if made.kernel != now.kernel:
-            raise ArgumentError("tables", f"tables of {made.kernel}", f"tables of {now.kernel}", cure)
+            raise ArgumentError(argument, f"{argument} of {made.kernel}", f"{argument} of {now.kernel}", cure)
         if made.sizes != now.sizes:
             got, must = (", ".join(map("{} {}".format, _SIZES, each.sizes)) for each in (made, now))
-            raise ArgumentError("tables", f"tables of {got}", must, cure)
+            raise ArgumentError(argument, f"{argument} of {got}", must, cure)
         if made.scalars != now.scalars:
             got, must = (str(dict(each.scalars)) for each in (made, now))
-            raise ArgumentError("tables", f"tables made with {got}", must, cure)
+            raise ArgumentError(argument, f"{argument} made with {got}", must, cure)
         for (name, *was), (_, *has), was_in, is_in in zip(
             made.tensors, now.tensors, self.contents, contents, strict=True
         ):
@@ -93,13 +99,20 @@ class TileTables:
             ):
                 if old != new:
                     must = f"{what} {new}, as {name} has now"
-                    raise ArgumentError("tables", f"tables of {name} with {what} {old}", must, cure)
+                    raise ArgumentError(argument, f"{argument} of {name} with {what} {old}", must, cure)
 
 
-def _contents(tensors: Iterable[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+def passed_as(manifest: Manifest) -> Literal["tables", "work"]:
+    """The argument by which a call passes what an earlier one has kept."""
+    return "tables" if manifest.lengths.are_dense else "work"
+
+
+def _contents(tensors: Iterable[torch.Tensor], argument: str) -> tuple[tuple[int, int], ...]:
     """Address and version of each."""
     try:
         return tuple([(x.data_ptr(), x._version) for x in tensors])
     except RuntimeError:
         must = "tensors made outside of torch.inference_mode, whose writes are counted"
-        raise ArgumentError("tables", "tensors of torch.inference_mode", must, "pass no tables") from None
+        raise ArgumentError(
+            argument, "tensors of torch.inference_mode", must, f"pass no {argument}"
+        ) from None

@@ -4,6 +4,7 @@ The numbers themselves lie in device memory and are never read here.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
         if x is None and each.is_optional:
             continue
         batch = _count(each, x)
-        if found.setdefault("batch", batch) != batch:
+        if "batch" not in found:
+            found["batch"], said_by = batch, each.name
+        if found["batch"] != batch:
             more = 1 if each.is_cumulative else 0
             must = f"{found['batch'] + more}, as {said_by} has {found['batch']} sequences"
             raise ArgumentError(each.name, f"{batch + more} elements", must)
-        said_by = each.name if "batch" not in sizes else said_by
     for axis, letter in LETTERS.items():
         if manifest.lengths.is_by_token(axis):
             name = f"max_seqlen_{letter}"
@@ -49,6 +51,40 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
                 )
             found[LENGTHS[axis]] = min(int(bound), sizes[f"tokens_{letter}"])
     return found
+
+
+def check_lengths(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> None:
+    """Read what a call says of its lengths, which synchronises, and refuse what no tensor has.
+
+    Args:
+        manifest: of the call.
+        sizes: of the call.
+        passed: its tensors, by the names of their values.
+
+    Raises:
+        ArgumentError: a sequence begins before 0 or before the one ahead of it, or ends behind the last token; a length
+            is less than 0, or more than there is room for. The entry is named.
+    """
+    for each in manifest.lengths.arguments:
+        if each.name not in passed:
+            continue
+        letter = LETTERS[each.axis]
+        is_ragged = manifest.lengths.is_by_token(each.axis)
+        rows = sizes[f"tokens_{letter}" if is_ragged else LENGTHS[each.axis]]
+        numbers, room = passed[each.name].tolist(), [rows] * sizes["batch"]
+        if each.is_cumulative:
+            for place, (before, number) in enumerate(zip([0, *numbers], numbers, strict=False)):
+                if not before <= number <= rows:
+                    must = f"{before} to {rows}: where sequences begin never falls, and ends with the tokens"
+                    raise ArgumentError(f"{each.name}[{place}]", str(number), must)
+            continue
+        if is_ragged:
+            starts = passed[f"cu_seqlens_{letter}"].tolist()
+            room = [stop - start for start, stop in pairwise(starts)]
+        for place, (number, most) in enumerate(zip(numbers, room, strict=True)):
+            if not 0 <= number <= most:
+                must = f"0 to {most}, the length of sequence {place}"
+                raise ArgumentError(f"{each.name}[{place}]", str(number), must)
 
 
 def _count(argument: LengthArgument, x: Any) -> int:

@@ -57,7 +57,8 @@ def quantizing_functions(sheets: Sequence[Sheet]) -> str:
 
 def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
-    pointees = {"out": "const float"} if sheet.plan.output is F32 else {}
+    pointees = {each.name: "const int" for each in sheet.plan.lengths.arguments}
+    pointees |= {"out": "const float"} if sheet.plan.output is F32 else {}
     declarations = list(_declarations(sheet.params, pointees))
     text = sheet_text(sheet, declarations=declarations, padded_rows=PADDED_ROWS)
     return "\n\n".join([*used_by(text), text]) + "\n"

@@ -80,7 +80,7 @@ class LengthArgument:
 def padded_start(start: int, sequence: int) -> int:
     """Where the rows of a ragged sequence begin among rows that are padded to whole blocks of `PADDED_ROWS`.
 
-    A sequence that begins at `start` and has n rows ends before the next begins: those lie n / PADDED_ROWS blocks apart,
+    A sequence of n rows that begins at `start` ends before the next begins: these lie n / PADDED_ROWS blocks apart,
     rounded down or up, and one more.
     """
     return (start // PADDED_ROWS + sequence) * PADDED_ROWS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from attngen.arch import Arch
 from attngen.expr import Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
-from attngen.plan.lengths import padded_blocks
+from attngen.plan.lengths import LengthArgument, padded_blocks
 from attngen.plan.places import PADDED_ROWS, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.quantizer import CHUNK, Quantizer
@@ -377,16 +377,29 @@ class PrepareRows(Sheet):
             *(
                 Param(f"{name}_stride_{axis}", "i64", f"{name}.stride_{number}")
                 for name in ("lse", "dlse")
-                for number, axis in enumerate(("batch", "head", "seqlen"))
+                for number, axis in enumerate(("batch", "head", "seqlen"), start=-1 if self.is_ragged else 0)
             ),
-            Param("seqlen_q", "i32", "seqlen_q"),
+            *(Param(each.name, "pointer", f"{each.name}.ptr") for each in self._lengths),
+            *(
+                Param(size, "i32", size)
+                for size in (("batch", "tokens_q") if self.is_ragged else ("seqlen_q",))
+            ),
             Param("num_heads_q", "i32", "num_heads_q"),
         )
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether the rows of all sequences follow one another; there is no stride from batch to batch then."""
+        return self.plan.lengths.is_by_token("queries")
+
+    @property
+    def _lengths(self) -> tuple[LengthArgument, ...]:
+        return tuple(each for each in self.plan.lengths.arguments if each.axis == "queries")
+
+    @property
     def reads(self) -> tuple[str, ...]:
-        """O, its gradient, and lse; and dlse where a call has it."""
-        return ROW_SOURCES
+        """O, its gradient, lse and lengths; and dlse where a call has it."""
+        return (*ROW_SOURCES, *(each.name for each in self._lengths if not each.is_optional))
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -397,6 +410,6 @@ class PrepareRows(Sheet):
     def tiles(self) -> Formula:
         """Blocks of rows of all heads."""
         of_padded = PADDED_ROWS // self.block_rows
-        if self.plan.lengths.is_by_token("queries"):
+        if self.is_ragged:
             return product("num_heads_q", of_padded, padded_blocks("tokens_q"))
         return product("batch", "num_heads_q", product(of_padded, ceil_div("seqlen_q", PADDED_ROWS)))

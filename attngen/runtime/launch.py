@@ -19,6 +19,7 @@ from attngen.bind import (
     check_overlap,
     check_plain,
     check_rows_of_heads,
+    passed_as,
     scalar_of,
     softmax_scale_of,
 )
@@ -224,7 +225,9 @@ class Launcher:
         addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)
         device = q.get_device()
         self._kernels.launch(prefix.structs, addresses, device, torch._C._cuda_getCurrentRawStream(device))
-        return TileTables.of(whole.tables, tensors[: len(whole.tables.tensors)], memory)
+        return TileTables.of(
+            whole.tables, tensors[: len(whole.tables.tensors)], memory, passed_as(self.manifest)
+        )
 
     def _kept(self, tables: TileTables, prepared: Prepared, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The memory of tables that an earlier call has filled."""

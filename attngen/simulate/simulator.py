@@ -14,6 +14,7 @@ from attngen.bind import (
     bind,
     check_arguments,
     check_rows_of_heads,
+    passed_as,
     softmax_scale_of,
 )
 from attngen.errors import ArgumentError
@@ -103,7 +104,9 @@ class Simulator:
         whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
         prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
         made = run_call(self.call, prefix)
-        return TileTables.of(self._table_signature(given), given.by_name.values(), made)
+        return TileTables.of(
+            self._table_signature(given), given.by_name.values(), made, passed_as(self.manifest)
+        )
 
     def _check(
         self,
