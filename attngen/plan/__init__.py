@@ -76,6 +76,7 @@ from attngen.plan.scheduler import (
     Scheduler,
     SequenceAxis,
     entry_field,
+    entry_says,
 )
 from attngen.plan.seen import SeenBlocks, seen_blocks
 from attngen.plan.sheets import (
@@ -92,7 +93,7 @@ from attngen.plan.sheets import (
     source_of,
 )
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
-from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, ListTiles, bucket
+from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, MOST_BLOCKS, ListTiles, bucket
 
 __all__ = [
     "ANY_LENGTH",
@@ -102,12 +103,14 @@ __all__ = [
     "ENTRY_WORDS",
     "LENGTH_KINDS",
     "LETTERS",
+    "MOST_BLOCKS",
     "LengthArgument",
     "LengthKind",
     "Lengths",
     "ListTiles",
     "bucket",
     "entry_field",
+    "entry_says",
     "Axis",
     "ROWS_OF_HEADS",
     "TOKENS_OF_HEADS",
