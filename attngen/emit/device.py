@@ -40,6 +40,7 @@ FUNCTIONS = (
     "expression.cuh",
     "quantize.cuh",
     "gradient.cuh",
+    "tile_list.cuh",
 )
 """What the Steps call."""
 _DEFINED = re.compile(r"^(?:DEV [\w&]+ |struct (?:__align__\(\d+\) )?|constexpr u64 )(\w+)", re.MULTILINE)

@@ -74,6 +74,8 @@ _EXTENTS: dict[Axis, str] = {
 }
 """How much of an axis a tile has."""
 _HEAD_DIMS: dict[Axis, str] = {"qk_columns": "kHeadDimQk", "v_columns": "kHeadDimV"}
+STARTS: dict[Axis, str] = {"queries": "tile.q_start", "keys": "tile.kv_start"}
+"""Where a tile's sequence starts among the rows of a tensor."""
 _INDEX_BASES = {
     "m": "m",
     "n": "n",
@@ -143,7 +145,9 @@ class Templates:
 def _pointees(plan: KernelPlan) -> dict[str, str]:
     """The C types of what parameters point to, by the values they carry; f32 is not among them."""
     tensors = (*plan.reads, *plan.outputs)
-    found = {COUNTER: "u32"} | {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
+    found = {COUNTER: "u32", f"{plan.tile_list}.ptr": "int4"}
+    found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
+    found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
     found |= {f"{place.name}.ptr": _TENSOR_POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():
@@ -198,6 +202,8 @@ def environment() -> jinja2.Environment:
         "index": _index,
         "first_row": _first_row,
         "head": _head,
+        "start": _start,
+        "is_by_token": _is_by_token,
         "row_stride": _row_stride,
         "form": _form,
         "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
@@ -278,8 +284,9 @@ def _first_row(block: BlockIndex, axis: Axis) -> str:
     return f"({index}) * {_EXTENTS[axis]}" if block.offset else f"{index} * {_EXTENTS[axis]}"
 
 
-def _head(place: Tensor | Rows) -> str:
-    """Where the rows of this tile's head start."""
+@jinja2.pass_context
+def _head(context: Context, place: Tensor | Rows) -> str:
+    """Where the rows of this tile's sequence and head start."""
     if isinstance(place, Rows) and place.axis == "keys":
         head = "(i64)stay_in_loop(tile.batch) * params.num_heads_q + stay_in_loop(tile.head)"
         return f"params.{place.name} + ({head}) * params.seqlen_k"
@@ -289,7 +296,24 @@ def _head(place: Tensor | Rows) -> str:
         return f"dense_head(params.{place.name}, params, tile, {_HEAD_DIMS[place.axes[1]]})"
     base = f"params.{place.name}"
     head = "tile.kv_head" if place.heads == "kv" else "tile.head"
-    return f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
+    start, row = _start(context, place), f"{base}_stride_seqlen"
+    if _is_by_token(context, place):
+        return f"head_of({base}, {start}, {row}, {head}, {base}_stride_head)"
+    batched = f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
+    return f"{batched} + stay_in_loop({start}) * {row}" if start else batched
+
+
+@jinja2.pass_context
+def _start(context: Context, place: Tensor | Rows) -> str:
+    """Where the tile's sequence starts among the rows of a tensor; nothing where that is the first."""
+    is_dense = context["plan"].lengths.of(place.axis) == "dense"
+    return "" if is_dense else STARTS[place.axis]
+
+
+@jinja2.pass_context
+def _is_by_token(context: Context, place: Tensor | Rows) -> bool:
+    """Whether a tensor has no batches."""
+    return bool(context["plan"].lengths.is_by_token(place.axis))
 
 
 def _row_stride(tensor: Tensor) -> str:

@@ -7,9 +7,19 @@ from attngen.emit import tile_text
 from attngen.emit.device import names_in, used_by
 from attngen.emit.environment import Templates, first_barrier, macros
 from attngen.emit.pair_functions import pair_functions, table_texts
-from attngen.emit.sheet_text import emit_quantizing, emit_rows, emit_sums, sheet_text
+from attngen.emit.sheet_text import emit_list, emit_quantizing, emit_rows, emit_sums, sheet_text
 from attngen.errors import InternalError
-from attngen.plan import FillTables, KernelPlan, PrepareRows, RegTile, Sheet, SumRows, walk
+from attngen.plan import (
+    ENTRY_FIELDS,
+    FillTables,
+    KernelPlan,
+    ListTiles,
+    PrepareRows,
+    RegTile,
+    Sheet,
+    SumRows,
+    walk,
+)
 from attngen.plan.steps import IssueGemm
 from attngen.version import __version__
 
@@ -34,7 +44,7 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
 
 
 def emit(plan: KernelPlan) -> str:
-    """The CUDA C++ text of a plan, and of the kernel that fills its tables. The same plan gives the same bytes.
+    """The CUDA C++ text of a plan, and of the kernels that fill its tables and list its tiles. The same plan gives the same bytes.
 
     Raises:
         InternalError: the plan's arch runs on the simulator only.
@@ -47,11 +57,14 @@ def emit(plan: KernelPlan) -> str:
         tile=str(scheduler.tile(plan.scheduler, tile_text.fields(plan.scheduler))).strip("\n"),
         decoding=str(
             scheduler.decode(
-                plan.scheduler, tile_text.count(plan.scheduler), tile_text.decoding(plan.scheduler)
+                plan.scheduler,
+                tile_text.count(plan.scheduler),
+                tile_text.decoding(plan.scheduler),
+                list(ENTRY_FIELDS),
             )
         ).strip("\n"),
         pair_functions=pair_functions(plan),
-        table_kernel=table_kernel(plan),
+        kernels_beside=[*filter(None, (table_kernel(plan), list_kernel(plan)))],
     )
     names = names_in(body)
     return templates.render(
@@ -66,6 +79,11 @@ def emit(plan: KernelPlan) -> str:
 def table_kernel(plan: KernelPlan) -> str:
     """The kernel that fills the tables of a plan; nothing where it has none."""
     return sheet_text(FillTables(plan), tables=table_texts(plan)) if plan.tables else ""
+
+
+def list_kernel(plan: KernelPlan) -> str:
+    """The kernel that lists the tiles of a plan; nothing where their numbers say which they are."""
+    return emit_list(ListTiles(plan)) if plan.scheduler.is_listed else ""
 
 
 def _constants(plan: KernelPlan) -> tuple[Constant, ...]:

@@ -5,12 +5,17 @@ from typing import Any
 
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
-from attngen.emit.environment import ELEMENTS, macros
+from attngen.emit.environment import ELEMENTS, STARTS, macros
 from attngen.plan import (
+    BUCKETS,
     LENGTHS,
+    LETTERS,
+    MOST_BLOCKS,
     PADDED_ROWS,
     ROW_NUMBERS,
     FindMaxima,
+    Formula,
+    ListTiles,
     PackValues,
     Param,
     PrepareRows,
@@ -25,7 +30,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "quantize", "rows", "sums")
+SHEET_FILES = ("tables", "quantize", "rows", "sums", "tiles")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -96,6 +101,44 @@ def emit_sums(sheet: SumRows) -> str:
         sheet, declarations=declarations, dims=dims, length=length, entries=entries, convert=convert
     )
     return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_list(sheet: ListTiles) -> str:
+    """The kernel that lists the tiles of an attention kernel, for the text that this stands in."""
+    plan, own = sheet.plan, sheet.plan.scheduler.axis
+    given = {each.name for each in plan.lengths.arguments}
+    sequences = [
+        {
+            "axis": axis,
+            "kind": plan.lengths.of(axis),
+            "letter": letter,
+            "start": STARTS[axis],
+            "used": f"seqused_{letter}" if f"seqused_{letter}" in given else "",
+            "skipped": f"leftpad_{letter}" if f"leftpad_{letter}" in given else "",
+            "is_own": axis == (own.axis if own else "queries"),
+        }
+        for axis, letter in LETTERS.items()
+    ]
+    *_, entries = sheet.shape[0]["args"] if isinstance(sheet.shape[0], dict) else ()
+    return sheet_text(
+        sheet,
+        sequences=sequences,
+        block="" if own is None else "kBlockM" if own.axis == "queries" else "kBlockN",
+        most_entries=_in_c(entries),
+        buckets=BUCKETS,
+        most_blocks=MOST_BLOCKS,
+    )
+
+
+def _in_c(formula: Formula) -> str:
+    """A formula of a call's sizes as an operand in C."""
+    if not isinstance(formula, dict):
+        return f"params.{formula}" if isinstance(formula, str) else str(formula)
+    written = [_in_c(argument) for argument in formula["args"]]
+    if formula["op"] == "ceil_div":
+        a, b = written
+        return f"(({a} + {b} - 1) / {b})"
+    return f"({ {'add': ' + ', 'mul': ' * '}[formula['op']].join(written) })"
 
 
 def _declarations(params: Iterable[Param], pointees: Mapping[str, str] | None = None) -> Iterable[str]:

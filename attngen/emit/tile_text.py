@@ -6,8 +6,19 @@ No arithmetic stands here: it is that of `attngen.plan.scheduler` and `attngen.p
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from attngen.expr import INDEX_NAMES, TILE_NAMES, Expr, Leaves, const, free_names, name, to_cuda
-from attngen.plan import KEYS, QUERIES, Scheduler, SeenBlocks, SequenceAxis
+from attngen.expr import (
+    INDEX_NAMES,
+    TILE_NAMES,
+    Expr,
+    Leaves,
+    const,
+    found_of,
+    free_names,
+    name,
+    to_cuda,
+    with_nodes,
+)
+from attngen.plan import ENTRY_FIELDS, KEYS, QUERIES, Scheduler, SeenBlocks, SequenceAxis, entry_says
 
 VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
 """Indices and bounds of a tile as variables of a function: `q_first`."""
@@ -27,7 +38,10 @@ _CALL = {
     },
     "tile.block_m": "kBlockM",
     "tile.block_n": "kBlockN",
+    "tiles.count": "num_entries(params)",
 }
+_READ = {entry_says(field): found_of(entry_says(field)) for field in ENTRY_FIELDS}
+"""What stands for the fields of an entry of a list of tiles, once that has been read."""
 _DECODED = {
     **FIELDS,
     **_CALL,
@@ -37,6 +51,7 @@ _DECODED = {
     "tile.m_max": "m_max",
     "tile.n_max": "n_max",
     "tile.row": "row",
+    **{read.name: f"entry.{field}" for field, read in zip(ENTRY_FIELDS, _READ.values(), strict=True)},
 }
 
 
@@ -52,7 +67,11 @@ def fields(scheduler: Scheduler) -> list[str]:
 
 def decoding(scheduler: Scheduler) -> list[str]:
     """A statement for each part of a tile, of its number `index`."""
-    return list(_statements(_kept(scheduler), Leaves(_DECODED, narrow=True)))
+    kept = {each: with_nodes(value, _READ) for each, value in _kept(scheduler).items()}
+    statements = list(_statements(kept, Leaves(_DECODED, narrow=True)))
+    if scheduler.is_listed:  # the number of its entry comes first
+        statements.insert(1, f"const Entry entry = {_entry(scheduler)};")
+    return statements
 
 
 def blocks(axis: SequenceAxis, sequence: str = "tile") -> str:
@@ -81,6 +100,12 @@ def seen(blocks: SeenBlocks, leaves: Leaves) -> list[str]:
     names = {**leaves.names, **_CALL, **constants, **results, "seen.last": f"{letter}_last"}
     of_block = span(blocks.axis.other, blocks.axis.other.letter, *found.values())
     return [*filter(None, [of_block]), *_statements(found, replace(leaves, names=names))]
+
+
+def _entry(scheduler: Scheduler) -> str:
+    """The entry of a tile; blocks that draw tiles also come to numbers that no tile has."""
+    read = "read_entry(params, row)"
+    return f"index < num_tiles(params) ? {read} : Entry{{}}" if scheduler.persistent else read
 
 
 def _kept(scheduler: Scheduler) -> Mapping[str, Expr]:

@@ -112,12 +112,21 @@ def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:
     if lengths.are_dense:
         return plan
     listed = replace(plan, lengths=lengths, scheduler=replace(plan.scheduler, is_listed=True))
-    own = {param.name for param in plan.params}
+    kept = tuple(param for param in plan.params if param.value not in _batch_strides(listed))
+    own = {param.name for param in kept}
     sizes = ("batch", *(f"tokens_{letter}" for axis, letter in LETTERS.items() if lengths.is_by_token(axis)))
     params = (
         Param("tiles", "pointer", f"{listed.tile_list}.ptr"),
         *(Param(each.name, "pointer", f"{each.name}.ptr") for each in lengths.arguments),
-        *plan.params,
+        *kept,
         *(Param(size, "i32", size) for size in sizes if size not in own),
     )
     return replace(listed, params=params)
+
+
+def _batch_strides(plan: KernelPlan) -> frozenset[str]:
+    """Strides that tensors have not in which the sequences follow one another."""
+    tensors = (*plan.reads, *plan.outputs)
+    return frozenset(
+        f"{tensor.name}.stride_batch" for tensor in tensors if plan.lengths.is_by_token(tensor.axis)
+    )

@@ -86,6 +86,7 @@ from attngen.plan.scheduler import (
     Scheduler,
     SequenceAxis,
     entry_field,
+    entry_says,
 )
 from attngen.plan.seen import SeenBlocks, seen_blocks
 from attngen.plan.sheets import (
@@ -102,7 +103,7 @@ from attngen.plan.sheets import (
     source_of,
 )
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
-from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, ListTiles, bucket
+from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, MOST_BLOCKS, ListTiles, bucket
 
 __all__ = [
     "ANY_LENGTH",
@@ -112,6 +113,7 @@ __all__ = [
     "ENTRY_WORDS",
     "LENGTH_KINDS",
     "LETTERS",
+    "MOST_BLOCKS",
     "LengthArgument",
     "LengthKind",
     "Lengths",
@@ -120,6 +122,7 @@ __all__ = [
     "padded_start",
     "value_shape",
     "entry_field",
+    "entry_says",
     "Axis",
     "ROWS_OF_HEADS",
     "TOKENS_OF_HEADS",

@@ -94,6 +94,11 @@ def entry_field(field: str) -> str:
     return f"tiles.{field}"
 
 
+def entry_says(field: str) -> Expr:
+    """A field of the entry that a tile is listed by."""
+    return lookup(entry_field(field), (name("tile.row"),), "i32")
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """Which tiles a block works on.
@@ -203,9 +208,9 @@ class Scheduler:
     @property
     def _listed_decoding(self) -> Definitions:
         """Heads are fastest; the list is in the order in which tiles start."""
-        index, entry = name("tile.index"), name("tile.row")
+        index = name("tile.index")
         heads = _HEADS_KV if self.kind == "key_blocks" else name("call.num_heads_q")
-        says = {field: lookup(entry_field(field), (entry,), "i32") for field in ENTRY_FIELDS}
+        says = {field: entry_says(field) for field in ENTRY_FIELDS}
         head = modulo(index, heads)
         return {
             "tile.row": floor_divide(index, heads),

@@ -19,7 +19,9 @@ def bucket(length: int) -> int:
     return octave * BUCKETS_PER_OCTAVE + (length >> octave)
 
 
-BUCKETS = bucket(2**30) + 1
+MOST_BLOCKS = 2**30
+"""What a tile visits at most; a whole sequence that visits more counts as one that visits so many."""
+BUCKETS = bucket(MOST_BLOCKS) + 1
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ListTiles(Sheet):
     the order of sequences and blocks: the same lengths give the same list.
 
     It stands in the kernel's text and takes the same struct. Numbers that lie are kept within the tensors: a sequence
-    begins and ends among the tokens, and lengths end where it does.
+    begins and ends among the tokens, is no longer than the call's bound, and lengths end where it does. What such
+    numbers list beyond the room that true ones need is left out.
 
     Attributes:
         plan: the kernel.

@@ -12,6 +12,7 @@ from attngen.plan import (
     LETTERS,
     Axis,
     KernelPlan,
+    MOST_BLOCKS,
     ListTiles,
     bucket,
     evaluate_formula,
@@ -47,9 +48,10 @@ NOTHING = Span(0, 0)
 def list_tiles(sheet: ListTiles, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
     """The list of a kernel's tiles: how many there are, then an entry each."""
     plan = sheet.plan
-    entries = sorted(_entries(plan, values, sizes), key=lambda each: -bucket(each[0]))
     rows = evaluate_formula(sheet.shape[0], sizes.values)
     found = torch.zeros((rows, ENTRY_WORDS), dtype=torch.int32)
+    # Sequences that overlap may have more tiles than there is room for.
+    entries = sorted(_entries(plan, values, sizes), key=lambda each: -bucket(each[0]))[: rows - 1]
     found[0, 0] = len(entries)
     for row, (_, *fields) in enumerate(entries, 1):
         found[row, : len(fields)] = torch.tensor(fields, dtype=torch.int32)
@@ -70,7 +72,7 @@ def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[i
         places = (queries.start, queries.length, keys.start, keys.length)
         if own is None:
             blocks = ceil_div(queries.length, plan.block_m) * ceil_div(keys.length, plan.block_n)
-            yield (blocks, piece.sequence, 0, *places)
+            yield (min(blocks, MOST_BLOCKS), piece.sequence, 0, *places)
             continue
         size = plan.block_n if own is KEYS else plan.block_m
         for block in range(ceil_div(piece.span.length, size)):
@@ -91,7 +93,8 @@ def _visits(plan: KernelPlan, sizes: Sizes, block: int, member: Member) -> int:
 def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Span]:
     """The rows of each sequence, kept within the tensors whatever the numbers are."""
     letter, kind = LETTERS[axis], plan.lengths.of(axis)
-    rows = int(sizes.values[f"tokens_{letter}" if kind == "ragged" else LENGTHS[axis]])
+    longest = int(sizes.values[LENGTHS[axis]])
+    rows = int(sizes.values[f"tokens_{letter}"]) if kind == "ragged" else longest
     starts, stops = [0] * sizes.batch, [rows] * sizes.batch
     if kind == "ragged":
         *starts, _ = cumulative = values[f"cu_seqlens_{letter}"].tolist()
@@ -101,7 +104,7 @@ def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Sp
     found = []
     for start, stop, length, skip in zip(starts, stops, used, skipped, strict=True):
         first = min(max(start, 0), rows)
-        room = min(max(stop, first), rows) - first
+        room = min(min(max(stop, first), rows) - first, longest)
         length, skip = min(max(length, 0), room), min(max(skip, 0), room)
         found.append(Span(first + skip, max(0, length - skip)))
     return found
