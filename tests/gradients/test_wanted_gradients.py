@@ -15,6 +15,7 @@ from attngen.simulate import simulator
 from attngen.simulate.traffic import Traffic
 from tests.gradients.backward_cases import BackwardCase
 from tests.gradients.declared_cases import everything
+from tests.lengths.batches import batch, compiled
 from tests.runtime.test_declared import Recorder
 
 SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv")
@@ -90,6 +91,25 @@ def test_what_requires_grad_is_made_and_nothing_else(plan: str, wanted: str, wat
     assert watched.written == sizes
     for name, x, expected in zip("qkv", inputs, every, strict=True):
         assert x.grad is None if name not in wanted else torch.equal(x.grad, expected) and x.grad.any()
+
+
+@pytest.mark.parametrize("wanted", SUBSETS[:-1])
+@pytest.mark.parametrize("schedule", ["fa2", "pingpong"])
+def test_sequences_have_what_requires_grad_too(schedule: str, wanted: str) -> None:
+    """Of ragged sequences, rows that none uses included, the bits are those beside the others."""
+    of = batch("ragged", "ragged", (5, 0, 13), (5, 7, 20), unused=2, tail=3)
+    kernel = compiled(schedule, "ragged", "ragged", "causal", True)
+    inputs = dict(zip("qkv", (of.q, of.k, of.v), strict=True))
+
+    def gradients(names: str) -> dict[str, torch.Tensor]:
+        passed = {name: x.detach().requires_grad_(name in names) for name, x in inputs.items()}
+        out = kernel(**passed, **of.lengths)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        found = torch.autograd.grad(out, [passed[name] for name in names], upstream)
+        return dict(zip(names, found, strict=True))
+
+    every = gradients("qkv")
+    assert all(torch.equal(x, every[name]) and x.any() for name, x in gradients(wanted).items())
 
 
 DECLARED = everything(64, "bf16", "causal", (20, 30), (4, 2))
