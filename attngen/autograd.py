@@ -4,6 +4,7 @@ Neither second derivatives nor forward-mode ones are there, and both are refused
 """
 
 from collections.abc import Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ class Attention(torch.autograd.Function):
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of q, k, v and what is declared; of an output that nobody used the gradient is 0.
+        """The gradients of what requires grad among q, k, v and what is declared; nothing is launched for the others.
+
+        Of an output that nobody used the gradient is 0.
 
         Raises:
             ArgumentError: the gradients are to be differentiated themselves.
@@ -55,17 +58,20 @@ class Attention(torch.autograd.Function):
                 "create_graph", "True", "False: there are no second derivatives", "differentiate once"
             )
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        declared = ctx.scalars | dict(zip(ctx.names, tensors, strict=True))
         if dout is None:
             dout = torch.zeros_like(out, dtype=q.dtype)
         elif dout.dtype != q.dtype:  # of an f32 output; it is multiplied by inputs
             dout = dout.to(q.dtype, memory_format=torch.contiguous_format)
         elif dout.stride(-1) != 1 and dout.shape[-1] > 1:  # of a sum it is one number, expanded
             dout = dout.contiguous()
-        dq, dk, dv, *others = ctx.kernel.backward(dout, q, k, v, out, lse, dlse, *ctx.rest, **declared)
-        # Of a scalar it goes where that tensor is, in its format; of a number nobody wants it.
-        of_declared = (
-            x.to(declared[name]) if isinstance(declared.get(name), torch.Tensor) else None
-            for name, x in zip(ctx.kernel.declared_gradients, others, strict=True)
-        )
-        return None, None, None, None, None, dq, dk, dv, *of_declared
+        declared = ctx.scalars | dict(zip(ctx.names, tensors, strict=True))
+        named = {**declared, "dout": dout, "out": out, "lse": lse}
+        if dlse is not None:
+            named["dlse"] = dlse
+        kernel, needed = ctx.kernel, ctx.needs_input_grad[5:]
+        wanted = tuple(compress(kernel.gradients, needed))
+        made = dict(zip(wanted, kernel.make_gradients(wanted, q, k, v, named, *ctx.rest), strict=True))
+        for value, name in zip(kernel.gradients[3:], kernel.declared_gradients, strict=True):
+            if value in made:  # of a scalar it goes where that tensor is, in its format
+                made[value] = made[value].to(declared[name])
+        return None, None, None, None, None, *map(made.get, kernel.gradients)

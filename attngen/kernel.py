@@ -12,9 +12,11 @@ from attngen.bind import (
     TileTables,
     check_arguments,
     check_differentiable,
+    check_kept,
     check_length,
     check_lengths,
     check_no_derivative,
+    check_no_tangent,
     check_not_recorded,
     check_plain,
     check_rows_of_heads,
@@ -257,14 +259,19 @@ class Kernel:
         passed: Mapping[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Out and lse, which autograd differentiates; refuse what it would not."""
-        if is_altered() or getattr(q, "dtype", None) is not self._differentiated:
-            for name, x in (("q", q), ("k", k), ("v", v)):
+        is_usual = not is_altered() and getattr(q, "dtype", None) is self._differentiated
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not is_usual:
                 check_differentiable(self.manifest, name, x)
+            check_kept(name, x)
         wanted = self.declared_gradients
         for name, value in passed.items():
             if isinstance(value, torch.Tensor):
                 check_plain(name, value)
-                if name not in wanted:
+                check_kept(name, value)
+                if name in wanted:
+                    check_no_tangent(name, value)
+                else:
                     check_no_derivative(name, value, is_declared=True)
         made: tuple[torch.Tensor, torch.Tensor] = Attention.apply(  # type: ignore[no-untyped-call]
             self, softmax_scale, layout, work, passed, q, k, v, *map(passed.get, wanted)
@@ -328,19 +335,47 @@ class Kernel:
         named = {**self.bound, **declared, **tensors}
         if torch.is_grad_enabled():
             check_not_recorded({"q": q, "k": k, "v": v, **named})
-        if layout == "bhsd" and not self.manifest.lengths.is_by_token("queries"):
-            for name in ("dout", "out"):
-                check_length(named[name], layout, name)
-                named[name] = named[name].transpose(1, 2)
         into = gradient_memory(self.manifest, GRADIENTS, grads, accumulate)
         if accumulate and self.declared_gradients:
             of, must = ", ".join(self.declared_gradients), "False where what is declared has gradients"
             raise ArgumentError("accumulate", f"True beside gradients of {of}", must)
-        made = self._machine(q).make(
-            (*(into or GRADIENTS), *self.gradients[len(GRADIENTS) :]),
-            q, k, v, softmax_scale, tuple(into.values()), layout, named, None, GRADIENTS_INTAKE, accumulate,
-        )  # fmt: skip
-        return tuple(made)
+        wanted = (*(into or GRADIENTS), *self.gradients[len(GRADIENTS) :])
+        memory = tuple(into.values())
+        return tuple(self.make_gradients(wanted, q, k, v, named, softmax_scale, layout, memory, accumulate))
+
+    def make_gradients(
+        self,
+        wanted: tuple[str, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        named: Mapping[str, Any],
+        softmax_scale: float | None,
+        layout: str,
+        into: tuple[torch.Tensor, ...] = (),
+        accumulate: bool = False,
+    ) -> list[torch.Tensor]:
+        """Launch and allocate what some of the gradients need, and nothing for the others.
+
+        Where one kernel makes dk and dv, it works out both, and writes the wanted one.
+
+        Args:
+            wanted: the names of their values.
+            q: see `backward`, as for what is not explained here.
+            k: see q.
+            v: see q.
+            named: dout, out, lse, dlse if there is one, and all that the spec declares.
+            softmax_scale: see q.
+            layout: see q.
+            into: memory for the first of them.
+            accumulate: see q.
+        """
+        if layout == "bhsd" and not self.manifest.lengths.is_by_token("queries"):
+            for name in ("dout", "out"):
+                check_length(named[name], layout, name)
+            named = {**named, **{name: named[name].transpose(1, 2) for name in ("dout", "out")}}
+        make = self._machine(q).make
+        return make(wanted, q, k, v, softmax_scale, into, layout, named, None, GRADIENTS_INTAKE, accumulate)
 
     def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]

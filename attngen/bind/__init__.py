@@ -16,7 +16,9 @@ from attngen.bind.sequences import check_lengths
 from attngen.bind.tensors import (
     ROW_ALIGNMENT,
     check_alignment,
+    check_kept,
     check_no_derivative,
+    check_no_tangent,
     check_not_recorded,
     check_plain,
 )
@@ -35,9 +37,11 @@ __all__ = [
     "check_arguments",
     "check_declared",
     "check_differentiable",
+    "check_kept",
     "check_length",
     "check_lengths",
     "check_no_derivative",
+    "check_no_tangent",
     "check_not_recorded",
     "check_overlap",
     "check_plain",

@@ -99,6 +99,17 @@ def check_no_tangent(name: str, x: torch.Tensor) -> None:
         )
 
 
+def check_kept(name: str, x: object) -> None:
+    """Refuse a tensor that autograd can not keep for the backward pass.
+
+    Raises:
+        ArgumentError: x was made in inference mode.
+    """
+    if isinstance(x, torch.Tensor) and x.is_inference():
+        must = "one that autograd can keep for the backward pass"
+        raise ArgumentError(name, "an inference tensor", must, f"pass {name}.clone()")
+
+
 def check_not_recorded(tensors: Mapping[str, Any]) -> None:
     """Refuse what autograd, if it is enabled, would record of a backward pass: gradients are not differentiated.
 

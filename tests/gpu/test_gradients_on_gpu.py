@@ -107,6 +107,29 @@ def test_a_pass_allocates_its_gradients_and_two_rows() -> None:
     assert peak == sum(x.numel() * 2 for x in got) + 2 * 4 * lse.numel()
 
 
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
+@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("kind", ["auto", "fa2"])
+def test_what_requires_no_grad_takes_no_memory(kind: str, head_dim: int, wanted: str) -> None:
+    """By autograd: gradients of what requires grad have the bits that they have beside the others."""
+    spec = {"schedule": {"kind": kind}}
+    case = BackwardCase("causal", lengths=(512, 512), heads=(4, 4), head_dim=(head_dim, head_dim), spec=spec)
+    kernel = case.kernel(target())
+    drawn, _, _, lse, every = gradients(case, kernel)
+    *inputs, dout = drawn
+    leaves = [x.requires_grad_() for name, x in zip("qkv", inputs, strict=True) if name in wanted]
+    out = kernel(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak == sum(x.numel() * 2 for x in got) + 2 * 4 * lse.numel()
+    expected = [x for name, x in zip("qkv", every, strict=True) if name in wanted]
+    assert all(torch.equal(x, y) and x.any() for x, y in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("how", ["sum", "transposed", "sliced"])
 def test_strides_of_dout_are_read(how: str) -> None:
     """dO of a sum, of a transpose and of a slice with far rows gives what a dense one does."""

@@ -39,7 +39,7 @@ def test_autocast_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_one_gradient_alone(wanted: int) -> None:
-    """What nobody wants is made and dropped; what is wanted has the bits that it has beside the others."""
+    """What is wanted has the bits that it has beside the others, and nothing else gets a gradient."""
     inputs = [x if i == wanted else x.detach() for i, x in enumerate(leaves(70, 90, 90))]
     attention(*inputs).float().square().sum().backward()
     grads = [x.grad for x in inputs]
