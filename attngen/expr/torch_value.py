@@ -128,16 +128,10 @@ class _Evaluation:
 @lru_cache(maxsize=256)  # a simulated kernel asks for the same ones at every tile
 def _in_order(expr: Expr) -> tuple[tuple[Callable[..., Any], Expr, tuple[int, ...]], ...]:
     """Every node, arguments first: the method that computes it, and the numbers of the nodes it takes."""
-    order = nodes(expr)
-    number = {each: place for place, each in enumerate(order)}
-    return tuple(
-        (
-            getattr(_Evaluation, f"_{each.op}", _Evaluation._apply),
-            each,
-            tuple(number[arg] for arg in each.args),
-        )
-        for each in order
-    )
+    order = {each: place for place, each in enumerate(nodes(expr))}
+    methods = (getattr(_Evaluation, f"_{each.op}", _Evaluation._apply) for each in order)
+    taken = (tuple(order[arg] for arg in each.args) for each in order)
+    return tuple(zip(methods, order, taken, strict=True))
 
 
 _OF_INTEGERS: dict[str, Callable[..., int]] = {"min": min, "max": max, "abs": abs}
