@@ -46,5 +46,9 @@ class Module:
         return DiskCache().get(self.source, self._arch.name, lineinfo=self._lineinfo)
 
     def sass(self) -> str:
-        """The machine code, disassembled."""
+        """The machine code, disassembled at first use."""
+        return self._sass
+
+    @cached_property
+    def _sass(self) -> str:
         return disassemble(self.compiled.cubin)

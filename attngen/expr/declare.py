@@ -5,7 +5,7 @@ means is the parser's business.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -249,8 +249,8 @@ def _read_tensor(entry: _Entry, owners: Mapping[str, _Entry]) -> TensorType | No
 
 def _read_dimension(entry: _Entry, owners: Mapping[str, _Entry], span: Span) -> str | int | None:
     """A size of the call, a positive integer, or a name that the tensor binds."""
-    word, note = entry.text[slice(*span)], ""
-    nearest: Iterable[str] = _nearest_sizes(word)
+    word = entry.text[slice(*span)]
+    note, nearest = "", tuple[str, ...]()
     number = read_integer(word)
     if number is not None:
         if 0 < number <= LARGEST_INDEX:
@@ -267,13 +267,9 @@ def _read_dimension(entry: _Entry, owners: Mapping[str, _Entry], span: Span) -> 
     elif _NAME.fullmatch(word):
         return word
     must = "has a dimension that is no size of the call, positive integer or new name"
+    nearest = nearest or tuple(get_close_matches(word, SIZE_NAMES, n=2)) or SIZE_NAMES
     entry.refuse(must, "tensor-dimensions", span, note, nearest)
     return None
-
-
-def _nearest_sizes(word: str) -> Iterator[str]:
-    """The sizes of a call that a word may have meant."""
-    yield from get_close_matches(word, SIZE_NAMES, n=2) or SIZE_NAMES
 
 
 def _read_definition(entry: _Entry) -> Definition | None:

@@ -12,6 +12,10 @@ from attngen.expr.syntax import MAX_LENGTH, Fragment, Locate, Report, parse
 from attngen.expr.text import to_text
 from attngen.expr.tree import Expr, free_names, name, nodes
 
+_MOST_KEPT = 128
+_READ_LATELY: dict[tuple[object, ...], Expr] = {}
+"""Trees by their texts and what these may name: a spec's are read when it is judged and when it is lowered."""
+
 
 def parse_mask(
     text: str,
@@ -67,6 +71,19 @@ def definitions() -> Mapping[str, Expr]:
 
 
 def _parse(
+    title: str, text: str, declarations: Declarations, locate: Locate | None, locate_of: LocateOf | None
+) -> Expr:
+    declared = (declarations.scalars, declarations.tensors, declarations.definitions)
+    key = (title, text, *(tuple(each.items()) for each in declared))
+    if (known := _READ_LATELY.get(key)) is None:
+        known = _read(title, text, declarations, locate, locate_of)
+        if len(_READ_LATELY) >= _MOST_KEPT:
+            _READ_LATELY.clear()
+        _READ_LATELY[key] = known
+    return known
+
+
+def _read(
     title: str, text: str, declarations: Declarations, locate: Locate | None, locate_of: LocateOf | None
 ) -> Expr:
     report = Report()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from attngen.expr.ranges import index_range
@@ -33,6 +34,7 @@ def real_range(expr: Expr) -> RealRange:
     return found[expr]
 
 
+@lru_cache(maxsize=64)  # a simulated kernel asks at every block
 def magnitude(expr: Expr) -> float:
     """What the value of an f32 expression is never larger than, either way; infinite where that is not known."""
     found = real_range(expr)

@@ -52,11 +52,10 @@ class _Evaluation:
         self._real = real or torch.float32
 
     def __call__(self, expr: Expr) -> Any:
-        values: dict[Expr, Any] = {}
-        for each in _in_order(expr):
-            compute: Callable[..., Any] = getattr(self, f"_{each.op}", self._apply)
-            values[each] = compute(each, *(values[arg] for arg in each.args))
-        return values[expr]
+        values: list[Any] = []
+        for compute, each, places in _in_order(expr):
+            values.append(compute(self, each, *[values[place] for place in places]))
+        return values[-1]
 
     def _const(self, expr: Expr) -> Any:
         return self._to_real(expr.value) if expr.type == "f32" else expr.value
@@ -126,7 +125,15 @@ class _Evaluation:
         return self._torch.as_tensor(value).to(self._real)
 
 
-_in_order = lru_cache(maxsize=256)(nodes)  # a simulated kernel asks for the same ones at every tile
+@lru_cache(maxsize=256)  # a simulated kernel asks for the same ones at every tile
+def _in_order(expr: Expr) -> tuple[tuple[Callable[..., Any], Expr, tuple[int, ...]], ...]:
+    """Every node, arguments first: the method that computes it, and the numbers of the nodes it takes."""
+    order = {each: place for place, each in enumerate(nodes(expr))}
+    methods = (getattr(_Evaluation, f"_{each.op}", _Evaluation._apply) for each in order)
+    taken = (tuple(order[arg] for arg in each.args) for each in order)
+    return tuple(zip(methods, order, taken, strict=True))
+
+
 _OF_INTEGERS: dict[str, Callable[..., int]] = {"min": min, "max": max, "abs": abs}
 
 _FUNCTIONS = {"min": "fmin", "max": "fmax"}

@@ -6,6 +6,7 @@ fault says who waits for what. Which blocks of a launch run, and in what order, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -18,7 +19,7 @@ from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction, Wait
 from attngen.simulate.shared_memory import Cell, divided_buffers, lay_out
 from attngen.simulate.tile_source import TileSource
-from attngen.simulate.visits import Sizes
+from attngen.simulate.visits import Sizes, Visits
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class KernelRun:
     steps: Mapping[type[Step], StepFunction]
     observer: Callable[[Event], None] | None = None
     accumulates: bool = False
+
+    @cached_property
+    def visits(self) -> Visits:
+        """Which blocks visit each other."""
+        return Visits(self.plan, self.sizes)
 
 
 def scale_params(plan: KernelPlan, softmax_scale: float) -> dict[str, float]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from attngen.plan import LENGTHS, RegTile, Tensor, View
 from attngen.plan.steps import Product
 from attngen.simulate.tile_source import Tile
-from attngen.simulate.visits import visited_blocks, visiting_blocks
 
 if TYPE_CHECKING:
     from attngen.simulate.roles import RoleRun
@@ -59,10 +58,10 @@ def check_contributions(gradient: RegTile, role: "RoleRun") -> None:
 
 def _visits(role: "RoleRun") -> set[Source | None]:
     """The blocks that the gradient of the present tile is a sum over."""
-    plan, sizes, tile = role.call.plan, role.call.sizes, role.tile
+    visits, tile = role.call.visits, role.tile
     if tile.n_block is None:
         assert tile.m_block is not None
-        (blocks,) = visited_blocks(plan, sizes, [tile.m_block], tile.members[0])
-        return {Source(tile.members[0].head_kv, n) for n in blocks}
-    group = (tile.of_group(place).members[0] for place in range(sizes.group))
-    return {Source(each.head, m) for each in group for m in visiting_blocks(plan, sizes, tile.n_block, each)}
+        first = tile.members[0]
+        return {Source(first.head_kv, n) for n in visits.keys_of(tile.m_block, first)}
+    group = (tile.of_group(place).members[0] for place in range(role.call.sizes.group))
+    return {Source(each.head, m) for each in group for m in visits.rows_of(tile.n_block, each)}

@@ -19,7 +19,7 @@ from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
 from attngen.simulate.tile_source import Tile
-from attngen.simulate.visits import Visited, block_bounds, ceil_div, visited_blocks
+from attngen.simulate.visits import Visited, ceil_div
 
 if TYPE_CHECKING:
     from attngen.simulate.blocks import Block
@@ -122,7 +122,6 @@ class RoleRun:
         self._stores_in_flight: list[str] = []  # the buffers they read
         self.walks: dict[str, deque[Visited]] = {}
         self.is_partial: dict[str, bool] = {}
-        self._visited: dict[int, tuple[int, ...]] = {}
 
     def run(self, program: Program) -> Run:
         """The Steps of a program, one after another."""
@@ -144,7 +143,6 @@ class RoleRun:
         plan = self.call.plan
         self.tile = tile
         self.walks.clear()
-        self._visited.clear()
         self.variables = {
             "zero": 0,
             "m_max": ceil_div(tile.seqlen_q, plan.block_m),
@@ -157,10 +155,7 @@ class RoleRun:
 
     def visits(self, m_block: int, n: int) -> bool:
         """Whether a block of rows of this tile's head visits a block of keys."""
-        if m_block not in self._visited:
-            plan, sizes = self.call.plan, self.call.sizes
-            (self._visited[m_block],) = visited_blocks(plan, sizes, [m_block], self.tile.members[0])
-        return n in self._visited[m_block]
+        return n in self.call.visits.keys_of(m_block, self.tile.members[0])
 
     def index(self, block: BlockIndex) -> int:
         """The number a block index stands for here."""
@@ -180,17 +175,10 @@ class RoleRun:
         own = self.own_rows(size)
         return max(0, min(len(own), self.tile.sequence(axis)[1] - block * size - own.start))
 
-    def forget_visits(self) -> None:
-        """Class blocks anew: the tile goes on with another head."""
-        self._visited.clear()
-
     def see_queries(self) -> None:
         """Take up the blocks of queries that see the tile's keys, for the head at hand."""
-        self.forget_visits()
         if self.call.plan.key_blocks is not None:
-            (seen,) = block_bounds(
-                self.call.plan, self.call.sizes, [self.variables["n_block"]], self.tile.members[0]
-            )
+            seen = self.call.visits.bounds_of(self.variables["n_block"], self.tile.members[0])
             self.variables |= dict(zip(("m_min", "m_full_begin", "m_full_end", "m_stop"), seen, strict=True))
 
     # ---- who knows what ---------------------------------------------------------------------------------------------

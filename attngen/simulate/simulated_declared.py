@@ -24,7 +24,6 @@ def for_summed(step: ForSummed, role: RoleRun) -> Run:
     for batch in range(sizes.batch if scheduler.sums_batch else 1):
         for place in range(heads):
             role.tile = tile.of_summed(batch, place, sizes.group)
-            role.forget_visits()
             yield from role.run(step.body)
     role.tile = tile
 

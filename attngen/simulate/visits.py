@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import compress
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from attngen.plan import (
     SequenceAxis,
     entry_field,
 )
+
+_Found = TypeVar("_Found")
 
 SIMULATED_SMS = 2
 """Multiprocessors of the simulated GPU: enough for blocks to draw tiles from one another."""
@@ -265,6 +267,36 @@ def heads_alike(plan: KernelPlan, sizes: Sizes) -> tuple[tuple[Member, ...], ...
     for member in dict.fromkeys(member for _, member in decoded(plan, sizes)):
         alike.setdefault(telling(member), []).append(member)
     return tuple(map(tuple, alike.values()))
+
+
+class Visits:
+    """Which blocks of rows and of keys visit each other in a launch, found once for heads that are alike."""
+
+    def __init__(self, plan: KernelPlan, sizes: Sizes) -> None:
+        self._of_launch = plan, sizes
+        self._tells_apart = what_tells_apart(plan)
+        self._found: dict[tuple[Any, ...], Any] = {}
+
+    def keys_of(self, m_block: int, member: Member) -> tuple[int, ...]:
+        """The blocks of keys that a block of rows visits."""
+        return self._once(
+            "keys", m_block, member, lambda: visited_blocks(*self._of_launch, [m_block], member)[0]
+        )
+
+    def rows_of(self, n_block: int, member: Member) -> tuple[int, ...]:
+        """The blocks of rows that visit a block of keys."""
+        return self._once("rows", n_block, member, lambda: visiting_blocks(*self._of_launch, n_block, member))
+
+    def bounds_of(self, block: int, member: Member) -> BlockBounds:
+        """As `block_bounds` of one block."""
+        return self._once("bounds", block, member, lambda: block_bounds(*self._of_launch, [block], member)[0])
+
+    def _once(self, what: str, block: int, member: Member, find: Callable[[], _Found]) -> _Found:
+        about = (what, block, self._tells_apart(member))
+        if about not in self._found:
+            self._found[about] = find()
+        found: _Found = self._found[about]
+        return found
 
 
 def asks_for(plan: KernelPlan) -> tuple[bool, ...]:

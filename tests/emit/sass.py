@@ -80,9 +80,9 @@ class Row:
         return f"| {' | '.join(self.cells)} | {self.seconds:.1f} |"
 
 
-def row(name: str, plan: KernelPlan, module: Module, sass: str) -> Row:
-    """The line of an attention kernel of a spec, whose disassembly is `sass`."""
-    compiled, loop = module.compiled, hot_loop(sass)
+def row(name: str, plan: KernelPlan, module: Module) -> Row:
+    """The line of an attention kernel of a spec."""
+    compiled, loop = module.compiled, hot_loop(module.sass())
     used = next(used for used in compiled.resources if used.name == plan.name)
     keys = f"up to {plan.up_to}" if plan.up_to else "any"
     tile = f"{plan.schedule} {plan.block_m}x{plan.block_n}"
@@ -106,7 +106,7 @@ def rows() -> list[Row]:
             kernel = attngen.Kernel(spec, lower(spec, ARCHS[spec.target]))
             named += [(name, plan, kernel.modules[plan.module]) for plan in reversed(kernel.call.programs)]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda each: row(*each, each[2].sass()), named))
+        return list(pool.map(lambda each: row(*each), named))
 
 
 def write_table() -> None:

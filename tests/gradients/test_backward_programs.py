@@ -30,8 +30,9 @@ SPARE = {
     ],
 }
 """On an edge of the mask lie fewer blocks than stages, and after the last nothing is loaded."""
-LENGTHS = {"sm_80": ((330, 330), (20, 300), (300, 20)), "sm_90a": ((900, 900), (20, 300))}
-"""Such that blocks of keys are seen by more blocks of queries than a ring has stages, and by none."""
+LENGTHS = {"sm_80": ((20, 300), (300, 20), (330, 330)), "sm_90a": ((20, 300), (900, 900))}
+"""Such that blocks of keys are seen by more blocks of queries than a ring has stages, and by none; the shortest first,
+for what one call notices need not be tried with the others."""
 WINDOWS = {"sm_80": "window(130, 70)", "sm_90a": "window(400, 300)"}
 """Such that some blocks of either pair are masked and some are not."""
 HARD = {
@@ -84,14 +85,16 @@ def test_every_step_is_needed(what: str, case: BackwardCase, number: int, target
     spare = []
     for missing, shorter in plans_without_one(plan):
         kernels = tuple(shorter if each is plan else each for each in kernel.call.kernels)
+        made = (run_given(replace(kernel.call, kernels=kernels), each, wanted) for each in given)
         try:
-            made = [run_given(replace(kernel.call, kernels=kernels), each, wanted) for each in given]
+            if all(
+                torch.equal(x, y)
+                for xs, ys in zip(made, whole, strict=True)
+                for x, y in zip(xs, ys, strict=True)
+            ):
+                spare.append(missing)
         except SimulationFault:
             continue
-        if all(
-            torch.equal(x, y) for xs, ys in zip(made, whole, strict=True) for x, y in zip(xs, ys, strict=True)
-        ):
-            spare.append(missing)
     assert spare == SPARE.get((target, what), [])
 
 

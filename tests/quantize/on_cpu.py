@@ -43,12 +43,10 @@ class CpuKernels:
     def __init__(self, source: str) -> None:
         text = source
         for name, body in _IN_CPP.items():
-            of_one_line, of_more = (
-                rf"[^\n]*\bDEV [\w ]+\b{name}\([^\n]*\}}\n",
-                rf"[^\n]*\bDEV [\w ]+\b{name}\(.*?\n *\}}\n",
-            )
-            pattern = of_one_line if re.search(of_one_line, text) else of_more
-            text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL)
+            head = rf"^[^\n]*\bDEV [\w ]+\b{name}\("
+            of_one_line, of_more = rf"{head}[^\n]*\}}\n", rf"{head}.*?\n *\}}\n"
+            pattern = of_one_line if re.search(of_one_line, text, re.MULTILINE) else of_more
+            text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL | re.MULTILINE)
         text = _ASM.sub("", text)
         text = _DYNAMIC.sub(rf"alignas(16) static unsigned char \1[{LARGEST_SMEM}];", text)
         (space,) = _NAMESPACE.findall(text)

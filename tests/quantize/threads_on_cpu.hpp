@@ -77,13 +77,20 @@ static float half_to_float(unsigned short x) {
   return (float)y;
 }
 
+// The magnitudes of e4m3, by their codes.
+static std::vector<double> e4m3_magnitudes() {
+  std::vector<double> found;
+  for (int c = 0; c < 0x7f; ++c) found.push_back(c < 8 ? ldexp(c, -9) : ldexp(8 + c % 8, c / 8 - 10));
+  return found;
+}
+
 // cvt.rn.satfinite.e4m3x2.f32 of one number: the nearest of all 127 magnitudes, the even one of two.
 static unsigned to_e4m3(float x) {
+  static const std::vector<double> magnitudes = e4m3_magnitudes();
   if (x != x) return 0x7f;
   unsigned best = 0;
   for (unsigned code = 0; code < 0x7f; ++code) {
-    const auto value = [](unsigned c) { return c < 8 ? ldexp(c, -9) : ldexp(8 + c % 8, (int)(c / 8) - 10); };
-    const double off = fabs(value(code) - fabs((double)x)), least = fabs(value(best) - fabs((double)x));
+    const double off = fabs(magnitudes[code] - fabs((double)x)), least = fabs(magnitudes[best] - fabs((double)x));
     if (off < least || (off == least && code % 2 == 0)) best = code;
   }
   return best | (std::signbit(x) ? 0x80 : 0);
