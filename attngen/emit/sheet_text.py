@@ -11,6 +11,7 @@ from attngen.plan import (
     PADDED_ROWS,
     ROW_NUMBERS,
     FindMaxima,
+    MapBlocks,
     PackValues,
     Param,
     PrepareRows,
@@ -25,7 +26,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "quantize", "rows", "sums")
+SHEET_FILES = ("tables", "quantize", "rows", "sums", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -95,6 +96,19 @@ def emit_sums(sheet: SumRows) -> str:
     text = sheet_text(
         sheet, declarations=declarations, dims=dims, length=length, entries=entries, convert=convert
     )
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_blocks(sheet: MapBlocks) -> str:
+    """A file of nothing but the kernel that makes a map of lists of kept blocks, in a namespace of its own."""
+    pointees = {"kept": "unsigned char"}
+    declarations = [
+        f"{pointees.get(param.name, 'const int')}* {param.name}"
+        if param.ctype == "pointer"
+        else f"{_C_TYPES[param.ctype]} {param.name}"
+        for param in sheet.params
+    ]
+    text = sheet_text(sheet, declarations=declarations)
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 
