@@ -9,6 +9,7 @@ import torch
 
 from attngen.autograd import Attention, is_differentiated
 from attngen.bind import (
+    BLOCKS,
     TileTables,
     check_arguments,
     check_differentiable,
@@ -22,11 +23,13 @@ from attngen.bind import (
     check_rows_of_heads,
     check_writable,
     gradient_memory,
+    spread_blocks,
 )
 from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.plan import (
+    BLOCK_MAP,
     GRADIENTS_INTAKE,
     OPERANDS,
     OPERANDS_INTAKE,
@@ -216,7 +219,9 @@ class Kernel:
             work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
                 out. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are multiplied
-                by, of the shapes that `Operands` has; they are trusted to be positive.
+                by, of the shapes that `Operands` has; they are trusted to be positive. Where the spec has blocks,
+                `blocks` says which are kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of keys); or
+                lists of them, i32, as (counts, indices), as a BlockMask of torch, or by FlashAttention-4's names.
 
         Returns:
             out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and -inf.
@@ -225,6 +230,8 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
+        if BLOCKS in declared:
+            declared = dict(self._with_blocks(declared))
         if self.gradients:
             others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
             if is_differentiated(q, k, v, *others):
@@ -247,6 +254,15 @@ class Kernel:
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
+
+    def _with_blocks(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a call passes by name, with lists of kept blocks each by its own; a mask without pairs asks for none."""
+        sizes = self.spec.blocks
+        if sizes is None or BLOCKS not in declared:
+            return declared
+        if BLOCK_MAP not in self.manifest.value_of:
+            return {name: value for name, value in declared.items() if name != BLOCKS}
+        return spread_blocks(declared, sizes.block_m, sizes.block_n)
 
     def _recorded(
         self,
@@ -332,7 +348,7 @@ class Kernel:
             must = "the tensors that they were made of: gradients are of these"
             raise ArgumentError("q", "operands of kernel.quantize", must)
         tensors = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
-        named = {**self.bound, **declared, **tensors}
+        named = {**self.bound, **self._with_blocks(declared), **tensors}
         if torch.is_grad_enabled():
             check_not_recorded({"q": q, "k": k, "v": v, **named})
         into = gradient_memory(self.manifest, GRADIENTS, grads, accumulate)
@@ -429,7 +445,7 @@ class Kernel:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
-        q, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
         return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
 
     def work(

@@ -7,6 +7,7 @@ from attngen.bind.arguments import (
     check_rows_of_heads,
 )
 from attngen.bind.binder import Allocation, Bound, Region, bind
+from attngen.bind.block_lists import BLOCKS, spread_blocks
 from attngen.bind.declared import check_declared
 from attngen.bind.gradient_memory import check_differentiable, gradient_memory
 from attngen.bind.kept import TableSignature, TileTables, passed_as
@@ -25,6 +26,7 @@ from attngen.bind.tensors import (
 from attngen.bind.writable import check_writable
 
 __all__ = [
+    "BLOCKS",
     "ROW_ALIGNMENT",
     "Allocation",
     "Bound",
@@ -51,4 +53,5 @@ __all__ = [
     "gradient_memory",
     "scalar_of",
     "softmax_scale_of",
+    "spread_blocks",
 ]

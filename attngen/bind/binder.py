@@ -206,8 +206,9 @@ def bind(
     needed = {*wanted, *read}
     kept = (name for name in read if manifest.value_of[name].source == "kept")
     entries = (manifest.value_of[name] for name in dict.fromkeys((*written, *kept)))
+    of_shapes = {**given.declared_sizes, **sizes}
     made = {
-        value.name: Allocation(value, tuple(evaluate_formula(size, sizes) for size in value.shape))
+        value.name: Allocation(value, tuple(evaluate_formula(size, of_shapes) for size in value.shape))
         for value in entries
         if not value.optional or value.name in needed
     }

@@ -6,12 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attngen.bind.block_lists import BLOCKS, sizes_of_map
 from attngen.bind.numbers import scalar_of
 from attngen.bind.tensors import check_no_derivative, check_plain, check_rows
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import SIZE_NAMES, TOKENS
-from attngen.plan import GRADIENTS_INTAKE, Intake, Manifest, Scalar, Value, evaluate_formula, formula_text
+from attngen.plan import (
+    GIVEN_BLOCK_VALUES,
+    GRADIENTS_INTAKE,
+    Intake,
+    Manifest,
+    Scalar,
+    Value,
+    evaluate_formula,
+    formula_text,
+)
 
 _BESIDE = {GRADIENTS_INTAKE: "a backward pass takes"}
 """Why a way to begin a call has more values than q, k and v."""
@@ -60,12 +70,16 @@ def check_declared(
     sizes = {
         name: sizes[name] for name in (*SIZE_NAMES, *TOKENS) if name in sizes
     }  # all others are for tensors to bind
-    bound: dict[str, int] = {}
+    bound = sizes_of_map(manifest, passed, sizes)
     tensors = {
         value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device, manifest.arch)
         for values, says in (
             (declared, "the spec declares"),
-            (beside, _BESIDE.get(intake.name, "e4m3 tensors have")),
+            ([value for value in beside if value.name in GIVEN_BLOCK_VALUES], "of the spec's blocks it is"),
+            (
+                [value for value in beside if value.name not in GIVEN_BLOCK_VALUES],
+                _BESIDE.get(intake.name, "e4m3 tensors have"),
+            ),
         )
         for value in values
         if not (value.optional and passed.get(value.passed_as) is None and value.source == "given")
@@ -78,6 +92,9 @@ def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
     elsewhere = {
         name for intake in manifest.intakes if intake.name != GRADIENTS_INTAKE for name in intake.beside
     }
+    if name == BLOCKS:
+        cure = "compile with blocks: {block_m: 128, block_n: 128}"
+        raise ArgumentError(name, "given blocks", "none: the spec has no blocks", cure)
     if name in elsewhere:
         raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
     near = get_close_matches(name, known, n=1) or known

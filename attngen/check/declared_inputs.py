@@ -18,7 +18,7 @@ import torch
 from attngen.check.inputs import Shape
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError, shown
-from attngen.expr import Declarations, Scalar, TensorType
+from attngen.expr import GIVEN_BLOCKS, Declarations, Scalar, TensorType
 from attngen.expr.literals import DEFAULTS, nearest_defaults, read_default
 from attngen.memory import check_room
 from attngen.torch_state import torch_defaults
@@ -124,7 +124,7 @@ def declared_inputs(
         for name in declarations.tensors
         if given.tensors.get(name, KINDS[0]) not in KINDS
     }
-    sizes: dict[str, int] = sizes_of(shape)
+    sizes: dict[str, int] = {**sizes_of(shape), **_sizes_of_blocks(declarations, shape)}
     for name, tensor in files.items():
         sizes = {**dict(zip(map(str, declarations.tensors[name].dims), tensor.shape, strict=False)), **sizes}
     drawn = {
@@ -133,6 +133,15 @@ def declared_inputs(
         if tensor.name not in files
     }
     return {**scalars, **{name: (files | drawn)[name] for name in declarations.tensors}}
+
+
+def _sizes_of_blocks(declarations: Declarations, shape: Shape) -> dict[str, int]:
+    """The sizes of a map of given blocks that has one for each head; none where there is no map."""
+    if declarations.blocks is None:
+        return {}
+    block_m, block_n = declarations.blocks
+    sizes = (shape.batch, shape.heads, -(-shape.seqlen_q // block_m), -(-shape.seqlen_k // block_n))
+    return dict(zip(map(str, GIVEN_BLOCKS.dims), sizes, strict=True))
 
 
 def _scalar(scalar: Scalar, text: str | None) -> Any:

@@ -12,7 +12,7 @@ from attngen.check.inputs import Shape
 from attngen.cli.picture import figure_panels
 from attngen.cli.shapes import shape_text
 from attngen.errors import ArgumentError
-from attngen.expr import evaluate
+from attngen.expr import GIVEN_BLOCKS, Declarations, evaluate
 from attngen.kernel import Kernel
 from attngen.plan import KernelPlan
 from attngen.simulate import Sizes, block_bounds
@@ -47,6 +47,7 @@ class TileMap:
         shape: of the call.
         classes: (blocks of rows, blocks of keys), indices into `CLASSES`.
         needed: tiles that hold a visible pair, by asking each pair; None where those are more than `MOST_PAIRS`.
+        kept: how many of the head's given blocks are kept, as people read it; empty where none are given.
     """
 
     mask: str
@@ -54,6 +55,7 @@ class TileMap:
     shape: Shape
     classes: torch.Tensor
     needed: int | None
+    kept: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -75,7 +77,8 @@ class TileMap:
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         share = f" ({self.visited / tiles:.1%})" if tiles else ""
         least = "" if self.needed is None else f", {self.needed} hold a visible pair"
-        return f"{counts}: {self.visited} of {tiles} tiles visited{share}{least}"
+        kept = f"; {self.kept}" if self.kept else ""
+        return f"{counts}: {self.visited} of {tiles} tiles visited{share}{least}{kept}"
 
 
 def check_tiles(plan: KernelPlan, shape: Shape) -> None:
@@ -121,11 +124,12 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
     plan = kernel.call.serving(shape.seqlen_k)
     sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
     passed = check_passed(kernel, shape, declared)
+    kept = _kept_blocks(kernel.spec.declarations, passed)
     is_empty = shape.batch * shape.heads * shape.seqlen_q == 0
     rows = 0 if is_empty else ceil_div(shape.seqlen_q, plan.block_m)
     classes = torch.zeros(rows, ceil_div(shape.seqlen_k, plan.block_n), dtype=torch.int64)
     if is_empty:
-        return TileMap(kernel.spec.mask, plan, shape, classes, needed=0)
+        return TileMap(kernel.spec.mask, plan, shape, classes, needed=0, kept=kept)
     sizes = replace(sizes, declared=declared_values(plan, sizes, passed))
     head = first_head(plan, sizes)
     if plan.key_blocks is None:
@@ -137,7 +141,17 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
             row[bounds.n_min : bounds.n_max] = PARTIAL
             row[bounds.n_full_begin : bounds.n_full_end] = FULL
     is_short = shape.seqlen_q * shape.seqlen_k <= MOST_PAIRS
-    return TileMap(kernel.spec.mask, plan, shape, classes, _needed(plan, sizes) if is_short else None)
+    needed = _needed(plan, sizes) if is_short else None
+    return TileMap(kernel.spec.mask, plan, shape, classes, needed, kept)
+
+
+def _kept_blocks(declarations: Declarations, passed: Mapping[str, Any]) -> str:
+    """How many of the given blocks of the first head are kept; empty where none are given."""
+    if declarations.blocks is None or GIVEN_BLOCKS.name not in passed:
+        return ""
+    of_head = passed[GIVEN_BLOCKS.name][:1, :1]
+    block_m, block_n = declarations.blocks
+    return f"{int(of_head.sum())} of {of_head.numel()} blocks of {block_m}x{block_n} kept"
 
 
 def over_approximated(tiles: TileMap) -> str | None:
@@ -205,7 +219,7 @@ def _panel(axes: Any, title: str, tiles: TileMap) -> None:
     needed = "not counted" if tiles.needed is None else tiles.needed
     lines = (
         title,
-        f"mask: {_short(tiles.mask)}",
+        f"mask: {_short(tiles.mask)}" + (f"; {tiles.kept}" if tiles.kept else ""),
         shape_text(tiles.shape) + (", head 0 of batch 0" if any(asks_for(plan)) else ""),
         f"{tiles.visited} of {tiles.classes.numel()} tiles visited; with a visible pair: {needed}",
     )

@@ -7,13 +7,21 @@ from attngen.emit import tile_text
 from attngen.emit.device import names_in, used_by
 from attngen.emit.environment import Templates, first_barrier, macros
 from attngen.emit.pair_functions import pair_functions, table_texts
-from attngen.emit.sheet_text import emit_list, emit_quantizing, emit_rows, emit_sums, sheet_text
+from attngen.emit.sheet_text import (
+    emit_blocks,
+    emit_list,
+    emit_quantizing,
+    emit_rows,
+    emit_sums,
+    sheet_text,
+)
 from attngen.errors import InternalError
 from attngen.plan import (
     ENTRY_FIELDS,
     FillTables,
     KernelPlan,
     ListTiles,
+    MapBlocks,
     PrepareRows,
     RegTile,
     Sheet,
@@ -40,6 +48,8 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
     sheets = [kernel for kernel in kernels if isinstance(kernel, Sheet)]
     if isinstance(sheets[0], SumRows):
         return emit_sums(sheets[0])
+    if isinstance(sheets[0], MapBlocks):
+        return emit_blocks(sheets[0])
     return emit_rows(sheets[0]) if isinstance(sheets[0], PrepareRows) else emit_quantizing(sheets)
 
 

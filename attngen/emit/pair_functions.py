@@ -13,7 +13,11 @@ from attngen.emit.environment import macros
 from attngen.emit.terms import expressions_of, score_terms
 from attngen.emit.tile_text import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
+    ALL_KEPT,
+    GIVEN_BLOCKS,
     SIZE_NAMES,
+    SOME_KEPT,
+    TRUE,
     Expr,
     Leaves,
     c_type,
@@ -23,6 +27,7 @@ from attngen.expr import (
     nodes,
     places_of,
     scalar,
+    tensor_names,
     to_cuda,
     with_nodes,
 )
@@ -59,6 +64,7 @@ def pair_functions(plan: KernelPlan) -> list[str]:
     texts = (
         *_descales(plan),
         *_lookups(plan),
+        *_block_ranges(plan),
         *_blocks(plan),
         *_ahead(plan),
         *_pairs(plan),
@@ -127,11 +133,23 @@ def _lookups(plan: KernelPlan) -> Iterator[str]:
             )
 
 
+def _block_ranges(plan: KernelPlan) -> Iterator[str]:
+    """Whether some, and whether all given blocks are kept that a tile lies in, where there may be several."""
+    classes = plan.tile_classes
+    read = tensor_names(classes.may) | tensor_names(classes.must) if classes else frozenset()
+    if SOME_KEPT in read:
+        yield _mask_macros().kept_blocks("some_kept", "|", "some")
+    if ALL_KEPT in read:
+        yield _mask_macros().kept_blocks("all_kept", "&", "each")
+
+
 def _read_one_by_one(plan: KernelPlan) -> list[str]:
     """The tensors of which some lookup is not loaded ahead, as declared."""
     ahead = {step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
     lookups = (each for each in nodes(*expressions_of(plan)) if each.op == "lookup" and each not in ahead)
     names = {each.name for each in lookups}
+    if names & {SOME_KEPT, ALL_KEPT}:
+        names.add(GIVEN_BLOCKS.name)
     return [name for name in plan.declarations.tensors if name in names]
 
 
@@ -152,7 +170,14 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
     )
     yield _mask_macros().tile_classes(may, must, span(KEYS, "n", KEYS.last), whole_span(KEYS, "n"))
     if plan.scheduler.kind == "query_blocks":
-        yield _mask_macros().walk(not classes.tables, blocks(KEYS))
+        of_spans, sees_span = classes.may_of_spans, ""
+        if of_spans is classes.may:
+            sees_span = "may_see"
+        elif of_spans is not None and of_spans is not TRUE:
+            sees_span = "may_see_span"
+            body = (span(QUERIES, "q_tile", of_spans), cuda_body([of_spans], leaves(plan)))
+            yield _mask_macros().class_of_spans(sees_span, body)
+        yield _mask_macros().walk(sees_span, blocks(KEYS))
 
 
 def _ahead(plan: KernelPlan) -> Iterator[str]:
@@ -271,6 +296,10 @@ def leaves(plan: KernelPlan, exact: bool = True, key_step: str = "") -> Leaves:
         for tensor in plan.declarations.tensors.values()
     }
     readers = {name: f"read_arg_{name}" for name in plan.declarations.tensors}
+    if GIVEN_BLOCKS.name in sizes:
+        batch, heads, rows, columns = sizes[GIVEN_BLOCKS.name]
+        readers |= {SOME_KEPT: "some_kept", ALL_KEPT: "all_kept"}
+        sizes |= dict.fromkeys((SOME_KEPT, ALL_KEPT), [batch, heads, rows, rows, columns, columns])
     of_tables = _table_sizes(plan)
     for table in plan.tables:
         for space, field in zip(table.ends, table.fields, strict=True):

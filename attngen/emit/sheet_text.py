@@ -16,6 +16,7 @@ from attngen.plan import (
     FindMaxima,
     Formula,
     ListTiles,
+    MapBlocks,
     PackValues,
     Param,
     PrepareRows,
@@ -30,7 +31,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "quantize", "rows", "sums", "tiles")
+SHEET_FILES = ("tables", "tiles", "quantize", "rows", "sums", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -139,6 +140,19 @@ def _in_c(formula: Formula) -> str:
         a, b = written
         return f"(({a} + {b} - 1) / {b})"
     return f"({ {'add': ' + ', 'mul': ' * '}[formula['op']].join(written) })"
+
+
+def emit_blocks(sheet: MapBlocks) -> str:
+    """A file of nothing but the kernel that makes a map of lists of kept blocks, in a namespace of its own."""
+    pointees = {"kept": "unsigned char"}
+    declarations = [
+        f"{pointees.get(param.name, 'const int')}* {param.name}"
+        if param.ctype == "pointer"
+        else f"{_C_TYPES[param.ctype]} {param.name}"
+        for param in sheet.params
+    ]
+    text = sheet_text(sheet, declarations=declarations)
+    return "\n\n".join([*used_by(text), text]) + "\n"
 
 
 def _declarations(params: Iterable[Param], pointees: Mapping[str, str] | None = None) -> Iterable[str]:

@@ -18,6 +18,17 @@ from attngen.expr.declarations import (
 )
 from attngen.expr.declare import read_declarations
 from attngen.expr.derivative import derivative
+from attngen.expr.given_blocks import (
+    ALL_KEPT,
+    GIVEN_BLOCKS,
+    SOME_KEPT,
+    block_sizes,
+    blocks_of_tile,
+    kept_block,
+    mask_of_pairs,
+    most_blocks,
+    without_blocks,
+)
 from attngen.expr.gradient_sites import GradientSite, Owner, gradient_sites
 from attngen.expr.index_range import IndexRange, extremes, key_range, row_range
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
@@ -58,7 +69,9 @@ from attngen.expr.tree import (
 from attngen.expr.weights import LARGEST_INLINE, LARGEST_KERNEL, WEIGHT_OF_TABLE, weight
 
 __all__ = [
+    "ALL_KEPT",
     "FALSE",
+    "GIVEN_BLOCKS",
     "INDEX_NAMES",
     "LARGEST_INDEX",
     "LARGEST_INLINE",
@@ -67,8 +80,9 @@ __all__ = [
     "LARGEST_TILE",
     "NO_DECLARATIONS",
     "SIZE_NAMES",
-    "TOKENS",
+    "SOME_KEPT",
     "TILE_NAMES",
+    "TOKENS",
     "TRUE",
     "VALUE_TYPES",
     "WEIGHT_OF_TABLE",
@@ -89,6 +103,8 @@ __all__ = [
     "add",
     "affine",
     "affine_parts",
+    "block_sizes",
+    "blocks_of_tile",
     "c_type",
     "check_definitions",
     "conjunction",
@@ -106,10 +122,13 @@ __all__ = [
     "gradient_sites",
     "ignores_score",
     "index_range",
+    "kept_block",
     "key_range",
     "less",
     "less_equal",
     "magnitude",
+    "mask_of_pairs",
+    "most_blocks",
     "name",
     "negate",
     "never_holds",
@@ -131,4 +150,5 @@ __all__ = [
     "to_text",
     "weight",
     "with_nodes",
+    "without_blocks",
 ]

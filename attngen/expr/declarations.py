@@ -86,11 +86,17 @@ class Definition:
 
 @dataclass(frozen=True)
 class Declarations:
-    """All that a spec declares, by name."""
+    """All that a spec declares, by name.
+
+    Attributes:
+        blocks: queries and keys of a block of the map that tells which are kept (`given_blocks.py`); None where calls
+            pass no map.
+    """
 
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     tensors: Mapping[str, TensorType] = field(default_factory=dict)
     definitions: Mapping[str, Definition] = field(default_factory=dict)
+    blocks: tuple[int, int] | None = None
 
 
 NO_DECLARATIONS = Declarations()

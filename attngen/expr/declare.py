@@ -20,6 +20,7 @@ from attngen.expr.declarations import (
     Scalar,
     TensorType,
 )
+from attngen.expr.given_blocks import GIVEN_BLOCKS
 from attngen.expr.literals import (
     DEFAULTS,
     SCALAR_TYPES,
@@ -60,7 +61,8 @@ _RESERVED = {
     **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
     **dict.fromkeys(_RAGGED_ARGUMENTS, "an argument or a size of calls with ragged lengths"),
     "sink": "an argument of calls with a learned sink",
-    "blocks": "an argument of calls with given blocks",
+    GIVEN_BLOCKS.name: "an argument of calls with given blocks",
+    **dict.fromkeys(map(str, GIVEN_BLOCKS.dims), "a size of given blocks"),
     **_NO_PARAMETERS,
 }
 """What nothing may be called that a spec declares, and why."""

@@ -8,6 +8,8 @@ is read once, and for the masks of tests/expr/test_tile_classes.py.
 Three things go beyond arithmetic on intervals. The remainders of a tile by a constant are no interval
 (remainders.py). A conjunct about one index alone (`kv_idx >= n`) narrows the tile for the others. A disjunction is
 read as what it denies, so it must hold where no pair is left that every branch refuses.
+
+Of a map of given blocks (given_blocks.py) a tile asks for the blocks that it lies in, mostly one.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from typing import NamedTuple
 from attngen.errors import InternalError
 from attngen.expr import intervals, real_intervals
 from attngen.expr.arithmetic import floor_divide, where
+from attngen.expr.given_blocks import GIVEN_BLOCKS, blocks_of_tile, some_and_all_kept, without_blocks
 from attngen.expr.intervals import Bounds, greater, lesser
 from attngen.expr.logic import conjunction, less_equal, negate
 from attngen.expr.ranges import index_range
@@ -50,11 +53,14 @@ class TileClasses:
         may: holds wherever a pair of the tile may be visible.
         must: holds only where all of its pairs are.
         tables: what both read besides the tensors of the mask, by first use.
+        may_of_spans: holds wherever a pair of several tiles side by side may be visible; None where what `may` reads is
+            of one tile.
     """
 
     may: Expr
     must: Expr
     tables: tuple[Table, ...]
+    may_of_spans: Expr | None
 
 
 _ANY_NUMBER = {
@@ -63,20 +69,31 @@ _ANY_NUMBER = {
 }
 
 
-@lru_cache(maxsize=64)  # every candidate for a plan asks for those of one mask
-def tile_classes(mask: Expr, has_tables: bool = True) -> TileClasses:
+def tile_classes(mask: Expr, has_tables: bool = True, block_m: int = 1, block_n: int = 1) -> TileClasses:
     """The classes of the tiles of a mask.
 
     Args:
         mask: of the spec.
         has_tables: whether there are extremes of what is looked up by row or key; else a lookup may be anything.
+        block_m: rows of a tile, which count where the mask asks a map of given blocks.
+        block_n: keys of a tile, likewise.
 
     Raises:
         InternalError: the mask reads `score` or divides by what may be 0; the parser has refused both.
     """
-    reader = _Reader(has_tables)
+    return _classes(mask, has_tables, blocks_of_tile(mask, block_m, block_n))
+
+
+@lru_cache(maxsize=64)  # every candidate for a plan asks for those of one mask
+def _classes(mask: Expr, has_tables: bool, blocks: tuple[int, int] | None) -> TileClasses:
+    reader = _Reader(has_tables, blocks)
     found = reader.truth(mask, _Tile())
-    return TileClasses(found.may, found.must, reader.tables.used_by(found.may, found.must))
+    tables = reader.tables.used_by(found.may, found.must)
+    if tables:
+        of_spans = None
+    else:
+        of_spans = found.may if blocks is None else reader.truth(without_blocks(mask), _Tile()).may
+    return TileClasses(found.may, found.must, tables, of_spans)
 
 
 class _Truth(NamedTuple):
@@ -102,11 +119,17 @@ class _Tile:
 
 
 class _Reader:
-    """The readings of a mask's nodes, each once for each part of the tile that it is read for."""
+    """The readings of a mask's nodes, each once for each part of the tile that it is read for.
 
-    def __init__(self, has_tables: bool) -> None:
+    Args:
+        has_tables: whether lookups by row or key have extremes.
+        blocks: in how many blocks of the map that the mask asks the rows, and the keys, of a tile lie at most.
+    """
+
+    def __init__(self, has_tables: bool, blocks: tuple[int, int] | None) -> None:
         self.tables = Tables()
         self._has_tables = has_tables
+        self._blocks = blocks
         self._truths: dict[tuple[Expr, _Tile], _Truth] = {}
         self._bounds: dict[tuple[Expr, _Tile], Bounds] = {}
         self._uniform: dict[Expr, bool] = {}
@@ -144,6 +167,8 @@ class _Reader:
             return self.truth(negate(condition), tile).denied()
         if condition.op == "and":
             return self._conjunction(condition, tile)
+        if condition.op == "lookup" and condition.name == GIVEN_BLOCKS.name:
+            return self._given_blocks(condition, tile)
         if condition.op == "lookup":
             if not self._has_tables:
                 return _Truth(TRUE, FALSE)
@@ -158,6 +183,17 @@ class _Reader:
             a, b = condition.args
             return _Truth(*of(self.bounds(a, tile), self.bounds(b, tile)))
         return self._comparison(condition, tile)
+
+    def _given_blocks(self, kept: Expr, tile: _Tile) -> _Truth:
+        """Whether some, and whether all of the blocks of a map are kept that the tile lies in."""
+        assert self._blocks is not None
+        rows, columns = (
+            Bounds(index.lo, index.lo) if count == 1 else index
+            for index, count in zip(
+                (self.bounds(each, tile) for each in kept.args[2:]), self._blocks, strict=True
+            )
+        )
+        return _Truth(*some_and_all_kept(kept, rows, columns))
 
     def _conjunction(self, condition: Expr, tile: _Tile) -> _Truth:
         """Conjuncts about one index alone, then the others for what those leave of the tile."""

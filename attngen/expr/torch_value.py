@@ -6,7 +6,8 @@ from operator import add, and_, eq, floordiv, le, lt, mod, mul, ne, or_, sub, tr
 from typing import TYPE_CHECKING, Any, Union
 
 from attngen.errors import InternalError
-from attngen.expr.tree import Expr, nodes
+from attngen.expr.given_blocks import ALL_KEPT, GIVEN_BLOCKS, SOME_KEPT
+from attngen.expr.tree import Expr, lookup, nodes
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ class _Evaluation:
         return bool(value) if expr.type == "bool" else int(value)  # of numpy too
 
     def _lookup(self, expr: Expr, *indices: Any) -> Any:
+        if expr.name in (SOME_KEPT, ALL_KEPT):
+            return self._kept(expr, *indices)
         tensor = self._tensors.get(expr.name)
         if tensor is None:
             raise InternalError(f"{expr.name} was given no value")
@@ -84,6 +87,21 @@ class _Evaluation:
             element = tensor.new_zeros(places[0].shape)
         format = {"f32": self._real, "i32": self._torch.int64, "bool": self._torch.bool}[expr.type]
         return element.to(format)
+
+    def _kept(self, expr: Expr, batch: Any, head: Any, *ends: Any) -> Any:
+        """Whether some, or all blocks of a map are kept that lie between first and last rows and columns."""
+        m, m_last, n, n_last = (self._torch.as_tensor(end) for end in ends)
+        rows, columns = (
+            range(1 + int((last - first).max()) if (last - first).numel() else 0)
+            for first, last in ((m, m_last), (n, n_last))
+        )
+        one = lookup(GIVEN_BLOCKS.name, expr.args[:4], expr.type)
+        join, found = (or_, False) if expr.name == SOME_KEPT else (and_, True)
+        for i in rows:
+            for j in columns:
+                place = (batch, head, (m + i).minimum(m_last), (n + j).minimum(n_last))
+                found = join(found, self._lookup(one, *place))
+        return found
 
     def _arith(self, expr: Expr, a: Any, b: Any) -> Any:
         return _ARITHMETIC[expr.name](a, b)

@@ -20,6 +20,7 @@ from attngen.check.inputs import (
 from attngen.check.judging import call_dtype
 from attngen.dtypes import dtype
 from attngen.expr import LARGEST_LENGTH
+from attngen.fuzz.block_maps import with_drawn_map
 from attngen.fuzz.states import PLAIN, STATES
 from attngen.spec import Spec, load
 from attngen.torch_state import torch_defaults
@@ -135,7 +136,8 @@ class Case:
 
     def declared(self, device: str) -> dict[str, Any]:
         """What the call passes for what the spec declares, and mask and score read."""
-        return declared_inputs(self.spec.declarations, self.shape, device, self.seed)
+        declared = declared_inputs(self.spec.declarations, self.shape, device, self.seed)
+        return with_drawn_map(declared, self.seed)
 
 
 @torch_defaults()  # a demand for deterministic algorithms has torch fill what is new

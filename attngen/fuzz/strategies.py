@@ -14,6 +14,7 @@ from attngen.arch import ARCHS, Arch
 from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
+from attngen.fuzz.draw_blocks import given_blocks
 from attngen.fuzz.draw_pairs import pair_texts
 from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
@@ -142,6 +143,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
         "problem": {"head_dim": {"qk": qk, "v": v}},
         "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
         **draw(pair_texts(may_be_huge=not gradients)),
+        **draw(given_blocks(block_m, block_n)),
         **numbers,
         "gradients": gradients,
     }

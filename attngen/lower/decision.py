@@ -35,7 +35,7 @@ class Decision:
     @classmethod
     def of(cls, features: Features, schedule: str, choice: AnyChoice) -> "Decision":
         """What follows for a schedule. Serial keeps its maxima in device memory, and does nothing that follows."""
-        pairs = features.pairs_of(schedule)
+        pairs = features.pairs_of(schedule).within(choice.block_m, choice.block_n)
         keeps_maxima = schedule == "serial"
         kind, warpgroups, by_integers = (
             features.scales,

@@ -215,7 +215,7 @@ def _of_keys(features: Features, forward: KernelPlan, site: GradientSite) -> Ker
     return replace(
         gradient_plan(features, forward, f"key_sums_of_{site.name}", at, (), (sums.result,)),
         **sizes,
-        tile_classes=None if visible else features.classes,
+        tile_classes=None if visible else features.classes(OTHER, OWNED),
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(replace(role, reg_vecs=(sums.part, sums.total)),),

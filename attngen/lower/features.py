@@ -13,11 +13,13 @@ from attngen.expr import (
     Declarations,
     Expr,
     TileClasses,
+    blocks_of_tile,
     free_names,
     name,
     nodes,
     tensor_names,
     tile_classes,
+    without_blocks,
 )
 from attngen.plan import Lengths
 from attngen.quantize import ScaleKind
@@ -107,6 +109,11 @@ class Features:
         return other
 
     @property
+    def blocks(self) -> tuple[int, int] | None:
+        """Rows and keys of the blocks of which calls say which are kept; None where they do not."""
+        return self.declarations.blocks
+
+    @property
     def head_dim(self) -> int:
         """The wider of the two."""
         return max(self.head_dim_qk, self.head_dim_v)
@@ -149,10 +156,9 @@ class Features:
         """Blocks of keys are classed one by one."""
         return self.pairs.visible is None
 
-    @property
-    def classes(self) -> TileClasses:
-        """How blocks of keys are classed one by one. Tables have no place for sequences of any length."""
-        return tile_classes(self.mask, self.lengths.are_dense)
+    def classes(self, block_m: int = 1, block_n: int = 1) -> TileClasses:
+        """How blocks of so many keys are classed one by one. Tables have no place for sequences of any length."""
+        return tile_classes(self.mask, self.lengths.are_dense, block_m, block_n)
 
     @property
     def has_score(self) -> bool:
@@ -192,7 +198,16 @@ class Features:
     @cached_property
     def mask_loads(self) -> bool:
         """The mask looks something up for each pair, in partial blocks."""
-        return self.walks and bool(loads_by_key(self.mask))
+        mask = self.mask if self.asks_for_blocks else without_blocks(self.mask)
+        return self.walks and bool(loads_by_key(mask))
+
+    @cached_property
+    def asks_for_blocks(self) -> bool:
+        """Each pair of a partial tile is asked whether its block is kept: not even the smallest tile lies in one."""
+        arch, given = self.arch, self.given
+        rows = arch.wgmma.m if arch.wgmma and self.kind in ("auto", *WARPGROUP_SCHEDULES) else arch.mma.m
+        tile = given.get("block_m", rows), given.get("block_n", arch.k_step(self.inputs))
+        return blocks_of_tile(self.mask, *tile) not in (None, (1, 1))
 
     @cached_property
     def score_loads(self) -> bool:

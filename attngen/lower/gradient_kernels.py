@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attngen.dtypes import F32
-from attngen.expr import derivative, row_range
+from attngen.expr import derivative, mask_of_pairs, row_range
+from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, expression_params, row_strides
 from attngen.lower.rounding import round_up
@@ -61,18 +62,20 @@ def gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan,
     """The kernel of dQ, and that of dK and dV, or of wide heads one each.
 
     Of a tile the side that owns a gradient has 16 rows for each of four warps. The other is as long as NVRTC 13.0.88
-    compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256. On the simulator tiles
-    are the forward's.
+    compiles without spills, causal and with a softcap under documents, at head_dim 32 to 256, or fitted to given
+    blocks. On the simulator tiles are the forward's.
     """
     if not features.arch.has_mma_granularity:
         tile = forward.block_m, forward.block_n
         return _of_queries(features, forward, *tile), _of_keys(features, forward, *tile, ("dv", "dk"))
     widest = features.head_dim
     other = next(rows for columns, rows in OTHER_ROWS.items() if widest <= columns)
-    queries = _of_queries(features, forward, 64, 64 if widest <= ONE_KERNEL else other)
+    rows, keys = other, 64 if widest <= ONE_KERNEL else other
+    rows, keys = fitted_loop(rows, "queries", features), fitted_loop(keys, "keys", features)
+    queries = _of_queries(features, forward, 64, keys)
     if widest <= ONE_KERNEL:
-        return (queries, _of_keys(features, forward, other, 64, ("dv", "dk")))
-    return (queries, *(_of_keys(features, forward, other, 64, (each,)) for each in ("dv", "dk")))
+        return (queries, _of_keys(features, forward, rows, 64, ("dv", "dk")))
+    return (queries, *(_of_keys(features, forward, rows, 64, (each,)) for each in ("dv", "dk")))
 
 
 def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: int) -> KernelPlan:
@@ -129,7 +132,7 @@ def _of_keys(
         qk_cols=qk_cols,
         v_cols=v_cols,
         row_tiles=block_n // (features.arch.mma.m * WARPS),
-        tile_classes=None if visible else features.classes,
+        tile_classes=None if visible else features.classes(block_m, block_n),
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(gradient_role(at, program, tiles),),
@@ -203,7 +206,7 @@ def gradient_plan(
     """What both kernels have in common."""
     buffers = (at.q, at.do, at.k, at.v, *staged)
     plan = replace(
-        backward_plan(features, forward, schedule),
+        backward_plan(features, forward, schedule, at.q.rows, at.k.rows),
         stages=max(at.q.stages, at.k.stages),
         warps=WARPS,
         reads=(at.q_in, at.k_in, at.v_in, at.do_in),
@@ -231,8 +234,11 @@ def gradient_plan(
     return replace(plan, params=(*pointers, *strides, *numbers_of_pairs(plan, at.pair)))
 
 
-def backward_plan(features: Features, forward: KernelPlan, schedule: str) -> KernelPlan:
+def backward_plan(
+    features: Features, forward: KernelPlan, schedule: str, block_m: int, block_n: int
+) -> KernelPlan:
     """What every kernel of a backward pass has in common, partly with the forward's; its places are still that's."""
+    classes = None if features.pairs.visible else features.classes(block_m, block_n)
     return replace(
         forward,
         direction="backward",
@@ -241,7 +247,7 @@ def backward_plan(features: Features, forward: KernelPlan, schedule: str) -> Ker
         output=features.inputs,
         scales=(),
         score_factor=features.pairs.score_factor,
-        tile_classes=None if features.pairs.visible else features.classes,
+        tile_classes=classes,
         declarations=declarations_read_by(features.declarations, features.mask, features.pairs.score),
         schedule=schedule,
         overlap=False,
@@ -269,7 +275,7 @@ def pair_gradient(
         delta=delta,
         score=None if score is SCORE else score,
         slope=None if score is SCORE else derivative(score),
-        mask=features.mask,
+        mask=mask_of_pairs(features.mask, block_m, block_n),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from attngen.dtypes import F32
 from attngen.expr import Expr, free_names, nodes, row_range
 from attngen.expr.arithmetic import FUNCTIONS
+from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import (
     DELTA,
@@ -64,6 +65,9 @@ WARPGROUPS = 2
 COMMON, OWN = NamedBarriers("common", 1, WARPGROUPS, is_common=True), NamedBarriers("own", 2, 1)
 WALKING = RegisterShare(232, 32, spare=24)
 """How registers are shared out where a producer walks over blocks of keys that come through a ring each."""
+
+WALKING_IN_BLOCKS = replace(WALKING, producer=40)
+"""Likewise, where a block may lie in several that are given."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,10 @@ def warpgroup_gradient_plans(features: Features, forward: KernelPlan) -> tuple[K
 
 
 def _tile(kind: Kind, features: Features) -> Tile:
-    """The tile of the narrowest heads that are wide enough, and of the heaviest score that is not too heavy."""
+    """The tile of the narrowest heads that are wide enough, and of the heaviest score that is not too heavy.
+
+    The side that is looped over is fitted to given blocks.
+    """
     tiles, score = TILES[kind], features.pairs.score
     weight: Weight = "plain" if score is SCORE else "arithmetic"
     works_masks_out = features.walks and (kind in ("dq", "dk") or score is not SCORE)
@@ -143,7 +150,10 @@ def _tile(kind: Kind, features: Features) -> Tile:
         weight = "functions"
     columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
     lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]
-    return next(tiles[columns, each] for each in lighter if (columns, each) in tiles)
+    found = next(tiles[columns, each] for each in lighter if (columns, each) in tiles)
+    if kind == "dq":
+        return replace(found, block_n=fitted_loop(found.block_n, "keys", features))
+    return replace(found, block_m=fitted_loop(found.block_m, "queries", features))
 
 
 def _is_heavy(score: Expr) -> bool:
@@ -255,7 +265,7 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     return replace(
         _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
-        tile_classes=None if visible else features.classes,
+        tile_classes=None if visible else features.classes(tile.block_m, tile.block_n),
         key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
     )
@@ -292,7 +302,7 @@ def _plan(
     """What all these kernels have in common."""
     streams = [each for each in (at.q, at.k, at.v, at.do) if each]
     plan = replace(
-        backward_plan(features, forward, schedule),
+        backward_plan(features, forward, schedule, tile.block_m, tile.block_n),
         block_m=tile.block_m,
         block_n=tile.block_n,
         stages=tile.stages,
@@ -319,7 +329,9 @@ def _roles(
     features: Features, at: WarpgroupGradientPlaces, programs: dict[str, Program], streams: list[Stream]
 ) -> tuple[Role, Role]:
     """Consumers first; a whole warp of the producer loads where its lanes class blocks together, else one thread."""
-    pair, share = at.pair, WALKING if at.walks else WARPGROUP_REGISTERS[WARPGROUPS]
+    pair, share = at.pair, WARPGROUP_REGISTERS[WARPGROUPS]
+    if at.walks:
+        share = WALKING if features.blocks is None else WALKING_IN_BLOCKS
     of_ds = (pair.dp, pair.ds) if any(each.pairs is pair.ds for each in at.gradients) else ()
     tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in at.gradients))
     vectors = tuple(each for each in (pair.lse, pair.delta) if isinstance(each, RegVec))

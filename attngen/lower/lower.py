@@ -130,7 +130,7 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
         mask_text=mask_name if masks else to_text(mask),
         score=features.score,
         score_factor=features.pairs.score_factor,
-        tile_classes=features.classes if features.walks else None,
+        tile_classes=features.classes(choice.block_m, choice.block_n) if features.walks else None,
         declarations=declarations_read_by(features.declarations, mask, features.pairs.score),
         schedule=schedule,
         block_m=choice.block_m,

@@ -161,7 +161,7 @@ def _wrong_weight(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
     arch = features.arch
     weights = {"mask": weight(features.mask), "score": weight(features.score)}
     if arch.emits and weights["mask"] > LARGEST_INLINE and features.walks:
-        classes = features.classes
+        classes = features.classes()
         weights["mask"] += weight(classes.may) + weight(classes.must) + WEIGHT_OF_TABLE * len(classes.tables)
     total = sum(weights.values())
     if not arch.emits or total <= LARGEST_KERNEL:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from attngen.errors import InternalError
+from attngen.lower.block_tiles import fitted, fitted_warpgroups
 from attngen.lower.choice import Choice, WarpgroupChoice
 from attngen.lower.features import Features
 from attngen.resources import data_dir
@@ -57,7 +58,7 @@ class Case:
 def rows(features: Features) -> tuple[Row, ...]:
     """Kernels that measurement says are best on sm_90a, the shortest sequences first."""
     return tuple(
-        Row(row.get("up_to"), row["schedule"], _warpgroups(row, features.head_dim_v))
+        Row(row.get("up_to"), row["schedule"], _warpgroups(row, features))
         for row in _case("warpgroups" if features.scales is None else "warpgroups_8bit", features).rows
     )
 
@@ -66,15 +67,15 @@ def offers(features: Features, schedule: str) -> tuple[Choice | WarpgroupChoice,
     """What measurement says is best in a schedule for sequences of any length, then smaller tiles."""
     if schedule not in WARPGROUP_SCHEDULES:
         found = _case(schedule, features).rows
-        return tuple(Choice(**row, longest_first=features.upper) for row in found)
+        return tuple(fitted(Choice(**row, longest_first=features.upper), features) for row in found)
     best = rows(features)[-1].choice
     if not features.fits_instructions:
-        return (WarpgroupChoice(64, 64, 2, 2, part_cols=best.part_cols),)
-    return (
-        best,
+        return (fitted_warpgroups(WarpgroupChoice(64, 64, 2, 2, part_cols=best.part_cols), features),)
+    smaller = (
         WarpgroupChoice(128, 64, 2, 2, out_over_q=True, part_cols=best.part_cols),
         WarpgroupChoice(64, 64, 2, 1, out_over_q=True, part_cols=best.part_cols),
     )
+    return (best, *(fitted_warpgroups(each, features) for each in smaller))
 
 
 def slice_of(cols: int, parts: int) -> int:
@@ -117,7 +118,7 @@ def _read_case(case: Mapping[str, Any]) -> Case:
     for row in case["rows"]:
         if "schedule" not in row:
             Choice(**row)
-        elif _warpgroups(row, 64) and row["schedule"] not in WARPGROUP_SCHEDULES:
+        elif _as_choice(row, 64) and row["schedule"] not in WARPGROUP_SCHEDULES:
             raise ValueError(f"{row['schedule']} is no schedule of warpgroups")
     return Case(tuple(when), tuple(case["rows"]), **{key: case[key] for key in evidence})
 
@@ -126,7 +127,11 @@ def _case(name: str, features: Features) -> Case:
     return next(case for case in table(name) if case.holds(features))
 
 
-def _warpgroups(row: Mapping[str, Any], head_dim_v: int) -> WarpgroupChoice:
+def _warpgroups(row: Mapping[str, Any], features: Features) -> WarpgroupChoice:
+    return fitted_warpgroups(_as_choice(row, features.head_dim_v), features)
+
+
+def _as_choice(row: Mapping[str, Any], head_dim_v: int) -> WarpgroupChoice:
     numbers = {name: value for name, value in row.items() if name not in ("up_to", "schedule")}
     if "part_cols" in numbers:
         numbers["part_cols"] = slice_of(head_dim_v, PARTS[numbers["part_cols"]])

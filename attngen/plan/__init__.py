@@ -8,6 +8,13 @@ from attngen.plan.assemble import (
     quantizing_sheets,
     value_shape,
 )
+from attngen.plan.block_map import (
+    BLOCK_LISTS,
+    BLOCK_MAP,
+    GIVEN_BLOCK_VALUES,
+    MORE_BLOCK_LISTS,
+    MapBlocks,
+)
 from attngen.plan.call import (
     COUNTER,
     GRADIENTS_INTAKE,
@@ -123,6 +130,11 @@ __all__ = [
     "value_shape",
     "entry_field",
     "entry_says",
+    "BLOCK_LISTS",
+    "BLOCK_MAP",
+    "GIVEN_BLOCK_VALUES",
+    "MORE_BLOCK_LISTS",
+    "MapBlocks",
     "Axis",
     "ROWS_OF_HEADS",
     "TOKENS_OF_HEADS",

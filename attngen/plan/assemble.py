@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from attngen.dtypes import E4M3, F32
+from attngen.plan.block_map import BLOCK_MAP, GIVEN_BLOCK_VALUES, MapBlocks, block_shapes, takes_blocks
 from attngen.plan.call import (
     GRADIENTS_INTAKE,
     OPERANDS_INTAKE,
@@ -62,6 +63,8 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
     plan = programs[-1]
     quantizer = plan.quantizer
     kernels: list[KernelPlan | Sheet] = [*quantizing_sheets(quantizer)] if quantizer else []
+    if takes_blocks(plan):
+        kernels.append(MapBlocks(plan))
     for each in programs:
         kernels += _with_what_it_reads(each)
     if backward:
@@ -90,7 +93,7 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
                 *(Scalar(name, "i32", ANY_LENGTH) for name in plan.lengths.bounds),
                 *(Scalar(s.name, s.type, s.default) for s in plan.declarations.scalars.values()),
             ),
-            intakes=(*_intakes(plan), *_intakes_of_gradients(backward)),
+            intakes=tuple(_with_blocks(intake, plan) for intake in _every_intake(plan, backward)),
             kernels=tuple(map(_entry, kernels)),
             launches=tuple(_launch(kernel, plan) for kernel in kernels),
         ),
@@ -120,6 +123,18 @@ def quantizing_sheets(quantizer: Quantizer) -> tuple[Sheet, ...]:
             sheets.append(FindMaxima(quantizer, source))
         sheets.append(Quantize(quantizer, source))
     return (*sheets, PackValues(quantizer))
+
+
+def _every_intake(plan: KernelPlan, gradients: Iterable[KernelPlan | SumRows]) -> Iterator[Intake]:
+    yield from _intakes(plan)
+    yield from _intakes_of_gradients(gradients)
+
+
+def _with_blocks(intake: Intake, plan: KernelPlan) -> Intake:
+    """An intake with what says which blocks are kept, before all else that is passed by name."""
+    if not takes_blocks(plan):
+        return intake
+    return Intake(intake.name, (*intake.tensors, *GIVEN_BLOCK_VALUES, *intake.beside))
 
 
 def _intakes(plan: KernelPlan) -> Iterator[Intake]:
@@ -233,7 +248,11 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for descale in plan.scales:
         shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
         yield Value(descale.name, F32.name, shape, made, descale.name, shared=shared)
+    for name, dtype, blocks in block_shapes(plan) if takes_blocks(plan) else ():
+        yield Value(name, dtype, blocks, "given", name.removeprefix("tensor."), optional=True)
     for declared in plan.declarations.tensors.values():
+        if f"tensor.{declared.name}" == BLOCK_MAP:
+            continue
         yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
     for length in plan.lengths.arguments:
         shape = (total("batch", 1) if length.is_cumulative else "batch",)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from attngen.arch import Arch
 from attngen.expr import SIZE_NAMES, GradientSite
+from attngen.plan.block_map import MapBlocks
 from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
@@ -105,5 +106,6 @@ SHEETS: tuple[type[Sheet], ...] = (
     PackValues,
     PrepareRows,
     SumRows,
+    MapBlocks,
 )
 """Every sheet there is."""

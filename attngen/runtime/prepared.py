@@ -15,7 +15,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.bind import Bound, Given, TableSignature, bind
-from attngen.plan import COUNTER, KernelEntry, Manifest
+from attngen.plan import BLOCK_MAP, COUNTER, KernelEntry, Manifest
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
@@ -264,8 +264,8 @@ def explain_launch(manifest: Manifest, given: Given, num_sms: int | None = None)
     Raises:
         ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
-    declared = [value.name for value in manifest.declared]
-    bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms, known=declared)
+    known = [*(value.name for value in manifest.declared), BLOCK_MAP]
+    bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms, known=known)
     workspace_bytes = {name: made.size_bytes for name, made in bound.made.items() if name != "out"}
     return tuple(
         LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes)

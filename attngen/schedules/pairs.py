@@ -10,6 +10,7 @@ from attngen.expr import (
     free_names,
     key_range,
     magnitude,
+    mask_of_pairs,
     name,
     nodes,
     tensor_names,
@@ -27,8 +28,9 @@ class Pairs:
     """What a spec says of a query and a key.
 
     Attributes:
-        mask: whether the query sees the key.
+        mask: whether the query sees the key; within a tile, what is asked of its pairs.
         visible: the keys that a row sees, where they have a closed form.
+        interval: those that the mask leaves to a row of a tile that is visited, where they have one.
         score: out of `score`, the scaled product and what is `added` to it; times `score_factor` in natural units.
         score_factor: positive; a factor that the exponentials take for nothing.
         added: what the accumulators of the score GEMM start from, in the units of the scaled product.
@@ -36,6 +38,7 @@ class Pairs:
 
     mask: Expr
     visible: IndexRange | None
+    interval: IndexRange | None
     score: Expr
     score_factor: float = 1.0
     added: Expr | None = None
@@ -43,12 +46,18 @@ class Pairs:
     @classmethod
     def of(cls, mask: Expr, score: Expr) -> "Pairs":
         """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
+        visible = key_range(mask)
         if score.op == "arith" and score.name == "*":
             a, b = score.args
             for factor, rest in ((a, b), (b, a)):
                 if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
-                    return cls(mask, key_range(mask), rest, float(factor.value))
-        return cls(mask, key_range(mask), score)
+                    return cls(mask, visible, visible, rest, float(factor.value))
+        return cls(mask, visible, visible, score)
+
+    def within(self, block_m: int, block_n: int) -> "Pairs":
+        """What is asked of the pairs of a tile of so many rows and keys: not what is the same for all of them."""
+        mask = mask_of_pairs(self.mask, block_m, block_n)
+        return self if mask is self.mask else replace(self, mask=mask, interval=key_range(mask))
 
     def seeded(self) -> "Pairs":
         """Take out of the score what is added to the product, wherever that enters.

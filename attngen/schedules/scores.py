@@ -12,6 +12,7 @@ from attngen.plan.steps import (
     ModifyScores,
     NegateTile,
     SeedScores,
+    Step,
     When,
     WhenBlock,
     WhenPartial,
@@ -104,10 +105,12 @@ class Scores:
         return (modified, WhenBlock(block.n - 1, N_MIN, self._look_up(block.rows, block.n - 1)))
 
     def _mask(self, block: KeyBlock) -> Program:
-        """By interval where there is a closed form, else one by one."""
+        """By interval where a row has one, else one by one."""
         if block.masked == "no":
             return ()
-        if self.pairs.visible is not None:
-            return (MaskScores(self.acc_s, block.rows, block.n, self.pairs.visible),)
-        each = MaskScoresEach(self.acc_s, block.rows, block.n, self.pairs.mask)
-        return (each,) if block.masked == "maybe" else (WhenPartial(VISIT, (each,)),)
+        mask: Step
+        if self.pairs.interval is not None:
+            mask = MaskScores(self.acc_s, block.rows, block.n, self.pairs.interval)
+        else:
+            mask = MaskScoresEach(self.acc_s, block.rows, block.n, self.pairs.mask)
+        return (mask,) if block.masked == "maybe" else (WhenPartial(VISIT, (mask,)),)

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from attngen.bind import Bound, Given, bind
+from attngen.expr import GIVEN_BLOCKS
 from attngen.plan import (
+    BLOCK_MAP,
     ROWS_OF_HEADS,
     STEPS,
     Axis,
     Call,
     KernelPlan,
     Launch,
+    MapBlocks,
     Rows,
     Step,
     Tensor,
@@ -123,6 +126,8 @@ def simulate(
     }
     passed, scalars = dict(declared or {}), call.manifest.scalars
     named = {f"tensor.{value.argument}": passed[str(value.argument)] for value in call.manifest.declared}
+    if GIVEN_BLOCKS.name in passed:
+        named[BLOCK_MAP] = passed[GIVEN_BLOCKS.name]
     given = Given(
         call.manifest.intakes[-1],
         sizes,
@@ -171,6 +176,9 @@ def run_call(
             continue
         if not isinstance(kernel, KernelPlan):
             values |= SHEETS_SIMULATED[type(kernel)](kernel, values, sizes)
+            if isinstance(kernel, MapBlocks):
+                tensors = {**declared.tensors, GIVEN_BLOCKS.name: values[BLOCK_MAP]}
+                sizes = replace(sizes, declared=replace(declared, tensors=tensors))
             continue
         if sizes.has_no_output and kernel.direction == "forward":
             continue

@@ -10,11 +10,15 @@ from torch.nn.functional import pad
 from attngen import quantize as quantization
 from attngen.expr import fill_tables as fill
 from attngen.plan import (
+    BLOCK_LISTS,
+    BLOCK_MAP,
+    MORE_BLOCK_LISTS,
     OPERANDS,
     PADDED_ROWS,
     SHEETS,
     FillTables,
     FindMaxima,
+    MapBlocks,
     PackValues,
     PrepareRows,
     Quantize,
@@ -120,6 +124,20 @@ def sum_rows(sheet: SumRows, values: Values, sizes: Sizes) -> dict[str, torch.Te
         0, element.view(-1), found.double().view(-1)
     )
     return {gradient: total.view(target.shape).to(target.dtype)}
+
+
+def map_blocks(sheet: MapBlocks, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The blocks that are listed, in lists of either kind; what is listed and is no block is none."""
+    kept = torch.zeros_like(values[BLOCK_MAP])
+    blocks = kept.shape[-1]
+    for counts, indices in (BLOCK_LISTS, MORE_BLOCK_LISTS):
+        if counts in values:
+            found = values[indices]
+            is_listed = torch.arange(blocks) < values[counts].unsqueeze(-1)
+            is_block = is_listed & (found >= 0) & (found < blocks)
+            nowhere = kept.new_zeros(*kept.shape[:-1], blocks + 1)
+            kept |= nowhere.scatter(-1, found.where(is_block, blocks).long(), True)[..., :blocks]
+    return {BLOCK_MAP: kept}
 
 
 SHEETS_SIMULATED: dict[type[Sheet], SheetFunction] = {

@@ -308,7 +308,8 @@ def asks_for(plan: KernelPlan) -> tuple[bool, ...]:
 
 def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
     """Whether the call says all that an expression reads."""
-    has_tensors = tensor_names(expr) <= sizes.declared.tensors.keys()
+    read = {name.removesuffix(".any").removesuffix(".all") for name in tensor_names(expr)}
+    has_tensors = read <= sizes.declared.tensors.keys()
     return has_tensors and None not in (names[name] for name in free_names(expr))
 
 

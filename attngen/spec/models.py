@@ -115,6 +115,16 @@ Length = Annotated[
     BeforeValidator(_integer),
     Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
 ]
+BlockSize = Annotated[
+    int,
+    Field(ge=1, le=LARGEST_LENGTH),
+    BeforeValidator(_integer),
+    Expects(
+        "positive-integer",
+        f"a positive integer, at most 2^30 - {LARGEST_TILE}",
+        _nearest_integer(1, LARGEST_LENGTH),
+    ),
+]
 Name = Annotated[
     str,
     Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,99})?$"),
@@ -273,6 +283,15 @@ class Schedule(_Model):
     """Which tiles start together: the same rows of all heads, last rows first, or all rows of one head."""
 
 
+class GivenBlocks(_Model):
+    """The blocks of queries and keys of which every call says which are kept."""
+
+    block_m: BlockSize
+    """Query rows."""
+    block_n: BlockSize
+    """Keys."""
+
+
 class CheckShape(_Model):
     """A shape that the spec must pass."""
 
@@ -320,6 +339,14 @@ class SpecModel(_Model):
     """
     tile: Tile = Tile()
     """The part of S that one step computes."""
+    blocks: Annotated[
+        GivenBlocks | None,
+        Expects(
+            "given-blocks", "{block_m: 128, block_n: 128}", lambda value: ("{block_m: 128, block_n: 128}",)
+        ),
+    ] = None
+    """Blocks of queries and keys, of which every call passes a map, or lists, of those that are kept; in these the mask
+    hides what it hides. None: all are kept, and no call says anything."""
     schedule: Schedule = Schedule()
     """In which order a block works, and with what."""
     check: Annotated[

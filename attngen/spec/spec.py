@@ -3,16 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from attngen.errors import Location
-from attngen.expr import Expr, parse_mask, parse_score, to_text
+from attngen.expr import GIVEN_BLOCKS, Expr, conjunction, kept_block, parse_mask, parse_score, to_text
 from attngen.expr.declarations import Declarations
 from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
-from attngen.spec.models import CheckShape, Precision, Problem, Schedule, SpecModel, Tile
+from attngen.spec.models import CheckShape, GivenBlocks, Precision, Problem, Schedule, SpecModel, Tile
 from attngen.spec.source import Mark
 
 
@@ -26,6 +26,7 @@ class Spec:
         problem, precision, gradients, deterministic, tile, schedule, check: as in the schema.
         scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
+        blocks: of which calls say which are kept; None where they do not.
         marks: where each value was written, by its dotted path; empty for a spec that came from no text.
     """
 
@@ -41,6 +42,7 @@ class Spec:
     gradients: tuple[str, ...]
     deterministic: bool
     tile: Tile
+    blocks: GivenBlocks | None
     schedule: Schedule
     check: tuple[CheckShape, ...]
     marks: Mapping[str, Mark] = field(default_factory=dict, compare=False)
@@ -54,19 +56,31 @@ class Spec:
         return cls(**{key: getattr(model, key) for key in SpecModel.model_fields}, marks=dict(marks))
 
     @cached_property
-    def declarations(self) -> Declarations:
-        """What the expressions may read besides the language's own names."""
+    def _declared(self) -> Declarations:
+        """What the texts may read besides the language's own names."""
         return read_declarations(self.scalars, self.tensors, self.define).declarations
 
     @cached_property
+    def declarations(self) -> Declarations:
+        """What the expressions read besides the language's own names: what is declared, and the map of given blocks."""
+        blocks = self.blocks
+        if blocks is None:
+            return self._declared
+        tensors = {**self._declared.tensors, GIVEN_BLOCKS.name: GIVEN_BLOCKS}
+        return replace(self._declared, tensors=tensors, blocks=(blocks.block_m, blocks.block_n))
+
+    @cached_property
     def mask_expr(self) -> Expr:
-        """The mask as a tree."""
-        return parse_mask(self.mask, self.declarations)
+        """The mask as a tree, in which a pair is seen only where its block is kept."""
+        mask = parse_mask(self.mask, self._declared)
+        if self.blocks is None:
+            return mask
+        return conjunction((kept_block(self.blocks.block_m, self.blocks.block_n), mask))
 
     @cached_property
     def score_expr(self) -> Expr:
         """The score as a tree."""
-        return parse_score(self.score, self.declarations)
+        return parse_score(self.score, self._declared)
 
     def locate(self, path: str) -> Location | None:
         """Where the value at a dotted path was written; None where it was not written, or not in a text."""
@@ -105,6 +119,8 @@ class Spec:
             del data["gradients"]
         if self.deterministic:
             del data["deterministic"]
+        if self.blocks is None:
+            del data["blocks"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
         for axis in ("queries", "keys"):
             if data["problem"][axis] == "dense":

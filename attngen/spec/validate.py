@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
-from types import GenericAlias
+from types import GenericAlias, UnionType
 from typing import Any, get_args
 
 import pydantic
@@ -146,9 +146,9 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place | None:
 
 
 def _model_of(field: FieldInfo | None) -> type[pydantic.BaseModel] | None:
-    """The model that a field holds, or holds a list of."""
+    """The model that a field holds, may hold, or holds a list of."""
     annotation = field.annotation if field else None
-    if isinstance(annotation, GenericAlias):
+    if isinstance(annotation, GenericAlias | UnionType):
         annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
 

@@ -48,7 +48,7 @@ def underlined(fault: Diagnostic) -> str:
         ("tile: {block_n: }", "tile.block_n is empty; it must be a positive", " ", ("auto",), "positive-integer"),
         ("tile: {block_n: [64]}", "tile.block_n must be a positive integer", "[64]", ("auto",), "positive-integer"),
         ("tile: {blok_n: 64}", "unknown key tile.blok_n", "blok_n", ("block_n", "block_m"), "known-keys"),
-        ("block_m: 64", "unknown key block_m", "block_m", ("tile.block_m",), "known-keys"),
+        ("block_m: 64", "unknown key block_m", "block_m", ("tile.block_m", "blocks.block_m"), "known-keys"),
         ("tile.block_m: 64", "unknown key tile.block_m", "tile.block_m", ("tile: {block_m: ...}",), "known-keys"),
         ("head_dim: 64", "unknown key head_dim", "head_dim", ("problem.head_dim",), "known-keys"),
         ("tile: {1: 2}", "unknown key tile.1", "1", ("block_m", "block_n"), "known-keys"),
