@@ -89,11 +89,8 @@ def _classes(mask: Expr, has_tables: bool, blocks: tuple[int, int] | None) -> Ti
     reader = _Reader(has_tables, blocks)
     found = reader.truth(mask, _Tile())
     tables = reader.tables.used_by(found.may, found.must)
-    if tables:
-        of_spans = None
-    else:
-        of_spans = found.may if blocks is None else reader.truth(without_blocks(mask), _Tile()).may
-    return TileClasses(found.may, found.must, tables, of_spans)
+    of_spans = found.may if blocks is None else reader.truth(without_blocks(mask), _Tile()).may
+    return TileClasses(found.may, found.must, tables, None if tables else of_spans)
 
 
 class _Truth(NamedTuple):
