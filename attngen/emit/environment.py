@@ -74,7 +74,7 @@ _EXTENTS: dict[Axis, str] = {
 }
 """How much of an axis a tile has."""
 _HEAD_DIMS: dict[Axis, str] = {"qk_columns": "kHeadDimQk", "v_columns": "kHeadDimV"}
-STARTS: dict[Axis, str] = {"queries": "tile.q_start", "keys": "tile.kv_start"}
+STARTS: dict[Axis, str] = {each.axis: tile_text.FIELDS[f"{each.index}.start"] for each in (QUERIES, KEYS)}
 """Where a tile's sequence starts among the rows of a tensor."""
 _INDEX_BASES = {
     "m": "m",

@@ -44,7 +44,9 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
 
 
 def emit(plan: KernelPlan) -> str:
-    """The CUDA C++ text of a plan, and of the kernels that fill its tables and list its tiles. The same plan gives the same bytes.
+    """The CUDA C++ text of a plan, and of the kernels that fill its tables and list its tiles.
+
+    The same plan gives the same bytes.
 
     Raises:
         InternalError: the plan's arch runs on the simulator only.

@@ -119,12 +119,11 @@ def emit_list(sheet: ListTiles) -> str:
         }
         for axis, letter in LETTERS.items()
     ]
-    *_, entries = sheet.shape[0]["args"] if isinstance(sheet.shape[0], dict) else ()
     return sheet_text(
         sheet,
         sequences=sequences,
         block="" if own is None else "kBlockM" if own.axis == "queries" else "kBlockN",
-        most_entries=_in_c(entries),
+        most_entries=_in_c(plan.most_entries),
         buckets=BUCKETS,
         most_blocks=MOST_BLOCKS,
     )

@@ -73,7 +73,10 @@ class Cell:
     def objection_to_asynchronous_read(self, clock: Clock) -> Complaint | None:
         """Why the copy engine or wgmma may not read it, though threads might."""
         if self._zeros and not any(map(clock.knows, self._zero_fences.values())):
-            return "not fenced", f"{self.name} holds zeros that threads stored, and who reads it knows of no fence"
+            return (
+                "not fenced",
+                f"{self.name} holds zeros that threads stored, and who reads it knows of no fence",
+            )
         if self.is_stored and self.fence is None:
             return "not fenced", f"{self.name} holds what threads stored, and no FenceAsync followed"
         if self.is_stored and self.fence and not clock.knows(self.fence):

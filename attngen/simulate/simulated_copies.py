@@ -125,14 +125,16 @@ def tma_store(step: TmaStore, role: RoleRun) -> None:
     """Have the copy engine write the warpgroup's own rows; rows past the tensor are dropped."""
     first, rows, valid = _own_share(step, role)
     if valid < rows and role.call.plan.lengths.has_neighbours(step.dst.axis):
-        message = f"rows {first} .. {first + rows - 1} of {step.dst} are written, of which the sequence has {valid}"
+        message = (
+            f"rows {first} .. {first + rows - 1} of {step.dst} are written, of which the sequence has {valid}"
+        )
         raise role.fault("out of bounds", message, step.dst.name)
     values = role.read_by_store(step.src)
     role.device.write(step.dst, role.tile, first, values, (rows, step.src.buffer.cols))
 
 
 def tma_store_own(step: TmaStoreOwn, role: RoleRun) -> None:
-    """The copy engine writes the warpgroup's own rows where all of them are the sequence's, its threads some of them."""
+    """Write the warpgroup's own rows, by the copy engine where all are the sequence's, else by its threads."""
     first, rows, valid = _own_share(step, role)
     values = role.read_by_store(step.src) if valid == rows else role.read_shared(step.src)
     role.device.write(step.dst, role.tile, first, values, (rows, step.src.buffer.cols))

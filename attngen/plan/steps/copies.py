@@ -138,9 +138,9 @@ class TmaStore(Step):
 
 @dataclass(frozen=True)
 class TmaStoreOwn(Step):
-    """Write this warpgroup's rows of a buffer to device memory, those past the sequence's end not: they are a neighbour's.
+    """Write this warpgroup's rows of a buffer to device memory, but for those past the sequence's end.
 
-    The copy engine writes them where all are the sequence's; else the threads do.
+    The copy engine writes them where all are the sequence's; else the threads do: it would write over a neighbour's.
     """
 
     src: View
