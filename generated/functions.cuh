@@ -135,6 +135,27 @@ DEV void negate_own_rows(u32 tile, int warpgroup) {
   }
 }
 
+// Write zeros over rows first .. end - 1 of a tile; the threads of a warpgroup share them.
+template <class Tile>
+DEV void zero_rows(u32 tile, int first, int end) {
+#pragma unroll
+  for (int i = 0; i < Tile::kPanels; ++i) {
+#pragma unroll 1
+    for (int chunk = first * 8 + threadIdx.x % 128; chunk < end * 8; chunk += 128) store_shared_16(tile + i * Tile::kPanelBytes + chunk * 16, uint4{0, 0, 0, 0});
+  }
+}
+
+// Write those of this warpgroup's 64 rows of a tile that lie before `end_row` to rows first_row .. of a head.
+template <class Tile, int kValid>
+DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 src, int warpgroup) {
+  constexpr int kChunks = kValid / 8;
+#pragma unroll 1
+  for (int index = threadIdx.x % 128; index < 64 * kChunks; index += 128) {
+    const int row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
+    if (first_row + row < end_row) *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+  }
+}
+
 // Where a role stands in a ring of kStages stages: the next stage, and the parity of the phase it waits for there.
 struct Cursor {
   u32 stage, phase;
@@ -1255,10 +1276,10 @@ struct Span {
   int start, end;
 };
 
-// What a sequence has of `rows` rows that says it is from `start` on and before `stop`: of `longest` at most the first `used`, without
-// the first `skipped`. Whatever the numbers are, there are such rows.
-DEV Span span_within(int rows, int longest, int start, int stop, int used, int skipped) {
-  const int first = min(max(start, 0), rows), room = min(min(max(stop, first), rows) - first, longest);
+// What a sequence has of `rows` rows that says it is from `start` on and before `stop`: the first `used`, without the first `skipped`.
+// Whatever the numbers are, there are such rows.
+DEV Span span_within(int rows, int start, int stop, int used, int skipped) {
+  const int first = min(max(start, 0), rows), room = min(max(stop, first), rows) - first;
   const int begin = first + min(max(skipped, 0), room);
   return {begin, max(begin, first + min(max(used, 0), room))};
 }

@@ -74,7 +74,7 @@ _EXTENTS: dict[Axis, str] = {
 }
 """How much of an axis a tile has."""
 _HEAD_DIMS: dict[Axis, str] = {"qk_columns": "kHeadDimQk", "v_columns": "kHeadDimV"}
-STARTS: dict[Axis, str] = {"queries": "tile.q_start", "keys": "tile.kv_start"}
+STARTS: dict[Axis, str] = {each.axis: tile_text.FIELDS[f"{each.index}.start"] for each in (QUERIES, KEYS)}
 """Where a tile's sequence starts among the rows of a tensor."""
 _INDEX_BASES = {
     "m": "m",
@@ -204,6 +204,7 @@ def environment() -> jinja2.Environment:
         "head": _head,
         "start": _start,
         "is_by_token": _is_by_token,
+        "is_by_one_thread": _is_by_one_thread,
         "row_stride": _row_stride,
         "form": _form,
         "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
@@ -308,6 +309,12 @@ def _start(context: Context, place: Tensor | Rows) -> str:
     """Where the tile's sequence starts among the rows of a tensor; nothing where that is the first."""
     is_dense = context["plan"].lengths.of(place.axis) == "dense"
     return "" if is_dense else STARTS[place.axis]
+
+
+@jinja2.pass_context
+def _is_by_one_thread(context: Context, step: Step) -> bool:
+    """Whether one thread runs a program's own Step; else whole warps do."""
+    return any(role.single_thread and step in role.program for role in context["plan"].roles)
 
 
 @jinja2.pass_context

@@ -72,7 +72,9 @@ def emit(plan: KernelPlan) -> str:
                 plan.scheduler,
                 tile_text.count(plan.scheduler),
                 tile_text.decoding(plan.scheduler),
+                tile_text.fields(plan.scheduler),
                 list(ENTRY_FIELDS),
+                is_for_warps=bool(plan.tensor_maps),
             )
         ).strip("\n"),
         pair_functions=pair_functions(plan),

@@ -136,6 +136,7 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
             consumer=consumer,
             turn=NamedBarriers("turn", 1, 2),
             own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+            lengths=features.lengths,
         )
 
     found = with_loads(ahead)  # all or none: what stays in the loop wants registers too
@@ -218,12 +219,14 @@ def tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap
 
 def params(choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
     """The fields of the parameter struct: tensor maps, pointers, sizes, what expressions read, and scales."""
+    by_threads = at.out is None or at.lengths.has_neighbours(at.result.axis)
     return (
         *(Param(f"{tensor}_map", "tensor_map", f"{tensor}.map") for tensor in ("q", "k", "v")),
-        *((Param("out_map", "tensor_map", "out.map"),) if at.out else (Param("out", "pointer", "out.ptr"),)),
+        *((Param("out_map", "tensor_map", "out.map"),) if at.out else ()),
+        *((Param("out", "pointer", "out.ptr"),) if by_threads else ()),
         Param("lse", "pointer", "lse.ptr"),
         *((Param("tile_counter", "pointer", "counter.ptr"),) if choice.persistent else ()),
-        *(() if at.out else row_strides(("out",))),
+        *(row_strides(("out",)) if by_threads else ()),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
         *(scale_params(at.scores.scales) if at.scores.scales else ()),

@@ -38,6 +38,10 @@ class Lengths:
         """Whether the rows of all sequences follow one another, so that a tensor has no batches."""
         return self.of(axis) == "ragged"
 
+    def has_neighbours(self, axis: Axis) -> bool:
+        """Whether behind a sequence's last row stands another's, or nobody's, rather than nothing."""
+        return self.of(axis) != "dense"
+
     @property
     def arguments(self) -> tuple["LengthArgument", ...]:
         """The tensors in which a call says lengths."""

@@ -34,8 +34,8 @@ class ListTiles(Sheet):
     the order of sequences and blocks: the same lengths give the same list.
 
     It stands in the kernel's text and takes the same struct. Numbers that lie are kept within the tensors: a sequence
-    begins and ends among the tokens, is no longer than the call's bound, and lengths end where it does. What such
-    numbers list beyond the room that true ones need is left out.
+    begins and ends among the tokens, and lengths end where it does. What such numbers list beyond the room that true
+    ones need is left out.
 
     Attributes:
         plan: the kernel.

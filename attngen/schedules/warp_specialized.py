@@ -8,7 +8,19 @@ Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, Algorithms 1 and 2.
 
 from dataclasses import dataclass
 
-from attngen.plan import BlockIndex, Buffer, Cursor, NamedBarriers, Program, RegTile, RegVec, Tensor
+from attngen.plan import (
+    DENSE,
+    BlockIndex,
+    Buffer,
+    Cursor,
+    Lengths,
+    NamedBarriers,
+    Program,
+    RegTile,
+    RegVec,
+    Tensor,
+    View,
+)
 from attngen.plan.steps import (
     Advance,
     Clear,
@@ -28,11 +40,14 @@ from attngen.plan.steps import (
     TakeTurn,
     TmaLoad,
     TmaStore,
+    TmaStoreOwn,
     WaitEmpty,
     WaitFull,
     WaitGemm,
     WaitStores,
     When,
+    WhenAtEnd,
+    ZeroTail,
 )
 from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock
 from attngen.schedules.tile_places import TilePlaces
@@ -60,6 +75,7 @@ class WarpgroupPlaces(TilePlaces):
         out_over_q: `out` has the bytes of `q`, which is then released only when the result has been read.
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
+        lengths: of the sequences.
     """
 
     output: Output
@@ -70,6 +86,12 @@ class WarpgroupPlaces(TilePlaces):
     consumer: RingCursors
     turn: NamedBarriers
     own: NamedBarriers
+    lengths: Lengths = DENSE
+
+    @property
+    def votes_on_products(self) -> bool:
+        """Whether a warp votes on its products before those past an end are masked: a neighbour's must not be asked."""
+        return self.scores.by_tanh is not None
 
     @property
     def reg_tiles(self) -> tuple[RegTile, ...]:
@@ -153,6 +175,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 *keys.start(VISIT),
                 *at.scores.start(M_BLOCK),
                 WaitFull(rings.q, together=True),
+                *(zero_tail(at, at.q.at(rings.q).own, M_BLOCK) if at.votes_on_products else ()),
                 *at.scores.orient(at.q.at(rings.q).own, after=(FenceAsync(), SyncWarpgroup(at.own))),
                 keys.when_first(
                     (*_first_block(at), *keys.for_further_blocks(lambda block: _block(at, block, turns)))
@@ -174,12 +197,22 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
     )
 
 
+def zero_tail(at: WarpgroupPlaces, tile: View, block: BlockIndex, wait: Program = ()) -> Program:
+    """Zeros where the copy engine left a neighbour's rows, as it leaves them itself at the end of a tensor."""
+    axis = tile.axes[0]
+    if not at.lengths.has_neighbours(axis):
+        return ()
+    return (WhenAtEnd(axis, block, (*wait, ZeroTail(tile, block), FenceAsync(), SyncWarpgroup(at.own))),)
+
+
 def _first_block(at: WarpgroupPlaces) -> Program:
-    k, block = at.consumer.k, at.keys.first_block
+    """Only the block that is visited first may reach past the end of the keys."""
+    k, v, block = at.consumer.k, at.consumer.v, at.keys.first_block
     return (
         Note("the last block of keys: scores only, O follows one block behind"),
         *at.scores.begin(block, is_first=True),
         WaitFull(k),
+        *(zero_tail(at, at.k.at(k), block.n) if at.votes_on_products else ()),
         *at.scores.read_stage(k),
         _issue_scores(at),
         WaitGemm(0, (at.scores.acc_s,)),
@@ -188,6 +221,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         *at.softmax.update_maximum,
         *at.softmax.exponentiate,
         at.softmax.convert,
+        *zero_tail(at, at.v.at(v), block.n, wait=(WaitFull(v, together=True),)),
     )
 
 
@@ -248,12 +282,15 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
     )
     if at.out is None:
         return (*finish, StoreRegisters(at.acc_o, at.result, M_BLOCK))
+    has_neighbours = at.lengths.has_neighbours(at.result.axis)
+    store = TmaStoreOwn if has_neighbours else TmaStore
     return (
         *finish,
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),
         StageTile(at.acc_o, at.out.at().own),
         FenceAsync(),
         SyncWarpgroup(at.own),
-        TmaStore(at.out.at().own, at.result, M_BLOCK),
+        store(at.out.at().own, at.result, M_BLOCK),
         *((WaitStores(),) if at.out_over_q else ()),
+        *((SyncWarpgroup(at.own),) if at.out_over_q and has_neighbours else ()),
     )

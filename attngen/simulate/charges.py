@@ -45,6 +45,7 @@ from attngen.plan.steps import (
     TmaLoad,
     TmaLoadRows,
     TmaStore,
+    TmaStoreOwn,
     WaitCopies,
     WaitEmpty,
     WaitFull,
@@ -219,7 +220,7 @@ def _wait_copies(units: Units, step: WaitCopies, role: RoleRun) -> int:
     return max([now(role), *_take_done(units.in_flight[role].groups, step.pending)])
 
 
-def _tma_store(units: Units, step: TmaStore, role: RoleRun) -> Paid:
+def _tma_store(units: Units, step: TmaStore | TmaStoreOwn, role: RoleRun) -> Paid:
     yield when_due(role)
     cycles = _transfer_cycles(units, step.src.buffer.stage_bytes // role.warpgroups)
     units.in_flight[role].stores.append(units.queue("copy engine", cycles, step, role))
@@ -302,7 +303,7 @@ CHARGES: dict[type[Step], Charge] = {
     LoadTile: _load_tile,
     CommitCopies: _commit_copies,
     WaitCopies: _wait_copies,
-    TmaStore: _tma_store,
+    **dict.fromkeys((TmaStore, TmaStoreOwn), _tma_store),
     WaitStores: _wait_stores,
     StoreTile: _store_tile,
     StoreGradient: _store_gradient,

@@ -55,7 +55,14 @@ class DeviceMemory:
             return rows
         return max(0, min(rows, tile.sequence(place.axis)[1] - first))
 
-    def read(self, place: Tensor | Rows, tile: Tile, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def read(
+        self,
+        place: Tensor | Rows,
+        tile: Tile,
+        first: int,
+        shape: tuple[int, ...],
+        past_end: bool = False,
+    ) -> torch.Tensor:
         """Rows first, first + 1, ... of the tile's heads as f32, zero beyond what exists; of a transposed tensor keys.
 
         Args:
@@ -63,6 +70,7 @@ class DeviceMemory:
             tile: whose heads.
             first: first row.
             shape: (rows, cols) of a tensor, (rows,) of rows.
+            past_end: what stands behind the sequence exists too, up to the end of the tensor.
 
         Returns:
             (members, *shape), f32.
@@ -78,7 +86,7 @@ class DeviceMemory:
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]
         else:
-            rows = self.tensors[place.name][:, :, start : start + valid]
+            rows = self.tensors[place.name][:, :, start : start + (shape[0] if past_end else valid)]
         found = rows[batch, heads].float()  # of these rows alone: to pick heads is to copy
         if found.shape[1:] == shape:
             return found

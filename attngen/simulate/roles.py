@@ -347,6 +347,13 @@ class RoleRun:
             if self._is_one_thread:
                 self.meet()
 
+    def zero_rows(self, view: View, first: int) -> None:
+        """Write zeros over rows first, first + 1, ... of a stage that a copy has filled, by ordinary stores."""
+        for cell in self.cells(view):
+            own_first = max(0, first - cell.rows.start)
+            self._heed(cell.objection_to_zeros(own_first, self.clock, self.name), cell)
+            cell.zero(own_first, self.now)
+
     def write_by_first_thread(self, view: View, value: Callable[..., torch.Tensor]) -> None:
         """Write value() by stores of the first thread, which knows of them at once."""
         values = value() if self.device.holds_values else NOTHING
@@ -364,6 +371,7 @@ class RoleRun:
             for cell in parts:
                 if cell.was_stored_by(self.name):
                     cell.fence = self.now
+                cell.fence_zeros(self.now)
 
     def start_copy(
         self, view: View, values: torch.Tensor, valid_rows: int, source: Source | None

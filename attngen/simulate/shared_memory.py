@@ -50,6 +50,9 @@ class Cell:
         self.fence: Stamp | None = None
         self.rivals: tuple[Cell, ...] = ()
         self._reads: dict[str, int] = {}
+        self._zeros_from = len(rows)
+        self._zeros: dict[str, Stamp] = {}
+        self._zero_fences: dict[str, Stamp] = {}
         self._write: Stamp | None = None
         self._lost_to = ""
 
@@ -62,10 +65,18 @@ class Cell:
             return "uninitialised read", f"{self.name} holds nothing{lost}"
         if self._write and not clock.knows(self._write):
             return "race", f"{self.name} is read; {_unordered(self._write.line, line, 'wrote')}"
+        if self._zeros and not any(map(clock.knows, self._zeros.values())):
+            who = line if line in self._zeros else next(iter(self._zeros))
+            return "race", f"{self.name} is read; {_unordered(who, line, 'wrote zeros to')}"
         return None
 
     def objection_to_asynchronous_read(self, clock: Clock) -> Complaint | None:
         """Why the copy engine or wgmma may not read it, though threads might."""
+        if self._zeros and not any(map(clock.knows, self._zero_fences.values())):
+            return (
+                "not fenced",
+                f"{self.name} holds zeros that threads stored, and who reads it knows of no fence",
+            )
         if self.is_stored and self.fence is None:
             return "not fenced", f"{self.name} holds what threads stored, and no FenceAsync followed"
         if self.is_stored and self.fence and not clock.knows(self.fence):
@@ -83,13 +94,43 @@ class Cell:
                 return "race", f"{self.name} is written while a copy into{shares or ' it'} is in flight"
             for verb, stamps in (
                 ("read", cell._reads.items()),
-                ("wrote", [cell._write] if cell._write else []),
+                ("wrote", [*([cell._write] if cell._write else []), *cell._zeros.values()]),
             ):
                 for stamp in stamps:
                     if not clock.knows(Stamp(*stamp)):
                         what = _unordered(stamp[0], line, verb, shares.removesuffix(",") or " it")
                         return "race", f"{self.name} is written; {what}"
         return None
+
+    def objection_to_zeros(self, first: int, clock: Clock, line: str) -> Complaint | None:
+        """Why one who knows this much may not write zeros to rows from `first` on, if so.
+
+        Where another has written zeros already nothing changes, not even for who reads meanwhile.
+        """
+        if self.in_flight:
+            return "race", f"{self.name} is written while a copy into it is in flight"
+        if self.values is None:
+            return "uninitialised read", f"{self.name} holds nothing of which rows could become zeros"
+        if first < self._zeros_from:
+            return self.objection_to_write(clock, line)
+        if self._write and not clock.knows(self._write):
+            return "race", f"{self.name} is written; {_unordered(self._write.line, line, 'wrote')}"
+        return None
+
+    def zero(self, first: int, stamp: Stamp) -> None:
+        """Let rows from `first` on be zeros, written then."""
+        if first >= len(self.rows):
+            return
+        if isinstance(self.values, torch.Tensor) and self.values.numel():
+            self.values = self.values.clone()
+            self.values[..., first:, :] = 0
+        self._zeros_from = min(first, self._zeros_from)
+        self._zeros[stamp.line] = stamp
+
+    def fence_zeros(self, stamp: Stamp) -> None:
+        """Let asynchronous reads see the zeros that a line has written."""
+        if stamp.line in self._zeros:
+            self._zero_fences[stamp.line] = stamp
 
     def note_read(self, stamp: Stamp) -> None:
         """It is being read."""
@@ -114,6 +155,7 @@ class Cell:
         """Let values appear, written then."""
         self.values, self._write, self._reads = values, stamp, {}
         self.in_flight, self.is_stored, self.fence = False, is_stored, None
+        self._zeros_from, self._zeros, self._zero_fences = len(self.rows), {}, {}
 
 
 def _unordered(who: str, me: str, did: str, what: str = " it") -> str:

@@ -13,6 +13,7 @@ from attngen.plan.steps import (
     StartWalk,
     TakeTile,
     When,
+    WhenAtEnd,
     WhenBlock,
     WhenNext,
     WhenPartial,
@@ -112,6 +113,13 @@ def when_partial(step: WhenPartial, role: RoleRun) -> Run:
 def when_block(step: WhenBlock, role: RoleRun) -> Run:
     """Run the body where the block exists."""
     if role.index(step.block) >= role.index(step.first):
+        yield from role.run(step.body)
+
+
+def when_at_end(step: WhenAtEnd, role: RoleRun) -> Run:
+    """Run the body where not all of the block is the sequence's."""
+    size = role.call.plan.block_m if step.axis == "queries" else role.call.plan.block_n
+    if (role.index(step.block) + 1) * size > role.tile.sequence(step.axis)[1]:
         yield from role.run(step.body)
 
 

@@ -16,8 +16,10 @@ from attngen.plan.steps import (
     TmaLoad,
     TmaLoadRows,
     TmaStore,
+    TmaStoreOwn,
     WaitCopies,
     WaitStores,
+    ZeroTail,
 )
 from attngen.simulate.barriers import Mbarrier, copies_into
 from attngen.simulate.clocks import Stamp
@@ -57,11 +59,14 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
 
 
 def tma_load(step: TmaLoad, role: RoleRun) -> None:
-    """Have the copy engine fill a stage; `full` completes when the bytes have landed, which is as late as may be."""
+    """Have the copy engine fill a stage; `full` completes when the bytes have landed, which is as late as may be.
+
+    It knows the ends of tensors, not of sequences.
+    """
     buffer = step.dst.buffer
     extent = buffer.sequence_extent
     first = _first_row(role, step.src, step.block, extent)
-    values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
+    values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols), past_end=True)
     valid = role.device.valid_rows(step.src, role.tile, first, extent)
     source = Source.of(step.src, role.tile, role.index(step.block))
     full = _full(step, role)
@@ -117,11 +122,37 @@ def store_tile(step: StoreTile, role: RoleRun) -> None:
 
 
 def tma_store(step: TmaStore, role: RoleRun) -> None:
-    """Have the copy engine write the warpgroup's own rows; rows past the sequence are dropped."""
-    buffer = step.src.buffer
-    own = role.own_rows(buffer.rows)
-    first = _first_row(role, step.dst, step.block, buffer.rows) + own.start
-    role.device.write(step.dst, role.tile, first, role.read_by_store(step.src), (len(own), buffer.cols))
+    """Have the copy engine write the warpgroup's own rows; rows past the tensor are dropped."""
+    first, rows, valid = _own_share(step, role)
+    if valid < rows and role.call.plan.lengths.has_neighbours(step.dst.axis):
+        message = (
+            f"rows {first} .. {first + rows - 1} of {step.dst} are written, of which the sequence has {valid}"
+        )
+        raise role.fault("out of bounds", message, step.dst.name)
+    values = role.read_by_store(step.src)
+    role.device.write(step.dst, role.tile, first, values, (rows, step.src.buffer.cols))
+
+
+def tma_store_own(step: TmaStoreOwn, role: RoleRun) -> None:
+    """Write the warpgroup's own rows, by the copy engine where all are the sequence's, else by its threads."""
+    first, rows, valid = _own_share(step, role)
+    values = role.read_by_store(step.src) if valid == rows else role.read_shared(step.src)
+    role.device.write(step.dst, role.tile, first, values, (rows, step.src.buffer.cols))
+
+
+def _own_share(step: TmaStore | TmaStoreOwn, role: RoleRun) -> tuple[int, int, int]:
+    """The first of the rows that a warpgroup stores, how many they are, and how many of these exist."""
+    rows = step.src.buffer.rows
+    own = role.own_rows(rows)
+    first = _first_row(role, step.dst, step.block, rows) + own.start
+    return first, len(own), role.device.valid_rows(step.dst, role.tile, first, len(own))
+
+
+def zero_tail(step: ZeroTail, role: RoleRun) -> None:
+    """Write zeros over what follows the sequence."""
+    rows = step.tile.buffer.rows
+    _, length = role.tile.sequence(step.tile.axes[0])
+    role.zero_rows(step.tile, max(0, length - role.index(step.block) * rows))
 
 
 def wait_stores(step: WaitStores, role: RoleRun) -> None:

@@ -93,8 +93,7 @@ def _visits(plan: KernelPlan, sizes: Sizes, block: int, member: Member) -> int:
 def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Span]:
     """The rows of each sequence, kept within the tensors whatever the numbers are."""
     letter, kind = LETTERS[axis], plan.lengths.of(axis)
-    longest = int(sizes.values[LENGTHS[axis]])
-    rows = int(sizes.values[f"tokens_{letter}"]) if kind == "ragged" else longest
+    rows = int(sizes.values[f"tokens_{letter}" if kind == "ragged" else LENGTHS[axis]])
     starts, stops = [0] * sizes.batch, [rows] * sizes.batch
     if kind == "ragged":
         *starts, _ = cumulative = values[f"cu_seqlens_{letter}"].tolist()
@@ -104,7 +103,7 @@ def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Sp
     found = []
     for start, stop, length, skip in zip(starts, stops, used, skipped, strict=True):
         first = min(max(start, 0), rows)
-        room = min(min(max(stop, first), rows) - first, longest)
+        room = min(max(stop, first), rows) - first
         length, skip = min(max(length, 0), room), min(max(skip, 0), room)
         found.append(Span(first + skip, max(0, length - skip)))
     return found

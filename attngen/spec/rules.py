@@ -209,6 +209,16 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
                     note=f"{axis} are {kinds[axis]}, so that there is {right}",
                     nearest=(re.sub(rf"(batch\s*,\s*)?\b{wrong}\b", right, text),),
                 )
+    if _said(data.get("precision"))["inputs"] == "e4m3" and set(kinds.values()) != {"dense"}:
+        cut = next(axis for axis, kind in kinds.items() if kind != "dense")
+        yield Broken(
+            path="precision.inputs",
+            value="e4m3",
+            must=f"must have 16 bits where {cut} are {kinds[cut]}",
+            rule="lengths-of-16-bit",
+            note="V of e4m3 is stored by columns, in blocks of keys that begin with a tensor, not with a sequence",
+            nearest=("bf16", "f16", f"problem.{cut}: dense"),
+        )
     names = data.get("gradients")
     more = [name for name in names if name not in INPUTS] if isinstance(names, list | tuple) else []
     if more and set(kinds.values()) != {"dense"}:

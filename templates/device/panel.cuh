@@ -61,3 +61,24 @@ DEV void negate_own_rows(u32 tile, int warpgroup) {
     store_shared_16(address, x);
   }
 }
+
+// Write zeros over rows first .. end - 1 of a tile; the threads of a warpgroup share them.
+template <class Tile>
+DEV void zero_rows(u32 tile, int first, int end) {
+#pragma unroll
+  for (int i = 0; i < Tile::kPanels; ++i) {
+#pragma unroll 1
+    for (int chunk = first * 8 + threadIdx.x % 128; chunk < end * 8; chunk += 128) store_shared_16(tile + i * Tile::kPanelBytes + chunk * 16, uint4{0, 0, 0, 0});
+  }
+}
+
+// Write those of this warpgroup's 64 rows of a tile that lie before `end_row` to rows first_row .. of a head.
+template <class Tile, int kValid>
+DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 src, int warpgroup) {
+  constexpr int kChunks = kValid / 8;
+#pragma unroll 1
+  for (int index = threadIdx.x % 128; index < 64 * kChunks; index += 128) {
+    const int row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
+    if (first_row + row < end_row) *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+  }
+}

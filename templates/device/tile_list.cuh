@@ -3,10 +3,10 @@ struct Span {
   int start, end;
 };
 
-// What a sequence has of `rows` rows that says it is from `start` on and before `stop`: of `longest` at most the first `used`, without
-// the first `skipped`. Whatever the numbers are, there are such rows.
-DEV Span span_within(int rows, int longest, int start, int stop, int used, int skipped) {
-  const int first = min(max(start, 0), rows), room = min(min(max(stop, first), rows) - first, longest);
+// What a sequence has of `rows` rows that says it is from `start` on and before `stop`: the first `used`, without the first `skipped`.
+// Whatever the numbers are, there are such rows.
+DEV Span span_within(int rows, int start, int stop, int used, int skipped) {
+  const int first = min(max(start, 0), rows), room = min(max(stop, first), rows) - first;
   const int begin = first + min(max(skipped, 0), room);
   return {begin, max(begin, first + min(max(used, 0), room))};
 }

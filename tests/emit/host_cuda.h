@@ -69,6 +69,12 @@ struct Largest {
   unsigned value = 0;
   void take(const unsigned* brought, int) { value = *std::max_element(brought, brought + 32); }
 };
+struct Votes {
+  unsigned value = 0;
+  void take(const unsigned* brought, int) {
+    for (int lane = 0; lane < 32; ++lane) value |= (unsigned)(brought[lane] != 0) << lane;
+  }
+};
 struct Alike {
   unsigned value = 0;
   void take(const unsigned* brought, int me) {
@@ -87,6 +93,7 @@ static T __shfl_up_sync(unsigned, T x, int distance) {
 }
 static unsigned __match_any_sync(unsigned, unsigned x) { return together(x, Alike{}).value; }
 static unsigned __reduce_max_sync(unsigned, unsigned x) { return together(x, Largest{}).value; }
+static unsigned __ballot_sync(unsigned, bool x) { return together(x, Votes{}).value; }
 static void __syncwarp() { meet(warps[threadIdx.x / 32], 32); }
 static void __syncthreads() { meet(block, kHostThreads); }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from attngen.plan.places import BlockIndex, Cursor, Range, Walk
+from attngen.plan.places import Axis, BlockIndex, Cursor, Range, Walk
 from attngen.plan.steps.step import Program, Step
 
 
@@ -76,6 +76,18 @@ class WhenBlock(Step):
 
     def __str__(self) -> str:
         return f"when {self.block} >= {self.first}:"
+
+
+@dataclass(frozen=True)
+class WhenAtEnd(Step):
+    """Run the body where a block reaches past the end of the tile's sequence."""
+
+    axis: Axis
+    block: BlockIndex
+    body: Program
+
+    def __str__(self) -> str:
+        return f"when block {self.block} reaches past the end of {self.axis}:"
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,7 @@ _HoldsSteps = (
     | ForBlocks
     | ForVisited
     | When
+    | WhenAtEnd
     | WhenBlock
     | WhenNext
     | WhenVisited

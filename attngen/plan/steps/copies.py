@@ -137,6 +137,39 @@ class TmaStore(Step):
 
 
 @dataclass(frozen=True)
+class TmaStoreOwn(Step):
+    """Write this warpgroup's rows of a buffer to device memory, but for those past the sequence's end.
+
+    The copy engine writes them where all are the sequence's; else the threads do: it would write over a neighbour's.
+    """
+
+    src: View
+    dst: Tensor
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"store {self.dst}[{self.block}] <- {self.src} (not past the end)"
+
+
+@dataclass(frozen=True)
+class ZeroTail(Step):
+    """Write zeros over the rows of a stage that lie past the sequence's end, where the copy engine left a neighbour's.
+
+    Every warpgroup that reads the stage does so for itself, and meets none but itself: zeros over zeros disturb nobody.
+
+    Attributes:
+        tile: the stage, or the warpgroup's own rows of it; a row of it is one of the sequence.
+        block: which of the sequence's blocks it has.
+    """
+
+    tile: View
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"zero {self.tile} past the end of {self.tile.axes[0]} in block {self.block}"
+
+
+@dataclass(frozen=True)
 class WaitStores(Step):
     """Wait until the copy engine has read what this warpgroup's stores were to write."""
 
