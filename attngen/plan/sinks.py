@@ -43,7 +43,7 @@ class SumSink(Sheet):
     """Add up, for each query head, what its rows give to the gradient of the sink, always in the same order.
 
     The probability of a sink is exp(sink - lse), its value 0: a row gives -exp(sink - lse) D, with D as `PrepareRows`
-    has it. A row whose lse is infinite gives nothing.
+    has it. A row whose lse is infinite gives nothing: so do those past the end of a sequence, and of none.
 
     Attributes:
         plan: the attention kernel.
@@ -77,8 +77,18 @@ class SumSink(Sheet):
                 for name, gradient in zip(SINK_VALUES, SINK_GRADIENTS, strict=True)
             ),
             *sink_params(),
-            *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "num_heads_q")),
+            *(Param(size, "i32", size) for size in ("batch", self.length, "num_heads_q")),
         )
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the rows of all sequences follow one another."""
+        return self.plan.lengths.is_by_token("queries")
+
+    @property
+    def length(self) -> str:
+        """The size that the rows of a head have, before they are padded."""
+        return "tokens_q" if self.is_ragged else "seqlen_q"
 
     @property
     def reads(self) -> tuple[str, ...]:

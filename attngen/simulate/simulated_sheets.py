@@ -135,7 +135,7 @@ def sum_sink(sheet: SumSink, values: Values, sizes: Sizes) -> dict[str, torch.Te
     (sink,) = (values[name] for name in SINK_VALUES if name in values)
     delta, lse_log2 = (values[name].double() for name in ROW_NUMBERS)
     weights = ((sink.float() * LOG2_E)[:, None] - lse_log2).exp2().masked_fill(lse_log2.isinf(), 0.0)
-    total = -(weights * delta).masked_fill(weights == 0, 0.0).sum((0, 2))
+    total = -(weights * delta).masked_fill(weights == 0, 0.0).sum(-1).view(-1, len(sink)).sum(0)
     return {name: total.to(values[name].dtype) for name in sheet.writes if name in values}
 
 

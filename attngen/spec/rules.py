@@ -221,15 +221,16 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
                     nearest=(re.sub(rf"(batch\s*,\s*)?\b{wrong}\b", right, text),),
                 )
     names = data.get("gradients")
-    more = [name for name in names if name not in INPUTS] if isinstance(names, list | tuple) else []
+    names = names if isinstance(names, list | tuple) else ()
+    more = [name for name in names if name not in (*INPUTS, SINK)]
     if more and set(kinds.values()) != {"dense"}:
         yield Broken(
             path="gradients",
             value=names,
-            must="must be q, k and v alone where sequences have lengths of their own",
+            must="must be q, k, v and sink at most where sequences have lengths of their own",
             rule="ragged-gradients",
             note=f"the gradient of {more[0]} is a sum over sequences of one length",
-            nearest=(f"gradients: [{', '.join(INPUTS)}]",),
+            nearest=(f"gradients: [{', '.join(name for name in names if name not in more)}]",),
         )
 
 

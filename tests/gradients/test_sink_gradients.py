@@ -245,8 +245,7 @@ def test_text_and_torch_function_agree(dtype: str) -> None:
     of, (batch, heads, rows) = sheet(), (3, 4, 300)
     sizes = {"batch": batch, "seqlen_q": rows, "num_heads_q": heads}
     generator = torch.Generator().manual_seed(3)
-    padded = torch.full((2, batch, heads, 384), math.nan)
-    delta, lse_log2 = padded
+    delta, lse_log2 = torch.zeros(batch, heads, 384), torch.full((batch, heads, 384), math.inf)
     delta[..., :rows] = torch.randn(batch, heads, rows, generator=generator)
     lse_log2[..., :rows] = 3 * torch.randn(batch, heads, rows, generator=generator)
     delta[:, :, 7], lse_log2[:, :, 7] = 0.0, math.inf
@@ -274,7 +273,7 @@ def test_text_and_torch_function_agree(dtype: str) -> None:
         ctypes.byref(params), evaluate_formula(of.grid, sizes), of.threads
     )
     values = {
-        "delta": delta[..., :rows], "lse_log2": lse_log2[..., :rows], f"sink_{dtype}": sink, "gradient.sink_f32": made
+        "delta": delta, "lse_log2": lse_log2, f"sink_{dtype}": sink, "gradient.sink_f32": made
     }  # fmt: skip
     call = Sizes.of({**sizes, "seqlen_k": 1, "num_heads_kv": heads, "num_sms": 2, "group": 1}, Declared())
     expected = SHEETS_SIMULATED[SumSink](of, values, call)["gradient.sink_f32"]
