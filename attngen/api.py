@@ -13,6 +13,7 @@ from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.autograd import is_differentiated
 from attngen.bind import check_plain
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
+from attngen.expr import SINK
 from attngen.expr.python import bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
@@ -91,6 +92,7 @@ class _Wanted:
     scalars: tuple[tuple[str, str], ...]
     tensors: tuple[tuple[str, str], ...]
     arch: str
+    sink: str
     gradients: tuple[str, ...]
     deterministic: bool
 
@@ -106,6 +108,7 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
             "score": wanted.score,
             "scalars": dict(wanted.scalars),
             "tensors": dict(wanted.tensors),
+            "sink": wanted.sink,
             "gradients": list(wanted.gradients),
             "deterministic": wanted.deterministic,
         }
@@ -122,13 +125,14 @@ def attention(
     scalars: Mapping[str, str] | None = None,
     tensors: Mapping[str, str] | None = None,
     deterministic: bool = True,
+    sink: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention with the kernel that the tensors and the mask ask for, compiled once and remembered.
 
     Args:
-        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three, or of what
-            the score reads, requires grad, the kernel has a backward pass.
+        q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three, the sink or
+            what the score reads requires grad, the kernel has a backward pass.
         k: see q.
         v: see q.
         mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
@@ -137,6 +141,7 @@ def attention(
         scalars: types of scalars by name, as in a spec: `{"cap": "f32 = 30.0"}`.
         tensors: formats and dimensions of tensors by name, as in a spec: `{"slopes": "f32[num_heads_q]"}`.
         deterministic: as in a spec; False allows gradients of lookups of which no block of threads has a table.
+        sink: a learned sink, (num_heads_q), f32, bf16 or f16: a logit of each head that joins the sum without a value.
         **options: the other arguments of `Kernel.__call__`, with a value for each scalar and tensor.
 
     Raises:
@@ -154,7 +159,7 @@ def attention(
     arch = arch_for_capability(capability).name if capability else "simulator"
     for name, text in (("mask", mask), ("score", score)):
         check_text(name, text)
-    passed = {**bound_by(mask, score), **options}
+    passed = {**bound_by(mask, score), **options, **({} if sink is None else {SINK: sink})}
     wanted = _Wanted(
         _INPUTS[q.dtype],
         q.shape[-1],
@@ -164,6 +169,7 @@ def attention(
         tuple(joined("scalars", scalars, mask, score).items()),
         tuple(joined("tensors", tensors, mask, score).items()),
         arch,
+        "none" if sink is None else "per_head",
         _differentiated(q, k, v, str(score), passed),
         deterministic,
     )
@@ -173,7 +179,7 @@ def attention(
 def _differentiated(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: str, passed: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """What gradients are wanted of: nothing, or q, k, v and what the score names that requires grad."""
+    """What gradients are wanted of: nothing, or q, k, v and what the score names, or a sink, that requires grad."""
     declared = [name for name, value in passed.items() if is_differentiated(value)]
-    named = [name for name in declared if re.search(rf"\b{re.escape(name)}\b", score)]
+    named = [name for name in declared if name == SINK or re.search(rf"\b{re.escape(name)}\b", score)]
     return (*INPUTS, *named) if named or is_differentiated(q, k, v) else ()

@@ -69,9 +69,10 @@ class Attention(torch.autograd.Function):
         if dlse is not None:
             named["dlse"] = dlse
         kernel, needed = ctx.kernel, ctx.needs_input_grad[5:]
-        wanted = tuple(compress(kernel.gradients, needed))
+        gradients = kernel.gradients_of(named)
+        wanted = tuple(compress(gradients, needed))
         made = dict(zip(wanted, kernel.make_gradients(wanted, q, k, v, named, *ctx.rest), strict=True))
-        for value, name in zip(kernel.gradients[3:], kernel.declared_gradients, strict=True):
+        for value, name in zip(gradients[3:], kernel.declared_gradients, strict=True):
             if value in made:  # of a scalar it goes where that tensor is, in its format
                 made[value] = made[value].to(declared[name])
-        return None, None, None, None, None, *map(made.get, kernel.gradients)
+        return None, None, None, None, None, *map(made.get, gradients)

@@ -22,12 +22,14 @@ from attngen.bind import (
     check_plain,
     check_rows_of_heads,
     check_writable,
+    declared_by,
     gradient_memory,
     spread_blocks,
 )
 from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
 from attngen.errors import ArgumentError, ToolchainError
+from attngen.expr import SINK
 from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
@@ -38,6 +40,7 @@ from attngen.plan import (
     Manifest,
     assemble,
     gradient_value,
+    sink_gradient,
 )
 from attngen.quantize import DESCALES, Operands
 from attngen.runtime import (
@@ -132,14 +135,18 @@ class Kernel:
         return self.compiled.seconds
 
     @cached_property
-    def gradients(self) -> tuple[str, ...]:
-        """The values that a backward pass returns, in order; none where the spec asks for no gradients."""
-        return (*GRADIENTS, *map(gradient_value, self.declared_gradients)) if self.call.gradients else ()
-
-    @cached_property
     def declared_gradients(self) -> tuple[str, ...]:
         """What the spec declares and wants gradients of, in order."""
         return self.spec.gradients[len(INPUTS) :]
+
+    def gradients_of(self, passed: Mapping[str, Any]) -> tuple[str, ...]:
+        """The values that a backward pass returns, in order, of a call that passes these by name; none without it."""
+        dtypes = {value.argument: value.dtype for value in declared_by(self.manifest, passed)}
+        of_declared = (
+            sink_gradient(dtypes[SINK]) if name == SINK else gradient_value(name)
+            for name in self.declared_gradients
+        )
+        return (*GRADIENTS, *of_declared) if self.call.gradients else ()
 
     @property
     def takes_operands(self) -> bool:
@@ -218,13 +225,15 @@ class Kernel:
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
-                out. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are multiplied
-                by, of the shapes that `Operands` has; they are trusted to be positive. Where the spec has blocks,
-                `blocks` says which are kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of keys); or
-                lists of them, i32, as (counts, indices), as a BlockMask of torch, or by FlashAttention-4's names.
+                out. Of a spec with a sink also sink: (num_heads_q), f32, bf16 or f16, any stride. With e4m3 tensors
+                also q_descale, k_descale and v_descale, f32: what their values are multiplied by, of the shapes that
+                `Operands` has; they are trusted to be positive. Where the spec has blocks, `blocks` says which are
+                kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of keys); or lists of them, i32, as
+                (counts, indices), as a BlockMask of torch, or by FlashAttention-4's names.
 
         Returns:
-            out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and -inf.
+            out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and
+                -inf, or the sink.
 
         Raises:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
@@ -232,7 +241,7 @@ class Kernel:
         """
         if BLOCKS in declared:
             declared = dict(self._with_blocks(declared))
-        if self.gradients:
+        if self.call.gradients:
             others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
             if is_differentiated(q, k, v, *others):
                 if out is not None or tables is not None:
@@ -329,18 +338,17 @@ class Kernel:
             layout: "bhsd" exchanges seqlen and heads in dout, q, k, v, out and the gradients.
             grads: memory for dq, dk and dv, each of the inputs' type or f32; allocated of the inputs' type where None.
             accumulate: add to what `grads` holds; sums are worked out in f32 and rounded where they are written.
-            **declared: the scalars and tensors that the spec declares.
+            **declared: the scalars and tensors that the spec declares, and sink where it has one.
 
         Returns:
-            dq, dk, dv, of the shapes of q, k and v; `grads` where that is given. Then the gradient of each declared
-            name in `gradients`, in that order, of its shape and type: of a scalar f32, without dimensions, on q's
-            device.
+            dq, dk, dv, of the shapes of q, k and v; `grads` where that is given. Then the gradient of each other name
+            in `gradients`, in that order, of its shape and type: of a scalar f32, without dimensions, on q's device.
 
         Raises:
             ArgumentError: the spec asks for no gradients, or an argument the kernels cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernels.
         """
-        if not self.gradients:
+        if not self.call.gradients:
             raise ArgumentError(
                 "self", "a kernel without a backward pass", "a spec with gradients: [q, k, v]"
             )
@@ -355,7 +363,7 @@ class Kernel:
         if accumulate and self.declared_gradients:
             of, must = ", ".join(self.declared_gradients), "False where what is declared has gradients"
             raise ArgumentError("accumulate", f"True beside gradients of {of}", must)
-        wanted = (*(into or GRADIENTS), *self.gradients[len(GRADIENTS) :])
+        wanted = (*(into or GRADIENTS), *self.gradients_of(named)[len(GRADIENTS) :])
         memory = tuple(into.values())
         return tuple(self.make_gradients(wanted, q, k, v, named, softmax_scale, layout, memory, accumulate))
 

@@ -881,6 +881,20 @@ DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float
   }
 }
 
+// A sink, a logit of no value, joins the sum of each row, of which lse is the logarithm: by = by times the keys' share of the new sum.
+// Exponents are 0 or less, but for a sink of +inf, beside which keys vanish; where there is neither a key nor a sink nothing changes.
+template <int N>
+DEV void join_sink(float (&by)[N], float (&lse)[N], float sink) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float largest = fminf(fmaxf(fmaxf(lse[i], sink), lowest()), -lowest());
+    const float of_keys = exp2_approx((lse[i] - largest) * 1.4426950408889634f);
+    const float total = of_keys + exp2_approx((sink - largest) * 1.4426950408889634f);
+    by[i] *= total == 0.f ? 0.f : of_keys * __frcp_rn(total);
+    lse[i] = largest + log2_approx(total) * 0.6931471805599453f;
+  }
+}
+
 // An index of a tensor, kept within its dimension.
 DEV int clamp_index(int index, int size) { return max(0, min(index, size - 1)); }
 DEV int clamp_index(i64 index, int size) { return (int)max((i64)0, min(index, (i64)size - 1)); }

@@ -8,7 +8,7 @@ from attngen.bind.arguments import (
 )
 from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.block_lists import BLOCKS, spread_blocks
-from attngen.bind.declared import check_declared
+from attngen.bind.declared import check_declared, declared_by
 from attngen.bind.gradient_memory import check_differentiable, gradient_memory
 from attngen.bind.kept import TableSignature, TileTables, passed_as
 from attngen.bind.numbers import scalar_of, softmax_scale_of
@@ -50,6 +50,7 @@ __all__ = [
     "check_rows_of_heads",
     "check_writable",
     "passed_as",
+    "declared_by",
     "gradient_memory",
     "scalar_of",
     "softmax_scale_of",

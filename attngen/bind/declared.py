@@ -11,7 +11,7 @@ from attngen.bind.numbers import scalar_of
 from attngen.bind.tensors import check_no_derivative, check_plain, check_rows
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
-from attngen.expr import SIZE_NAMES, TOKENS
+from attngen.expr import SINK, SIZE_NAMES, TOKENS
 from attngen.plan import (
     GIVEN_BLOCK_VALUES,
     GRADIENTS_INTAKE,
@@ -41,6 +41,21 @@ class DeclaredValues(NamedTuple):
     sizes: dict[str, int]
 
 
+def declared_by(manifest: Manifest, passed: Mapping[str, Any]) -> list[Value]:
+    """The values that a call passes for what its spec declares: one of each argument, which may be of many formats.
+
+    Args:
+        manifest: of the call.
+        passed: by name; where it fits none of the formats the first is taken, for others to refuse.
+    """
+    found: dict[str, Value] = {}
+    for value in manifest.declared:
+        is_meant = getattr(passed.get(value.passed_as), "dtype", None) == element_dtype(value.dtype)
+        if is_meant or value.passed_as not in found:
+            found[value.passed_as] = value
+    return list(found.values())
+
+
 def check_declared(
     manifest: Manifest,
     intake: Intake,
@@ -60,7 +75,7 @@ def check_declared(
     Raises:
         ArgumentError: the first fault found.
     """
-    declared = manifest.declared
+    declared = declared_by(manifest, passed)
     beside = [manifest.value_of[name] for name in intake.beside]
     known = [value.passed_as for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
     for name in passed:
@@ -72,7 +87,7 @@ def check_declared(
     }  # all others are for tensors to bind
     bound = sizes_of_map(manifest, passed, sizes)
     tensors = {
-        value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device, manifest.arch)
+        value.name: _tensor(value, says, passed, {**sizes, **bound}, bound, device, manifest)
         for values, says in (
             (declared, "the spec declares"),
             ([value for value in beside if value.name in GIVEN_BLOCK_VALUES], "of the spec's blocks it is"),
@@ -97,6 +112,10 @@ def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
         raise ArgumentError(name, "given blocks", "none: the spec has no blocks", cure)
     if name in elsewhere:
         raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
+    if name == SINK:
+        raise ArgumentError(
+            name, "an argument", "none: the spec has no sink", "say sink: per_head in the spec"
+        )
     near = get_close_matches(name, known, n=1) or known
     must = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
     raise ArgumentError(name, "an argument", must)
@@ -116,22 +135,24 @@ def _tensor(
     sizes: Mapping[str, int],
     bound: dict[str, int],
     device: torch.device,
-    arch: str,
+    manifest: Manifest,
 ) -> torch.Tensor:
     """The tensor, whose dimensions of new names bind these; one element expanded where that stands for all."""
     name, expected_type = value.passed_as, element_dtype(value.dtype)
-    declared = f"{value.dtype}[{', '.join(map(formula_text, value.shape))}]"
+    formats = [each.dtype for each in manifest.declared if each.passed_as == name] or [value.dtype]
+    declared = f"{_listed(formats)}[{', '.join(map(formula_text, value.shape))}]"
     x = passed.get(name)
     if not isinstance(x, torch.Tensor):
         got = "nothing" if x is None else type(x).__name__
         raise ArgumentError(name, got, f"a torch tensor: {says} {declared}")
     check_plain(name, x)
     if x.dtype != expected_type:
-        raise ArgumentError(name, f"dtype {x.dtype}", f"{expected_type}", f"pass {name}.to({expected_type})")
+        must = _listed([str(element_dtype(each)) for each in formats])
+        raise ArgumentError(name, f"dtype {x.dtype}", must, f"pass {name}.to({expected_type})")
     if x.device != device:
         raise ArgumentError(name, f"device {x.device}", f"{device}, the device of q")
     if value.axes:
-        check_rows(arch, name, x)
+        check_rows(manifest.arch, name, x)
     check_no_derivative(
         name, x, is_declared=not value.axes and value.source == "given" and not value.optional
     )
@@ -151,3 +172,8 @@ def _tensor(
         if not size and (is_bound_here or isinstance(dim, int)):
             raise ArgumentError(name, f"shape {tuple(x.shape)}", f"at least one {dim}")
     return x
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -17,7 +17,8 @@ The rule, for dQ, dK and dV each:
 - a row without keys and a key without rows is exactly 0; NaN and inf stand where the reference has them, only there.
 
 Gradients of what is declared are held to it too (`score_gradients`), each element a row. Nothing of theirs is rounded
-before it is added up, in f32; beside order they may move by SUM times all magnitudes that are added up.
+before it is added up, in f32; beside order they may move by SUM times all magnitudes that are added up. So is that of a
+sink s, of each head the sum over its rows of exp(s - lse) (-D): a pair whose value is 0.
 
 Why the unit fades, `accuracy` says. Its sum with 0.3 has no part here: the rule holds of 2^n dO what it holds of dO. On
 2,000 small problems a loop over blocks needed at most 0.8 of the terms, and 0.2 where the yardstick read its out.
@@ -164,7 +165,7 @@ def declared_gradients(
     problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     total = ScoreGradients(problem, wanted, torch.float64)
     for piece in _pieces(problem, dout, dlse, torch.float64):
-        total.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
+        piece.add_to(total)
     return total.sums
 
 
@@ -255,12 +256,12 @@ def compare_gradients(
     number = torch.float64 if q.dtype == torch.float32 else torch.float32
     of_score, short = ScoreGradients(problem, wanted, torch.float64), ScoreGradients(problem, wanted, number)
     for piece in _pieces(problem, dout, dlse, torch.float32, forward) if wanted else ():
-        short.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
+        piece.add_to(short)
     rows, keys = (x.new_zeros(x.shape[:3], dtype=torch.bool) for x in (problem.q, problem.k))
     for piece in _pieces(problem, dout, dlse, torch.float64):
         exact.add(piece)
         order.add(piece.squares())
-        of_score.add(piece.dt, piece.p, piece.sizes, piece.scaled, piece.places)
+        piece.add_to(of_score)
         rows[piece.b, piece.h, piece.here] = (piece.p != 0).any(dim=1)
         keys[piece.b, piece.h_kv] |= (piece.p != 0).any(dim=0)
     ref = exact.scaled(problem.softmax_scale, layout)
@@ -331,6 +332,9 @@ class _Piece:
     dt: Tensor  # (rows, seqlen_k), ds without the slope
     scaled: Tensor  # (rows, seqlen_k), products before the score
     places: tuple[Any, ...]  # b, h, q_idx and kv_idx of the pairs
+    of_sink: (
+        tuple[Tensor, Tensor, Tensor] | None
+    )  # P of the sink, what it is times, and |dO| |O|, (rows, 1) each
 
     @property
     def sizes(self) -> Tensor:
@@ -338,6 +342,12 @@ class _Piece:
         dout, values = (x.norm(dim=-1).nan_to_num(0.0, 0.0, 0.0) for x in (self.dout, self.values))
         sizes: Tensor = dout[:, None] * values
         return sizes
+
+    def add_to(self, gradients: ScoreGradients) -> None:
+        """What these rows contribute to gradients of what is declared, and of a sink."""
+        gradients.add(self.dt, self.p, self.sizes, self.scaled, self.places)
+        if self.of_sink is not None:
+            gradients.add_sink(self.h, *self.of_sink)
 
     def squares(self) -> "_Piece":
         """Squares of what is summed, of dS where dP errs by |dO| |V|."""
@@ -351,7 +361,8 @@ def _pieces(
     """Every row of every head once, computed in a format; P and D are those of out and lse, where they are given."""
     dout = _turned(dout, problem.layout)
     kv_idx = torch.arange(problem.seqlen_k, device=dout.device)[None, :]
-    for b, h, here in problem.query_chunks(1 + SCORES // problem.seqlen_k) if problem.seqlen_k else ():
+    chunk = 1 + SCORES // max(1, problem.seqlen_k)
+    for b, h, here in problem.query_chunks(chunk) if problem.seqlen_k or problem.sink is not None else ():
         h_kv = h // problem.group
         parts = (problem.q[b, h, here], problem.k[b, h_kv], problem.v[b, h_kv], dout[b, h, here])
         queries, keys, values, dout_here = (x.to(number) for x in parts)
@@ -360,10 +371,12 @@ def _pieces(
         scaled = problem.softmax_scale * (queries @ keys.mT)
         scores = problem.modified(scaled, *places).masked_fill(hidden, -math.inf)
         if not given:
-            row_max = scores.amax(dim=-1, keepdim=True)
-            p = (scores - row_max.masked_fill(row_max.isneginf(), 0.0)).exp_()
+            row_max = scores.amax(dim=-1, keepdim=True) if problem.seqlen_k else scores.sum(-1, keepdim=True)
+            row_max = row_max.masked_fill_(row_max.isneginf(), 0.0)
+            p = (scores - row_max).exp_()
             row_sum = p.sum(dim=-1, keepdim=True)
-            p = (p / row_sum.masked_fill(row_sum == 0, 1.0)).masked_fill_(hidden, 0.0)
+            lse, share = problem.with_sink(row_max + row_sum.log(), h)
+            p = (share * p / row_sum.masked_fill(row_sum == 0, 1.0)).masked_fill_(hidden, 0.0)
             out = weighted_sum(p, values)
         else:
             log2_e = math.log2(math.e)
@@ -377,4 +390,10 @@ def _pieces(
         reach = (p * problem.slopes(scaled, *places)).masked_fill_(p == 0, 0.0)
         less = dout_here @ values.mT - d
         ds, dt = ((x * less).masked_fill_(p == 0, 0.0) for x in (reach, p))
-        yield _Piece(b, h, h_kv, here, queries, keys, values, dout_here, p, reach, ds, dt, scaled, places)
+        of_sink = None
+        if problem.sink is not None:
+            size = dout_here.norm(dim=-1, keepdim=True) * out.norm(dim=-1, keepdim=True)
+            of_sink = (problem.sink_weight(lse, h, number).to(number), -d, size)
+        yield _Piece(
+            b, h, h_kv, here, queries, keys, values, dout_here, p, reach, ds, dt, scaled, places, of_sink
+        )

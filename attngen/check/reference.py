@@ -10,6 +10,9 @@ on any device and with any strides, and read the mask through `expr.evaluate`, w
 broadcast. A key that a row does not see contributes nothing to it, whatever its K and V hold. Sizes of 0 are
 legal.
 
+A learned sink, `declared["sink"]` of (num_heads_q), is one more score of each row of its head: a logit in natural units
+that no mask, score or scale touches, and whose value is 0.
+
 This module shares no code with the simulator or the kernels, checks no arguments and is not tuned for speed.
 """
 
@@ -21,12 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attngen.expr import Expr, derivative, evaluate, magnitude
+from attngen.expr import SINK, Expr, derivative, evaluate, magnitude
 from attngen.scaling import SMALLEST_SCALE, needs_no_maximum
 from attngen.torch_state import torch_defaults
 
 Layout = Literal["bshd", "bhsd"]
 
+LARGEST_SINK = torch.finfo(torch.float32).max
+"""What a sink of +inf counts as, and no smaller one is: beside it all keys vanish."""
 STANDARD_SCORES = 2**24
 """Scores that `standard_attention` holds at once: 64 MiB of f32."""
 
@@ -86,12 +91,12 @@ def attention(
         softmax_scale: any finite number, zero and negative included; 1/sqrt(head_dim_qk) where None.
         layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
         score: what becomes of each scaled product, its `score`, before the mask; itself where None.
-        declared: a value for each scalar and tensor that mask and score read, by name.
+        declared: a value for each scalar and tensor that mask and score read, by name, and for a sink.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; 0 in a row that sees no key, NaN in a row that
             sees a score of +inf or NaN.
-        lse: (batch, num_heads_q, seqlen_q), fp64, natural logarithm; -inf and NaN for these rows.
+        lse: (batch, num_heads_q, seqlen_q), fp64, natural logarithm; -inf, or the sink, and NaN for these rows.
     """
     problem = Problem.read(q, k, v, mask, softmax_scale, layout, None, score, declared)
     queries = problem.q.double()  # (batch, num_heads_q, seqlen_q, head_dim_qk)
@@ -100,6 +105,9 @@ def attention(
     every = problem.every_index()
     scores = problem.softmax_scale * (queries @ keys.mT)  # (batch, num_heads_q, seqlen_q, seqlen_k)
     scores = problem.modified(scores, *every).masked_fill(~problem.sees(*every), -math.inf)
+    if problem.sink is not None:
+        scores = torch.cat((scores, problem.sink.view(-1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
     # Their sum is 1, unless scores are so large that adding the logarithm of a sum changes nothing.
@@ -122,7 +130,8 @@ def attention_as_fractions(
     Each weight is 2^(q.k), a power of two, so that out is a quotient of two sums that are exact in fp64. The
     same sums are exact in a kernel's f32: its out is numerator / denominator but for one division and the
     rounding to the output dtype, hence within one unit in the last place of it, and equal where the
-    denominator is a power of two. `declared` has a value for each scalar and tensor that the mask reads.
+    denominator is a power of two. `declared` has a value for each scalar and tensor that the mask reads, and for a
+    sink, whose weight, of e, is rounded to fp64.
 
     Returns:
         numerator: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; layout as in `attention`.
@@ -132,7 +141,10 @@ def attention_as_fractions(
     keys, values = (x.double().repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
     weight = (problem.q.double() @ keys.mT).exp2()
     weight = weight.masked_fill(~problem.sees(*problem.every_index()), 0.0)
-    sums = (weight @ values, weight.sum(dim=-1, keepdim=True))
+    total = weight.sum(dim=-1, keepdim=True)
+    if problem.sink is not None:
+        total = total + problem.sink.exp().view(-1, 1, 1)
+    sums = (weight @ values, total)
     numerator, denominator = (x if layout == "bhsd" else x.transpose(1, 2) for x in sums)
     return numerator, denominator
 
@@ -178,7 +190,9 @@ def attention_chunked(
         queries = problem.q[b, h, here].double()  # (chunk, head_dim_qk)
         q_idx = problem.rows[here][:, None]
         row_max = queries.new_full((queries.shape[0], 1), -math.inf)
-        row_sum = torch.zeros_like(row_max)
+        if problem.sink is not None:
+            row_max = problem.sink[h].expand_as(row_max)
+        row_sum = torch.zeros_like(row_max).masked_fill_(~row_max.isneginf(), 1.0)
         acc_o = queries.new_zeros(queries.shape[0], out.shape[-1])
         for start in range(0, problem.seqlen_k, chunk):
             at = slice(start, min(start + chunk, problem.seqlen_k))
@@ -279,8 +293,10 @@ def standard_attention(
             acc_o = weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
         else:
             acc_o = roundings.weighted_sum(p, values, b, h_kv)
-        out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum).to(out.dtype)
-        lse[b, h, here] = (row_max.double() * unit + row_sum.log2())[:, 0] * math.log(2.0)
+        of_keys = (row_max.double() * unit + row_sum.log2()) * math.log(2.0)
+        whole, share = problem.with_sink(of_keys, h)
+        out[b, h, here] = torch.where(row_sum == 0, 0.0, acc_o / row_sum * share).to(out.dtype)
+        lse[b, h, here] = whole[:, 0].to(lse.dtype)
     return problem.finish(out, lse)
 
 
@@ -326,6 +342,26 @@ class Problem:
     def seqlen_k(self) -> int:
         """Keys of a sequence."""
         return self.k.shape[2]
+
+    @property
+    def sink(self) -> Tensor | None:
+        """(num_heads_q), fp64, at most `LARGEST_SINK`; None where there is none."""
+        sink = self.declared.get(SINK)
+        return None if sink is None else sink.detach().double().clamp(max=LARGEST_SINK)
+
+    def with_sink(self, lse: Tensor, h: int) -> tuple[Tensor, Tensor | float]:
+        """What the logarithm of a sum over keys, fp64, becomes with the sink of a head, and what share keys keep."""
+        if self.sink is None:
+            return lse, 1.0
+        whole = torch.logaddexp(lse, self.sink[h])
+        return whole, (lse - whole.masked_fill(whole.isneginf(), 0.0)).exp()
+
+    def sink_weight(self, lse: Tensor, h: int, number: torch.dtype) -> Tensor:
+        """P of a head's sink in rows of some lse, from two numbers in a format; 0 where lse is infinite."""
+        assert self.sink is not None
+        is_infinite = lse.isinf() | (lse == LARGEST_SINK)
+        sink, total = ((x.to(number) * math.log2(math.e)).double() for x in (self.sink[h], lse))
+        return (sink - total.masked_fill(is_infinite, 0.0)).exp2().masked_fill_(is_infinite, 0.0)
 
     @property
     def group(self) -> int:
@@ -399,10 +435,12 @@ class Problem:
         return out, self.q.new_empty(batch, heads, rows, dtype=lse_dtype)
 
     def finish(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Make rows that met +inf or NaN wholly NaN and give out the caller's layout."""
+        """Make rows that met +inf or NaN wholly NaN and give out the caller's layout; a sink of +inf leaves 0."""
         spoilt = lse.isnan() | lse.isposinf()
         out.masked_fill_(spoilt[..., None], math.nan)
         lse.masked_fill_(spoilt, math.nan)
+        if self.sink is not None:
+            lse.masked_fill_(lse == LARGEST_SINK, math.inf)
         return (out if self.layout == "bhsd" else out.transpose(1, 2)), lse
 
 

@@ -1,5 +1,7 @@
 """Gradients of what a score reads besides the product, written out: sums over the pairs that read an element.
 
+So is that of a learned sink, the sum over the rows of its head.
+
 With dT = P (dP - D) as in `gradients`, the gradient of an element is the sum of dT times the derivative of the score by
 it over all pairs whose clamped indices find it. This module shares no code with the simulator or the kernels.
 """
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attngen.check.reference import Problem
-from attngen.expr import Expr, derivative, name, nodes
+from attngen.expr import SINK, Expr, derivative, name, nodes
 
 SUM = 2.0**-22
 """Of the magnitudes that are added up, what an f32 sum and the exponentials in it may lose: four roundings of each."""
@@ -65,6 +67,18 @@ class ScoreGradients:
             ):
                 into[read.name].view(-1).index_add_(0, at, what.reshape(-1).to(into[read.name].dtype))
             self.is_read[read.name].view(-1)[at[(p != 0).reshape(-1)]] = True
+
+    def add_sink(self, h: int, p: Tensor, times: Tensor, size: Tensor) -> None:
+        """Take in some rows of head h: p, the weight of the sink in each, and what its gradient is times that."""
+        if SINK not in self.sums:
+            return
+        for into, what in (
+            (self.sums, (p * times).masked_fill(p == 0, 0.0)),
+            (self.squares, (p * size).square()),
+            (self.magnitudes, p * size.maximum(times.abs())),
+        ):
+            into[SINK][h] += what.sum().to(into[SINK].dtype)
+        self.is_read[SINK][h] |= (p != 0).any()
 
     def _elements(self, read: Expr, places: tuple[Any, ...], like: Tensor) -> Tensor:
         """The number of the element that each pair reads: (pairs,)."""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from attngen.check.inputs import Shape
 from attngen.errors import ToolchainError
-from attngen.expr import TRUE, Expr, evaluate, free_names, parse_mask, parse_score
+from attngen.expr import SINK, TRUE, Expr, evaluate, free_names, parse_mask, parse_score
 
 Run = Callable[[], Any]
 PEERS = ("flash", "cudnn", "efficient", "flex")
@@ -141,7 +141,7 @@ def peer(
         v: see q.
         mask: flex takes any; the others take full, and causal where lengths are equal (theirs is top-left).
         score: flex takes any; the others take `SCORE`.
-        declared: a value for each scalar and tensor that mask and score read.
+        declared: a value for each scalar and tensor that mask and score read; none takes a sink.
 
     Returns:
         A call that gives out as (batch, heads, seqlen, head_dim).
@@ -150,6 +150,8 @@ def peer(
         ToolchainError: the peer is not present here, or does not take this problem.
     """
     with _absence_told(name):
+        if SINK in declared:
+            raise ValueError("it knows no learned sinks")
         flex = partial(_flex, declared=declared)
         run = flex(q, k, v, mask, score) if name == "flex" else _sdpa(name, q, k, v, mask, score)
         run()

@@ -169,7 +169,7 @@ def _measure(
     plan = kernel.plan
     shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = draw(plan, shape, "cuda")
-    passed = declared_inputs(kernel.spec.declarations, shape, q.device, given=said)
+    passed = declared_inputs(kernel.spec.arguments, shape, q.device, given=said)
     point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
     inputs: tuple[torch.Tensor, ...] = (q, k, v)
     peer: Callable[..., measuring.Run] = measuring.peer

@@ -62,7 +62,7 @@ def draw_declared(kernel: Kernel, inputs: Inputs, seed: int, given: Given = NOTH
     Raises:
         ArgumentError: as of `declared_inputs` and `shape_of`.
     """
-    return declared_inputs(kernel.spec.declarations, shape_of(kernel, inputs), inputs[0].device, seed, given)
+    return declared_inputs(kernel.spec.arguments, shape_of(kernel, inputs), inputs[0].device, seed, given)
 
 
 def execute(

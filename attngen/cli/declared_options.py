@@ -43,7 +43,7 @@ def given_values(
     given = Given(tensors, scalars)
     specs = [variant.found for variant in found if isinstance(variant.found, Spec)]
     if specs:  # where none can be read its own faults say enough
-        given.check_names(spec.declarations for spec in specs)
+        given.check_names(spec.arguments for spec in specs)
     return given, found
 
 

@@ -145,7 +145,7 @@ def _print_facts(
             check_tiles(kernel.plan, shape)
             passed, tiles = {}, None
             if _is_known(kernel, said):
-                passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+                passed = declared_inputs(kernel.spec.arguments, shape, given=said)
                 tiles = tile_map(kernel, shape, passed)
             told = facts(kernel, resources.get(kernel), shape, passed, tiles)
             told |= gradient_facts(kernel, kernel in resources, shape, passed)
@@ -180,7 +180,7 @@ def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -
         if isinstance(kernel, Kernel):
             check_tiles(kernel.plan, shape)
     maps = {
-        variant.label: tile_map(kernel, shape, declared_inputs(kernel.spec.declarations, shape, given=said))
+        variant.label: tile_map(kernel, shape, declared_inputs(kernel.spec.arguments, shape, given=said))
         for variant, kernel in lowered
         if isinstance(kernel, Kernel)
     }
@@ -206,7 +206,7 @@ def _draw_timelines(
         shape = shape_to_draw(kernel.plan, given)
         check_tiles(kernel.plan, shape)
         sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
-        passed = declared_inputs(kernel.spec.declarations, shape, given=said)
+        passed = declared_inputs(kernel.spec.arguments, shape, given=said)
         check_passed(kernel, shape, passed)
         of_gradients = []
         for plan in (kernel.plan, *kernel.call.gradients):

@@ -9,8 +9,20 @@ from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated
 from attngen.errors import SpecError
+from attngen.expr import SINK
 from attngen.kernel import Kernel
-from attngen.plan import OPERANDS, TENSORS, Buffer, Descales, KernelPlan, Role, Sheet, source_of, walk
+from attngen.plan import (
+    OPERANDS,
+    SINK_FORMATS,
+    TENSORS,
+    Buffer,
+    Descales,
+    KernelPlan,
+    Role,
+    Sheet,
+    source_of,
+    walk,
+)
 from attngen.plan.hardware_rules import (
     RULES,
     binding,
@@ -140,6 +152,7 @@ def _declared(plan: KernelPlan) -> str:
         f"{each.name}: {each.type}" + ("" if each.default is None else f" = {_text(each.default)}")
         for each in scalars
     ]
+    lines += [f"{SINK}: {', '.join(SINK_FORMATS)} [num_heads_q]"] if plan.has_sink else []
     return "\n".join(lines) or "-"
 
 

@@ -81,8 +81,9 @@ def execute_backward(
     dout = random_like(out, seed)
     started = time.perf_counter()
     if with_trace:
-        traced = trace_backward(kernel.call, dout, q, k, v, out, lse, kernel.gradients, declared=passed)
-        gradients, board = tuple(traced.gradients[name] for name in kernel.gradients), str(traced)
+        wanted = kernel.gradients_of(passed)
+        traced = trace_backward(kernel.call, dout, q, k, v, out, lse, wanted, declared=passed)
+        gradients, board = tuple(traced.gradients[name] for name in wanted), str(traced)
     else:
         gradients = kernel.backward(dout, q, k, v, out, lse, **passed)
     seconds, tflops = time.perf_counter() - started, None

@@ -122,8 +122,10 @@ def _read_once(kernel: Kernel, sheet: Sheet, shape: Shape) -> Traffic | None:
         dims = (evaluate_formula(dim, sizes) for dim in values[name].shape)
         return math.prod(dims) * element_dtype(values[name].dtype).itemsize
 
+    wanted = kernel.gradients_of({})  # of a value in several formats one
+    writes = (name for name in sheet.writes if name in wanted or not values[name].optional)
     try:
-        read, written = ({name: bytes_of(name) for name in names} for names in (sheet.reads, sheet.writes))
+        read, written = ({name: bytes_of(name) for name in names} for names in (sheet.reads, writes))
     except KeyError:
         return None
     return Traffic(read=read, written=written)

@@ -21,6 +21,8 @@ from attngen.plan import (
     LENGTHS,
     PADDED_ROWS,
     QUERIES,
+    SINK_FORMATS,
+    SINK_VALUES,
     Axis,
     BlockIndex,
     Buffer,
@@ -55,12 +57,13 @@ ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3", "f32": "float"}
 _PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
 """Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
-_TENSOR_POINTEES = {
+POINTEES = {
     **dict.fromkeys(("bool", "u8"), "unsigned char"),
     **dict.fromkeys(("f16", "bf16"), "u16"),
     "i32": "int",
     "f32": "float",
 }
+"""C types of elements of tensors in device memory."""
 _CONDITIONS: dict[Condition, str] = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
@@ -149,9 +152,10 @@ def _pointees(plan: KernelPlan) -> dict[str, str]:
     found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
     found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
-    found |= {f"{place.name}.ptr": _TENSOR_POINTEES[place.dtype.name] for place in matrices}
+    found |= {f"{place.name}.ptr": POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():
-        found[f"tensor.{tensor.name}.ptr"] = _TENSOR_POINTEES[tensor.dtype]
+        found[f"tensor.{tensor.name}.ptr"] = POINTEES[tensor.dtype]
+    found |= {f"{name}.ptr": POINTEES[format] for name, format in zip(SINK_VALUES, SINK_FORMATS, strict=True)}
     for table in plan.tables:
         c_type = "float" if table.lookup.type == "f32" else "int"
         found |= {f"{plan.table_values[end]}.ptr": c_type for end in table.ends}

@@ -12,6 +12,7 @@ from attngen.emit.sheet_text import (
     emit_list,
     emit_quantizing,
     emit_rows,
+    emit_sink,
     emit_sums,
     sheet_text,
 )
@@ -26,6 +27,7 @@ from attngen.plan import (
     RegTile,
     Sheet,
     SumRows,
+    SumSink,
     walk,
 )
 from attngen.plan.steps import IssueGemm
@@ -50,6 +52,8 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
         return emit_sums(sheets[0])
     if isinstance(sheets[0], MapBlocks):
         return emit_blocks(sheets[0])
+    if isinstance(sheets[0], SumSink):
+        return emit_sink(sheets[0])
     return emit_rows(sheets[0]) if isinstance(sheets[0], PrepareRows) else emit_quantizing(sheets)
 
 

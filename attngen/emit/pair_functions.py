@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.emit.environment import macros
+from attngen.emit.sheet_text import sink_reader
 from attngen.emit.terms import expressions_of, score_terms
 from attngen.emit.tile_text import FIELDS, VARIABLES, blocks, seen, span, whole_span
 from attngen.expr import (
@@ -63,6 +64,7 @@ def pair_functions(plan: KernelPlan) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     texts = (
         *_descales(plan),
+        *((sink_reader(),) if plan.has_sink else ()),
         *_lookups(plan),
         *_block_ranges(plan),
         *_blocks(plan),

@@ -5,7 +5,7 @@ from typing import Any
 
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
-from attngen.emit.environment import ELEMENTS, STARTS, macros
+from attngen.emit.environment import ELEMENTS, POINTEES, STARTS, macros
 from attngen.plan import (
     BUCKETS,
     LENGTHS,
@@ -13,6 +13,8 @@ from attngen.plan import (
     MOST_BLOCKS,
     PADDED_ROWS,
     ROW_NUMBERS,
+    SINK_FORMATS,
+    SINK_VALUES,
     FindMaxima,
     Formula,
     ListTiles,
@@ -24,6 +26,7 @@ from attngen.plan import (
     Rows,
     Sheet,
     SumRows,
+    SumSink,
     field_of,
 )
 from attngen.quantize import DESCALES
@@ -31,7 +34,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int"}
 
 
-SHEET_FILES = ("tables", "tiles", "quantize", "rows", "sums", "blocks")
+SHEET_FILES = ("tables", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -152,6 +155,25 @@ def emit_blocks(sheet: MapBlocks) -> str:
     ]
     text = sheet_text(sheet, declarations=declarations)
     return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_sink(sheet: SumSink) -> str:
+    """A file of nothing but the kernel that adds rows up to the gradient of a sink, in a namespace of its own."""
+    pointees = dict.fromkeys(ROW_NUMBERS, "const float")
+    for name, dtype in zip(SINK_VALUES, SINK_FORMATS, strict=True):
+        pointees |= {name: f"const {POINTEES[dtype]}", f"gradient_of_{name}": POINTEES[dtype]}
+    text = sheet_text(
+        sheet,
+        declarations=list(_declarations(sheet.params, pointees)),
+        padded_rows=PADDED_ROWS,
+        read_sink=sink_reader(),
+    )
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def sink_reader() -> str:
+    """The function by which a kernel reads a sink."""
+    return str(macros("sink.cuh.j2").read_sink()).strip("\n")
 
 
 def _declarations(params: Iterable[Param], pointees: Mapping[str, str] | None = None) -> Iterable[str]:

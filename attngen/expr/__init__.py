@@ -8,6 +8,7 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
+    SINK,
     SIZE_NAMES,
     TOKENS,
     VALUE_TYPES,
@@ -79,6 +80,7 @@ __all__ = [
     "LARGEST_LENGTH",
     "LARGEST_TILE",
     "NO_DECLARATIONS",
+    "SINK",
     "SIZE_NAMES",
     "SOME_KEPT",
     "TILE_NAMES",

@@ -13,6 +13,9 @@ SIZE_NAMES = ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k")
 TOKENS: Mapping[str, str] = MappingProxyType({"tokens_q": "q_idx", "tokens_k": "kv_idx"})
 """Sizes of calls with ragged lengths, and the index that counts a sequence's own part of such a dimension."""
 
+SINK = "sink"
+"""By which name a call passes a learned sink, where a spec has one, and `gradients` ask for its gradient."""
+
 VALUE_TYPES: Mapping[str, Type] = MappingProxyType(
     {"bool": "bool", "u8": "i32", "i32": "i32", "f16": "f32", "bf16": "f32", "f32": "f32"}
 )

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from attngen.errors import Diagnostic, Location
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.declarations import (
+    SINK,
     SIZE_NAMES,
     TOKENS,
     VALUE_TYPES,
@@ -60,7 +61,7 @@ _RESERVED = {
     **dict.fromkeys(_BACKWARD_ARGUMENTS, "an argument of every backward pass"),
     **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
     **dict.fromkeys(_RAGGED_ARGUMENTS, "an argument or a size of calls with ragged lengths"),
-    "sink": "an argument of calls with a learned sink",
+    SINK: "an argument of calls with a learned sink",
     GIVEN_BLOCKS.name: "an argument of calls with given blocks",
     **dict.fromkeys(map(str, GIVEN_BLOCKS.dims), "a size of given blocks"),
     **_NO_PARAMETERS,

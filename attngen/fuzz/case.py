@@ -1,6 +1,7 @@
 """A case of fuzzing: one spec, one problem, one property, as a value that a line of JSON can carry."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from attngen.check.inputs import (
 )
 from attngen.check.judging import call_dtype
 from attngen.dtypes import dtype
-from attngen.expr import LARGEST_LENGTH
+from attngen.expr import LARGEST_LENGTH, SINK
 from attngen.fuzz.block_maps import with_drawn_map
 from attngen.fuzz.states import PLAIN, STATES
 from attngen.spec import Spec, load
@@ -134,10 +135,18 @@ class Case:
         head_dim_v = self.spec.problem.head_dim.v
         return random_inputs(self.shape, head_dim_qk, head_dim_v, number, device, seed, memory, self.kind)
 
+    @torch_defaults()
     def declared(self, device: str) -> dict[str, Any]:
-        """What the call passes for what the spec declares, and mask and score read."""
-        declared = declared_inputs(self.spec.declarations, self.shape, device, self.seed)
-        return with_drawn_map(declared, self.seed)
+        """What the call passes by name: what mask and score read, and a sink.
+
+        A sink has the size of a row's log-sum-exp, and is f32 or as the inputs are; that of the first head may be none.
+        """
+        found = declared_inputs(self.spec.arguments, self.shape, device, self.seed)
+        if SINK in found:
+            sink = 6.0 * found[SINK]
+            sink[: self.seed % 3 // 2] = -math.inf
+            found[SINK] = sink.to(call_dtype(dtype(self.spec.precision.inputs))) if self.seed % 2 else sink
+        return with_drawn_map(found, self.seed)
 
 
 @torch_defaults()  # a demand for deterministic algorithms has torch fill what is new

@@ -38,6 +38,7 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
     )
     declared = {"scalars": plan.declarations.scalars, "tensors": plan.declarations.tensors}
     yield from (("declared", kind) for kind in [kind for kind in declared if declared[kind]] or ["nothing"])
+    yield ("sink", case.spec.sink)
     for axis, length, block in (
         ("seqlen_q", shape.seqlen_q, plan.block_m),
         ("seqlen_k", shape.seqlen_k, plan.block_n),

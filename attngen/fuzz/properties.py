@@ -94,7 +94,7 @@ RULES: dict[str, Rule] = {
         ),
     ),
     "shifted-scores": Rule(
-        of_outputs.shifted_scores, lambda plan, names: not plan.has_score and not plan.scales
+        of_outputs.shifted_scores, lambda plan, names: not (plan.has_score or plan.has_sink or plan.scales)
     ),
     "permuted-keys": Rule(
         of_outputs.permuted_keys,
@@ -102,7 +102,9 @@ RULES: dict[str, Rule] = {
         is_rare=True,
     ),
     "split-keys": Rule(
-        of_outputs.split_keys, lambda plan, names: _is_plain(plan, names) and not plan.scales, is_rare=True
+        of_outputs.split_keys,
+        lambda plan, names: _is_plain(plan, names) and not (plan.has_sink or plan.scales),
+        is_rare=True,
     ),
     "wide-window": Rule(of_outputs.wide_window, _is_plain, is_rare=True),
     "gradients": Rule(of_gradients.gradients, of_gradients=True),

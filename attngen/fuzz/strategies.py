@@ -13,6 +13,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from attngen.arch import ARCHS, Arch
 from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
+from attngen.expr import SINK
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.draw_blocks import given_blocks
 from attngen.fuzz.draw_pairs import pair_texts
@@ -23,7 +24,7 @@ from attngen.plan import KernelPlan
 from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
-from attngen.spec import Spec, load
+from attngen.spec import INPUTS, Spec, load
 
 ORDERS = ("auto", "heads", "rows")
 SMALL_DIMS = (2, 1, 3, 4, 5, 8, 16)
@@ -137,7 +138,9 @@ def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
     if arch.has_mma_granularity and draw(st.integers(0, 7)) == 7:
         numbers = {"schedule": {"kind": kind}}  # what `auto` stands for
     has_gradients = backward or (inputs != "e4m3" and draw(st.integers(0, 3)) == 3)
-    gradients = ["q", "k", "v"] if has_gradients else []
+    sink = draw(st.sampled_from(("none", "none", "per_head")))
+    of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
+    gradients = [*INPUTS, *of_sink] if has_gradients else []
     data = {
         "target": target,
         "problem": {"head_dim": {"qk": qk, "v": v}},
@@ -145,6 +148,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
         **draw(pair_texts(may_be_huge=not gradients)),
         **draw(given_blocks(block_m, block_n)),
         **numbers,
+        "sink": sink,
         "gradients": gradients,
     }
     with warnings.catch_warnings():

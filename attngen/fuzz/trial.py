@@ -106,13 +106,11 @@ class Trial:
         """What a call on bshd tensors returns, in its own layout."""
         q, k, v = (self.turned(x) for x in (q, k, v))
         options |= {"softmax_scale": self.case.softmax_scale, "layout": self.case.layout}
-        if subject is None:
-            subject, options = self.subject, options | self.declared
         with self.state():
-            return subject(q, k, v, **options)
+            return (subject or self.subject)(q, k, v, **options, **self.declared)
 
     def gradients(self, scale: float = 1.0, batch: slice = slice(None)) -> tuple[torch.Tensor, ...]:
-        """dq, dk and dv, in bshd, of a multiple of the gradients of out and lse, or of a slice of the batch."""
+        """All gradients, in bshd, of a multiple of those of out and lse, or of a slice of the batch."""
         assert self.dout is not None
         dlse = None if self.dlse is None else scale * self.dlse[batch]
         tensors = (scale * self.dout if scale != 1.0 else self.dout, self.q, self.k, self.v, self.out)
@@ -120,11 +118,11 @@ class Trial:
         scale_and_layout = (self.case.softmax_scale, self.case.layout)
         with self.state():
             made = self.subject.backward(*turned, self.lse[batch], dlse, *scale_and_layout, **self.declared)
-        return tuple(map(self.turned, made))
+        return (*map(self.turned, made[:3]), *made[3:])
 
     @cached_property
     def first_gradients(self) -> tuple[torch.Tensor, ...]:
-        """dq, dk and dv of the case."""
+        """The gradients of the case."""
         return self.gradients()
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:

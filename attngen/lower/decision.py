@@ -24,6 +24,7 @@ class Decision:
         bounded_scores: exponentials are taken under no maximum.
         integer_maxima: see `RowMax.by_integers`.
         scales: of 8-bit operands; where the producer stages them is not decided here.
+        has_sink: a learned sink joins the sum of each row.
     """
 
     pairs: Pairs
@@ -31,6 +32,7 @@ class Decision:
     bounded_scores: bool
     integer_maxima: bool
     scales: Scales | None
+    has_sink: bool
 
     @classmethod
     def of(cls, features: Features, schedule: str, choice: AnyChoice) -> "Decision":
@@ -50,6 +52,7 @@ class Decision:
             bounded_scores=not (keeps_maxima or features.needs_maximum),
             integer_maxima=keeps_maxima or by_integers or (kind is not None and pairs.modifies_scores),
             scales=scales(kind, choice.block_m, choice.block_n, choice.stages) if kind else None,
+            has_sink=features.has_sink,
         )
 
 

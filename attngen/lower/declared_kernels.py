@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from attngen.dtypes import F32, dtype
 from attngen.errors import Diagnostic
-from attngen.expr import Expr, GradientSite, gradient_sites, row_range, weight
+from attngen.expr import SINK, Expr, GradientSite, gradient_sites, row_range, weight
 from attngen.expr.tree import real
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import (
@@ -30,6 +30,7 @@ from attngen.plan import (
     Rows,
     Scheduler,
     SumRows,
+    SumSink,
     declared_shape,
     maximum,
     seen_blocks,
@@ -60,9 +61,14 @@ LARGEST_SHORT = 48
 """Most that a mask, a score and its slope weigh for blocks of 64 keys of pairs, by the same compiler."""
 
 
-def declared_gradient_plans(features: Features, forward: KernelPlan) -> Iterator[KernelPlan | SumRows]:
+def declared_gradient_plans(
+    features: Features, forward: KernelPlan
+) -> Iterator[KernelPlan | SumRows | SumSink]:
     """For each declared name in `gradients`, in its order, what makes its gradient."""
     for name in features.gradients[len(INPUTS) :]:
+        if name == SINK:
+            yield SumSink(forward)
+            continue
         (site,) = gradient_sites(features.score, name, features.declarations)
         if site.owner == "pair":
             yield _of_pairs(features, forward, site)
@@ -78,7 +84,7 @@ def declared_gradient_plans(features: Features, forward: KernelPlan) -> Iterator
 
 def wrong_tables(spec: Spec, features: Features) -> Iterator[Diagnostic]:
     """What is refused of gradients of lookups here and there: tables that do not fit, unless any order will do."""
-    for name in features.gradients[len(INPUTS) :]:
+    for name in (each for each in features.gradients[len(INPUTS) :] if each != SINK):
         (site,) = gradient_sites(features.score, name, features.declarations)
         if site.owner != "table" or not (surplus := _surplus(features, site)):
             continue

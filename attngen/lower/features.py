@@ -47,6 +47,7 @@ class Features:
         scales: what shares a scale of e4m3 inputs; None for others.
         promotes: O of e4m3 inputs is added up in true f32 after each block of keys.
         hadamard_seed: of the matrix that Q and K are multiplied by; None where they are not.
+        has_sink: a logit for each query head joins the sum of a row.
         given: the fields of a choice that the spec says.
         lengths: how queries and keys are cut into sequences.
     """
@@ -66,6 +67,7 @@ class Features:
     hadamard_seed: int | None
     gradients: tuple[str, ...]
     deterministic: bool
+    has_sink: bool
     given: Mapping[str, Any]
     lengths: Lengths
 
@@ -98,6 +100,7 @@ class Features:
             hadamard_seed=precision.seed if precision.incoherent == "hadamard" else None,
             gradients=spec.gradients,
             deterministic=spec.deterministic,
+            has_sink=spec.has_sink,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
             lengths=Lengths(spec.problem.queries, spec.problem.keys),
         )

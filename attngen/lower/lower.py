@@ -20,7 +20,17 @@ from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.storage import places
 from attngen.lower.table import rows
-from attngen.plan import KEYS, Call, KernelPlan, Quantizer, Role, Scheduler, assemble, seen_blocks
+from attngen.plan import (
+    KEYS,
+    Call,
+    KernelPlan,
+    Quantizer,
+    Role,
+    Scheduler,
+    assemble,
+    seen_blocks,
+    sink_params,
+)
 from attngen.plan.hardware_rules import Violation, takes_warpgroups, verify
 from attngen.schedules import SCHEDULES
 from attngen.spec import Spec
@@ -150,7 +160,7 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
 def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decided: Decision) -> KernelPlan:
     """The kernel of a schedule that every warp runs alike."""
     schedule, arch = common["schedule"], features.arch
-    at = places(choice, features, decided)
+    at, of_sink = places(choice, features, decided), sink_params() if decided.has_sink else ()
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
     return KernelPlan(
@@ -176,7 +186,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
             ),
         ),
         buffers=buffers,
-        params=params(scratch, pair_params(decided.pairs, common, _SIZES)),
+        params=(*params(scratch, pair_params(decided.pairs, common, _SIZES)), *of_sink),
         smem_bytes=max(each.offset + each.size_bytes for each in buffers),
     )
 
@@ -185,7 +195,7 @@ def _warpgroup_plan(
     common: dict[str, Any], choice: WarpgroupChoice, features: Features, decided: Decision
 ) -> KernelPlan:
     """The kernel of a schedule of a producer and consumer warpgroups."""
-    at = warpgroups.places(choice, features, decided)
+    at, of_sink = warpgroups.places(choice, features, decided), sink_params() if decided.has_sink else ()
     of_pairs, scaled = pair_params(decided.pairs, common, ("batch", *_SIZES)), decided.scales
     worker, *_ = roles = warpgroups.roles(common["schedule"], choice, at)
     return KernelPlan(
@@ -201,7 +211,7 @@ def _warpgroup_plan(
         scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),
         roles=roles,
         **warpgroups.storage(choice, at),
-        params=warpgroups.params(choice, at, of_pairs),
+        params=(*warpgroups.params(choice, at, of_pairs), *of_sink),
         tensor_maps=warpgroups.tensor_maps(choice, at),
         scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
     )

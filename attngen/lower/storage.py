@@ -57,6 +57,7 @@ def tile_places(
         row_lse=RegVec("row_lse", "queries", m),
         bounded_scores=decided.bounded_scores,
         integer_maxima=decided.integer_maxima,
+        sink=RegVec("sink", "queries", m, is_counted=False) if decided.has_sink else None,
     )
     return dict(
         keys=KeyLoop(decided.pairs.visible),

@@ -109,6 +109,15 @@ from attngen.plan.sheets import (
     Sheet,
     source_of,
 )
+from attngen.plan.sinks import (
+    SINK_FORMATS,
+    SINK_GRADIENTS,
+    SINK_VALUES,
+    SumSink,
+    sink_gradient,
+    sink_params,
+    sink_value,
+)
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
 from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, MOST_BLOCKS, ListTiles, bucket
 
@@ -195,6 +204,9 @@ __all__ = [
     "Rows",
     "SCORES",
     "SHEETS",
+    "SINK_FORMATS",
+    "SINK_GRADIENTS",
+    "SINK_VALUES",
     "STEPS",
     "TENSORS",
     "source_of",
@@ -203,6 +215,7 @@ __all__ = [
     "Sheet",
     "Step",
     "SumRows",
+    "SumSink",
     "Swizzle",
     "Tensor",
     "TensorMap",
@@ -226,6 +239,9 @@ __all__ = [
     "minimum",
     "product",
     "quantizing_sheets",
+    "sink_gradient",
+    "sink_params",
+    "sink_value",
     "table_value",
     "total",
     "walk",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from attngen.dtypes import E4M3, F32
+from attngen.expr import SINK
 from attngen.plan.block_map import BLOCK_MAP, GIVEN_BLOCK_VALUES, MapBlocks, block_shapes, takes_blocks
 from attngen.plan.call import (
     GRADIENTS_INTAKE,
@@ -41,6 +42,7 @@ from attngen.plan.sheets import (
     source_of,
     table_shape,
 )
+from attngen.plan.sinks import SINK_FORMATS, SumSink, sink_gradient, sink_value
 from attngen.plan.tile_list import ListTiles
 from attngen.quantize import DESCALES, KEY_BLOCK
 
@@ -51,7 +53,7 @@ TOKENS_OF_HEADS = ROWS_OF_HEADS[1:]
 """Axes of a tensor in which the rows of all sequences follow one another."""
 
 
-def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRows] = ()) -> Call:
+def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRows | SumSink] = ()) -> Call:
     """The call of attention kernels that take one spec's calls, by their numbers of keys.
 
     Args:
@@ -125,7 +127,7 @@ def quantizing_sheets(quantizer: Quantizer) -> tuple[Sheet, ...]:
     return (*sheets, PackValues(quantizer))
 
 
-def _every_intake(plan: KernelPlan, gradients: Iterable[KernelPlan | SumRows]) -> Iterator[Intake]:
+def _every_intake(plan: KernelPlan, gradients: Iterable[KernelPlan | SumRows | SumSink]) -> Iterator[Intake]:
     yield from _intakes(plan)
     yield from _intakes_of_gradients(gradients)
 
@@ -146,14 +148,14 @@ def _intakes(plan: KernelPlan) -> Iterator[Intake]:
     yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
 
 
-def _intakes_of_gradients(gradients: Iterable[KernelPlan | SumRows]) -> Iterator[Intake]:
+def _intakes_of_gradients(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> Iterator[Intake]:
     """What a backward pass begins with; all of its kernels read one Q, K and V."""
     for plan in _of_inputs(gradients):
         tensors = (tensor.name for tensor in plan.reads if tensor.name != "dout")
         yield Intake(GRADIENTS_INTAKE, (*tensors, "dout", "out", "lse", "dlse"))
 
 
-def _of_inputs(gradients: Iterable[KernelPlan | SumRows]) -> list[KernelPlan]:
+def _of_inputs(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> list[KernelPlan]:
     """The first kernel of a backward pass, if there is one; the others read the same inputs."""
     return [each for each in gradients if isinstance(each, KernelPlan)][:1]
 
@@ -257,6 +259,8 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for length in plan.lengths.arguments:
         shape = (total("batch", 1) if length.is_cumulative else "batch",)
         yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)
+    for format in SINK_FORMATS if plan.has_sink else ():
+        yield Value(sink_value(format), format, ("num_heads_q",), "given", SINK)
     for each in programs:
         yield from _tables_and_scratch(each)
     places: tuple[Tensor | Rows, ...] = (*plan.outputs, *plan.written_rows)
@@ -281,7 +285,9 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
         yield Value(place.name, F32.name, (*batch, "num_heads_q", length, *columns), "scratch")
 
 
-def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows, ...]) -> Iterator[Value]:
+def _values_of_gradients(
+    plan: KernelPlan, gradients: tuple[KernelPlan | SumRows | SumSink, ...]
+) -> Iterator[Value]:
     """The values of a backward pass that the forward has not."""
     if not gradients:
         return
@@ -297,6 +303,11 @@ def _values_of_gradients(plan: KernelPlan, gradients: tuple[KernelPlan | SumRows
     for each in gradients:
         if isinstance(each, SumRows):
             yield _declared_gradient(each.site.name, each.site.dtype, each.sizes)
+            continue
+        if isinstance(each, SumSink):
+            for format in SINK_FORMATS:
+                name, shape = sink_gradient(format), ("num_heads_q",)
+                yield Value(name, format, shape, "output", f"d{SINK}", optional=True)
             continue
         yield from _tables_and_scratch(each)
         for rows in (*each.read_rows, *each.sums):

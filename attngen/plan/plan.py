@@ -13,7 +13,7 @@ from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.scheduler import Scheduler
 from attngen.plan.seen import SeenBlocks
-from attngen.plan.steps import Program, walk
+from attngen.plan.steps import Program, ReadSink, walk
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ class KernelPlan:
     def has_score(self) -> bool:
         """Whether the spec's score is anything but the scaled product."""
         return self.score is not name("score")
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether a learned sink joins the sum of each row."""
+        return any(isinstance(step, ReadSink) for step in walk(self.worker.program))
 
     @property
     def tables(self) -> tuple[Table, ...]:

@@ -10,6 +10,7 @@ from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
+from attngen.plan.sinks import SumSink
 from attngen.plan.tile_list import ListTiles
 
 
@@ -106,6 +107,7 @@ SHEETS: tuple[type[Sheet], ...] = (
     PackValues,
     PrepareRows,
     SumRows,
+    SumSink,
     MapBlocks,
 )
 """Every sheet there is."""

@@ -57,7 +57,7 @@ class Launcher:
         self._kernels = LoadedKernels(manifest.arch, manifest.kernels, cubin_of, load, start)
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self._kept_memory = KeptMemory()
-        self._tensors = tuple(str(value.argument) for value in manifest.declared)
+        self._tensors = tuple(dict.fromkeys(value.passed_as for value in manifest.declared))
         self._optional = frozenset(value.argument for value in manifest.declared if value.optional)
         beside = dict.fromkeys(name for intake in manifest.intakes for name in intake.beside)
         self._beside = tuple(manifest.value_of[name].passed_as for name in beside)

@@ -6,7 +6,17 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691, Algorithm 1, lines 8 to 14.
 from dataclasses import dataclass
 
 from attngen.plan import Program, RegTile, RegVec
-from attngen.plan.steps import Clear, ConvertP, Exponentiate, FinishRows, RowMax, ScaleRows, Step
+from attngen.plan.steps import (
+    Clear,
+    ConvertP,
+    Exponentiate,
+    FinishRows,
+    JoinSink,
+    ReadSink,
+    RowMax,
+    ScaleRows,
+    Step,
+)
 from attngen.scaling import COARSE_SCORES, coarse_where_scales_are_chosen
 from attngen.schedules.scores import Scores
 
@@ -22,6 +32,7 @@ class OnlineSoftmax:
             the softmax; `row_sum` is partial, `total` whole.
         bounded_scores: they are small enough to be exponents as they are, under no running maximum.
         integer_maxima: as `RowMax.by_integers`.
+        sink: the learned sink of the tile's head; None where the spec has none.
     """
 
     scores: Scores
@@ -36,6 +47,7 @@ class OnlineSoftmax:
     row_lse: RegVec
     bounded_scores: bool = False
     integer_maxima: bool = False
+    sink: RegVec | None = None
 
     @property
     def vectors(self) -> tuple[RegVec, ...]:
@@ -43,7 +55,9 @@ class OnlineSoftmax:
         of_maximum = () if self.bounded_scores else (self.row_max, self.alpha)
         of_reference = () if self.bounded_scores or self._score_scale else (self.reference,)
         of_scale = (self.exponent_scale,) if self._chooses_scale else ()
-        return (*of_maximum, *of_reference, *of_scale, self.row_sum, self.total, self.inv_sum, self.row_lse)
+        of_sink = (self.sink,) if self.sink else ()
+        finished = (self.row_sum, self.total, self.inv_sum, self.row_lse)
+        return (*of_maximum, *of_reference, *of_scale, *finished, *of_sink)
 
     @property
     def start_maximum(self) -> Program:
@@ -104,6 +118,16 @@ class OnlineSoftmax:
         row_max = None if self.bounded_scores else self.row_max
         of_max = (self._coarse, self._is_scaled)
         return FinishRows(row_max, self.total, self.inv_sum, self.row_lse, *of_max, *of_scales)
+
+    @property
+    def read_sink(self) -> Program:
+        """What a tile needs to know of the sink, ahead of `join_sink`: memory answers under what stands between."""
+        return (ReadSink(self.sink),) if self.sink else ()
+
+    @property
+    def join_sink(self) -> Program:
+        """What the sink has of rows that are finished."""
+        return (JoinSink(self.inv_sum, self.row_lse, self.sink),) if self.sink else ()
 
     @property
     def _chooses_scale(self) -> bool:

@@ -30,6 +30,18 @@ ALL_ROWS = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class
 ALL_KEYS = Range("keys", ZERO, BlockIndex("n_end"), descending=False, tile_class="any")
 
 
+def _join_sink(at: Places) -> Program:
+    """What the learned sink has of rows, whose O has been normalised by the sum over keys."""
+    if not at.softmax.join_sink:
+        return ()
+    return (
+        Note("the sink joins the sum: O = row_sum O / new row_sum"),
+        ScaleRows(at.acc_o, at.softmax.total),
+        *at.softmax.join_sink,
+        ScaleRows(at.acc_o, at.softmax.inv_sum),
+    )
+
+
 def serial(at: Places) -> Program:
     """The program of every warp."""
     land = (CommitCopies(), WaitCopies(0), SyncThreads())
@@ -71,10 +83,12 @@ def serial(at: Places) -> Program:
         StoreRegisters(at.softmax.total, at.saved_sum, M),
     )
     finish = (
+        *at.softmax.read_sink,
         LoadRegisters(at.acc_o, at.o_acc, M),
         LoadRegisters(at.softmax.row_max, at.saved_max, M),
         LoadRegisters(at.softmax.total, at.saved_sum, M),
         at.softmax.finish,
+        *_join_sink(at),
         StoreRegisters(at.softmax.row_lse, at.lse, M),
         *at.store_result(M),
     )

@@ -181,6 +181,7 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                     (*_first_block(at), *keys.for_further_blocks(lambda block: _block(at, block, turns)))
                 ),
                 *(() if at.out_over_q else (SyncWarpgroup(at.own), *release_q)),
+                *at.softmax.read_sink,
                 keys.when_any(
                     (
                         Note("O of the first block of keys"),
@@ -277,6 +278,7 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
         Note("normalise once, at the end"),
         ReduceRows(at.softmax.total, at.softmax.row_sum),
         at.softmax.finish,
+        *at.softmax.join_sink,
         ScaleRows(at.acc_o, at.softmax.inv_sum),
         StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from attngen.bind import Bound, Given, bind
-from attngen.expr import GIVEN_BLOCKS
+from attngen.bind import Bound, Given, bind, declared_by
+from attngen.expr import GIVEN_BLOCKS, SINK
 from attngen.plan import (
     BLOCK_MAP,
     ROWS_OF_HEADS,
+    SINK_VALUES,
     STEPS,
     Axis,
     Call,
@@ -125,7 +126,7 @@ def simulate(
         "group": q.shape[2] // max(1, k.shape[2]),
     }
     passed, scalars = dict(declared or {}), call.manifest.scalars
-    named = {f"tensor.{value.argument}": passed[str(value.argument)] for value in call.manifest.declared}
+    named = {value.name: passed[value.passed_as] for value in declared_by(call.manifest, passed)}
     if GIVEN_BLOCKS.name in passed:
         named[BLOCK_MAP] = passed[GIVEN_BLOCKS.name]
     given = Given(
@@ -235,6 +236,8 @@ def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]
         return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
 
     found = {scale.name: values[scale.name] for scale in plan.scales}
+    if plan.has_sink:
+        (found[SINK],) = (values[name] for name in SINK_VALUES if name in values)
     rows = (*plan.read_rows, *plan.scratch, *plan.writes)
     for place in rows:
         if place.name in values:

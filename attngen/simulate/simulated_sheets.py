@@ -15,7 +15,9 @@ from attngen.plan import (
     MORE_BLOCK_LISTS,
     OPERANDS,
     PADDED_ROWS,
+    ROW_NUMBERS,
     SHEETS,
+    SINK_VALUES,
     FillTables,
     FindMaxima,
     MapBlocks,
@@ -24,6 +26,7 @@ from attngen.plan import (
     Quantize,
     Sheet,
     SumRows,
+    SumSink,
     evaluate_formula,
     padded_start,
     value_shape,
@@ -33,6 +36,7 @@ from attngen.simulate.tile_lists import list_tiles as list_tiles
 from attngen.simulate.tile_lists import spans
 from attngen.simulate.visits import Sizes
 
+LOG2_E = math.log2(math.e)
 Values = Mapping[str, torch.Tensor]
 SheetFunction = Callable[[Any, Values, Sizes], dict[str, torch.Tensor]]
 
@@ -70,7 +74,7 @@ def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, 
     delta = (values["out"].float() * values["dout"].float()).sum(-1).transpose(-1, -2)
     if "dlse" in values:
         delta = delta - values["dlse"]
-    lse_log2 = values["lse"] * math.log2(math.e)
+    lse_log2 = values["lse"] * LOG2_E
     has_no_keys, past = lse_log2.isinf(), (0, -lse_log2.shape[-1] % PADDED_ROWS)
     found = {
         "delta": delta.masked_fill(has_no_keys, 0.0),
@@ -124,6 +128,15 @@ def sum_rows(sheet: SumRows, values: Values, sizes: Sizes) -> dict[str, torch.Te
         0, element.view(-1), found.double().view(-1)
     )
     return {gradient: total.view(target.shape).to(target.dtype)}
+
+
+def sum_sink(sheet: SumSink, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The gradient of the sink: of each head's rows the sum of -exp(sink - lse) D; 0 of a row whose lse is infinite."""
+    (sink,) = (values[name] for name in SINK_VALUES if name in values)
+    delta, lse_log2 = (values[name].double() for name in ROW_NUMBERS)
+    weights = ((sink.float() * LOG2_E)[:, None] - lse_log2).exp2().masked_fill(lse_log2.isinf(), 0.0)
+    total = -(weights * delta).masked_fill(weights == 0, 0.0).sum(-1).view(-1, len(sink)).sum(0)
+    return {name: total.to(values[name].dtype) for name in sheet.writes if name in values}
 
 
 def map_blocks(sheet: MapBlocks, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
-from attngen.expr import evaluate, found_of, with_nodes
+from attngen.expr import SINK, evaluate, found_of, with_nodes
 from attngen.plan import RegTile, RegVec
 from attngen.plan.steps import (
     Clear,
     ConvertP,
     Exponentiate,
     FinishRows,
+    JoinSink,
     LookUp,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
     NegateTile,
+    ReadSink,
     ReduceRows,
     RowMax,
     ScaleRows,
@@ -30,7 +32,8 @@ from attngen.plan.steps import (
 from attngen.simulate.roles import RoleRun
 from attngen.simulate.simulated_copies import rounded
 
-LN_2 = math.log(2)
+LN_2, LOG2_E = math.log(2), math.log2(math.e)
+LARGEST = torch.finfo(torch.float32).max
 SMALLEST_SUM = 2.0**-100
 """Of a row that has seen a key, but one of e4m3 whose maximum was rounded up by more."""
 
@@ -105,6 +108,18 @@ def log_sum_exp_of_scores(
     natural = is_coarse(reference, coarse) & (row_sum != 0)
     fine = log_sum_exp(reference, row_sum, lift)
     return torch.where(natural, exact.clamp(-largest, largest).float(), fine)
+
+
+def joined(by: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of rows and their log-sum-exp, once a sink, a logit of no value, is in the sum.
+
+    Both are taken relative to the larger one, which is finite: exponents are then 0 or less, but for a sink of +inf.
+    """
+    largest = torch.fmax(lse, sink).clamp(-LARGEST, LARGEST)
+    of_keys, of_sink = (torch.exp2((x - largest) * LOG2_E) for x in (lse, sink))
+    total = of_keys + of_sink  # 0 where neither is there
+    share = torch.where(total == 0, 0.0, of_keys * total.reciprocal())
+    return by * share, largest + torch.log2(total) * LN_2
 
 
 def scale_rows_of(o: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -324,3 +339,21 @@ def finish_rows(step: FinishRows, role: RoleRun) -> None:
         role.write(step.lse, log_sum_exp, top, total, step.lift)
     else:
         role.write(step.lse, log_sum_exp_of_scores, top, total, _scale(step, role), step.coarse, step.lift)
+
+
+def read_sink(step: ReadSink, role: RoleRun) -> None:
+    """The sinks of the tile's heads, one for all rows of each."""
+    rows = len(role.own_rows(step.dst.rows))
+
+    def sinks() -> torch.Tensor:
+        _, head, _ = role.tile.columns
+        return role.device.tensors[SINK][head].float().view(-1, 1).expand(-1, rows)
+
+    role.write(step.dst, sinks)
+
+
+def join_sink(step: JoinSink, role: RoleRun) -> None:
+    """The keys' share of a sum that the sink has joined, and its logarithm."""
+    by, lse, sink = role.read(step.by), role.read(step.lse), role.read(step.sink)
+    role.write(step.by, lambda: joined(by, lse, sink)[0])
+    role.write(step.lse, lambda: joined(by, lse, sink)[1])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from attngen.expr import Scalar, TensorType, free_names, gradient_sites, nodes, tensor_names
+from attngen.expr import SINK, Scalar, TensorType, free_names, gradient_sites, nodes, tensor_names
 from attngen.spec.models import INPUTS
 from attngen.spec.rules import Broken
 from attngen.spec.spec import Spec
@@ -16,7 +16,7 @@ def check_declared_gradients(spec: Spec, written: Sequence[str]) -> Iterator[Bro
         written: its gradients in the order of the text.
     """
     declared: dict[str, Scalar | TensorType] = {**spec.declarations.scalars, **spec.declarations.tensors}
-    faults = {name: _fault(spec, declared[name]) for name in spec.gradients if name not in INPUTS}
+    faults = {name: _fault(spec, declared[name]) for name in spec.gradients if name not in (*INPUTS, SINK)}
     rest = ", ".join(name for name in spec.gradients if not faults.get(name))
     for name, fault in faults.items():
         if fault:

@@ -332,8 +332,12 @@ class SpecModel(_Model):
     """Condition under which a query sees a key: full, causal, window(128, 0), doc[b, q_pos] == doc[b, kv_idx]."""
     score: Text = "score"
     """What takes the place of the scaled score of a query and a key: softcap(score, 30.0), score + alibi(slopes)."""
+    sink: Annotated[Literal["none", "per_head"], _one_of("known-sinks", "none", "per_head")] = "none"
+    """A learned sink: per_head is a logit for each query head, which joins the sum of its rows without a value, and
+    which a call passes as `sink`."""
     gradients: Gradients = ()
-    """What a call also has gradients of: nothing, or [q, k, v] and names of what is declared and the score reads."""
+    """What a call also has gradients of: nothing, or [q, k, v] and names of what is declared and the score reads, or
+    sink."""
     deterministic: Flag = True
     """Gradients are the same bits in every run; false allows those of tables that a block of threads has no room for.
     """

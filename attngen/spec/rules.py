@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
-from attngen.expr import LARGEST_LENGTH
+from attngen.expr import LARGEST_LENGTH, SINK
 from attngen.quantize import HADAMARD_DIMS
 from attngen.spec.models import INPUTS, Precision
 
@@ -166,12 +166,23 @@ def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator
     declared = [
         name for block in ("scalars", "tensors") if isinstance(data.get(block), dict) for name in data[block]
     ]
+    if data.get("sink", "none") != "none":
+        declared.append(SINK)
     known, are_known = [*INPUTS, *declared], True
     for index, name in enumerate(names):
         if name in known and name not in names[:index]:
             continue
         are_known = False
-        if isinstance(name, str):  # what is no text is the schema's to tell
+        if name == SINK and name not in known:
+            yield Broken(
+                path=f"gradients[{index}]",
+                value=name,
+                must="must stand beside sink: per_head",
+                rule="gradient-of-sink",
+                note="without that key there is no learned sink",
+                nearest=("sink: per_head", f"gradients: {_nearest_gradients(names, known)}"),
+            )
+        elif isinstance(name, str):  # what is no text is the schema's to tell
             yield Broken(
                 path=f"gradients[{index}]",
                 value=name,
@@ -220,15 +231,16 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
             nearest=("bf16", "f16", f"problem.{cut}: dense"),
         )
     names = data.get("gradients")
-    more = [name for name in names if name not in INPUTS] if isinstance(names, list | tuple) else []
+    names = names if isinstance(names, list | tuple) else ()
+    more = [name for name in names if name not in (*INPUTS, SINK)]
     if more and set(kinds.values()) != {"dense"}:
         yield Broken(
             path="gradients",
             value=names,
-            must="must be q, k and v alone where sequences have lengths of their own",
+            must="must be q, k, v and sink at most where sequences have lengths of their own",
             rule="ragged-gradients",
             note=f"the gradient of {more[0]} is a sum over sequences of one length",
-            nearest=(f"gradients: [{', '.join(INPUTS)}]",),
+            nearest=(f"gradients: [{', '.join(name for name in names if name not in more)}]",),
         )
 
 

@@ -8,8 +8,17 @@ from functools import cached_property
 from typing import Any
 
 from attngen.errors import Location
-from attngen.expr import GIVEN_BLOCKS, Expr, conjunction, kept_block, parse_mask, parse_score, to_text
-from attngen.expr.declarations import Declarations
+from attngen.expr import (
+    GIVEN_BLOCKS,
+    SINK,
+    Expr,
+    conjunction,
+    kept_block,
+    parse_mask,
+    parse_score,
+    to_text,
+)
+from attngen.expr.declarations import Declarations, TensorType
 from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
 from attngen.spec.models import CheckShape, GivenBlocks, Precision, Problem, Schedule, SpecModel, Tile
@@ -23,7 +32,7 @@ class Spec:
     Attributes:
         name: of the spec, for people and files; may be empty.
         target: name of an arch, or "auto".
-        problem, precision, gradients, deterministic, tile, schedule, check: as in the schema.
+        problem, precision, sink, gradients, deterministic, tile, schedule, check: as in the schema.
         scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
         blocks: of which calls say which are kept; None where they do not.
@@ -39,6 +48,7 @@ class Spec:
     define: Mapping[str, str] = field(hash=False)
     mask: str
     score: str
+    sink: str
     gradients: tuple[str, ...]
     deterministic: bool
     tile: Tile
@@ -59,6 +69,19 @@ class Spec:
     def _declared(self) -> Declarations:
         """What the texts may read besides the language's own names."""
         return read_declarations(self.scalars, self.tensors, self.define).declarations
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether a learned sink joins the sum of each row."""
+        return self.sink != "none"
+
+    @cached_property
+    def arguments(self) -> Declarations:
+        """What a call passes by name: what is declared, and the sink, which expressions do not read."""
+        if not self.has_sink:
+            return self.declarations
+        sink = TensorType(SINK, "f32", ("num_heads_q",))
+        return replace(self.declarations, tensors={**self.declarations.tensors, SINK: sink})
 
     @cached_property
     def declarations(self) -> Declarations:
@@ -121,6 +144,8 @@ class Spec:
             del data["deterministic"]
         if self.blocks is None:
             del data["blocks"]
+        if not self.has_sink:
+            del data["sink"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
         for axis in ("queries", "keys"):
             if data["problem"][axis] == "dense":

@@ -329,3 +329,58 @@ def test_standard_splits_long_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.elements <= q.numel()  # 65 * 32, against 65 * 129 scores of a head
     torch.testing.assert_close(out, whole, rtol=2.0**-7, atol=0)
     torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+
+
+# ---- learned sinks --------------------------------------------------------------------------------------------------
+SINKS = ((0.5, -2.0, 3.0, 1e3), (-math.inf, math.inf, -1e30, 1e30))
+
+
+@pytest.mark.parametrize("sink", SINKS, ids=str)
+@pytest.mark.parametrize("oracle", [*ORACLES.values(), standard_attention])
+def test_a_sink_is_a_key_without_a_value(oracle: Oracle, sink: tuple[float, ...]) -> None:
+    """Out is what the keys make of it, times their share; lse has the sink; a row without keys has nothing else."""
+    q, k, v = problem(SHAPES[0])
+    mask, logits = parse_mask(MASKS["causal"][0]), torch.tensor(sink)
+    if oracle is standard_attention:
+        q, k, v = q.float(), k.float(), v.float()
+    out, lse = oracle(q, k, v, mask, declared={"sink": logits})
+    plain, of_keys = attention(q, k, v, mask)
+    whole = torch.logaddexp(of_keys, logits.double()[None, :, None])
+    assert of_keys.isneginf().any()
+    share = (of_keys - whole).exp().nan_to_num(0.0)  # of nothing, and beside infinity
+    expected = plain * share.transpose(1, 2)[..., None]
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), whole, rtol=1e-6, atol=1e-6)
+    assert not out[:, :, logits == math.inf].any()
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    """To the bit, in every oracle."""
+    q, k, v = problem(SHAPES[0])
+    mask, none = parse_mask(MASKS["band"][0]), torch.full((4,), -math.inf)
+    for oracle in (*ORACLES.values(), standard_attention):
+        for x, y in zip(oracle(q, k, v, mask, declared={"sink": none}), oracle(q, k, v, mask), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-14, atol=0.0)
+
+
+def test_fractions_know_a_sink() -> None:
+    """It joins the denominator alone, with a weight of e."""
+    q, k, v = random_inputs(SHAPES[0], 6, 4, torch.float32, kind="integers")
+    sink = torch.tensor([math.log(2.0), 0.0, -1.0, -math.inf])
+    numerator, denominator = attention_as_fractions(q, k, v, declared={"sink": sink})
+    plain, of_keys = attention_as_fractions(q, k, v)
+    assert torch.equal(numerator, plain)
+    torch.testing.assert_close(denominator - of_keys, sink.double().exp().view(1, 1, 4, 1).expand_as(of_keys))
+    exact, _ = attention(q, k, v, softmax_scale=EXACT_SCALE, declared={"sink": sink})
+    torch.testing.assert_close(numerator / denominator, exact)
+
+
+@pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
+def test_a_bad_score_spoils_its_row_beside_a_sink(oracle: Oracle) -> None:
+    """And a sink of NaN all rows of its head."""
+    q, k, v = problem(SHAPES[0])
+    q[0, 3, 1] = math.nan
+    out, lse = oracle(q, k, v, declared={"sink": torch.tensor([1.0, 2.0, math.nan, math.inf])})
+    spoilt = torch.zeros(2, 4, 7, dtype=torch.bool)
+    spoilt[0, 1, 3], spoilt[:, 2] = True, True
+    assert torch.equal(lse.isnan(), spoilt) and torch.equal(out.isnan().any(-1).transpose(1, 2), spoilt)

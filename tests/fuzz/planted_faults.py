@@ -24,6 +24,7 @@ from attngen.plan.steps import (
     ForBlocks,
     Gemm,
     IssueGemm,
+    JoinSink,
     LoadTile,
     MaskScores,
     MaskScoresEach,
@@ -373,6 +374,7 @@ FAULTS: dict[str, Fault] = {
     "mask without a closed form ignored": Fault({MaskScoresEach: lambda step, role: None}),
     "stage released under its GEMM": Fault(edit=lambda plan: with_programs(plan, _released_early)),
     "O rescaled under its GEMM": Fault(edit=lambda plan: with_programs(plan, _rescaled_in_flight)),
+    "sink forgotten": Fault({JoinSink: lambda step, role: None}),
     "rows of the first warpgroup": Fault({IssueGemm: _rows_of_the_first_warpgroup}),
 }
 RACES = ("stage released under its GEMM", "O rescaled under its GEMM")

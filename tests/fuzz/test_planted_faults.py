@@ -12,8 +12,9 @@ EXAMPLES = 500
 SMALL = 40
 """Rows and keys of a shrunk case together: no fault needs more than two blocks of each, of at most 16 rows."""
 
-ELSEWHERE = ("swapped stages", "mask without a closed form ignored")
-"""Faults that a schedule of warpgroups has no place for under a mask with a closed form: a ring has its own cursors."""
+ELSEWHERE = ("swapped stages", "mask without a closed form ignored", "sink forgotten")
+"""Faults that schedules of warpgroups have no place for under a mask with a closed form and without a sink: rings have
+their own cursors."""
 
 
 def assert_a_race_if(is_race: bool, failure: PropertyFailure) -> None:

@@ -190,7 +190,7 @@ def test_a_fault_in_a_step_is_found(case: DeclaredCase, step: type) -> None:
             role.registers[getattr(found, place).name] = torch.zeros_like(registers)
         own(found, role)
 
-    wanted = kernel.gradients[3:]
+    wanted = kernel.gradients_of(declared)[3:]
     named = {"dout": dout, "out": out, "lse": lse, **declared}
     given = check_arguments(kernel.manifest, q, k, v, None, {}, "bshd", named, GRADIENTS_INTAKE)
     changed = run_call(kernel.call, bind(kernel.manifest, given, wanted, 2), steps={step: forgets})[wanted[0]]

@@ -58,7 +58,7 @@ def given_gradient(case: DeclaredCase, kernel: attngen.Kernel) -> Bound:
     out, lse = kernel(q, k, v, return_lse=True, **declared)
     named = {"dout": dout, "out": out, "lse": lse, **declared}
     given = check_arguments(kernel.manifest, q, k, v, None, {}, "bshd", named, GRADIENTS_INTAKE)
-    return bind(kernel.manifest, given, kernel.gradients[3:], 2)
+    return bind(kernel.manifest, given, kernel.gradients_of(declared)[3:], 2)
 
 
 def run_gradient(call: Call, bound: Bound) -> torch.Tensor:

@@ -31,6 +31,7 @@ _IN_CPP = {
     "load_global_16": "uint4 load_global_16(const void* p, bool exists) "
     "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
     "load_u16": "u32 load_u16(const u16* p) { return *p; }",
+    "exp2_approx": "float exp2_approx(float x) { return exp2f(x); }",
     "pack": "u32 pack(float a, float b, float c, float d) "
     "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
 }

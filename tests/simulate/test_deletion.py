@@ -52,6 +52,7 @@ class Case:
     score: str = "score"
     scales: str = ""
     promote: int = 1
+    has_sink: bool = False
 
     @property
     def inputs(self) -> tuple["Inputs", ...]:
@@ -65,7 +66,8 @@ class Case:
 
     def plan(self) -> KernelPlan:
         """Small enough for every range of a program to hold many blocks."""
-        pairs: dict[str, Any] = {"score": self.score, "declarations": self.language.declarations}
+        sink = {"sink": "per_head"} if self.has_sink else {}
+        pairs: dict[str, Any] = {"score": self.score, "declarations": self.language.declarations | sink}
         if self.overlap is None:
             return lowered(self.schedule, self.mask, self.stages, **pairs)
         fields = {"overlap": self.overlap, "persistent": self.persistent}
@@ -81,7 +83,7 @@ class Case:
         persistent = {None: "", True: ", persistent", False: ", one tile a block"}[self.persistent]
         numbers = f"{self.stages}{overlap}{persistent}{', O over Q' * self.out_over_q}, {self.rescale}"
         scales = f", {self.scales}, promote {self.promote}" if self.scales else ""
-        return f"{self.schedule}, {self.language}, {numbers}{scales}"
+        return f"{self.schedule}, {self.language}, {numbers}{scales}{', sink' * self.has_sink}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,10 @@ CASES = [
             (WINDOW, True, "middle", "score", "per_head", 0),
         )
     ),
+    Case("serial", "causal", 1, has_sink=True),
+    Case("fa2", "causal", 2, has_sink=True),
+    Case("warp_specialized", WINDOW, 2, overlap=True, persistent=True, has_sink=True),
+    Case("pingpong", "full", 2, True, True, False, "last", "score", "per_block", 1, has_sink=True),
 ]
 
 
@@ -279,6 +285,8 @@ def results(plan: KernelPlan, case: Case) -> Iterator[tuple[torch.Tensor, torch.
         generator = torch.Generator().manual_seed(i)
         call = drawn_call(plan, shape, generator) if plan.scales else drawn_tensors(plan, shape, generator)
         declared = case.language.arguments(shape)
+        if case.has_sink:
+            declared["sink"] = torch.randn(x.heads, generator=generator)
         out, lse = simulate(plan, **call, softmax_scale=x.softmax_scale, return_lse=True, declared=declared)
         assert lse is not None
         yield out, lse
@@ -319,6 +327,7 @@ def deletions(case: Case) -> Iterator[tuple[str, ...]]:
             why = next((reason for reason, claims in REDUNDANT.items() if claims(site)), "")
             yield case.schedule, role.name, type(site.step).__name__, site.range, why
     yield from ((case.schedule, case.mask), (case.score,), (case.scales, str(case.promote)))
+    yield from ((case.schedule, "sink"),) if case.has_sink else ()
 
 
 @pytest.mark.matrix(classes=deletions)

@@ -191,6 +191,27 @@ def test_the_digest_is_of_the_meaning() -> None:
     assert len(digest) == 64 and int(digest, 16)
 
 
+def test_a_sink_counts_where_there_is_one() -> None:
+    """Without the key, or with `none`, a digest is what it was before there were sinks; it is no declaration."""
+    spec = attngen.load("problem: {head_dim: 64}\n")
+    assert spec.digest() == "f44c151bc2bd8d87123f2df4deea9e637977859e88e45c1de7b3f21d2cd15edb"
+    with_sink = spec.replace({"sink": "per_head"})
+    assert spec.replace({"sink": "none"}) == spec and spec.digest() == spec.replace({"sink": "none"}).digest()
+    assert with_sink.digest() != spec.digest() and attngen.load(with_sink.to_yaml()) == with_sink
+    assert with_sink.to_dict()["sink"] == "per_head" and "sink" not in spec.to_dict()
+    assert not with_sink.declarations.tensors and list(with_sink.arguments.tensors) == ["sink"]
+    assert spec.arguments is spec.declarations
+
+
+@pytest.mark.parametrize("mask", ["sink[h] < 1.0", "kv_idx < sink"])
+def test_expressions_do_not_read_a_sink(mask: str) -> None:
+    """Nor may a spec declare another thing of that name."""
+    with pytest.raises(attngen.SpecError, match="sink"):
+        attngen.load({"problem": {"head_dim": 64}, "sink": "per_head", "mask": mask})
+    with pytest.raises(attngen.SpecError, match="an argument of calls with a learned sink"):
+        attngen.load({"problem": {"head_dim": 64}, "scalars": {"sink": "f32"}, "score": "score + sink"})
+
+
 def test_gradients_are_in_one_order_and_count_where_there_are_any() -> None:
     """However they are written; without them a digest is what it was before specs could ask for them."""
     spec = attngen.load("problem: {head_dim: 64}\ngradients: [v, q, k]\n")

@@ -256,3 +256,33 @@ class FinishRows(Step):
 
     def __str__(self) -> str:
         return f"{self.inv_sum}, {self.lse} = {self.top or 1} / {self.row_sum}, log-sum-exp"
+
+
+@dataclass(frozen=True)
+class ReadSink(Step):
+    """dst = the learned sink of this tile's head: a logit in natural units, whatever the format that a call passes."""
+
+    dst: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.dst} = sink of this head"
+
+
+@dataclass(frozen=True)
+class JoinSink(Step):
+    """The sink joins the sum of each row, without a value: lse = log(exp(lse) + exp(sink)).
+
+    Nothing overflows, whatever the sink; one of -inf changes nothing, and of one of +inf a row gets 0.
+
+    Attributes:
+        by: what O is multiplied by; it is multiplied by the keys' share of the new sum.
+        lse: of the keys, -inf in a row that saw none; then of keys and sink.
+        sink: in natural units, as lse is; not a score, so that softmax_scale, score and mask are nothing to it.
+    """
+
+    by: RegVec
+    lse: RegVec
+    sink: RegVec
+
+    def __str__(self) -> str:
+        return f"{self.by}, {self.lse} = those of keys and {self.sink}"
