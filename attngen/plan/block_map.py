@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from attngen.arch import Arch
 from attngen.expr import GIVEN_BLOCKS, block_sizes
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.sheets import Sheet
+from attngen.plan.sheets import SheetOfPlan
 
 BLOCK_MAP = f"tensor.{GIVEN_BLOCKS.name}"
 """The value that kernels read: of bool, (batch or 1, query heads or 1, blocks of queries, blocks of keys)."""
@@ -38,7 +37,7 @@ def block_shapes(plan: KernelPlan) -> Iterator[tuple[str, str, tuple[Formula, ..
 
 
 @dataclass(frozen=True)
-class MapBlocks(Sheet):
+class MapBlocks(SheetOfPlan):
     """Make the map of given blocks of lists of those that are kept.
 
     A block of threads makes a row of the map. Of a list counts what lies in it and names a block that there is; what is
@@ -48,23 +47,8 @@ class MapBlocks(Sheet):
         plan: the attention kernel that reads the map.
     """
 
-    plan: KernelPlan
+    word = "blocks"
     threads = 128
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_blocks"
-
-    @property
-    def module(self) -> str:
-        """A text of its own."""
-        return self.name
-
-    @property
-    def arch(self) -> Arch:
-        """That of the attention kernel."""
-        return self.plan.arch
 
     @property
     def params(self) -> tuple[Param, ...]:

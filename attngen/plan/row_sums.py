@@ -2,20 +2,19 @@
 
 from dataclasses import dataclass
 
-from attngen.arch import Arch
 from attngen.expr import SIZE_NAMES, GradientSite
 from attngen.plan.block_map import MapBlocks
 from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
-from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
+from attngen.plan.plan import Param
+from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet, SheetOfPlan
 from attngen.plan.sinks import SumSink
 from attngen.plan.tile_list import ListTiles
 
 
 @dataclass(frozen=True)
-class SumRows(Sheet):
+class SumRows(SheetOfPlan):
     """Add up, for each element of a declared tensor, the rows that read it, always in the same order.
 
     An index is clamped to its dimension, so that the last element of one may be read by many rows, and others by none.
@@ -27,30 +26,15 @@ class SumRows(Sheet):
         sums: that.
     """
 
-    plan: KernelPlan
     site: GradientSite
     sums: Rows | BlockTables
+    word = "sums"
     threads = 256
 
     @property
     def lanes(self) -> int:
         """Threads that share an element: a block where its rows are all of some heads, else one."""
         return self.threads if self.site.owner in ("head", "table") else 1
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_sums"
-
-    @property
-    def module(self) -> str:
-        """A text of its own."""
-        return self.name
-
-    @property
-    def arch(self) -> Arch:
-        """Where it shall run."""
-        return self.plan.arch
 
     @property
     def sizes(self) -> tuple[Formula, ...]:

@@ -6,6 +6,7 @@ means it, in torch (`simulated_sheets`). The classes tell what a launch must kno
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attngen.arch import Arch
 from attngen.expr import Table, tensor_names
@@ -95,38 +96,58 @@ class Sheet(ABC):
 
 
 @dataclass(frozen=True)
-class FillTables(Sheet):
+class SheetOfPlan(Sheet):
+    """A sheet that works beside a program: its name is the program's and a word, and it stands in a text of its own.
+
+    Attributes:
+        plan: the program.
+    """
+
+    plan: KernelPlan
+    word: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Entry name of the kernel."""
+        return f"{self.plan.name}_{self.word}"
+
+    @property
+    def module(self) -> str:
+        """A text of its own."""
+        return self.name
+
+    @property
+    def arch(self) -> Arch:
+        """Where the program runs."""
+        return self.plan.arch
+
+
+class SheetInText(SheetOfPlan):
+    """A sheet that stands in the text of a program and takes the struct that the program takes."""
+
+    @property
+    def module(self) -> str:
+        """That of the program."""
+        return self.plan.module
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Those of the program."""
+        return self.plan.params
+
+
+@dataclass(frozen=True)
+class FillTables(SheetInText):
     """Work out the extremes of lookups over each block of rows or keys, which an attention kernel's classes read.
 
-    Block i of threads works on entry i of every table that has one. It stands in the attention kernel's text and takes
-    the same struct.
+    Block i of threads works on entry i of every table that has one.
 
     Attributes:
         plan: the attention kernel.
     """
 
-    plan: KernelPlan
+    word = "tables"
     threads = 128
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_tables"
-
-    @property
-    def module(self) -> str:
-        """That of the attention kernel."""
-        return self.plan.module
-
-    @property
-    def arch(self) -> Arch:
-        """That of the attention kernel."""
-        return self.plan.arch
-
-    @property
-    def params(self) -> tuple[Param, ...]:
-        """Those of the attention kernel."""
-        return self.plan.params
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -322,7 +343,7 @@ class PackValues(_QuantizingSheet):
 
 
 @dataclass(frozen=True)
-class PrepareRows(Sheet):
+class PrepareRows(SheetOfPlan):
     """Work out the numbers of each row that a backward pass reads: D, and lse in log2 units.
 
     D is the sum of dO O over columns, less the gradient of lse where a call has it (value "dlse"). A row without keys,
@@ -332,7 +353,7 @@ class PrepareRows(Sheet):
         plan: the attention kernel whose output it is.
     """
 
-    plan: KernelPlan
+    word = "rows"
     threads = 128
     rows = Rows("lse_log2", "queries", is_padded=True)
     """Either of the numbers, as a place."""
@@ -348,21 +369,6 @@ class PrepareRows(Sheet):
     def block_rows(self) -> int:
         """Rows of a block of threads, all of one head."""
         return self.threads // self.row_lanes * self.lane_rows
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_rows"
-
-    @property
-    def module(self) -> str:
-        """A text of its own."""
-        return self.name
-
-    @property
-    def arch(self) -> Arch:
-        """That of the attention kernel."""
-        return self.plan.arch
 
     @property
     def params(self) -> tuple[Param, ...]:

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from attngen.arch import Arch
 from attngen.plan.formulas import Formula, total
-from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.sheets import Sheet
+from attngen.plan.sheets import SheetInText
 
 ENTRY_WORDS = 8
 """i32 of an entry, of which the fields are the first: 32 bytes, which a thread reads at once."""
@@ -25,7 +23,7 @@ BUCKETS = bucket(MOST_BLOCKS) + 1
 
 
 @dataclass(frozen=True)
-class ListTiles(Sheet):
+class ListTiles(SheetInText):
     """List the tiles of a kernel, the longest first, by what the lengths of a call say in device memory.
 
     An entry is a block of the rows of a sequence, or of its keys, or a whole sequence, as the kernel's tiles are. Rows
@@ -41,28 +39,8 @@ class ListTiles(Sheet):
         plan: the kernel.
     """
 
-    plan: KernelPlan
+    word = "tiles"
     threads = 1024
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_tiles"
-
-    @property
-    def module(self) -> str:
-        """That of the kernel."""
-        return self.plan.module
-
-    @property
-    def arch(self) -> Arch:
-        """That of the kernel."""
-        return self.plan.arch
-
-    @property
-    def params(self) -> tuple[Param, ...]:
-        """Those of the kernel."""
-        return self.plan.params
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def pair_sums(at: PairSumPlaces) -> Program:
     pair = at.pair
     work = (
         *_slopes(at, M_BLOCK, N_BLOCK, is_masked=True),
-        AddPairs(at.acc, pair.s, pair.dp, pair.delta, M_BLOCK),
+        AddPairs(pair.s, pair.dp, pair.delta, M_BLOCK, at.acc),
     )
     visit = When("m sees n", at.alone((*at.load_queries(M_BLOCK), *at.load_keys(N_BLOCK)), work))
     return (ForTiles((Clear(at.acc), ForSummed((visit,)), StorePairs(at.acc, at.result, M_BLOCK, N_BLOCK))),)
@@ -158,7 +158,7 @@ def query_sums(at: QuerySumPlaces) -> Program:
     pair, sums = at.pair, at.sums
 
     def work(n: BlockIndex, is_masked: bool) -> Program:
-        add = SumPairs(sums.part, pair.s, pair.dp, pair.delta, M_BLOCK)
+        add = SumPairs(pair.s, pair.dp, pair.delta, M_BLOCK, sums.part)
         return (*_slopes(at, M_BLOCK, n, is_masked), add)
 
     return (
@@ -178,7 +178,7 @@ def table_sums(at: TableSumPlaces) -> Program:
     pair = at.pair
 
     def work(n: BlockIndex, is_masked: bool) -> Program:
-        add = AddToTable(at.table, pair.s, pair.dp, pair.delta, M_BLOCK, n, at.entry)
+        add = AddToTable(pair.s, pair.dp, pair.delta, M_BLOCK, n, at.table, at.entry)
         return (*_slopes(at, M_BLOCK, n, is_masked), add)
 
     store = (SyncThreads(), StoreTable(at.table, at.result, M_BLOCK))
@@ -190,7 +190,7 @@ def element_sums(at: ElementSumPlaces) -> Program:
     pair = at.pair
 
     def work(n: BlockIndex, is_masked: bool) -> Program:
-        add = AddToElements(at.result, pair.s, pair.dp, pair.delta, M_BLOCK, n, at.read)
+        add = AddToElements(pair.s, pair.dp, pair.delta, M_BLOCK, n, at.result, at.read)
         return (*_slopes(at, M_BLOCK, n, is_masked), add)
 
     return (ForTiles(over_keys(at, work)),)
@@ -201,7 +201,7 @@ def key_sums(at: KeySumPlaces) -> Program:
     pair, sums = at.pair, at.sums
 
     def work(is_masked: bool) -> Program:
-        add = SumPairs(sums.part, pair.s, pair.dp, pair.delta, M)
+        add = SumPairs(pair.s, pair.dp, pair.delta, M, sums.part)
         return (*_slopes(at, M, N_BLOCK, is_masked), add)
 
     of_head = (

@@ -9,6 +9,7 @@ from attngen.plan.steps import (
     AddToTable,
     ClearTable,
     ForSummed,
+    GradientOfPairs,
     StorePairs,
     StoreTable,
     SumPairs,
@@ -86,9 +87,7 @@ def add_to_elements(step: AddToElements, role: RoleRun) -> None:
         target.index_put_(at, found, accumulate=True)
 
 
-def _gradients_of_pairs(
-    step: AddPairs | SumPairs | AddToTable | AddToElements, role: RoleRun
-) -> torch.Tensor:
+def _gradients_of_pairs(step: GradientOfPairs, role: RoleRun) -> torch.Tensor:
     """What a step's `s` (`dp` - `delta`) is for each pair."""
     s, dp = role.read(step.s), role.read(step.dp)
     delta = TilePairs(step.s, step.rows, step.rows, role).of_queries(step.delta)

@@ -52,6 +52,7 @@ from attngen.plan.steps.declared_steps import (
 )
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
 from attngen.plan.steps.gradient_steps import (
+    GradientOfPairs,
     RecoverP,
     RowNumbers,
     ScaleGradient,
@@ -127,6 +128,7 @@ __all__ = [
     "ForTiles",
     "ForVisited",
     "Gemm",
+    "GradientOfPairs",
     "IssueGemm",
     "JoinSink",
     "LoadRegisters",

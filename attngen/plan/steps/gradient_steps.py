@@ -73,13 +73,12 @@ class RecoverP(Step):
 
 
 @dataclass(frozen=True)
-class ScoreGradient(Step):
-    """ds = s (dp - delta), rounded to the input type: the gradient of the products, as an A operand.
-
-    Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4, line 20.
+class GradientOfPairs:
+    """What the Steps have in common that make s (dp - delta) of every pair of a tile.
 
     Attributes:
-        dp: dO Vᵀ of the pairs of `s`.
+        s: P of each pair times the derivative of the score by that whose gradient it is.
+        dp: dO Vᵀ of the pairs.
         delta: of every query the sum over the columns of dO O.
         rows: block of queries.
     """
@@ -88,13 +87,27 @@ class ScoreGradient(Step):
     dp: RegTile
     delta: RowNumbers
     rows: BlockIndex
-    ds: RegTile
 
     def __post_init__(self) -> None:
         _check_numbers(self.delta, self.s)
 
+    @property
+    def of_pairs(self) -> str:
+        """The gradient, for listings."""
+        return f"{self.s} ({self.dp} - {_of_block(self.delta, self.rows)})"
+
+
+@dataclass(frozen=True)
+class ScoreGradient(GradientOfPairs, Step):
+    """ds = s (dp - delta), rounded to the input type: the gradient of the products, as an A operand.
+
+    Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4, line 20.
+    """
+
+    ds: RegTile
+
     def __str__(self) -> str:
-        return f"{self.ds} = {self.s} ({self.dp} - {_of_block(self.delta, self.rows)}) rounded"
+        return f"{self.ds} = {self.of_pairs} rounded"
 
 
 @dataclass(frozen=True)
