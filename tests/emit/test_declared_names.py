@@ -41,7 +41,6 @@ from tests.effort import examples
 from tests.language.probe import plan_that_reads_all
 from tests.language.probe_sources import elementwise_source
 
-NAMES = (*emitted_names(), "x1", "x2")  # a canonical text has names of its own too
 MADE_UP = (
     "q_first",
     "q_last",
@@ -66,10 +65,16 @@ KERNELS = [
 ]
 
 
+def every_name() -> tuple[str, ...]:
+    """Those of emitted texts, and such as a canonical text has of its own."""
+    return (*emitted_names(), "x1", "x2")
+
+
 def parts(place: int, of: int, size: int = 104) -> list[tuple[str, ...]]:
     """Names in parts of so many, those that trees and kernels make up in each: part `place` of every `of`."""
-    count = -(-len(NAMES) // size)
-    return [tuple(dict.fromkeys((*MADE_UP, *NAMES[first::count]))) for first in range(count)][place::of]
+    known = every_name()
+    count = -(-len(known) // size)
+    return [tuple(dict.fromkeys((*MADE_UP, *known[first::count]))) for first in range(count)][place::of]
 
 
 def value(name: str) -> int:
@@ -120,14 +125,15 @@ def test_a_scalar_of_any_name_is_the_one_that_is_read(place: int, fields: tuple[
 
 def declared_as(kind: str) -> Iterator[Declarations]:
     """Every name as a scalar, a tensor or a dimension, as many at a time as a mask may read."""
+    known = every_name()
     if kind == "scalar":
         for first in range(2):
-            yield Declarations(scalars={each: Scalar(each, "i32") for each in NAMES[first::2]})
+            yield Declarations(scalars={each: Scalar(each, "i32") for each in known[first::2]})
     elif kind == "tensor":
         for first in range(3):
-            yield Declarations(tensors={each: TensorType(each, "i32", (4,)) for each in NAMES[first::3]})
+            yield Declarations(tensors={each: TensorType(each, "i32", (4,)) for each in known[first::3]})
     else:
-        dims = {f"_{first}": NAMES[first : first + 8] for first in range(0, len(NAMES), 8)}
+        dims = {f"_{first}": known[first : first + 8] for first in range(0, len(known), 8)}
         yield Declarations(tensors={each: TensorType(each, "i32", of) for each, of in dims.items()})
 
 
@@ -157,7 +163,7 @@ def test_any_name_compiles_and_is_the_one_that_is_read(kind: str, member: str, r
             assert read.format(each) in text and members[member.format(each)] == 1
         assert DiskCache().get(source, "sm_90a").warnings == ()
         met |= {*names}
-    assert met == {*NAMES}
+    assert met == {*every_name()}
 
 
 def members_of(source: str, struct: str) -> Counter[str]:
