@@ -15,6 +15,7 @@ from attngen.expr import (
     TileClasses,
     blocks_of_tile,
     free_names,
+    key_range,
     name,
     nodes,
     tensor_names,
@@ -211,6 +212,11 @@ class Features:
         rows = arch.wgmma.m if arch.wgmma and self.kind in ("auto", *WARPGROUP_SCHEDULES) else arch.mma.m
         tile = given.get("block_m", rows), given.get("block_n", arch.k_step(self.inputs))
         return blocks_of_tile(self.mask, *tile) not in (None, (1, 1))
+
+    @property
+    def masks_by_interval(self) -> bool:
+        """What is asked of the pairs of a partial tile is an interval of keys, if it lies in one given block."""
+        return key_range(without_blocks(self.mask)) is not None
 
     @cached_property
     def score_loads(self) -> bool:

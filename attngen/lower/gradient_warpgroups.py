@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from attngen.dtypes import F32
-from attngen.expr import Expr, free_names, nodes, row_range
+from attngen.expr import Expr, free_names, most_blocks, nodes, row_range
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
@@ -62,6 +62,8 @@ from attngen.schedules.warpgroup_backward import (
 )
 
 WARPGROUPS = 2
+OWNED = 64
+"""Rows of a gradient that a warpgroup owns: those of one wgmma."""
 COMMON, OWN = NamedBarriers("common", 1, WARPGROUPS, is_common=True), NamedBarriers("own", 2, 1)
 WALKING = RegisterShare(232, 32, spare=24)
 """How registers are shared out where a producer walks over blocks of keys that come through a ring each."""
@@ -145,8 +147,9 @@ def _tile(kind: Kind, features: Features) -> Tile:
     """
     tiles, score = TILES[kind], features.pairs.score
     weight: Weight = "plain" if score is SCORE else "arithmetic"
-    works_masks_out = features.walks and (kind in ("dq", "dk") or score is not SCORE)
-    if _is_heavy(score) or works_masks_out:
+    is_asked = _is_asked_for_blocks(kind, features)
+    works_masks_out = features.walks and (is_asked or not features.masks_by_interval)
+    if _is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):
         weight = "functions"
     columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
     lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]
@@ -154,6 +157,14 @@ def _tile(kind: Kind, features: Features) -> Tile:
     if kind == "dq":
         return replace(found, block_n=fitted_loop(found.block_n, "keys", features))
     return replace(found, block_m=fitted_loop(found.block_m, "queries", features))
+
+
+def _is_asked_for_blocks(kind: Kind, features: Features) -> bool:
+    """Whether the rows, or the keys, that a block of threads owns lie in several given blocks, so that pairs ask."""
+    if features.blocks is None:
+        return False
+    owned = features.blocks[0 if kind == "dq" else 1]
+    return features.asks_for_blocks or most_blocks(WARPGROUPS * OWNED, owned) > 1
 
 
 def _is_heavy(score: Expr) -> bool:
