@@ -55,7 +55,7 @@ ELEMENTS = {"f16": "F16", "bf16": "Bf16", "e4m3": "E4m3", "f32": "float"}
 _PAIRS = {"f16": "F16Pair", "bf16": "Bf16Pair"}
 """Two neighbouring elements of a source that is quantised."""
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float", "tensor_map": "TensorMap"}
-_TENSOR_POINTEES = {
+TENSOR_POINTEES = {
     **dict.fromkeys(("bool", "u8"), "unsigned char"),
     **dict.fromkeys(("f16", "bf16"), "u16"),
     "i32": "int",
@@ -120,6 +120,7 @@ class Templates:
             "m_blocks": tile_text.blocks(QUERIES),
             "n_blocks": tile_text.blocks(KEYS),
             "walks": plan.tile_classes is not None,
+            "lone_steps": [step for role in plan.roles if role.single_thread for step in walk(role.program)],
             "by_warp": any(not role.single_thread for role in plan.roles[1:]),
             "has_score_terms": bool(score_terms(plan)),
             "pointees": _pointees(plan),
@@ -149,12 +150,13 @@ def _pointees(plan: KernelPlan) -> dict[str, str]:
     found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
     found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
-    found |= {f"{place.name}.ptr": _TENSOR_POINTEES[place.dtype.name] for place in matrices}
+    found |= {f"{place.name}.ptr": TENSOR_POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():
-        found[f"tensor.{tensor.name}.ptr"] = _TENSOR_POINTEES[tensor.dtype]
+        found[f"tensor.{tensor.name}.ptr"] = TENSOR_POINTEES[tensor.dtype]
     for table in plan.tables:
         c_type = "float" if table.lookup.type == "f32" else "int"
         found |= {f"{plan.table_values[end]}.ptr": c_type for end in table.ends}
+    found |= {f"{each.name}.ptr": "int" for each in plan.boundaries}
     return found
 
 

@@ -9,7 +9,15 @@ from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet
+from attngen.plan.sheets import (
+    FillTables,
+    FindBoundaries,
+    FindMaxima,
+    PackValues,
+    PrepareRows,
+    Quantize,
+    Sheet,
+)
 from attngen.plan.tile_list import ListTiles
 
 
@@ -101,6 +109,7 @@ def field_of(size: str) -> str:
 SHEETS: tuple[type[Sheet], ...] = (
     FillTables,
     ListTiles,
+    FindBoundaries,
     FindMaxima,
     Quantize,
     PackValues,
