@@ -21,6 +21,7 @@ from attngen.bind import (
     check_not_recorded,
     check_plain,
     check_rows_of_heads,
+    check_sorted,
     check_writable,
     declared_by,
     gradient_memory,
@@ -440,7 +441,7 @@ class Kernel:
         layout: str = "bshd",
         **declared: Any,
     ) -> TileTables:
-        """What a mask wants to know of declared tensors, by tile: worked out once for many calls.
+        """What a mask wants to know of declared tensors, by tile or by row: worked out once for many calls.
 
         Calls may pass it as long as their sizes are these, and the tensors and their values too; a tensor that was
         written to in between is refused. Arguments are those of a call; e4m3 kernels quantise 16-bit tensors for it, so
@@ -449,7 +450,7 @@ class Kernel:
         Raises:
             ArgumentError: an argument the kernel cannot take, or the kernel reads no tables.
         """
-        if not self.plan.tables:
+        if not self.plan.table_values:
             raise ArgumentError(
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
@@ -481,16 +482,25 @@ class Kernel:
         return self._machine(q).tables(q, k, v, layout, {**self.bound, **declared})
 
     def verify(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd", **declared: Any
+        self,
+        q: torch.Tensor | Operands,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        layout: str = "bshd",
+        **declared: Any,
     ) -> None:
         """Read the values that a call with these arguments trusts; the host waits for the device.
 
         Raises:
-            ArgumentError: an argument that the kernel cannot take, or lengths that the tensors have not.
+            ArgumentError: an argument that the kernel cannot take, lengths that the tensors have not, or a tensor that
+                the spec declares sorted and whose values fall: where, and from which value to which.
         """
-        named = {**self.bound, **declared}
-        given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named)
+        q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
+        given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named, intake=intake)  # type: ignore[arg-type]
         check_lengths(self.manifest, given.sizes, given.tensors)
+        for tensor in self.spec.declarations.tensors.values():
+            if tensor.is_sorted:
+                check_sorted(tensor, given.declared[tensor.name])
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.

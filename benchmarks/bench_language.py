@@ -30,7 +30,18 @@ HEADS, HEAD_DIM, SEQLEN = 16, 128, 16384
 DOCUMENTS = 16
 BIASED_HEADS = 4
 """Flex counts the elements of a tensor in i32: a bias of 16 heads at 16k is past that, and it faults."""
-NAMES = ("window", "document", "prefix", "alibi", "softcap", "window and softcap", "bias")
+NAMES = (
+    "window",
+    "document",
+    "sorted document",
+    "causal document",
+    "causal sorted document",
+    "prefix",
+    "alibi",
+    "softcap",
+    "window and softcap",
+    "bias",
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +75,17 @@ def cases(held: Mapping[str, torch.Tensor]) -> dict[str, Case]:
 
     return {
         "window": Case("window(1024, 0)", sees=window),
-        "document": Case(
-            "document(doc)",
-            tensors={"doc": "i32[batch, seqlen_k]"},
-            sees=lambda b, h, q, k: doc[q] == doc[k],
-        ),
+        **{
+            f"{causal}{in_order}document": Case(
+                f"{causal and 'causal and '}document(doc)",
+                tensors={"doc": f"i32[batch, seqlen_k]{in_order and ' sorted'}"},
+                sees=lambda b, h, q, k, causal=causal: (
+                    (doc[q] == doc[k]) & (k <= q) if causal else doc[q] == doc[k]
+                ),
+            )
+            for causal in ("", "causal ")
+            for in_order in ("", "sorted ")
+        },
         "prefix": Case("prefix(4096)", sees=lambda b, h, q, k: (k < 4096) | (k <= q)),
         "alibi": Case(
             "causal",

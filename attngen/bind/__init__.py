@@ -14,6 +14,7 @@ from attngen.bind.kept import TableSignature, TileTables, passed_as
 from attngen.bind.numbers import scalar_of, softmax_scale_of
 from attngen.bind.overlap import check_overlap
 from attngen.bind.sequences import check_lengths
+from attngen.bind.sorted_values import check_sorted
 from attngen.bind.tensors import (
     ROW_ALIGNMENT,
     check_alignment,
@@ -48,6 +49,7 @@ __all__ = [
     "check_overlap",
     "check_plain",
     "check_rows_of_heads",
+    "check_sorted",
     "check_writable",
     "passed_as",
     "declared_by",

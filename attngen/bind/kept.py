@@ -1,5 +1,5 @@
-"""Tables of extremes and lists of tiles that outlive a call: what they were made of is remembered, and a call that
-differs is refused.
+"""Tables of extremes, boundaries and lists of tiles that outlive a call: what they were made of is remembered, and a
+call that differs is refused.
 """
 
 from collections.abc import Iterable, Mapping
@@ -43,8 +43,8 @@ class TableSignature(NamedTuple):
 
 @dataclass(frozen=True)
 class TileTables:
-    """Extremes of declared tensors by tile, made by `attngen.Kernel.tables` and passed to calls as `tables`, or a list
-    of tiles, made by `attngen.Kernel.work` and passed as `work`.
+    """Extremes of declared tensors by tile, or boundaries, made by `attngen.Kernel.tables` and passed to calls as
+    `tables`, or a list of tiles, made by `attngen.Kernel.work` and passed as `work`.
 
     Attributes:
         signature: of the calls that may use them.

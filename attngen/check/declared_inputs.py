@@ -8,13 +8,14 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
+from attngen.bind import check_sorted
 from attngen.check.inputs import Shape
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError, shown
@@ -30,6 +31,8 @@ KINDS = ("sorted", "random", "hashed", "zeros")
 - random: N(0, 1), integers from 0 to `IDS` - 1, or true for every other element
 - hashed: as sorted, but every id stands for a number of its own that says nothing of their order; integers only
 - zeros
+
+What a spec declares sorted is drawn so: the ids of documents of any length, also below 0.
 """
 IDS = 16
 """How many different integers are drawn."""
@@ -127,6 +130,9 @@ def declared_inputs(
     sizes: dict[str, int] = {**sizes_of(shape), **_sizes_of_blocks(declarations, shape)}
     for name, tensor in files.items():
         sizes = {**dict(zip(map(str, declarations.tensors[name].dims), tensor.shape, strict=False)), **sizes}
+    for name, tensor in files.items():
+        if declarations.tensors[name].is_sorted:
+            check_sorted(declarations.tensors[name], tensor)
     drawn = {
         tensor.name: _draw(tensor, sizes, seed, given.tensors.get(tensor.name)).to(device)
         for tensor in declarations.tensors.values()
@@ -195,7 +201,12 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     if kind == "hashed" and tensor.dtype not in _INTEGERS:
         must = f"sorted, random or zeros: the spec declares {tensor}"
         raise ArgumentError(f"--tensor {tensor.name}", "hashed, which is for integers", must)
+    if kind != "sorted" and tensor.is_sorted:
+        must = f"sorted or zeros: the spec declares {tensor}"
+        raise ArgumentError(f"--tensor {tensor.name}", kind, must)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(tensor.name.encode()))
+    if tensor.is_sorted:
+        return _documents(dims, generator, 0 if tensor.dtype == "u8" else -IDS // 2).to(dtype)
     count = math.prod(dims)
     few = (min(count, MOST_DRAWN),)
     if tensor.dtype in _INTEGERS:
@@ -212,3 +223,13 @@ def _draw(tensor: TensorType, sizes: Mapping[str, int], seed: int, kind: str | N
     if kind == "hashed":
         numbers = (numbers + 1) * _HASH % _INTEGERS[tensor.dtype]
     return numbers.to(dtype)
+
+
+def _documents(dims: Sequence[int], generator: torch.Generator, lowest: int) -> torch.Tensor:
+    """Ids that rise from `lowest` at cuts anywhere along the last dimension, of which some may fall together."""
+    *others, length = dims
+    cuts = torch.randint(0, length + 1, (math.prod(others), IDS), generator=generator)
+    begun = torch.zeros(len(cuts), length + 1, dtype=torch.int32).scatter_add_(
+        1, cuts, torch.ones_like(cuts).int()
+    )
+    return (begun[:, :length].cumsum(1, dtype=torch.int32) + lowest).reshape(dims)

@@ -193,7 +193,8 @@ def _text(default: int | float | bool) -> str:
 def _key_blocks(plan: KernelPlan) -> str:
     """How those that a row sees are found, and what is worked out for it before."""
     if plan.key_blocks is not None:
-        return "from bounds in closed form"
+        found = (f"{each.name}: the first key for which {each.condition}" for each in plan.boundaries)
+        return "\n".join(["from bounds in closed form", *found])
     lines = ["by a walk, each block classed empty, partial or full"]
     blocks = {"q": f"{plan.block_m} rows", "k": f"{plan.block_n} keys"}
     for table in plan.tables:

@@ -21,7 +21,7 @@ from attngen.cli.gradient_comparison import GRADIENTS_KEY
 from attngen.cli.output import size_text
 from attngen.dtypes import element_dtype
 from attngen.kernel import Kernel
-from attngen.plan import GRADIENTS_INTAKE, FillTables, KernelPlan, Sheet, evaluate_formula
+from attngen.plan import GRADIENTS_INTAKE, FillTables, FindBoundaries, KernelPlan, Sheet, evaluate_formula
 from attngen.runtime import KernelResources
 from attngen.simulate import Sizes, Traffic, count
 from attngen.simulate.function_names import function_name
@@ -78,6 +78,8 @@ def kernel_title(each: KernelPlan | Sheet) -> str:
     """What tells a kernel of a pass from the others."""
     if isinstance(each, KernelPlan):
         return each.schedule
+    if isinstance(each, FindBoundaries):
+        return f"{function_name(type(each))} among {each.among}"
     of = f" of {each.plan.schedule}" if isinstance(each, FillTables) else ""
     return f"{function_name(type(each))}{of}"
 

@@ -159,6 +159,7 @@ def _pointees(plan: KernelPlan) -> dict[str, str]:
     for table in plan.tables:
         c_type = "float" if table.lookup.type == "f32" else "int"
         found |= {f"{plan.table_values[end]}.ptr": c_type for end in table.ends}
+    found |= {f"{each.name}.ptr": "int" for each in plan.boundaries}
     return found
 
 
@@ -317,8 +318,8 @@ def _start(context: Context, place: Tensor | Rows) -> str:
 
 @jinja2.pass_context
 def _is_by_one_thread(context: Context, step: Step) -> bool:
-    """Whether one thread runs a program's own Step; else whole warps do."""
-    return any(role.single_thread and step in role.program for role in context["plan"].roles)
+    """Whether one thread runs a Step; else whole warps do."""
+    return any(role.single_thread and step in walk(role.program) for role in context["plan"].roles)
 
 
 @jinja2.pass_context

@@ -6,9 +6,11 @@ from typing import NamedTuple
 from attngen.emit import tile_text
 from attngen.emit.device import names_in, used_by
 from attngen.emit.environment import Templates, first_barrier, macros
-from attngen.emit.pair_functions import pair_functions, table_texts
+from attngen.emit.lookups import table_texts
+from attngen.emit.pair_functions import pair_functions
 from attngen.emit.sheet_text import (
     emit_blocks,
+    emit_boundaries,
     emit_list,
     emit_quantizing,
     emit_rows,
@@ -20,6 +22,7 @@ from attngen.errors import InternalError
 from attngen.plan import (
     ENTRY_FIELDS,
     FillTables,
+    FindBoundaries,
     KernelPlan,
     ListTiles,
     MapBlocks,
@@ -54,6 +57,8 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
         return emit_blocks(sheets[0])
     if isinstance(sheets[0], SumSink):
         return emit_sink(sheets[0])
+    if isinstance(sheets[0], FindBoundaries):
+        return emit_boundaries(sheets[0])
     return emit_rows(sheets[0]) if isinstance(sheets[0], PrepareRows) else emit_quantizing(sheets)
 
 

@@ -10,13 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from attngen.emit.environment import macros
+from attngen.emit.lookups import leaves, lookup_functions
 from attngen.emit.sheet_text import sink_reader
-from attngen.emit.terms import expressions_of, score_terms
-from attngen.emit.tile_text import FIELDS, VARIABLES, blocks, seen, span, whole_span
+from attngen.emit.terms import score_terms
+from attngen.emit.tile_text import blocks, seen, span, whole_span
 from attngen.expr import (
     ALL_KEPT,
-    GIVEN_BLOCKS,
-    SIZE_NAMES,
     SOME_KEPT,
     TRUE,
     Expr,
@@ -25,7 +24,6 @@ from attngen.expr import (
     cuda_body,
     found_of,
     free_names,
-    nodes,
     places_of,
     scalar,
     tensor_names,
@@ -48,24 +46,13 @@ from attngen.plan.steps import (
     SeedScores,
 )
 
-_NAMES = {**VARIABLES, **FIELDS, "score": "score"}
-_C_TYPES = {"bool": "bool", "i32": "int", "f32": "float"}
-_ELEMENTS = {
-    "bool": ("bool", "__ldg({}) != 0"),
-    "u8": ("int", "__ldg({})"),
-    "i32": ("int", "__ldg({})"),
-    "f32": ("float", "__ldg({})"),
-    "f16": ("float", "f16_to_float(__ldg({}))"),
-    "bf16": ("float", "bf16_to_float(__ldg({}))"),
-}
-
 
 def pair_functions(plan: KernelPlan) -> list[str]:
     """What the Steps of a plan call: lookups, bounds or classes of blocks of keys, and single pairs."""
     texts = (
         *_descales(plan),
         *((sink_reader(),) if plan.has_sink else ()),
-        *_lookups(plan),
+        *lookup_functions(plan),
         *_block_ranges(plan),
         *_blocks(plan),
         *_ahead(plan),
@@ -78,61 +65,11 @@ def _mask_macros() -> Any:
     return macros("mask.cuh.j2")
 
 
-def table_texts(plan: KernelPlan) -> list[dict[str, Any]]:
-    """What the kernel that fills the tables of a plan looks up for each, as CUDA text."""
-    sizes = _table_sizes(plan)
-    return [
-        {
-            "name": table.name,
-            "lookup": str(table.lookup),
-            "c_type": _C_TYPES[table.lookup.type],
-            "indices": [{"name": VARIABLES[each.name], "size": sizes[each.name]} for each in table.indices],
-            "reads_q": "q" in table.reads,
-            "reads_k": "k" in table.reads,
-            "value": cuda_body([table.lookup], leaves(plan)),
-        }
-        for table in plan.tables
-    ]
-
-
 def _descales(plan: KernelPlan) -> Iterator[str]:
     of_scales = macros("scales.cuh.j2")
     yield from map(of_scales.descale, plan.scales)
     tops = dict.fromkeys(step.v for step in walk(plan.worker.program) if isinstance(step, ReadTopScale))
     yield from (of_scales.largest(v) for v in tops if v.granule)
-
-
-def _lookups(plan: KernelPlan) -> Iterator[str]:
-    for name in _read_one_by_one(plan):
-        tensor = plan.declarations.tensors[name]
-        c_type, element = _ELEMENTS[tensor.dtype]
-        steps = [f"i{i} * params.stride_{i}_of_{name}" for i in range(len(tensor.dims))]
-        yield _mask_macros().lookup(
-            {
-                "name": f"arg_{name}",
-                "type": f"{name}: {tensor}",
-                "c_type": c_type,
-                "indices": ", ".join(f"int i{i}" for i in range(len(tensor.dims))),
-                "element": element.format(" + ".join((f"params.arg_{name}", *steps))),
-            }
-        )
-    sizes = _table_sizes(plan)
-    for table in plan.tables:
-        indices = [VARIABLES[index.name] for index in table.indices]
-        place = indices[0]
-        for index, variable in zip(table.indices[1:], indices[1:], strict=True):
-            place = f"({place}) * ({sizes[index.name]}) + {variable}"
-        for space, field in zip(table.ends, table.fields, strict=True):
-            element = f"__ldg(params.{field} + {place})"
-            yield _mask_macros().lookup(
-                {
-                    "name": field,
-                    "type": f"The {'smallest' if space.endswith('lo') else 'largest'} {table.lookup} of a block.",
-                    "c_type": _C_TYPES[table.lookup.type],
-                    "indices": ", ".join(map("int {}".format, indices)),
-                    "element": f"{element} != 0" if table.lookup.type == "bool" else element,
-                }
-            )
 
 
 def _block_ranges(plan: KernelPlan) -> Iterator[str]:
@@ -145,24 +82,16 @@ def _block_ranges(plan: KernelPlan) -> Iterator[str]:
         yield _mask_macros().kept_blocks("all_kept", "&", "each")
 
 
-def _read_one_by_one(plan: KernelPlan) -> list[str]:
-    """The tensors of which some lookup is not loaded ahead, as declared."""
-    ahead = {step.lookup for step in walk(plan.worker.program) if isinstance(step, LookUp)}
-    lookups = (each for each in nodes(*expressions_of(plan)) if each.op == "lookup" and each not in ahead)
-    names = {each.name for each in lookups}
-    if names & {SOME_KEPT, ALL_KEPT}:
-        names.add(GIVEN_BLOCKS.name)
-    return [name for name in plan.declarations.tensors if name in names]
-
-
 def _blocks(plan: KernelPlan) -> Iterator[str]:
     if plan.key_blocks is not None:
         lines = seen(plan.key_blocks, leaves(plan))
         if plan.key_blocks.axis is QUERIES:
-            yield _mask_macros().query_blocks(lines)
+            yield _mask_macros().query_blocks(lines, bool(plan.boundaries))
             return
         tells_visits = plan.scheduler.kind in ("heads", "pair_blocks")
-        yield _mask_macros().key_blocks(lines, plan.key_blocks.last_is_masked, tells_visits)
+        yield _mask_macros().key_blocks(
+            lines, plan.key_blocks.last_is_masked, tells_visits, bool(plan.boundaries)
+        )
         return
     assert plan.tile_classes is not None
     classes = plan.tile_classes
@@ -283,48 +212,3 @@ def _scaled(expr: Expr, factor: Expr) -> Expr:
             if free_names(part).isdisjoint(("q_idx", "kv_idx")):
                 return times(times(part, factor), other)
     return times(expr, factor)
-
-
-def leaves(plan: KernelPlan, exact: bool = True, key_step: str = "") -> Leaves:
-    """How names and tensors are written in the functions of a plan."""
-    scalars = {
-        scalar.name: f"(params.arg_{scalar.name} != 0)"
-        if scalar.type == "bool"
-        else f"params.arg_{scalar.name}"
-        for scalar in plan.declarations.scalars.values()
-    }
-    sizes = {
-        tensor.name: [_size(plan, dim) for dim in tensor.dims]
-        for tensor in plan.declarations.tensors.values()
-    }
-    readers = {name: f"read_arg_{name}" for name in plan.declarations.tensors}
-    if GIVEN_BLOCKS.name in sizes:
-        batch, heads, rows, columns = sizes[GIVEN_BLOCKS.name]
-        readers |= {SOME_KEPT: "some_kept", ALL_KEPT: "all_kept"}
-        sizes |= dict.fromkeys((SOME_KEPT, ALL_KEPT), [batch, heads, rows, rows, columns, columns])
-    of_tables = _table_sizes(plan)
-    for table in plan.tables:
-        for space, field in zip(table.ends, table.fields, strict=True):
-            readers[space] = f"read_{field}"
-            sizes[space] = [of_tables[index.name] for index in table.indices]
-    names = _NAMES | scalars | ({"kv_idx": "kv_first"} if key_step else {})
-    return Leaves(names, readers, sizes, of_tables, exact, key_step)
-
-
-def _size(plan: KernelPlan, dim: str | int) -> str:
-    """A dimension of a tensor, as the parameter that carries it."""
-    if isinstance(dim, int):
-        return str(dim)
-    has_own = dim in SIZE_NAMES and any(param.name == dim for param in plan.params)
-    return f"params.{dim}" if has_own else f"params.size_of_{dim}"
-
-
-def _table_sizes(plan: KernelPlan) -> dict[str, str]:
-    """How many values each index of a table takes."""
-    return {
-        "b": _size(plan, "batch"),
-        "h": "params.num_heads_q",
-        "h_kv": "params.size_of_num_heads_kv",
-        "q_idx.tile": blocks(QUERIES, "call"),
-        "kv_idx.tile": blocks(KEYS, "call"),
-    }

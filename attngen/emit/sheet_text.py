@@ -6,6 +6,7 @@ from typing import Any
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
 from attngen.emit.environment import ELEMENTS, POINTEES, STARTS, macros
+from attngen.emit.lookups import boundary_texts, finding_functions
 from attngen.plan import (
     BUCKETS,
     LENGTHS,
@@ -15,6 +16,7 @@ from attngen.plan import (
     ROW_NUMBERS,
     SINK_FORMATS,
     SINK_VALUES,
+    FindBoundaries,
     FindMaxima,
     Formula,
     ListTiles,
@@ -31,10 +33,10 @@ from attngen.plan import (
 )
 from attngen.quantize import DESCALES
 
-_C_TYPES = {"i64": "i64", "i32": "int"}
+_C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
 
 
-SHEET_FILES = ("tables", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
+SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -70,6 +72,22 @@ def emit_rows(sheet: PrepareRows) -> str:
     pointees |= {"out": "const float"} if sheet.plan.output is F32 else {}
     declarations = list(_declarations(sheet.params, pointees))
     text = sheet_text(sheet, declarations=declarations, padded_rows=PADDED_ROWS)
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_boundaries(sheet: FindBoundaries) -> str:
+    """A file of nothing but the kernel that finds boundaries, in a namespace of its own."""
+    plan = sheet.plan
+    pointees = {
+        f"arg_{name}": f"const {POINTEES[each.dtype]}" for name, each in plan.declarations.tensors.items()
+    }
+    pointees |= {each.field: "int" for each in sheet.boundaries}
+    text = sheet_text(
+        sheet,
+        declarations=list(_declarations(sheet.params, pointees)),
+        functions=[str(each).strip("\n") for each in finding_functions(plan)],
+        boundaries=boundary_texts(plan),
+    )
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 

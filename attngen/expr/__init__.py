@@ -5,6 +5,7 @@ Text to tree (`parse_mask`, `parse_score`), tree to text (`to_text`), to CUDA (`
 `extremes`), and to conditions over a tile (`tile_classes`).
 """
 
+from attngen.expr.boundaries import Boundary
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
@@ -41,6 +42,7 @@ from attngen.expr.syntax import Locate
 from attngen.expr.tables import Table
 from attngen.expr.text import to_text
 from attngen.expr.tile_classes import TileClasses, tile_classes
+from attngen.expr.torch_boundaries import find_boundaries
 from attngen.expr.torch_tables import fill_tables
 from attngen.expr.torch_value import evaluate
 from attngen.expr.tree import (
@@ -63,7 +65,6 @@ from attngen.expr.tree import (
     scalar,
     scale,
     sub,
-    substitute,
     tensor_names,
     with_nodes,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "VALUE_TYPES",
     "WEIGHT_OF_TABLE",
     "Body",
+    "Boundary",
     "Declarations",
     "Definition",
     "Expr",
@@ -119,6 +121,7 @@ __all__ = [
     "evaluate",
     "extremes",
     "fill_tables",
+    "find_boundaries",
     "found_of",
     "free_names",
     "gradient_sites",
@@ -145,7 +148,6 @@ __all__ = [
     "scalar",
     "scale",
     "sub",
-    "substitute",
     "tensor_names",
     "tile_classes",
     "to_cuda",

@@ -21,6 +21,11 @@ VALUE_TYPES: Mapping[str, Type] = MappingProxyType(
 )
 """The type that an element of a tensor has in an expression, by the tensor's number format."""
 
+SORTED = "sorted"
+"""The word behind a tensor's dimensions that says that its values never fall along the last of them."""
+SORTED_DIMENSIONS = ("seqlen_q", "seqlen_k")
+"""What the last dimension of such a tensor may be."""
+
 
 @dataclass(frozen=True)
 class Scalar:
@@ -47,14 +52,16 @@ class TensorType:
     Attributes:
         dtype: a key of `VALUE_TYPES`.
         dims: a size of the call, a number, or a name that this declaration binds.
+        is_sorted: values never fall along the last dimension; calls are trusted in that.
     """
 
     name: str
     dtype: str
     dims: tuple[str | int, ...]
+    is_sorted: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.dims))}]"
+        return f"{self.dtype}[{', '.join(map(str, self.dims))}]{f' {SORTED}' * self.is_sorted}"
 
     def at(self, *indices: Expr) -> Expr:
         """An element in a tree; along tokens indices count from where the sequence begins, and end where it does."""
@@ -100,6 +107,11 @@ class Declarations:
     tensors: Mapping[str, TensorType] = field(default_factory=dict)
     definitions: Mapping[str, Definition] = field(default_factory=dict)
     blocks: tuple[int, int] | None = None
+
+    @property
+    def sorted_tensors(self) -> frozenset[str]:
+        """The names of the tensors that are declared sorted."""
+        return frozenset(tensor.name for tensor in self.tensors.values() if tensor.is_sorted)
 
 
 NO_DECLARATIONS = Declarations()

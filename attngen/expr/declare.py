@@ -14,6 +14,8 @@ from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.declarations import (
     SINK,
     SIZE_NAMES,
+    SORTED,
+    SORTED_DIMENSIONS,
     TOKENS,
     VALUE_TYPES,
     Declarations,
@@ -78,7 +80,7 @@ _SIZE_OF_INDEX = {
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 _SCALAR = re.compile(r"\s*(\w+)\s*(?:=\s*(.*?))?\s*", re.DOTALL)
-_TENSOR = re.compile(r"\s*(\w+)\s*\[(.*)\]\s*", re.DOTALL)
+_TENSOR = re.compile(r"\s*(\w+)\s*\[(.*)\]\s*(\w+)?\s*", re.DOTALL)
 _HEAD = re.compile(r"\s*([^\s(]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _MAX_SHOWN = 40  # characters of a text that a message repeats
 _MAX_NAME = 100  # characters
@@ -226,7 +228,7 @@ def _read_scalar(entry: _Entry) -> Scalar | None:
 
 
 def _read_tensor(entry: _Entry, owners: Mapping[str, _Entry]) -> TensorType | None:
-    """A number format and the dimensions."""
+    """A number format, the dimensions, and whether it is sorted."""
     formats = tuple(VALUE_TYPES)
     found = _TENSOR.fullmatch(entry.text)
     if not found:
@@ -247,7 +249,30 @@ def _read_tensor(entry: _Entry, owners: Mapping[str, _Entry]) -> TensorType | No
         entry.refuse(f"must have at most {_MAX_DIMENSIONS} dimensions", "tensor-dimensions")
         return None
     dims = [_read_dimension(entry, owners, span) for span in spans]
-    return TensorType(entry.name, found[1], tuple(dim for dim in dims if dim is not None))
+    if found[3] and None not in dims:
+        _check_sorted(entry, found, spans[-1])
+    return TensorType(entry.name, found[1], tuple(dim for dim in dims if dim is not None), bool(found[3]))
+
+
+def _check_sorted(entry: _Entry, found: re.Match[str], last: Span) -> None:
+    """Refuse another word than `sorted`, and a tensor that cannot be: a mask finds its integers along a sequence."""
+    format, dims, word = found.groups()
+    if word != SORTED:
+        entry.refuse(
+            f"must end with its dimensions, or with `{SORTED}`",
+            "tensor-types",
+            found.span(3),
+            nearest=(SORTED,),
+        )
+    elif VALUE_TYPES.get(format, "i32") != "i32":
+        must = "must hold integers where it is sorted: u8 or i32"
+        entry.refuse(
+            must, "sorted-tensors", found.span(1), nearest=(f"i32[{dims}] {SORTED}", f"{format}[{dims}]")
+        )
+    elif entry.text[slice(*last)] not in SORTED_DIMENSIONS:
+        must = f"is sorted along its last dimension, which must be {' or '.join(SORTED_DIMENSIONS)}"
+        nearest = get_close_matches(entry.text[slice(*last)], SORTED_DIMENSIONS, n=2) or SORTED_DIMENSIONS
+        entry.refuse(must, "sorted-tensors", last, nearest=nearest)
 
 
 def _read_dimension(entry: _Entry, owners: Mapping[str, _Entry], span: Span) -> str | int | None:

@@ -272,13 +272,6 @@ def sub(a: Expr, b: Expr) -> Expr:
     return add(a, scale(-1, b))
 
 
-def substitute(form: Expr, index: Expr, by: Expr) -> Expr:
-    """The affine form with the affine form `by` in the place of the atom `index`."""
-    coefficients, constant = affine_parts(form)
-    factor = coefficients.pop(index, 0)
-    return add(affine(coefficients, constant), scale(factor, by))
-
-
 def nodes(*exprs: Expr, known: Container[Expr] = (), below: Container[Op] | None = None) -> tuple[Expr, ...]:
     """Every node of the trees once, arguments before what they are arguments of.
 

@@ -73,6 +73,8 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
 def _mask_class(plan: KernelPlan) -> str:
     if plan.mask_text in ("full", "causal"):
         return plan.mask_text
+    if plan.boundaries:
+        return "boundaries"
     if free_names(plan.mask) & {"b", "h", "h_kv"}:
         return "by head"
     return "no closed form" if key_range(plan.mask) is None else "one range"

@@ -6,7 +6,8 @@ reason no mask has a function that CUDA approximates.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -94,6 +95,19 @@ def _windows(draw: DrawFn) -> str:
 
 
 @st.composite
+def _documents(draw: DrawFn) -> str:
+    """Keys by their ids: of the query's own document, or of those before or behind it, alone or within other bounds."""
+    compare, place = (
+        draw(st.sampled_from(("<=", ">=", "<", ">", "=="))),
+        draw(st.sampled_from(("q_pos", "q_idx"))),
+    )
+    ordered = f"ids[b, kv_idx] {compare} ids[b, {place}] {_affine(draw(st.integers(-2, 2)))}"
+    of_kinds = f"ids[b, kv_idx] {compare} kinds[b, q_idx]"
+    text = draw(st.sampled_from(("document(ids)", ordered, of_kinds, f"ids[b, kv_idx] {compare} width")))
+    return " and ".join([text, *draw(st.lists(st.just("causal") | _windows() | _comparisons(), max_size=2))])
+
+
+@st.composite
 def _formulas(draw: DrawFn) -> str:
     """Up to three comparisons, joined."""
     parts = draw(st.lists(_comparisons(), min_size=1, max_size=3))
@@ -104,8 +118,8 @@ def _formulas(draw: DrawFn) -> str:
 
 
 def plain_masks() -> SearchStrategy[str]:
-    """`full`, `causal`, windows, and formulas that have a closed form or none."""
-    return st.one_of(st.just("full"), st.just("causal"), _windows(), _formulas(), _formulas())
+    """`full`, `causal`, windows, documents, and formulas that have a closed form or none."""
+    return st.one_of(st.just("full"), st.just("causal"), _windows(), _documents(), _formulas(), _formulas())
 
 
 @st.composite
@@ -135,7 +149,8 @@ def pair_texts(draw: DrawFn, may_be_huge: bool = True) -> PairTexts:
     mask = draw(st.one_of(*3 * [plain_masks()], draw_expressions.masks(_DECLARED, _DEPTH)))
     score = draw(st.one_of(*3 * [st.just("score")], _scores(may_be_huge)))
     names = draw(_renamings()) if _reads(f"{mask} {score}", _NAMES) else {}
-    mask, score, declared = _renamed(mask, names), _renamed(score, names), _declarations(names)
+    are_sorted = draw(st.sets(st.sampled_from(("ids", "kinds"))))
+    mask, score, declared = _renamed(mask, names), _renamed(score, names), _declarations(names, are_sorted)
     trees = _trees(mask, score, declared)
     if trees is None or not _is_exact(trees[0]) or "score" not in free_names(trees[1]):
         mask, score = "full", "score"
@@ -180,11 +195,12 @@ def _value_text(value: int | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _declarations(names: Mapping[str, str]) -> Declarations:
-    """What texts may read, by other names."""
+def _declarations(names: Mapping[str, str], are_sorted: Collection[str] = ()) -> Declarations:
+    """What texts may read, by other names; some tensors sorted."""
+    tensors = {name: replace(each, is_sorted=name in are_sorted) for name, each in _DECLARED.tensors.items()}
     blocks = {
         block: {_renamed(name, names): _renamed(text, names) for name, text in texts.items()}
-        for block, texts in declaration_texts(_DECLARED).items()
+        for block, texts in declaration_texts(replace(_DECLARED, tensors=tensors)).items()
     }
     return read_declarations(blocks["scalars"], blocks["tensors"], {}).declarations
 

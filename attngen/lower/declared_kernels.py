@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from attngen.dtypes import F32, dtype
 from attngen.errors import Diagnostic
-from attngen.expr import SINK, Expr, GradientSite, gradient_sites, row_range, weight
+from attngen.expr import SINK, Expr, GradientSite, gradient_sites, weight
 from attngen.expr.tree import real
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import (
@@ -17,8 +17,6 @@ from attngen.lower.gradient_kernels import (
     gradient_role,
 )
 from attngen.plan import (
-    KEYS,
-    QUERIES,
     SCORES,
     Axis,
     BlockTables,
@@ -33,7 +31,6 @@ from attngen.plan import (
     SumSink,
     declared_shape,
     maximum,
-    seen_blocks,
 )
 from attngen.schedules.backward import PairGradient
 from attngen.schedules.declared_gradients import (
@@ -152,7 +149,6 @@ def _of_pairs(features: Features, forward: KernelPlan, site: GradientSite) -> Ke
     return replace(
         gradient_plan(features, forward, f"pair_sums_of_{site.name}", at, (), (at.result,)),
         **sizes,
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("pair_blocks", sums_batch="b" not in indices, sums_heads=heads),
         roles=(gradient_role(at, pair_sums(at), (pair.s, pair.dp, at.acc)),),
     )
@@ -168,7 +164,6 @@ def _of_queries(features: Features, forward: KernelPlan, site: GradientSite) -> 
     return replace(
         gradient_plan(features, forward, f"query_sums_of_{site.name}", at, (), (sums.result,)),
         **sizes,
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
         roles=(replace(role, reg_vecs=(sums.part, sums.total)),),
     )
@@ -189,7 +184,6 @@ def _of_tables(features: Features, forward: KernelPlan, site: GradientSite) -> K
     return replace(
         gradient_plan(features, forward, f"table_sums_of_{site.name}", at, (), (at.result,)),
         **(sizes | {"smem_bytes": sizes["smem_bytes"] + table.size_bytes}),
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
         roles=(gradient_role(at, table_sums(at), (at.pair.s, at.pair.dp)),),
     )
@@ -204,7 +198,6 @@ def _of_elements(features: Features, forward: KernelPlan, site: GradientSite) ->
     return replace(
         gradient_plan(features, forward, f"element_sums_of_{site.name}", at, (), (result,)),
         **sizes,
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
         roles=(gradient_role(at, element_sums(at), (at.pair.s, at.pair.dp)),),
     )
@@ -212,7 +205,7 @@ def _of_elements(features: Features, forward: KernelPlan, site: GradientSite) ->
 
 def _of_keys(features: Features, forward: KernelPlan, site: GradientSite) -> KernelPlan:
     """A sum for each key, in the stages of the kernel of dK and dV."""
-    visible = row_range(features.mask)
+    visible = features.visible_rows
     stages = 2 if visible and features.head_dim <= ONE_KERNEL else 1
     common, sizes = _common(features, site, OTHER, OWNED, SCORES[::-1], stages)
     sums = _row_sums(site, "keys")
@@ -221,8 +214,6 @@ def _of_keys(features: Features, forward: KernelPlan, site: GradientSite) -> Ker
     return replace(
         gradient_plan(features, forward, f"key_sums_of_{site.name}", at, (), (sums.result,)),
         **sizes,
-        tile_classes=None if visible else features.classes(OTHER, OWNED),
-        key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(replace(role, reg_vecs=(sums.part, sums.total)),),
     )

@@ -12,17 +12,19 @@ from attngen.expr import (
     INDEX_NAMES,
     Declarations,
     Expr,
+    IndexRange,
     TileClasses,
     blocks_of_tile,
     free_names,
     key_range,
     name,
     nodes,
+    row_range,
     tensor_names,
     tile_classes,
     without_blocks,
 )
-from attngen.plan import Lengths
+from attngen.plan import Axis, Lengths
 from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
@@ -130,7 +132,27 @@ class Features:
     @cached_property
     def pairs(self) -> Pairs:
         """The mask and the score, taken apart."""
-        return Pairs.of(self.mask, self.score)
+        return Pairs.of(self.mask, self.score, self._sorted_tensors)
+
+    @cached_property
+    def visible_rows(self) -> IndexRange | None:
+        """The rows that see a key, where they have a closed form."""
+        return row_range(self.mask, self._sorted_tensors)
+
+    @property
+    def _sorted_tensors(self) -> frozenset[str]:
+        """Those whose order makes bounds. Boundaries, like tables, have no place for sequences of any length."""
+        return self.declarations.sorted_tensors if self.lengths.are_dense else frozenset()
+
+    def mask_of(self, axis: Axis) -> Expr:
+        """The mask as it is asked of a pair where tiles are of queries, or of keys.
+
+        Where boundaries are found for these, they are loaded once for each; elements would be for each pair.
+        """
+        visible = self.pairs.visible if axis == "queries" else self.visible_rows
+        if visible is None or not visible.boundaries:
+            return self.mask
+        return visible.holds("kv_idx" if axis == "queries" else "q_idx")
 
     @cached_property
     def seeded_pairs(self) -> Pairs:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attngen.dtypes import F32
-from attngen.expr import derivative, mask_of_pairs, row_range
+from attngen.expr import derivative, mask_of_pairs
 from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, expression_params, row_strides
@@ -92,7 +92,6 @@ def _of_queries(features: Features, forward: KernelPlan, block_m: int, block_n: 
         qk_cols=qk_cols,
         v_cols=v_cols,
         row_tiles=block_m // (features.arch.mma.m * WARPS),
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
         roles=(gradient_role(at, query_gradients(at), (pair.s, pair.dp, pair.ds, dq.acc)),),
     )
@@ -102,7 +101,7 @@ def _of_keys(
     features: Features, forward: KernelPlan, block_m: int, block_n: int, wanted: tuple[str, ...]
 ) -> KernelPlan:
     """dK, dV or both; without a closed form nobody knows which block of queries is the next, to load it ahead."""
-    visible = row_range(features.mask)
+    visible = features.visible_rows
     stages = 2 if visible and features.head_dim <= ONE_KERNEL else 1
     common, qk_cols, v_cols, _ = gradient_places(features, block_m, block_n, SCORES[::-1], stages)
     pair: PairGradient = common["pair"]
@@ -132,8 +131,6 @@ def _of_keys(
         qk_cols=qk_cols,
         v_cols=v_cols,
         row_tiles=block_n // (features.arch.mma.m * WARPS),
-        tile_classes=None if visible else features.classes(block_m, block_n),
-        key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
         roles=(gradient_role(at, program, tiles),),
     )
@@ -206,7 +203,7 @@ def gradient_plan(
     """What both kernels have in common."""
     buffers = (at.q, at.do, at.k, at.v, *staged)
     plan = replace(
-        backward_plan(features, forward, schedule, at.q.rows, at.k.rows),
+        backward_plan(features, forward, schedule, at.pair.s.axes[0], at.q.rows, at.k.rows),
         stages=max(at.q.stages, at.k.stages),
         warps=WARPS,
         reads=(at.q_in, at.k_in, at.v_in, at.do_in),
@@ -235,10 +232,14 @@ def gradient_plan(
 
 
 def backward_plan(
-    features: Features, forward: KernelPlan, schedule: str, block_m: int, block_n: int
+    features: Features, forward: KernelPlan, schedule: str, tiles_of: Axis, block_m: int, block_n: int
 ) -> KernelPlan:
-    """What every kernel of a backward pass has in common, partly with the forward's; its places are still that's."""
-    classes = None if features.pairs.visible else features.classes(block_m, block_n)
+    """What every kernel of a backward pass has in common, partly with the forward's; its places are still that's.
+
+    Tiles of queries go over the keys that they see, those of keys over the rows that see them.
+    """
+    is_of_queries = tiles_of == "queries"
+    visible = features.pairs.visible if is_of_queries else features.visible_rows
     return replace(
         forward,
         direction="backward",
@@ -247,7 +248,8 @@ def backward_plan(
         output=features.inputs,
         scales=(),
         score_factor=features.pairs.score_factor,
-        tile_classes=classes,
+        tile_classes=None if visible else features.classes(block_m, block_n),
+        key_blocks=seen_blocks(visible, KEYS if is_of_queries else QUERIES),
         declarations=declarations_read_by(features.declarations, features.mask, features.pairs.score),
         schedule=schedule,
         overlap=False,
@@ -275,7 +277,7 @@ def pair_gradient(
         delta=delta,
         score=None if score is SCORE else score,
         slope=None if score is SCORE else derivative(score),
-        mask=mask_of_pairs(features.mask, block_m, block_n),
+        mask=mask_of_pairs(features.mask_of(axes[0]), block_m, block_n),
     )
 
 
@@ -301,5 +303,7 @@ def numbers_of_pairs(plan: KernelPlan, pair: PairGradient) -> tuple[Param, ...]:
         *scales,
         Param("gradient_scale", "f32", "gradient_scale"),
         Param("accumulates", "i32", "accumulates"),
-        *expression_params(plan.declarations, plan.tables, plan.table_values, ("batch", *_SIZES)),
+        *expression_params(
+            plan.declarations, plan.tables, plan.table_values, ("batch", *_SIZES), plan.boundaries
+        ),
     )

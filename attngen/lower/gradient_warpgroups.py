@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from attngen.dtypes import F32
-from attngen.expr import Expr, free_names, most_blocks, nodes, row_range
+from attngen.expr import Expr, free_names, most_blocks, nodes
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
@@ -21,9 +21,7 @@ from attngen.lower.params import row_strides
 from attngen.lower.rounding import round_up
 from attngen.lower.warpgroups import BUFFER_ALIGNMENT
 from attngen.plan import (
-    KEYS,
     PANEL_BYTES,
-    QUERIES,
     ROWS_OF_K,
     ROWS_OF_O,
     ROWS_OF_Q,
@@ -46,7 +44,6 @@ from attngen.plan import (
     Tensor,
     TensorMap,
     in_bf16,
-    seen_blocks,
 )
 from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
 from attngen.schedules.backward import OwnGradient
@@ -251,14 +248,13 @@ def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPl
     )
     return replace(
         _plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
-        key_blocks=seen_blocks(features.pairs.visible, KEYS),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
     )
 
 
 def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[str, ...]) -> KernelPlan:
     """dK, dV or both of a block of keys; dV alone asks for neither V nor delta, and is staged over K."""
-    visible, wants_dk = row_range(features.mask), "dk" in wanted
+    visible, wants_dk = features.visible_rows, "dk" in wanted
     storage = _Storage(features, tile, "keys")
     k, *rest = storage.side(("k", ROWS_OF_K, None), *((("v", ROWS_OF_V, None),) if wants_dk else ()))
     v = rest[0] if rest else None
@@ -276,8 +272,6 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     return replace(
         _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
-        tile_classes=None if visible else features.classes(tile.block_m, tile.block_n),
-        key_blocks=seen_blocks(visible, QUERIES),
         scheduler=Scheduler("key_blocks"),
     )
 
@@ -313,7 +307,7 @@ def _plan(
     """What all these kernels have in common."""
     streams = [each for each in (at.q, at.k, at.v, at.do) if each]
     plan = replace(
-        backward_plan(features, forward, schedule, tile.block_m, tile.block_n),
+        backward_plan(features, forward, schedule, at.pair.s.axes[0], tile.block_m, tile.block_n),
         block_m=tile.block_m,
         block_n=tile.block_n,
         stages=tile.stages,

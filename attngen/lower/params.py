@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from attngen.expr import Declarations, Expr, Table, TileClasses, free_names, tensor_names
+from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, free_names, tensor_names
 from attngen.plan import LETTERS, KernelPlan, Lengths, Param, Rows, Tensor, table_value
 from attngen.schedules import Pairs
 
@@ -29,23 +29,32 @@ def pair_params(pairs: Pairs, common: Mapping[str, Any], sizes: tuple[str, ...])
     """
     classes: TileClasses | None = common["tile_classes"]
     tables = classes.tables if classes else ()
+    boundaries = pairs.visible.boundaries if pairs.visible else ()
     names = {end: table_value(end, common["up_to"]) for table in tables for end in table.ends}
-    return (*_scale_params(pairs), *expression_params(common["declarations"], tables, names, sizes))
+    return (
+        *_scale_params(pairs),
+        *expression_params(common["declarations"], tables, names, sizes, boundaries),
+    )
 
 
 def expression_params(
-    read: Declarations, tables: tuple[Table, ...], names: Mapping[str, str], sizes: tuple[str, ...]
+    read: Declarations,
+    tables: tuple[Table, ...],
+    names: Mapping[str, str],
+    sizes: tuple[str, ...],
+    boundaries: tuple[Boundary, ...],
 ) -> tuple[Param, ...]:
-    """What expressions read: tensors, tables, sizes of these that no other field has, scalars.
+    """What expressions read: tensors, tables, boundaries, sizes of these that no other field has, scalars.
 
     Args:
         read: of the spec's declarations.
         tables: extremes of lookups.
         names: of the values that are their ends.
         sizes: fields that are there anyway.
+        boundaries: of the keys that a row sees, or of the rows that see a key.
     """
     dims = dict.fromkeys(dim for tensor in read.tensors.values() for dim in tensor.dims)
-    dims |= dict.fromkeys(("batch", "num_heads_kv") if tables else ())
+    dims |= dict.fromkeys(("batch", "num_heads_kv") if tables or boundaries else ())
     return (
         *(Param(f"arg_{tensor}", "pointer", f"tensor.{tensor}.ptr") for tensor in read.tensors),
         *(
@@ -58,6 +67,7 @@ def expression_params(
             for table in tables
             for field, end in zip(table.fields, table.ends, strict=True)
         ),
+        *(Param(each.field, "pointer", f"{each.name}.ptr") for each in boundaries),
         *(
             Param(f"size_of_{dim}", "i32", f"size.{dim}")
             for dim in dims

@@ -34,11 +34,13 @@ from attngen.plan.sheets import (
     TENSORS,
     VALUE_ROWS,
     FillTables,
+    FindBoundaries,
     FindMaxima,
     PackValues,
     PrepareRows,
     Quantize,
     Sheet,
+    boundary_shape,
     source_of,
     table_shape,
 )
@@ -67,6 +69,7 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
     kernels: list[KernelPlan | Sheet] = [*quantizing_sheets(quantizer)] if quantizer else []
     if takes_blocks(plan):
         kernels.append(MapBlocks(plan))
+    kernels += _finders((plan, *(each for each in backward if isinstance(each, KernelPlan))))
     for each in programs:
         kernels += _with_what_it_reads(each)
     if backward:
@@ -110,6 +113,12 @@ def _with_what_it_reads(plan: KernelPlan) -> list[KernelPlan | Sheet]:
         *((ListTiles(plan),) if plan.scheduler.is_listed else ()),
         plan,
     ]
+
+
+def _finders(plans: Iterable[KernelPlan]) -> Iterator[FindBoundaries]:
+    """What finds the boundaries that kernels read: those of one axis are the same for all of them."""
+    first = {plan.boundaries: plan for plan in reversed(list(plans)) if plan.boundaries}
+    yield from map(FindBoundaries, reversed(first.values()))
 
 
 def by_length(plans: Iterable[KernelPlan]) -> list[KernelPlan]:
@@ -279,6 +288,8 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
             yield Value(plan.table_values[end], dtype, table_shape(table, plan), "kept")
     if plan.scheduler.is_listed:
         yield Value(plan.tile_list, "i32", ListTiles(plan).shape, "kept")
+    for boundary in plan.boundaries:
+        yield Value(boundary.name, "i32", boundary_shape(boundary), "kept")
     for place in plan.scratch:
         columns = (place.cols,) if isinstance(place, Tensor) else ()
         batch, length = _extents(place.axis, plan.lengths)

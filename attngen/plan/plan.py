@@ -5,7 +5,7 @@ from typing import Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, DType
-from attngen.expr import Declarations, Expr, Table, TileClasses, name
+from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, name
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
 from attngen.plan.formulas import Formula, ceil_div, minimum, product, total
 from attngen.plan.lengths import DENSE, LETTERS, Lengths
@@ -155,9 +155,18 @@ class KernelPlan:
         return self.tile_classes.tables if self.tile_classes else ()
 
     @property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Boundaries among the keys, or rows, that the bounds of blocks read."""
+        return self.key_blocks.boundaries if self.key_blocks else ()
+
+    @property
     def table_values(self) -> dict[str, str]:
-        """The values that are the ends of tables, by the names that expressions have for them."""
-        return {end: self._own_value(end) for table in self.tables for end in table.ends}
+        """The values that are the ends of tables, or boundaries, by the names that expressions have for them.
+
+        Boundaries do not depend on tiles: all kernels of a call share them.
+        """
+        ends = {end: self._own_value(end) for table in self.tables for end in table.ends}
+        return ends | {each.name: each.name for each in self.boundaries}
 
     @property
     def tile_list(self) -> str:

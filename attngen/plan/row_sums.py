@@ -8,7 +8,16 @@ from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import Param
-from attngen.plan.sheets import FillTables, FindMaxima, PackValues, PrepareRows, Quantize, Sheet, SheetOfPlan
+from attngen.plan.sheets import (
+    FillTables,
+    FindBoundaries,
+    FindMaxima,
+    PackValues,
+    PrepareRows,
+    Quantize,
+    Sheet,
+    SheetOfPlan,
+)
 from attngen.plan.sinks import SumSink
 from attngen.plan.tile_list import ListTiles
 
@@ -86,6 +95,7 @@ def field_of(size: str) -> str:
 SHEETS: tuple[type[Sheet], ...] = (
     FillTables,
     ListTiles,
+    FindBoundaries,
     FindMaxima,
     Quantize,
     PackValues,

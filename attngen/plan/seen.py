@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
-from attngen.expr import Expr, IndexRange, add, const, extremes, name
+from attngen.expr import Boundary, Expr, IndexRange, add, const, extremes, name
 from attngen.expr.arithmetic import call, floor_divide
 from attngen.expr.intervals import greater, lesser
 from attngen.plan.scheduler import KEYS, Definitions, SequenceAxis
@@ -23,6 +23,7 @@ class SeenBlocks:
 
     Attributes:
         axis: of the blocks that are seen; bounds read the first and the last of a block of the other.
+        boundaries: those of which bounds read elements, and masks at the edges; found before the kernel runs.
         last_is_masked: the program peels the last block off and masks it, so it is never counted as free of a mask.
     """
 
@@ -32,6 +33,7 @@ class SeenBlocks:
     end_any: tuple[Expr, ...] = ()
     end_all: tuple[Expr, ...] = ()
     last_is_masked: bool = False
+    boundaries: tuple[Boundary, ...] = ()
 
     @property
     def bounds(self) -> tuple[Expr, ...]:
@@ -108,4 +110,5 @@ def seen_blocks(
         end_any=tuple(hi for _, hi in upper),
         end_all=tuple(lo for lo, _ in upper),
         last_is_masked=last_is_masked,
+        boundaries=visible.boundaries,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attngen.arch import Arch
-from attngen.expr import Table, tensor_names
+from attngen.expr import Boundary, Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
 from attngen.plan.lengths import LengthArgument, padded_blocks
 from attngen.plan.places import PADDED_ROWS, Rows
@@ -158,7 +158,7 @@ class FillTables(SheetInText):
     @property
     def writes(self) -> tuple[str, ...]:
         """The least and the greatest of each entry."""
-        return tuple(self.plan.table_values.values())
+        return tuple(self.plan.table_values[end] for table in self.plan.tables for end in table.ends)
 
     @property
     def tiles(self) -> Formula:
@@ -167,12 +167,91 @@ class FillTables(SheetInText):
         return product(maximum(*entries), minimum(1, "seqlen_q", "seqlen_k"))
 
 
+@dataclass(frozen=True)
+class FindBoundaries(Sheet):
+    """Find the boundaries that kernels of a call read, each element by a bisection of one thread.
+
+    Attributes:
+        plan: the first of these kernels, whose fields of the struct it takes as far as expressions read them.
+    """
+
+    plan: KernelPlan
+    threads = 128
+
+    @property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """What is found."""
+        return self.plan.boundaries
+
+    @property
+    def among(self) -> str:
+        """What the boundaries are: "keys", or "rows"."""
+        return "keys" if self.boundaries[0].along == "kv_idx" else "rows"
+
+    @property
+    def name(self) -> str:
+        """Entry name of the kernel."""
+        return f"{self.plan.name}_boundaries"
+
+    @property
+    def module(self) -> str:
+        """A text of its own."""
+        return self.name
+
+    @property
+    def arch(self) -> Arch:
+        """That of the kernel."""
+        return self.plan.arch
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Boundaries, what is declared, and sizes."""
+        found = {f"{each.name}.ptr" for each in self.boundaries}
+        return tuple(
+            param
+            for param in self.plan.params
+            if param.value in found
+            or param.value in _SIZES
+            or param.value.startswith(("tensor.", "size.", "scalar."))
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The tensors that conditions look up."""
+        names = frozenset().union(*(tensor_names(each.condition) for each in self.boundaries))
+        return tuple(f"tensor.{name}" for name in self.plan.declarations.tensors if name in names)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The boundaries."""
+        return tuple(each.name for each in self.boundaries)
+
+    @property
+    def tiles(self) -> Formula:
+        """Elements of the largest, as many at a time as a block has threads; none where there are no heads."""
+        elements = [product(1, *boundary_shape(each)) for each in self.boundaries]
+        blocks = ceil_div(maximum(*elements, 0), self.threads)
+        return product(blocks, minimum(1, "batch", "num_heads_q", "num_heads_kv"))
+
+
+_EXTENTS: dict[str, Formula] = {
+    "b": "batch",
+    "h": "num_heads_q",
+    "h_kv": "num_heads_kv",
+    "q_idx": "seqlen_q",
+    "kv_idx": "seqlen_k",
+}
+
+
+def boundary_shape(boundary: Boundary) -> tuple[Formula, ...]:
+    """The shape of a boundary."""
+    return tuple(_EXTENTS[index.name] for index in boundary.indices)
+
+
 def table_shape(table: Table, plan: KernelPlan) -> tuple[Formula, ...]:
     """The shape of either end of a table."""
     sizes: dict[str, Formula] = {
-        "b": "batch",
-        "h": "num_heads_q",
-        "h_kv": "num_heads_kv",
+        **_EXTENTS,
         "q_idx.tile": ceil_div("seqlen_q", plan.block_m),
         "kv_idx.tile": ceil_div("seqlen_k", plan.block_n),
     }

@@ -1,6 +1,7 @@
 """What a spec says of a query and a key, taken apart for the places where a kernel works it out."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from attngen.expr import (
@@ -44,9 +45,9 @@ class Pairs:
     added: Expr | None = None
 
     @classmethod
-    def of(cls, mask: Expr, score: Expr) -> "Pairs":
+    def of(cls, mask: Expr, score: Expr, sorted_tensors: Collection[str] = ()) -> "Pairs":
         """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
-        visible = key_range(mask)
+        visible = key_range(mask, sorted_tensors)
         if score.op == "arith" and score.name == "*":
             a, b = score.args
             for factor, rest in ((a, b), (b, a)):

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from attngen import quantize as quantization
 from attngen.expr import fill_tables as fill
+from attngen.expr import find_boundaries as find
 from attngen.plan import (
     BLOCK_LISTS,
     BLOCK_MAP,
@@ -19,6 +20,7 @@ from attngen.plan import (
     SHEETS,
     SINK_VALUES,
     FillTables,
+    FindBoundaries,
     FindMaxima,
     MapBlocks,
     PackValues,
@@ -46,6 +48,11 @@ def fill_tables(sheet: FillTables, values: Values, sizes: Sizes) -> dict[str, to
     plan, declared = sheet.plan, sizes.declared
     filled = fill(plan.tables, sizes.values, declared.scalars, declared.tensors, plan.block_m, plan.block_n)
     return {plan.table_values[end]: extremes for end, extremes in filled.items()}
+
+
+def find_boundaries(sheet: FindBoundaries, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The first key, or row, for which each condition holds."""
+    return find(sheet.boundaries, sizes.values, sizes.declared.scalars, sizes.declared.tensors)
 
 
 def find_maxima(sheet: FindMaxima, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from attngen.expr import Expr, evaluate, fill_tables, free_names, tensor_names
+from attngen.expr import Expr, evaluate, fill_tables, find_boundaries, free_names, tensor_names
 from attngen.plan import (
     ENTRY_FIELDS,
     KEYS,
@@ -32,7 +32,7 @@ SIMULATED_SMS = 2
 
 @dataclass(frozen=True)
 class Declared:
-    """What a call passes for the scalars and tensors of the spec, and the tables of extremes made of the tensors."""
+    """What a call passes for the scalars and tensors of the spec, and the tables and boundaries made of the tensors."""
 
     scalars: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Sizes:
 
 
 def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -> Declared:
-    """What a call passes by name, with the defaults of scalars and the tables that the plan's table kernel fills.
+    """What a call passes by name, with the defaults of scalars, and the tables and boundaries that the plan reads.
 
     Tensors that are not passed are unknown: nothing is read of them, and what depends on them is not classed.
     """
@@ -89,6 +89,8 @@ def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -
     are_known = len(tensors) == len(plan.declarations.tensors) and sizes.seqlen_q and sizes.seqlen_k
     if plan.tables and are_known:
         tensors |= fill_tables(plan.tables, sizes.values, scalars, tensors, plan.block_m, plan.block_n)
+    if plan.boundaries and are_known:
+        tensors |= find_boundaries(plan.boundaries, sizes.values, scalars, tensors)
     return Declared(scalars, tensors)
 
 

@@ -143,7 +143,9 @@ ScalarText = Annotated[
 TensorText = Annotated[
     str,
     Expects("tensor-types", "the text of a number format and the dimensions", lambda value: _TENSOR_EXAMPLES),
-    Field(json_schema_extra={"pattern": r"^\s*\w+\s*\[.*\]\s*$", "examples": list(_TENSOR_EXAMPLES)}),
+    Field(
+        json_schema_extra={"pattern": r"^\s*\w+\s*\[.*\]\s*(sorted)?\s*$", "examples": list(_TENSOR_EXAMPLES)}
+    ),
 ]
 Scalars = Annotated[dict[str, ScalarText], Expects("spec-mapping", "a mapping of names to types")]
 Tensors = Annotated[

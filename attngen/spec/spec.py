@@ -18,7 +18,7 @@ from attngen.expr import (
     parse_score,
     to_text,
 )
-from attngen.expr.declarations import Declarations, TensorType
+from attngen.expr.declarations import SORTED, Declarations, TensorType
 from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
 from attngen.spec.models import CheckShape, GivenBlocks, Precision, Problem, Schedule, SpecModel, Tile
@@ -156,7 +156,11 @@ class Spec:
         if self.scalars:
             data["scalars"] = [astuple(scalar) for scalar in self.declarations.scalars.values()]
         if self.tensors:
-            data["tensors"] = [astuple(tensor) for tensor in self.declarations.tensors.values()]
+            # A word behind three fields, so that those of a tensor that is not sorted digest as they always have.
+            data["tensors"] = [
+                (each.name, each.dtype, each.dims, *((SORTED,) if each.is_sorted else ()))
+                for each in self.declarations.tensors.values()
+            ]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -44,6 +44,36 @@ def test_integers_are_sorted_ids_of_documents(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["i32", "u8"])
+def test_sorted_tensors_are_documents_of_any_length(dtype: str) -> None:
+    """They never fall, have many lengths, a single key among them, and of i32 ids below 0; other words are refused."""
+    declarations = declared({"doc": f"{dtype}[batch, seqlen_k] sorted"})
+    lengths: set[int] = set()
+    for seed in range(20):
+        doc = declared_inputs(declarations, SHAPE, seed=seed)["doc"].long()
+        assert doc.shape == (2, 400) and (doc.diff(dim=-1) >= 0).all() and not torch.equal(doc[0], doc[1])
+        assert (doc.min() < 0) == (dtype == "i32") and len(doc[0].unique()) > 4
+        lengths |= set(doc[0].unique(return_counts=True)[1].tolist())
+    assert 1 in lengths and max(lengths) > 80 and len(lengths) > 40
+    assert not declared_inputs(declarations, SHAPE, given=Given({"doc": "zeros"}))["doc"].any()
+    for kind in ("random", "hashed"):
+        with pytest.raises(ArgumentError, match="sorted or zeros"):
+            declared_inputs(declarations, SHAPE, given=Given({"doc": kind}))
+
+
+def test_a_file_for_a_sorted_tensor_is_read(tmp_path: Path) -> None:
+    """What does not fall is passed as it is; what falls is refused, with its place."""
+    declarations = declared({"doc": "i32[batch, seqlen_k] sorted"})
+    doc = torch.arange(800, dtype=torch.int32).view(2, 400)
+    torch.save(doc, tmp_path / "doc.pt")
+    found = declared_inputs(declarations, SHAPE, given=Given({"doc": str(tmp_path / "doc.pt")}))
+    assert torch.equal(found["doc"], doc)
+    doc[1, 7] = 0
+    torch.save(doc, tmp_path / "doc.pt")
+    with pytest.raises(ArgumentError, match=r"0 at \[1, 7\], behind 406 at \[1, 6\]"):
+        declared_inputs(declarations, SHAPE, given=Given({"doc": str(tmp_path / "doc.pt")}))
+
+
+@pytest.mark.parametrize("dtype", ["i32", "u8"])
 def test_hashed_ids_keep_documents_and_lose_their_order(dtype: str) -> None:
     """The same stretches of equal ids as sorted has, but no ascending ones; none is negative."""
     declarations = declared({"doc": f"{dtype}[seqlen_k]"})

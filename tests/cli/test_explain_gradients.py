@@ -83,6 +83,24 @@ def test_a_mask_that_is_walked_has_its_tables_in_the_pass(attngen: Attngen) -> N
         assert "reads tensor.doc " in found[f"fill_tables of {name}: bytes"]
 
 
+@pytest.mark.usefixtures("wide_lines")
+def test_a_mask_on_a_sorted_tensor_has_its_boundaries_in_the_pass(attngen: Attngen) -> None:
+    """The mask is a range of keys by boundaries, which are named; each side of the pass has a kernel for its own."""
+    Path("doc.yaml").write_text(
+        TRAINED.replace(
+            "mask: causal", "tensors: {doc: 'i32[batch, seqlen_k] sorted'}\nmask: causal and document(doc)"
+        )
+    )
+    result = attngen("explain", "doc.yaml")
+    found = facts_of(result)
+    assert found["blocks of keys"].startswith("from bounds in closed form")
+    assert "keys.boundary0: the first key for which doc[b, kv_idx] >= doc[b, " in result.stdout
+    assert "fill_tables" not in found["gradients"]
+    for axis in ("keys", "rows"):
+        assert f"find_boundaries among {axis}" in found["gradients"]
+        assert "reads tensor.doc " in found[f"find_boundaries among {axis}: bytes"]
+
+
 def test_explain_program_prints_both_passes(attngen: Attngen, trained: str) -> None:
     """Every Step of each kernel's roles, under the kernel's name."""
     result = attngen("explain", trained, "--program")

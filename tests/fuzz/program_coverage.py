@@ -49,7 +49,9 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
         yield from (("head_dim", dims) for dims in _SHOWN_HEAD_DIMS)
     yield from (("stages", str(stages)) for stages in (1, 2, 3, 4))
     yield from (("order", order) for order in ORDERS)
-    yield from (("mask", name) for name in ("full", "causal", "one range", "no closed form", "by head"))
+    yield from (
+        ("mask", name) for name in ("full", "causal", "one range", "boundaries", "no closed form", "by head")
+    )
     yield from (("score", kind) for kind in ("plain", "modified", "looks up"))
     yield from (("declared", kind) for kind in ("nothing", "scalars", "tensors"))
     yield from (("blocks per row", count) for count in BLOCKS_PER_ROW)

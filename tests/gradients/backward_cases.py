@@ -113,12 +113,15 @@ SCORES = (
     "score * 0.5",
     "tanh(score) * slopes[h] + score",
 )
+SORTED: Mapping[str, Any] = {"tensors": {"doc": "i32[batch, seqlen_k] sorted"}}
 CASES = (
     *(BackwardCase(lengths=lengths) for lengths in LENGTHS),
     *(BackwardCase("causal", lengths=lengths) for lengths in LENGTHS),
     *(BackwardCase(mask, lengths=(130, 130), heads=(4, 2)) for mask in MASKS),
     *(BackwardCase("causal", score, heads=(4, 2)) for score in SCORES),
     BackwardCase("causal and document(doc)", "softcap(score, 3.0)", lengths=(90, 90)),
+    BackwardCase("causal and document(doc)", "softcap(score, 3.0)", (90, 70), (4, 2), spec=SORTED),
+    BackwardCase("document(doc)", lengths=(70, 130), heads=(4, 2), spec=SORTED),
     BackwardCase("causal", heads=(3, 1), head_dim=(64, 32)),
     BackwardCase("causal", scale=-0.3),
     BackwardCase("causal", scale=0.0),

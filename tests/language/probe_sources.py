@@ -11,7 +11,8 @@ from typing import Any
 from attngen.emit.device import used_by
 from attngen.emit.environment import Templates, environment
 from attngen.emit.kernel_text import table_kernel
-from attngen.emit.pair_functions import leaves, pair_functions
+from attngen.emit.lookups import leaves
+from attngen.emit.pair_functions import pair_functions
 from attngen.expr import Expr, cuda_body
 from attngen.plan import KernelPlan
 

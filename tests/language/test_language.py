@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attngen.emit.device import used_by
-from attngen.emit.pair_functions import leaves
+from attngen.emit.lookups import leaves
 from attngen.expr import parse_mask, tile_classes, to_cuda
 from attngen.expr.tile_classes import TileClasses
 from attngen.expr.tree import FALSE, TRUE, Expr

@@ -102,6 +102,8 @@ static unsigned to_e4m3(float x) {
 static char origin;
 static uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - &origin); }
 template <class T>
+static T __ldg(const T* p) { return *p; }
+template <class T>
 static T& at_shared(uint32_t address) { return *(T*)(&origin + (int32_t)address); }
 
 static std::function<void()> body;

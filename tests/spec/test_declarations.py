@@ -159,6 +159,16 @@ def test_faults_of_scalars(text: str, message: str, marked: str, nearest: tuple[
         ("doc: i32[seqlen_k + 1]", "tensors.doc = i32[seqlen_k + 1] has a dimension", "seqlen_k + 1",
          ("seqlen_k", "seqlen_q"), "tensor-dimensions"),
         ("doc: i32[doc]", "tensors.doc = i32[doc] has a dimension", "doc", ("num_doc",), "tensor-dimensions"),
+        ("doc: i32[seqlen_k] sort", "tensors.doc = i32[seqlen_k] sort must end with its dimensions", "sort",
+         ("sorted",), "tensor-types"),
+        ("doc: f32[seqlen_k] sorted", "tensors.doc = f32[seqlen_k] sorted must hold integers", "f32",
+         ("i32[seqlen_k] sorted", "f32[seqlen_k]"), "sorted-tensors"),
+        ("doc: bool[seqlen_q] sorted", "tensors.doc = bool[seqlen_q] sorted must hold integers", "bool",
+         ("i32[seqlen_q] sorted", "bool[seqlen_q]"), "sorted-tensors"),
+        ("doc: i32[seqlen_k, batch] sorted", "tensors.doc = i32[seqlen_k, batch] sorted is sorted along its last",
+         "batch", ("seqlen_q", "seqlen_k"), "sorted-tensors"),
+        ("doc: u8[batch, 128] sorted", "tensors.doc = u8[batch, 128] sorted is sorted along its last", "128",
+         ("seqlen_q", "seqlen_k"), "sorted-tensors"),
         ("v: i32[batch]", "tensors.v must be called otherwise", "v", ("v_",), "reserved-names"),
         ("score: f32[batch]", "tensors.score must be called otherwise", "score", ("score_",), "reserved-names"),
         ("tensors: f32[batch]", "tensors.tensors must be called otherwise", "tensors", ("tensors_",), "reserved-names"),
@@ -414,3 +424,15 @@ def test_no_argument_of_a_call_may_be_declared(call: Any) -> None:
         }
         with pytest.raises(attngen.SpecError, match=r"must be called otherwise|reserved-names"):
             attngen.load(data)
+
+
+def test_sorted_is_said_behind_the_dimensions() -> None:
+    """The word is part of the declaration: it is written back, has a digest of its own, and is no dimension."""
+    texts = {text: f"{HEAD_DIM}tensors: {{doc: 'i32[batch, seqlen_k]{text}'}}\nmask: document(doc)\n"
+             for text in ("", " sorted", "  sorted ", "sorted")}  # fmt: skip
+    plain, *others = (attngen.load(text) for text in texts.values())
+    assert len({each.digest() for each in others}) == 1 and others[0].digest() != plain.digest()
+    assert all(each.declarations.sorted_tensors == {"doc"} for each in others)
+    assert not plain.declarations.sorted_tensors
+    assert str(others[0].declarations.tensors["doc"]) == "i32[batch, seqlen_k] sorted"
+    assert attngen.load(others[0].to_yaml()).digest() == others[0].digest()
