@@ -98,7 +98,7 @@ def test_verify_says_which_number_no_tensor_has(name: str, numbers: list[int], e
                 "score": "score + t[h]",
                 "gradients": ["q", "k", "v", "t"],
             },
-            "must be q, k and v alone",
+            "must be q, k, v and sink at most",
         ),
         ({"scalars": {"cu_seqlens_q": "i32"}}, "an argument or a size of calls with ragged lengths"),
     ],
