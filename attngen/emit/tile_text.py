@@ -29,7 +29,7 @@ FIELDS = {
     "seqlen_q": "tile.seqlen_q",
     "seqlen_k": "tile.seqlen_k",
     "q_idx.start": "tile.q_start",
-    "kv_idx.start": "tile.kv_start",
+    "kv_idx.start": "tile.k_start",
 }
 """What the language's names are once a tile has been decoded."""
 _CALL = {

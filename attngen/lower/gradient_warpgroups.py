@@ -244,7 +244,17 @@ def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPl
     pair = pair_gradient(features, SCORES, tile.block_m, tile.block_n, lse, delta)
     gradient = _gradient("dq", q, pair.ds, k)
     at = WarpgroupQueryPlaces(
-        pair, q, k, v, do, (gradient,), OWN, COMMON, KeyLoop(features.pairs.visible), numbers
+        pair,
+        q,
+        k,
+        v,
+        do,
+        (gradient,),
+        OWN,
+        COMMON,
+        features.lengths,
+        KeyLoop(features.pairs.visible),
+        numbers,
     )
     return replace(
         _plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
@@ -268,7 +278,9 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
         pair = replace(pair, p=None)
     if wants_dk:
         gradients = (*gradients, _gradient("dk", k, pair.ds, q, gradients))
-    at = WarpgroupKeyPlaces(pair, q, k, v, do, gradients, OWN, COMMON, visible, tile.dv_late)
+    at = WarpgroupKeyPlaces(
+        pair, q, k, v, do, gradients, OWN, COMMON, features.lengths, visible, tile.dv_late
+    )
     schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
     return replace(
         _plan(features, forward, schedule, tile, at, key_gradients(at), storage),

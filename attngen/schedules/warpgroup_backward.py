@@ -9,10 +9,22 @@ Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1 and appen
 from dataclasses import dataclass
 
 from attngen.expr import IndexRange
-from attngen.plan import BlockIndex, Buffer, Cursor, NamedBarriers, Program, RegVec, Rows, Tensor, View
+from attngen.plan import (
+    BlockIndex,
+    Buffer,
+    Cursor,
+    Lengths,
+    NamedBarriers,
+    Program,
+    RegVec,
+    Rows,
+    Tensor,
+    View,
+)
 from attngen.plan.steps import (
     Advance,
     Clear,
+    FenceAsync,
     ForHeads,
     ForTiles,
     IssueGemm,
@@ -30,6 +42,8 @@ from attngen.plan.steps import (
     WaitEmpty,
     WaitFull,
     WaitGemm,
+    WhenAtEnd,
+    ZeroTail,
 )
 from attngen.schedules.backward import N_BLOCK, M, OwnGradient, PairGradient, for_queries
 from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop
@@ -97,6 +111,7 @@ class WarpgroupGradientPlaces:
         q, k, v, do: tensors on their way through shared memory; no V where dV alone is wanted.
         gradients: what the kernel is for: dQ; or dV, dK, or both.
         own, common: the named barriers at which a warpgroup meets itself, and the other.
+        lengths: of the sequences of its calls.
     """
 
     pair: PairGradient
@@ -107,6 +122,19 @@ class WarpgroupGradientPlaces:
     gradients: tuple[OwnGradient, ...]
     own: NamedBarriers
     common: NamedBarriers
+    lengths: Lengths
+
+    def zero_tails(self, block: BlockIndex, first: Stream, second: Stream) -> Program:
+        """Zeros where the copy engine left a neighbour's rows in a block of two tensors of one side.
+
+        What is 0 of these rows, P or dS, times what is no number is no number. Both are waited for ahead of the products,
+        since nothing may branch between those that are issued and their landing.
+        """
+        (axis,) = {each.tensor.axis for each in (first, second)}
+        if not self.lengths.has_neighbours(axis):
+            return ()
+        tails = (*_wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
+        return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
     @property
     def walks(self) -> bool:
@@ -151,6 +179,7 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
 
     def block(of: KeyBlock) -> Program:
         return (
+            *(at.zero_tails(of.n, k, v) if of.may_be_last else ()),
             Note("S = Q Kᵀ, dP = dO Vᵀ"),
             WaitFull(k.reads),
             IssueGemm(pair.s, at.q.here.own, k.here, starts_at_zero=True),
@@ -236,6 +265,7 @@ def _block_of_queries(at: WarpgroupKeyPlaces, is_masked: bool) -> Program:
     dv = (Note("dV += Pᵀ dO"), *issue(of_p)) if of_p else ()
     early, late = ((), dv) if at.dv_late else (dv, ())
     return (
+        *at.zero_tails(M, q, do),
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ" if v else "Sᵀ = K Qᵀ"),
         *scores,
         *dp,

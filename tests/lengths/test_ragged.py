@@ -137,3 +137,22 @@ def test_work_is_shared_by_calls_of_the_same_lengths() -> None:
         dense.work(of.q[None], of.k[None], of.v[None])
     with pytest.raises(ArgumentError, match="argument work: got TileTables, expected None"):
         dense(of.q[None], of.k[None], of.v[None], work=work)
+
+
+@pytest.mark.parametrize("schedule", ["fa2", "pingpong"])
+@pytest.mark.parametrize("kinds", ["ragged", "padded"])
+@pytest.mark.parametrize("mask", ["full", "causal", "kv_idx % 3 != q_idx % 2"])
+def test_what_no_sequence_uses_reaches_no_gradient(schedule: str, mask: str, kinds: str) -> None:
+    """NaN behind every end, in inputs and in what comes from behind the kernel, changes no bit of a gradient."""
+    clean, poisoned = (
+        batch(kinds, kinds, SEQLENS_Q, SEQLENS_K, unused=2, leftpad=1, tail=3, poison=poison)
+        for poison in (0.0, math.nan)
+    )
+    kernel, found = compiled(schedule, kinds, kinds, mask, True), []
+    for of in (clean, poisoned):
+        inputs = [x.requires_grad_() for x in (of.q, of.k, of.v)]
+        out = kernel(*inputs, **of.lengths)
+        dout = torch.where(of.q.isnan(), of.q, torch.ones_like(of.q)).detach()
+        found.append(torch.autograd.grad(out, inputs, dout))
+    for gradient, expected in zip(found[1], found[0], strict=True):
+        assert expected.abs().max() > 0 and torch.equal(gradient, expected)
