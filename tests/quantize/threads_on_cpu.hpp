@@ -83,8 +83,6 @@ static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
 }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
-template <class T>
-static T __ldg(const T* p) { return *p; }
 static uint32_t min(uint32_t a, int b) { return std::min(a, (uint32_t)b); }
 static void atomicMax(uint32_t* p, uint32_t x) { *p = std::max(*p, x); }
 static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
@@ -129,8 +127,6 @@ static unsigned to_e4m3(float x) {
 // Shared memory has 32-bit addresses: here, from some object with static storage.
 static char origin;
 static uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - &origin); }
-template <class T>
-static T __ldg(const T* p) { return *p; }
 template <class T>
 static T& at_shared(uint32_t address) { return *(T*)(&origin + (int32_t)address); }
 
