@@ -500,7 +500,8 @@ class Kernel:
         check_lengths(self.manifest, given.sizes, given.tensors)
         for tensor in self.spec.declarations.tensors.values():
             if tensor.is_sorted:
-                check_sorted(tensor, given.declared[tensor.name])
+                starts = given.tensors.get(f"cu_seqlens_{str(tensor.dims[-1])[-1]}")
+                check_sorted(tensor, given.declared[tensor.name], starts)
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
