@@ -29,7 +29,7 @@ def _get(path: Path, log: Path, seconds: float) -> None:
 
 
 def test_the_second_get_reads_the_disk_within_100_ms(tmp_path: Path) -> None:
-    """A cubin compiled once is the same bytes afterwards, found fast: 100 ms of this process, however busy others are."""
+    """A cubin compiled once is the same bytes afterwards, found fast: 100 ms of CPU time."""
     first = DiskCache(tmp_path).get(SOURCE, "sm_90a")
     start = time.process_time()
     second = DiskCache(tmp_path).get(SOURCE, "sm_90a")
