@@ -1,4 +1,4 @@
-"""Lists of kept blocks: those of FlexAttention and FlashAttention-4 as they are, and the sheet that makes maps of them."""
+"""Lists of kept blocks: FlexAttention's and FlashAttention-4's as they are, and the sheet that makes maps of them."""
 
 import ctypes
 from typing import NamedTuple
