@@ -2,7 +2,8 @@
 
 What a call says of lengths is read here as the arguments are documented, and kept within the tensors; nothing of it is
 shared with the simulator or the kernels. Inside a sequence mask and score mean what they mean in a dense call of its
-rows; `b` is its number. Rows that no sequence counts are 0, their lse -inf.
+rows; `b` is its number, and tensors by token are read from where it begins. Rows that no sequence counts are 0, their
+lse -inf.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from attngen.check.gradients import Gradients
 from attngen.errors import ArgumentError
 from attngen.plan import LETTERS, Axis, Lengths
 from attngen.torch_state import torch_defaults
+
+_INDICES: Mapping[str, Axis] = {"q_idx": "queries", "kv_idx": "keys"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ class CutCall:
     def declared(self, passed: Mapping[str, Any], sequence: Sequence) -> dict[str, Any]:
         """What the oracles take for what a call passes by name."""
         of_lengths = {each.name for each in self.lengths.arguments} | set(self.lengths.bounds)
-        return {name: x for name, x in passed.items() if name not in of_lengths} | {"b": sequence.number}
+        starts = {f"{own}.start": sequence.rows[axis].start for own, axis in _INDICES.items()}
+        others = {name: x for name, x in passed.items() if name not in of_lengths}
+        return {**others, "b": sequence.number, **starts}
 
 
 def _spans(lengths: Lengths, axis: Axis, rows: int, batch: int, passed: Mapping[str, Any]) -> Iterator[slice]:

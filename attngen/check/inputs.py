@@ -101,6 +101,12 @@ class Shape:
         return {letter: cut for letter, cut in found.items() if cut is not None}
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows of all sequences of queries and of keys, where these are ragged; else 0."""
+        of_q, of_k = (cut.rows if cut and cut.kind == "ragged" else 0 for cut in (self.queries, self.keys))
+        return of_q, of_k
+
+    @property
     def lengths(self) -> Iterator[tuple[int, int]]:
         """Queries and keys of each sequence."""
         queries = self.queries.lengths if self.queries else (self.seqlen_q,) * self.batch

@@ -190,6 +190,11 @@ def standard_algorithm(
     return _total([(traffic, batch * heads)])
 
 
+def added(parts: Iterable[Traffic]) -> Traffic:
+    """What several kernels or calls cost together."""
+    return _total((part, 1) for part in parts)
+
+
 def _total(parts: Iterable[tuple[Traffic, int]]) -> Traffic:
     """The traffic of one head, so many times, of all parts; places that nothing is moved to or from are left out."""
     total = Traffic()
