@@ -31,10 +31,15 @@ class Cut:
     tail: int = 0
 
     @property
+    def used(self) -> tuple[int, ...]:
+        """Rows of each sequence up to the last that counts (`seqused`)."""
+        return tuple(map(add, self.lengths, self._skipped))
+
+    @property
     def stored(self) -> tuple[int, ...]:
         """Rows of each sequence, with those that do not count."""
         unused = self.unused or (0,) * len(self.lengths)
-        return tuple(map(sum, zip(self.lengths, self._skipped, unused, strict=True)))
+        return tuple(map(add, self.used, unused))
 
     @property
     def _skipped(self) -> tuple[int, ...]:
@@ -47,8 +52,8 @@ class Cut:
 
     @property
     def size(self) -> int:
-        """What a call takes for the length of its sequences, where one number must do, as in a declared dimension."""
-        return max(self.lengths, default=0) if self.kind == "ragged" else self.rows
+        """What a call takes for the length of its sequences where one number must do; what is skipped is of them."""
+        return max(self.used, default=0) if self.kind == "ragged" else self.rows
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
@@ -79,7 +84,7 @@ class Cut:
             ends = [0, *accumulate(self.stored)]
             found = {f"cu_seqlens_{letter}": numbers(ends), f"max_seqlen_{letter}": self.size}
         if self.kind == "padded" or self.unused:
-            found[f"seqused_{letter}"] = numbers(list(map(add, self.lengths, self._skipped)))
+            found[f"seqused_{letter}"] = numbers(list(self.used))
         if self.skipped:
             found[f"leftpad_{letter}"] = numbers(list(self.skipped))
         return found
