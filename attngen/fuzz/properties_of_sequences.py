@@ -98,7 +98,7 @@ def dense_spec(spec: Spec) -> Spec:
 
     A padded tensor keeps the rows that no sequence counts, so that an index past a sequence's end reads what it read.
     """
-    data = spec.to_dict()
+    data = {key: value for key, value in spec.to_dict().items() if key != "check"}
     cut = [letter for axis, letter in LETTERS.items() if data["problem"].pop(axis, None) is not None]
     tensors = {}
     for name, text in data.get("tensors", {}).items():

@@ -30,8 +30,8 @@ def _sequences(path: str, shape: dict[str, Any], kinds: dict[str, Any]) -> Itera
             given = shape[other]
             if is_cut and is_positive(given):
                 example = f"[{given}]"
-            elif isinstance(given, list | tuple) and given and all(map(is_positive, given)):
-                example = str(max(given))
+            elif not is_cut and isinstance(given, list | tuple) and any(map(is_positive, given)):
+                example = str(max(filter(is_positive, given)))
             why = "of one length" if kinds[axis] == "dense" else "each of a length of its own"
             yield Broken(
                 path=f"{path}.{other}",
