@@ -3,7 +3,7 @@
 What a call says of lengths is read here as the arguments are documented, and kept within the tensors; nothing of it is
 shared with the simulator or the kernels. Inside a sequence mask and score mean what they mean in a dense call of its
 rows; `b` is its number, and tensors by token are read from where it begins. Rows that no sequence counts are 0, their
-lse -inf.
+lse -inf, or the sink.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attngen.check.gradients import Gradients
 from attngen.errors import ArgumentError
+from attngen.expr import SINK
 from attngen.plan import LETTERS, Axis, Lengths
 from attngen.torch_state import torch_defaults
 
@@ -155,7 +156,8 @@ def attention_by_sequence(
     """
     call = CutCall.read(lengths, q, k, passed)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=torch.float64)
-    lse = out.new_full(out.shape[:-1], -torch.inf).transpose(-1, -2)
+    lse = out.new_full(out.shape[:-1], -torch.inf)
+    lse = (lse if passed.get(SINK) is None else passed[SINK].to(lse).expand_as(lse).clone()).transpose(-1, -2)
     for each in call.sequences:
         declared = call.declared(passed, each)
         found = oracle(*call.inputs(q, k, v, each), *about, declared=declared, **options)

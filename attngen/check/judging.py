@@ -145,6 +145,7 @@ def judge_gradients(
     if not lengths.are_dense:
         forward: dict[str, Any] = {"out": out, "lse": lse, "dlse": dlse}
         options: dict[str, Any] = {"mask": mask, "softmax_scale": softmax_scale, "score": score}
+        options["wanted"] = spec.gradients[len(INPUTS) :]
         return compare_gradients_of_sequences(
             lengths, gradients, inputs, dout, declared or {}, layout, **forward, **options
         )

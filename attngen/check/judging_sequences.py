@@ -1,22 +1,29 @@
 """The verdict on calls whose sequences have lengths of their own: each sequence to the rule of a dense call.
 
 An error in a short sequence is so not forgiven for what a long one may lose. Rows that no sequence counts must be
-exactly 0, with lse -inf, and their gradients 0.
+exactly 0, with lse -inf (or the sink), and their gradients 0. The gradient of a sink is the sum over all sequences.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from attngen.check.accuracy import LSE_ABSOLUTE, Accuracy, compare
+from attngen.check.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy, compare
 from attngen.check.by_sequence import CutCall
 from attngen.check.by_sequence import Sequence as OfCall
-from attngen.check.distances import largest
-from attngen.check.gradients import GradientAccuracy, compare_gradients
-from attngen.check.reference import Layout
+from attngen.check.distances import distance, largest
+from attngen.check.gradients import (
+    GradientAccuracy,
+    compare_gradients,
+    declared_sums,
+    declared_verdict,
+)
+from attngen.check.reference import LARGEST_SINK, Layout
 from attngen.errors import ArgumentError
+from attngen.expr import SINK
 from attngen.plan import Axis, Lengths
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -53,7 +60,7 @@ def compare_sequences(
     out, q, k, v = _in_bshd(layout, out, *inputs)
     _check_shapes(lengths, out, lse, q, v)
     call = CutCall.read(lengths, q, k, passed)
-    parts = [_outside(call, out, lse)]
+    parts = [_outside(call, out, lse, passed)]
     for each in call.sequences:
         own_lse = None if lse is None else call.of_lse(lse, each)
         declared = call.declared(passed, each)
@@ -74,36 +81,42 @@ def compare_gradients_of_sequences(
     out: torch.Tensor,
     lse: torch.Tensor,
     dlse: torch.Tensor | None,
+    wanted: Sequence[str] = (),
     **about: Any,
 ) -> GradientAccuracy:
-    """Hold dq, dk and dv against the fp64 reference, sequence by sequence; arguments as of `compare_sequences`.
+    """Hold dq, dk, dv and the gradients of what is wanted besides, sums over all sequences, against the fp64
+    reference, sequence by sequence; arguments as of `compare_sequences`.
 
     out and lse are what the backward pass read, dout and dlse the gradients of both; `about` is that of
     `compare_gradients`.
     """
-    q, k, v, dout, out, *found = _in_bshd(layout, *inputs, dout, out, *gradients)
-    dq, dk, dv = found
+    q, k, v, dout, out, dq, dk, dv, *of_declared = _in_bshd(layout, *inputs, dout, out, *gradients)
+    found = (dq, dk, dv)
     call = CutCall.read(lengths, q, k, passed)
     for name, got, x in zip(("dq", "dk", "dv"), found, (q, k, v), strict=True):
         if got.shape != x.shape:
             raise ArgumentError(name, tuple(got.shape), tuple(x.shape))
     axes: tuple[Axis, ...] = ("queries", "keys", "keys")
     parts = [[_of_outside(call, x, axis)] for x, axis in zip(found, axes, strict=True)]
+    sums = []
     for each in call.sequences:
-        verdict = compare_gradients(
-            call.inputs(dq, dk, dv, each),
-            *call.inputs(q, k, v, each),
-            call.rows(dout, "queries", each),
-            out=call.rows(out, "queries", each),
-            lse=call.of_lse(lse, each),
-            dlse=None if dlse is None else call.of_lse(dlse, each),
-            declared=call.declared(passed, each),
-            **about,
-        )
+        of_inputs = (*call.inputs(q, k, v, each), call.rows(dout, "queries", each))
+        own: dict[str, Any] = {
+            "out": call.rows(out, "queries", each),
+            "lse": call.of_lse(lse, each),
+            "dlse": None if dlse is None else call.of_lse(dlse, each),
+            "declared": call.declared(passed, each),
+        }
+        verdict = compare_gradients(call.inputs(dq, dk, dv, each), *of_inputs, **own, **about)
         for into, of_one, axis in zip(parts, (verdict.dq, verdict.dk, verdict.dv), axes, strict=True):
             into.append(_placed(call, of_one, axis, each))
+        sums += [declared_sums(wanted, *of_inputs, **own, **about)] if wanted else []
+    exact, short = [each for each, _ in sums], [each for _, each in sums]
+    declared = {
+        name: declared_verdict(name, x, exact, short) for name, x in zip(wanted, of_declared, strict=True)
+    }
     of_q, of_k, of_v = map(worst, parts)
-    return GradientAccuracy(of_q, of_k, of_v)
+    return GradientAccuracy(of_q, of_k, of_v, declared)
 
 
 def worst(parts: Sequence[Accuracy]) -> Accuracy:
@@ -150,18 +163,25 @@ def _check_shapes(
         raise ArgumentError("lse", tuple(lse.shape), of_rows)
 
 
-def _outside(call: CutCall, out: torch.Tensor, lse: torch.Tensor | None) -> Accuracy:
-    """The verdict on rows that no sequence counts."""
+def _outside(
+    call: CutCall, out: torch.Tensor, lse: torch.Tensor | None, passed: Mapping[str, Any]
+) -> Accuracy:
+    """The verdict on rows that no sequence counts; their lse is -inf, or the sink of their head."""
     of_out = _of_outside(call, out, "queries")
     if lse is None:
         return of_out
-    lost = call.outside(lse.transpose(-1, -2)[..., None], "queries")
-    wrong = not bool(lost.isneginf().all())
+    rows = call.outside(lse.transpose(-1, -2)[..., None], "queries")[..., 0].double()  # (rows, heads)
+    sink = passed.get(SINK)
+    expected = torch.full_like(rows, -math.inf)
+    expected = expected if sink is None else sink.to(rows).clamp(max=LARGEST_SINK).expand_as(rows)
+    allowed = LSE_ABSOLUTE + LSE_RELATIVE * expected.abs().masked_fill(expected.isinf(), 0.0)
+    error = distance(rows, expected)
+    is_wrong = bool((error > allowed).any())
     return replace(
         of_out,
-        ok=of_out.ok and not wrong,
-        failures=(*of_out.failures, *((f"{OUTSIDE} lse",) if wrong else ())),
-        lse_error=0.0,
+        ok=of_out.ok and not is_wrong,
+        failures=(*of_out.failures, *((f"{OUTSIDE} lse",) if is_wrong else ())),
+        lse_error=largest(error) if rows.numel() else 0.0,
         lse_bound=LSE_ABSOLUTE,
     )
 

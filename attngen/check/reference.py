@@ -91,8 +91,8 @@ def attention(
         softmax_scale: any finite number, zero and negative included; 1/sqrt(head_dim_qk) where None.
         layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
         score: what becomes of each scaled product, its `score`, before the mask; itself where None.
-        declared: a value for each scalar and tensor that mask and score read, by name, and for a sink; `b` besides where
-            the tensors are one sequence of a call and that is its number there (`attngen.check.by_sequence`).
+        declared: a value for each scalar and tensor that mask and score read, by name, and for a sink; `b` besides,
+            where the tensors are one sequence of a call and that is its number there (`attngen.check.by_sequence`).
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; 0 in a row that sees no key, NaN in a row that

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attngen.check.by_sequence import CutCall, Sequence
+from attngen.expr import SINK
 from attngen.fuzz.properties_of_gradients import first_difference
 from attngen.fuzz.trial import SIMULATOR_ULPS, Complaint, Subject, Trial
 from attngen.plan import LETTERS
@@ -28,7 +29,8 @@ def sequences(trial: Trial) -> Complaint:
 def sequence_gradients(trial: Trial) -> Complaint:
     """dq, dk and dv of each sequence are those of a dense call of it, likewise."""
     for call, each, dense in _dense_calls(trial):
-        own = call.inputs(*trial.first_gradients, each)  # type: ignore[call-arg]  # of three
+        dq, dk, dv, *_ = trial.first_gradients  # a sink's is the sum over sequences
+        own = call.inputs(dq, dk, dv, each)
         if complaint := first_difference(own, dense.backward(call), _ulps(trial)):
             return f"sequence {each.number}: {complaint} in a dense call"
     return None
@@ -61,7 +63,7 @@ class _DenseCall:
         scale = trial.case.softmax_scale
         with trial.state():
             made = self._subject.backward(dout, *self._inputs, out, lse, dlse, scale, **self._passed)
-        return tuple(x[-1:] for x in made)
+        return tuple(x[-1:] for x in made[:3])
 
     def _run(self) -> Any:
         scale = self._trial.case.softmax_scale
@@ -81,7 +83,7 @@ class _DenseCall:
             if tensor is not None:
                 places: Mapping[Any, slice] = by_token | batches
                 yield name, x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
-            elif name in spec.declarations.scalars:
+            elif name in spec.declarations.scalars or name == SINK:
                 yield name, x
 
 

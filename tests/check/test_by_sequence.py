@@ -193,3 +193,23 @@ def test_the_yardstick_goes_by_sequence_too() -> None:
     short, _ = attention_by_sequence(standard_attention, RAGGED, q, k, v, passed=passed)
     assert torch.equal(short.to(torch.bfloat16).double(), short)
     assert 0 < (exact - short).abs().max() < 0.05
+
+
+def test_a_sink_is_judged_over_all_sequences() -> None:
+    """Its gradient is a sum; lse of a row that no sequence counts is the sink, and out 0."""
+    kernel = compile_spec(spec_of(mask="causal", gradients=["q", "k", "v", "sink"], sink="per_head"))
+    inputs, passed = draw(kernel.plan, SHAPE), SHAPE.arguments() | {"sink": torch.tensor([0.5, -1.0])}
+    out, lse = kernel(*inputs, return_lse=True, **passed)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    gradients = kernel.backward(dout, *inputs, out, lse, **passed)
+    assert judge(kernel.spec, kernel.plan, out, lse, *inputs, declared=passed).ok
+    verdict = judge_gradients(kernel.spec, gradients, inputs, dout, out, lse, declared=passed)
+    assert verdict.ok and abs(verdict.declared["sink"].expected) > 0.05
+    spoilt = (*gradients[:3], gradients[3] * 1.01)
+    found = judge_gradients(kernel.spec, spoilt, inputs, dout, out, lse, declared=passed)
+    assert {each.split()[0] for each in found.failures} == {"dsink"}
+    wrong = lse.clone()
+    wrong[1, 3] = 0.5
+    assert not judge(kernel.spec, kernel.plan, out, wrong, *inputs, declared=passed).ok
+    ref, ref_lse = attention_by_sequence(attention, RAGGED, *inputs, parse_mask("causal"), passed=passed)
+    torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-4, atol=1e-4)
