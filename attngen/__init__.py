@@ -1,6 +1,6 @@
 """attngen: from a short spec to a readable, checked attention kernel.
 
-`compile` and `attention` are the faces; importing this package needs no CUDA driver and no GPU.
+`compile`, `attention` and `varlen_attn` are the faces; importing this package needs no CUDA driver and no GPU.
 """
 
 from attngen.api import attention, compile
@@ -19,6 +19,7 @@ from attngen.expr.python import Expression, expression
 from attngen.expr.traced_calls import functions, where
 from attngen.kernel import Kernel
 from attngen.spec import Spec, load
+from attngen.varlen import varlen_attn
 from attngen.version import __version__
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "expression",
     "functions",
     "load",
+    "varlen_attn",
     "where",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from attngen.expr import SINK
 from attngen.expr.python import bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
+from attngen.plan import DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -95,6 +98,7 @@ class _Wanted:
     sink: str
     gradients: tuple[str, ...]
     deterministic: bool
+    lengths: Lengths
 
 
 @lru_cache(maxsize=256)
@@ -102,7 +106,11 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
     return compile(
         {
             "target": wanted.arch,
-            "problem": {"head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v}},
+            "problem": {
+                "head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v},
+                "queries": wanted.lengths.queries,
+                "keys": wanted.lengths.keys,
+            },
             "precision": {"inputs": wanted.inputs},
             "mask": wanted.mask,
             "score": wanted.score,
@@ -149,31 +157,80 @@ def attention(
             that are not the same.
         SpecError: a fault in mask or score.
     """
-    check_plain("q", q)
-    check_plain("v", v)
-    if q.dtype not in _INPUTS:
-        raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
-    if q.dim() != 4 or v.dim() != 4:
-        raise ArgumentError("q" if q.dim() != 4 else "v", "another number of dimensions", "4")
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    arch = arch_for_capability(capability).name if capability else "simulator"
     for name, text in (("mask", mask), ("score", score)):
         check_text(name, text)
     passed = {**bound_by(mask, score), **options, **({} if sink is None else {SINK: sink})}
-    wanted = _Wanted(
-        _INPUTS[q.dtype],
-        q.shape[-1],
-        v.shape[-1],
+    kernel = kernel_of_call(
+        q,
+        k,
+        v,
         str(mask),
         str(score),
-        tuple(joined("scalars", scalars, mask, score).items()),
-        tuple(joined("tensors", tensors, mask, score).items()),
-        arch,
-        "none" if sink is None else "per_head",
-        _differentiated(q, k, v, str(score), passed),
-        deterministic,
+        scalars=joined("scalars", scalars, mask, score),
+        tensors=joined("tensors", tensors, mask, score),
+        passed=passed,
+        deterministic=deterministic,
     )
-    return _kernel_for(wanted)(q, k, v, **passed)
+    return kernel(q, k, v, **passed)
+
+
+def kernel_of_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: str = "full",
+    score: str = "score",
+    *,
+    scalars: Mapping[str, str] = NOTHING,
+    tensors: Mapping[str, str] = NOTHING,
+    passed: Mapping[str, Any] = NOTHING,
+    deterministic: bool = True,
+    lengths: Lengths = DENSE,
+) -> Kernel:
+    """The kernel that the tensors and the mask of a call ask for, compiled once and remembered.
+
+    Args:
+        q: as for `Kernel.__call__`, like k and v.
+        k: see q.
+        v: see q.
+        mask: an expression.
+        score: an expression.
+        scalars: types of scalars by name, as in a spec.
+        tensors: formats and dimensions of tensors by name, as in a spec.
+        passed: what the call passes by name, a sink too; what of it the score reads has a gradient where it requires
+            one.
+        deterministic: as in a spec.
+        lengths: how queries and keys are cut into sequences.
+
+    Raises:
+        ArgumentError: a tensor that no kernel takes.
+        SpecError: a fault in mask or score.
+    """
+    of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
+    for name, x, axis in of_axes:
+        check_plain(name, x)
+        dims = 3 if lengths.of(axis) == "ragged" else 4
+        if x.dim() != dims:
+            raise ArgumentError(name, "another number of dimensions", str(dims))
+    if q.dtype not in _INPUTS:
+        raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return _kernel_for(
+        _Wanted(
+            _INPUTS[q.dtype],
+            q.shape[-1],
+            v.shape[-1],
+            mask,
+            score,
+            tuple(scalars.items()),
+            tuple(tensors.items()),
+            arch_for_capability(capability).name if capability else "simulator",
+            "per_head" if passed.get(SINK) is not None else "none",
+            _differentiated(q, k, v, score, passed),
+            deterministic,
+            lengths,
+        )
+    )
 
 
 def _differentiated(

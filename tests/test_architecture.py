@@ -17,7 +17,7 @@ ORDER = {
     "errors": 0, "memory": 0, "version": 0, "torch_state": 0, "dtypes": 1, "resources": 1, "quantize": 1,
     "scaling": 1, "arch": 2, "expr": 2, "spec": 3, "plan": 4, "bind": 5, "schedules": 5, "lower": 6, "emit": 7,
     "simulate": 7, "check": 7, "runtime": 8, "autograd": 9, "compiled_module": 9, "kernel": 10, "api": 11, "fuzz": 12,
-    "cli": 13, "__init__": 14, "__main__": 14,
+    "varlen": 12, "cli": 13, "__init__": 14, "__main__": 14,
 }  # fmt: skip
 BUDGET = {
     "attngen": 1850, "bind": 1190, "check": 2375, "cli": 3240, "emit": 1075, "expr": 5775, "fuzz": 1830, "lower": 2430,

@@ -94,6 +94,7 @@ def sizes_of(shape: Shape) -> dict[str, int]:
         "num_heads_kv": shape.heads_kv,
         "seqlen_q": shape.seqlen_q,
         "seqlen_k": shape.seqlen_k,
+        **{f"tokens_{letter}": cut.rows for letter, cut in shape.cuts.items() if cut.kind == "ragged"},
     }
 
 

@@ -276,17 +276,53 @@ def compare_gradients(
         dk,
         dv,
         {
-            name: _verdict(
-                x[..., None],
-                of_score.sums[name][..., None],
-                short.sums[name].to(x.dtype)[..., None],
-                of_score.squares[name][..., None],
-                of_score.is_read[name],
-                SUM * of_score.magnitudes[name][..., None],
-            )
+            name: declared_verdict(name, x, [of_score], [short])
             for name, x in zip(wanted, found[len(ref) :], strict=True)
         },
     )
+
+
+@torch_defaults()
+def declared_sums(
+    wanted: Sequence[str],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    mask: Expr | None,
+    softmax_scale: float | None,
+    *,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    score: Expr | None,
+    declared: Mapping[str, Any],
+) -> tuple[ScoreGradients, ScoreGradients]:
+    """Gradients of what is declared in fp64, and at a kernel's precision; arguments as of `compare_gradients`."""
+    problem = Problem.read(q, k, v, mask, softmax_scale, "bshd", None, score, declared)
+    number = torch.float64 if q.dtype == torch.float32 else torch.float32
+    exact, short = ScoreGradients(problem, wanted, torch.float64), ScoreGradients(problem, wanted, number)
+    for piece in _pieces(problem, dout, dlse, torch.float64):
+        piece.add_to(exact)
+    for piece in _pieces(problem, dout, dlse, torch.float32, (out, lse)):
+        piece.add_to(short)
+    return exact, short
+
+
+def declared_verdict(
+    name: str, got: Tensor, exact: Sequence[ScoreGradients], short: Sequence[ScoreGradients]
+) -> Accuracy:
+    """The rule on the gradient of something declared, which parts of a call add up: the reference, the yardstick."""
+    ref, squares, magnitudes, standard = (torch.zeros_like(got, dtype=torch.float64) for _ in range(4))
+    is_read = torch.zeros_like(got, dtype=torch.bool)
+    for part, yardstick in zip(exact, short, strict=True):
+        ref += part.sums[name]
+        squares += part.squares[name]
+        magnitudes += part.magnitudes[name]
+        standard += yardstick.sums[name]
+        is_read |= part.is_read[name]
+    terms = (x[..., None] for x in (got, ref, standard.to(got.dtype), squares))
+    return _verdict(*terms, is_read, SUM * magnitudes[..., None])
 
 
 def _verdict(

@@ -7,12 +7,14 @@ kernel.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from attngen.check.cuts import Cut
 from attngen.memory import check_room
 from attngen.torch_state import torch_defaults
 
@@ -76,13 +78,58 @@ maximum drops the NaN.
 
 @dataclass(frozen=True)
 class Shape:
-    """The run-time sizes of one attention problem."""
+    """The run-time sizes of one attention problem.
+
+    Attributes:
+        queries: how they are cut, where sequences have lengths of their own; batch is then how many there are, and
+            seqlen_q the `size` of the cut.
+        keys: likewise.
+    """
 
     batch: int
     heads: int
     heads_kv: int
     seqlen_q: int
     seqlen_k: int
+    queries: Cut | None = None
+    keys: Cut | None = None
+
+    @property
+    def cuts(self) -> dict[Literal["q", "k"], Cut]:
+        """What is cut, by the letter that arguments end in."""
+        found: dict[Literal["q", "k"], Cut | None] = {"q": self.queries, "k": self.keys}
+        return {letter: cut for letter, cut in found.items() if cut is not None}
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows of all sequences of queries and of keys, where these are ragged; else 0."""
+        of_q, of_k = (cut.rows if cut and cut.kind == "ragged" else 0 for cut in (self.queries, self.keys))
+        return of_q, of_k
+
+    @property
+    def lengths(self) -> Iterator[tuple[int, int]]:
+        """Queries and keys of each sequence."""
+        queries = self.queries.lengths if self.queries else (self.seqlen_q,) * self.batch
+        keys = self.keys.lengths if self.keys else (self.seqlen_k,) * self.batch
+        return zip(queries, keys, strict=True)
+
+    def stored(self, letter: Literal["q", "k"]) -> tuple[int, int]:
+        """Batches, and rows of each, in which queries or keys lie; a batch of all tokens where they are ragged."""
+        cut = self.cuts.get(letter)
+        if cut is None:
+            return self.batch, self.seqlen_q if letter == "q" else self.seqlen_k
+        return (1 if cut.kind == "ragged" else self.batch), cut.rows
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key of one sequence, in one head of all sequences."""
+        return sum(queries * keys for queries, keys in self.lengths)
+
+    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """What a call passes by name to say how long its sequences are."""
+        return {
+            name: x for letter, cut in self.cuts.items() for name, x in cut.arguments(letter, device).items()
+        }
 
 
 @torch_defaults()
@@ -105,6 +152,9 @@ def random_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw q, k and v.
 
+    Rows that no sequence counts hold `POISON`. Of queries, or keys, that are ragged the first two dimensions are one:
+    (tokens, heads, head_dim).
+
     Returns:
         q: (batch, seqlen_q, heads, head_dim_qk), last dimension contiguous.
         k: (batch, seqlen_k, heads_kv, head_dim_qk), likewise.
@@ -114,23 +164,52 @@ def random_inputs(
         MemoryError: this machine can never hold what a call on them takes.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch, heads, heads_kv = shape.batch, shape.heads, shape.heads_kv
-    size_q = (batch, shape.seqlen_q, heads, head_dim_qk)
-    size_k = (batch, shape.seqlen_k, heads_kv, head_dim_qk)
-    size_v = (batch, shape.seqlen_k, heads_kv, head_dim_v)
+    heads, heads_kv = shape.heads, shape.heads_kv
+    size_q = (*shape.stored("q"), heads, head_dim_qk)
+    size_k = (*shape.stored("k"), heads_kv, head_dim_qk)
+    size_v = (*size_k[:3], head_dim_v)
     of_q, of_kv = CPU_BYTES if torch.device(device).type == "cpu" else GPU_BYTES
     size = of_q * math.prod(size_q) + of_kv * (math.prod(size_k) + math.prod(size_v))
     check_room(size, f"a call of q {size_q}, k {size_k} and v {size_v}")
+    batch_k = size_k[0]
     if layout == "expanded":
-        size_k = (min(1, batch), *size_k[1:])
+        size_k = (batch_k if shape.keys else min(1, batch_k), *size_k[1:])
         size_v = (*size_v[:2], min(1, heads_kv), head_dim_v)
     q, k, v = (
-        _draw(size, kind, name, generator).to(dtype).to(device)
-        for size, name in ((size_q, "q"), (size_k, "k"), (size_v, "v"))
+        _poisoned(_draw(size, kind, name, generator), cut).to(dtype).to(device)
+        for size, name, cut in (
+            (size_q, "q", shape.queries),
+            (size_k, "k", shape.keys),
+            (size_v, "v", shape.keys),
+        )
     )
     if layout == "expanded":
-        return q, k.expand(batch, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
-    return arrange(q, k, v, layout)
+        k, v = k.expand(batch_k, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
+    else:
+        q, k, v = arrange(q, k, v, layout)
+    return _without_batch(q, shape.queries), _without_batch(k, shape.keys), _without_batch(v, shape.keys)
+
+
+@torch_defaults()
+def poison_unused(x: Tensor, cut: Cut | None) -> Tensor:
+    """A copy of rows of heads as `random_inputs` has them that holds `POISON` in the rows that no sequence counts."""
+    if cut is None:
+        return x
+    return _without_batch(_poisoned((x[None] if cut.kind == "ragged" else x).clone(), cut), cut)
+
+
+def _poisoned(x: Tensor, cut: Cut | None) -> Tensor:
+    """Rows of heads in batches, `POISON` in those that no sequence counts."""
+    if cut is not None:
+        rows = cut.unused_rows.to(x.device)
+        values = torch.tensor(POISON, dtype=x.dtype, device=x.device)
+        x[rows] = values[torch.arange(int(rows.sum()), device=x.device) % len(POISON)][:, None, None]
+    return x
+
+
+def _without_batch(x: Tensor, cut: Cut | None) -> Tensor:
+    """Rows of heads as a call takes them: of ragged sequences one after another."""
+    return x[0] if cut is not None and cut.kind == "ragged" else x
 
 
 @torch_defaults()
@@ -142,7 +221,7 @@ def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tens
     if layout == "strided":
         return _with_gaps(q), _with_gaps(k), _with_gaps(v)
     if layout == "packed_qkv":
-        if q.shape[1] == k.shape[1]:
+        if q.shape[:2] == k.shape[:2]:
             q, k, v = _packed(q, k, v)
         else:
             k, v = _packed(k, v)

@@ -15,10 +15,12 @@ from attngen.check.accuracy import Accuracy, compare
 from attngen.check.accuracy_terms import score_unit_of
 from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
+from attngen.check.judging_sequences import compare_gradients_of_sequences, compare_sequences
 from attngen.check.reference import Layout, Roundings
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
+from attngen.errors import ArgumentError
 from attngen.expr import Expr
-from attngen.plan import KernelPlan
+from attngen.plan import KernelPlan, Lengths
 from attngen.quantize import KEY_BLOCK, P_LIFT, Operands, dequantize, quantize
 from attngen.spec import INPUTS, Spec
 from attngen.torch_state import torch_defaults
@@ -79,8 +81,8 @@ def judge(
         v: see q.
         softmax_scale: of the call.
         layout: of the call.
-        declared: what the call passed for what the spec declares.
-        rows: as of `compare`.
+        declared: what the call passed by name: for what the spec declares, and lengths of sequences.
+        rows: as of `compare`; of dense calls alone.
         by_gpu: whether a GPU made out, whose tensor core sums 8-bit products in fewer bits; where out is, if None.
 
     Raises:
@@ -88,6 +90,13 @@ def judge(
     """
     about: dict[str, Any] = {"rows": rows, "score": spec.score_expr, "declared": declared}
     mask = spec.mask_expr
+    if not plan.lengths.are_dense:
+        if rows is not None:
+            raise ArgumentError("rows", "some of the rows", "None where sequences have lengths of their own")
+        inputs_of_call: Any = (q, k, v)
+        options = {"softmax_scale": softmax_scale, "score": spec.score_expr, "block_n": plan.block_n}
+        passed = declared or {}
+        return compare_sequences(plan.lengths, out, lse, inputs_of_call, passed, layout, mask=mask, **options)
     if plan.quantizer is None:
         return compare(out, lse, q, k, v, mask, softmax_scale, layout, block_n=plan.block_n, **about)  # type: ignore[arg-type] # tensors, as the call took them
     by_gpu = out.is_cuda if by_gpu is None else by_gpu
@@ -131,9 +140,17 @@ def judge_gradients(
     Raises:
         ArgumentError: a gradient has not the shape of its input.
     """
+    mask, score = spec.mask_expr, spec.score_expr
+    lengths = Lengths(spec.problem.queries, spec.problem.keys)
+    if not lengths.are_dense:
+        forward: dict[str, Any] = {"out": out, "lse": lse, "dlse": dlse}
+        options: dict[str, Any] = {"mask": mask, "softmax_scale": softmax_scale, "score": score}
+        options["wanted"] = spec.gradients[len(INPUTS) :]
+        return compare_gradients_of_sequences(
+            lengths, gradients, inputs, dout, declared or {}, layout, **forward, **options
+        )
     about: dict[str, Any] = {"out": out, "lse": lse, "dlse": dlse, "declared": declared}
     about["wanted"] = spec.gradients[len(INPUTS) :]
-    mask, score = spec.mask_expr, spec.score_expr
     return compare_gradients(gradients, *inputs, dout, mask, softmax_scale, layout, score=score, **about)
 
 

@@ -91,7 +91,8 @@ def attention(
         softmax_scale: any finite number, zero and negative included; 1/sqrt(head_dim_qk) where None.
         layout: "bhsd" exchanges the seqlen and heads dimensions of q, k, v and out.
         score: what becomes of each scaled product, its `score`, before the mask; itself where None.
-        declared: a value for each scalar and tensor that mask and score read, by name, and for a sink.
+        declared: a value for each scalar and tensor that mask and score read, by name, and for a sink; `b` besides,
+            where the tensors are one sequence of a call and that is its number there (`attngen.check.by_sequence`).
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), fp64; 0 in a row that sees no key, NaN in a row that
@@ -403,7 +404,6 @@ class Problem:
 
     def _names(self, b: int | Tensor, h: int | Tensor, q_idx: Tensor, kv_idx: Tensor) -> dict[str, Any]:
         return {
-            **self.declared,
             "b": b,
             "h": h,
             "h_kv": h // max(1, self.group),
@@ -411,6 +411,7 @@ class Problem:
             "kv_idx": kv_idx,
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
+            **self.declared,
         }
 
     @property

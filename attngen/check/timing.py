@@ -77,8 +77,8 @@ class Point:
     def flops(self) -> float:
         """Useful FLOPs of the forward, as the field counts them."""
         shape = self.shape
-        full = 2 * shape.seqlen_q * shape.seqlen_k * (self.head_dim_qk + self.head_dim_v)
-        return full * shape.heads * shape.batch / (2 if self.causal else 1)
+        full = 2 * shape.pairs * (self.head_dim_qk + self.head_dim_v)
+        return full * shape.heads / (2 if self.causal else 1)
 
     @property
     def backward_flops(self) -> float:

@@ -72,10 +72,10 @@ def check(
             for shape in shapes_of(spec) if run else ():
                 status.update(f"simulating {variant.label}, {shape_text(shape)}")
                 inputs = draw_inputs(kernel, shape, "cpu", seed)
-                declared = draw_declared(kernel, inputs, seed, given)
-                outcomes.append(execute(kernel, inputs, variant.label, declared))
+                declared = draw_declared(kernel, inputs, seed, given, shape)
+                outcomes.append(execute(kernel, inputs, variant.label, declared, shape))
                 if spec.gradients:
-                    passes.append(execute_backward(kernel, inputs, variant.label, declared, seed))
+                    passes.append(execute_backward(kernel, inputs, variant.label, declared, seed, shape))
     out = console()
     for note in notes:
         click.echo(note)

@@ -54,9 +54,9 @@ class Clamp:
 def clamps(spec: Spec, shape: Shape, declared: Mapping[str, Any]) -> Iterator[Clamp]:
     """The clamps that count in a call; one for each dimension of each lookup at most.
 
-    Indices that depend on the score are not asked.
+    Indices that depend on the score are not asked, nor are sequences that have lengths of their own.
     """
-    if not (shape.batch and shape.seqlen_q and shape.seqlen_k):
+    if shape.cuts or not (shape.batch and shape.seqlen_q and shape.seqlen_k):
         return
     for tree in (spec.mask_expr, spec.score_expr):
         for lookup in (each for each in nodes(tree) if each.op == "lookup"):

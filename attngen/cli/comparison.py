@@ -46,7 +46,7 @@ def draw_inputs(kernel: Kernel, shape: Shape, device: str, seed: int, kind: Kind
 
 
 def shape_of(kernel: Kernel, inputs: Inputs) -> Shape:
-    """The shape of a call on these inputs.
+    """The shape of a call on these inputs, whose sequences are dense.
 
     Raises:
         ArgumentError: inputs that the kernel does not take.
@@ -56,13 +56,18 @@ def shape_of(kernel: Kernel, inputs: Inputs) -> Shape:
     return Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1])
 
 
-def draw_declared(kernel: Kernel, inputs: Inputs, seed: int, given: Given = NOTHING_GIVEN) -> dict[str, Any]:
-    """What a call on these inputs passes for what the spec declares.
+def draw_declared(
+    kernel: Kernel, inputs: Inputs, seed: int, given: Given = NOTHING_GIVEN, shape: Shape | None = None
+) -> dict[str, Any]:
+    """What a call on these inputs passes by name: for what the spec declares, and lengths of sequences.
 
     Raises:
-        ArgumentError: as of `declared_inputs` and `shape_of`.
+        ArgumentError: as of `declared_inputs` and, where the shape is None, of `shape_of`.
     """
-    return declared_inputs(kernel.spec.arguments, shape_of(kernel, inputs), inputs[0].device, seed, given)
+    shape = shape or shape_of(kernel, inputs)
+    device = inputs[0].device
+    drawn = declared_inputs(kernel.spec.arguments, shape, device, seed, given)
+    return {**drawn, **shape.arguments(device)}
 
 
 def execute(
@@ -70,6 +75,7 @@ def execute(
     inputs: Inputs,
     label: str,
     declared: Mapping[str, Any] | None = None,
+    shape: Shape | None = None,
     *,
     with_trace: bool = False,
 ) -> Outcome:
@@ -79,19 +85,22 @@ def execute(
         kernel: what is called.
         inputs: q, k and v.
         label: of the outcome.
-        declared: of `draw_declared`; a value for each scalar and tensor that the spec declares.
+        declared: of `draw_declared`; all that is passed by name.
+        shape: of the call; read off the inputs where None.
         with_trace: whether to run on the simulator and keep what it writes on the board.
 
     Raises:
         ArgumentError: inputs that the kernel does not take.
     """
     q, k, v = inputs
-    shape, passed = shape_of(kernel, inputs), dict(declared or {})
+    shape, passed = shape or shape_of(kernel, inputs), dict(declared or {})
     board = ""
     started = time.perf_counter()
     if with_trace and kernel.takes_operands:
         must = "16-bit or f32 inputs: the board has no place for scales"
         raise ArgumentError("--trace", f"a kernel of {kernel.plan.inputs.name} inputs", must)
+    if with_trace and shape.cuts:
+        raise ArgumentError("--trace", "sequences with lengths of their own", "dense queries and keys")
     if with_trace:
         traced = trace(kernel.plan, q, k, v, declared=passed)
         out, lse, board = traced.out, traced.lse, str(traced)
@@ -102,7 +111,7 @@ def execute(
     if q.is_cuda:
         call = (kernel.quantize(q, k, v),) if kernel.takes_operands else inputs
         seconds = median(measure({label: lambda: kernel(*call, **passed)})[label]) / 1e3
-        point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")
+        point = Point(shape, q.shape[-1], v.shape[-1], kernel.plan.mask_text == "causal")
         tflops = point.flops / seconds / 1e12
     return Outcome(label, shape, accuracy, seconds, tflops, board)
 

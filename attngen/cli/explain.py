@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,8 +21,8 @@ from attngen.cli.facts import (
 from attngen.cli.gradient_facts import gradient_facts
 from attngen.cli.output import GOOD, USER_FAULT, console, report, table, writing
 from attngen.cli.picture import PICTURES, path_ending_in
-from attngen.cli.shapes import given_shape, shape_options, shape_text, shapes_of
-from attngen.cli.tiles import SHAPE_TO_DRAW, check_passed, check_tiles, draw_tiles, tile_map
+from attngen.cli.shapes import GivenSizes, shape_options, shape_text, shapes_of
+from attngen.cli.tiles import check_passed, check_tiles, draw_tiles, tile_map, tiles_to_draw
 from attngen.cli.timeline import (
     TIMELINES,
     backward_line,
@@ -83,11 +84,7 @@ def explain(
     tiles_picture: Path | None,
     tensors: dict[str, str],
     scalars: dict[str, str],
-    batch: int | None,
-    heads: int | None,
-    heads_kv: int | None,
-    seqlen_q: int | None,
-    seqlen_k: int | None,
+    given: GivenSizes | None,
 ) -> None:
     """Show tiles, memory map, registers, occupancy, rules and traffic of each SPEC, side by side.
 
@@ -96,7 +93,6 @@ def explain(
     FLOPs, bytes and tiles are those of the first check shape, or of the shape given. With --set a table, one row a
     combination; those that no legal kernel has show the rule that refuses them.
     """
-    given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
     lowered: list[Lowered] = []
     said, chosen = given_values(tensors, scalars, variants(specs, sweep))
     for variant in chosen:
@@ -126,7 +122,7 @@ def explain(
     if picture is not None and kernels:
         _draw_timelines(lowered, used, given, said, picture)
     if tiles_picture is not None and kernels:
-        _draw_tiles(lowered, given or SHAPE_TO_DRAW, said, tiles_picture)
+        _draw_tiles(lowered, given, said, tiles_picture)
     # A sweep is there to find what is refused; specs that are named are there to be good.
     is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
     ctx.exit(GOOD if is_good else USER_FAULT)
@@ -135,7 +131,7 @@ def explain(
 def _print_facts(
     lowered: list[Lowered],
     resources: Mapping[Kernel, KernelResources | None],
-    given: Shape | None,
+    given: GivenSizes | None,
     said: Given,
 ) -> None:
     columns = []
@@ -143,9 +139,9 @@ def _print_facts(
         if isinstance(kernel, Kernel):
             shape = shapes_of(kernel.spec, given)[0]
             check_tiles(kernel.plan, shape)
-            passed, tiles = {}, None
+            passed, tiles = shape.arguments(), None
             if _is_known(kernel, said):
-                passed = declared_inputs(kernel.spec.arguments, shape, given=said)
+                passed |= declared_inputs(kernel.spec.arguments, shape, given=said)
                 tiles = tile_map(kernel, shape, passed)
             told = facts(kernel, resources.get(kernel), shape, passed, tiles)
             told |= gradient_facts(kernel, kernel in resources, shape, passed)
@@ -174,27 +170,35 @@ def _is_known(kernel: Kernel, said: Given) -> bool:
     return all(scalar.default is not None or scalar.name in said.scalars for scalar in scalars)
 
 
-def _draw_tiles(lowered: list[Lowered], shape: Shape, said: Given, path: Path) -> None:
+def _draw_tiles(lowered: list[Lowered], given: GivenSizes | None, said: Given, path: Path) -> None:
     """One panel a kernel, and one line of figures."""
-    for _, kernel in lowered:
-        if isinstance(kernel, Kernel):
-            check_tiles(kernel.plan, shape)
-    maps = {
-        variant.label: tile_map(kernel, shape, declared_inputs(kernel.spec.arguments, shape, given=said))
+    shapes = {
+        variant.label: (kernel, tiles_to_draw(kernel.spec, given))
         for variant, kernel in lowered
         if isinstance(kernel, Kernel)
     }
+    for kernel, shape in shapes.values():
+        check_tiles(kernel.plan, shape)
+    maps = {
+        label: tile_map(kernel, shape, _passed(kernel, shape, said))
+        for label, (kernel, shape) in shapes.items()
+    }
     for label, tiles in maps.items():
-        click.echo(f"{label}, {shape_text(shape)}: {tiles}")
+        click.echo(f"{label}, {shape_text(tiles.shape)}: {tiles}")
     with writing("--tiles", path):
         draw_tiles(maps, path)
     click.echo(f"tiles: {path}")
 
 
+def _passed(kernel: Kernel, shape: Shape, said: Given) -> dict[str, Any]:
+    """What a call of a shape passes by name."""
+    return declared_inputs(kernel.spec.arguments, shape, given=said) | shape.arguments()
+
+
 def _draw_timelines(
     lowered: list[Lowered],
     is_compiled: Container[Kernel],
-    given: Shape | None,
+    given: GivenSizes | None,
     said: Given,
     path: Path,
 ) -> None:
@@ -203,18 +207,19 @@ def _draw_timelines(
     for variant, kernel in lowered:
         if not isinstance(kernel, Kernel):
             continue
-        shape = shape_to_draw(kernel.plan, given)
+        shape = shape_to_draw(kernel, given)
         check_tiles(kernel.plan, shape)
         sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
-        passed = declared_inputs(kernel.spec.arguments, shape, given=said)
+        passed = _passed(kernel, shape, said)
         check_passed(kernel, shape, passed)
+        about: dict[str, Any] = {"declared": passed, "tokens": shape.tokens}
         of_gradients = []
         for plan in (kernel.plan, *kernel.call.gradients):
             check_length(plan, shape)
             slots = resident_blocks(plan, resources_of(kernel, plan) if kernel in is_compiled else None)
             label = variant.label if plan is kernel.plan else f"{variant.label}, {plan.schedule}"
-            timelines[label] = timeline(plan, *sizes, slots=slots, declared=passed)
-            prediction = predict(plan, *sizes, slots=slots, declared=passed)
+            timelines[label] = timeline(plan, *sizes, **about, slots=slots)
+            prediction = predict(plan, *sizes, **about, slots=slots)
             click.echo(f"{label}: {prediction_line(plan, shape, timelines[label], prediction)}")
             of_gradients += [prediction] if plan.direction == "backward" else []
         if of_gradients:

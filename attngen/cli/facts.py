@@ -7,7 +7,7 @@ from attngen.check.inputs import Shape
 from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
-from attngen.cli.tiles import TileMap, over_approximated
+from attngen.cli.tiles import TileMap, over_approximated, sizes_of_call
 from attngen.errors import SpecError
 from attngen.expr import SINK
 from attngen.kernel import Kernel
@@ -33,8 +33,8 @@ from attngen.plan.hardware_rules import (
 )
 from attngen.plan.steps import RowMax, SeedScores
 from attngen.runtime import KernelResources
-from attngen.simulate import Traffic, closed_form, count, standard_algorithm
-from attngen.simulate.visits import Sizes, ceil_div, heads_alike
+from attngen.simulate import Traffic, added, closed_form, count, standard_algorithm
+from attngen.simulate.visits import ceil_div, heads_alike
 
 UNKNOWN = "unknown"
 MOST_COUNTED = 2**18
@@ -64,6 +64,7 @@ def facts(
         "kernel": plan.name,
         "target": plan.arch.name,
         "schedule": _schedule(plan),
+        **_sequences(plan),
         "mask": plan.mask_text,
         "score": kernel.spec.score,
         "before the GEMM": _added(plan),
@@ -128,6 +129,16 @@ def refused_facts(fault: SpecError) -> tuple[str, ...]:
     first, *_ = fault.diagnostics
     rules = ", ".join(dict.fromkeys(diagnostic.rule for diagnostic in fault.diagnostics))
     return (*("-" for _ in SWEEP_COLUMNS[:-1]), f"refused [rule {rules}] {first.message}")
+
+
+def _sequences(plan: KernelPlan) -> dict[str, str]:
+    """How queries and keys are cut, and by what a call says so; nothing of dense ones."""
+    if plan.lengths.are_dense:
+        return {}
+    names = [f"{each.name}{', or none' * each.is_optional}" for each in plan.lengths.arguments]
+    by = "\n".join((*names, *(f"{name}, or none" for name in plan.lengths.bounds)))
+    kinds = f"queries {plan.lengths.queries}, keys {plan.lengths.keys}"
+    return {"sequences": kinds, "their lengths by": by}
 
 
 def _added(plan: KernelPlan) -> str:
@@ -291,20 +302,24 @@ def _contents(buffer: Buffer) -> str:
 
 def tiles_to_count(plan: KernelPlan, shape: Shape) -> int:
     """Tiles of all heads that differ, which are run to count what a kernel moves."""
-    sizes = Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    of_head = ceil_div(shape.seqlen_q, plan.block_m) * ceil_div(shape.seqlen_k, plan.block_n)
-    return of_head * len(heads_alike(plan, sizes))
+    alike = heads_alike(plan, sizes_of_call(plan, shape, shape.arguments()))
+    heads = (members[0] for members in alike)
+    return sum(
+        ceil_div(head.seqlen_q, plan.block_m) * ceil_div(head.seqlen_k, plan.block_n) for head in heads
+    )
 
 
 def _traffic(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> dict[str, str]:
     """FLOPs and bytes of one call: counted, by formula, and of the standard algorithm."""
-    sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads)
+    sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
+    about: dict[str, Any] = {"declared": declared, "tokens": shape.tokens, "return_lse": True}
     tiles = tiles_to_count(plan, shape)
-    formula = closed_form(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
-    standard = standard_algorithm(plan.inputs, plan.head_dim_qk, plan.head_dim_v, *sizes)
+    formula = closed_form(plan, *sizes, **about)
+    kernel = (plan.inputs, plan.head_dim_qk, plan.head_dim_v)
+    standard = added(standard_algorithm(*kernel, *each, 1, shape.heads) for each in shape.lengths)
     flops = moved = f"not counted: {tiles} tiles"
     if tiles <= MOST_COUNTED:
-        counted = count(plan, *sizes, shape.heads_kv, return_lse=True, declared=declared)
+        counted = count(plan, *sizes, **about)
         flops = f"{counted.flops:.4g}, of which {counted.useful_flops:.4g} on rows and keys that exist"
         moved = f"{size_text(counted.bytes_moved)} ({moved_text(counted)})"
     return {

@@ -37,6 +37,11 @@ def _finite(ctx: click.Context, param: click.Parameter, given: float | None) -> 
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a value of SPEC.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of everything that is drawn.")
 @click.option("--backward", is_flag=True, help="Draw only specs with gradients, or take only such a SPEC.")
+@click.option(
+    "--ragged",
+    is_flag=True,
+    help="Draw only specs whose sequences have lengths of their own, ragged or padded.",
+)
 @click.option("--property", "rules", multiple=True, type=click.Choice(list(RULES)), help="Only these.")
 @click.option("--repro", metavar="CASE", help="Try this one case, as a failing run printed it.")
 @click.pass_context
@@ -50,6 +55,7 @@ def fuzz(
     changes: tuple[str, ...],
     seed: int,
     backward: bool,
+    ragged: bool,
     rules: tuple[str, ...],
     repro: str | None,
 ) -> None:
@@ -82,6 +88,7 @@ def fuzz(
             targets=search_faults.targets_for(device, arch) if chosen is None else None,
             rules=rules or tuple(RULES),
             backward=backward,
+            is_cut=ragged,
             progress=lambda cases: bar.update(task, completed=cases),
         )
     out.print(report)

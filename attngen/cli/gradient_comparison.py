@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from attngen.check.gradients import GradientAccuracy
-from attngen.check.inputs import Shape, random_like
+from attngen.check.inputs import Shape, poison_unused, random_like
 from attngen.check.judging import Inputs, judge_gradients
 from attngen.check.timing import Point, measure
 from attngen.cli.comparison import error_text, shape_of
@@ -59,6 +59,7 @@ def execute_backward(
     label: str,
     declared: Mapping[str, Any] | None = None,
     seed: int = 0,
+    shape: Shape | None = None,
     *,
     with_trace: bool = False,
 ) -> BackwardOutcome:
@@ -68,17 +69,18 @@ def execute_backward(
         kernel: of a spec that asks for gradients.
         inputs: q, k and v.
         label: of the outcome.
-        declared: a value for each scalar and tensor that the spec declares.
-        seed: of the gradient of out.
+        declared: of `draw_declared`; all that is passed by name.
+        seed: of the gradient of out, which holds poison where no sequence counts.
+        shape: of the call; read off the inputs where None.
         with_trace: whether to run on the simulator and keep what it writes on the board.
 
     Raises:
         ArgumentError: inputs that the kernel does not take.
     """
     q, k, v = inputs
-    shape, passed, board = shape_of(kernel, inputs), dict(declared or {}), ""
+    shape, passed, board = shape or shape_of(kernel, inputs), dict(declared or {}), ""
     out, lse = kernel(q, k, v, return_lse=True, **passed)
-    dout = random_like(out, seed)
+    dout = poison_unused(random_like(out, seed), shape.queries)
     started = time.perf_counter()
     if with_trace:
         wanted = kernel.gradients_of(passed)
@@ -91,7 +93,7 @@ def execute_backward(
     if q.is_cuda:
         runs = {label: lambda: kernel.backward(dout, q, k, v, out, lse, **passed)}
         seconds = median(measure(runs)[label]) / 1e3
-        point = Point(shape, q.shape[3], v.shape[3], kernel.plan.mask_text == "causal")
+        point = Point(shape, q.shape[-1], v.shape[-1], kernel.plan.mask_text == "causal")
         tflops = point.backward_flops / seconds / 1e12
     return BackwardOutcome(label, shape, accuracy, seconds, tflops, board)
 

@@ -21,9 +21,17 @@ from attngen.cli.gradient_comparison import GRADIENTS_KEY
 from attngen.cli.output import size_text
 from attngen.dtypes import element_dtype
 from attngen.kernel import Kernel
-from attngen.plan import GRADIENTS_INTAKE, FillTables, FindBoundaries, KernelPlan, Sheet, evaluate_formula
+from attngen.plan import (
+    GRADIENTS_INTAKE,
+    FillTables,
+    FindBoundaries,
+    KernelPlan,
+    ListTiles,
+    Sheet,
+    evaluate_formula,
+)
 from attngen.runtime import KernelResources
-from attngen.simulate import Sizes, Traffic, count
+from attngen.simulate import Sizes, Traffic, added, count
 from attngen.simulate.function_names import function_name
 
 
@@ -54,7 +62,7 @@ def gradient_facts(
         return {"gradients": f"none: {GRADIENTS_KEY} adds a backward pass"}
     names, titles = ", ".join(kernel.spec.gradients), ", ".join(map(kernel_title, kernels))
     lines = {"gradients": f"of {names}, by {titles}"}
-    whole = Traffic()
+    moved_by: list[Traffic] = []
     for each in kernels:
         used = resources_of(kernel, each) if is_compiled else None
         title = kernel_title(each)
@@ -67,8 +75,9 @@ def gradient_facts(
         if moved is not None:
             told |= {"FLOPs": f"{moved.flops:.4g}"} if moved.flops else {}
             told |= {"bytes": f"{size_text(moved.bytes_moved)} ({moved_text(moved)})"}
-            _add(whole, moved)
+            moved_by.append(moved)
         lines |= {f"{title}: {name}": text for name, text in told.items()}
+    whole = added(moved_by)
     lines["backward: FLOPs"] = f"{whole.flops:.4g}"
     lines["backward: bytes"] = size_text(whole.bytes_moved)
     return lines
@@ -80,7 +89,7 @@ def kernel_title(each: KernelPlan | Sheet) -> str:
         return each.schedule
     if isinstance(each, FindBoundaries):
         return f"{function_name(type(each))} among {each.among}"
-    of = f" of {each.plan.schedule}" if isinstance(each, FillTables) else ""
+    of = f" of {each.plan.schedule}" if isinstance(each, FillTables | ListTiles) else ""
     return f"{function_name(type(each))}{of}"
 
 
@@ -113,7 +122,7 @@ def _counted(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> Tra
     if tiles_to_count(plan, shape) > MOST_COUNTED:
         return None
     sizes = (shape.seqlen_q, shape.seqlen_k, shape.batch, shape.heads, shape.heads_kv)
-    return count(plan, *sizes, declared=declared)
+    return count(plan, *sizes, declared=declared, tokens=shape.tokens)
 
 
 def _read_once(kernel: Kernel, sheet: Sheet, shape: Shape) -> Traffic | None:
@@ -133,13 +142,7 @@ def _read_once(kernel: Kernel, sheet: Sheet, shape: Shape) -> Traffic | None:
     return Traffic(read=read, written=written)
 
 
-def _add(total: Traffic, part: Traffic) -> None:
-    total.flops += part.flops
-    for name, size in part.read.items():
-        total.count_read(name, size)
-    for name, size in part.written.items():
-        total.count_written(name, size)
-
-
 def _sizes(shape: Shape) -> Sizes:
-    return Sizes(shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    of_q, of_k = shape.tokens
+    sizes = (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
+    return Sizes(*sizes, tokens_q=of_q, tokens_k=of_k)

@@ -9,7 +9,7 @@ from attngen.api import resolve_arch
 from attngen.check.inputs import Shape
 from attngen.check.judging import Inputs
 from attngen.cli.clamps import clamps
-from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table
+from attngen.cli.comparison import Outcome, draw_declared, draw_inputs, execute, outcomes_table, shape_of
 from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.errors_report import SUFFIXES, Loss, at_lengths, losses, losses_table, plot
 from attngen.cli.gradient_comparison import (
@@ -20,7 +20,7 @@ from attngen.cli.gradient_comparison import (
 )
 from attngen.cli.output import COMPARISON_FAILED, GOOD, USER_FAULT, console, report, writing
 from attngen.cli.picture import path_ending_in
-from attngen.cli.shapes import SEED, given_shape, shape_options, shape_text, shapes_of
+from attngen.cli.shapes import SEED, GivenSizes, cut_kinds, shape_options, shape_text, shapes_of
 from attngen.cli.variants import (
     Sweep,
     arch_option,
@@ -75,11 +75,7 @@ def run(
     sweep: Sweep,
     arch: str | None,
     device: str | None,
-    batch: int | None,
-    heads: int | None,
-    heads_kv: int | None,
-    seqlen_q: int | None,
-    seqlen_k: int | None,
+    given: GivenSizes | None,
     seed: int,
     backward: bool,
     trace: bool,
@@ -96,9 +92,10 @@ def run(
 
     Exits with 1 if a comparison failed.
     """
-    given = given_shape(batch, heads, heads_kv, seqlen_q, seqlen_k)
     if file is not None and given is not None:
-        raise click.UsageError("--inputs brings its own shape; leave out --batch, --heads and --seqlen")
+        raise click.UsageError(
+            "--inputs brings its own shape; leave out --batch, --heads, --seqlen, --lengths"
+        )
     if trace and device == "cuda":
         raise click.UsageError("--trace shows the simulator at work; leave out --device cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -124,16 +121,16 @@ def run(
             if on == "cpu" and (note := stand_in_note(spec, arch)):
                 click.echo(f"{variant.label}: {note}")
             shapes: list[Shape] = []
-            for inputs in _inputs(kernel, file, given, on, seed):
+            for shape, inputs in _inputs(kernel, file, given, on, seed):
                 with progress.status(f"running {variant.label}"):
-                    declared = draw_declared(kernel, inputs, seed, said)
-                    outcome = execute(kernel, inputs, variant.label, declared, with_trace=trace)
+                    declared = draw_declared(kernel, inputs, seed, said, shape)
+                    outcome = execute(kernel, inputs, variant.label, declared, shape, with_trace=trace)
                     found = clamps(spec, outcome.shape, declared)
                     clamped += [f"{variant.label}, {shape_text(outcome.shape)}: {each}" for each in found]
                     board = outcome.board
                     if backward:
                         made = execute_backward(
-                            kernel, inputs, variant.label, declared, seed, with_trace=trace
+                            kernel, inputs, variant.label, declared, seed, shape, with_trace=trace
                         )
                         passes[on == "cpu"].append(made)
                         board += f"\n{made.board}" if trace else ""
@@ -143,7 +140,7 @@ def run(
                     click.echo(board)
             if kernel.takes_operands:
                 with progress.status(f"what e4m3 costs {variant.label}"):
-                    shape = max(shapes, key=_pairs)
+                    shape = max(shapes, key=lambda each: each.pairs)
                     lost += losses(kernel, variant.label, (shape,), on, seed, said)
                     lengths = at_lengths(shape, on) if picture is not None else ()
                     over_lengths += losses(kernel, variant.label, lengths, on, seed, said)
@@ -180,18 +177,22 @@ def run(
     ctx.exit(USER_FAULT if refused else COMPARISON_FAILED if failed else GOOD)
 
 
-def _pairs(shape: Shape) -> int:
-    return shape.seqlen_q * shape.seqlen_k
-
-
 def _default_device(spec: Spec, arch: str | None) -> str:
     return "cuda" if torch.cuda.is_available() and (arch or spec.target) != "simulator" else "cpu"
 
 
-def _inputs(kernel: Kernel, file: Path | None, given: Shape | None, device: str, seed: int) -> list[Inputs]:
+def _inputs(
+    kernel: Kernel, file: Path | None, given: GivenSizes | None, device: str, seed: int
+) -> list[tuple[Shape, Inputs]]:
+    """Inputs and their shapes: those of the file, or drawn."""
     if file is not None:
-        return [_read_inputs(file, device)]
-    return [draw_inputs(kernel, shape, device, seed) for shape in shapes_of(kernel.spec, given)]
+        if cut_kinds(kernel.spec):
+            got = "a spec whose sequences have lengths of their own"
+            raise ArgumentError("--inputs", got, "a spec of dense sequences", "--lengths draws tensors")
+        inputs = _read_inputs(file, device)
+        return [(shape_of(kernel, inputs), inputs)]
+    shapes = shapes_of(kernel.spec, given)
+    return [(shape, draw_inputs(kernel, shape, device, seed)) for shape in shapes]
 
 
 def _read_inputs(file: Path, device: str) -> Inputs:

@@ -9,8 +9,9 @@ from attngen.check.timing import CAUSAL, Point, grid_shape
 from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text
 from attngen.cli.picture import PICTURES, figure_panels
-from attngen.cli.shapes import shape_text
+from attngen.cli.shapes import GivenSizes, cut_shape, shape_text
 from attngen.errors import ArgumentError
+from attngen.kernel import Kernel
 from attngen.plan import KernelPlan
 from attngen.runtime import KernelResources
 from attngen.simulate import UNITS, Interval, Prediction, Timeline
@@ -53,11 +54,13 @@ _SHORT = {
 }
 
 
-def shape_to_draw(plan: KernelPlan, given: Shape | None) -> Shape:
-    """The shape given, or one with `BLOCKS` blocks of keys that fills a GPU."""
+def shape_to_draw(kernel: Kernel, given: GivenSizes | None) -> Shape:
+    """The shape given, or one with `BLOCKS` blocks of keys that fills a GPU, in sequences where the spec has them."""
     if given is not None:
-        return given
-    return grid_shape(BLOCKS * plan.block_n, plan.head_dim_qk)
+        return given.shape(kernel.spec)
+    shape = grid_shape(BLOCKS * kernel.plan.block_n, kernel.plan.head_dim_qk)
+    lengths = (shape.seqlen_q,) * shape.batch
+    return cut_shape(kernel.spec, {"q": lengths, "k": lengths}, shape)
 
 
 def check_length(plan: KernelPlan, shape: Shape) -> None:

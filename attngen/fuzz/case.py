@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from attngen.bind.numbers import LARGEST_SCALE
+from attngen.check.cuts import Cut
 from attngen.check.declared_inputs import declared_inputs
 from attngen.check.inputs import (
     KINDS_WITH_SCALES,
@@ -15,6 +16,7 @@ from attngen.check.inputs import (
     Kind,
     MemoryLayout,
     Shape,
+    poison_unused,
     random_inputs,
     random_like,
 )
@@ -23,6 +25,7 @@ from attngen.dtypes import dtype
 from attngen.expr import LARGEST_LENGTH, SINK
 from attngen.fuzz.block_maps import with_drawn_map
 from attngen.fuzz.states import PLAIN, STATES
+from attngen.plan import LETTERS
 from attngen.spec import Spec, load
 from attngen.torch_state import torch_defaults
 
@@ -82,7 +85,7 @@ class Case:
         """
         try:
             data: dict[str, Any] = json.loads(text)
-            case = Case(**data | {"spec": load(data["spec"]), "shape": Shape(**data["shape"])})
+            case = Case(**data | {"spec": load(data["spec"]), "shape": _read_shape(data["shape"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a case of fuzzing: {error}") from None
         except RecursionError:
@@ -106,7 +109,10 @@ class Case:
             return "rule is no name"
         if type(self.has_dlse) is not bool:
             return "has_dlse is neither true nor false"
-        for name, size in asdict(shape).items():
+        if (fault := _fault_of_cuts(shape, self.spec)) is not None:
+            return fault
+        sizes = ("batch", "heads", "heads_kv", "seqlen_q", "seqlen_k")
+        for name, size in ((name, getattr(shape, name)) for name in sizes):
             if type(size) is not int or not 0 <= size <= LARGEST_LENGTH:
                 return f"{name} is no integer from 0 to {LARGEST_LENGTH}"
         if shape.heads % shape.heads_kv if shape.heads_kv else shape.heads:
@@ -123,10 +129,13 @@ class Case:
         return far_apart(drawn) if self.memory == "far" else drawn
 
     def upstream(self, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradients of out, in the memory layout of q, and of lse, if it has one."""
+        """The gradients of out, in the memory layout of q, and of lse, if it has one; poison where nothing counts."""
         dout = self._drawn(self.spec.problem.head_dim.v, device, self.seed + 1)[0]
-        of_rows = dout.new_zeros((dout.shape[0], dout.shape[2], dout.shape[1]), dtype=torch.float32)
-        return dout, random_like(of_rows, self.seed + 2) if self.has_dlse else None
+        if not self.has_dlse:
+            return dout, None
+        of_rows = torch.empty(dout.shape[:-1], dtype=torch.float32, device=device)
+        drawn = poison_unused(random_like(of_rows, self.seed + 2)[..., None], self.shape.queries)
+        return dout, drawn[..., 0].transpose(-1, -2)
 
     def _drawn(self, head_dim_qk: int, device: str, seed: int) -> Tensors:
         """q, k and v of a width; nothing far apart."""
@@ -137,7 +146,7 @@ class Case:
 
     @torch_defaults()
     def declared(self, device: str) -> dict[str, Any]:
-        """What the call passes by name: what mask and score read, and a sink.
+        """What the call passes by name: what mask and score read, a sink, and lengths.
 
         A sink has the size of a row's log-sum-exp, and is f32 or as the inputs are; that of the first head may be none.
         """
@@ -146,7 +155,35 @@ class Case:
             sink = 6.0 * found[SINK]
             sink[: self.seed % 3 // 2] = -math.inf
             found[SINK] = sink.to(call_dtype(dtype(self.spec.precision.inputs))) if self.seed % 2 else sink
-        return with_drawn_map(found, self.seed)
+        return with_drawn_map(found, self.seed) | self.shape.arguments(device)
+
+
+def _read_shape(data: dict[str, Any]) -> Shape:
+    """A shape out of what `asdict` made of it."""
+    cuts = {axis: data[axis] for axis in ("queries", "keys") if data.get(axis) is not None}
+    made = {
+        axis: Cut(**{k: tuple(v) if isinstance(v, list) else v for k, v in cut.items()})
+        for axis, cut in cuts.items()
+    }
+    return Shape(**data | made)
+
+
+def _fault_of_cuts(shape: Shape, spec: Spec) -> str | None:
+    """What is wrong with how sequences are cut, beside the spec and the sizes."""
+    for axis, letter in LETTERS.items():
+        kind, cut = getattr(spec.problem, axis), getattr(shape, axis)
+        if (kind if kind != "dense" else None) != (cut.kind if cut else None):
+            return f"{axis} are {kind} in the spec"
+        if cut is None:
+            continue
+        rows = (*cut.lengths, *cut.skipped, *cut.unused, cut.tail)
+        if not all(type(each) is int and 0 <= each <= LARGEST_LENGTH for each in rows):
+            return f"a number of rows of {axis} is no integer from 0 to {LARGEST_LENGTH}"
+        if any(len(each) not in (0, shape.batch) for each in (cut.skipped, cut.unused)):
+            return f"{axis} have not as many rows that do not count as sequences"
+        if len(cut.lengths) != shape.batch or getattr(shape, f"seqlen_{letter}") != cut.size:
+            return f"sizes are not those of {axis}"
+    return None
 
 
 @torch_defaults()  # a demand for deterministic algorithms has torch fill what is new

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich.table import Table
 
+from attngen.check.inputs import Shape
 from attngen.expr import free_names, key_range, tensor_names
 from attngen.fuzz.case import Case
 from attngen.plan import KernelPlan
@@ -39,10 +40,15 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
     declared = {"scalars": plan.declarations.scalars, "tensors": plan.declarations.tensors}
     yield from (("declared", kind) for kind in [kind for kind in declared if declared[kind]] or ["nothing"])
     yield ("sink", case.spec.sink)
-    for axis, length, block in (
-        ("seqlen_q", shape.seqlen_q, plan.block_m),
-        ("seqlen_k", shape.seqlen_k, plan.block_n),
-    ):
+    yield from _sequences_met(shape, plan)
+    of_axis = [("seqlen_q", shape.seqlen_q, plan.block_m), ("seqlen_k", shape.seqlen_k, plan.block_n)]
+    if shape.cuts:
+        of_axis = [
+            (axis, length, block)
+            for lengths in shape.lengths
+            for (axis, _, block), length in zip(of_axis, lengths, strict=True)
+        ]
+    for axis, length, block in of_axis:
         if length == 0:
             yield (axis, "0")
         for name, unit in (("8", 8), ("16", 16), ("block", block)):
@@ -68,6 +74,20 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
     yield ("gradients", ("of out and lse" if case.has_dlse else "of out") if has_gradients else "none")
     yield ("property", case.rule)
     yield ("torch", case.state)
+
+
+def _sequences_met(shape: Shape, plan: KernelPlan) -> Iterator[Met]:
+    """What is met of sequences with lengths of their own."""
+    yield ("queries x keys", f"{plan.lengths.queries} x {plan.lengths.keys}")
+    for letter, cut in shape.cuts.items():
+        if cut.skipped:
+            yield ("rows that do not count", "before keys")
+        if cut.unused:
+            yield ("rows that do not count", f"behind sequences of {letter}")
+        if cut.tail:
+            yield ("rows that do not count", f"behind all {letter}")
+        if sorted(cut.lengths)[:-1] and sum(cut.lengths) < 2 * max(cut.lengths):
+            yield ("sequences", f"one long {letter}")
 
 
 def _mask_class(plan: KernelPlan) -> str:

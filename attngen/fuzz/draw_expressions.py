@@ -41,6 +41,8 @@ _NATURAL = {
     "num_heads_kv": ["h_kv"],
     "seqlen_q": ["q_idx"],
     "seqlen_k": ["kv_idx", "q_pos"],
+    "tokens_q": ["q_idx"],
+    "tokens_k": ["kv_idx", "q_pos"],
 }
 
 

@@ -31,6 +31,8 @@ PairTexts = dict[str, str | dict[str, str]]
 """The keys of a spec from `scalars` to `score`."""
 
 _DECLARED = draw_expressions.DECLARATIONS
+_DECLARED_BY_BATCH = {"q": "kinds", "k": "ids"}
+"""What has a batch and a length, by the letter of that."""
 _NAMES = (*_DECLARED.scalars, *_DECLARED.tensors, "rows")
 APPROXIMATED = frozenset(("exp", "exp2", "log", "log2", "tanh", "sin", "cos", "sigmoid"))
 """Functions whose value is CUDA's own, in masks too."""
@@ -123,9 +125,10 @@ def plain_masks() -> SearchStrategy[str]:
 
 
 @st.composite
-def _scores(draw: DrawFn, may_be_huge: bool) -> str:
+def _scores(draw: DrawFn, may_be_huge: bool, by_token: Collection[str]) -> str:
     """A bounded function of the score, terms that are added, and perhaps a condition."""
-    text = " + ".join([draw(st.sampled_from(_TERMS)), *draw(st.lists(st.sampled_from(_ADDED), max_size=2))])
+    added = st.sampled_from([_by_token(each, by_token) for each in _ADDED])
+    text = " + ".join([draw(st.sampled_from(_TERMS)), *draw(st.lists(added, max_size=2))])
     if draw(st.integers(0, 2)) == 2:
         others = ["-inf", "score", "0.5 * score - 1"]
         if may_be_huge:
@@ -141,18 +144,24 @@ def _is_exact(mask: Expr) -> bool:
 
 
 @st.composite
-def pair_texts(draw: DrawFn, may_be_huge: bool = True) -> PairTexts:
+def pair_texts(draw: DrawFn, may_be_huge: bool = True, by_token: Collection[str] = ()) -> PairTexts:
     """A mask, plain more often than not, a score, likewise, and declarations of what they read, of nothing else.
 
-    Scores are not huge where there are gradients: lse, an f32, says no more what P was, in a row that has no others.
+    Of queries ("q") and keys ("k") that are `by_token` there are tensors by token, in place of those by batch. Scores
+    are not huge where there are gradients: lse, an f32, says no more what P was, in a row that has no others.
     """
-    mask = draw(st.one_of(*3 * [plain_masks()], draw_expressions.masks(_DECLARED, _DEPTH)))
-    score = draw(st.one_of(*3 * [st.just("score")], _scores(may_be_huge)))
+    usual = _declarations({}, by_token)
+    mask = draw(st.one_of(*3 * [plain_masks()], draw_expressions.masks(usual, _DEPTH)))
+    score = draw(st.one_of(*3 * [st.just("score")], _scores(may_be_huge, by_token)))
     names = draw(_renamings()) if _reads(f"{mask} {score}", _NAMES) else {}
-    are_sorted = draw(st.sets(st.sampled_from(("ids", "kinds"))))
-    mask, score, declared = _renamed(mask, names), _renamed(score, names), _declarations(names, are_sorted)
+    are_sorted = draw(st.sets(st.sampled_from(("ids", "kinds")))) if not by_token else ()
+    mask, score = _renamed(mask, names), _renamed(score, names)
+    declared = _declarations(names, by_token, are_sorted)
     trees = _trees(mask, score, declared)
-    if trees is None or not _is_exact(trees[0]) or "score" not in free_names(trees[1]):
+    is_plain = trees is None or not _is_exact(trees[0]) or "score" not in free_names(trees[1])
+    if trees is not None and by_token:  # no text is written of trees that look up by token
+        is_plain |= not all(map(_is_read, (mask, score), trees, (declared, declared)))
+    if is_plain:
         mask, score = "full", "score"
         trees = _trees(mask, score, declared)
     assert trees is not None
@@ -176,6 +185,15 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     return _WORD.sub(lambda word: names.get(word[0], word[0]), text)
 
 
+def _by_token(text: str, letters: Collection[str]) -> str:
+    """A declaration, or a term of a score, with tensors by token."""
+    for letter in letters:
+        text = re.sub(rf"(batch, )?seqlen_{letter}\b", f"tokens_{letter}", text)
+        own = _DECLARED_BY_BATCH[letter]
+        text = re.sub(rf"\b{own}\[b, ", f"{own}[", text)
+    return text
+
+
 def _reads(text: str, names: Iterable[str]) -> bool:
     return not set(names).isdisjoint(_WORD.findall(text))
 
@@ -195,11 +213,15 @@ def _value_text(value: int | float | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _declarations(names: Mapping[str, str], are_sorted: Collection[str] = ()) -> Declarations:
+def _declarations(
+    names: Mapping[str, str], by_token: Collection[str], are_sorted: Collection[str] = ()
+) -> Declarations:
     """What texts may read, by other names; some tensors sorted."""
     tensors = {name: replace(each, is_sorted=name in are_sorted) for name, each in _DECLARED.tensors.items()}
     blocks = {
-        block: {_renamed(name, names): _renamed(text, names) for name, text in texts.items()}
+        block: {
+            _renamed(name, names): _renamed(_by_token(text, by_token), names) for name, text in texts.items()
+        }
         for block, texts in declaration_texts(replace(_DECLARED, tensors=tensors)).items()
     }
     return read_declarations(blocks["scalars"], blocks["tensors"], {}).declarations
@@ -214,8 +236,14 @@ def _trees(mask: str, score: str, declared: Declarations) -> tuple[Expr, Expr] |
 
 
 def _written(text: str, tree: Expr, declared: Declarations) -> str:
-    """The text of a tree, written anew where it may name what the tree no longer reads."""
-    return str(tree) if _reads(text, (*declared.scalars, *declared.tensors)) else text
+    """The text of a tree, written anew where it names what the tree no longer reads."""
+    return text if _is_read(text, tree, declared) else str(tree)
+
+
+def _is_read(text: str, tree: Expr, declared: Declarations) -> bool:
+    """Whether its tree reads all that a text names of what is declared."""
+    named = {*_WORD.findall(text)} & {*declared.scalars, *declared.tensors}
+    return named <= {*free_names(tree), *tensor_names(tree)}
 
 
 def _declarations_read_by(declared: Declarations, *trees: Expr) -> Mapping[str, dict[str, str]]:

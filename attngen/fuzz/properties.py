@@ -8,11 +8,13 @@ Source: docs/design/check.md.
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from typing import Literal
 
 from attngen.errors import AttngenError
 from attngen.expr import TRUE, free_names
 from attngen.fuzz import properties_of_gradients as of_gradients
 from attngen.fuzz import properties_of_outputs as of_outputs
+from attngen.fuzz import properties_of_sequences as of_sequences
 from attngen.fuzz.case import Case
 from attngen.fuzz.trial import Complaint, Make, Trial
 from attngen.memory import is_out_of_memory
@@ -45,16 +47,21 @@ class Rule:
         applies: whether it holds for a plan whose mask and score use such names.
         is_rare: few masks allow it; where one does, it is drawn four times as often.
         of_gradients: it holds for specs that ask for gradients.
+        lengths: whether it holds for specs of dense sequences, of others, or of both.
     """
 
     check: Callable[[Trial], Complaint]
     applies: Callable[[KernelPlan, Set[str]], bool] = lambda plan, names: True
     is_rare: bool = False
     of_gradients: bool = False
+    lengths: Literal["dense", "own", "any"] = "dense"
 
     def may_hold(self, spec: Spec, plan: KernelPlan) -> bool:
         """Whether it holds for a spec and its plan."""
-        return (not self.of_gradients or bool(spec.gradients)) and self.applies(plan, names_of(plan))
+        kind = "dense" if plan.lengths.are_dense else "own"
+        if self.lengths not in (kind, "any") or (self.of_gradients and not spec.gradients):
+            return False
+        return self.applies(plan, names_of(plan))
 
 
 def names_of(plan: KernelPlan) -> Set[str]:
@@ -77,9 +84,9 @@ def _is_plain(plan: KernelPlan, names: Set[str]) -> bool:
 # batch is that of a slice, where a group of heads of Q shares one, where keys change their block of V, or where parts
 # of the keys or a large column have scales that the whole has not.
 RULES: dict[str, Rule] = {
-    "error": Rule(of_outputs.error),
-    "repeat": Rule(of_outputs.repeat),
-    "surroundings": Rule(of_outputs.surroundings),
+    "error": Rule(of_outputs.error, lengths="any"),
+    "repeat": Rule(of_outputs.repeat, lengths="any"),
+    "surroundings": Rule(of_outputs.surroundings, lengths="any"),
     "batch-slice": Rule(
         of_outputs.batch_slice,
         lambda plan, names: (
@@ -107,11 +114,18 @@ RULES: dict[str, Rule] = {
         is_rare=True,
     ),
     "wide-window": Rule(of_outputs.wide_window, _is_plain, is_rare=True),
-    "gradients": Rule(of_gradients.gradients, of_gradients=True),
-    "repeated-gradients": Rule(of_gradients.repeated_gradients, of_gradients=True),
+    "sequences": Rule(of_sequences.sequences, is_rare=True, lengths="own"),
+    "gradients": Rule(of_gradients.gradients, of_gradients=True, lengths="any"),
+    "repeated-gradients": Rule(of_gradients.repeated_gradients, of_gradients=True, lengths="any"),
+    "sequence-gradients": Rule(
+        of_sequences.sequence_gradients, is_rare=True, of_gradients=True, lengths="own"
+    ),
     # What is smaller than f16's normal numbers has fewer bits, and what is larger than all of them none.
     "scaled-gradients": Rule(
-        of_gradients.scaled_gradients, lambda plan, names: plan.inputs.name != "f16", of_gradients=True
+        of_gradients.scaled_gradients,
+        lambda plan, names: plan.inputs.name != "f16",
+        of_gradients=True,
+        lengths="any",
     ),
     "sliced-gradients": Rule(
         of_gradients.sliced_gradients, lambda plan, names: names.isdisjoint(("b", "batch")), of_gradients=True

@@ -1,5 +1,7 @@
 """The properties of dq, dk and dv, each a function from a trial to a complaint."""
 
+from collections.abc import Iterable
+
 import torch
 
 from attngen.check.judging import judge_gradients
@@ -27,7 +29,7 @@ def gradients(trial: Trial) -> Complaint:
 
 def repeated_gradients(trial: Trial) -> Complaint:
     """A second backward pass gives the same bits."""
-    return _first_difference(trial.gradients(), trial.first_gradients)
+    return first_difference(trial.gradients(), trial.first_gradients)
 
 
 def scaled_gradients(trial: Trial) -> Complaint:
@@ -36,7 +38,7 @@ def scaled_gradients(trial: Trial) -> Complaint:
     But for what terms below the normal numbers of f32 and bf16, where roundings are others, come to in a sum.
     """
     eightfold = tuple(8.0 * x for x in trial.first_gradients)
-    return _first_difference(trial.gradients(8.0), eightfold, floor=2.0**-110)
+    return first_difference(trial.gradients(8.0), eightfold, floor=2.0**-110)
 
 
 def sliced_gradients(trial: Trial) -> Complaint:
@@ -44,14 +46,18 @@ def sliced_gradients(trial: Trial) -> Complaint:
     last = slice(max(0, trial.q.shape[0] - 1), None)
     ulps = SIMULATOR_ULPS if trial.device == "cpu" else 0
     of_inputs = tuple(x[last] for x in trial.first_gradients[:3])  # a sink's is the sum over the batch
-    return _first_difference(trial.gradients(batch=last)[:3], of_inputs, ulps)
+    return first_difference(trial.gradients(batch=last)[:3], of_inputs, ulps)
 
 
-def _first_difference(
-    got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], ulps: int = 0, floor: float = 0.0
+def first_difference(
+    got: Iterable[torch.Tensor],
+    expected: Iterable[torch.Tensor],
+    ulps: int = 0,
+    floor: float = 0.0,
+    names: tuple[str, ...] = ("dq", "dk", "dv", "dsink"),
 ) -> Complaint:
-    """A complaint where gradients differ by more than a floor, and than units in the last place of the largest."""
-    for name, x, y in zip(("dq", "dk", "dv", "dsink"), got, expected, strict=False):
+    """A complaint where tensors differ by more than a floor, and than units in the last place of the largest."""
+    for name, x, y in zip(names, got, expected, strict=False):
         slack = max(floor, ulps * torch.finfo(x.dtype).eps * largest(y))
         same = (x == y) | (x.isnan() & y.isnan()) | ((x.float() - y.float()).abs() <= slack)
         if not bool(same.all()):

@@ -27,8 +27,8 @@ def error(trial: Trial) -> Complaint:
         return None  # f32: a product by a reciprocal, and serial's normalising at each block, cost more than a unit
     if trial.subject.plan.scales:
         return None  # an amax of 3 is 448 / 3 units, and no other integer is a number of e4m3 then
-    if trial.subject.plan.has_score:
-        return None  # the weights of plain scores alone are powers of two
+    if trial.subject.plan.has_score or trial.case.shape.cuts:
+        return None  # the weights of plain scores alone are powers of two; sequences are dense calls (`sequences`)
     q = trial.q if trial.scale > 0 else -trial.q
     numerator, denominator = attention_as_fractions(q, trial.k, trial.v, trial.mask, declared=trial.declared)
     exact = torch.where(denominator == 0, 0.0, numerator / denominator)
@@ -49,13 +49,25 @@ def repeat(trial: Trial) -> Complaint:
 
 def surroundings(trial: Trial) -> Complaint:
     """NaN, inf and 6e4 around the inputs change no bit, and nothing around the output is written."""
-    canary = Canary(tuple(trial.out.shape), trial.out.dtype, trial.device)  # type: ignore[arg-type]  # of four
-    out, lse = trial.run(*poison(trial.q, trial.k, trial.v), out=canary.out)
+    given = (trial.q, trial.k, trial.v)
+    canary = Canary(tuple(_batched(trial.out).shape), trial.out.dtype, trial.device)  # type: ignore[arg-type]  # of four
+    surrounded = map(_as_given, poison(*map(_batched, given)), given)
+    out, lse = trial.run(*surrounded, out=_as_given(canary.out, trial.out))
     if (where := canary.damaged()) is not None:
         return f"memory around out was written, at {where}"
     if count := canary.unwritten():
         return f"{count} elements of out were never written"
     return trial.differs(out, lse)
+
+
+def _batched(x: torch.Tensor) -> torch.Tensor:
+    """Rows of heads with a batch, of one where they are ragged."""
+    return x if x.dim() == 4 else x[None]
+
+
+def _as_given(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """What `_batched` made of a tensor, as that was given."""
+    return x if given.dim() == 4 else x[0]
 
 
 def batch_slice(trial: Trial) -> Complaint:

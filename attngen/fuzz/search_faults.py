@@ -171,6 +171,7 @@ def fuzz(
     progress: Callable[[int], None] = lambda cases: None,
     meets: Callable[[Case, KernelPlan], Iterable[Met]] = met_by,
     backward: bool = False,
+    is_cut: bool = False,
 ) -> FuzzReport:
     """Look for a case in which a property of attention does not hold.
 
@@ -186,6 +187,7 @@ def fuzz(
         progress: called with the number of cases so far.
         meets: what of a case is counted.
         backward: whether all specs that are drawn ask for gradients, or one in four.
+        is_cut: whether sequences of all specs that are drawn have lengths of their own, or of none.
 
     Raises:
         ToolchainError: no such device.
@@ -201,7 +203,7 @@ def fuzz(
         build(spec)  # what is wrong with it is the user's to hear, before anything is drawn
         drawn_specs: SearchStrategy[Spec] = st.just(spec)
     else:
-        drawn_specs = specs(tuple(targets or targets_for(device)), backward)
+        drawn_specs = specs(tuple(targets or targets_for(device)), backward, is_cut)
         if device != "cpu":
             drawn_specs = st.sampled_from(_pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL))
     limit = examples if examples is not None else EXAMPLES if minutes is None else None

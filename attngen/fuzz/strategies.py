@@ -14,13 +14,14 @@ from attngen.arch import ARCHS, Arch
 from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.expr import SINK
+from attngen.fuzz import draw_cuts
 from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
 from attngen.fuzz.draw_blocks import given_blocks
 from attngen.fuzz.draw_pairs import pair_texts
 from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
 from attngen.lower import lower
-from attngen.plan import KernelPlan
+from attngen.plan import LETTERS, KernelPlan
 from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
@@ -110,12 +111,16 @@ def _scales(draw: DrawFn, head_dim_qk: int) -> dict[str, object]:
 
 
 @st.composite
-def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
-    """A spec for a target, one in four or all with a backward pass; its tiles may be too large for it."""
+def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
+    """A spec for a target, one in four or all with a backward pass; its tiles may be too large for it.
+
+    All sequences are dense, or with `is_cut` some have lengths of their own; then nothing is left to `auto`, which may
+    choose otherwise for dense ones.
+    """
     arch = ARCHS[target]
     kind = draw(st.sampled_from(_kinds(arch)))
     workers = draw(_workers(kind, arch))
-    formats = [name for name in _formats(arch, kind) if name != "e4m3" or not backward]
+    formats = [name for name in _formats(arch, kind) if name != "e4m3" or not (backward or is_cut)]
     inputs = draw(st.sampled_from(formats))
     if inputs == "e4m3" and arch.has_mma_granularity:
         qk, v = draw(st.sampled_from(DIMS_8BIT))
@@ -135,18 +140,20 @@ def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
         "tile": {"block_m": block_m, "block_n": block_n},
         "schedule": {"kind": kind, "stages": stages, "order": draw(st.sampled_from(ORDERS)), **workers},
     }
-    if arch.has_mma_granularity and draw(st.integers(0, 7)) == 7:
+    if arch.has_mma_granularity and not is_cut and draw(st.integers(0, 7)) == 7:
         numbers = {"schedule": {"kind": kind}}  # what `auto` stands for
     has_gradients = backward or (inputs != "e4m3" and draw(st.integers(0, 3)) == 3)
     sink = draw(st.sampled_from(("none", "none", "per_head")))
     of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
     gradients = [*INPUTS, *of_sink] if has_gradients else []
+    cut = draw(draw_cuts.kinds()) if is_cut else {}
+    by_token = [LETTERS[axis] for axis in LETTERS if cut.get(axis) == "ragged"]
     data = {
         "target": target,
-        "problem": {"head_dim": {"qk": qk, "v": v}},
+        "problem": {"head_dim": {"qk": qk, "v": v}, **cut},
         "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
-        **draw(pair_texts(may_be_huge=not gradients)),
-        **draw(given_blocks(block_m, block_n)),
+        **draw(pair_texts(may_be_huge=not gradients, by_token=by_token)),
+        **({} if is_cut else draw(given_blocks(block_m, block_n))),
         **numbers,
         "sink": sink,
         "gradients": gradients,
@@ -156,9 +163,12 @@ def _specs_of(draw: DrawFn, target: str, backward: bool) -> Spec:
         return load(data)
 
 
-def specs(targets: Sequence[str], backward: bool = False) -> SearchStrategy[Spec]:
-    """Specs that have a plan on one of the targets; with `backward` all of them ask for gradients."""
-    drawn = [_specs_of(target, backward) for target in targets]
+def specs(targets: Sequence[str], backward: bool = False, is_cut: bool = False) -> SearchStrategy[Spec]:
+    """Specs that have a plan on one of the targets.
+
+    With `backward` all of them ask for gradients, with `is_cut` all have sequences with lengths of their own.
+    """
+    drawn = [_specs_of(target, backward, is_cut) for target in targets]
     return st.one_of(drawn).filter(lambda spec: plan_of(spec) is not None)
 
 
@@ -187,6 +197,9 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
         seqlen_q=draw(lengths(plan.block_m)),
         seqlen_k=draw(lengths(plan.block_n, may_be_empty=True)),
     )
+    if not plan.lengths.are_dense:
+        one = {"queries": lengths(plan.block_m), "keys": lengths(plan.block_n, may_be_empty=True)}
+        shape = draw(draw_cuts.cut_shapes(spec, shape, one))
     kind = draw(st.sampled_from((*KINDS_WITH_SCALES, "spans") if plan.scales else KINDS))
     scale: float | None
     if kind == "integers":
@@ -194,7 +207,9 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     else:
         scale = draw(st.one_of(st.none(), st.sampled_from((1.0, 0.0, -0.5)), st.floats(-2, 2, width=16)))
     memories: tuple[Memory, ...] = tuple(
-        memory for memory in MEMORIES if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16)
+        memory
+        for memory in MEMORIES
+        if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16 and not shape.cuts)
     )
     applicable = [name for name in rules if RULES[name].may_hold(spec, plan)]
     applicable += 3 * [name for name in applicable if RULES[name].is_rare]

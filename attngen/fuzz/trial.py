@@ -54,8 +54,8 @@ class Trial:
     """A case at work.
 
     Attributes:
-        q, k, v: its inputs, (batch, seqlen, heads, head_dim).
-        declared: what it passes for what the spec declares.
+        q, k, v: its inputs, (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) where they are ragged.
+        declared: what it passes by name.
         out, lse: what the subject made of them.
         dout, dlse: their gradients, where the spec asks for gradients; dlse only if the case has it.
     """
@@ -126,8 +126,8 @@ class Trial:
         return self.gradients()
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor from bshd to the layout of the call, or back."""
-        return x.transpose(1, 2) if self.case.layout == "bhsd" else x
+        """A tensor from bshd to the layout of the call, or back; what has no batches is alike in both."""
+        return x.transpose(1, 2) if self.case.layout == "bhsd" and x.dim() == 4 else x
 
     def accuracy(
         self,

@@ -14,9 +14,10 @@ from attngen.simulate.progress import Progress
 from attngen.simulate.roles import Event, RoleRun, StepFunction
 from attngen.simulate.simulator import Simulator
 from attngen.simulate.threads import one_thread
+from attngen.simulate.tile_lists import call_sizes
 from attngen.simulate.tile_source import tiles
 from attngen.simulate.trace import Trace, trace
-from attngen.simulate.traffic import Traffic, closed_form, standard_algorithm
+from attngen.simulate.traffic import Traffic, added, closed_form, standard_algorithm
 from attngen.simulate.units import UNITS, Interval, Unit
 from attngen.simulate.visits import SIMULATED_SMS, BlockBounds, Sizes, block_bounds, visited_blocks
 
@@ -41,7 +42,9 @@ __all__ = [
     "Trace",
     "Traffic",
     "Unit",
+    "added",
     "block_bounds",
+    "call_sizes",
     "closed_form",
     "costs_of",
     "count",

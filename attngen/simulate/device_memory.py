@@ -171,7 +171,7 @@ class DeviceMemory:
         for place in wanted:
             lengths = Counter(each.seqlen_k if place.axis == "keys" else each.seqlen_q for each in members)
             rows = self.share_rows.get(place.name, plan.block_m)
-            for share in range(ceil_div(max(lengths), rows)):
+            for share in range(ceil_div(max(lengths, default=0), rows)):
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
                 if isinstance(place, Rows) and plan.scheduler.kind == "key_blocks":
                     heads *= group

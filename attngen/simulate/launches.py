@@ -44,9 +44,10 @@ from attngen.simulate.function_names import function_name
 from attngen.simulate.roles import Event, StepFunction
 from attngen.simulate.simulated_sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
+from attngen.simulate.tile_lists import call_sizes
 from attngen.simulate.tile_source import LOCKSTEP, TileSource, tiles
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, declared_values, decoded
+from attngen.simulate.visits import SIMULATED_SMS, Declared, Sizes, decoded
 from attngen.torch_state import torch_defaults
 
 _STEP_MODULES = (
@@ -267,14 +268,14 @@ def count(
     *,
     return_lse: bool = False,
     declared: Mapping[str, Any] | None = None,
+    tokens: tuple[int, int] = (0, 0),
 ) -> Traffic:
     """The FLOPs and bytes of an attention kernel, by running its programs without values.
 
     Heads that take the same way through the program are run once and counted as often as there are. Blocks of keys
-    that depend on what `declared` does not hold are all visited.
+    that depend on what `declared` does not hold are all visited; lengths of sequences and `tokens` as of `closed_form`.
     """
-    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
+    sizes = call_sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared, tokens)
     traffic = Traffic()
     device = DeviceMemory(None, traffic, ("lse",) if return_lse else (), plan.lengths)
     if not sizes.has_no_output:

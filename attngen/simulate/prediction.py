@@ -17,6 +17,7 @@ from attngen.plan import KernelPlan, Step
 from attngen.simulate.costs import Costs, costs_of
 from attngen.simulate.multiprocessor import Multiprocessor
 from attngen.simulate.roles import StepFunction
+from attngen.simulate.tile_lists import call_sizes
 from attngen.simulate.tile_source import Tile, tiles
 from attngen.simulate.units import Interval, Unit
 from attngen.simulate.visits import (
@@ -24,7 +25,6 @@ from attngen.simulate.visits import (
     Sizes,
     all_blocks,
     block_bounds,
-    declared_values,
     visited_blocks,
 )
 from attngen.torch_state import torch_defaults
@@ -98,6 +98,7 @@ def timeline(
     slots: int | None = None,
     steps: Mapping[type[Step], StepFunction] | None = None,
     declared: Mapping[str, Any] | None = None,
+    tokens: tuple[int, int] = (0, 0),
 ) -> Timeline:
     """The first tile of a launch on one SM, and where blocks are persistent the same once more.
 
@@ -111,13 +112,14 @@ def timeline(
         costs: the table to use; that of the plan's target where None.
         slots: blocks of threads that share the SM; as many as the plan asks for where None.
         steps: as of `simulate`.
-        declared: as of `simulate`; blocks of keys that depend on what it does not hold are all visited.
+        declared: as of `simulate`; blocks of keys that depend on what it does not hold are all visited. With lengths.
+        tokens: of ragged queries and keys.
 
     Raises:
         ToolchainError: there is no table for the target.
         SimulationFault: a program broke a rule, or no role can go on.
     """
-    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
+    sizes = call_sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared, tokens)
     first = next(tiles(plan, sizes, 1), None)
     rounds = 2 if plan.scheduler.persistent else 1
     costs, slots = costs or costs_of(plan.arch), slots or plan.blocks_per_sm
@@ -150,13 +152,14 @@ def predict(
     costs: Costs | None = None,
     slots: int | None = None,
     declared: Mapping[str, Any] | None = None,
+    tokens: tuple[int, int] = (0, 0),
 ) -> Prediction:
     """How long a whole launch takes; arguments as of `timeline`.
 
     What one more tile costs is the time of two rounds less that of one, for up to `SAMPLES` kinds of tiles by their
     pairs of blocks. Tiles go in the launch's order to whoever is free first.
     """
-    sizes = _sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared)
+    sizes = call_sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared, tokens)
     costs, slots = costs or costs_of(plan.arch), slots or plan.blocks_per_sm
     pairs_of = _pairs_of(plan, sizes)
     launch = [(tile, pairs_of(tile)) for tile in tiles(plan, sizes, max(1, batch * heads))]
@@ -213,19 +216,6 @@ def _pairs_of(plan: KernelPlan, sizes: Sizes) -> Callable[[Tile], int]:
         return tile.visits if tile.m_block is not None else sum(map(len, visited(tile.members[0])))
 
     return pairs_of
-
-
-def _sizes(
-    plan: KernelPlan,
-    seqlen_q: int,
-    seqlen_k: int,
-    batch: int,
-    heads: int,
-    heads_kv: int | None,
-    declared: Mapping[str, Any] | None,
-) -> Sizes:
-    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    return replace(sizes, declared=declared_values(plan, sizes, declared or {}))
 
 
 def _between(x: int, xs: list[int], ys: list[float]) -> float:

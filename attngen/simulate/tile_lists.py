@@ -1,7 +1,8 @@
 """What `ListTiles` means: the tiles of sequences that have lengths of their own, in the order in which they start."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from attngen.plan import (
     bucket,
     evaluate_formula,
 )
-from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div
+from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div, declared_values
 
 Values = Mapping[str, torch.Tensor]
 
@@ -56,6 +57,45 @@ def list_tiles(sheet: ListTiles, values: Values, sizes: Sizes) -> dict[str, torc
     for row, (_, *fields) in enumerate(entries, 1):
         found[row, : len(fields)] = torch.tensor(fields, dtype=torch.int32)
     return {plan.tile_list: found}
+
+
+def call_sizes(
+    plan: KernelPlan,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: int,
+    heads: int,
+    heads_kv: int | None,
+    declared: Mapping[str, Any] | None,
+    tokens: tuple[int, int] = (0, 0),
+) -> Sizes:
+    """The sizes of a call of which a kernel is run without values, with the list of its tiles where it has one.
+
+    Args:
+        plan: of the kernel.
+        seqlen_q: of the call; of ragged queries a bound.
+        seqlen_k: see seqlen_q.
+        batch: see seqlen_q.
+        heads: see seqlen_q.
+        heads_kv: as many as heads where None.
+        declared: what the call passes by name: lengths, which must be there, and what the spec declares, as far as
+            it is known.
+        tokens: of all sequences of queries and of keys, of ragged ones.
+    """
+    passed = declared or {}
+    sizes = Sizes(
+        batch,
+        seqlen_q,
+        seqlen_k,
+        heads,
+        heads if heads_kv is None else heads_kv,
+        tokens_q=tokens[0],
+        tokens_k=tokens[1],
+    )
+    sizes = replace(sizes, declared=declared_values(plan, sizes, passed))
+    return (
+        sizes.with_tensors(list_tiles(ListTiles(plan), passed, sizes)) if plan.scheduler.is_listed else sizes
+    )
 
 
 def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[int, ...]]:

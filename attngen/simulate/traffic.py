@@ -5,18 +5,18 @@ known here. The standard algorithm is the yardstick: S and P go to device memory
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from attngen.dtypes import DType
 from attngen.plan import KernelPlan
 from attngen.plan.steps import Product, walk
+from attngen.simulate.tile_lists import call_sizes
 from attngen.simulate.visits import (
     Member,
     Sizes,
     all_blocks,
     block_bounds,
-    declared_values,
     heads_alike,
     visited_blocks,
 )
@@ -79,13 +79,14 @@ def closed_form(
     *,
     return_lse: bool = False,
     declared: Mapping[str, Any] | None = None,
+    tokens: tuple[int, int] = (0, 0),
 ) -> Traffic:
     """What `count` counts, from the numbers of blocks alone: what the schedule's authors say it costs.
 
-    Blocks of keys that depend on what `declared` does not hold are all visited.
+    Blocks of keys that depend on what `declared` does not hold are all visited. Of sequences that have lengths of their
+    own it holds these, and `tokens` says how many there are of ragged queries and keys.
     """
-    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads if heads_kv is None else heads_kv)
-    sizes = replace(sizes, declared=declared_values(plan, sizes, declared or {}))
+    sizes = call_sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared, tokens)
     if sizes.has_no_output:
         return Traffic()
     alike = heads_alike(plan, sizes)
@@ -187,6 +188,11 @@ def standard_algorithm(
         {name: n * element for name, n in written.items()},
     )
     return _total([(traffic, batch * heads)])
+
+
+def added(parts: Iterable[Traffic]) -> Traffic:
+    """What several kernels or calls cost together."""
+    return _total((part, 1) for part in parts)
 
 
 def _total(parts: Iterable[tuple[Traffic, int]]) -> Traffic:

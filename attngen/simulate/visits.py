@@ -111,7 +111,7 @@ class Member(NamedTuple):
         return self.seqlen_q, self.seqlen_k, self.q_start, self.k_start
 
 
-_DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start")
+DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start")
 """The fields of a `Member`, as a tile's decoding has them."""
 
 
@@ -181,7 +181,7 @@ def _decoded(
     blocks: Iterable[Blocks] = (
         zip(*found, strict=True) if len(found) > 1 else found[0] if found else [None] * count
     )
-    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in _DECODED)), strict=True))
+    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in DECODED)), strict=True))
 
 
 def first_head(plan: KernelPlan, sizes: Sizes) -> Member:
@@ -305,7 +305,7 @@ def asks_for(plan: KernelPlan) -> tuple[bool, ...]:
     """Whether the blocks of keys that a row visits depend on the first fields of a `Member`: batch, head, head_kv."""
     keys, classes = plan.key_blocks, plan.tile_classes
     conditions = keys.bounds if keys else (classes.may, classes.must) if classes else ()
-    return tuple(any(name in free_names(each) for each in conditions) for name in _DECODED[:3])
+    return tuple(any(name in free_names(each) for each in conditions) for name in DECODED[:3])
 
 
 def _is_known(expr: Expr, names: Mapping[str, Any], sizes: Sizes) -> bool:
@@ -319,7 +319,7 @@ def _names(
     plan: KernelPlan, sizes: Sizes, member: Member, axis: SequenceAxis, block: int | torch.Tensor
 ) -> dict[str, Any]:
     """What a condition on a block of rows or keys of a head may name, its number among them."""
-    head = dict(zip(_DECODED, member, strict=True))
+    head = dict(zip(DECODED, member, strict=True))
     names = {**head, **_block_sizes(plan), **sizes.declared.scalars, axis.tile.name: block}
     return evaluated(axis.span, names)
 

@@ -125,6 +125,16 @@ BlockSize = Annotated[
         _nearest_integer(1, LARGEST_LENGTH),
     ),
 ]
+OneLength = Annotated[
+    Annotated[int, Field(ge=0, le=LARGEST_LENGTH), BeforeValidator(_integer)] | None,
+    Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
+]
+"""A length that may be left out, where another key stands for it; which, is for shape_rules.py."""
+EachLength = Annotated[
+    tuple[Length, ...],
+    Field(min_length=1),
+    Expects("lengths", "a list of lengths, one for each sequence", lambda value: ("[5, 0, 130]",)),
+]
 Name = Annotated[
     str,
     Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,99})?$"),
@@ -301,15 +311,16 @@ class CheckShape(_Model):
     """Sequences."""
     heads: Length = 1
     """Query heads."""
-    heads_kv: Annotated[
-        Annotated[int, Field(ge=0, le=LARGEST_LENGTH), BeforeValidator(_integer)] | None,
-        Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
-    ] = None
+    heads_kv: OneLength = None
     """Heads of K and V; as many as query heads where left out."""
-    seqlen_q: Length
-    """Rows of Q."""
-    seqlen_k: Length
-    """Rows of K and V."""
+    seqlen_q: OneLength = None
+    """Rows of Q of every sequence, where queries are dense."""
+    seqlen_k: OneLength = None
+    """Rows of K and V, likewise."""
+    seqlens_q: EachLength = ()
+    """Rows of Q of each sequence, where queries are ragged or padded; in place of batch and seqlen_q."""
+    seqlens_k: EachLength = ()
+    """Rows of K and V, likewise."""
 
 
 class SpecModel(_Model):

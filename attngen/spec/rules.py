@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
-from attngen.expr import LARGEST_LENGTH, SINK
+from attngen.expr import SINK
 from attngen.quantize import HADAMARD_DIMS
 from attngen.spec.models import INPUTS, Precision
 
@@ -35,6 +35,7 @@ class Broken:
         rule: name of the rule.
         note: the reason.
         nearest: the valid values closest to it.
+        is_missing: there is no value at the path, and there must be one.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Broken:
     rule: str
     note: str
     nearest: tuple[str, ...]
+    is_missing: bool = False
 
 
 def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
@@ -54,10 +56,6 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     yield from _fields_of_e4m3(said, head_dim)
     yield from _gradients(data, said["inputs"], said["output"])
     yield from _lengths(data, problem if isinstance(problem, dict) else {})
-    shapes = data.get("check")
-    for index, shape in enumerate(shapes if isinstance(shapes, list | tuple) else ()):
-        if isinstance(shape, dict):
-            yield from _grouped_heads(f"check[{index}]", shape)
 
 
 def nearest_head_dims(data: dict[str, Any], dim: int) -> tuple[str, ...]:
@@ -91,7 +89,7 @@ def _head_dims(head_dim: object, legal: range) -> Iterator[Broken]:
         else {"": head_dim}
     )
     for key, dim in dims.items():
-        if key in ("", ".qk", ".v") and _is_positive(dim) and dim not in legal:
+        if key in ("", ".qk", ".v") and is_positive(dim) and dim not in legal:
             yield Broken(
                 path=f"problem.head_dim{key}",
                 value=dim,
@@ -118,7 +116,7 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
             )
     if inputs != "e4m3":
         return
-    if _is_positive(said["seed"]) and incoherent == "none":
+    if is_positive(said["seed"]) and incoherent == "none":
         yield Broken(
             path="precision.seed",
             value=said["seed"],
@@ -128,7 +126,7 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
             nearest=("0",),
         )
     qk = head_dim.get("qk") if isinstance(head_dim, dict) else head_dim
-    if incoherent == "hadamard" and _is_positive(qk) and qk not in HADAMARD_DIMS:
+    if incoherent == "hadamard" and is_positive(qk) and qk not in HADAMARD_DIMS:
         yield Broken(
             path="precision.incoherent",
             value=incoherent,
@@ -137,7 +135,7 @@ def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
             note=f"the matrix is one of {_listed(HADAMARD_DIMS)} columns",
             nearest=("none",),
         )
-    if _is_positive(promote) and promote > 1:
+    if is_positive(promote) and promote > 1:
         yield Broken(
             path="precision.promote",
             value=promote,
@@ -260,21 +258,6 @@ def _neighbours(dim: int, legal: range) -> list[int]:
     return [near for near in legal if near < dim][-1:] + [near for near in legal if near > dim][:1]
 
 
-def _grouped_heads(path: str, shape: dict[str, Any]) -> Iterator[Broken]:
-    heads, heads_kv = shape.get("heads", 1), shape.get("heads_kv")
-    if _is_positive(heads) and _is_positive(heads_kv) and heads <= LARGEST_LENGTH and heads % heads_kv:
-        divisors = [divisor for divisor in range(1, min(heads, 4096) + 1) if heads % divisor == 0]
-        below = [divisor for divisor in divisors if divisor < heads_kv][-1:]
-        above = [divisor for divisor in divisors if divisor > heads_kv][:1]
-        yield Broken(
-            path=f"{path}.heads_kv",
-            value=heads_kv,
-            must=f"must divide heads = {heads}",
-            rule="grouped-heads",
-            note="every head of K and V serves a group of query heads, all of one size",
-            nearest=tuple(str(divisor) for divisor in below + above),
-        )
-
-
-def _is_positive(value: object) -> TypeGuard[int]:
+def is_positive(value: object) -> TypeGuard[int]:
+    """Whether a value is a positive integer, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import islice
+from itertools import chain, islice
 from types import GenericAlias, UnionType
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from attngen.spec.document import Document
 from attngen.spec.gradient_rules import check_declared_gradients
 from attngen.spec.models import Expects, SpecModel
 from attngen.spec.rules import Broken, check_rules, nearest_head_dims
+from attngen.spec.shape_rules import check_shapes
 from attngen.spec.spec import Spec
 from attngen.spec.texts import Expressions
 
@@ -65,14 +66,17 @@ def _place(fault: Diagnostic) -> tuple[str, int, int]:
 
 
 def _rule_faults(document: Document) -> Iterator[Diagnostic]:
-    return (_diagnostic(document, broken) for broken in check_rules(document.data))
+    found = chain(check_rules(document.data), check_shapes(document.data))
+    return (_diagnostic(document, broken) for broken in found)
 
 
 def _diagnostic(document: Document, broken: Broken) -> Diagnostic:
+    what = broken.path if broken.is_missing else _given(document, broken.path, broken.value)
+    where = _location_without if broken.is_missing else _value_location
     return Diagnostic(
-        message=f"{_given(document, broken.path, broken.value)} {broken.must}",
+        message=f"{what} {broken.must}",
         rule=broken.rule,
-        location=_value_location(document, broken.path),
+        location=where(document, broken.path),
         path=broken.path,
         value=broken.value,
         note=broken.note,
@@ -221,13 +225,11 @@ def _expects(place: _Place) -> Expects:
 
 def _missing_key(document: Document, place: _Place) -> Diagnostic:
     path = _REQUIRED if place.path == "problem" else place.path  # the block is there for its one required key
-    parent = document.marks.get(place.path.rpartition(".")[0])
-    start = document.source.location(0, 1) if document.marks else None
     is_head_dim = path == _REQUIRED
     return Diagnostic(
         message=f"{path} must be given",
         rule="required-keys",
-        location=parent.key_location if parent else start,
+        location=_location_without(document, place.path),
         path=path,
         note="the columns of Q, K and V; every other key has a default" if is_head_dim else "",
         nearest=("problem: {head_dim: 128}",) if is_head_dim else (f"{path.rpartition('.')[2]}: 128",),
@@ -266,6 +268,13 @@ def _blocks() -> Iterator[tuple[str, tuple[str, ...]]]:
     for name, field in SpecModel.model_fields.items():
         if model := _model_of(field):
             yield name, tuple(model.model_fields)
+
+
+def _location_without(document: Document, path: str) -> Location | None:
+    """Where a value should stand that is missing: at the block that lacks it, or in the first line."""
+    parent = document.marks.get(path.rpartition(".")[0])
+    start = document.source.location(0, 1) if document.marks else None
+    return parent.key_location if parent else start
 
 
 def _value_location(document: Document, path: str) -> Location | None:

@@ -20,7 +20,7 @@ TRAINED: dict[str, Any] = {
     "tile": {"block_m": 2, "block_n": 3},
     "gradients": ["q", "k", "v"],
 }
-OF_GRADIENTS = [name for name, rule in RULES.items() if rule.of_gradients]
+OF_GRADIENTS = [name for name, rule in RULES.items() if rule.of_gradients and rule.lengths != "own"]
 SMALL = 40
 """Queries and keys of a shrunk case together."""
 

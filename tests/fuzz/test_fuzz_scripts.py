@@ -1,4 +1,4 @@
-"""`benchmarks/fuzz_gradients.py` goes on where it was stopped, counts what it tried and keeps faults."""
+"""The scripts that count cases of fuzzing go on where they were stopped, and keep faults."""
 
 import json
 import runpy
@@ -13,24 +13,36 @@ from attngen.fuzz import search_faults
 from attngen.fuzz.coverage import Coverage
 from attngen.fuzz.search_faults import FuzzReport
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "fuzz_gradients.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+KINDS = {"fuzz_gradients": "backward", "fuzz_ragged": "is_cut"}
+"""What each script draws, as `fuzz` calls it."""
+
+
+@pytest.fixture(params=KINDS)
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of a script, and of its file."""
+    return str(request.param)
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
+def run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, dict[str, Any]]]:
     """The script on a folder of the test's: its exit code, and what stands in its file."""
+    monkeypatch.syspath_prepend(str(FOLDER))
 
     def script(*arguments: str) -> tuple[int, dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path), *arguments])
+        monkeypatch.setattr(sys, "argv", [name, "--out", str(tmp_path), *arguments])
+        sys.modules.pop("fuzz_counts", None)  # which holds the fuzz of the run before
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(ended.value.code or 0), json.loads((tmp_path / "fuzz_gradients.json").read_text())
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        return int(ended.value.code or 0), json.loads((tmp_path / f"{name}.json").read_text())
 
     return script
 
 
-def test_a_stopped_run_goes_on(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeds follow each other over runs, no case is tried twice, and all specs are to have gradients."""
+def test_a_stopped_run_goes_on(name: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds follow each other over runs, no case is tried twice, and all specs are of the script's kind."""
     asked: list[dict[str, Any]] = []
 
     def stopped_at_the_third(**options: Any) -> FuzzReport:
@@ -45,7 +57,7 @@ def test_a_stopped_run_goes_on(run: Callable[..., Any], monkeypatch: pytest.Monk
     code, found = run("--cases", "25", "--examples", "10")
     assert code == 0
     assert [(each["seed"], each["examples"]) for each in asked] == [(1, 10), (2, 10), (3, 5), (3, 5)]
-    assert all(each["backward"] for each in asked)
+    assert all(each[KINDS[name]] for each in asked)
     (counted,) = found["summary"].values()
     assert counted["cases"] == 25 and counted["seeds"] == [1, 3] and counted["faults"] == 0
     assert run("--cases", "25")[0] == 0 and len(asked) == 4
