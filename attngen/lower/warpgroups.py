@@ -39,6 +39,8 @@ from attngen.schedules import WARPGROUP_SCHEDULES, Output, RingCursors, Warpgrou
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
+LISTED_TILE_BYTES = 48
+"""Where it leaves all of a tile that is listed: consumers would wait for the list to be read."""
 LOADING_REGISTERS = 48
 """What a thread needs beside its tiles when it loads ahead; with fewer NVRTC 13.0.88 spills."""
 BUFFER_ALIGNMENT = 1024
@@ -199,7 +201,8 @@ def storage(choice: WarpgroupChoice, at: WarpgroupPlaces) -> dict[str, Any]:
     buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *staged)
     end = max(buffer.offset + buffer.size_bytes for buffer in buffers)
     barrier_bytes = sum(ring.size_bytes for ring in rings)
-    smem_bytes = end + barrier_bytes + (TILE_SLOT_BYTES if choice.persistent else 0)
+    tile_slot = TILE_SLOT_BYTES if at.lengths.are_dense else LISTED_TILE_BYTES
+    smem_bytes = end + barrier_bytes + (tile_slot if choice.persistent else 0)
     return dict(buffers=buffers, rings=rings, rings_offset=end, smem_bytes=smem_bytes)
 
 

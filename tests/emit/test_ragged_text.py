@@ -90,6 +90,10 @@ def test_who_has_no_tile_does_nothing(schedule: str, persistent: bool) -> None:
     ends = "if ((int)blockIdx.x >= (int)same_in_warp(num_tiles(params))) return;"
     assert (ends in text) == (not persistent)
     assert ("tile.exists = index < num_tiles(params);" in text) == persistent
+    # The producer alone waits for the list; consumers find the tile in shared memory.
+    assert ("publish_tile(tile_slot, tile);" in text, "tile = published_tile(tile_slot);" in text) == (
+        persistent,
+    ) * 2
     (count,) = re.findall(r"DEV int num_tiles\(const Params& params\) \{ return (.*?); \}", text)
     assert count == "params.num_heads_q * num_entries(params)"
 
@@ -102,7 +106,7 @@ def test_rows_begin_with_their_sequence(lengths: str) -> None:
     batch = {"ragged": "0", "padded": "tile.batch"}
     assert f"0, tile.q_start + tile.m_block * kBlockM, tile.head, {batch[queries]}, kEvictFirst" in text
     assert (
-        len(re.findall(rf", 0, tile\.kv_start \+ .*?, tile\.kv_head, {batch[keys]}, kEvictLast", text)) == 4
+        len(re.findall(rf", 0, tile\.kv?_start \+ .*?, tile\.kv_head, {batch[keys]}, kEvictLast", text)) == 4
     )
     assert f"tile.q_start + tile.m_block * kBlockM, tile.head, {batch[queries]});" in text
     assert ("out_stride_batch" in text) == (queries == "padded")
