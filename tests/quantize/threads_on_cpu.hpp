@@ -77,6 +77,12 @@ static uint32_t __match_any_sync(unsigned, uint32_t x) {
   for (int lane = 0; lane < 32; ++lane) alike |= (uint32_t)(warp[lane] == x) << lane;
   return alike;
 }
+static uint32_t __ballot_sync(unsigned, bool x) {
+  const uint32_t* warp = post(x);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= warp[lane] << lane;
+  return votes;
+}
 static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const uint32_t* warp = post(x);
   return *std::max_element(warp, warp + 32);
