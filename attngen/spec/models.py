@@ -224,7 +224,7 @@ class Problem(_Model):
     """Sequences of queries: dense, all of one length; ragged, one after another from cu_seqlens_q[b] on; padded, of
     which seqused_q[b] count."""
     keys: LengthsOf = "dense"
-    """Sequences of keys, likewise: cu_seqlens_k and seqused_k."""
+    """Sequences of keys, likewise: cu_seqlens_k and seqused_k. e4m3 inputs have sequences of one length."""
 
 
 class Precision(_Model):
