@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attngen.check.accuracy import Accuracy, measure
 from attngen.check.accuracy_terms import different_rows, share_of_chance
@@ -407,7 +408,7 @@ def _pieces(
         scaled = problem.softmax_scale * (queries @ keys.mT)
         scores = problem.modified(scaled, *places).masked_fill(hidden, -math.inf)
         if not given:
-            row_max = scores.amax(dim=-1, keepdim=True) if problem.seqlen_k else scores.sum(-1, keepdim=True)
+            row_max = pad(scores, (0, 1), value=-math.inf).amax(dim=-1, keepdim=True)  # there may be no key
             row_max = row_max.masked_fill_(row_max.isneginf(), 0.0)
             p = (scores - row_max).exp_()
             row_sum = p.sum(dim=-1, keepdim=True)

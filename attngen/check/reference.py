@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attngen.expr import SINK, Expr, derivative, evaluate, magnitude
 from attngen.scaling import SMALLEST_SCALE, needs_no_maximum
@@ -108,7 +109,7 @@ def attention(
     scores = problem.modified(scores, *every).masked_fill(~problem.sees(*every), -math.inf)
     if problem.sink is not None:
         scores = torch.cat((scores, problem.sink.view(-1, 1, 1).expand(*scores.shape[:-1], 1)), dim=-1)
-        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+        values = pad(values, (0, 0, 0, 1))
     lse = scores.logsumexp(dim=-1)
     p = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
     # Their sum is 1, unless scores are so large that adding the logarithm of a sum changes nothing.

@@ -43,7 +43,7 @@ def _texts() -> Iterator[str]:
     for path in shipped_specs():
         yield from _emitted(path)
     for kind in (*SCHEDULES, *WARPGROUP_SCHEDULES):
-        yield from _emitted(_SPEC | {"target": "sm_90a", "schedule": {"kind": kind}})
+        yield from _emitted(_SPEC | {"target": "sm_90a", "schedule": {"kind": kind}, "sink": "per_head"})
     e4m3 = {"inputs": "e4m3", "scales": "per_token", "incoherent": "hadamard"}
     yield from _emitted(_SPEC | {"target": "sm_90a", "precision": e4m3})
 

@@ -49,7 +49,8 @@ class Value:
         shape: formulas over run-time sizes; a name that is no size of the call is bound by the tensor that is passed.
         source: who makes it. "given": the caller. "output": the call, unless the caller passes memory for it.
             "scratch": the call, for itself. "kept": the call, which may use the memory of an earlier one.
-        argument: by which name a call passes it; None where only the call makes it.
+        argument: by which name a call passes it; None where only the call makes it. Of what is declared several values
+            of one argument are formats of it, of which a call passes one: the addresses of the others are 0.
         axes: what its dimensions are, if rows of heads; a row is contiguous and starts on 16 bytes. Strides are named
             after them; where there are none, they are numbered and may be any.
         layout: "dense": a tensor with strides.

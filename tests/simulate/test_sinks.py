@@ -153,6 +153,13 @@ def test_both_layouts_and_a_given_output() -> None:
     assert other is into and torch.equal(into.transpose(1, 2), out) and torch.equal(other_lse, lse)
 
 
+def test_operands_take_a_sink() -> None:
+    """A call on what was quantised before is the call that quantises."""
+    kernel, sink = SinkCase("pingpong", inputs="e4m3").kernel(), sinks("random")
+    q, k, v = draw(kernel.plan, SHAPE, seed=3)
+    assert torch.equal(kernel(kernel.quantize(q, k, v), sink=sink), kernel(q, k, v, sink=sink))
+
+
 def test_a_score_of_nan_or_infinity_still_spoils_its_row() -> None:
     """And no other; a sink of NaN spoils all rows of its head."""
     kernel = SinkCase("fa2", mask="full").kernel()
