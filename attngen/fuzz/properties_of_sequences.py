@@ -78,11 +78,18 @@ class _DenseCall:
         spec, rows = self._trial.case.spec, self._sequence.rows
         by_token = {f"tokens_{letter}": rows[axis] for axis, letter in LETTERS.items()}
         batches = {"batch": slice(self._sequence.number + 1)}
+        padded = {f"seqlen_{letter}" for axis, letter in LETTERS.items() if call.lengths.of(axis) == "padded"}
         for name, x in self._trial.declared.items():
             tensor = spec.declarations.tensors.get(name)
             if tensor is not None:
                 places: Mapping[Any, slice] = by_token | batches
-                yield name, x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
+                own = x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
+                for i, dim in enumerate(
+                    tensor.dims
+                ):  # what has a name of its own has an element, read or not
+                    if dim in padded and not own.shape[i]:
+                        own = own.new_zeros((*own.shape[:i], 1, *own.shape[i + 1 :]))
+                yield name, own
             elif name in spec.declarations.scalars or name == SINK:
                 yield name, x
 
