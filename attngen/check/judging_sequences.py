@@ -100,17 +100,17 @@ def compare_gradients_of_sequences(
     parts = [[_of_outside(call, x, axis)] for x, axis in zip(found, axes, strict=True)]
     sums = []
     for each in call.sequences:
-        of_inputs = (*call.inputs(q, k, v, each), call.rows(dout, "queries", each))
+        of_call: Any = (*call.inputs(q, k, v, each), call.rows(dout, "queries", each))
         own: dict[str, Any] = {
             "out": call.rows(out, "queries", each),
             "lse": call.of_lse(lse, each),
             "dlse": None if dlse is None else call.of_lse(dlse, each),
             "declared": call.declared(passed, each),
         }
-        verdict = compare_gradients(call.inputs(dq, dk, dv, each), *of_inputs, **own, **about)
+        verdict = compare_gradients(call.inputs(dq, dk, dv, each), *of_call, **own, **about)
         for into, of_one, axis in zip(parts, (verdict.dq, verdict.dk, verdict.dv), axes, strict=True):
             into.append(_placed(call, of_one, axis, each))
-        sums += [declared_sums(wanted, *of_inputs, **own, **about)] if wanted else []
+        sums += [declared_sums(wanted, *of_call, **own, **about)] if wanted else []
     exact, short = [each for each, _ in sums], [each for _, each in sums]
     declared = {
         name: declared_verdict(name, x, exact, short) for name, x in zip(wanted, of_declared, strict=True)

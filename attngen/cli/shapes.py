@@ -47,19 +47,12 @@ SEED = Integer(0, 2**63 - 1)
 """What torch's generators take, with room for what is added to tell tensors apart."""
 
 
-class Lengths(click.ParamType):
-    """Lengths of sequences: `5,100,0,77`."""
+def _lengths(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """`5,100,0,77` as lengths, at least one."""
+    return (
+        None if text is None else tuple(LENGTH.convert(word.strip(), param, ctx) for word in text.split(","))
+    )
 
-    name = "lengths"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The lengths that a text has, at least one."""
-        return tuple(LENGTH.convert(word.strip(), param, ctx) for word in str(value).split(","))
-
-
-LENGTHS = Lengths()
 
 _OPTIONS = {
     "--batch": "Batch size [1].",
@@ -159,10 +152,12 @@ def _given_options(command: Command, wanted: Mapping[str, str]) -> Command:
         return command(*args, given=GivenSizes(**sizes) if is_said else None, **options)
 
     decorated: Any = with_given
-    for name, text in reversed(wanted.items()):
+    for name, text in reversed([*wanted.items()]):
         names = (name, "--seqlen", "seqlen_q") if name == "--seqlen-q" else (name,)
-        kind = LENGTHS if name.startswith("--lengths") else LENGTH
-        decorated = click.option(*names, type=kind, default=None, help=text)(decorated)
+        kind: dict[str, Any] = {"type": LENGTH}
+        if name.startswith("--lengths"):
+            kind = {"callback": _lengths, "metavar": "N,N,..."}
+        decorated = click.option(*names, **kind, default=None, help=text)(decorated)
     return cast("Command", decorated)
 
 

@@ -45,7 +45,8 @@ class _DenseCall:
 
     def __init__(self, trial: Trial, subject: Subject, call: CutCall, sequence: Sequence) -> None:
         self._trial, self._subject, self._sequence = trial, subject, sequence
-        self._inputs = [self._repeated(x) for x in call.inputs(trial.q, trial.k, trial.v, sequence)]
+        q, k, v = call.inputs(trial.q, trial.k, trial.v, sequence)
+        self._inputs = (self._repeated(q), self._repeated(k), self._repeated(v))
         self._passed = dict(self._declared(call))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
