@@ -160,13 +160,14 @@ class Case:
 
 def _read_shape(data: dict[str, Any]) -> Shape:
     """A shape out of what `asdict` made of it."""
-    cuts = {axis: _read_cut(data[axis]) for axis in LETTERS if data.get(axis) is not None}
+    cuts: dict[str, Any] = {axis: _read_cut(data[axis]) for axis in LETTERS if data.get(axis) is not None}
     return Shape(**data | cuts)
 
 
 def _read_cut(data: Any) -> Cut:
     """What `asdict` made of a cut; lists are tuples."""
-    return Cut(**{name: tuple(x) if isinstance(x, list) else x for name, x in data.items()})
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
+    return Cut(**fields)
 
 
 def _fault_of_cuts(shape: Shape, spec: Spec) -> str | None:
