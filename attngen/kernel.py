@@ -30,7 +30,7 @@ from attngen.bind import (
 from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.expr import SINK
+from attngen.expr import GIVEN_BLOCKS, SINK
 from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
@@ -174,6 +174,11 @@ class Kernel:
         if not self.call.arch.emits:
             raise ToolchainError(
                 f"target {self.call.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
+            )
+        if asks := _not_run_on_gpus_yet(self.plan):
+            raise ToolchainError(
+                f"kernels of {asks} compile, and have not been run on a GPU yet",
+                "pass CPU tensors: the simulator runs the same plan",
             )
         return Launcher(self.manifest, lambda module: self.modules[module].compiled.cubin)
 
@@ -500,7 +505,8 @@ class Kernel:
         check_lengths(self.manifest, given.sizes, given.tensors)
         for tensor in self.spec.declarations.tensors.values():
             if tensor.is_sorted:
-                check_sorted(tensor, given.declared[tensor.name])
+                starts = given.tensors.get(f"cu_seqlens_{str(tensor.dims[-1])[-1]}")
+                check_sorted(tensor, given.declared[tensor.name], starts)
 
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
@@ -540,6 +546,17 @@ class Kernel:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         return tuple(folder / name for name in contents)
+
+
+def _not_run_on_gpus_yet(plan: KernelPlan) -> str:
+    """What a kernel has that no GPU has been seen to do right, in a word; empty where it has nothing of the kind."""
+    asked = {
+        "sequences with lengths of their own": not plan.lengths.are_dense,
+        "a learned sink": plan.has_sink,
+        "given blocks": GIVEN_BLOCKS.name in plan.declarations.tensors,
+        "sorted tensors": bool(plan.boundaries),
+    }
+    return ", ".join(what for what, is_asked in asked.items() if is_asked)
 
 
 def operands_of(manifest: Manifest, made: Sequence[torch.Tensor]) -> Operands:

@@ -24,6 +24,7 @@ from attngen.plan import (
     LETTERS,
     OPERANDS_INTAKE,
     ROWS_OF_HEADS,
+    SINK_VALUES,
     TOKENS_OF_HEADS,
     Intake,
     Manifest,
@@ -61,9 +62,9 @@ class Given:
 
     @property
     def by_name(self) -> dict[str, torch.Tensor]:
-        """Those, and the tensors that say lengths: all that every way to begin a call is passed by name."""
-        begun = self.intake.values
-        return {name.removeprefix("tensor."): x for name, x in self.tensors.items() if name not in begun}
+        """Those, and the tensors that say lengths: what every way to begin a call is passed by name, but for a sink."""
+        others = (*self.intake.values, *SINK_VALUES)
+        return {name.removeprefix("tensor."): x for name, x in self.tensors.items() if name not in others}
 
 
 def check_arguments(

@@ -23,8 +23,8 @@ VALUE_TYPES: Mapping[str, Type] = MappingProxyType(
 
 SORTED = "sorted"
 """The word behind a tensor's dimensions that says that its values never fall along the last of them."""
-SORTED_DIMENSIONS = ("seqlen_q", "seqlen_k")
-"""What the last dimension of such a tensor may be."""
+SORTED_DIMENSIONS = ("seqlen_q", "seqlen_k", "tokens_q", "tokens_k")
+"""What the last dimension of such a tensor may be; of tokens it is sorted within each sequence."""
 
 
 @dataclass(frozen=True)

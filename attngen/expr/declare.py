@@ -270,8 +270,8 @@ def _check_sorted(entry: _Entry, found: re.Match[str], last: Span) -> None:
             must, "sorted-tensors", found.span(1), nearest=(f"i32[{dims}] {SORTED}", f"{format}[{dims}]")
         )
     elif entry.text[slice(*last)] not in SORTED_DIMENSIONS:
-        must = f"is sorted along its last dimension, which must be {' or '.join(SORTED_DIMENSIONS)}"
-        nearest = get_close_matches(entry.text[slice(*last)], SORTED_DIMENSIONS, n=2) or SORTED_DIMENSIONS
+        must = f"is sorted along its last dimension, which must be one of {', '.join(SORTED_DIMENSIONS)}"
+        nearest = get_close_matches(entry.text[slice(*last)], SORTED_DIMENSIONS, n=2) or SORTED_DIMENSIONS[:2]
         entry.refuse(must, "sorted-tensors", last, nearest=nearest)
 
 

@@ -66,7 +66,7 @@ WALKING = RegisterShare(232, 32, spare=24)
 """How registers are shared out where a producer walks over blocks of keys that come through a ring each."""
 
 WALKING_IN_BLOCKS = replace(WALKING, producer=40)
-"""Likewise, where a block may lie in several that are given."""
+"""How they are shared out where the block that it walks to may lie in several given ones."""
 
 
 @dataclass(frozen=True)

@@ -168,14 +168,14 @@ class FillTables(SheetInText):
 
 
 @dataclass(frozen=True)
-class FindBoundaries(Sheet):
+class FindBoundaries(SheetOfPlan):
     """Find the boundaries that kernels of a call read, each element by a bisection of one thread.
 
     Attributes:
         plan: the first of these kernels, whose fields of the struct it takes as far as expressions read them.
     """
 
-    plan: KernelPlan
+    word = "boundaries"
     threads = 128
 
     @property
@@ -187,21 +187,6 @@ class FindBoundaries(Sheet):
     def among(self) -> str:
         """What the boundaries are: "keys", or "rows"."""
         return "keys" if self.boundaries[0].along == "kv_idx" else "rows"
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_boundaries"
-
-    @property
-    def module(self) -> str:
-        """A text of its own."""
-        return self.name
-
-    @property
-    def arch(self) -> Arch:
-        """That of the kernel."""
-        return self.plan.arch
 
     @property
     def params(self) -> tuple[Param, ...]:

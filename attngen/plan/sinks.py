@@ -6,12 +6,11 @@ one are 0, as is all that a call has not.
 
 from dataclasses import dataclass
 
-from attngen.arch import Arch
 from attngen.expr import SINK
 from attngen.plan.declared_places import gradient_value
 from attngen.plan.formulas import Formula
-from attngen.plan.plan import KernelPlan, Param
-from attngen.plan.sheets import ROW_NUMBERS, Sheet
+from attngen.plan.plan import Param
+from attngen.plan.sheets import ROW_NUMBERS, SheetOfPlan
 
 SINK_FORMATS = ("f32", "bf16", "f16")
 
@@ -39,7 +38,7 @@ def sink_params() -> tuple[Param, ...]:
 
 
 @dataclass(frozen=True)
-class SumSink(Sheet):
+class SumSink(SheetOfPlan):
     """Add up, for each query head, what its rows give to the gradient of the sink, always in the same order.
 
     The probability of a sink is exp(sink - lse), its value 0: a row gives -exp(sink - lse) D, with D as `PrepareRows`
@@ -49,23 +48,8 @@ class SumSink(Sheet):
         plan: the attention kernel.
     """
 
-    plan: KernelPlan
+    word = "sink"
     threads = 256
-
-    @property
-    def name(self) -> str:
-        """Entry name of the kernel."""
-        return f"{self.plan.name}_sink"
-
-    @property
-    def module(self) -> str:
-        """A text of its own."""
-        return self.name
-
-    @property
-    def arch(self) -> Arch:
-        """That of the attention kernel."""
-        return self.plan.arch
 
     @property
     def params(self) -> tuple[Param, ...]:

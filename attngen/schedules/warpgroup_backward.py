@@ -127,8 +127,8 @@ class WarpgroupGradientPlaces:
     def zero_tails(self, block: BlockIndex, first: Stream, second: Stream) -> Program:
         """Zeros where the copy engine left a neighbour's rows in a block of two tensors of one side.
 
-        What is 0 of these rows, P or dS, times what is no number is no number. Both are waited for ahead of the products,
-        since nothing may branch between those that are issued and their landing.
+        What is 0 of these rows, P or dS, times what is no number is no number. Both are waited for ahead of the
+        products, since nothing may branch between those that are issued and their landing.
         """
         (axis,) = {each.tensor.axis for each in (first, second)}
         if not self.lengths.has_neighbours(axis):

@@ -47,6 +47,12 @@ class KernelRun:
         """Which blocks visit each other."""
         return Visits(self.plan, self.sizes)
 
+    @cached_property
+    def divided(self) -> dict[str, int]:
+        """By name, in how many parts those buffers fall of which a warpgroup touches its own rows."""
+        names = (name for role in self.plan.roles for name in divided_buffers(role.program))
+        return dict.fromkeys(names, self.plan.worker.warpgroups)
+
 
 def scale_params(plan: KernelPlan, softmax_scale: float) -> dict[str, float]:
     """`KernelRun.scale`, each rounded to f32."""
@@ -67,8 +73,7 @@ class Block:
         kernel = run.plan
         self.tiles = tiles
         self.first = first
-        divided = (name for role in kernel.roles for name in divided_buffers(role.program))
-        self.cells = lay_out(kernel.buffers, dict.fromkeys(divided, kernel.worker.warpgroups))
+        self.cells = lay_out(kernel.buffers, run.divided)
         self.tile_slot = Cell("the tile slot")
         self.rings: dict[str, tuple[StageBarriers, ...]] = {
             ring.name: stage_barriers(ring, kernel.worker.warpgroups) for ring in kernel.rings

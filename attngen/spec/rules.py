@@ -195,7 +195,7 @@ def _gradients(data: dict[str, Any], inputs: object, output: object) -> Iterator
             value=names,
             must="must have q, k and v",
             rule="all-gradients",
-            note="there are no gradients of some of the inputs alone yet",
+            note="autograd makes those of the tensors that require grad, and no others",
             nearest=(_nearest_gradients(names, known),),
         )
 

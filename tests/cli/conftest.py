@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attngen.cli import main, output
+from attngen.runtime.disk_cache import CACHE_DIR_VARIABLE
 
 Attngen = Callable[..., Result]
 
@@ -17,10 +18,16 @@ GOOD_SPEC = (
 
 @pytest.fixture
 def attngen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attngen:
-    """The command line with a cache of its own, in a directory of its own."""
-    monkeypatch.setenv("ATTNGEN_CACHE_DIR", str(tmp_path / "cache"))
+    """The command line in a directory of its own, with the cache that all tests of a run share."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a cache in which nothing has been compiled yet."""
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

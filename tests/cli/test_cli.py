@@ -291,6 +291,7 @@ def test_a_comma_in_brackets_does_not_cut(attngen: Attngen, small: str) -> None:
 # ---- build, cache and schema
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_build_writes_three_files_and_finds_them_cached(attngen: Attngen, small: str) -> None:
     """`build -o` writes source, manifest and cubin; the second build is from the cache, with other flags it is not."""
     first, second = attngen("build", small, "-o", "built"), attngen("build", small)
@@ -304,9 +305,9 @@ def test_build_writes_three_files_and_finds_them_cached(attngen: Attngen, small:
     assert "cached" not in first.stdout and "cached" in second.stdout and "cached" not in lineinfo.stdout
 
 
-def test_cache_counts_and_clears(attngen: Attngen, small: str, tmp_path: Path) -> None:
+def test_cache_counts_and_clears(attngen: Attngen, small: str, own_cache: Path) -> None:
     """`cache` names the directory, counts what `build` put there and removes it."""
-    assert attngen("cache", "path").stdout.strip() == str(tmp_path / "cache")
+    assert attngen("cache", "path").stdout.strip() == str(own_cache)
     assert attngen("cache", "size").stdout == "0 kernels, 0 B\n"
     attngen("build", small)
     assert attngen("cache", "size").stdout.startswith("1 kernel, ")

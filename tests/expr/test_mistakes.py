@@ -226,10 +226,10 @@ def calls(first: str, step: str, last: str, times: int = 20) -> str:
 )
 def test_twenty_doublings_stay_small(text: str) -> None:
     """A million copies of one part are one part, in the tree, in the time and in the text."""
-    start = time.perf_counter()
+    start = time.process_time()
     expr = parse_mask(text)
     assert len(nodes(expr)) < 1000 and len(to_text(expr)) < 5000 and parse_mask(to_text(expr)) is expr
-    assert time.perf_counter() - start < 5  # 0.4 s at most here
+    assert time.process_time() - start < 5  # 0.4 s at most here
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,6 @@ def test_twenty_doublings_stay_small(text: str) -> None:
 )
 def test_what_grows_is_stopped(text: str, rule: str) -> None:
     """Trees that no kernel could hold, and texts that could not be read again, end in an error and soon."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert rule in {fault.rule for fault in faults(text)}
-    assert time.perf_counter() - start < 10  # 1.5 s at most here
+    assert time.process_time() - start < 10  # 1.5 s at most here

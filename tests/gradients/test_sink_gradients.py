@@ -43,6 +43,7 @@ class SinkCase:
     sink_dtype: str = "f32"
     shape: Shape = SHAPE
     has_dlse: bool = True
+    lengths: str = "dense"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.target} {self.inputs} {self.mask} | {self.score} {self.sink_dtype} {self.sink}"
@@ -51,7 +52,7 @@ class SinkCase:
         return attngen.compile(
             {
                 "target": self.target,
-                "problem": {"head_dim": 32},
+                "problem": {"head_dim": 32, "queries": self.lengths, "keys": self.lengths},
                 "precision": {"inputs": self.inputs},
                 "mask": self.mask,
                 "score": self.score,
@@ -282,10 +283,11 @@ def test_text_and_torch_function_agree(dtype: str) -> None:
 
 
 @pytest.mark.usefixtures("nvdisasm")
+@pytest.mark.parametrize("lengths", ["dense", "ragged"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-def test_the_text_compiles_without_spills(target: str) -> None:
+def test_the_text_compiles_without_spills(target: str, lengths: str) -> None:
     """And reads nothing before it has waited for the kernel that makes the rows."""
-    kernel = SinkCase(target=target).kernel()
+    kernel = SinkCase(target=target, lengths=lengths).kernel()
     of = next(each for each in kernel.call.kernels if isinstance(each, SumSink))
     compiled = DiskCache().get(emit_module((of,)), target)
     (used,) = compiled.resources

@@ -10,11 +10,13 @@ from torch.autograd import forward_ad
 
 import attngen
 from attngen.bind import Bound
+from attngen.check.judging import draw
 from attngen.plan import Call
 from attngen.simulate import simulator
 from attngen.simulate.traffic import Traffic
 from tests.gradients.backward_cases import BackwardCase
 from tests.gradients.declared_cases import everything
+from tests.gradients.test_sink_gradients import SHAPE, SinkCase
 from tests.lengths.batches import batch, compiled
 from tests.runtime.test_declared import Recorder
 
@@ -151,6 +153,21 @@ def test_a_declared_gradient_runs_its_own_kernels(
             if not x.requires_grad
             else torch.equal(x.grad, every[value].to(x)) and x.grad.any()
         )
+
+
+def test_a_sink_alone_is_summed_over_rows(watched: Watched) -> None:
+    """No kernel of pairs runs for it, and its bits are those beside dq, dk and dv."""
+    case = SinkCase("pingpong", "sm_90a")
+    kernel = case.kernel()
+    inputs, sink = draw(kernel.plan, SHAPE, seed=5), case.logits.requires_grad_()
+    out = kernel(*inputs, sink=sink)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    (alone,) = torch.autograd.grad(out, sink, upstream)
+    assert watched.launched == ["rows", "sink"] and not watched.written
+    assert set(watched.allocated) == {"gradient.sink_f32", "delta", "lse_log2"}
+    every = [x.requires_grad_() for x in inputs]
+    *_, beside = torch.autograd.grad(kernel(*every, sink=sink), [*every, sink], upstream)
+    assert torch.equal(alone, beside) and alone.any()
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

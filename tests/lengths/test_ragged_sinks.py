@@ -72,3 +72,31 @@ def test_the_gradient_of_a_sink_is_the_sum_over_sequences(kinds: str) -> None:
         total += alone[3]
     assert total[:3].abs().min() > 0.1 and made[3][3] == 0
     torch.testing.assert_close(made[3], total, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_sinks_of_their_own_share_a_list_of_tiles() -> None:
+    """A list is of lengths: whatever the sink, of the simulator and of what a launcher would remember."""
+    of, kernel = drawn("ragged ragged"), compiled("fa2", "ragged", "ragged")
+    work = kernel.work(of.q, of.k, of.v, sink=SINK, **of.lengths)
+    for sink in (SINK + 1.0, SINK.bfloat16()):
+        shared = kernel(of.q, of.k, of.v, work=work, sink=sink, **of.lengths)
+        assert torch.equal(shared, kernel(of.q, of.k, of.v, sink=sink, **of.lengths))
+
+
+def test_layers_with_sinks_of_their_own_share_tables() -> None:
+    """So are tables of what a mask reads."""
+    kernel = attngen.compile(
+        {
+            "target": "simulator",
+            "problem": {"head_dim": DIM},
+            "mask": "document(doc)",
+            "tensors": {"doc": "i32[batch, seqlen_k]"},
+            "sink": "per_head",
+        }
+    )
+    q, k = torch.randn(1, 9, HEADS, DIM).bfloat16(), torch.randn(1, 9, HEADS, DIM).bfloat16()
+    doc = torch.arange(9, dtype=torch.int32)[None] // 4
+    tables = kernel.tables(q, k, k, doc=doc, sink=SINK)
+    for sink in (SINK + 1.0, SINK.bfloat16()):
+        shared = kernel(q, k, k, tables=tables, doc=doc, sink=sink)
+        assert torch.equal(shared, kernel(q, k, k, doc=doc, sink=sink))

@@ -1,5 +1,5 @@
 // Enough of CUDA for g++ to run kernels that are sheets: the threads of a block take turns, each from one meeting of its
-// warp or block to the next. Right for kernels all of whose threads meet equally often.
+// warp or block to the next.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,6 +21,7 @@ using std::min;
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Index { int x; };
 static Index blockIdx, gridDim, threadIdx;
@@ -31,11 +32,20 @@ static std::vector<char> ended;
 static uint32_t posted[2][1024];
 static int turn[1024];
 
-static void meet() {
-  const int self = threadIdx.x;
-  swapcontext(&fibers[self], &scheduler);
+// Those who meet at one place, a warp or the block: how many have come, and how often all have.
+struct Meeting { int arrived, rounds; };
+static Meeting of_warps[32], of_block;
+
+static void meet(Meeting& at, int parties) {
+  const int self = threadIdx.x, round = at.rounds;
+  if (++at.arrived == parties) at.arrived = 0, ++at.rounds;
+  while (at.rounds == round) swapcontext(&fibers[self], &scheduler);
 }
-static void __syncthreads() { meet(); }
+static void __syncthreads() { meet(of_block, (int)fibers.size()); }
+static void __syncwarp() {
+  const int warp = threadIdx.x / 32;
+  meet(of_warps[warp], min(32, (int)fibers.size() - warp * 32));
+}
 
 static uint32_t bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 static float __uint_as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
@@ -47,17 +57,33 @@ static const uint32_t* post(uint32_t x) {
   const int self = threadIdx.x;
   uint32_t* of_warp = posted[turn[self]++ % 2];
   of_warp[self] = x;
-  meet();
+  __syncwarp();
   return of_warp + self / 32 * 32;
 }
 static float __shfl_xor_sync(unsigned, float x, int mask) {
   const uint32_t* warp = post(bits(x));
   return __uint_as_float(warp[threadIdx.x % 32 ^ mask]);
 }
+template <class T>
+static T __shfl_sync(unsigned, T x, int lane) { return (T)post((uint32_t)x)[lane % 32]; }
+template <class T>
+static T __shfl_up_sync(unsigned, T x, int distance) {
+  const int lane = threadIdx.x % 32;
+  return (T)post((uint32_t)x)[max(lane - distance, lane < distance ? lane : 0)];
+}
+static uint32_t __match_any_sync(unsigned, uint32_t x) {
+  const uint32_t* warp = post(x);
+  uint32_t alike = 0;
+  for (int lane = 0; lane < 32; ++lane) alike |= (uint32_t)(warp[lane] == x) << lane;
+  return alike;
+}
 static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const uint32_t* warp = post(x);
   return *std::max_element(warp, warp + 32);
 }
+static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+static int __popc(uint32_t x) { return __builtin_popcount(x); }
+static uint32_t min(uint32_t a, int b) { return std::min(a, (uint32_t)b); }
 static void atomicMax(uint32_t* p, uint32_t x) { *p = std::max(*p, x); }
 static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = (uint64_t)b << 32 | a;
@@ -70,8 +96,6 @@ static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-template <class T>
-static T __ldg(const T* p) { return *p; }
 
 static float half_to_float(unsigned short x) {
   _Float16 y;
@@ -102,8 +126,6 @@ static unsigned to_e4m3(float x) {
 static char origin;
 static uint32_t shared_address(const void* p) { return (uint32_t)((const char*)p - &origin); }
 template <class T>
-static T __ldg(const T* p) { return *p; }
-template <class T>
 static T& at_shared(uint32_t address) { return *(T*)(&origin + (int32_t)address); }
 
 static std::function<void()> body;
@@ -119,6 +141,7 @@ static void for_each_thread(int blocks, int threads, std::function<void()> kerne
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     fibers.assign(threads, {}), ended.assign(threads, 0);
     std::fill(turn, turn + 1024, 0);
+    std::fill(of_warps, of_warps + 32, Meeting{}), of_block = {};
     for (int t = 0; t < threads; ++t) {
       getcontext(&fibers[t]);
       fibers[t].uc_stack.ss_sp = &stacks[t * 65536], fibers[t].uc_stack.ss_size = 65536;

@@ -169,3 +169,24 @@ def test_a_backward_pass_makes_the_gradient_in_the_format_of_the_sink(
     assert pointers == {each: made[3].data_ptr() if each == dtype else 0 for each in DTYPES}
     assert carried(f"sink_{dtype}.ptr") == sink.data_ptr()
     assert carried("delta.ptr") and carried("lse_log2.ptr") - carried("delta.ptr") == 2 * 4 * 128 * 4
+
+
+def test_a_launcher_shares_tables_whatever_the_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers have sinks of their own, and tables are of what the mask reads; those of other ids are refused."""
+    spec = SPEC | {
+        "mask": "document(doc)",
+        "tensors": {"doc": "i32[batch, seqlen_k]"},
+        "schedule": {"kind": "fa2"},
+    }
+    kernel = attngen.compile(spec, arch="sm_90a")
+    sent = Sent(monkeypatch, kernel.manifest)
+    launcher = Launcher(kernel.manifest, no_code, load=sent.load, start=sent.start)
+    (q, k, v), doc = inputs(), torch.zeros(2, 24, dtype=torch.int32)
+    tables = launcher.tables(q, k, v, "bshd", {"doc": doc, "sink": torch.zeros(4)})
+    for sink in (torch.ones(4), torch.ones(4, dtype=torch.bfloat16)):
+        launcher.run(q, k, v, declared={"sink": sink, "doc": doc}, tables=tables)
+        name, carried = sent.launches[-1]
+        found = {carried(f"{value}.ptr") for value in SINK_VALUES}
+        assert name == kernel.plan.name and found == {0, sink.data_ptr()}
+    with pytest.raises(ArgumentError, match="tables of doc with address"):
+        launcher.run(q, k, v, declared={"sink": torch.ones(4), "doc": doc.clone()}, tables=tables)

@@ -169,17 +169,18 @@ def lowered(
     score: str = "score",
     declarations: Mapping[str, Any] = MappingProxyType({}),
     precision: Mapping[str, Any] = MappingProxyType({}),
+    problem: Mapping[str, Any] = MappingProxyType({}),
     **choices: Any,
 ) -> KernelPlan:
     """The plan of a spec, with tiles small enough for every range of a program to hold many blocks.
 
-    `fields` is more of the spec's `schedule`, `precision` of its block of that name, `declarations` its tensors and
-    scalars; `choices` is what no spec says and lowering would decide.
+    `fields` is more of the spec's `schedule`, `precision` and `problem` of the blocks of these names, `declarations`
+    its tensors and scalars; `choices` is what no spec says and lowering would decide.
     """
     spec = load(
         {
             "target": target,
-            "problem": {"head_dim": {"qk": head_dim, "v": head_dim_v or head_dim}},
+            "problem": {"head_dim": {"qk": head_dim, "v": head_dim_v or head_dim}, **problem},
             "precision": {"inputs": inputs, **precision},
             "mask": mask,
             "score": score,

@@ -188,7 +188,7 @@ def results(made: attngen.Kernel, lengths: tuple[int, int], declared: dict[str, 
     """Out, lse, and the gradients of what the kernel has gradients of."""
     q, k, v = inputs(*lengths)
     out, lse = made(q, k, v, return_lse=True, **declared)
-    if not made.gradients:
+    if not made.spec.gradients:
         return [out, lse]
     return [out, lse, *made.backward(torch.cos(3 * out), q, k, v, out, lse, **declared)]
 
@@ -325,3 +325,61 @@ def test_kernels_of_a_call_share_boundaries() -> None:
     finders = [each for each in back if each.kernel.endswith("_boundaries")]
     assert finders[0].kernel == short[0] and len(finders) == 2
     assert {name.partition(".")[0] for each in finders for name in each.writes} == {"keys", "rows"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "doc"),
+    [
+        ({"queries": "ragged", "keys": "ragged"}, "i32[tokens_k]"),
+        ({"keys": "padded"}, "i32[batch, seqlen_k]"),
+    ],
+    ids=["ragged", "padded"],
+)
+def test_sequences_of_any_length_are_walked(problem: dict[str, str], doc: str) -> None:
+    """Boundaries have no place for them: the values are those of the spec that says nothing of order."""
+    mask = "causal and doc[kv_idx] == doc[q_pos]" if "tokens" in doc else "causal and document(doc)"
+    ours, theirs = (
+        attngen.compile(
+            {
+                "target": "simulator",
+                "problem": {"head_dim": 4, **problem},
+                "precision": {"inputs": "f32"},
+                "tensors": {"doc": f"{doc}{word}"},
+                "mask": mask,
+            }
+        )
+        for word in (" sorted", "")
+    )
+    assert ours.plan.key_blocks is None and not ours.plan.boundaries
+    q, k, v = inputs(20, 20)
+    ids = (torch.arange(20) // 6).int().expand(2, 20)
+    if "tokens" in doc:
+        starts = torch.tensor([0, 20, 40], dtype=torch.int32)
+        q, k, v, ids = (x.flatten(0, 1) for x in (q, k, v, ids))
+        more = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 20, "max_seqlen_k": 20}
+    else:
+        more = {"seqused_k": torch.tensor([20, 13], dtype=torch.int32)}
+    assert torch.equal(ours(q, k, v, doc=ids, **more), theirs(q, k, v, doc=ids, **more))
+    ours.verify(q, k, v, doc=ids, **more)  # from one sequence to the next ids may fall
+    with pytest.raises(ArgumentError, match="argument doc: got 0 at"):
+        ours.verify(q, k, v, doc=torch.cat([ids[..., :9], 0 * ids[..., 9:]], -1), **more)
+
+
+def test_given_blocks_beside_sorted_documents_are_walked() -> None:
+    """A map of blocks is no interval: the mask is classed tile by tile, with the values of the unsorted spec."""
+    spec = {
+        "target": "simulator",
+        "problem": {"head_dim": 4},
+        "precision": {"inputs": "f32"},
+        "mask": "document(doc)",
+        "blocks": {"block_m": 8, "block_n": 8},
+    }
+    ours, theirs = (
+        attngen.compile(spec | {"tensors": {"doc": f"i32[batch, seqlen_k]{word}"}})
+        for word in (" sorted", "")
+    )
+    assert ours.plan.key_blocks is None and not ours.plan.boundaries
+    q, k, v = inputs(30, 30)
+    kept = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    for doc in documents(30):
+        assert torch.equal(ours(q, k, v, doc=doc, blocks=kept), theirs(q, k, v, doc=doc, blocks=kept))

@@ -80,6 +80,6 @@ def test_standard_algorithm() -> None:
 def test_counting_is_fast(schedule: str) -> None:
     """16k queries and keys of many heads are counted in seconds, as `explain` needs."""
     plan = lowered(schedule, "causal", 2, block_m=128, block_n=64, inputs="bf16", head_dim=64)
-    start = time.perf_counter()
+    start = time.process_time()
     assert count(plan, 16384, 16384, 1, 16).flops == closed_form(plan, 16384, 16384, 1, 16).flops
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -156,7 +156,7 @@ def test_every_fault_of_e4m3_is_in_one_report() -> None:
 
 def test_gradients_that_are_not_there_yet_are_refused_with_the_reason() -> None:
     """Of some inputs alone, and of e4m3 inputs."""
-    assert "of some of the inputs alone yet" in only(f"{HEAD_DIM}gradients: [q, v]\n").note
+    assert "of the tensors that require grad" in only(f"{HEAD_DIM}gradients: [q, v]\n").note
     of_e4m3 = only(f"{HEAD_DIM}precision: {{inputs: e4m3, output: f16}}\ngradients: [v, k, q]\n")
     assert (of_e4m3.rule, of_e4m3.nearest) == ("output-with-gradients", ("bf16", "f32"))
     assert "must be bf16, gradients of e4m3 inputs are worked out in it" in of_e4m3.message
