@@ -15,7 +15,7 @@ from attngen.expr.scope import prelude
 ROOT = Path(attngen.__file__).parents[1]
 PAGES = {
     page: (ROOT / page).read_text(encoding="utf-8")
-    for page in ("docs/language.md", "docs/fp8.md", "README.md")
+    for page in ("docs/language.md", "docs/fp8.md", "docs/lengths.md", "README.md")
 }
 PYTHON = [
     pytest.param(text, id=f"{page}-{i}")

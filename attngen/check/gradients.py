@@ -322,8 +322,8 @@ def declared_verdict(
         magnitudes += part.magnitudes[name]
         standard += yardstick.sums[name]
         is_read |= part.is_read[name]
-    terms = (x[..., None] for x in (got, ref, standard.to(got.dtype), squares))
-    return _verdict(*terms, is_read, SUM * magnitudes[..., None])
+    got, ref, squares, beside = (x[..., None] for x in (got, ref, squares, SUM * magnitudes))
+    return _verdict(got, ref, standard.to(got.dtype)[..., None], squares, is_read, beside)
 
 
 def _verdict(

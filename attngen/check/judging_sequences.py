@@ -84,11 +84,10 @@ def compare_gradients_of_sequences(
     wanted: Sequence[str] = (),
     **about: Any,
 ) -> GradientAccuracy:
-    """Hold dq, dk, dv and the gradients of what is wanted besides, sums over all sequences, against the fp64
-    reference, sequence by sequence; arguments as of `compare_sequences`.
+    """Hold dq, dk and dv against the fp64 reference, sequence by sequence; arguments as of `compare_sequences`.
 
-    out and lse are what the backward pass read, dout and dlse the gradients of both; `about` is that of
-    `compare_gradients`.
+    Gradients of what is wanted besides follow, and are held against the sums over all sequences. out and lse are what
+    the backward pass read, dout and dlse the gradients of both; `about` is that of `compare_gradients`.
     """
     q, k, v, dout, out, dq, dk, dv, *of_declared = _in_bshd(layout, *inputs, dout, out, *gradients)
     found = (dq, dk, dv)
@@ -100,17 +99,18 @@ def compare_gradients_of_sequences(
     parts = [[_of_outside(call, x, axis)] for x, axis in zip(found, axes, strict=True)]
     sums = []
     for each in call.sequences:
-        of_inputs = (*call.inputs(q, k, v, each), call.rows(dout, "queries", each))
         own: dict[str, Any] = {
+            **dict(zip(("q", "k", "v"), call.inputs(q, k, v, each), strict=True)),
+            "dout": call.rows(dout, "queries", each),
             "out": call.rows(out, "queries", each),
             "lse": call.of_lse(lse, each),
             "dlse": None if dlse is None else call.of_lse(dlse, each),
             "declared": call.declared(passed, each),
         }
-        verdict = compare_gradients(call.inputs(dq, dk, dv, each), *of_inputs, **own, **about)
+        verdict = compare_gradients(call.inputs(dq, dk, dv, each), **own, **about)
         for into, of_one, axis in zip(parts, (verdict.dq, verdict.dk, verdict.dv), axes, strict=True):
             into.append(_placed(call, of_one, axis, each))
-        sums += [declared_sums(wanted, *of_inputs, **own, **about)] if wanted else []
+        sums += [declared_sums(wanted, **own, **about)] if wanted else []
     exact, short = [each for each, _ in sums], [each for _, each in sums]
     declared = {
         name: declared_verdict(name, x, exact, short) for name, x in zip(wanted, of_declared, strict=True)

@@ -1,6 +1,7 @@
 """`attngen bench`: this kernel and its peers in one process, interleaved; a table, JSON and a plot."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -13,13 +14,13 @@ from rich.table import Table
 from attngen.api import resolve_arch
 from attngen.check import timing as measuring
 from attngen.check.declared_inputs import Given, declared_inputs
-from attngen.check.inputs import random_like
+from attngen.check.inputs import Shape, random_like
 from attngen.check.judging import draw
 from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.facts import SWEEP_COLUMNS, refused_facts, resources_of, sweep_facts
 from attngen.cli.gradient_comparison import check_has_gradients
 from attngen.cli.output import GOOD, USER_FAULT, console, report, seconds_text, table, writing
-from attngen.cli.shapes import POSITIVE
+from attngen.cli.shapes import POSITIVE, GivenSizes, cut_shape, lengths_options, shape_text
 from attngen.cli.variants import Sweep, Variant, arch_option, compile_all, kernel_of, specs_argument, variants
 from attngen.errors import ArgumentError, SpecError, ToolchainError
 from attngen.kernel import Kernel
@@ -35,7 +36,7 @@ def _words(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, 
     return names
 
 
-def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
+def _seqlens(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
     return tuple(POSITIVE.convert(word, param, ctx) for word in text.split(","))
 
 
@@ -49,7 +50,8 @@ def _lengths(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int
     callback=_words,
     help=f"Peers, all of them torch's: {', '.join(measuring.PEERS)}.",
 )
-@click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_lengths)
+@click.option("--seqlen", default="1024,4096,16384", show_default=True, callback=_seqlens)
+@lengths_options
 @click.option("--tokens", type=POSITIVE, default=measuring.TOKENS, show_default=True, help="batch x seqlen.")
 @click.option("--width", type=POSITIVE, default=measuring.WIDTH, show_default=True, help="heads x head_dim.")
 @click.option("--backward", is_flag=True, help="Time the backward pass too, all its kernels together.")
@@ -71,6 +73,7 @@ def bench(
     arch: str | None,
     against: tuple[str, ...],
     seqlen: tuple[int, ...],
+    given: GivenSizes | None,
     tokens: int,
     width: int,
     backward: bool,
@@ -84,7 +87,8 @@ def bench(
 
     With --set a row a combination, with its registers, spills, shared memory and occupancy; those that no legal
     kernel has show the rule that refuses them. A peer that cannot take part has no figure, and is told with its reason.
-    With --backward a row a pass: that of gradients is counted with 2.5 times the forward's FLOPs.
+    With --backward a row a pass: that of gradients is counted with 2.5 times the forward's FLOPs. Sequences that have
+    lengths of their own are all of one length, as batch x seqlen says, or of those given; peers take the first alone.
     """
     if not torch.cuda.is_available():
         raise ToolchainError("bench times a GPU and this machine has none", "attngen explain needs no GPU")
@@ -107,11 +111,11 @@ def bench(
                 report(kernel)
             continue
         try:
-            for length in seqlen:
+            for shape in _shapes(kernel, seqlen, tokens, width, given):
                 for each in (FORWARD, BACKWARD) if backward else (FORWARD,):
                     facts = {"spec": variant.label, "pass": each, "facts": _facts(kernel, each)}
-                    with console(err=True).status(f"timing {variant.label}, {each}, seqlen {length}"):
-                        found = _measure(kernel, each, length, against, tokens, width, rounds, said)
+                    with console(err=True).status(f"timing {variant.label}, {each}, {shape_text(shape)}"):
+                        found = _measure(kernel, each, shape, against, rounds, said)
                     rows.append(facts | found)
         except ToolchainError as fault:  # a kernel for another GPU hides none of the others
             faults = True
@@ -156,20 +160,53 @@ def _lower(variant: Variant, arch: str | None, edited: str | None, backward: boo
     return kernel if edited is None else Kernel(kernel.spec, kernel.call, source=edited)
 
 
+def _shapes(
+    kernel: Kernel, seqlen: Iterable[int], tokens: int, width: int, given: GivenSizes | None
+) -> tuple[Shape, ...]:
+    """What is timed: a shape for each length, or the sequences that are given.
+
+    Raises:
+        ArgumentError: lengths for a spec that has no use for them.
+    """
+    head_dim = kernel.plan.head_dim_qk
+    whole = tuple(measuring.grid_shape(each, head_dim, tokens=tokens, width=width) for each in seqlen)
+    if given is not None:
+        return (replace(given, heads=whole[0].heads).shape(kernel.spec),)
+    return tuple(
+        cut_shape(
+            kernel.spec, {"q": (each.seqlen_q,) * each.batch, "k": (each.seqlen_k,) * each.batch}, each, 0
+        )
+        for each in whole
+    )
+
+
+def as_dense(
+    kernel: Kernel, shape: Shape, name: str, inputs: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Tensors of sequences that all have one length, as a peer takes them: (batch, seqlen, heads, head_dim).
+
+    Raises:
+        ToolchainError: sequences of several lengths, or a mask or score that reads what a peer knows nothing of.
+    """
+    lengths = [{*cut.lengths} for cut in shape.cuts.values()]
+    if any(len(each) > 1 for each in lengths) or kernel.spec.arguments.tensors:
+        reason = "sequences of several lengths, or tensors by token, are not for it"
+        cure = f"--against names the peers to measure: leave {name} out"
+        raise ToolchainError(f"{name} does not take part: {reason}", cure)
+    return tuple(x.view(shape.batch, -1, *x.shape[-2:]) for x in inputs)
+
+
 def _measure(
     kernel: Kernel,
     of_pass: str,
-    seqlen: int,
+    shape: Shape,
     against: Iterable[str],
-    tokens: int,
-    width: int,
     rounds: int,
     said: Given,
 ) -> dict[str, Any]:
     plan = kernel.plan
-    shape = measuring.grid_shape(seqlen, plan.head_dim_qk, tokens=tokens, width=width)
     q, k, v = draw(plan, shape, "cuda")
-    passed = declared_inputs(kernel.spec.arguments, shape, q.device, given=said)
+    passed = declared_inputs(kernel.spec.arguments, shape, q.device, given=said) | shape.arguments(q.device)
     point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
     inputs: tuple[torch.Tensor, ...] = (q, k, v)
     peer: Callable[..., measuring.Run] = measuring.peer
@@ -184,12 +221,15 @@ def _measure(
     absent = {}
     for name in against:
         try:
-            runs[name] = peer(name, *inputs, plan.mask, kernel.spec.score_expr, passed)
+            of_peer = inputs if not shape.cuts else as_dense(kernel, shape, name, inputs)
+            declared = {} if shape.cuts else passed
+            runs[name] = peer(name, *of_peer, plan.mask, kernel.spec.score_expr, declared)
         except ToolchainError as fault:
             absent[name] = fault.message
     samples = measuring.measure(runs, rounds)
     return {
-        "seqlen": seqlen,
+        "seqlen": shape.seqlen_k,
+        "shape": shape_text(shape),
         "kernel": plan.name,
         "cubin": kernel.compiled.digest,
         "tflops": measuring.summary(samples, flops),

@@ -47,19 +47,12 @@ SEED = Integer(0, 2**63 - 1)
 """What torch's generators take, with room for what is added to tell tensors apart."""
 
 
-class Lengths(click.ParamType):
-    """Lengths of sequences: `5,100,0,77`."""
+def _lengths(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """`5,100,0,77` as lengths, at least one."""
+    return (
+        None if text is None else tuple(LENGTH.convert(word.strip(), param, ctx) for word in text.split(","))
+    )
 
-    name = "lengths"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The lengths that a text has, at least one."""
-        return tuple(LENGTH.convert(word.strip(), param, ctx) for word in str(value).split(","))
-
-
-LENGTHS = Lengths()
 
 _OPTIONS = {
     "--batch": "Batch size [1].",
@@ -139,18 +132,32 @@ def shape_options(command: Command) -> Command:
 
     `--seqlen` is `--seqlen-q`, which gives both.
     """
+    return _given_options(command, _OPTIONS)
+
+
+def lengths_options(command: Command) -> Command:
+    """Those for lengths of sequences alone, likewise."""
+    return _given_options(
+        command, {name: text for name, text in _OPTIONS.items() if name.startswith("--lengths")}
+    )
+
+
+def _given_options(command: Command, wanted: Mapping[str, str]) -> Command:
+    fields = [name.removeprefix("--").replace("-", "_") for name in wanted]
 
     @wraps(command)
     def with_given(*args: Any, **options: Any) -> Any:
-        sizes = {name: options.pop(name) for name in GivenSizes.__dataclass_fields__}
+        sizes = {name: options.pop(name) for name in fields}
         is_said = any(size is not None for size in sizes.values())
         return command(*args, given=GivenSizes(**sizes) if is_said else None, **options)
 
     decorated: Any = with_given
-    for name, text in reversed(_OPTIONS.items()):
+    for name, text in reversed([*wanted.items()]):
         names = (name, "--seqlen", "seqlen_q") if name == "--seqlen-q" else (name,)
-        kind = LENGTHS if name.startswith("--lengths") else LENGTH
-        decorated = click.option(*names, type=kind, default=None, help=text)(decorated)
+        kind: dict[str, Any] = {"type": LENGTH}
+        if name.startswith("--lengths"):
+            kind = {"callback": _lengths, "metavar": "N,N,..."}
+        decorated = click.option(*names, **kind, default=None, help=text)(decorated)
     return cast("Command", decorated)
 
 
@@ -183,14 +190,16 @@ def cut_kinds(spec: Spec) -> dict[Letter, CutKind]:
     return {letter: kind for letter, kind in kinds.items() if kind != "dense"}
 
 
-def cut_shape(spec: Spec, lengths: Mapping[Letter, tuple[int, ...]], whole: Shape) -> Shape:
-    """A shape with lengths for every axis of the spec that is cut; what is padded has some rows more than are used.
+def cut_shape(
+    spec: Spec, lengths: Mapping[Letter, tuple[int, ...]], whole: Shape, padding: int = PADDING
+) -> Shape:
+    """A shape with lengths for every axis of the spec that is cut; what is padded has some rows behind the longest.
 
     Raises:
         ArgumentError: not as many lengths of queries as of keys.
     """
     cuts = {
-        letter: Cut(kind, lengths[letter], tail=PADDING if kind == "padded" else 0)
+        letter: Cut(kind, lengths[letter], tail=padding if kind == "padded" else 0)
         for letter, kind in cut_kinds(spec).items()
     }
     if not cuts:

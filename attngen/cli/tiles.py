@@ -287,7 +287,7 @@ def _draw_sequences(axes: Any, tiles: TileMap) -> None:
     )
     row, column = 0, 0
     for each in members:
-        frame = {"fill": False, "edgecolor": "#808080", "linewidth": 0.6}
+        frame: dict[str, Any] = {"fill": False, "edgecolor": "#808080", "linewidth": 0.6}
         axes.add_patch(Rectangle((column, row), each.seqlen_k, each.seqlen_q, **frame))
         row, column = row + each.seqlen_q, column + each.seqlen_k
     axes.set_xlim(-_MARGIN * column, (1 + _MARGIN) * column)

@@ -160,12 +160,14 @@ class Case:
 
 def _read_shape(data: dict[str, Any]) -> Shape:
     """A shape out of what `asdict` made of it."""
-    cuts = {axis: data[axis] for axis in ("queries", "keys") if data.get(axis) is not None}
-    made = {
-        axis: Cut(**{k: tuple(v) if isinstance(v, list) else v for k, v in cut.items()})
-        for axis, cut in cuts.items()
-    }
-    return Shape(**data | made)
+    cuts: dict[str, Any] = {axis: _read_cut(data[axis]) for axis in LETTERS if data.get(axis) is not None}
+    return Shape(**data | cuts)
+
+
+def _read_cut(data: Any) -> Cut:
+    """What `asdict` made of a cut; lists are tuples."""
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items()}
+    return Cut(**fields)
 
 
 def _fault_of_cuts(shape: Shape, spec: Spec) -> str | None:

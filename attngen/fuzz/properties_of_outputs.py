@@ -51,8 +51,8 @@ def surroundings(trial: Trial) -> Complaint:
     """NaN, inf and 6e4 around the inputs change no bit, and nothing around the output is written."""
     given = (trial.q, trial.k, trial.v)
     canary = Canary(tuple(_batched(trial.out).shape), trial.out.dtype, trial.device)  # type: ignore[arg-type]  # of four
-    surrounded = map(_as_given, poison(*map(_batched, given)), given)
-    out, lse = trial.run(*surrounded, out=_as_given(canary.out, trial.out))
+    q, k, v = map(_as_given, poison(*map(_batched, given)), given)
+    out, lse = trial.run(q, k, v, out=_as_given(canary.out, trial.out))
     if (where := canary.damaged()) is not None:
         return f"memory around out was written, at {where}"
     if count := canary.unwritten():

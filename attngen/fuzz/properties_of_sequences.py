@@ -45,7 +45,8 @@ class _DenseCall:
 
     def __init__(self, trial: Trial, subject: Subject, call: CutCall, sequence: Sequence) -> None:
         self._trial, self._subject, self._sequence = trial, subject, sequence
-        self._inputs = [self._repeated(x) for x in call.inputs(trial.q, trial.k, trial.v, sequence)]
+        q, k, v = call.inputs(trial.q, trial.k, trial.v, sequence)
+        self._inputs = (self._repeated(q), self._repeated(k), self._repeated(v))
         self._passed = dict(self._declared(call))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +79,18 @@ class _DenseCall:
         spec, rows = self._trial.case.spec, self._sequence.rows
         by_token = {f"tokens_{letter}": rows[axis] for axis, letter in LETTERS.items()}
         batches = {"batch": slice(self._sequence.number + 1)}
+        padded = {f"seqlen_{letter}" for axis, letter in LETTERS.items() if call.lengths.of(axis) == "padded"}
         for name, x in self._trial.declared.items():
             tensor = spec.declarations.tensors.get(name)
             if tensor is not None:
                 places: Mapping[Any, slice] = by_token | batches
-                yield name, x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
+                own = x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
+                for i, dim in enumerate(
+                    tensor.dims
+                ):  # what has a name of its own has an element, read or not
+                    if dim in padded and not own.shape[i]:
+                        own = own.new_zeros((*own.shape[:i], 1, *own.shape[i + 1 :]))
+                yield name, own
             elif name in spec.declarations.scalars or name == SINK:
                 yield name, x
 

@@ -237,3 +237,32 @@ def test_fuzz_finds_nothing_wrong_on_the_gpu(attngen: Attngen) -> None:
     """A few cases of a shipped spec's cubin: exit code 0."""
     result = attngen("fuzz", "fa2_d128_causal", "--device", "cuda", "--examples", "20")
     assert result.exit_code == 0, result.output
+
+
+RAGGED = "name: cut\ntarget: sm_80\nproblem: {head_dim: 32, queries: ragged, keys: ragged}\nmask: causal\n"
+
+
+def test_bench_times_sequences(attngen: Attngen, no_clock: None, tmp_path: Path) -> None:
+    """Of one length by default, as the grid has them, which peers take too; TFLOPS count pairs of one sequence."""
+    (tmp_path / "cut.yaml").write_text(RAGGED + "gradients: [q, k, v]\n")
+    grid = ("--seqlen", "16", "--tokens", "64", "--width", "64", "--backward", "--rounds", "3")
+    result = attngen("bench", "cut.yaml", *grid, "--against", "flash", "-o", "out")
+    assert result.exit_code == 0, result.output
+    forward, backward = json.loads((tmp_path / "out/bench.json").read_text())["rows"]
+    assert forward["shape"] == "heads 2, lengths 16,16,16,16" and forward["seqlen"] == 16
+    flops = 2 * 4 * 16 * 16 * 64 * 2 / 2
+    assert forward["tflops"] == pytest.approx({"attngen": flops / 2e9, "flash": flops / 2e9})
+    assert backward["tflops"]["attngen"] == pytest.approx(2.5 * flops / 2e9)
+
+
+def test_bench_times_lengths_that_are_given(attngen: Attngen, no_clock: None, tmp_path: Path) -> None:
+    """Which peers do not take: they are told; dense specs have no use for them."""
+    (tmp_path / "cut.yaml").write_text(RAGGED)
+    options = ("--lengths", "3,20,0", "--width", "64", "--against", "flash", "--rounds", "3")
+    result = attngen("bench", "cut.yaml", *options, "-o", "out")
+    assert result.exit_code == 0 and "flash does not take part: sequences of several" in result.stderr
+    (row,) = json.loads((tmp_path / "out/bench.json").read_text())["rows"]
+    assert row["shape"] == "heads 2, lengths 3,20,0" and list(row["tflops"]) == ["attngen"]
+    assert row["tflops"]["attngen"] == pytest.approx(2 * (9 + 400) * 64 * 2 / 2 / 2e9)
+    result = attngen("bench", "fa2_d64", *options)
+    assert result.exit_code == 2 and "--seqlen: the spec's sequences are dense" in result.output

@@ -96,6 +96,21 @@ def test_the_dense_spec_reads_what_the_other_reads() -> None:
     assert dense_spec(padded).tensors == {"doc": "i32[batch, padded_k]"}
 
 
+def test_a_padded_tensor_without_keys() -> None:
+    """What a tensor is declared with may be of no length, but no dimension of another name; found by fuzzing."""
+    tensors = {"ids": "i32[batch, seqlen_k]"}
+    spec = spec_of("dense", "padded", tensors=tensors, mask="document(ids)", gradients=[])
+    case = Case(spec, Shape(1, 1, 1, 1, 0, None, Cut("padded", (0,))), rule="sequences")
+    assert (failure := reproduce(case)) is None, str(failure)
+
+
+def test_no_sequence_and_no_token_has_gradients() -> None:
+    """Of nothing, as a batch of none has; found by fuzzing."""
+    nothing = Cut("ragged", ())
+    case = Case(spec_of(), Shape(0, 1, 1, 0, 0, nothing, nothing), rule="gradients")
+    assert (failure := reproduce(case)) is None, str(failure)
+
+
 @dataclass(frozen=True)
 class Slip:
     """A fault as people make them, in what a call is told or returns.
