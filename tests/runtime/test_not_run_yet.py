@@ -20,6 +20,8 @@ from attngen.errors import ToolchainError
 def test_what_no_gpu_has_run_is_refused_on_one(spec: dict[str, Any], named: str) -> None:
     """The error says what it is and where it runs; a kernel without it is launched."""
     kernel = attngen.compile({"problem": {"head_dim": 64}} | spec, arch="sm_90a")
-    with pytest.raises(ToolchainError, match=f"kernels of {named} compile, and have not been run on a GPU yet"):
+    with pytest.raises(
+        ToolchainError, match=f"kernels of {named} compile, and have not been run on a GPU yet"
+    ):
         kernel._launcher  # noqa: B018 a property that refuses
     assert attngen.compile({"problem": {"head_dim": 64}}, arch="sm_90a")._launcher.manifest.kernels
