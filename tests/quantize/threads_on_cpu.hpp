@@ -102,6 +102,8 @@ static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+template <class T>
+static T __ldg(const T* p) { return *p; }
 
 static float half_to_float(unsigned short x) {
   _Float16 y;
