@@ -39,6 +39,9 @@ from attngen.schedules import WARPGROUP_SCHEDULES, Output, RingCursors, Warpgrou
 
 TILE_SLOT_BYTES = 16
 """Where the producer leaves the number of the next tile of a persistent block, after the mbarriers."""
+WIDEST_WITH_TILE = 192
+"""Columns of O beside which a listed tile, unlike one that a number tells, fits into registers across a walk: NVRTC
+13.0.88 spills 60 bytes at 256, and none if the tile is read again; at 128 reading it again makes it spill 4."""
 LISTED_TILE_BYTES = 48
 """Where it leaves all of a tile that is listed: consumers would wait for the list to be read."""
 LOADING_REGISTERS = 48
@@ -139,6 +142,7 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
             turn=NamedBarriers("turn", 1, 2),
             own=NamedBarriers("own", 1 + choice.warpgroups, 1),
             lengths=features.lengths,
+            reads_tile_again=features.walks and not features.lengths.are_dense and v > WIDEST_WITH_TILE,
         )
 
     found = with_loads(ahead)  # all or none: what stays in the loop wants registers too

@@ -30,6 +30,7 @@ from attngen.plan.steps import (
     IssueGemm,
     Note,
     PassTurn,
+    ReadTile,
     ReduceRows,
     Release,
     ScaleRows,
@@ -76,6 +77,7 @@ class WarpgroupPlaces(TilePlaces):
         producer, consumer: where the roles stand in the rings.
         turn, own: the named barriers by which warpgroups take turns, and by which one meets itself.
         lengths: of the sequences.
+        reads_tile_again: what the end of a tile alone asks of it is not kept in registers until then.
     """
 
     output: Output
@@ -87,6 +89,7 @@ class WarpgroupPlaces(TilePlaces):
     turn: NamedBarriers
     own: NamedBarriers
     lengths: Lengths = DENSE
+    reads_tile_again: bool = False
 
     @property
     def votes_on_products(self) -> bool:
@@ -276,6 +279,7 @@ def _epilogue(at: WarpgroupPlaces) -> Program:
     """Each warpgroup normalises and stores its own rows; the copy engine writes them while the next tile begins."""
     finish = (
         Note("normalise once, at the end"),
+        *((ReadTile(),) if at.reads_tile_again else ()),
         ReduceRows(at.softmax.total, at.softmax.row_sum),
         at.softmax.finish,
         *at.softmax.join_sink,

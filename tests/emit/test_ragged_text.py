@@ -66,6 +66,17 @@ def test_lengths_of_either_side_compile(arch: str, schedule: str, lengths: str, 
     assert_compiles_as_planned(kernel_of(arch, schedule, lengths, mask))
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_lookups_by_token_compile_without_spills(head_dim: int) -> None:
+    """A walk that looks two tokens up for each pair leaves no register for what the epilogue alone asks of a tile."""
+    spec = {
+        "problem": {"head_dim": head_dim, "queries": "ragged", "keys": "ragged"},
+        "mask": "causal and doc[q_idx] == doc[kv_idx]",
+        "tensors": {"doc": "i32[tokens_k]"},
+    }
+    assert_compiles_as_planned(attngen.compile(spec, arch="sm_90a"))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_loop_is_that_of_dense_sequences(head_dim: int) -> None:
     """Descriptors stay in uniform registers: a warp knows that its threads have one tile."""
