@@ -62,7 +62,7 @@ _OPTIONS = {
     "--seqlen-k": "Keys [as many as queries].",
     "--lengths": "Of ragged or padded sequences, queries and keys alike: 5,100,0,77.",
     "--lengths-q": "Of ragged or padded sequences, queries.",
-    "--lengths-k": "Likewise, keys.",
+    "--lengths-k": "Of ragged or padded sequences, keys.",
 }
 
 
