@@ -80,12 +80,12 @@ def test_the_map_has_every_module() -> None:
 
 
 def test_the_glossary_is_a_page() -> None:
-    """It has at most 40 lines, and no word twice."""
+    """It has at most 44 lines, and no word twice."""
     lines = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").splitlines()
     words = [
         word.strip() for line in lines if line.startswith("| ") for word in line.split("|")[1].split(",")
     ]
-    assert len(lines) <= 40
+    assert len(lines) <= 44
     assert len(words) == len(set(words))
 
 
