@@ -175,9 +175,7 @@ def _sequences(shape: Shape) -> tuple[Member, ...]:
             Member(b, 0, 0, q_end - q_start, k_end - k_start, q_start, k_start)
             for b, ((q_start, q_end), (k_start, k_end)) in enumerate(zip(of_q, of_k, strict=True))
         ]
-    if not shape.heads or not any(each.seqlen_q for each in found):
-        return ()
-    return tuple(found)
+    return tuple(found) if shape.heads and any(each.seqlen_q for each in found) else ()
 
 
 def _blocks(plan: KernelPlan, axis: Axis, sequences: Iterable[Member]) -> list[range]:
