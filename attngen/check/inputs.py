@@ -9,6 +9,7 @@ kernel.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, get_args
 
 import torch
@@ -109,8 +110,8 @@ class Shape:
     @property
     def lengths(self) -> Iterator[tuple[int, int]]:
         """Queries and keys of each sequence."""
-        queries = self.queries.lengths if self.queries else (self.seqlen_q,) * self.batch
-        keys = self.keys.lengths if self.keys else (self.seqlen_k,) * self.batch
+        queries = self.queries.lengths if self.queries else repeat(self.seqlen_q, self.batch)
+        keys = self.keys.lengths if self.keys else repeat(self.seqlen_k, self.batch)
         return zip(queries, keys, strict=True)
 
     def stored(self, letter: Literal["q", "k"]) -> tuple[int, int]:
@@ -123,6 +124,8 @@ class Shape:
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key of one sequence, in one head of all sequences."""
+        if not self.cuts:
+            return self.batch * self.seqlen_q * self.seqlen_k
         return sum(queries * keys for queries, keys in self.lengths)
 
     def arguments(self, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -316,7 +316,9 @@ def _traffic(plan: KernelPlan, shape: Shape, declared: Mapping[str, Any]) -> dic
     tiles = tiles_to_count(plan, shape)
     formula = closed_form(plan, *sizes, **about)
     kernel = (plan.inputs, plan.head_dim_qk, plan.head_dim_v)
-    standard = added(standard_algorithm(*kernel, *each, 1, shape.heads) for each in shape.lengths)
+    alike = shape.lengths if shape.cuts else [(shape.seqlen_q, shape.seqlen_k)]
+    times = 1 if shape.cuts else shape.batch
+    standard = added(standard_algorithm(*kernel, *each, times, shape.heads) for each in alike)
     flops = moved = f"not counted: {tiles} tiles"
     if tiles <= MOST_COUNTED:
         counted = count(plan, *sizes, **about)

@@ -49,9 +49,9 @@ SEED = Integer(0, 2**63 - 1)
 
 def _lengths(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """`5,100,0,77` as lengths, at least one."""
-    return (
-        None if text is None else tuple(LENGTH.convert(word.strip(), param, ctx) for word in text.split(","))
-    )
+    if text is None:
+        return None
+    return tuple(LENGTH.convert(word.strip(), param, ctx) for word in text.split(","))
 
 
 _OPTIONS = {
@@ -62,7 +62,7 @@ _OPTIONS = {
     "--seqlen-k": "Keys [as many as queries].",
     "--lengths": "Of ragged or padded sequences, queries and keys alike: 5,100,0,77.",
     "--lengths-q": "Of ragged or padded sequences, queries.",
-    "--lengths-k": "Likewise, keys.",
+    "--lengths-k": "Of ragged or padded sequences, keys.",
 }
 
 
@@ -136,10 +136,9 @@ def shape_options(command: Command) -> Command:
 
 
 def lengths_options(command: Command) -> Command:
-    """Those for lengths of sequences alone, likewise."""
-    return _given_options(
-        command, {name: text for name, text in _OPTIONS.items() if name.startswith("--lengths")}
-    )
+    """Options for lengths of sequences alone, which the command gets as `given`; None where no option is."""
+    of_lengths = {name: text for name, text in _OPTIONS.items() if name.startswith("--lengths")}
+    return _given_options(command, of_lengths)
 
 
 def _given_options(command: Command, wanted: Mapping[str, str]) -> Command:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +165,17 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
 
 def _sequences(shape: Shape) -> tuple[Member, ...]:
     """The first head of the first sequence, or of each where they have lengths of their own; none without rows."""
-    whole = (((0, length),) * shape.batch for length in (shape.seqlen_q, shape.seqlen_k))
-    of_q, of_k = (
-        cut.spans if cut else each for cut, each in zip((shape.queries, shape.keys), whole, strict=True)
-    )
-    found = [
-        Member(b, 0, 0, q_end - q_start, k_end - k_start, q_start, k_start)
-        for b, ((q_start, q_end), (k_start, k_end)) in enumerate(zip(of_q, of_k, strict=True))
-    ]
-    if not shape.heads or not any(each.seqlen_q for each in found):
-        return ()
-    return tuple(found if shape.cuts else found[:1])
+    if not shape.cuts:
+        found = [Member(0, 0, 0, shape.seqlen_q, shape.seqlen_k)] if shape.batch else []
+    else:
+        whole = (repeat((0, length), shape.batch) for length in (shape.seqlen_q, shape.seqlen_k))
+        cuts = zip((shape.queries, shape.keys), whole, strict=True)
+        of_q, of_k = (cut.spans if cut else each for cut, each in cuts)
+        found = [
+            Member(b, 0, 0, q_end - q_start, k_end - k_start, q_start, k_start)
+            for b, ((q_start, q_end), (k_start, k_end)) in enumerate(zip(of_q, of_k, strict=True))
+        ]
+    return tuple(found) if shape.heads and any(each.seqlen_q for each in found) else ()
 
 
 def _blocks(plan: KernelPlan, axis: Axis, sequences: Iterable[Member]) -> list[range]:

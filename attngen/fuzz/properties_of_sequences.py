@@ -27,7 +27,7 @@ def sequences(trial: Trial) -> Complaint:
 
 
 def sequence_gradients(trial: Trial) -> Complaint:
-    """dq, dk and dv of each sequence are those of a dense call of it, likewise."""
+    """dq, dk and dv of each sequence are those of a dense call of it, to the bit on a GPU (as of `batch_slice`)."""
     for call, each, dense in _dense_calls(trial):
         dq, dk, dv, *_ = trial.first_gradients  # a sink's is the sum over sequences
         own = call.inputs(dq, dk, dv, each)
@@ -85,9 +85,8 @@ class _DenseCall:
             if tensor is not None:
                 places: Mapping[Any, slice] = by_token | batches
                 own = x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
-                for i, dim in enumerate(
-                    tensor.dims
-                ):  # what has a name of its own has an element, read or not
+                # A dimension with a name of its own has an element, read or not.
+                for i, dim in enumerate(tensor.dims):
                     if dim in padded and not own.shape[i]:
                         own = own.new_zeros((*own.shape[:i], 1, *own.shape[i + 1 :]))
                 yield name, own

@@ -82,20 +82,13 @@ def call_sizes(
             it is known.
         tokens: of all sequences of queries and of keys, of ragged ones.
     """
-    passed = declared or {}
-    sizes = Sizes(
-        batch,
-        seqlen_q,
-        seqlen_k,
-        heads,
-        heads if heads_kv is None else heads_kv,
-        tokens_q=tokens[0],
-        tokens_k=tokens[1],
-    )
+    passed, heads_kv = declared or {}, heads if heads_kv is None else heads_kv
+    tokens_q, tokens_k = tokens
+    sizes = Sizes(batch, seqlen_q, seqlen_k, heads, heads_kv, tokens_q=tokens_q, tokens_k=tokens_k)
     sizes = replace(sizes, declared=declared_values(plan, sizes, passed))
-    return (
-        sizes.with_tensors(list_tiles(ListTiles(plan), passed, sizes)) if plan.scheduler.is_listed else sizes
-    )
+    if not plan.scheduler.is_listed:
+        return sizes
+    return sizes.with_tensors(list_tiles(ListTiles(plan), passed, sizes))
 
 
 def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[int, ...]]:

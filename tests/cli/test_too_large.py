@@ -56,6 +56,12 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
     ("check", "declared.yaml", "--run", "--tensor", "doc="),
     *(("check", "small.yaml", "--set", f"{key}=") for key in ("tile.block_n", "schedule.stages", "mask")),
     ("fuzz", "small.yaml", "--examples", "1", "--set", "tile.block_m="),
+    *(
+        (command, "ragged.yaml", option)
+        for command in ("run", "explain")
+        for option in ("--lengths", "--lengths-q")
+    ),
+    ("explain", "ragged.yaml", "--tiles", "t.svg", "--lengths"),
     *(("check",), ("build", "small.yaml", "--arch"), ("fuzz", "--repro")),
 )
 
@@ -65,6 +71,9 @@ ARGUMENTS: tuple[tuple[str, ...], ...] = (
 @example(("explain", "small.yaml", "--batch"), str(10**9))
 @example(("explain", "small.yaml", "--heads-kv"), "3")
 @example(("check", "small.yaml", "--set", "schedule.stages="), str(10**9))
+@example(("run", "ragged.yaml", "--lengths"), str(10**9))
+@example(("explain", "ragged.yaml", "--lengths"), str(10**9))
+@example(("explain", "ragged.yaml", "--tiles", "t.svg", "--lengths"), str(10**9))
 @example(("fuzz", "--repro"), "[" * 100_000)
 @example(("build", "small.yaml", "--arch"), LONG)
 @settings(suppress_health_check=list(HealthCheck))
@@ -73,6 +82,9 @@ def test_any_number_of_any_option_is_taken_or_refused(
 ) -> None:
     """However large, long, negative or odd: a result or a sentence, and never a process that outgrows the machine."""
     Path("declared.yaml").write_text(DECLARED)
+    Path("ragged.yaml").write_text(
+        "target: simulator\nproblem: {head_dim: 8, queries: ragged, keys: ragged}\n"
+    )
     *rest, last = arguments
     assert_told(attngen(*rest, f"{last}{number}") if last.endswith("=") else attngen(*arguments, number))
 
