@@ -48,7 +48,7 @@ def varlen_attn(
         value: (tokens_k, num_heads_kv, head_dim_v).
         cu_seq_q: (sequences + 1,), i32: where each sequence of queries begins, and behind them where the last one ends.
         cu_seq_k: likewise, of keys.
-        max_q: length of the longest sequence of queries, or more; a longer one is cut.
+        max_q: length of the longest sequence of queries, or more; it chooses kernels, and changes no result.
         max_k: likewise, of keys.
         return_aux: whether lse is wanted too: of torch's `AuxRequest`, or anything with that field.
         scale: 1/sqrt(head_dim) where None.

@@ -118,10 +118,9 @@ def _spans(lengths: Lengths, axis: Axis, rows: int, batch: int, passed: Mapping[
             if end < begin:
                 must = f"at least {begin}, where that sequence begins"
                 raise ArgumentError(f"cu_seqlens_{letter}[{place + 1}]", str(end), must)
-    longest = int(passed.get(f"max_seqlen_{letter}", rows))
     used, skipped = passed.get(f"seqused_{letter}"), passed.get(f"leftpad_{letter}")
     for place, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-        room = min(end - begin, longest)
+        room = end - begin
         stop = begin + (room if used is None else min(max(0, int(used[place])), room))
         first = begin if skipped is None else begin + max(0, int(skipped[place]))
         yield slice(min(first, stop), stop)
