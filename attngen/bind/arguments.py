@@ -127,7 +127,7 @@ def check_rows_of_heads(
         _check_tensor(manifest.arch, value, x, q)
     sizes: dict[str, int] = {}
     tensors = {value.name: _bind_shape(value, x, layout, sizes) for value, x in passed}
-    _check_heads(sizes)
+    _check_heads(sizes, begun)
     for axis, name in LETTERS.items():
         is_by_token = manifest.lengths.is_by_token(axis)
         if (length := sizes[f"tokens_{name}" if is_by_token else f"seqlen_{name}"]) > LARGEST_LENGTH:
@@ -161,8 +161,11 @@ def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake
     return types[q.dtype]
 
 
-def _check_heads(sizes: Mapping[str, int]) -> None:
+def _check_heads(sizes: Mapping[str, int], intake: Intake) -> None:
     heads_q, heads_kv = sizes["num_heads_q"], sizes["num_heads_kv"]
+    if intake.name == GRADIENTS_INTAKE and heads_kv > heads_q == 0:
+        must = f"at least 1 beside {heads_kv} of k, whose gradients are sums over them"
+        raise ArgumentError("q", "0 heads", must)
     if heads_kv == 0 and heads_q > 0:
         raise ArgumentError("k", "0 heads", f"a divisor of q's {heads_q} heads")
     if heads_kv and heads_q % heads_kv:

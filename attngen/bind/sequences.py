@@ -14,6 +14,9 @@ from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
 from attngen.plan import ANY_LENGTH, LENGTHS, LETTERS, LengthArgument, Manifest
 
+MOST_SEQUENCES = 2**22
+"""Kernels count the rows of all sequences, each padded to whole blocks of 128, in an i32."""
+
 
 def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of a call that follow from its lengths: batch and, of ragged sequences, seqlen_q and seqlen_k.
@@ -41,6 +44,10 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
             more = 1 if each.is_cumulative else 0
             must = f"{found['batch'] + more}, as {said_by} has {found['batch']} sequences"
             raise ArgumentError(each.name, f"{batch + more} elements", must)
+    if found["batch"] > MOST_SEQUENCES:
+        raise ArgumentError(
+            said_by, f"{found['batch']:,} sequences", f"at most {MOST_SEQUENCES:,}", "split the batch"
+        )
     for axis, letter in LETTERS.items():
         if manifest.lengths.is_by_token(axis):
             name = f"max_seqlen_{letter}"

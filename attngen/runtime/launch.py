@@ -191,6 +191,8 @@ class Launcher:
         if 0 in pointers:
             for name, x in zip(self._names(declared), tensors, strict=True):
                 check_plain(name, x)
+            # Where there are tokens and no sequence, a lookup by sequence reads something of which nothing comes.
+            pointers = [pointer or q_pointer for pointer in pointers]
         for i in prepared.rows:
             if pointers[i] % ROW_ALIGNMENT:
                 check_alignment(self._names(declared)[i], tensors[i])

@@ -82,6 +82,10 @@ BAD: dict[str, tuple[dict[str, Callable[[], Any]], str]] = {
     "dlse of bf16": ({"dlse": lambda: torch.zeros(2, 4, 70).bfloat16()}, "dlse: got dtype torch.bfloat16"),
     "dlse of one head": ({"dlse": lambda: torch.zeros(2, 70)}, "dlse: got 2 dimensions"),
     "grads on q": ({"grads": lambda: [torch.zeros(SHAPE)] * 3}, "dk: got shape"),
+    "no heads of q": (
+        {"q": lambda: torch.zeros(2, 70, 0, 64).bfloat16()},
+        "q: got 0 heads, expected at least 1",
+    ),
     "an unknown name": ({"dtype": lambda: 1}, "dtype: got an argument"),
     "another layout": ({"layout": lambda: "sbhd"}, "layout: got"),
 }

@@ -33,6 +33,7 @@ def faults() -> list[tuple[str, str]]:
         ("{'max_seqlen_k': 2.5}", "max_seqlen_k"),
         ("{'q': x[None]}", "argument q: got 4 dimensions, expected 3: (tokens, heads, head_dim)"),
         ("{'k': x[:, :1], 'v': x}", "argument v: got shape"),
+        ("dict.fromkeys(('cu_seqlens_q', 'cu_seqlens_k'), cu.new_zeros(2**22 + 2))", "at most 4,194,304"),
         ("{'leftpad_q': cu}", "leftpad_q: got an argument"),
         ("{'cu_seqlens_q': cu.to('meta')}", "device meta, expected cpu"),
     ]

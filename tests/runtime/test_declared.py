@@ -425,3 +425,20 @@ def test_tables_lie_side_by_side_in_memory_of_their_stream(monkeypatch: pytest.M
     for known in (4, 5):  # what a graph reads stays as it is for its replays
         run_on(7)
         assert len(made) == known
+
+
+def test_an_empty_tensor_has_an_address_where_there_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens without a sequence are listed, and their tiles look up by sequence 0: nothing is read at address 0."""
+    kernel = attngen.compile(
+        {
+            "problem": {"head_dim": 64, "queries": "ragged", "keys": "ragged"},
+            "tensors": {"slopes": "f32[batch]"},
+            "score": "score + slopes[b] * (kv_idx - q_idx)",
+        },
+        arch="sm_90a",
+    )
+    recorder, x = Recorder(monkeypatch, kernel), torch.zeros(5, 1, 64, dtype=torch.bfloat16)
+    none = torch.zeros(1, dtype=torch.int32)
+    recorder.run(x, x, x, cu_seqlens_q=none, cu_seqlens_k=none, slopes=torch.zeros(0))
+    (_, tiles, of_list), (_, grid, sent) = recorder.sent
+    assert (tiles, grid) == (1, 2) and 0 not in (sent["tensor.slopes.ptr"], of_list["tensor.slopes.ptr"])
