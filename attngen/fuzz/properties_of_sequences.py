@@ -112,8 +112,8 @@ def dense_spec(spec: Spec) -> Spec:
     tensors = {}
     for name, text in data.get("tensors", {}).items():
         for letter in cut:
-            text = text.replace(f"seqlen_{letter}", f"padded_{letter}").replace(
-                f"tokens_{letter}", f"seqlen_{letter}"
-            )
+            if f"seqlen_{letter}" in text:  # nothing is sorted along a name of its own
+                text = text.replace(f"seqlen_{letter}", f"padded_{letter}").removesuffix(" sorted")
+            text = text.replace(f"tokens_{letter}", f"seqlen_{letter}")
         tensors[name] = text
     return load(data | ({"tensors": tensors} if tensors else {}))

@@ -94,6 +94,8 @@ def test_the_dense_spec_reads_what_the_other_reads() -> None:
     assert (dense.mask, dense.tile, dense.problem.keys) == (ragged.mask, ragged.tile, "dense")
     padded = spec_of("dense", "padded", tensors={"doc": "i32[batch, seqlen_k]"}, mask="doc[b, kv_idx] > 3")
     assert dense_spec(padded).tensors == {"doc": "i32[batch, padded_k]"}
+    ascending = padded.replace({"tensors.doc": "i32[batch, seqlen_k] sorted"})  # found by fuzzing
+    assert dense_spec(ascending).tensors == dense_spec(padded).tensors
 
 
 def test_a_padded_tensor_without_keys() -> None:
