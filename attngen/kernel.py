@@ -25,6 +25,7 @@ from attngen.bind import (
     check_writable,
     declared_by,
     gradient_memory,
+    sequence_sizes,
     spread_blocks,
 )
 from attngen.compiled_module import Module
@@ -219,9 +220,10 @@ class Kernel:
         """Compute attention.
 
         Args:
-            q: (batch, seqlen_q, num_heads_q, head_dim_qk), the spec's input type, last dimension contiguous,
-                rows on 16 bytes. Of a kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the
-                operands of `quantize`, in place of all three.
+            q: (batch, seqlen_q, num_heads_q, head_dim_qk), or of ragged queries (tokens_q, num_heads_q, head_dim_qk), as
+                k, v and out are likewise; the spec's input type, last dimension contiguous, rows on 16 bytes. Of a
+                kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the operands of `quantize`, in
+                place of all three.
             k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
             v: (batch, seqlen_k, num_heads_kv, head_dim_v).
             softmax_scale: any finite number, numpy's and 0-dimensional CPU tensors too; 1/sqrt(head_dim_qk) where None.
@@ -231,15 +233,17 @@ class Kernel:
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
-                out. Of a spec with a sink also sink: (num_heads_q), f32, bf16 or f16, any stride. With e4m3 tensors
-                also q_descale, k_descale and v_descale, f32: what their values are multiplied by, of the shapes that
-                `Operands` has; they are trusted to be positive. Where the spec has blocks, `blocks` says which are
-                kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of keys); or lists of them, i32, as
-                (counts, indices), as a BlockMask of torch, or by FlashAttention-4's names.
+                out. What says lengths, where sequences have their own: cu_seqlens_q, seqused_q, max_seqlen_q, the same
+                of k, and leftpad_k (docs/lengths.md). Of a spec with a sink also sink: (num_heads_q), f32, bf16 or
+                f16, any stride. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are
+                multiplied by, of the shapes that `Operands` has; they are trusted to be positive. Where the spec has
+                blocks, `blocks` says which are kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of
+                keys); or lists of them, i32, as (counts, indices), as a BlockMask of torch, or by FlashAttention-4's
+                names.
 
         Returns:
-            out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), f32; a row that sees no key is 0 and
-                -inf, or the sink.
+            out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), or (num_heads_q, tokens_q), f32; a row that sees
+                no key is 0 and -inf, or the sink.
 
         Raises:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
@@ -258,6 +262,9 @@ class Kernel:
         if isinstance(out, torch.Tensor):
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        if tables is not None and not self.manifest.lengths.are_dense:
+            must = "None: sequences with lengths of their own have a list of tiles, passed as work"
+            raise ArgumentError("tables", type(tables).__name__, must)
         if work is not None:
             if self.manifest.lengths.are_dense:
                 raise ArgumentError(
@@ -273,7 +280,7 @@ class Kernel:
     def _with_blocks(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a call passes by name, with lists of kept blocks each by its own; a mask without pairs asks for none."""
         sizes = self.spec.blocks
-        if sizes is None or BLOCKS not in declared:
+        if sizes is None:
             return declared
         if BLOCK_MAP not in self.manifest.value_of:
             return {name: value for name, value in declared.items() if name != BLOCKS}
@@ -460,7 +467,8 @@ class Kernel:
                 "self", f"the mask {self.plan.mask_text}", "a mask that reads tensors by pair"
             )
         q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
-        return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
 
     def work(
         self,
@@ -484,7 +492,9 @@ class Kernel:
                 "one of problem: {queries: ragged, keys: ragged}, whose sequences have lengths of their own"
             )
             raise ArgumentError("self", "a kernel of sequences of one length", must)
-        return self._machine(q).tables(q, k, v, layout, {**self.bound, **declared})
+        named = {**self.bound, **self._with_blocks(declared)}
+        with torch.no_grad():
+            return self._machine(q).tables(q, k, v, layout, named)
 
     def verify(
         self,
@@ -501,7 +511,8 @@ class Kernel:
                 the spec declares sorted and whose values fall: where, and from which value to which.
         """
         q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
-        given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named, intake=intake)  # type: ignore[arg-type]
+        with torch.no_grad():
+            given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named, intake=intake)  # type: ignore[arg-type]
         check_lengths(self.manifest, given.sizes, given.tensors)
         for tensor in self.spec.declarations.tensors.values():
             if tensor.is_sorted:
@@ -529,10 +540,15 @@ class Kernel:
         return self.module.sass()
 
     def explain_launch(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd"
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd", **declared: Any
     ) -> tuple[LaunchReport, ...]:
-        """What a call on these tensors (of any device, meta too) would launch, what quantises them too."""
+        """What a call on these tensors (of any device, meta too) would launch, what quantises them too.
+
+        What says lengths is passed as of a call; all else that a call passes by name may be left out.
+        """
         given = check_rows_of_heads(self.manifest, q, k, v, layout=layout)
+        if not self.manifest.lengths.are_dense:
+            given.sizes.update(sequence_sizes(self.manifest, given.sizes, declared))
         return explain_launch(self.manifest, given)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:

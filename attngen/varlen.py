@@ -1,5 +1,6 @@
 """Attention of sequences of any lengths, one after another, as torch.nn.attention.varlen has it."""
 
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from attngen.api import kernel_of_call
 from attngen.bind import check_plain
 from attngen.errors import ArgumentError, shown
+from attngen.expr import LARGEST_LENGTH
 from attngen.plan import Lengths
 
 RAGGED = Lengths("ragged", "ragged")
@@ -91,6 +93,8 @@ def varlen_attn(
         "max_seqlen_k": max_k,
         "seqused_k": seqused_k,
     }
+    if return_aux is not None and not isinstance(getattr(return_aux, "lse", None), bool):
+        raise ArgumentError("return_aux", shown(return_aux), "None or AuxRequest(lse=True)")
     wants_lse = return_aux is not None and return_aux.lse
     kernel = kernel_of_call(query, key, value, _mask(window_size), passed=passed, lengths=RAGGED)
     return kernel(query, key, value, scale, wants_lse, **passed)
@@ -99,11 +103,11 @@ def varlen_attn(
 def _mask(window_size: tuple[int, int]) -> str:
     """The mask of a window, as a spec writes it."""
     try:
-        left, right = (int(each) for each in window_size)
-        if min(left, right) < NO_END:
+        left, right = map(index, window_size)
+        if not NO_END <= min(left, right) <= max(left, right) <= LARGEST_LENGTH:
             raise ValueError
     except (TypeError, ValueError):
-        must = "(left, right), each -1 or the number of keys that are seen"
+        must = f"(left, right), each -1 or the number of keys that are seen, at most {LARGEST_LENGTH:,}"
         raise ArgumentError("window_size", shown(window_size), must, "(-1, 0) is causal") from None
     if (left, right) == (NO_END, 0):
         return "causal"

@@ -10,10 +10,10 @@ from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.block_lists import BLOCKS, spread_blocks
 from attngen.bind.declared import check_declared, declared_by
 from attngen.bind.gradient_memory import check_differentiable, gradient_memory
-from attngen.bind.kept import TableSignature, TileTables, passed_as
+from attngen.bind.kept import TableSignature, TileTables, made_of, passed_as
 from attngen.bind.numbers import scalar_of, softmax_scale_of
 from attngen.bind.overlap import check_overlap
-from attngen.bind.sequences import check_lengths
+from attngen.bind.sequences import check_lengths, sequence_sizes
 from attngen.bind.sorted_values import check_sorted
 from attngen.bind.tensors import (
     ROW_ALIGNMENT,
@@ -51,10 +51,12 @@ __all__ = [
     "check_rows_of_heads",
     "check_sorted",
     "check_writable",
+    "made_of",
     "passed_as",
     "declared_by",
     "gradient_memory",
     "scalar_of",
+    "sequence_sizes",
     "softmax_scale_of",
     "spread_blocks",
 ]

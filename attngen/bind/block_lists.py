@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from attngen.errors import ArgumentError
+from attngen.errors import ArgumentError, shown
 from attngen.expr import GIVEN_BLOCKS
 from attngen.plan import BLOCK_LISTS, BLOCK_MAP, MORE_BLOCK_LISTS, Manifest, evaluate_formula
 
@@ -37,20 +37,35 @@ def spread_blocks(passed: Mapping[str, Any], block_m: int, block_n: int) -> Mapp
     Raises:
         ArgumentError: `blocks` is none of these, or its blocks are of another size.
     """
+    for name in passed:
+        if name in (*BLOCK_LISTS, *MORE_BLOCK_LISTS):
+            raise ArgumentError(name, "an argument", f"none: lists of kept blocks are passed as {BLOCKS}")
     blocks = passed.get(BLOCKS)
     if blocks is None or isinstance(blocks, torch.Tensor):
         return passed
     lists = _lists_of(blocks)
-    sizes = next((size for name in _SIZE_NAMES if (size := getattr(blocks, name, None)) is not None), None)
-    if sizes is not None and tuple(sizes) != (block_m, block_n):
-        got = f"{type(blocks).__name__} with blocks of {tuple(sizes)}"
+    sizes = _sizes_of(blocks)
+    if sizes is not None and sizes != (block_m, block_n):
+        got = f"{type(blocks).__name__} with blocks of {sizes}"
         cure = f"make it with blocks of {(block_m, block_n)}, or compile with {_written(sizes)}"
         raise ArgumentError(BLOCKS, got, f"blocks of {(block_m, block_n)}, as the spec has them", cure)
     rest = {name: value for name, value in passed.items() if name != BLOCKS}
     return {**dict(zip((*BLOCK_LISTS, *MORE_BLOCK_LISTS), lists, strict=False)), **rest}
 
 
-def _written(sizes: Any) -> str:
+def _sizes_of(blocks: Any) -> tuple[int, int] | None:
+    """Rows and keys of a block, as lists say it: two numbers, or one for both."""
+    said = next((size for name in _SIZE_NAMES if (size := getattr(blocks, name, None)) is not None), None)
+    if said is None:
+        return None
+    sizes = (said, said) if isinstance(said, int) else tuple(said) if isinstance(said, tuple | list) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        got = f"{type(blocks).__name__} with blocks of {shown(said)}"
+        raise ArgumentError(BLOCKS, got, "two numbers, rows and keys of a block, or one for both")
+    return sizes
+
+
+def _written(sizes: tuple[int, int]) -> str:
     block_m, block_n = sizes
     return f"blocks: {{block_m: {block_m}, block_n: {block_n}}}"
 

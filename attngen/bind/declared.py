@@ -15,7 +15,9 @@ from attngen.expr import SINK, SIZE_NAMES, TOKENS
 from attngen.plan import (
     GIVEN_BLOCK_VALUES,
     GRADIENTS_INTAKE,
+    Axis,
     Intake,
+    Lengths,
     Manifest,
     Scalar,
     Value,
@@ -23,6 +25,9 @@ from attngen.plan import (
     formula_text,
 )
 
+_RAGGED = Lengths("ragged", "ragged")
+_OF_LENGTHS = {*(each.name for each in _RAGGED.arguments), *_RAGGED.bounds}
+"""What says lengths: of padded sequences no others do than of ragged ones."""
 _BESIDE = {GRADIENTS_INTAKE: "a backward pass takes"}
 """Why a way to begin a call has more values than q, k and v."""
 
@@ -79,7 +84,7 @@ def check_declared(
     beside = [manifest.value_of[name] for name in intake.beside]
     known = [value.passed_as for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
     for name in passed:
-        if name not in known:
+        if name not in known and (passed[name] is not None or name not in {*_OF_LENGTHS, BLOCKS, SINK}):
             _refuse(manifest, name, [each for each in known if each is not None])
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
     sizes = {
@@ -116,6 +121,11 @@ def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
         raise ArgumentError(
             name, "an argument", "none: the spec has no sink", "say sink: per_head in the spec"
         )
+    if name in _OF_LENGTHS:
+        axis: Axis = "queries" if name.endswith("q") else "keys"
+        kind = "padded" if name.startswith("seqused") else "ragged"
+        cure = f"say problem: {{{axis}: {kind}}} in the spec"
+        raise ArgumentError(name, "an argument", f"none: {axis} are {manifest.lengths.of(axis)}", cure)
     near = get_close_matches(name, known, n=1) or known
     must = f"one of what the spec declares: {', '.join(near)}" if known else "no such argument"
     raise ArgumentError(name, "an argument", must)

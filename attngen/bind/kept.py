@@ -10,9 +10,10 @@ import torch
 
 from attngen.bind.arguments import Given
 from attngen.errors import ArgumentError
-from attngen.plan import Manifest
+from attngen.plan import Lengths, Manifest
 
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
+_SIZES_OF_LISTS = ("batch", "seqlen_q", "seqlen_k", "tokens_q", "tokens_k")
 
 
 class TableSignature(NamedTuple):
@@ -20,25 +21,33 @@ class TableSignature(NamedTuple):
 
     Attributes:
         kernel: name of the kernel that reads the tables, which fixes the grid of tiles.
-        sizes: of the call.
-        tensors: name, shape and strides of each declared tensor, and of each that says lengths.
-        scalars: name and value of each declared scalar; lookups may have read it.
+        sizes: of the call; of a list of tiles those that it depends on.
+        tensors: name, shape and strides of each tensor that it was made of, see `made_of`.
+        scalars: name and value of each declared scalar, which lookups may have read; none of a list of tiles.
     """
 
     kernel: str
-    sizes: tuple[int, ...]
+    sizes: tuple[tuple[str, int], ...]
     tensors: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     scalars: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, kernel: str, given: Given) -> "TableSignature":
+    def of(cls, kernel: str, given: Given, lengths: Lengths) -> "TableSignature":
         """The signature of a call that this kernel takes."""
+        names = _SIZES if lengths.are_dense else _SIZES_OF_LISTS
         return cls(
             kernel,
-            tuple(given.sizes[name] for name in _SIZES),
-            tuple((name, tuple(x.shape), x.stride()) for name, x in given.by_name.items()),
-            tuple(given.scalars.items()),
+            tuple((name, given.sizes[name]) for name in names if name in given.sizes),
+            tuple((name, tuple(x.shape), x.stride()) for name, x in made_of(given, lengths).items()),
+            tuple(given.scalars.items()) if lengths.are_dense else (),
         )
+
+
+def made_of(given: Given, lengths: Lengths) -> Mapping[str, torch.Tensor]:
+    """The tensors of a call that tables are made of: what the spec declares; or a list of tiles, what says lengths."""
+    if lengths.are_dense:
+        return given.by_name
+    return {each.name: given.tensors[each.name] for each in lengths.arguments if each.name in given.tensors}
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,14 @@ class TileTables:
         if made.kernel != now.kernel:
             raise ArgumentError(argument, f"{argument} of {made.kernel}", f"{argument} of {now.kernel}", cure)
         if made.sizes != now.sizes:
-            got, must = (", ".join(map("{} {}".format, _SIZES, each.sizes)) for each in (made, now))
+            got, must = (", ".join(f"{name} {size}" for name, size in each.sizes) for each in (made, now))
             raise ArgumentError(argument, f"{argument} of {got}", must, cure)
         if made.scalars != now.scalars:
             got, must = (str(dict(each.scalars)) for each in (made, now))
             raise ArgumentError(argument, f"{argument} made with {got}", must, cure)
+        names = [", ".join(name for name, *_ in each.tensors) for each in (made, now)]
+        if names[0] != names[1]:
+            raise ArgumentError(argument, f"{argument} made of {names[0]}", f"{argument} of {names[1]}", cure)
         for (name, *was), (_, *has), was_in, is_in in zip(
             made.tensors, now.tensors, self.contents, contents, strict=True
         ):

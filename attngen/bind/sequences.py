@@ -70,28 +70,39 @@ def check_lengths(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[
 
     Raises:
         ArgumentError: a sequence begins before 0 or before the one ahead of it, or ends behind the last token; a length
-            is less than 0, or more than there is room for. The entry is named.
+            is less than 0, or more than there is room for, or than its bound. The entry is named.
     """
-    for each in manifest.lengths.arguments:
-        if each.name not in passed:
+    for axis, letter in LETTERS.items():
+        if manifest.lengths.of(axis) == "dense":
             continue
-        letter = LETTERS[each.axis]
-        is_ragged = manifest.lengths.is_by_token(each.axis)
-        rows = sizes[f"tokens_{letter}" if is_ragged else LENGTHS[each.axis]]
-        numbers, room = passed[each.name].tolist(), [rows] * sizes["batch"]
-        if each.is_cumulative:
-            for place, (before, number) in enumerate(zip([0, *numbers], numbers, strict=False)):
+        is_ragged = manifest.lengths.is_by_token(axis)
+        rows = sizes[f"tokens_{letter}" if is_ragged else LENGTHS[axis]]
+        room = [rows] * sizes["batch"]
+        if is_ragged:
+            name = f"cu_seqlens_{letter}"
+            starts = passed[name].tolist()
+            for place, (before, number) in enumerate(zip([0, *starts], starts, strict=False)):
                 if not before <= number <= rows:
                     must = f"{before} to {rows}: where sequences begin never falls, and ends with the tokens"
-                    raise ArgumentError(f"{each.name}[{place}]", str(number), must)
-            continue
-        if is_ragged:
-            starts = passed[f"cu_seqlens_{letter}"].tolist()
+                    raise ArgumentError(f"{name}[{place}]", str(number), must)
             room = [stop - start for start, stop in pairwise(starts)]
-        for place, (number, most) in enumerate(zip(numbers, room, strict=True)):
-            if not 0 <= number <= most:
-                must = f"0 to {most}, the length of sequence {place}"
-                raise ArgumentError(f"{each.name}[{place}]", str(number), must)
+        for name in (f"seqused_{letter}", f"leftpad_{letter}"):
+            if name not in passed:
+                continue
+            numbers = passed[name].tolist()
+            for place, (number, most) in enumerate(zip(numbers, room, strict=True)):
+                if not 0 <= number <= most:
+                    of = (
+                        "of" if name.startswith("seqused") or f"seqused_{letter}" not in passed else "used of"
+                    )
+                    must = f"0 to {most}, the length {of} sequence {place}"
+                    raise ArgumentError(f"{name}[{place}]", str(number), must)
+            if name.startswith("seqused"):
+                room = numbers
+        for place, length in enumerate(room):
+            if is_ragged and length > (most := sizes[LENGTHS[axis]]):
+                must = f"{length} or more, the length of sequence {place}"
+                raise ArgumentError(f"max_seqlen_{letter}", str(most), must)
 
 
 def _count(argument: LengthArgument, x: Any) -> int:

@@ -75,6 +75,9 @@ def fuzz(
     chosen = None if spec is None else _changed(load(spec), arch, changes)
     if backward and chosen is not None:
         check_has_gradients(chosen, chosen.name or str(spec))
+    if ragged and chosen is not None and chosen.problem.queries == chosen.problem.keys == "dense":
+        must = "a spec of ragged or padded sequences, or none, beside --ragged"
+        raise ArgumentError("SPEC", f"{chosen.name or spec}, whose sequences are of one length", must)
     columns = (TextColumn("fuzzing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     total = examples or (EXAMPLES if minutes is None else None)
     with Progress(*columns, console=console(err=True), transient=True) as bar:

@@ -259,15 +259,15 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for descale in plan.scales:
         shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
         yield Value(descale.name, F32.name, shape, made, descale.name, shared=shared)
+    for length in plan.lengths.arguments:  # before what is declared: a list of tiles is made of these alone
+        shape = (total("batch", 1) if length.is_cumulative else "batch",)
+        yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)
     for name, dtype, blocks in block_shapes(plan) if takes_blocks(plan) else ():
         yield Value(name, dtype, blocks, "given", name.removeprefix("tensor."), optional=True)
     for declared in plan.declarations.tensors.values():
         if f"tensor.{declared.name}" == BLOCK_MAP:
             continue
         yield Value(f"tensor.{declared.name}", declared.dtype, declared.dims, "given", declared.name)
-    for length in plan.lengths.arguments:
-        shape = (total("batch", 1) if length.is_cumulative else "batch",)
-        yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)
     for format in SINK_FORMATS if plan.has_sink else ():
         yield Value(sink_value(format), format, ("num_heads_q",), "given", SINK)
     for each in programs:

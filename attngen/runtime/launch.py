@@ -112,10 +112,7 @@ class Launcher:
             intake: as of `check_arguments`.
             accumulates: the wanted values are added to what `into` holds.
         """
-        if self._optional:
-            declared = {
-                name: x for name, x in declared.items() if x is not None or name not in self._optional
-            }
+        declared = self._without_nothing(declared)
         if is_altered():
             self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             with torch_defaults():
@@ -216,6 +213,7 @@ class Launcher:
         intake: str | None = None,
     ) -> TileTables:
         """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
+        declared = self._without_nothing(declared)
         given = self._check(OUT, q, k, v, None, (), layout, declared, intake)
         whole = self._prepare(OUT, given, q, None, (), layout, is_given_tables=False)
         prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, (), layout, False)
@@ -239,6 +237,12 @@ class Launcher:
         if not isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CPU tensors", "those of a call on this device")
         return tables.memory
+
+    def _without_nothing(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a call passes by name, without what it may leave out and says None for."""
+        if not self._optional:
+            return declared
+        return {name: x for name, x in declared.items() if x is not None or name not in self._optional}
 
     def _names(self, declared: Mapping[str, Any]) -> tuple[str, ...]:
         """The tensors that a call passes by name, in the order in which they are bound."""

@@ -1,6 +1,6 @@
 """Running a call on CPU tensors: what `attngen.runtime.Launcher` does on CUDA ones, by the same methods."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from attngen.bind import (
     bind,
     check_arguments,
     check_rows_of_heads,
+    made_of,
     passed_as,
     softmax_scale_of,
 )
@@ -105,7 +106,7 @@ class Simulator:
         prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
         made = run_call(self.call, prefix)
         return TileTables.of(
-            self._table_signature(given), given.by_name.values(), made, passed_as(self.manifest)
+            self._table_signature(given), self._made_of(given), made, passed_as(self.manifest)
         )
 
     def _check(
@@ -129,13 +130,17 @@ class Simulator:
 
     def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
         """The values of tables that an earlier call has filled."""
-        TileTables.check(tables, self._table_signature(given), given.by_name.values())
+        TileTables.check(tables, self._table_signature(given), self._made_of(given))
         if isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
         return tables.memory
 
     def _table_signature(self, given: Given) -> TableSignature:
-        return TableSignature.of(self.call.serving(given.sizes["seqlen_k"]).name, given)
+        kernel = self.call.serving(given.sizes["seqlen_k"]).name
+        return TableSignature.of(kernel, given, self.manifest.lengths)
+
+    def _made_of(self, given: Given) -> Iterable[torch.Tensor]:
+        return made_of(given, self.manifest.lengths).values()
 
     def _flops(self, bound: Bound) -> int:
         """Those of all that a call launches."""

@@ -68,6 +68,8 @@ def test_bounds_of_lengths_only_choose_kernels() -> None:
         ("cu_seqlens_k", [-1, 2, 3, 5], r"cu_seqlens_k\[0\]: got -1, expected 0 to 5"),
         ("seqused_k", [2, 1, 3], r"seqused_k\[2\]: got 3, expected 0 to 2, the length of sequence 2"),
         ("leftpad_k", [0, -1, 0], r"leftpad_k\[1\]: got -1, expected 0 to 1"),
+        ("leftpad_k", [0, 0, 3], r"leftpad_k\[2\]: got 3, expected 0 to 2, the length of sequence 2"),
+        ("max_seqlen_k", [1], "max_seqlen_k: got 1, expected 2 or more, the length of sequence 0"),
     ],
 )
 def test_verify_says_which_number_no_tensor_has(name: str, numbers: list[int], expected: str) -> None:
@@ -75,7 +77,7 @@ def test_verify_says_which_number_no_tensor_has(name: str, numbers: list[int], e
     cu, x = torch.tensor([0, 2, 3, 5], dtype=torch.int32), torch.randn(5, 2, 16).to(torch.bfloat16)
     kernel, lengths = compiled("fa2", "ragged", "ragged", "causal"), {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
     kernel.verify(x, x, x, **lengths)
-    lengths[name] = torch.tensor(numbers, dtype=torch.int32)
+    lengths[name] = numbers[0] if "max" in name else torch.tensor(numbers, dtype=torch.int32)  # type: ignore[assignment]
     assert kernel(x, x, x, **lengths).isfinite().all()
     with pytest.raises(ArgumentError, match=expected):
         kernel.verify(x, x, x, **lengths)

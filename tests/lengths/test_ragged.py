@@ -156,3 +156,22 @@ def test_what_no_sequence_uses_reaches_no_gradient(schedule: str, mask: str, kin
         found.append(torch.autograd.grad(out, inputs, dout))
     for gradient, expected in zip(found[1], found[0], strict=True):
         assert expected.abs().max() > 0 and torch.equal(gradient, expected)
+
+
+def test_work_is_of_lengths_alone() -> None:
+    """Layers with biases of their own share a list; an optional length that comes or goes makes another."""
+    of = batch("ragged", "ragged", SEQLENS_Q, SEQLENS_K)
+    kernel = compiled("fa2", "ragged", "ragged", "kv_idx < limit[b]")
+    limits = [torch.full((5,), n, dtype=torch.int32) for n in (3, 9)]
+    work = kernel.work(of.q.requires_grad_(), of.k, of.v, limit=limits[0], seqused_q=None, **of.lengths)
+    of.q.requires_grad_(False)
+    for limit in limits:
+        expected = kernel(of.q, of.k, of.v, limit=limit, **of.lengths)
+        assert torch.equal(kernel(of.q, of.k, of.v, limit=limit, work=work, **of.lengths), expected)
+    more = {"leftpad_k": torch.zeros(5, dtype=torch.int32)}
+    with pytest.raises(
+        ArgumentError, match="work made of cu_seqlens_q, cu_seqlens_k, expected work of .*leftpad_k"
+    ):
+        kernel(of.q, of.k, of.v, limit=limits[0], work=work, **of.lengths, **more)
+    with pytest.raises(ArgumentError, match="argument tables: got TileTables, expected None"):
+        kernel(of.q, of.k, of.v, limit=limits[0], tables=work, **of.lengths)
