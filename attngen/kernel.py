@@ -220,8 +220,8 @@ class Kernel:
         """Compute attention.
 
         Args:
-            q: (batch, seqlen_q, num_heads_q, head_dim_qk), or of ragged queries (tokens_q, num_heads_q, head_dim_qk), as
-                k, v and out are likewise; the spec's input type, last dimension contiguous, rows on 16 bytes. Of a
+            q: (batch, seqlen_q, num_heads_q, head_dim_qk), or of ragged queries (tokens_q, num_heads_q, head_dim_qk),
+                as k, v and out are likewise; the spec's input type, last dimension contiguous, rows on 16 bytes. Of a
                 kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the operands of `quantize`, in
                 place of all three.
             k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
@@ -249,7 +249,7 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        if BLOCKS in declared:
+        if self.spec.blocks is not None:
             declared = dict(self._with_blocks(declared))
         if self.call.gradients:
             others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
