@@ -249,7 +249,7 @@ class Kernel:
             ArgumentError: an argument the kernel cannot take; nothing was touched.
             ToolchainError: this machine cannot run the kernel.
         """
-        if self.spec.blocks is not None:
+        if BLOCKS in declared:
             declared = dict(self._with_blocks(declared))
         if self.call.gradients:
             others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
@@ -280,7 +280,7 @@ class Kernel:
     def _with_blocks(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a call passes by name, with lists of kept blocks each by its own; a mask without pairs asks for none."""
         sizes = self.spec.blocks
-        if sizes is None:
+        if sizes is None or BLOCKS not in declared:
             return declared
         if BLOCK_MAP not in self.manifest.value_of:
             return {name: value for name, value in declared.items() if name != BLOCKS}

@@ -37,9 +37,6 @@ def spread_blocks(passed: Mapping[str, Any], block_m: int, block_n: int) -> Mapp
     Raises:
         ArgumentError: `blocks` is none of these, or its blocks are of another size.
     """
-    for name in passed:
-        if name in (*BLOCK_LISTS, *MORE_BLOCK_LISTS):
-            raise ArgumentError(name, "an argument", f"none: lists of kept blocks are passed as {BLOCKS}")
     blocks = passed.get(BLOCKS)
     if blocks is None or isinstance(blocks, torch.Tensor):
         return passed
