@@ -121,10 +121,10 @@ class GivenSizes:
                 raise ArgumentError(f"--seqlen-{letter}", getattr(self, f"seqlen_{letter}"), must)
             if letter not in kinds and getattr(self, f"lengths_{letter}") is not None:
                 raise ArgumentError(f"--lengths-{letter}", "lengths", f"--seqlen-{letter}: {axis} are dense")
-            if self.lengths is not None and getattr(self, f"lengths_{letter}") is not None:
-                raise ArgumentError(f"--lengths-{letter}", "lengths", "left out beside --lengths")
         if self.lengths is not None and not kinds:
             raise ArgumentError("--lengths", "lengths", "--seqlen: the spec's sequences are dense")
+        if self.lengths is not None and all(getattr(self, f"lengths_{each}") is not None for each in kinds):
+            raise ArgumentError("--lengths", "lengths", "left out where each axis has its own")
         if self.batch is not None and kinds:
             raise ArgumentError("--batch", self.batch, "left out: there are as many sequences as lengths")
 
