@@ -1,5 +1,6 @@
 """Attention of sequences of any lengths, one after another, as torch.nn.attention.varlen has it."""
 
+import re
 from operator import index
 from typing import Any, Protocol
 
@@ -14,6 +15,17 @@ from attngen.plan import Lengths
 RAGGED = Lengths("ragged", "ragged")
 NO_END = -1
 """What torch calls a side of a window that has no end."""
+
+_OWN_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "softmax_scale": "scale",
+    **{f"cu_seqlens_{axis}": f"cu_seq_{axis}" for axis in "qk"},
+    **{f"max_seqlen_{axis}": f"max_{axis}" for axis in "qk"},
+}
+"""What this function calls the arguments of a kernel."""
+_KERNEL_NAME = re.compile(rf"\b(?:{'|'.join(_OWN_NAMES)})\b")
 
 
 class AuxRequest(Protocol):
@@ -96,8 +108,22 @@ def varlen_attn(
     if return_aux is not None and not isinstance(getattr(return_aux, "lse", None), bool):
         raise ArgumentError("return_aux", shown(return_aux), "None or AuxRequest(lse=True)")
     wants_lse = return_aux is not None and return_aux.lse
-    kernel = kernel_of_call(query, key, value, _mask(window_size), passed=passed, lengths=RAGGED)
-    return kernel(query, key, value, scale, wants_lse, **passed)
+    mask = _mask(window_size)
+    try:
+        kernel = kernel_of_call(query, key, value, mask, passed=passed, lengths=RAGGED)
+        return kernel(query, key, value, scale, wants_lse, **passed)
+    except ArgumentError as error:
+        raise _as_called_here(error) from error
+
+
+def _as_called_here(error: ArgumentError) -> ArgumentError:
+    """A fault by the names that this function has for a kernel's arguments."""
+    own = _OWN_NAMES.get(error.argument, error.argument)
+    expected, hint = (
+        text if text is None else _KERNEL_NAME.sub(lambda found: _OWN_NAMES[found[0]], str(text))
+        for text in (error.expected, error.hint)
+    )
+    return ArgumentError(own, error.got, expected, hint)
 
 
 def _mask(window_size: tuple[int, int]) -> str:

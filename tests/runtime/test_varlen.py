@@ -134,8 +134,14 @@ def test_a_kernel_is_made_once() -> None:
         ({"window_size": 3}, "window_size", "(left, right)"),
         ({"key": torch.zeros(22, 2, 8)}, "key", "enable_gqa"),
         ({"query": torch.zeros(1, 19, 4, 8)}, "query", "3: (tokens, heads, head_dim)"),
-        ({"cu_seq_q": torch.zeros(5)}, "cu_seqlens_q", "torch.int32"),
-        ({"max_k": -1}, "max_seqlen_k", "longest"),
+        ({"cu_seq_q": torch.zeros(5)}, "cu_seq_q", "pass cu_seq_q.to(torch.int32)"),
+        ({"cu_seq_k": starts((4, 4, 4))}, "cu_seq_k", "as cu_seq_q has 4 sequences"),
+        ({"max_k": -1}, "max_k", "longest"),
+        ({"scale": "two"}, "scale", "number"),
+        ({"value": torch.zeros(22, 4, 8, device="meta")}, "value", "the device of query"),
+        ({"window_size": (1.5, 0)}, "window_size", "each -1 or the number"),
+        ({"window_size": (2**31, 0)}, "window_size", "at most 1,073,741,312"),
+        ({"return_aux": True}, "return_aux", "AuxRequest(lse=True)"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changed: dict[str, Any], argument: str, text: str) -> None:
