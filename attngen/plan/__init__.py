@@ -84,6 +84,7 @@ from attngen.plan.places import (
 )
 from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
+from attngen.plan.quantizing_sheets import OPERANDS, TENSORS, FindMaxima, PackValues, Quantize, source_of
 from attngen.plan.row_sums import SHEETS, SumRows, declared_shape, field_of
 from attngen.plan.scheduler import (
     ENTRY_FIELDS,
@@ -96,20 +97,7 @@ from attngen.plan.scheduler import (
     entry_says,
 )
 from attngen.plan.seen import SeenBlocks, seen_blocks
-from attngen.plan.sheets import (
-    OPERANDS,
-    ROW_NUMBERS,
-    ROW_SOURCES,
-    TENSORS,
-    FillTables,
-    FindBoundaries,
-    FindMaxima,
-    PackValues,
-    PrepareRows,
-    Quantize,
-    Sheet,
-    source_of,
-)
+from attngen.plan.sheets import ROW_NUMBERS, ROW_SOURCES, FillTables, FindBoundaries, PrepareRows, Sheet
 from attngen.plan.sinks import (
     SINK_FORMATS,
     SINK_GRADIENTS,

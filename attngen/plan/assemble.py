@@ -27,23 +27,18 @@ from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
 from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
-from attngen.plan.row_sums import SumRows
-from attngen.plan.sheets import (
+from attngen.plan.quantizing_sheets import (
     MAXIMA,
     SOURCES,
     TENSORS,
     VALUE_ROWS,
-    FillTables,
-    FindBoundaries,
     FindMaxima,
     PackValues,
-    PrepareRows,
     Quantize,
-    Sheet,
-    boundary_shape,
     source_of,
-    table_shape,
 )
+from attngen.plan.row_sums import SumRows
+from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, boundary_shape, table_shape
 from attngen.plan.sinks import SINK_FORMATS, SumSink, sink_gradient, sink_value
 from attngen.plan.tile_list import ListTiles
 from attngen.quantize import DESCALES, KEY_BLOCK

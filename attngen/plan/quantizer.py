@@ -1,4 +1,4 @@
-"""How the kernels that quantise Q, K and V share out their work: the numbers of `plan.sheets`' Quantize and its like.
+"""How the kernels that quantise Q, K and V share out their work: the numbers of `quantizing_sheets.py`.
 
 Convention and layout are those of `attngen.quantize`. A block of threads takes 128 rows of a head at a time; a thread
 copies its share of the next rows to shared memory while it works on the ones before.

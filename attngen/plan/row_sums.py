@@ -8,16 +8,8 @@ from attngen.plan.declared_places import BlockTables, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import Param
-from attngen.plan.sheets import (
-    FillTables,
-    FindBoundaries,
-    FindMaxima,
-    PackValues,
-    PrepareRows,
-    Quantize,
-    Sheet,
-    SheetOfPlan,
-)
+from attngen.plan.quantizing_sheets import FindMaxima, PackValues, Quantize
+from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, SheetOfPlan
 from attngen.plan.sinks import SumSink
 from attngen.plan.tile_list import ListTiles
 
