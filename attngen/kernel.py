@@ -143,6 +143,8 @@ class Kernel:
 
     def gradients_of(self, passed: Mapping[str, Any]) -> tuple[str, ...]:
         """The values that a backward pass returns, in order, of a call that passes these by name; none without it."""
+        if not self.declared_gradients:
+            return GRADIENTS if self.call.gradients else ()
         dtypes = {value.argument: value.dtype for value in declared_by(self.manifest, passed)}
         of_declared = (
             sink_gradient(dtypes[SINK]) if name == SINK else gradient_value(name)
@@ -262,20 +264,24 @@ class Kernel:
         if isinstance(out, torch.Tensor):
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
-        if tables is not None and not self.manifest.lengths.are_dense:
+        kept = None if tables is None and work is None else self._kept(tables, work)
+        run = self._machine(q).run
+        result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, kept, intake)  # type: ignore[arg-type]
+        return result if lse is None else (result, lse)
+
+    def _kept(self, tables: TileTables | None, work: TileTables | None) -> TileTables | None:
+        """What an earlier call has kept for this one, passed as the sequences of the kernel want it."""
+        if self.manifest.lengths.are_dense:
+            if work is not None:
+                must = "None: the sequences of this kernel are of one length"
+                raise ArgumentError("work", type(work).__name__, must)
+            return tables
+        if tables is not None:
             must = "None: sequences with lengths of their own have a list of tiles, passed as work"
             raise ArgumentError("tables", type(tables).__name__, must)
-        if work is not None:
-            if self.manifest.lengths.are_dense:
-                raise ArgumentError(
-                    "work", type(work).__name__, "None: the sequences of this kernel are of one length"
-                )
-            if not isinstance(work, TileTables):
-                raise ArgumentError("work", type(work).__name__, "what kernel.work(...) made")
-            tables = work
-        run = self._machine(q).run
-        result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, tables, intake)  # type: ignore[arg-type]
-        return result if lse is None else (result, lse)
+        if not isinstance(work, TileTables):
+            raise ArgumentError("work", type(work).__name__, "what kernel.work(...) made")
+        return work
 
     def _with_blocks(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a call passes by name, with lists of kept blocks each by its own; a mask without pairs asks for none."""
