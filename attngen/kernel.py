@@ -31,7 +31,7 @@ from attngen.bind import (
 from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
 from attngen.errors import ArgumentError, ToolchainError
-from attngen.expr import GIVEN_BLOCKS, SINK
+from attngen.expr import SINK
 from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
@@ -177,11 +177,6 @@ class Kernel:
         if not self.call.arch.emits:
             raise ToolchainError(
                 f"target {self.call.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
-            )
-        if asks := _not_run_on_gpus_yet(self.plan):
-            raise ToolchainError(
-                f"kernels of {asks} compile, and have not been run on a GPU yet",
-                "pass CPU tensors: the simulator runs the same plan",
             )
         return Launcher(self.manifest, lambda module: self.modules[module].compiled.cubin)
 
@@ -568,17 +563,6 @@ class Kernel:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         return tuple(folder / name for name in contents)
-
-
-def _not_run_on_gpus_yet(plan: KernelPlan) -> str:
-    """What a kernel has that no GPU has been seen to do right, in a word; empty where it has nothing of the kind."""
-    asked = {
-        "sequences with lengths of their own": not plan.lengths.are_dense,
-        "a learned sink": plan.has_sink,
-        "given blocks": GIVEN_BLOCKS.name in plan.declarations.tensors,
-        "sorted tensors": bool(plan.boundaries),
-    }
-    return ", ".join(what for what, is_asked in asked.items() if is_asked)
 
 
 def operands_of(manifest: Manifest, made: Sequence[torch.Tensor]) -> Operands:

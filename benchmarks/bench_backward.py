@@ -1,9 +1,10 @@
 """The backward pass beside torch's cuDNN and FlashAttention-2: `python benchmarks/bench_backward.py --out DIR`.
 
 All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqlen = 16384, heads·head_dim = 2048, 2.5
-times the forward's FLOPs. With `--flex window document alibi softcap` instead masks and scores at 16k, head_dim 128,
-beside the backward pass of compiled FlexAttention, whose block mask is built before. With `--host`, what calls take of
-the host alone, on tensors that cost the GPU nothing.
+times the forward's FLOPs. With `--flex window document alibi softcap bias` instead masks and scores at 16k, head_dim
+128, beside the backward pass of compiled FlexAttention, whose block mask is built before; of the bias there is a
+gradient too. With `--gqa`, 32 heads of queries on 8 of keys beside 32 on 32. With `--host`, what calls take of the host
+alone, on tensors that cost the GPU nothing.
 """
 
 import argparse
@@ -22,31 +23,34 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attngen
 from attngen.check import timing
-from attngen.check.inputs import random_inputs
+from attngen.check.inputs import Shape, random_inputs
 
 LENGTHS = (1024, 4096, 16384)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FACTOR = 2.5
 """FLOPs of a backward pass to those of the forward, by convention: five products for two."""
-MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap")
-"""Cases of `bench_language.py` whose declared tensors want no gradient."""
+MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap", "bias")
+"""Cases of `bench_language.py`."""
+
+
+def backward_of(shape: Shape, head_dim: int, causal: bool) -> partial[Any]:
+    """A backward pass by attngen, whose arguments are its inputs."""
+    q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
+    spec = {
+        "problem": {"head_dim": head_dim},
+        "mask": "causal" if causal else "full",
+        "gradients": ["q", "k", "v"],
+    }
+    kernel = attngen.compile(spec, arch="sm_90a")
+    out, lse = kernel(q, k, v, return_lse=True)
+    return partial(kernel.backward, torch.randn_like(q), q, k, v, out, lse)
 
 
 def passes(head_dim: int, causal: bool, length: int) -> Iterator[tuple[str, timing.Run]]:
     """A backward pass of each contender on the same inputs."""
-    shape = timing.grid_shape(length, head_dim)
-    q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
-    dout = torch.randn_like(q)
-    kernel = attngen.compile(
-        {
-            "problem": {"head_dim": head_dim},
-            "mask": "causal" if causal else "full",
-            "gradients": ["q", "k", "v"],
-        },
-        arch="sm_90a",
-    )
-    out, lse = kernel(q, k, v, return_lse=True)
-    yield "attngen", partial(kernel.backward, dout, q, k, v, out, lse)
+    run = backward_of(timing.grid_shape(length, head_dim), head_dim, causal)
+    yield "attngen", run
+    dout, q, k, v, *_ = run.args
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
     for name, backend in PEERS.items():
         try:
@@ -65,19 +69,22 @@ def beside_flex(names: list[str], rounds: int, target_ms: float) -> list[dict[st
     for name in names:
         case = language.cases(held)[name]
         q, k, v = language.tensors(case)
-        declared = {each: held[each] for each in case.tensors}
-        kernel = attngen.compile(language.spec(case) | {"gradients": ["q", "k", "v"]})
+        declared = {each: held[each].detach() for each in case.tensors}
+        differentiated = [each for each in case.tensors if each == "bias"]
+        kernel = attngen.compile(language.spec(case) | {"gradients": ["q", "k", "v", *differentiated]})
         out, lse = kernel(q, k, v, return_lse=True, **declared)
         dout = torch.randn_like(out)
         leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
-        made = language.flex_function(case)(*leaves)
+        leaves += [held[each].requires_grad_() for each in differentiated]
+        made = language.flex_function(case)(*leaves[:3])
         runs = {
             "attngen": partial(kernel.backward, dout, q, k, v, out, lse, **declared),
             "flex": partial(torch.autograd.grad, made, leaves, dout.transpose(1, 2), retain_graph=True),
         }
-        ours, theirs = (run() for run in runs.values())
-        pairs = zip(ours, theirs, strict=True)
-        difference = max(((x - y.transpose(1, 2)).norm() / y.norm()).item() for x, y in pairs)
+        difference = max(
+            distance(x if x.dim() == 3 else x.transpose(1, 2), y)
+            for x, y in zip(runs["attngen"](), runs["flex"](), strict=True)
+        )
         samples = timing.measure(runs, rounds, target_ms)
         rows.append({"case": name, "seqlen": language.SEQLEN, "ms": samples, "difference": difference})
         ratio = median(samples["flex"]) / median(samples["attngen"])
@@ -86,6 +93,27 @@ def beside_flex(names: list[str], rounds: int, target_ms: float) -> list[dict[st
             f"gradients differ by {difference:.1e} of their norm",
             flush=True,
         )
+    return rows
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The norm of what they differ by, over theirs; a head after another, since a bias is large."""
+    differing = sum(float((x.float() - y.float()).norm() ** 2) for x, y in zip(ours, theirs, strict=True))
+    return (differing / sum(float(y.float().norm() ** 2) for y in theirs)) ** 0.5
+
+
+def of_groups(rounds: int, target_ms: float) -> list[dict[str, Any]]:
+    """Milliseconds with heads of keys shared by four of queries, and with each its own."""
+    rows = []
+    for causal in (True, False):
+        runs = {}
+        for heads_kv in (8, 32):
+            shape = Shape(batch=2, heads=32, heads_kv=heads_kv, seqlen_q=8192, seqlen_k=8192)
+            runs[f"32:{heads_kv}"] = backward_of(shape, 128, causal)
+        samples = timing.measure(runs, rounds, target_ms)
+        rows.append({"head_dim": 128, "causal": causal, "seqlen": 8192, "ms": samples})
+        text = ", ".join(f"{name} {median(times):.3f} ms" for name, times in samples.items())
+        print(f"{'causal' if causal else 'full'}: {text}", flush=True)
     return rows
 
 
@@ -102,8 +130,10 @@ class Nothing(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
-def host_microseconds(calls: int = 300, rounds: int = 9) -> dict[str, float]:
-    """The median time of a call on the host: none is waited for, and the queue of launches is emptied in between."""
+def host_microseconds(calls: int = 50, rounds: int = 25) -> dict[str, float]:
+    """The median time of a call on the host: none is waited for, and the queue of launches, which holds 1024, is emptied
+    in between.
+    """
     q, k, v = (torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     dout, spec = (
@@ -145,15 +175,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)
     parser.add_argument("--flex", nargs="+", choices=MODIFIED, help="these cases, and nothing else")
+    parser.add_argument("--gqa", action="store_true", help="time shared heads of keys, and nothing else")
     parser.add_argument("--host", action="store_true", help="time calls on the host, and nothing else")
     given = parser.parse_args()
     if given.flex:
         rows = beside_flex(given.flex, given.rounds, given.target_ms)
         timing.write_json(given.out / "backward_flex.json", rows)
         return
+    if given.gqa:
+        timing.write_json(given.out / "backward_gqa.json", of_groups(given.rounds, given.target_ms))
+        return
     if given.host:
-        for name, microseconds in host_microseconds().items():
+        found = host_microseconds()
+        for name, microseconds in found.items():
             print(f"{name}: {microseconds:.1f} us")
+        timing.write_json(given.out / "backward_host.json", [], microseconds=found)
         return
     rows = []
     for head_dim in given.head_dims:
