@@ -41,12 +41,14 @@ _PROBABILITIES = {
     "Exponentiate",
     "ConvertP",
     "RecoverP",
+    "HidePairs",
     "ScoreGradient",
 }
 _WAITS = {"WaitFull", "WaitEmpty", "TakeTurn", "SyncThreads", "SyncWarpgroup", "WaitCopies", "WaitStores"}
 _SHORT = {
     "Exponentiate": "exp",
     "RecoverP": "P",
+    "HidePairs": "P",
     "ScoreGradient": "dS",
     "RowMax": "max",
     "TakeTurn": "turn",

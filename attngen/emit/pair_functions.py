@@ -37,6 +37,7 @@ from attngen.plan.steps import (
     TANH,
     AddToElements,
     AddToTable,
+    HidePairs,
     LookUp,
     MaskScores,
     MaskScoresEach,
@@ -99,7 +100,12 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
         (span(QUERIES, "q_tile", expr), cuda_body([expr], leaves(plan)))
         for expr in (classes.may, classes.must)
     )
-    yield _mask_macros().tile_classes(may, must, span(KEYS, "n", KEYS.last), whole_span(KEYS, "n"))
+    walks_over_queries = plan.scheduler.kind == "key_blocks"
+    yield _mask_macros().tile_classes(
+        may, must, span(KEYS, "n", KEYS.last), whole_span(KEYS, "n"), walks_over_queries
+    )
+    if walks_over_queries:
+        yield _mask_macros().walk_of_keys()
     if plan.scheduler.kind == "query_blocks":
         of_spans, sees_span = classes.may_of_spans, ""
         if of_spans is classes.may:
@@ -175,7 +181,8 @@ def _pairs(plan: KernelPlan) -> Iterator[str]:
     if isinstance(step := steps.get(AddToElements), AddToElements):
         places = places_of(step.read, leaves(plan))
         yield _mask_macros().element_read(str(step.read), places, step.dst.of)
-    for mask in dict.fromkeys(each.mask for each in recovered if each.mask is not None):
+    hiding = [step for step in walk(plan.worker.program) if isinstance(step, RecoverP | HidePairs)]
+    for mask in dict.fromkeys(step.mask for step in hiding if step.mask is not None):
         yield _mask_macros().predicate(cuda_body([mask], leaves(plan)))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield _mask_macros().predicate(cuda_body([step.mask], leaves(plan)))

@@ -2,7 +2,7 @@
 
 from attngen.expr import Expr, free_names, nodes
 from attngen.plan import KernelPlan, walk
-from attngen.plan.steps import MaskScores, MaskScoresEach, ModifyScores, RecoverP, SeedScores
+from attngen.plan.steps import HidePairs, MaskScores, MaskScoresEach, ModifyScores, RecoverP, SeedScores
 
 
 def scores_of(plan: KernelPlan) -> tuple[Expr, ...]:
@@ -20,7 +20,7 @@ def expressions_of(plan: KernelPlan) -> tuple[Expr, ...]:
     """All that a kernel works out of pairs and blocks, and its tables of lookups."""
     masks: list[Expr] = []
     for step in walk(plan.worker.program):
-        if isinstance(step, MaskScoresEach | RecoverP) and step.mask is not None:
+        if isinstance(step, MaskScoresEach | RecoverP | HidePairs) and step.mask is not None:
             masks.append(step.mask)
         elif isinstance(step, MaskScores):
             masks += (*step.visible.lower, *step.visible.upper)

@@ -143,7 +143,8 @@ def _tile(kind: Kind, features: Features) -> Tile:
     The side that is looped over is fitted to given blocks.
     """
     tiles, score = TILES[kind], features.pairs.score
-    weight: Weight = "plain" if score is SCORE else "arithmetic"
+    hides_pairs = kind == "dk and dv" and features.visible_rows is None
+    weight: Weight = "plain" if score is SCORE and not hides_pairs else "arithmetic"
     is_asked = _is_asked_for_blocks(kind, features)
     works_masks_out = features.walks and (is_asked or not features.masks_by_interval)
     if _is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):

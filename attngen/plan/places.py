@@ -373,8 +373,9 @@ class RegVec:
 
 @dataclass(frozen=True)
 class Walk:
-    """A role's walk over the blocks of keys that a tile visits, from right to left, classed as it comes to them.
+    """A role's walk over the blocks that a tile visits, classed as it comes to them.
 
+    A tile of queries visits blocks of keys, from right to left; one of keys visits blocks of queries, in their order.
     Past the last block it stays there.
 
     Attributes:

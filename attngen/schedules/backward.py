@@ -18,7 +18,9 @@ from attngen.plan.steps import (
     ForBlocks,
     ForHeads,
     ForTiles,
+    ForVisited,
     Gemm,
+    HidePairs,
     LoadTile,
     Note,
     RecoverP,
@@ -26,16 +28,17 @@ from attngen.plan.steps import (
     ScaleGradient,
     ScoreGradient,
     StageTile,
+    StartWalk,
     Step,
     StoreGradient,
     SyncThreads,
     WaitCopies,
-    When,
     WhenBlock,
+    WhenPartial,
 )
-from attngen.schedules.key_loop import LOAD, M_BLOCK, VISIT, KeyBlock, KeyLoop
+from attngen.schedules.key_loop import LOAD, M_BLOCK, VISIT, KeyBlock, KeyLoop, Masked
 
-M, N_BLOCK, ZERO = BlockIndex("m"), BlockIndex("n_block"), BlockIndex("zero")
+M, N_BLOCK = BlockIndex("m"), BlockIndex("n_block")
 M_MIN, M_FULL_BEGIN = BlockIndex("m_min"), BlockIndex("m_full_begin")
 M_FULL_END, M_STOP = BlockIndex("m_full_end"), BlockIndex("m_stop")
 LAND: Program = (WaitCopies(0), SyncThreads())
@@ -63,15 +66,19 @@ class PairGradient:
     slope: Expr | None
     mask: Expr
 
-    def of(self, rows: BlockIndex, block: BlockIndex, is_masked: bool, wants_ds: bool = True) -> Program:
+    def of(self, rows: BlockIndex, block: BlockIndex, masked: Masked, wants_ds: bool = True) -> Program:
         """P and dS of a pair of blocks whose products are there."""
-        recover = self.recover(rows, block, is_masked, wants_ds)
-        return (recover, self.gradient(rows)) if wants_ds else (recover,)
+        recover = self.recover(rows, block, masked, wants_ds)
+        return (*recover, self.gradient(rows)) if wants_ds else recover
 
-    def recover(self, rows: BlockIndex, block: BlockIndex, is_masked: bool, wants_ds: bool = True) -> Step:
+    def recover(self, rows: BlockIndex, block: BlockIndex, masked: Masked, wants_ds: bool = True) -> Program:
         """P of a pair of blocks out of their product."""
-        mask, slope = self.mask if is_masked else None, self.slope if wants_ds else None
-        return RecoverP(self.s, self.p, self.lse, rows, block, self.score, slope, mask)
+        slope = self.slope if wants_ds else None
+        mask = self.mask if masked == "maybe" else None
+        recover = RecoverP(self.s, self.p, self.lse, rows, block, self.score, slope, mask)
+        if masked != "where the walk says so":
+            return (recover,)
+        return (recover, WhenPartial(VISIT, (HidePairs(self.s, self.p, rows, block, self.mask),)))
 
     def gradient(self, rows: BlockIndex) -> Step:
         """dS of a pair of blocks whose P is there."""
@@ -211,34 +218,38 @@ class KeyGradientPlaces(OverQueriesPlaces):
     gradients: tuple[OwnGradient, ...]
 
 
-def for_queries(visible: IndexRange | None, body: Callable[[bool], Program], split: bool = True) -> Program:
-    """Run a body, which may mask, for every block of queries that sees the tile's keys, unmasked ones apart if `split`.
+OverQueries = Callable[[BlockIndex, Masked], Program]
+"""What is done with a block of queries: its number, and whether some pairs of it are hidden."""
 
-    Without a closed form nobody knows of the next block before it is there.
+
+def for_queries(visible: IndexRange | None, body: OverQueries, split: bool = True) -> Program:
+    """Run a body for every block of queries that sees the tile's keys, unmasked ones apart if `split`.
+
+    Without a closed form they are come to in a walk.
     """
     if visible is None:
-        every = Range("rows", ZERO, BlockIndex("m_max"), descending=False, tile_class="any")
-        return (ForBlocks(every, "m", (When("m sees n", body(True)),)),)
+        return (StartWalk(VISIT), ForVisited(VISIT, body(VISIT.n, "where the walk says so")))
     if not split:
-        return (ForBlocks(Range("all", M_MIN, M_STOP, descending=False, tile_class="any"), "m", body(False)),)
+        every = Range("all", M_MIN, M_STOP, descending=False, tile_class="any")
+        return (ForBlocks(every, "m", body(M, "no")),)
     left = Range("left", M_MIN, M_FULL_BEGIN, descending=False, tile_class="partial")
     full = Range("full", M_FULL_BEGIN, M_FULL_END, descending=False, tile_class="full")
     right = Range("right", M_FULL_END, M_STOP, descending=False, tile_class="partial")
     ranges = (*((left,) if visible.lower else ()), full, right)
-    return tuple(ForBlocks(each, "m", body(each is not full)) for each in ranges)
+    return tuple(ForBlocks(each, "m", body(M, "no" if each is full else "maybe")) for each in ranges)
 
 
-def over_keys(at: OverKeysPlaces, work: Callable[[BlockIndex, bool], Program]) -> Program:
-    """Work on every block of keys that the tile's queries see: its number, and whether some pair of it is masked."""
+def over_keys(at: OverKeysPlaces, work: Callable[[BlockIndex, Masked], Program]) -> Program:
+    """Work on every block of keys that the tile's queries see: its number, and whether some pairs of it are hidden."""
 
     def load(block: BlockIndex) -> Program:
         return at.load_keys(block, at.load_at)
 
     def block(at_block: KeyBlock) -> Program:
-        n, is_masked = at_block.n, at_block.masked != "no"
+        n, masked = at_block.n, at_block.masked
         if at.load_at is None:
-            return at.alone(load(n), work(n, is_masked))
-        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, is_masked))
+            return at.alone(load(n), work(n, masked))
+        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, masked))
 
     if at.load_at is None:
         walks: Program = at.keys.start(VISIT)
@@ -258,12 +269,12 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
     """The program of every warp: dQ of a block of queries, over the keys that it sees."""
     k, v = at.k.at(at.read_at), at.v.at(at.read_at)
 
-    def work(n: BlockIndex, is_masked: bool) -> Program:
+    def work(n: BlockIndex, masked: Masked) -> Program:
         return (
             Note("S = Q Kᵀ, dP = dO Vᵀ"),
             Gemm(at.pair.s, at.q.at(), k, starts_at_zero=True, unroll=at.score_unroll),
             Gemm(at.pair.dp, at.do.at(), v, starts_at_zero=True, unroll=at.score_unroll),
-            *at.pair.of(M_BLOCK, n, is_masked),
+            *at.pair.of(M_BLOCK, n, masked),
             Note("dQ += dS K"),
             Gemm(at.dq.acc, at.pair.ds, k, starts_at_zero=False),
         )
@@ -280,13 +291,13 @@ def query_gradients(at: QueryGradientPlaces) -> Program:
     )
 
 
-def over_queries(at: OverQueriesPlaces, work: Callable[[bool], Program]) -> Program:
-    """Work on every block of queries, of one head, that see the tile's keys: whether some pair of it is masked."""
+def over_queries(at: OverQueriesPlaces, work: OverQueries) -> Program:
+    """Work on every block of queries, of one head, that see the tile's keys."""
 
-    def block(is_masked: bool) -> Program:
+    def block(m: BlockIndex, masked: Masked) -> Program:
         if at.load_at is None:
-            return at.alone(at.load_queries(M), work(is_masked))
-        return at.ahead(WhenBlock(M_STOP - 1, M + 1, at.load_queries(M + 1, at.load_at)), work(is_masked))
+            return at.alone(at.load_queries(m), work(m, masked))
+        return at.ahead(WhenBlock(M_STOP - 1, m + 1, at.load_queries(m + 1, at.load_at)), work(m, masked))
 
     loops = for_queries(at.visible, block)
     if at.load_at is None:
@@ -307,12 +318,12 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
     keys = at.load_keys(N_BLOCK) if wants_ds else (LoadTile(at.k.at(), at.k_in, N_BLOCK, pads=True),)
     dp = Gemm(at.pair.dp, at.v.at(), do, starts_at_zero=True, unroll=at.score_unroll)
 
-    def work(is_masked: bool) -> Program:
+    def work(m: BlockIndex, masked: Masked) -> Program:
         return (
             Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
             Gemm(at.pair.s, at.k.at(), q, starts_at_zero=True, unroll=at.score_unroll),
             *((dp,) if wants_ds else ()),
-            *at.pair.of(M, N_BLOCK, is_masked, wants_ds),
+            *at.pair.of(m, N_BLOCK, masked, wants_ds),
             Note("dV += Pᵀ dO, dK += dSᵀ Q"),
             *(Gemm(each.acc, each.pairs, each.times, starts_at_zero=False) for each in at.gradients),
         )

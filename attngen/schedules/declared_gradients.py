@@ -6,7 +6,7 @@ for each of its rows, of every head by itself; `SumRows` adds those up where an 
 looked up here and there is summed in a table of each thread, or where it stands, in no order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attngen.expr import Expr
 from attngen.plan import (
@@ -33,7 +33,6 @@ from attngen.plan.steps import (
     ForTiles,
     Gemm,
     Note,
-    RecoverP,
     ReduceRows,
     StorePairs,
     StoreRegisters,
@@ -46,13 +45,12 @@ from attngen.plan.steps import (
 from attngen.schedules.backward import (
     N_BLOCK,
     GradientPlaces,
-    M,
     OverKeysPlaces,
     OverQueriesPlaces,
     over_keys,
     over_queries,
 )
-from attngen.schedules.key_loop import M_BLOCK
+from attngen.schedules.key_loop import M_BLOCK, Masked
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,9 @@ class ElementSumPlaces(OverKeysPlaces):
     result: Elements
 
 
-def _slopes(at: GradientPlaces, rows: BlockIndex, block: BlockIndex, is_masked: bool) -> Program:
+def _slopes(at: GradientPlaces, rows: BlockIndex, block: BlockIndex, masked: Masked) -> Program:
     """S and dP of a pair of blocks, or their transposes, and P times the derivative of the score in the place of S."""
-    pair, mask = at.pair, at.pair.mask if is_masked else None
+    pair = replace(at.pair, p=None)
     is_transposed = pair.s.axes[0] == "keys"
 
     def products(acc: RegTile, queries: View, keys: View) -> Gemm:
@@ -138,7 +136,7 @@ def _slopes(at: GradientPlaces, rows: BlockIndex, block: BlockIndex, is_masked: 
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ" if is_transposed else "S = Q Kᵀ, dP = dO Vᵀ"),
         products(pair.s, at.q.at(of_queries), at.k.at(of_keys)),
         products(pair.dp, at.do.at(of_queries), at.v.at(of_keys)),
-        RecoverP(pair.s, None, pair.lse, rows, block, pair.score, pair.slope, mask),
+        *pair.recover(rows, block, masked),
     )
 
 
@@ -146,7 +144,7 @@ def pair_sums(at: PairSumPlaces) -> Program:
     """The program of every warp: the elements of a pair of blocks, each summed over batches and heads that share it."""
     pair = at.pair
     work = (
-        *_slopes(at, M_BLOCK, N_BLOCK, is_masked=True),
+        *_slopes(at, M_BLOCK, N_BLOCK, "maybe"),
         AddPairs(pair.s, pair.dp, pair.delta, M_BLOCK, at.acc),
     )
     visit = When("m sees n", at.alone((*at.load_queries(M_BLOCK), *at.load_keys(N_BLOCK)), work))
@@ -157,9 +155,9 @@ def query_sums(at: QuerySumPlaces) -> Program:
     """The program of every warp: a sum for each query of a block, over the keys that it sees."""
     pair, sums = at.pair, at.sums
 
-    def work(n: BlockIndex, is_masked: bool) -> Program:
+    def work(n: BlockIndex, masked: Masked) -> Program:
         add = SumPairs(pair.s, pair.dp, pair.delta, M_BLOCK, sums.part)
-        return (*_slopes(at, M_BLOCK, n, is_masked), add)
+        return (*_slopes(at, M_BLOCK, n, masked), add)
 
     return (
         ForTiles(
@@ -177,9 +175,9 @@ def table_sums(at: TableSumPlaces) -> Program:
     """The program of every warp: a table of sums over the pairs of a block of queries."""
     pair = at.pair
 
-    def work(n: BlockIndex, is_masked: bool) -> Program:
+    def work(n: BlockIndex, masked: Masked) -> Program:
         add = AddToTable(pair.s, pair.dp, pair.delta, M_BLOCK, n, at.table, at.entry)
-        return (*_slopes(at, M_BLOCK, n, is_masked), add)
+        return (*_slopes(at, M_BLOCK, n, masked), add)
 
     store = (SyncThreads(), StoreTable(at.table, at.result, M_BLOCK))
     return (ForTiles((ClearTable(at.table), *over_keys(at, work), *store)),)
@@ -189,9 +187,9 @@ def element_sums(at: ElementSumPlaces) -> Program:
     """The program of every warp: what the pairs of a block of queries read, added to where it stands."""
     pair = at.pair
 
-    def work(n: BlockIndex, is_masked: bool) -> Program:
+    def work(n: BlockIndex, masked: Masked) -> Program:
         add = AddToElements(pair.s, pair.dp, pair.delta, M_BLOCK, n, at.result, at.read)
-        return (*_slopes(at, M_BLOCK, n, is_masked), add)
+        return (*_slopes(at, M_BLOCK, n, masked), add)
 
     return (ForTiles(over_keys(at, work)),)
 
@@ -200,9 +198,9 @@ def key_sums(at: KeySumPlaces) -> Program:
     """The program of every warp: a sum for each key of a block and each head, over the queries that see it."""
     pair, sums = at.pair, at.sums
 
-    def work(is_masked: bool) -> Program:
-        add = SumPairs(pair.s, pair.dp, pair.delta, M, sums.part)
-        return (*_slopes(at, M, N_BLOCK, is_masked), add)
+    def work(m: BlockIndex, masked: Masked) -> Program:
+        add = SumPairs(pair.s, pair.dp, pair.delta, m, sums.part)
+        return (*_slopes(at, m, N_BLOCK, masked), add)
 
     of_head = (
         Clear(sums.part),

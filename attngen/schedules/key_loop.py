@@ -17,6 +17,8 @@ M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
     BlockIndex("n_max"),
 )
 VISIT, LOAD = Walk("visit"), Walk("load")
+Masked = Literal["maybe", "where the walk says so", "no"]
+"""Whether the mask, or an end, hides some pairs of a block."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class KeyBlock:
     rows: BlockIndex
     n: BlockIndex
     before: BlockIndex
-    masked: Literal["maybe", "where the walk says so", "no"]
+    masked: Masked
     may_be_last: bool
 
 

@@ -7,6 +7,7 @@ Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1 and appen
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from attngen.expr import IndexRange
 from attngen.plan import (
@@ -45,8 +46,8 @@ from attngen.plan.steps import (
     WhenAtEnd,
     ZeroTail,
 )
-from attngen.schedules.backward import N_BLOCK, M, OwnGradient, PairGradient, for_queries
-from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop
+from attngen.schedules.backward import N_BLOCK, OwnGradient, PairGradient, for_queries
+from attngen.schedules.key_loop import M_BLOCK, VISIT, KeyBlock, KeyLoop, Masked
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
             *v.wait_beside(k),
             IssueGemm(pair.dp, at.do.here.own, v.here, starts_at_zero=True),
             WaitGemm(1, (pair.s,)),
-            pair.recover(M_BLOCK, of.n, is_masked=of.masked != "no"),
+            *pair.recover(M_BLOCK, of.n, of.masked),
             WaitGemm(0, (pair.dp,)),
             *(() if v.reads == k.reads else _leave(v)),
             pair.gradient(M_BLOCK),
@@ -237,18 +238,17 @@ def key_gradients(at: WarpgroupKeyPlaces) -> dict[str, Program]:
     consumer = (
         *(Clear(each.acc) for each in at.gradients),
         *_wait_once(*own_keys),
-        ForHeads(for_queries(at.visible, lambda is_masked: _block_of_queries(at, is_masked))),
+        ForHeads(for_queries(at.visible, partial(_block_of_queries, at))),
         *at.put_out(N_BLOCK),
     )
-    loads = _load_next(M, at.q, at.do)
     producer = (
         *(step for each in own_keys for step in each.load(N_BLOCK)),
-        ForHeads(for_queries(at.visible, lambda is_masked: loads, split=False)),
+        ForHeads(for_queries(at.visible, lambda m, _: _load_next(m, at.q, at.do), split=False)),
     )
     return {"consumer": (ForTiles(consumer),), "producer": (ForTiles(producer),)}
 
 
-def _block_of_queries(at: WarpgroupKeyPlaces, is_masked: bool) -> Program:
+def _block_of_queries(at: WarpgroupKeyPlaces, m: BlockIndex, masked: Masked) -> Program:
     """Products of a block of queries; each gradient's is issued as soon as its operand is there."""
     pair, q, v, do = at.pair, at.q, at.v, at.do
     of_p = [each for each in at.gradients if each.pairs is pair.p]
@@ -265,15 +265,15 @@ def _block_of_queries(at: WarpgroupKeyPlaces, is_masked: bool) -> Program:
     dv = (Note("dV += Pᵀ dO"), *issue(of_p)) if of_p else ()
     early, late = ((), dv) if at.dv_late else (dv, ())
     return (
-        *at.zero_tails(M, q, do),
+        *at.zero_tails(m, q, do),
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ" if v else "Sᵀ = K Qᵀ"),
         *scores,
         *dp,
         WaitGemm(1 if v else 0, (pair.s,)),
-        pair.recover(M, N_BLOCK, is_masked, wants_ds=v is not None),
+        *pair.recover(m, N_BLOCK, masked, wants_ds=v is not None),
         *(() if v else do.wait_beside(q)),
         *early,
-        *((WaitGemm(1 if early else 0, (pair.dp,)), pair.gradient(M)) if v else ()),
+        *((WaitGemm(1 if early else 0, (pair.dp,)), pair.gradient(m)) if v else ()),
         *late,
         *((Note("dK += dSᵀ Q"), *issue(of_ds)) if of_ds else ()),
         *land(len(of_ds), of_p),

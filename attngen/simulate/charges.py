@@ -17,6 +17,7 @@ from attngen.plan.steps import (
     Exponentiate,
     FinishRows,
     Gemm,
+    HidePairs,
     IssueGemm,
     LoadRegisters,
     LoadTile,
@@ -102,6 +103,7 @@ _OPERAND: dict[type[Step], str] = {
     ReduceRows: "part",
     FinishRows: "row_sum",
     ScaleGradient: "acc",
+    HidePairs: "s",
 }
 """The operand whose elements a Step on registers works through."""
 

@@ -14,6 +14,7 @@ from attngen.plan.steps import (
     Clear,
     ConvertP,
     Exponentiate,
+    HidePairs,
     MaskScores,
     MaskScoresEach,
     ModifyScores,
@@ -106,6 +107,7 @@ H200 = Costs(
             MaskScores: 4,  # ISETP and FSEL
             MaskScoresEach: 12,  # the mask itself, then as above
             RecoverP: 2,  # FFMA, MUFU; rounding, a mask and a score as above, and the slope as a score
+            HidePairs: 12,  # as MaskScoresEach
             ScoreGradient: 3,  # FADD, FMUL, and F2FP as above
             ScaleGradient: 1,  # FMUL
         }

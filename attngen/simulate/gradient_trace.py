@@ -14,7 +14,7 @@ import torch
 from attngen.bind import bind, check_arguments
 from attngen.errors import ArgumentError
 from attngen.plan import GRADIENTS_INTAKE, SCORES, Call, RegTile, Rows
-from attngen.plan.steps import Gemm, RecoverP, ScoreGradient, StageTile
+from attngen.plan.steps import Gemm, HidePairs, RecoverP, ScoreGradient, StageTile
 from attngen.simulate.launches import run_call
 from attngen.simulate.roles import Event
 from attngen.simulate.trace import existing, matrix_lines, span_text
@@ -111,6 +111,8 @@ class _Board:
             self._pair_of = self._spans(event, step)
             name = "P" if step.slope is None else "P times slope"
             self._pair = {name: self._of_pair(event, step.s)}
+        elif isinstance(step, HidePairs):
+            self._pair = {name: self._of_pair(event, step.s) for name in self._pair}
         elif isinstance(step, ScoreGradient):
             assert self._pair_of is not None
             assert isinstance(step.delta, Rows)

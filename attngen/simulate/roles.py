@@ -6,7 +6,7 @@ resumes them, is in `blocks.py`; what each Step does, in the modules named in `r
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,6 +180,9 @@ class RoleRun:
         if self.call.plan.key_blocks is not None:
             seen = self.call.visits.bounds_of(self.variables["n_block"], self.tile.members[0])
             self.variables |= dict(zip(("m_min", "m_full_begin", "m_full_end", "m_stop"), seen, strict=True))
+        else:
+            walk = self.call.visits.walk_of_keys(self.variables["n_block"], self.tile.members[0])
+            self.tile = replace(self.tile, walk=walk)
 
     # ---- who knows what ---------------------------------------------------------------------------------------------
     @property

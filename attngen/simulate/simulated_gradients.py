@@ -6,6 +6,7 @@ from attngen.expr import Expr, evaluate
 from attngen.plan import Axis, BlockIndex, RegTile, RegVec, View
 from attngen.plan.steps import (
     ForHeads,
+    HidePairs,
     RecoverP,
     RowNumbers,
     ScaleGradient,
@@ -52,6 +53,18 @@ def recover_p(step: RecoverP, role: RoleRun) -> None:
         role.write(step.p, lambda: rounded(p, dtype))
     if step.slope is not None:
         role.write(step.s, steepened, p)
+
+
+def hide_pairs(step: HidePairs, role: RoleRun) -> None:
+    """Nothing of the pairs that are hidden or do not exist."""
+    pairs = TilePairs(step.s, step.rows, step.block, role)
+    exists = (pairs.q_idx < role.tile.seqlen_q) & (pairs.kv_idx < role.tile.seqlen_k)
+
+    def shown(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(exists & pairs.value(step.mask), values, 0.0).expand_as(values).contiguous()
+
+    for place in filter(None, (step.s, step.p)):
+        role.write(place, shown, role.read(place))
 
 
 def score_gradient(step: ScoreGradient, role: RoleRun) -> None:

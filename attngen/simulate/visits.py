@@ -128,7 +128,7 @@ class BlockBounds(NamedTuple):
 
 
 class Visited(NamedTuple):
-    """A block of keys that a walk comes to, and whether some pair of it is hidden."""
+    """A block of keys, or of queries, that a walk comes to, and whether some pair of it is hidden."""
 
     n: int
     is_partial: bool
@@ -212,9 +212,29 @@ def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> tup
     """
     numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
     names = _names(plan, sizes, member, QUERIES, m_block) | _names(plan, sizes, member, KEYS, numbers)
+    return tuple(reversed(_visited(plan, sizes, names, numbers, member)))
+
+
+def walk_of_keys(plan: KernelPlan, sizes: Sizes, n_block: int, member: Member) -> tuple[Visited, ...]:
+    """The blocks of queries that see a block of keys, in their order, each classed by itself; else as `walk_of`."""
+    numbers = torch.arange(ceil_div(member.seqlen_q, plan.block_m))
+    names = _names(plan, sizes, member, QUERIES, numbers) | _names(plan, sizes, member, KEYS, n_block)
+    queries_exist = evaluate(QUERIES.whole_span[QUERIES.last.name], names) < member.seqlen_q
+    return _visited(plan, sizes, names, numbers, member, queries_exist)
+
+
+def _visited(
+    plan: KernelPlan,
+    sizes: Sizes,
+    names: Mapping[str, Any],
+    numbers: torch.Tensor,
+    member: Member,
+    exist: torch.Tensor | bool = True,
+) -> tuple[Visited, ...]:
+    """Those of the numbered blocks that are visited; full are some whose keys are there, and that `exist`."""
     may, must = _classes(plan, sizes, names, len(numbers))
-    full = must & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
-    return tuple(Visited(n, not full[n].item()) for n in reversed(numbers[may].tolist()))
+    full = must & exist & (evaluate(KEYS.whole_span[KEYS.last.name], names) < member.seqlen_k)
+    return tuple(Visited(n, not full[n].item()) for n in numbers[may].tolist())
 
 
 def _classes(
@@ -236,10 +256,7 @@ def visiting_blocks(plan: KernelPlan, sizes: Sizes, n_block: int, member: Member
     if plan.key_blocks is not None:
         (seen,) = block_bounds(plan, sizes, [n_block], member)
         return tuple(range(seen.n_min, seen.n_max))
-    numbers = torch.arange(ceil_div(member.seqlen_q, plan.block_m))
-    names = _names(plan, sizes, member, QUERIES, numbers) | _names(plan, sizes, member, KEYS, n_block)
-    may, _ = _classes(plan, sizes, names, len(numbers))
-    return tuple(numbers[may].tolist())
+    return tuple(block.n for block in walk_of_keys(plan, sizes, n_block, member))
 
 
 def visited_blocks(
@@ -288,6 +305,10 @@ class Visits:
     def rows_of(self, n_block: int, member: Member) -> tuple[int, ...]:
         """The blocks of rows that visit a block of keys."""
         return self._once("rows", n_block, member, lambda: visiting_blocks(*self._of_launch, n_block, member))
+
+    def walk_of_keys(self, n_block: int, member: Member) -> tuple[Visited, ...]:
+        """As the function of this name."""
+        return self._once("walk", n_block, member, lambda: walk_of_keys(*self._of_launch, n_block, member))
 
     def bounds_of(self, block: int, member: Member) -> BlockBounds:
         """As `block_bounds` of one block."""

@@ -11,6 +11,11 @@ DEV void copy_tile_f32(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {
   }
 }
 
+// Of two 16-bit elements of a register those that are told to stay; the others become 0.
+DEV void keep_halves(u32& pair, const bool (&stay)[2]) {
+  pair &= (stay[0] ? 0x0000ffffu : 0u) | (stay[1] ? 0xffff0000u : 0u);
+}
+
 // Eight neighbours of a row in device memory: 16 bytes of 16-bit elements.
 template <class Format, class Pair>
 struct PackedRow {

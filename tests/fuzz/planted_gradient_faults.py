@@ -12,7 +12,7 @@ from attngen.bind import bind, check_arguments
 from attngen.fuzz.trial import Make
 from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, KernelPlan, Step
-from attngen.plan.steps import ForHeads, LoadTile, RecoverP, ScaleGradient, ScoreGradient
+from attngen.plan.steps import ForHeads, HidePairs, LoadTile, RecoverP, ScaleGradient, ScoreGradient
 from attngen.simulate import SIMULATED_SMS, STEPS_SIMULATED, RoleRun, StepFunction, run_call
 from attngen.simulate.roles import Run
 from attngen.simulate.simulated_copies import rounded
@@ -110,8 +110,10 @@ def _slope_forgotten(step: Step) -> Step:
     return replace(step, slope=None) if isinstance(step, RecoverP) else step
 
 
-def _mask_forgotten(step: Step) -> Step:
+def _mask_forgotten(step: Step) -> Step | None:
     """Queries and keys that the mask hides, or that there are not, count."""
+    if isinstance(step, HidePairs):
+        return None
     return replace(step, mask=None) if isinstance(step, RecoverP) else step
 
 

@@ -22,8 +22,8 @@ OWNERS = ("acc_dq", "acc_dk", "acc_dv")
 
 def others_block(role: RoleRun) -> int:
     """The block of the side that is looped over."""
-    names = ("m",) if role.tile.n_block is not None else ("n", "visit.n")
-    return next(role.variables[name] for name in names if name in role.variables)
+    looped = "m" if role.tile.n_block is not None else "n"
+    return role.variables.get(looped, role.variables.get("visit.n", -1))
 
 
 def times(count: int, only: Callable[[RoleRun], bool], owner: str) -> dict:

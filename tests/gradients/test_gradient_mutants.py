@@ -13,7 +13,7 @@ import pytest
 
 from attngen.expr import Expr, parse_mask
 from attngen.plan import Step
-from attngen.plan.steps import Gemm, RecoverP, ScaleGradient, ScoreGradient
+from attngen.plan.steps import Gemm, HidePairs, RecoverP, ScaleGradient, ScoreGradient
 from attngen.simulate import STEPS_SIMULATED, RoleRun, StepFunction
 from attngen.simulate.simulated_copies import rounded
 from attngen.simulate.tile_source import Tile
@@ -41,13 +41,17 @@ def adds_nothing(step: Gemm, role: RoleRun) -> None:
 
 def drops_the_last_block(step: Gemm, role: RoleRun) -> None:
     """Of the side that is looped over, the block with the highest number has no part in a gradient."""
-    last = {"n": role.variables["n_end"] - 1, "m": role.variables["m_max"] - 1}
-    is_last = any(role.variables.get(name) == block for name, block in last.items())
+    looped, count = ("m", "m_max") if role.tile.n_block is not None else ("n", "n_end")
+    is_last = role.variables.get(looped, role.variables.get("visit.n")) == role.variables[count] - 1
     (adds_nothing if is_last else run)(step, role)
 
 
 def masks_by(mask: Expr | None, step: RecoverP, role: RoleRun) -> Run:
     return run(replace(step, mask=step.mask and mask), role)
+
+
+def hides_nothing(step: HidePairs, role: RoleRun) -> None:
+    """All pairs count."""
 
 
 def forgets_the_slope(step: RecoverP, role: RoleRun) -> Run:
@@ -154,7 +158,10 @@ MUTANTS = {
     "one key too many": Mutant(
         f"integers, documents, {RULE}", {RecoverP: partial(masks_by, parse_mask("kv_idx <= q_pos + 1"))}
     ),
-    "no mask": Mutant(f"integers, documents, nothing, {RULE}", {RecoverP: partial(masks_by, None)}),
+    "no mask": Mutant(
+        f"integers, documents, nothing, {RULE}",
+        {RecoverP: partial(masks_by, None), HidePairs: hides_nothing},
+    ),
     "causal aligned to the top left": Mutant("integers", edit=masked_by("kv_idx <= q_idx")),
     "a window cut short": Mutant("window", edit=masked_by("window(64, 64)")),
     "slope forgotten": Mutant(f"factor, {RULE}", {RecoverP: forgets_the_slope}),

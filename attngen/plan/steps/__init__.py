@@ -53,6 +53,7 @@ from attngen.plan.steps.declared_steps import (
 from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
 from attngen.plan.steps.gradient_steps import (
     GradientOfPairs,
+    HidePairs,
     RecoverP,
     RowNumbers,
     ScaleGradient,
@@ -149,6 +150,7 @@ __all__ = [
     "ReadTile",
     "ReadTopScale",
     "ReadValueWeight",
+    "HidePairs",
     "RecoverP",
     "ReduceRows",
     "Release",

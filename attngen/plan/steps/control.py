@@ -92,12 +92,12 @@ class WhenAtEnd(Step):
 
 @dataclass(frozen=True)
 class StartWalk(Step):
-    """Stand before the first block of keys that the tile visits."""
+    """Stand before the first block that the tile visits."""
 
     walk: Walk
 
     def __str__(self) -> str:
-        return f"start {self.walk}, a walk over the blocks of keys that the mask shows"
+        return f"start {self.walk}, a walk over the blocks that the mask shows"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class WhenVisited(Step):
 
 @dataclass(frozen=True)
 class WhenPartial(Step):
-    """Run the body where the mask, or the end of the keys, hides some pair of the block that a walk stands at."""
+    """Run the body where the mask, or the end of a sequence, hides some pair of the block that a walk stands at."""
 
     walk: Walk
     body: Program

@@ -73,6 +73,30 @@ class RecoverP(Step):
 
 
 @dataclass(frozen=True)
+class HidePairs(Step):
+    """s and p are 0 for pairs that are hidden or do not exist, whatever they are there, and for others what they are.
+
+    A Step of its own where blocks that a mask hides nothing of are told apart at run time: two `RecoverP`, of which one
+    masks, would take more registers than there are.
+
+    Attributes:
+        s: P of each pair, times the derivative of the score.
+        p: P, rounded; None where nobody wants it.
+        rows, block: of queries and of keys.
+        mask: which pairs are visible.
+    """
+
+    s: RegTile
+    p: RegTile | None
+    rows: BlockIndex
+    block: BlockIndex
+    mask: Expr
+
+    def __str__(self) -> str:
+        return f"{self.s}{f', {self.p}' if self.p else ''} = 0 where masked"
+
+
+@dataclass(frozen=True)
 class GradientOfPairs:
     """What the Steps have in common that make s (dp - delta) of every pair of a tile.
 
