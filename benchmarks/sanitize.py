@@ -17,7 +17,7 @@ Each result is held against the reference on the CPU. `--device cpu` runs the pl
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -95,9 +95,10 @@ class Set:
     shapes: tuple[Shape, ...] = SHAPES
     is_added: bool = False
 
-    def kernels(self, arch: str | None) -> list[attngen.Kernel]:
-        """All of them, compiled at the same time."""
-        specs = [{**fields, "schedule": {"kind": kind}} for fields in self.specs for kind in self.kinds]
+    def kernels(self, arch: str | None, only: Collection[str] = KINDS) -> list[attngen.Kernel]:
+        """All of them that have one of these schedules, compiled at the same time."""
+        kinds = [kind for kind in self.kinds if kind in only]
+        specs = [{**fields, "schedule": {"kind": kind}} for fields in self.specs for kind in kinds]
         with ThreadPoolExecutor() as pool:
             return list(pool.map(lambda spec: attngen.compile(spec, arch), specs))
 
@@ -260,7 +261,14 @@ def main() -> int:
         "sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all where none is named"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="schedules; all unless named"
+    )
+    parser.add_argument("--list", action="store_true", help="name the sets, and do nothing else")
     given = parser.parse_args()
+    if given.list:
+        print("\n".join(SETS))
+        return 0
     if unknown := set(given.sets) - SETS.keys():
         parser.error(f"no such set: {', '.join(sorted(unknown))}; there are {', '.join(SETS)}")
     arch = None if given.device == "cuda" else "sm_90a"
@@ -268,7 +276,7 @@ def main() -> int:
     for name in given.sets or SETS:
         right = made = 0
         for each in SETS[name]():
-            for kernel in each.kernels(arch):
+            for kernel in each.kernels(arch, given.kinds):
                 for shape in each.shapes:
                     for verdict in results(kernel, shape, given.device, each.is_added):
                         made += 1
