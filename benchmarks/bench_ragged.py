@@ -114,13 +114,13 @@ def first(made: Any) -> Tensors:
 
 
 def beside_fa3(ms: Medians) -> Iterator[Figure]:
-    """How many times as fast as FlashAttention-3 each way is, against its faster number of splits."""
+    """How many times as fast as FlashAttention-3 each way is, by whichever number of splits that is faster."""
     for made in MADE_BEFORE:
         theirs = min((ms[name] for name in ms if name.startswith(f"{made}fa3 ")), default=math.nan)
         for way in ("ragged", "sorted"):
-            yield Figure(f"{made}{way}, of {made}fa3", theirs / ms[f"{made}{way}"], at_least=1.0)
+            yield Figure(f"speed of {made}{way} to {made}fa3's", theirs / ms[f"{made}{way}"], at_least=1.0)
     if "flash" in ms:
-        yield Figure("ragged of torch's varlen", ms["flash"] / ms["ragged"])
+        yield Figure("speed of ragged to torch's", ms["flash"] / ms["ragged"])
 
 
 def equal_lengths(of: Packed) -> Comparison:
@@ -139,7 +139,7 @@ def equal_lengths(of: Packed) -> Comparison:
 
     def figures(ms: Medians) -> Iterator[Figure]:
         for name in runs:
-            yield Figure(f"{name}, of dense", ms[name] / ms["dense"], at_most=1.02)
+            yield Figure(f"time of {name} to dense's", ms[name] / ms["dense"], at_most=1.02)
 
     return Comparison(candidates, figures)
 
@@ -165,7 +165,7 @@ def skewed(of: Packed) -> Comparison:
     def figures(ms: Medians) -> Iterator[Figure]:
         both = ms["dense, the long one"] + ms["dense, the others"]
         for made in MADE_BEFORE:
-            yield Figure(f"{made}ragged, of both", ms[f"{made}ragged"] / both, at_most=1.1)
+            yield Figure(f"time of {made}ragged to both's", ms[f"{made}ragged"] / both, at_most=1.1)
 
     return Comparison(candidates, figures)
 
@@ -189,7 +189,7 @@ def backward_documents(of: Packed, causal: bool) -> Comparison:
         candidates |= peer("flex", lambda: Candidate(flex_backward(of, causal, dout, leaves), wanted))
 
     def figures(ms: Medians) -> Iterator[Figure]:
-        yield Figure("ragged, of flex", ms["flex"] / ms["ragged"], at_least=1.3)
+        yield Figure("speed of ragged to flex's", ms["flex"] / ms["ragged"], at_least=1.3)
 
     return Comparison(candidates, figures)
 
@@ -219,7 +219,7 @@ def backward_equal(of: Packed, causal: bool) -> Comparison:
     of_batch = tuple(x.unflatten(0, batch) for x in wanted)
 
     def figures(ms: Medians) -> Iterator[Figure]:
-        yield Figure("ragged, of dense", ms["ragged"] / ms["dense"], at_most=1.05)
+        yield Figure("time of ragged to dense's", ms["ragged"] / ms["dense"], at_most=1.05)
 
     return Comparison({"ragged": Candidate(run, wanted), "dense": Candidate(dense, of_batch)}, figures)
 
@@ -257,7 +257,7 @@ def main() -> int:
         "list": ragged_launches.of_launches,
     }
     means = {
-        f"{made}{way}, of {made}fa3": GOAL_OF_DOCUMENTS
+        f"speed of {made}{way} to {made}fa3's": GOAL_OF_DOCUMENTS
         for made in MADE_BEFORE
         for way in ("ragged", "sorted")
     }

@@ -137,11 +137,13 @@ def given_blocks(seqlen: int, share: float, device: str = "cuda", heads: int = H
     def figures(ms: Medians) -> Iterator[Figure]:
         for name in runs:
             if share == 1:
-                yield Figure(f"{name} of all blocks, of none", ms[name] / ms["dense"], at_most=1.03)
+                yield Figure(f"time of all blocks by {name} to none's", ms[name] / ms["dense"], at_most=1.03)
                 continue
-            yield Figure(f"a block by {name}, of dense", ms[name] / visited / ms["dense"], at_most=1.12)
+            yield Figure(
+                f"time of a block by {name} to dense's", ms[name] / visited / ms["dense"], at_most=1.12
+            )
             if "flex" in candidates:
-                yield Figure(f"{name}, of flex", ms["flex"] / ms[name], at_least=1.5)
+                yield Figure(f"speed of {name} to flex's", ms["flex"] / ms[name], at_least=1.5)
 
     return Comparison(candidates, figures)
 
@@ -170,7 +172,7 @@ def learned_sink(
     }
 
     def figures(ms: Medians) -> Iterator[Figure]:
-        yield Figure("with a sink, of without", ms["with"] / ms["without"], at_most=1.01)
+        yield Figure("time with a sink to without", ms["with"] / ms["without"], at_most=1.01)
 
     return Comparison(candidates, figures)
 

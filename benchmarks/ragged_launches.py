@@ -56,7 +56,7 @@ class Listing:
             end.synchronize()
             samples.append(start.elapsed_time(end) / IN_GRAPH)
         us = median(samples) * 1e3
-        figure = Figure(f"a launch, in a CUDA graph of {IN_GRAPH},", us, at_most=4.0, unit=" us")
+        figure = Figure(f"a launch among {IN_GRAPH} of a CUDA graph", us, at_most=4.0, unit=" us")
         return {"ms": {"list": samples}, "figures": [figure]}
 
 
@@ -84,7 +84,7 @@ class OnHost:
                 torch.cuda.synchronize()
         us = {name: median(times) * 1e3 for name, times in samples.items()}
         more = [
-            Figure(f"{name}, over a dense call,", us[name] - us["dense"], at_most=2.0, unit=" us")
+            Figure(f"{name} beyond dense", us[name] - us["dense"], at_most=2.0, unit=" us")
             for name in us
             if name != "dense"
         ]
