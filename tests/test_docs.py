@@ -114,3 +114,11 @@ def test_specs_of_the_pages_are_legal(page: str) -> None:
 def test_python_of_the_pages_runs(text: str, tmp_path: Path) -> None:
     """Every block that makes its own tensors runs on a machine without a GPU."""
     subprocess.run([sys.executable, "-c", text], check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_every_gpu_test_is_of_one_area() -> None:
+    """The script that runs them on a machine with a GPU names each file once, and no other."""
+    script = (ROOT / "benchmarks/gpu_check.sh").read_text(encoding="utf-8")
+    named = [name for line in re.findall(r"on_gpu (.*\.py)", script) for name in line.split()]
+    named += re.findall(r"tests/gpu/test_(\w+\.py)", script)
+    assert sorted(named) == sorted(path.name[5:] for path in (ROOT / "tests/gpu").glob("test_*.py"))
