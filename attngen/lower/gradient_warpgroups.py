@@ -348,7 +348,7 @@ def _roles(
 ) -> tuple[Role, Role]:
     """Consumers first; a whole warp of the producer loads where its lanes class blocks together, else one thread."""
     pair, share = at.pair, WARPGROUP_REGISTERS[WARPGROUPS]
-    if at.walks:
+    if isinstance(at, WarpgroupQueryPlaces) and at.walks:
         share = WALKING if features.blocks is None else WALKING_IN_BLOCKS
     of_ds = (pair.dp, pair.ds) if any(each.pairs is pair.ds for each in at.gradients) else ()
     tiles = (pair.s, *((pair.p,) if pair.p else ()), *of_ds, *(each.acc for each in at.gradients))
@@ -370,6 +370,6 @@ def _roles(
             programs["producer"],
             cursors=tuple(dict.fromkeys(each.fills for each in streams)),
             registers=share.producer,
-            single_thread=not features.walks,
+            single_thread=not at.walks,
         ),
     )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from attngen.arch import Arch
 from attngen.dtypes import BF16, E4M3, DType
+from attngen.errors import InternalError
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, name
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
 from attngen.plan.formulas import Formula, ceil_div, minimum, product, total
@@ -13,7 +14,7 @@ from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.scheduler import Scheduler
 from attngen.plan.seen import SeenBlocks
-from attngen.plan.steps import Program, ReadSink, walk
+from attngen.plan.steps import Program, ReadSink, StartWalk, walk
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Role:
     warpgroups: int = 1
     registers: int | None = None
     single_thread: bool = False
+
+    def __post_init__(self) -> None:
+        if self.single_thread and any(isinstance(step, StartWalk) for step in walk(self.program)):
+            raise InternalError(
+                f"one thread of {self.name} cannot go on in a walk, whose blocks a warp classes"
+            )
 
 
 @dataclass(frozen=True)

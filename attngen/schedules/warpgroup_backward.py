@@ -6,6 +6,7 @@ at P and dS.
 Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1 and appendix B.1.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 
@@ -104,7 +105,7 @@ def _leave(stream: Stream) -> Program:
 
 
 @dataclass(frozen=True)
-class WarpgroupGradientPlaces:
+class WarpgroupGradientPlaces(ABC):
     """What the kernels for warpgroups may name.
 
     Attributes:
@@ -138,9 +139,9 @@ class WarpgroupGradientPlaces:
         return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
     @property
+    @abstractmethod
     def walks(self) -> bool:
-        """Whether roles keep where they stand in a walk."""
-        return False
+        """Whether blocks are come to in a walk, which a whole warp goes."""
 
     def put_out(self, block: BlockIndex) -> Program:
         """Bring the warpgroup's rows of the gradients to device memory; they are staged over what nobody reads."""
@@ -168,7 +169,7 @@ class WarpgroupQueryPlaces(WarpgroupGradientPlaces):
 
     @property
     def walks(self) -> bool:
-        """Whether roles keep where they stand in a walk."""
+        """Whether blocks of keys are come to in a walk."""
         return self.keys.walks
 
 
@@ -230,6 +231,11 @@ class WarpgroupKeyPlaces(WarpgroupGradientPlaces):
 
     visible: IndexRange | None
     dv_late: bool
+
+    @property
+    def walks(self) -> bool:
+        """Whether blocks of queries are come to in a walk."""
+        return self.visible is None
 
 
 def key_gradients(at: WarpgroupKeyPlaces) -> dict[str, Program]:

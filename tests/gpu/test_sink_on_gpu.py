@@ -21,9 +21,9 @@ MASKS = ("causal", SOME_SEE_NONE, "causal and (window(128, 0) or sinks(4))", "do
 SINKS: dict[str, tuple[float, ...]] = {
     "random": (0.7, -1.3, 2.5, 4.0, 6.0, 8.0, 0.0, -5.0),
     "ends": (-math.inf, math.inf, 1e4, -1e4, 3e38, -3e38, 1e30, -1e30),
-    "ends with gradients": (-math.inf, math.inf, 1e4, -1e4, 2.3e38, -3e38, 1e30, -1e30),
+    "ends with gradients": (-math.inf, math.inf, 1e4, -1e4, 2.3e38, -2.3e38, 1e30, -1e30),
 }
-"""From 2.36e38 on a sink is infinite in log2 units, and has no gradient, as one of +inf has none."""
+"""From 2.36e38 on a sink of either sign is infinite in log2 units; rows whose lse it is give it no gradient."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPE = Shape(batch=2, heads=8, heads_kv=2, seqlen_q=333, seqlen_k=301)
 
