@@ -5,7 +5,7 @@ from typing import Any
 
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
-from attngen.emit.environment import ELEMENTS, POINTEES, STARTS, macros
+from attngen.emit.environment import ELEMENTS, POINTEES, macros
 from attngen.emit.lookups import boundary_texts, finding_functions
 from attngen.plan import (
     BUCKETS,
@@ -134,7 +134,6 @@ def emit_list(sheet: ListTiles) -> str:
             "axis": axis,
             "kind": plan.lengths.of(axis),
             "letter": letter,
-            "start": STARTS[axis],
             "used": f"seqused_{letter}" if f"seqused_{letter}" in given else "",
             "skipped": f"leftpad_{letter}" if f"leftpad_{letter}" in given else "",
             "is_own": axis == (own.axis if own else "queries"),

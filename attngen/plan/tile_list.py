@@ -8,7 +8,7 @@ from attngen.plan.sheets import SheetInText
 ENTRY_WORDS = 8
 """i32 of an entry, of which the fields are the first: 32 bytes, which a thread reads at once."""
 BUCKETS_PER_OCTAVE = 8
-"""Tiles start longest first; those whose lengths differ by less than an eighth count as alike."""
+"""Those of sequences whose lengths differ by less than an eighth count as alike."""
 
 
 def bucket(length: int) -> int:
@@ -24,12 +24,13 @@ BUCKETS = bucket(MOST_BLOCKS) + 1
 
 @dataclass(frozen=True)
 class ListTiles(SheetInText):
-    """List the tiles of a kernel, the longest first, by what the lengths of a call say in device memory.
+    """List the tiles of a kernel, those of the longest sequences first, by what a call says of lengths on the device.
 
     An entry is a block of the rows of a sequence, or of its keys, or a whole sequence, as the kernel's tiles are. Rows
     that are no sequence's (behind the last, behind what is used of one) are listed as well, as those of a sequence
-    that sees nothing, so that results there are 0. Entries are sorted by the blocks that they visit (`bucket`), else in
-    the order of sequences and blocks: the same lengths give the same list.
+    that sees nothing, so that results there are 0. Entries are sorted by the blocks that tiles of their sequence visit
+    at most (`bucket`), else in the order of sequences; those of a sequence stay together, since they read its keys, and
+    begin with the block that sees the most. The same lengths give the same list.
 
     It stands in the kernel's text and takes the same struct. Numbers that lie are kept within the tensors: a sequence
     begins and ends among the tokens, and lengths end where it does. What such numbers list beyond the room that true

@@ -18,7 +18,7 @@ from attngen.plan import (
     bucket,
     evaluate_formula,
 )
-from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div, declared_values
+from attngen.simulate.visits import Sizes, ceil_div, declared_values
 
 Values = Mapping[str, torch.Tensor]
 
@@ -92,7 +92,9 @@ def call_sizes(
 
 
 def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[int, ...]]:
-    """How many blocks each tile visits, and the fields of its entry; sequence after sequence, block after block."""
+    """How many blocks tiles of its sequence visit at most, and the fields of the entry of each tile; in the order of
+    sequences, and of their blocks, the last first where that sees the most.
+    """
     own = plan.scheduler.axis
     axis: Axis = own.axis if own else "queries"
     other: Axis = "queries" if axis == "keys" else "keys"
@@ -103,24 +105,14 @@ def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[i
         beside = seen[piece.sequence] if piece.is_used else NOTHING
         queries, keys = (piece.span, beside) if axis == "queries" else (beside, piece.span)
         places = (queries.start, queries.length, keys.start, keys.length)
+        of_queries, of_keys = ceil_div(queries.length, plan.block_m), ceil_div(keys.length, plan.block_n)
         if own is None:
-            blocks = ceil_div(queries.length, plan.block_m) * ceil_div(keys.length, plan.block_n)
-            yield (min(blocks, MOST_BLOCKS), piece.sequence, 0, *places)
+            yield (min(of_queries * of_keys, MOST_BLOCKS), piece.sequence, 0, *places)
             continue
-        size = plan.block_n if own is KEYS else plan.block_m
-        for block in range(ceil_div(piece.span.length, size)):
-            member = Member(piece.sequence, 0, 0, queries.length, keys.length)
-            yield (_visits(plan, sizes, block, member), piece.sequence, block, *places)
-
-
-def _visits(plan: KernelPlan, sizes: Sizes, block: int, member: Member) -> int:
-    """How many blocks a tile visits, as far as there is a closed form; else all of its sequence."""
-    if plan.key_blocks is not None:
-        (bounds,) = block_bounds(plan, sizes, [block], member)
-        return bounds.n_max - bounds.n_min
-    if plan.scheduler.axis is KEYS:
-        return ceil_div(member.seqlen_q, plan.block_m)
-    return ceil_div(member.seqlen_k, plan.block_n)
+        count, visited = (of_keys, of_queries) if own is KEYS else (of_queries, of_keys)
+        is_reversed = piece.is_used and plan.scheduler.longest_first
+        for block in reversed(range(count)) if is_reversed else range(count):
+            yield (visited, piece.sequence, block, *places)
 
 
 def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Span]:
