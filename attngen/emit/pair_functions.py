@@ -12,7 +12,7 @@ from typing import Any
 from attngen.emit.environment import macros
 from attngen.emit.lookups import leaves, lookup_functions
 from attngen.emit.sheet_text import sink_reader
-from attngen.emit.terms import score_terms, shown_of
+from attngen.emit.terms import score_terms
 from attngen.emit.tile_text import blocks, seen, span, whole_span
 from attngen.expr import (
     ALL_KEPT,
@@ -45,6 +45,7 @@ from attngen.plan.steps import (
     ReadTopScale,
     RecoverP,
     SeedScores,
+    ZeroHidden,
 )
 
 
@@ -186,8 +187,8 @@ def _pairs(plan: KernelPlan) -> Iterator[str]:
         yield _mask_macros().predicate(cuda_body([mask], leaves(plan)))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield _mask_macros().predicate(cuda_body([step.mask], leaves(plan)))
-    if (shown := shown_of(plan)) is not None:
-        yield _mask_macros().shown(cuda_body([shown], leaves(plan)))
+    if isinstance(step := steps.get(ZeroHidden), ZeroHidden):
+        yield _mask_macros().shown(cuda_body([step.shown], leaves(plan)), step.by_group)
 
 
 _SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"

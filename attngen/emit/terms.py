@@ -32,16 +32,11 @@ def expressions_of(plan: KernelPlan) -> tuple[Expr, ...]:
             masks.append(step.mask)
         elif isinstance(step, MaskScores):
             masks += (*step.visible.lower, *step.visible.upper)
-    if (shown := shown_of(plan)) is not None:
-        masks.append(shown)
+        elif isinstance(step, ZeroHidden):
+            masks.append(step.shown)
     blocks = plan.key_blocks.bounds if plan.key_blocks else ()
     classes = (plan.tile_classes.may, plan.tile_classes.must) if plan.tile_classes else ()
     return (*scores_of(plan), *masks, *blocks, *classes, *(table.lookup for table in plan.tables))
-
-
-def shown_of(plan: KernelPlan) -> Expr | None:
-    """What the Steps ask of a key alone: whether some query may see it; None where they ask nothing."""
-    return next((step.shown for step in walk(plan.worker.program) if isinstance(step, ZeroHidden)), None)
 
 
 def score_terms(plan: KernelPlan) -> dict[Expr, str]:

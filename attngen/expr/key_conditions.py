@@ -1,24 +1,18 @@
 """What a mask asks of a key alone, whatever the query: padding, lengths, every third key."""
 
-from collections.abc import Collection
-
 from attngen.expr.logic import conjunction, disjunction
 from attngen.expr.tree import TRUE, Expr, free_names, nodes
 
 
-def shown_keys(mask: Expr, of_queries: Collection[str] = ("q_idx",)) -> Expr | None:
+def shown_keys(mask: Expr) -> Expr | None:
     """A condition on the key that holds wherever the mask shows it to some query; None where the mask has none.
 
     It is the mask with TRUE in the place of each comparison that reads the query; of `causal and pad[b, kv_idx]` it is
-    `pad[b, kv_idx]`. Keys for which it does not hold are hidden from every query.
-
-    Args:
-        mask: of a spec.
-        of_queries: the names that are of a query; with `h` among them a key is shown that some head may see.
+    `pad[b, kv_idx]`. Keys for which it does not hold are hidden from every query of a head.
     """
     found: dict[Expr, Expr] = {}
     for each in nodes(mask, below=("and", "or")):
-        if free_names(each).isdisjoint(of_queries):
+        if "q_idx" not in free_names(each):
             found[each] = each
         elif each.op in ("and", "or"):
             parts = [found[part] for part in each.args]

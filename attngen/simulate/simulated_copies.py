@@ -162,11 +162,15 @@ def zero_hidden(step: ZeroHidden, role: RoleRun) -> None:
     """Write zeros over keys that the mask hides from every query."""
     if not role.device.holds_values:
         return
-    rows = step.tile.buffer.rows
+    rows, tile = step.tile.buffer.rows, role.tile
     kv_idx = torch.arange(rows).view(1, -1) + role.index(step.block) * rows
-    names = role.names(dimensions=2) | {"kv_idx": kv_idx}
-    shown = torch.as_tensor(evaluate(step.shown, names, role.call.sizes.declared.tensors))
-    role.zero_rows(step.tile, ~shown.expand(len(role.tile.members), rows))
+    hidden = torch.ones(len(tile.members), rows, dtype=torch.bool)
+    for of_head in map(tile.of_group, range(role.call.sizes.group)) if step.by_group else (tile,):
+        role.tile = of_head
+        names = role.names(dimensions=2) | {"kv_idx": kv_idx}
+        hidden &= ~torch.as_tensor(evaluate(step.shown, names, role.call.sizes.declared.tensors))
+    role.tile = tile
+    role.zero_rows(step.tile, hidden)
 
 
 def wait_stores(step: WaitStores, role: RoleRun) -> None:

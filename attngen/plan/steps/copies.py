@@ -179,12 +179,14 @@ class ZeroHidden(Step):
     Attributes:
         tile: the stage, or the warpgroup's own rows of it.
         block: which of the sequence's blocks of keys it has.
-        shown: holds for a key that some query may see.
+        shown: holds for a key that some query of a head may see.
+        by_group: keys are those of all heads that share them; else of the tile's head alone.
     """
 
     tile: View
     block: BlockIndex
     shown: Expr
+    by_group: bool = False
 
     def __str__(self) -> str:
         return f"zero {self.tile} but where {self.shown}, keys of block {self.block}"
