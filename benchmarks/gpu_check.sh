@@ -36,7 +36,7 @@ forward() {
   on_gpu correctness.py grid_on_gpu.py huge_scores_on_gpu.py torch_state_on_gpu.py
 }
 language() {
-  on_gpu language_on_gpu.py expressions.py sorted_on_gpu.py
+  on_gpu language_on_gpu.py expressions.py sorted_on_gpu.py hidden_keys_on_gpu.py
   python3 -m tests.language --device cuda
 }
 fp8() {

@@ -245,6 +245,20 @@ DEV void negate_tile(u32 tile) {
   }
 }
 
+// Write zeros over those of rows first .. end - 1 of a tile of keys that are not `shown`; row 0 is key first_key. kThreads share
+// the rows.
+template <class Tile, int kThreads, class Shown>
+DEV void zero_hidden_rows(u32 tile, int first, int end, int first_key, Shown shown) {
+  constexpr int kChunks = Tile::kBytes / Tile::kRows / 16;
+#pragma unroll 1
+  for (int row = first + stay_in_loop(threadIdx.x) % kThreads; row < end; row += kThreads) {
+    if (!shown(first_key + row)) {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) store_shared_16(tile + Tile::address(row, chunk), uint4{0, 0, 0, 0});
+    }
+  }
+}
+
 // Round an accumulator and write it to a tile; each warp writes its own rows.
 template <class Element, class Tile, int kRowTiles, int kColTiles>
 DEV void copy_tile(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {

@@ -45,6 +45,7 @@ from attngen.plan.steps import (
     ReadTopScale,
     RecoverP,
     SeedScores,
+    ZeroHidden,
 )
 
 
@@ -186,6 +187,8 @@ def _pairs(plan: KernelPlan) -> Iterator[str]:
         yield _mask_macros().predicate(cuda_body([mask], leaves(plan)))
     if isinstance(step := steps.get(MaskScoresEach), MaskScoresEach):
         yield _mask_macros().predicate(cuda_body([step.mask], leaves(plan)))
+    if isinstance(step := steps.get(ZeroHidden), ZeroHidden):
+        yield _mask_macros().shown(cuda_body([step.shown], leaves(plan)), step.by_group)
 
 
 _SCALE, _INVERSE = "scale of the score", "1 / softmax_scale"

@@ -2,7 +2,15 @@
 
 from attngen.expr import Expr, free_names, nodes
 from attngen.plan import KernelPlan, walk
-from attngen.plan.steps import HidePairs, MaskScores, MaskScoresEach, ModifyScores, RecoverP, SeedScores
+from attngen.plan.steps import (
+    HidePairs,
+    MaskScores,
+    MaskScoresEach,
+    ModifyScores,
+    RecoverP,
+    SeedScores,
+    ZeroHidden,
+)
 
 
 def scores_of(plan: KernelPlan) -> tuple[Expr, ...]:
@@ -24,6 +32,8 @@ def expressions_of(plan: KernelPlan) -> tuple[Expr, ...]:
             masks.append(step.mask)
         elif isinstance(step, MaskScores):
             masks += (*step.visible.lower, *step.visible.upper)
+        elif isinstance(step, ZeroHidden):
+            masks.append(step.shown)
     blocks = plan.key_blocks.bounds if plan.key_blocks else ()
     classes = (plan.tile_classes.may, plan.tile_classes.must) if plan.tile_classes else ()
     return (*scores_of(plan), *masks, *blocks, *classes, *(table.lookup for table in plan.tables))

@@ -33,6 +33,7 @@ from attngen.expr.given_blocks import (
 )
 from attngen.expr.gradient_sites import GradientSite, Owner, gradient_sites
 from attngen.expr.index_range import IndexRange, extremes, key_range, row_range
+from attngen.expr.key_conditions import shown_keys
 from attngen.expr.logic import conjunction, disjunction, equal, less, less_equal, negate
 from attngen.expr.parse import definitions, ignores_score, parse_mask, parse_score
 from attngen.expr.ranges import index_range, never_holds
@@ -147,6 +148,7 @@ __all__ = [
     "row_range",
     "scalar",
     "scale",
+    "shown_keys",
     "sub",
     "tensor_names",
     "tile_classes",

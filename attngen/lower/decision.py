@@ -1,6 +1,6 @@
 """Decisions: what follows from features and a choice of numbers, before anything is given a place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attngen.lower.choice import AnyChoice, WarpgroupChoice
 from attngen.lower.features import Features, is_capped_product
@@ -38,6 +38,8 @@ class Decision:
     def of(cls, features: Features, schedule: str, choice: AnyChoice) -> "Decision":
         """What follows for a schedule. Serial keeps its maxima in device memory, and does nothing that follows."""
         pairs = features.pairs_of(schedule).within(choice.block_m, choice.block_n)
+        if features.scales:  # hidden keys have a part in scales, and V of e4m3 has its keys in columns
+            pairs = replace(pairs, shown=None)
         keeps_maxima = schedule == "serial"
         kind, warpgroups, by_integers = (
             features.scales,

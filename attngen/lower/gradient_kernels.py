@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from attngen.dtypes import F32
-from attngen.expr import derivative, mask_of_pairs
+from attngen.expr import derivative, mask_of_pairs, shown_keys
 from attngen.lower.block_tiles import fitted_loop
 from attngen.lower.features import Features
 from attngen.lower.params import declarations_read_by, expression_params, row_strides
@@ -278,6 +278,7 @@ def pair_gradient(
         score=None if score is SCORE else score,
         slope=None if score is SCORE else derivative(score),
         mask=mask_of_pairs(features.mask_of(axes[0]), block_m, block_n),
+        shown=shown_keys(features.mask),
     )
 
 

@@ -9,7 +9,7 @@ Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Dao, "Flash
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attngen.expr import Expr, IndexRange
+from attngen.expr import Expr, IndexRange, free_names
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, Range, RegTile, Tensor, View
 from attngen.plan.steps import (
     Advance,
@@ -35,6 +35,7 @@ from attngen.plan.steps import (
     WaitCopies,
     WhenBlock,
     WhenPartial,
+    ZeroHidden,
 )
 from attngen.schedules.key_loop import LOAD, M_BLOCK, VISIT, KeyBlock, KeyLoop, Masked
 
@@ -54,6 +55,7 @@ class PairGradient:
         lse, delta: of every query, as `PrepareRows` makes them.
         score, slope: of the scaled product; None where the score is that.
         mask: of the spec.
+        shown: what the mask asks of a key whatever the query; None where that is nothing.
     """
 
     s: RegTile
@@ -65,11 +67,22 @@ class PairGradient:
     score: Expr | None
     slope: Expr | None
     mask: Expr
+    shown: Expr | None
 
     def of(self, rows: BlockIndex, block: BlockIndex, masked: Masked, wants_ds: bool = True) -> Program:
         """P and dS of a pair of blocks whose products are there."""
         recover = self.recover(rows, block, masked, wants_ds)
         return (*recover, self.gradient(rows)) if wants_ds else recover
+
+    def zero_hidden(self, block: BlockIndex, *keys: View) -> Program:
+        """Zeros over keys that the mask hides from every query, in K and V.
+
+        P of them is 0, whatever their scores; times a slope, a dP or a K that is no number it would be none.
+        """
+        if self.shown is None:
+            return ()
+        by_group = self.s.axes[0] == "keys" and "h" in free_names(self.shown)
+        return tuple(ZeroHidden(tile, block, self.shown, by_group) for tile in keys)
 
     def recover(self, rows: BlockIndex, block: BlockIndex, masked: Masked, wants_ds: bool = True) -> Program:
         """P of a pair of blocks out of their product."""
@@ -134,6 +147,20 @@ class GradientPlaces:
             LoadTile(self.k.at(stage), self.k_in, block, pads=True),
             LoadTile(self.v.at(stage), self.v_in, block, pads=True),
         )
+
+    def zero_hidden(self, block: BlockIndex, stage: Cursor | None = None) -> Program:
+        """Zeros over keys of a block, which has come, that the mask hides from every query."""
+        return self.pair.zero_hidden(block, self.k.at(stage), self.v.at(stage))
+
+    def own_keys(self, wants_v: bool = True) -> Program:
+        """Load the keys of a tile that owns them, in one group with the first queries where those go ahead.
+
+        Where the mask may hide some of them from every query they are waited for; who meets next finds zeros.
+        """
+        load = self.load_keys(N_BLOCK)[: 2 if wants_v else 1]
+        if wants_v and (zeros := self.zero_hidden(N_BLOCK)):
+            return (*load, CommitCopies(), *LAND, *zeros)
+        return (*load, *((CommitCopies(),) if self.load_at is None else ()))
 
 
 @dataclass(frozen=True)
@@ -247,9 +274,11 @@ def over_keys(at: OverKeysPlaces, work: Callable[[BlockIndex, Masked], Program])
 
     def block(at_block: KeyBlock) -> Program:
         n, masked = at_block.n, at_block.masked
+        zeros = at.zero_hidden(n, at.read_at)
+        on_block = (*at_block.where_masked((*zeros, SyncThreads()) if zeros else ()), *work(n, masked))
         if at.load_at is None:
-            return at.alone(load(n), work(n, masked))
-        return at.ahead(at.keys.when_ahead(n - 1, load), work(n, masked))
+            return at.alone(load(n), on_block)
+        return at.ahead(at.keys.when_ahead(n - 1, load), on_block)
 
     if at.load_at is None:
         walks: Program = at.keys.start(VISIT)
@@ -315,7 +344,6 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
     """The program of every warp: dK and dV of a block of keys, over the queries that see it, head after head."""
     wants_ds = any(each.pairs is at.pair.ds for each in at.gradients)
     q, do = at.q.at(at.read_at), at.do.at(at.read_at)
-    keys = at.load_keys(N_BLOCK) if wants_ds else (LoadTile(at.k.at(), at.k_in, N_BLOCK, pads=True),)
     dp = Gemm(at.pair.dp, at.v.at(), do, starts_at_zero=True, unroll=at.score_unroll)
 
     def work(m: BlockIndex, masked: Masked) -> Program:
@@ -332,8 +360,7 @@ def key_gradients(at: KeyGradientPlaces) -> Program:
         ForTiles(
             (
                 *(Clear(each.acc) for each in at.gradients),
-                *keys,
-                *((CommitCopies(),) if at.load_at is None else ()),  # else one group with the first queries
+                *at.own_keys(wants_v=wants_ds),
                 ForHeads(over_queries(at, work)),
                 *LAND,
                 *leave(at.gradients, N_BLOCK, SyncThreads()),

@@ -27,7 +27,6 @@ from attngen.plan.steps import (
     AddToTable,
     Clear,
     ClearTable,
-    CommitCopies,
     ForHeads,
     ForSummed,
     ForTiles,
@@ -143,7 +142,9 @@ def _slopes(at: GradientPlaces, rows: BlockIndex, block: BlockIndex, masked: Mas
 def pair_sums(at: PairSumPlaces) -> Program:
     """The program of every warp: the elements of a pair of blocks, each summed over batches and heads that share it."""
     pair = at.pair
+    zeros = at.zero_hidden(N_BLOCK)
     work = (
+        *((*zeros, SyncThreads()) if zeros else ()),
         *_slopes(at, M_BLOCK, N_BLOCK, "maybe"),
         AddPairs(pair.s, pair.dp, pair.delta, M_BLOCK, at.acc),
     )
@@ -208,5 +209,4 @@ def key_sums(at: KeySumPlaces) -> Program:
         ReduceRows(sums.total, sums.part),
         StoreRegisters(sums.total, sums.result, N_BLOCK),
     )
-    first = (CommitCopies(),) if at.load_at is None else ()  # else one group with the first queries
-    return (ForTiles((*at.load_keys(N_BLOCK), *first, ForHeads(of_head), WaitCopies(0))),)
+    return (ForTiles((*at.own_keys(), ForHeads(of_head), WaitCopies(0))),)

@@ -6,7 +6,7 @@ Source: Dao, "FlashAttention-2", arXiv 2307.08691, Algorithm 1 and section 3.3.
 
 from collections.abc import Callable
 
-from attngen.plan import BlockIndex, Program
+from attngen.plan import BlockIndex, Program, View
 from attngen.plan.steps import (
     Advance,
     Clear,
@@ -70,6 +70,13 @@ def _softmax(at: Places) -> Program:
     )
 
 
+def _zero_hidden(at: Places, block: KeyBlock, *tiles: View) -> Program:
+    """Zeros over keys of a block that the mask hides from every query, once it has come."""
+    if not (zeros := at.zero_hidden(block.n, *tiles)):
+        return ()
+    return block.where_masked((*zeros, SyncThreads()))
+
+
 def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
     """One stage, as FlashAttention-2: V[n] arrives under S = Q K, K[n - 1] under the softmax and P V."""
 
@@ -83,6 +90,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             SyncThreads(),
             LoadTile(at.v.at(), at.v_in, n, at_block.may_be_last),
             CommitCopies(),
+            *(_zero_hidden(at, at_block, at.k.at()) if at.votes_on_products else ()),
             Note("S = Q Kᵀ"),
             Gemm(at.scores.acc_s, at.q.at(), at.k.at(), starts_at_zero=True, unroll=at.score_unroll),
             *at.scores.finish(at_block),
@@ -90,6 +98,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             SyncThreads(),
             at.keys.when_ahead(n - 1, load_k),
             CommitCopies(),
+            *_zero_hidden(at, at_block, at.v.at()),
             *_softmax(at),
             Note("O += P V"),
             Gemm(at.acc_o, at.softmax.p, at.v.at(), starts_at_zero=False),
@@ -101,6 +110,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
 def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
     """A ring of stages: K and V of block n - stages + 1 arrive under block n, one barrier a block."""
     ahead = at.stages - 1
+    k, v = at.k.at(at.read_at), at.v.at(at.read_at)
 
     def load(block: BlockIndex, pads: bool = False) -> Program:
         return (
@@ -120,14 +130,13 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]
             at.keys.when_ahead(n - ahead, load),
             CommitCopies(),
             Advance(at.load_at),
+            *_zero_hidden(at, at_block, *((k, v) if at.votes_on_products else (v,))),
             Note("S = Q Kᵀ"),
-            Gemm(
-                at.scores.acc_s, at.q.at(), at.k.at(at.read_at), starts_at_zero=True, unroll=at.score_unroll
-            ),
+            Gemm(at.scores.acc_s, at.q.at(), k, starts_at_zero=True, unroll=at.score_unroll),
             *at.scores.finish(at_block),
             *_softmax(at),
             Note("O += P V"),
-            Gemm(at.acc_o, at.softmax.p, at.v.at(at.read_at), starts_at_zero=False),
+            Gemm(at.acc_o, at.softmax.p, v, starts_at_zero=False),
             Advance(at.read_at),
         )
 

@@ -6,7 +6,17 @@ from typing import Literal
 
 from attngen.expr import IndexRange
 from attngen.plan import BlockIndex, Program, Range, Walk
-from attngen.plan.steps import ForBlocks, ForVisited, StartWalk, Step, When, WhenBlock, WhenNext, WhenVisited
+from attngen.plan.steps import (
+    ForBlocks,
+    ForVisited,
+    StartWalk,
+    Step,
+    When,
+    WhenBlock,
+    WhenNext,
+    WhenPartial,
+    WhenVisited,
+)
 
 M_BLOCK, N, N_MIN, N_FULL_BEGIN, N_FULL_END, N_MAX = (
     BlockIndex("m_block"),
@@ -38,6 +48,12 @@ class KeyBlock:
     before: BlockIndex
     masked: Masked
     may_be_last: bool
+
+    def where_masked(self, body: Program) -> Program:
+        """Run the body where the mask may hide some of its pairs."""
+        if not body or self.masked == "no":
+            return ()
+        return body if self.masked == "maybe" else (WhenPartial(VISIT, body),)
 
 
 @dataclass(frozen=True)

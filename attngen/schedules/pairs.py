@@ -14,6 +14,7 @@ from attngen.expr import (
     mask_of_pairs,
     name,
     nodes,
+    shown_keys,
     tensor_names,
     with_nodes,
 )
@@ -35,6 +36,7 @@ class Pairs:
         score: out of `score`, the scaled product and what is `added` to it; times `score_factor` in natural units.
         score_factor: positive; a factor that the exponentials take for nothing.
         added: what the accumulators of the score GEMM start from, in the units of the scaled product.
+        shown: what the mask asks of a key whatever the query; None where that is nothing.
     """
 
     mask: Expr
@@ -43,17 +45,18 @@ class Pairs:
     score: Expr
     score_factor: float = 1.0
     added: Expr | None = None
+    shown: Expr | None = None
 
     @classmethod
     def of(cls, mask: Expr, score: Expr, sorted_tensors: Collection[str] = ()) -> "Pairs":
         """What a mask and a score say; a constant factor is taken off the score, unless it might overflow or vanish."""
-        visible = key_range(mask, sorted_tensors)
+        visible, shown = key_range(mask, sorted_tensors), shown_keys(mask)
         if score.op == "arith" and score.name == "*":
             a, b = score.args
             for factor, rest in ((a, b), (b, a)):
                 if factor.op == "const" and 2.0**-64 <= float(factor.value) <= 2.0**64:
-                    return cls(mask, visible, visible, rest, float(factor.value))
-        return cls(mask, visible, visible, score)
+                    return cls(mask, visible, visible, rest, float(factor.value), shown=shown)
+        return cls(mask, visible, visible, score, shown=shown)
 
     def within(self, block_m: int, block_n: int) -> "Pairs":
         """What is asked of the pairs of a tile of so many rows and keys: not what is the same for all of them."""
@@ -71,6 +74,17 @@ class Pairs:
             added = term if added is None else plus(added, term)
             total = parent
         return replace(self, score=with_nodes(self.score, {total: SCORE}), added=added)
+
+    @property
+    def hides_beside_end(self) -> bool:
+        """Whether a tile may visit keys that no query may see beside those behind the last that one may.
+
+        In closed form what is asked of keys is often that they lie before an end, which ends the first block visited.
+        """
+        if self.shown is None:
+            return False
+        before_end = None if self.visible is None else key_range(self.shown)
+        return before_end is None or bool(before_end.lower)
 
     @property
     def by_tanh(self) -> ByTanh | None:

@@ -15,9 +15,8 @@ from attngen.plan.steps import (
     Step,
     When,
     WhenBlock,
-    WhenPartial,
 )
-from attngen.schedules.key_loop import N_MIN, VISIT, KeyBlock
+from attngen.schedules.key_loop import N_MIN, KeyBlock
 from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
 
@@ -106,11 +105,9 @@ class Scores:
 
     def _mask(self, block: KeyBlock) -> Program:
         """By interval where a row has one, else one by one."""
-        if block.masked == "no":
-            return ()
         mask: Step
         if self.pairs.interval is not None:
             mask = MaskScores(self.acc_s, block.rows, block.n, self.pairs.interval)
         else:
             mask = MaskScoresEach(self.acc_s, block.rows, block.n, self.pairs.mask)
-        return (mask,) if block.masked == "maybe" else (WhenPartial(VISIT, (mask,)),)
+        return block.where_masked((mask,))

@@ -106,6 +106,7 @@ def serial(at: Places) -> Program:
                         LoadTile(at.k.at(), at.k_in, N, pads=True),
                         LoadTile(at.v.at(), at.v_in, N, pads=True),
                         *land,
+                        *at.zero_hidden(N, *((at.k.at(),) if at.votes_on_products else ()), at.v.at()),
                         Note("line 7: every block of rows that sees it"),
                         ForBlocks(ALL_ROWS, "m", (When("m sees n", update),)),
                     ),

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor
-from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads
+from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor, View
+from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.scores import Scores
@@ -35,6 +35,16 @@ class TilePlaces:
     v_in: Tensor
     result: Tensor
     lse: Rows
+
+    @property
+    def votes_on_products(self) -> bool:
+        """Whether a warp votes on its products before they are masked: those of what no query may see must be 0."""
+        return self.scores.by_tanh is not None
+
+    def zero_hidden(self, block: BlockIndex, *tiles: View) -> Program:
+        """Zeros over keys that the mask hides from every query: P of them is 0, and so must be what that is times V."""
+        shown = self.scores.pairs.shown
+        return () if shown is None else tuple(ZeroHidden(tile, block, shown) for tile in tiles)
 
     @property
     def reg_tiles(self) -> tuple[RegTile, ...]:

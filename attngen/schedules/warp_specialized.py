@@ -92,11 +92,6 @@ class WarpgroupPlaces(TilePlaces):
     reads_tile_again: bool = False
 
     @property
-    def votes_on_products(self) -> bool:
-        """Whether a warp votes on its products before those past an end are masked: a neighbour's must not be asked."""
-        return self.scores.by_tanh is not None
-
-    @property
     def reg_tiles(self) -> tuple[RegTile, ...]:
         """What of tiles is kept in registers."""
         return (*super().reg_tiles, *((self.output.part,) if self.output.part else ()))
@@ -209,6 +204,15 @@ def zero_tail(at: WarpgroupPlaces, tile: View, block: BlockIndex, wait: Program 
     return (WhenAtEnd(axis, block, (*wait, ZeroTail(tile, block), FenceAsync(), SyncWarpgroup(at.own))),)
 
 
+def zero_hidden(at: WarpgroupPlaces, tile: View, block: KeyBlock, wait: Program = ()) -> Program:
+    """Zeros over keys of a block that the mask hides from every query, before a product reads them."""
+    if not (zeros := at.zero_hidden(block.n, tile)):
+        return ()
+    if block != at.keys.first_block and not at.scores.pairs.hides_beside_end:
+        return ()
+    return block.where_masked((*wait, *zeros, FenceAsync(), SyncWarpgroup(at.own)))
+
+
 def _first_block(at: WarpgroupPlaces) -> Program:
     """Only the block that is visited first may reach past the end of the keys."""
     k, v, block = at.consumer.k, at.consumer.v, at.keys.first_block
@@ -217,6 +221,7 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         *at.scores.begin(block, is_first=True),
         WaitFull(k),
         *(zero_tail(at, at.k.at(k), block.n) if at.votes_on_products else ()),
+        *(zero_hidden(at, at.k.at(k), block) if at.votes_on_products else ()),
         *at.scores.read_stage(k),
         _issue_scores(at),
         WaitGemm(0, (at.scores.acc_s,)),
@@ -226,17 +231,19 @@ def _first_block(at: WarpgroupPlaces) -> Program:
         *at.softmax.exponentiate,
         at.softmax.convert,
         *zero_tail(at, at.v.at(v), block.n, wait=(WaitFull(v, together=True),)),
+        *zero_hidden(at, at.v.at(v), block, wait=(WaitFull(v, together=True),)),
     )
 
 
 def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
     """S of a block and O of the block before; alpha rescales what was summed under the old maximum."""
-    k, output, softmax = at.consumer.k, at.output, at.softmax
+    k, v, output, softmax = at.consumer.k, at.consumer.v, at.output, at.softmax
     pass_turn = (PassTurn(at.turn),) if turns else ()
     when_issued, when_landed = ((), pass_turn) if at.passes_late else (pass_turn, ())
     issue = (
         *at.scores.begin(block),
         WaitFull(k),
+        *(zero_hidden(at, at.k.at(k), block) if at.votes_on_products else ()),
         *at.scores.read_stage(k),
         *((TakeTurn(at.turn),) if turns else ()),
         Note(f"S = Q K[{block.n}]ᵀ, and behind it O += P V[{block.before}]"),
@@ -261,7 +268,8 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
         steps = (*land_scores, *row_max, *land_output, *output.rescale_at("middle"), *exponentiate)
     else:
         steps = (*land_scores, *row_max, *output.land(meanwhile=exponentiate))
-    return (*issue, *steps, softmax.convert, *output.rescale_at("last"))
+    hidden = zero_hidden(at, at.v.at(v), block, wait=(WaitFull(v),))
+    return (*issue, *steps, softmax.convert, *hidden, *output.rescale_at("last"))
 
 
 def _issue_scores(at: WarpgroupPlaces) -> IssueGemm:

@@ -138,6 +138,12 @@ class WarpgroupGradientPlaces(ABC):
         tails = (*_wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
         return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
+    def zero_hidden(self, block: BlockIndex, k: View, v: View, wait: Program = ()) -> Program:
+        """Zeros over keys of a block that the mask hides from every query, before products read them."""
+        if not (zeros := self.pair.zero_hidden(block, k, v)):
+            return ()
+        return (*wait, *zeros, FenceAsync(), SyncWarpgroup(self.own))
+
     @property
     @abstractmethod
     def walks(self) -> bool:
@@ -182,6 +188,9 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
     def block(of: KeyBlock) -> Program:
         return (
             *(at.zero_tails(of.n, k, v) if of.may_be_last else ()),
+            *of.where_masked(
+                at.zero_hidden(of.n, k.here, v.here, wait=(WaitFull(k.reads), *v.wait_beside(k)))
+            ),
             Note("S = Q Kᵀ, dP = dO Vᵀ"),
             WaitFull(k.reads),
             IssueGemm(pair.s, at.q.here.own, k.here, starts_at_zero=True),
@@ -244,6 +253,7 @@ def key_gradients(at: WarpgroupKeyPlaces) -> dict[str, Program]:
     consumer = (
         *(Clear(each.acc) for each in at.gradients),
         *_wait_once(*own_keys),
+        *(at.zero_hidden(N_BLOCK, at.k.here.own, at.v.here.own) if at.v else ()),
         ForHeads(for_queries(at.visible, partial(_block_of_queries, at))),
         *at.put_out(N_BLOCK),
     )

@@ -175,6 +175,21 @@ class RoleRun:
         own = self.own_rows(size)
         return max(0, min(len(own), self.tile.sequence(axis)[1] - block * size - own.start))
 
+    def names(self, dimensions: int) -> dict[str, Any]:
+        """What an expression names of the tile and the call, broadcast to (members, ...) of so many dimensions."""
+        batch, head, head_kv = (
+            column.view(-1, *(1 for _ in range(dimensions - 1))) for column in self.tile.columns
+        )
+        return {
+            "seqlen_q": self.tile.seqlen_q,
+            "seqlen_k": self.tile.seqlen_k,
+            **self.tile.starts,
+            "b": batch,
+            "h": head,
+            "h_kv": head_kv,
+            **self.call.sizes.declared.scalars,
+        }
+
     def see_queries(self) -> None:
         """Take up the blocks of queries that see the tile's keys, for the head at hand."""
         if self.call.plan.key_blocks is not None:
@@ -350,12 +365,12 @@ class RoleRun:
             if self._is_one_thread:
                 self.meet()
 
-    def zero_rows(self, view: View, first: int) -> None:
-        """Write zeros over rows first, first + 1, ... of a stage that a copy has filled, by ordinary stores."""
+    def zero_rows(self, view: View, rows: torch.Tensor) -> None:
+        """Write zeros over some rows, (members or 1, rows), of a stage that a copy has filled, by ordinary stores."""
         for cell in self.cells(view):
-            own_first = max(0, first - cell.rows.start)
-            self._heed(cell.objection_to_zeros(own_first, self.clock, self.name), cell)
-            cell.zero(own_first, self.now)
+            own = rows[:, cell.rows.start : cell.rows.stop]
+            self._heed(cell.objection_to_zeros(own, self.clock, self.name), cell)
+            cell.zero(own, self.now)
 
     def write_by_first_thread(self, view: View, value: Callable[..., torch.Tensor]) -> None:
         """Write value() by stores of the first thread, which knows of them at once."""

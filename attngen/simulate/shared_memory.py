@@ -18,6 +18,7 @@ from attngen.simulate.barriers import stage_name
 from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.contributions import Source
 from attngen.simulate.faults import Rule
+from attngen.simulate.zeros import Zeros
 
 Complaint = tuple[Rule, str]
 """The broken rule, and how."""
@@ -50,9 +51,7 @@ class Cell:
         self.fence: Stamp | None = None
         self.rivals: tuple[Cell, ...] = ()
         self._reads: dict[str, int] = {}
-        self._zeros_from = len(rows)
-        self._zeros: dict[str, Stamp] = {}
-        self._zero_fences: dict[str, Stamp] = {}
+        self._zeros = Zeros()
         self._write: Stamp | None = None
         self._lost_to = ""
 
@@ -65,14 +64,13 @@ class Cell:
             return "uninitialised read", f"{self.name} holds nothing{lost}"
         if self._write and not clock.knows(self._write):
             return "race", f"{self.name} is read; {_unordered(self._write.line, line, 'wrote')}"
-        if self._zeros and not any(map(clock.knows, self._zeros.values())):
-            who = line if line in self._zeros else next(iter(self._zeros))
+        if who := self._zeros.unknown_to(clock, line):
             return "race", f"{self.name} is read; {_unordered(who, line, 'wrote zeros to')}"
         return None
 
     def objection_to_asynchronous_read(self, clock: Clock) -> Complaint | None:
         """Why the copy engine or wgmma may not read it, though threads might."""
-        if self._zeros and not any(map(clock.knows, self._zero_fences.values())):
+        if not self._zeros.are_fenced(clock):
             return (
                 "not fenced",
                 f"{self.name} holds zeros that threads stored, and who reads it knows of no fence",
@@ -88,13 +86,17 @@ class Cell:
 
     def objection_to_write(self, clock: Clock, line: str) -> Complaint | None:
         """Why one who knows this much may not write it now, if so; `line` is the writer's own."""
+        return self._objection_to_stores(clock, line, are_zeros=False)
+
+    def _objection_to_stores(self, clock: Clock, line: str, are_zeros: bool) -> Complaint | None:
         for cell in (self, *self.rivals):
             shares = "" if cell is self else f" {cell.name}, whose bytes it shares,"
             if cell.in_flight:
                 return "race", f"{self.name} is written while a copy into{shares or ' it'} is in flight"
+            zeros = [] if are_zeros and cell is self else cell._zeros.stamps
             for verb, stamps in (
                 ("read", cell._reads.items()),
-                ("wrote", [*([cell._write] if cell._write else []), *cell._zeros.values()]),
+                ("wrote", [*([cell._write] if cell._write else []), *zeros]),
             ):
                 for stamp in stamps:
                     if not clock.knows(Stamp(*stamp)):
@@ -102,8 +104,8 @@ class Cell:
                         return "race", f"{self.name} is written; {what}"
         return None
 
-    def objection_to_zeros(self, first: int, clock: Clock, line: str) -> Complaint | None:
-        """Why one who knows this much may not write zeros to rows from `first` on, if so.
+    def objection_to_zeros(self, rows: torch.Tensor, clock: Clock, line: str) -> Complaint | None:
+        """Why one who knows this much may not write zeros to some rows, (heads or 1, rows), if so.
 
         Where another has written zeros already nothing changes, not even for who reads meanwhile.
         """
@@ -111,26 +113,23 @@ class Cell:
             return "race", f"{self.name} is written while a copy into it is in flight"
         if self.values is None:
             return "uninitialised read", f"{self.name} holds nothing of which rows could become zeros"
-        if first < self._zeros_from:
-            return self.objection_to_write(clock, line)
+        if not self._zeros.cover(rows):
+            return self._objection_to_stores(clock, line, are_zeros=True)
         if self._write and not clock.knows(self._write):
             return "race", f"{self.name} is written; {_unordered(self._write.line, line, 'wrote')}"
         return None
 
-    def zero(self, first: int, stamp: Stamp) -> None:
-        """Let rows from `first` on be zeros, written then."""
-        if first >= len(self.rows):
+    def zero(self, rows: torch.Tensor, stamp: Stamp) -> None:
+        """Let some rows, (heads or 1, rows), be zeros, written then."""
+        if not bool(rows.any()):
             return
         if isinstance(self.values, torch.Tensor) and self.values.numel():
-            self.values = self.values.clone()
-            self.values[..., first:, :] = 0
-        self._zeros_from = min(first, self._zeros_from)
-        self._zeros[stamp.line] = stamp
+            self.values = self.values.masked_fill(rows.unsqueeze(-1), 0.0)
+        self._zeros.write(rows, stamp)
 
     def fence_zeros(self, stamp: Stamp) -> None:
         """Let asynchronous reads see the zeros that a line has written."""
-        if stamp.line in self._zeros:
-            self._zero_fences[stamp.line] = stamp
+        self._zeros.fence(stamp)
 
     def note_read(self, stamp: Stamp) -> None:
         """It is being read."""
@@ -155,7 +154,7 @@ class Cell:
         """Let values appear, written then."""
         self.values, self._write, self._reads = values, stamp, {}
         self.in_flight, self.is_stored, self.fence = False, is_stored, None
-        self._zeros_from, self._zeros, self._zero_fences = len(self.rows), {}, {}
+        self._zeros = Zeros()
 
 
 def _unordered(who: str, me: str, did: str, what: str = " it") -> str:

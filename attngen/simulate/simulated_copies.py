@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from attngen.dtypes import E4M3, DType, torch_dtype
+from attngen.expr import evaluate
 from attngen.plan import BlockIndex, RegTile, RegVec, Rows, Tensor
 from attngen.plan.steps import (
     CommitCopies,
@@ -19,6 +20,7 @@ from attngen.plan.steps import (
     TmaStoreOwn,
     WaitCopies,
     WaitStores,
+    ZeroHidden,
     ZeroTail,
 )
 from attngen.simulate.barriers import Mbarrier, copies_into
@@ -152,7 +154,23 @@ def zero_tail(step: ZeroTail, role: RoleRun) -> None:
     """Write zeros over what follows the sequence."""
     rows = step.tile.buffer.rows
     _, length = role.tile.sequence(step.tile.axes[0])
-    role.zero_rows(step.tile, max(0, length - role.index(step.block) * rows))
+    first = role.index(step.block) * rows
+    role.zero_rows(step.tile, torch.arange(first, first + rows).unsqueeze(0) >= length)
+
+
+def zero_hidden(step: ZeroHidden, role: RoleRun) -> None:
+    """Write zeros over keys that the mask hides from every query."""
+    if not role.device.holds_values:
+        return
+    rows, tile = step.tile.buffer.rows, role.tile
+    kv_idx = torch.arange(rows).view(1, -1) + role.index(step.block) * rows
+    hidden = torch.ones(len(tile.members), rows, dtype=torch.bool)
+    for of_head in map(tile.of_group, range(role.call.sizes.group)) if step.by_group else (tile,):
+        role.tile = of_head
+        names = role.names(dimensions=2) | {"kv_idx": kv_idx}
+        hidden &= ~torch.as_tensor(evaluate(step.shown, names, role.call.sizes.declared.tensors))
+    role.tile = tile
+    role.zero_rows(step.tile, hidden)
 
 
 def wait_stores(step: WaitStores, role: RoleRun) -> None:

@@ -122,17 +122,5 @@ class TilePairs:
     def value(self, expr: Expr, score: torch.Tensor | None = None) -> torch.Tensor:
         """What an expression is for each pair."""
         role = self._role
-        batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
-        names = {
-            "q_idx": self.q_idx,
-            "kv_idx": self.kv_idx,
-            "seqlen_q": role.tile.seqlen_q,
-            "seqlen_k": role.tile.seqlen_k,
-            **role.tile.starts,
-            "b": batch,
-            "h": head,
-            "h_kv": head_kv,
-            "score": score,
-            **role.call.sizes.declared.scalars,
-        }
+        names = role.names(dimensions=3) | {"q_idx": self.q_idx, "kv_idx": self.kv_idx, "score": score}
         return torch.as_tensor(evaluate(expr, names, role.call.sizes.declared.tensors))

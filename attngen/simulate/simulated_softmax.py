@@ -220,22 +220,12 @@ def _indices(
     step: LookUp | MaskScores | MaskScoresEach | ModifyScores | SeedScores, tile: RegTile, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
-    batch, head, head_kv = (column.view(-1, 1, 1) for column in role.tile.columns)
     own = role.own_rows(tile.rows)
     first_row = role.index(step.rows) * tile.rows + own.start
     first_key = role.index(step.block) * tile.cols
     kv_idx = torch.arange(first_key, first_key + tile.cols).view(1, 1, -1)
-    return kv_idx, {
-        "q_idx": torch.arange(first_row, first_row + len(own)).view(1, -1, 1),
-        "kv_idx": kv_idx,
-        "seqlen_q": role.tile.seqlen_q,
-        "seqlen_k": role.tile.seqlen_k,
-        **role.tile.starts,
-        "b": batch,
-        "h": head,
-        "h_kv": head_kv,
-        **role.call.sizes.declared.scalars,
-    }
+    q_idx = torch.arange(first_row, first_row + len(own)).view(1, -1, 1)
+    return kv_idx, role.names(dimensions=3) | {"q_idx": q_idx, "kv_idx": kv_idx}
 
 
 def row_max(step: RowMax, role: RoleRun) -> None:

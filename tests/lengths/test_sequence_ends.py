@@ -165,6 +165,11 @@ def test_dense_programs_have_nothing_for_ends(schedule: str) -> None:
     assert not any(isinstance(step, WhenAtEnd | TmaStoreOwn) for step in walk(plan.worker.program))
 
 
+def from_row(first: int) -> torch.Tensor:
+    """Of four rows those from one on."""
+    return torch.arange(4).unsqueeze(0) >= first
+
+
 class TestZeros:
     """Warpgroups that share a stage write zeros each for itself."""
 
@@ -179,8 +184,8 @@ class TestZeros:
     def test_zeros_over_zeros_disturb_no_reader(self) -> None:
         """The second may write while a product of the first reads; it must have met and fenced before its own."""
         cell, ours, theirs = self.filled()
-        assert cell.objection_to_zeros(2, ours, "us") is None
-        cell.zero(2, Stamp("us", 0))
+        assert cell.objection_to_zeros(from_row(2), ours, "us") is None
+        cell.zero(from_row(2), Stamp("us", 0))
         assert cell.objection_to_read(ours, "us") is not None  # threads have not met
         ours.see("us", 1)
         assert cell.objection_to_read(ours, "us") is None
@@ -189,35 +194,54 @@ class TestZeros:
         ours.see("us", 2)
         assert cell.objection_to_asynchronous_read(ours) is None
         cell.note_read(Stamp("a GEMM of us", 0))
-        assert cell.objection_to_zeros(2, theirs, "them") is None
+        assert cell.objection_to_zeros(from_row(2), theirs, "them") is None
         assert cell.objection_to_read(theirs, "them") is not None  # zeros of which they do not know
-        cell.zero(2, Stamp("them", 0))
+        cell.zero(from_row(2), Stamp("them", 0))
         assert torch.equal(cell.values, torch.tensor([[[1.0, 1.0]] * 2 + [[0.0, 0.0]] * 2]))
 
     def test_the_first_zeros_race_with_who_reads(self) -> None:
         """Who reads without zeros of its own would see them or not."""
         cell, ours, theirs = self.filled()
         cell.note_read(Stamp("a GEMM of them", 0))
-        assert cell.objection_to_zeros(2, ours, "us") is not None
+        assert cell.objection_to_zeros(from_row(2), ours, "us") is not None
         ours.see("a GEMM of them", 1)
-        assert cell.objection_to_zeros(2, ours, "us") is None
-        cell.zero(3, Stamp("us", 0))
+        assert cell.objection_to_zeros(from_row(2), ours, "us") is None
+        cell.zero(from_row(3), Stamp("us", 0))
         cell.note_read(Stamp("a GEMM of us", 0))
-        assert cell.objection_to_zeros(2, theirs, "them") is not None  # one row more than there are zeros
+        assert (
+            cell.objection_to_zeros(from_row(2), theirs, "them") is not None
+        )  # one row more than there are zeros
+
+    def test_who_reads_knows_of_zeros_in_every_row(self) -> None:
+        """Zeros behind an end are not those of hidden keys, which another wrote; to write, neither waits."""
+        cell, ours, theirs = self.filled()
+        hidden = torch.tensor([[True, False, False, False]])
+        cell.zero(from_row(3), Stamp("us", 0))
+        assert cell.objection_to_zeros(hidden, theirs, "them") is None
+        cell.zero(hidden, Stamp("them", 0))
+        for line, clock in (("us", ours), ("them", theirs)):
+            cell.fence_zeros(Stamp(line, 1))
+            clock.see(line, 2)
+            assert cell.objection_to_read(clock, line) is not None
+            assert cell.objection_to_asynchronous_read(clock) is not None
+        cell.zero(hidden, Stamp("us", 2))
+        cell.fence_zeros(Stamp("us", 3))
+        ours.see("us", 4)
+        assert cell.objection_to_read(ours, "us") is cell.objection_to_asynchronous_read(ours) is None
 
     def test_who_fills_the_stage_anew_waits_for_all_zeros(self) -> None:
         """Zeros are stores like others to whoever writes next; a copy in flight, or none, takes none."""
         cell, ours, _ = self.filled()
-        cell.zero(2, Stamp("us", 0))
+        cell.zero(from_row(2), Stamp("us", 0))
         producer = Clock()
         producer.see("the copy", 1)
         assert cell.objection_to_write(producer, "the producer") is not None
         producer.see("us", 1)
         assert cell.objection_to_write(producer, "the producer") is None
         cell.take()
-        assert cell.objection_to_zeros(2, ours, "us") is not None
+        assert cell.objection_to_zeros(from_row(2), ours, "us") is not None
         cell.in_flight = True
-        assert cell.objection_to_zeros(2, ours, "us") is not None
+        assert cell.objection_to_zeros(from_row(2), ours, "us") is not None
 
 
 @pytest.mark.parametrize("problem", [{"queries": "ragged"}, {"keys": "padded"}])

@@ -39,6 +39,7 @@ from attngen.plan.steps.copies import (
     TmaStoreOwn,
     WaitCopies,
     WaitStores,
+    ZeroHidden,
     ZeroTail,
 )
 from attngen.plan.steps.declared_steps import (
@@ -192,6 +193,7 @@ __all__ = [
     "WhenNext",
     "WhenPartial",
     "WhenVisited",
+    "ZeroHidden",
     "ZeroTail",
     "body_of",
     "listing",

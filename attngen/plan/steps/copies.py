@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from attngen.expr import Expr
 from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, Tensor, View
 from attngen.plan.steps.step import Step
 
@@ -167,6 +168,28 @@ class ZeroTail(Step):
 
     def __str__(self) -> str:
         return f"zero {self.tile} past the end of {self.tile.axes[0]} in block {self.block}"
+
+
+@dataclass(frozen=True)
+class ZeroHidden(Step):
+    """Write zeros over the keys of a stage that the mask hides from every query: 0 times a NaN of V is a NaN.
+
+    The threads of a role share the keys. Warpgroups that read one stage do so each for itself, as in `ZeroTail`.
+
+    Attributes:
+        tile: the stage, or the warpgroup's own rows of it.
+        block: which of the sequence's blocks of keys it has.
+        shown: holds for a key that some query of a head may see.
+        by_group: keys are those of all heads that share them; else of the tile's head alone.
+    """
+
+    tile: View
+    block: BlockIndex
+    shown: Expr
+    by_group: bool = False
+
+    def __str__(self) -> str:
+        return f"zero {self.tile} but where {self.shown}, keys of block {self.block}"
 
 
 @dataclass(frozen=True)
