@@ -216,10 +216,10 @@ class Launcher:
         declared = self._without_nothing(declared)
         given = self._check(OUT, q, k, v, None, (), layout, declared, intake)
         whole = self._prepare(OUT, given, q, None, (), layout, is_given_tables=False)
-        prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, (), layout, False)
+        prefix = self._prepare(tuple(whole.kept.offsets), given, q, None, (), layout, False)
         with torch_defaults():
-            memory = q.new_empty(whole.bound.kept.size_bytes, dtype=torch.uint8)
-        made = [memory.data_ptr() + beyond for beyond in whole.bound.kept.offsets.values()]
+            memory = q.new_empty(whole.kept.size_bytes, dtype=torch.uint8)
+        made = [memory.data_ptr() + beyond for beyond in whole.kept.offsets.values()]
         tensors = [declared[name] for name in self._names(declared)]
         no_memory, no_counter = (0, 0, 0), 0
         addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)
