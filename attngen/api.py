@@ -13,6 +13,7 @@ import torch
 from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.autograd import is_differentiated
 from attngen.bind import check_plain
+from attngen.capture import CapturedKernel, fixed_size
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr import SINK
 from attngen.expr.python import bound_by, check_text, joined
@@ -20,6 +21,7 @@ from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
+from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 SpecSource = Spec | Path | str | dict[str, Any]
@@ -98,7 +100,20 @@ class _Wanted:
     sink: str
     gradients: tuple[str, ...]
     deterministic: bool
-    lengths: Lengths
+    queries: str
+    keys: str
+
+
+@constant
+def _text_for(*wanted: Any) -> str:
+    """The text of the kernel that attributes of `_Wanted` ask for, of which torch.compile looks at the text alone."""
+    return _kernel_for(_Wanted(*wanted)).text
+
+
+@constant
+def _arch_of(device: torch.device) -> str:
+    """The name of the arch that tensors of a device run on."""
+    return arch_for_capability(torch.cuda.get_device_capability(device)).name
 
 
 @lru_cache(maxsize=256)
@@ -108,8 +123,8 @@ def _kernel_for(wanted: _Wanted) -> Kernel:
             "target": wanted.arch,
             "problem": {
                 "head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v},
-                "queries": wanted.lengths.queries,
-                "keys": wanted.lengths.keys,
+                "queries": wanted.queries,
+                "keys": wanted.keys,
             },
             "precision": {"inputs": wanted.inputs},
             "mask": wanted.mask,
@@ -186,7 +201,7 @@ def kernel_of_call(
     passed: Mapping[str, Any] = NOTHING,
     deterministic: bool = True,
     lengths: Lengths = DENSE,
-) -> Kernel:
+) -> Kernel | CapturedKernel:
     """The kernel that the tensors and the mask of a call ask for, compiled once and remembered.
 
     Args:
@@ -208,29 +223,33 @@ def kernel_of_call(
     """
     of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
     for name, x, axis in of_axes:
-        check_plain(name, x)
+        if not (is_traced(x) or is_transformed(x)):
+            check_plain(name, x)
         dims = 3 if lengths.of(axis) == "ragged" else 4
         if x.dim() != dims:
             raise ArgumentError(name, "another number of dimensions", str(dims))
-    if q.dtype not in _INPUTS:
+    dtype = autocast_dtype(q)
+    if dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    return _kernel_for(
-        _Wanted(
-            _INPUTS[q.dtype],
-            q.shape[-1],
-            v.shape[-1],
-            mask,
-            score,
-            tuple(scalars.items()),
-            tuple(tensors.items()),
-            arch_for_capability(capability).name if capability else "simulator",
-            "per_head" if passed.get(SINK) is not None else "none",
-            _differentiated(q, k, v, score, passed),
-            deterministic,
-            lengths,
-        )
+    gradients = _differentiated(q, k, v, score, passed)
+    wanted = (
+        _INPUTS[dtype],
+        fixed_size(q.shape[-1]),
+        fixed_size(v.shape[-1]),
+        mask,
+        score,
+        tuple(scalars.items()),
+        tuple(tensors.items()),
+        _arch_of(q.device) if q.is_cuda else "simulator",
+        "per_head" if passed.get(SINK) is not None else "none",
+        gradients,
+        deterministic,
+        lengths.queries,
+        lengths.keys,
     )
+    if torch.compiler.is_dynamo_compiling():
+        return CapturedKernel(_text_for(*wanted), gradients, dtype)
+    return _kernel_for(_Wanted(*wanted))
 
 
 def _differentiated(
@@ -238,5 +257,11 @@ def _differentiated(
 ) -> tuple[str, ...]:
     """What gradients are wanted of: nothing, or q, k, v and what the score names, or a sink, that requires grad."""
     declared = [name for name, value in passed.items() if is_differentiated(value)]
-    named = [name for name in declared if name == SINK or re.search(rf"\b{re.escape(name)}\b", score)]
+    named = [name for name in declared if name == SINK or _reads(score, name)]
     return (*INPUTS, *named) if named or is_differentiated(q, k, v) else ()
+
+
+@constant
+def _reads(score: str, name: str) -> bool:
+    """Whether a score names a value."""
+    return re.search(rf"\b{re.escape(name)}\b", score) is not None
