@@ -1,8 +1,8 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +21,9 @@ from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
-from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed
+from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed, may_be_watched
 
+_LOG = logging.getLogger(__name__)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -85,31 +86,6 @@ def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -
     return kernel
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What decides the kernel of an `attention` call."""
-
-    inputs: str
-    head_dim_qk: int
-    head_dim_v: int
-    mask: str
-    score: str
-    scalars: tuple[tuple[str, str], ...]
-    tensors: tuple[tuple[str, str], ...]
-    arch: str
-    sink: str
-    gradients: tuple[str, ...]
-    deterministic: bool
-    queries: str
-    keys: str
-
-
-@constant
-def _text_for(*wanted: Any) -> str:
-    """The text of the kernel that attributes of `_Wanted` ask for, of which torch.compile looks at the text alone."""
-    return _kernel_for(_Wanted(*wanted)).text
-
-
 @constant
 def _arch_of(device: torch.device) -> str:
     """The name of the arch that tensors of a device run on."""
@@ -117,25 +93,48 @@ def _arch_of(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=256)
-def _kernel_for(wanted: _Wanted) -> Kernel:
-    return compile(
+def _kernel_for(
+    inputs: str,
+    head_dim_qk: int,
+    head_dim_v: int,
+    mask: str,
+    score: str,
+    scalars: tuple[tuple[str, str], ...],
+    tensors: tuple[tuple[str, str], ...],
+    arch: str,
+    sink: str,
+    gradients: tuple[str, ...],
+    deterministic: bool,
+    queries: str,
+    keys: str,
+) -> Kernel:
+    """The kernel of an `attention` call, by all that decides it."""
+    kernel = compile(
         {
-            "target": wanted.arch,
+            "target": arch,
             "problem": {
-                "head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v},
-                "queries": wanted.queries,
-                "keys": wanted.keys,
+                "head_dim": {"qk": head_dim_qk, "v": head_dim_v},
+                "queries": queries,
+                "keys": keys,
             },
-            "precision": {"inputs": wanted.inputs},
-            "mask": wanted.mask,
-            "score": wanted.score,
-            "scalars": dict(wanted.scalars),
-            "tensors": dict(wanted.tensors),
-            "sink": wanted.sink,
-            "gradients": list(wanted.gradients),
-            "deterministic": wanted.deterministic,
+            "precision": {"inputs": inputs},
+            "mask": mask,
+            "score": score,
+            "scalars": dict(scalars),
+            "tensors": dict(tensors),
+            "sink": sink,
+            "gradients": list(gradients),
+            "deterministic": deterministic,
         }
     )
+    _LOG.debug("%s serves calls with mask %s and score %s", kernel.plan.name, mask, score)
+    return kernel
+
+
+@constant
+def _text_for(*wanted: Any) -> str:
+    """The text of a kernel, of which torch.compile sees nothing else; arguments are those of `_kernel_for`."""
+    return _kernel_for(*wanted).text
 
 
 def attention(
@@ -222,20 +221,21 @@ def kernel_of_call(
         SpecError: a fault in mask or score.
     """
     of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
+    is_seen = torch.compiler.is_compiling() or may_be_watched(q)
     for name, x, axis in of_axes:
-        if not (is_traced(x) or is_transformed(x)):
+        if not (is_seen and (is_traced(x) or is_transformed(x))):
             check_plain(name, x)
         dims = 3 if lengths.of(axis) == "ragged" else 4
         if x.dim() != dims:
             raise ArgumentError(name, "another number of dimensions", str(dims))
-    dtype = autocast_dtype(q)
+    dtype = autocast_dtype(q) if is_seen or torch._C._is_any_autocast_enabled() else q.dtype
     if dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
     gradients = _differentiated(q, k, v, score, passed)
     wanted = (
         _INPUTS[dtype],
-        fixed_size(q.shape[-1]),
-        fixed_size(v.shape[-1]),
+        fixed_size(q.shape[-1]) if is_seen else q.shape[-1],
+        fixed_size(v.shape[-1]) if is_seen else v.shape[-1],
         mask,
         score,
         tuple(scalars.items()),
@@ -247,9 +247,9 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
     )
-    if torch.compiler.is_dynamo_compiling():
+    if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
-    return _kernel_for(_Wanted(*wanted))
+    return _kernel_for(*wanted)
 
 
 def _differentiated(

@@ -122,8 +122,6 @@ def _taken(name: str, value: Any) -> Any:
 
 def fixed_size(size: int) -> int:
     """A size that the kernel is made for: where torch's tracers have it as one that varies, they fix it."""
-    if isinstance(size, int) and not torch.compiler.is_compiling():
-        return size
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     return int(guard_scalar(size))

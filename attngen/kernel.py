@@ -270,7 +270,7 @@ class Kernel:
         is_compiling = torch.compiler.is_compiling()
         if is_compiling or torch._C._is_any_autocast_enabled():
             q, k, v = (cast(x, self.dtypes) for x in (q, k, v))
-        if is_compiling or may_be_watched(q):
+        if is_seen := is_compiling or may_be_watched(q):
             passed = (q, k, v, *declared.values())
             if are_traced(passed) or are_transformed(passed):
                 check_captured(out=out, tables=tables, work=work)
@@ -287,7 +287,7 @@ class Kernel:
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         kept = None if tables is None and work is None else self._kept(tables, work)
-        if may_be_watched(q) and is_watched() and out is None and kept is None:
+        if is_seen and is_watched() and out is None and kept is None:
             packed = pack(softmax_scale, layout, intake, named)
             return capture(self.text, (), q, k, v, return_lse, packed, named)  # type: ignore[arg-type]
         run = self._machine(q).run

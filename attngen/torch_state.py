@@ -29,6 +29,7 @@ _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 """Modes of torch's own, under which new tensors are fake or stand for others; modes that users write may look on."""
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ABSTRACT = (FakeTensor, FunctionalTensor)
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -73,7 +74,7 @@ def is_traced(x: object) -> bool:
     """Whether what is done to this is written down: by torch.compile and export, or by a tracer whose tensors have
     sizes and no numbers.
     """
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor | FunctionalTensor)
+    return torch.compiler.is_compiling() or isinstance(x, _ABSTRACT)
 
 
 def are_traced(values: Iterable[object]) -> bool:
