@@ -16,7 +16,7 @@ from attngen.bind import check_plain
 from attngen.capture import CapturedKernel, fixed_size
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr import SINK
-from attngen.expr.python import bound_by, check_text, joined
+from attngen.expr.python import Expression, bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import DENSE, Axis, Lengths
@@ -178,8 +178,8 @@ def attention(
         q,
         k,
         v,
-        str(mask),
-        str(score),
+        mask.text if isinstance(mask, Expression) else mask,
+        score.text if isinstance(score, Expression) else score,
         scalars=joined("scalars", scalars, mask, score),
         tensors=joined("tensors", tensors, mask, score),
         passed=passed,
