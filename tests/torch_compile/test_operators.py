@@ -15,6 +15,7 @@ import attngen
 from attngen import op
 from attngen.capture import pack
 from attngen.errors import ToolchainError
+from tests.runtime.test_declared import Recorder
 from tests.torch_compile.captured import HEAD_DIM, HEADS, inputs
 
 OPERATORS = torch.ops.attngen
@@ -177,6 +178,21 @@ def test_tracers_write_both_passes_down(tracing_mode: str) -> None:
     others = [2 * x.detach() for x in inputs(9)]
     found, right = traced(*others), step(*(x.requires_grad_() for x in others))
     assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
+
+
+def test_an_operator_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of an eager call stay for the next one; those of a graph are torch's, which takes all back."""
+    kernel = attngen.compile({**SPEC, "target": "sm_90a"})
+    launcher = Recorder(monkeypatch, kernel).launcher
+    monkeypatch.setattr(kernel, "_machine", lambda q: launcher)
+    (q, k, v), named = inputs(9, batch=2), declared(9)
+    forward = pack(None, "bshd", None, named)
+    out, lse = OPERATORS.attention_with_lse(q, k, v, kernel.text, *forward)
+    needed = [True] * len(kernel.gradients)
+    OPERATORS.attention_backward(out, None, out, lse, needed, q, k, v, kernel.text, *forward)
+    assert not launcher._kept_memory._kept
+    kernel(q, k, v, **named)
+    assert len(launcher._kept_memory._kept) == 1
 
 
 def test_fake_tensors_have_fake_results() -> None:
