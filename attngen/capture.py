@@ -43,7 +43,7 @@ class Packed(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Those of the tensors, in order."""
-        return _read(self.form)[2]
+        return _names_in(self.form.split(";")[2])
 
 
 class Unpacked(NamedTuple):
@@ -88,18 +88,22 @@ def pack(softmax_scale: Any, layout: str, intake: str | None, named: Mapping[str
 
 def unpack(packed: Packed) -> Unpacked:
     """What was packed; a scalar is of the kind that it was."""
-    layout, intake, *groups = _read(packed.form)
+    layout, intake, groups = _read(packed.form)
     named: dict[str, Any] = {}
     for names, values in zip(groups, packed[2:], strict=True):
         named.update(zip(names, values, strict=True))
     scale = named.pop(SCALE, packed.softmax_scale)
-    return Unpacked(layout[0], intake[0] or None, scale, named)
+    return Unpacked(layout, intake or None, scale, named)
 
 
 @lru_cache(maxsize=1024)
-def _read(form: str) -> tuple[tuple[str, ...], ...]:
+def _read(form: str) -> tuple[str, str, tuple[tuple[str, ...], ...]]:
     layout, intake, *groups = form.split(";")
-    return (layout,), (intake,), *(tuple(filter(None, names.split(","))) for names in groups)
+    return layout, intake, tuple(map(_names_in, groups))
+
+
+def _names_in(group: str) -> tuple[str, ...]:
+    return tuple(group.split(",")) if group else ()
 
 
 def _taken(name: str, value: Any) -> Any:
@@ -110,7 +114,9 @@ def _taken(name: str, value: Any) -> Any:
     if not torch.compiler.is_compiling():
         value = value if isinstance(value, torch.Tensor) else python_number(name, value)
     if not (value is None or isinstance(value, (torch.Tensor, *_NUMBERS))):
-        raise ArgumentError(name, type(value).__name__, "a tensor or a number of Python")
+        refuse(
+            name, type(value).__name__, "a tensor or a number of Python", f"pass {name}.item() of a number"
+        )
     if not (torch.compiler.is_compiling() and isinstance(value, _REALS)):
         return value
     from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes half a second to load
@@ -145,7 +151,6 @@ def capture(
     v: torch.Tensor,
     return_lse: bool,
     packed: Packed,
-    named: Mapping[str, Any],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """A call as an operator, with the gradients that autograd wants of it.
 
@@ -157,12 +162,11 @@ def capture(
         v: see q.
         return_lse: see q.
         packed: everything else.
-        named: what of this is passed by name.
 
     Raises:
         ArgumentError: a gradient is wanted that the kernel does not make.
     """
-    is_differentiated = check_gradients(gradients, {"q": q, "k": k, "v": v, **named})
+    is_differentiated = check_gradients(gradients, q, k, v, packed)
     if return_lse or is_differentiated:
         out, lse = torch.ops.attngen.attention_with_lse.default(q, k, v, text, *packed)
         return (out, lse) if return_lse else out
@@ -170,17 +174,16 @@ def capture(
     return made
 
 
-def check_gradients(gradients: tuple[str, ...], named: Mapping[str, Any]) -> bool:
-    """Whether a gradient is wanted of something that a call passes.
-
-    Args:
-        gradients: of what the kernel makes them.
-        named: what the call passes, by name.
+def check_gradients(
+    gradients: tuple[str, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed
+) -> bool:
+    """Whether a gradient is wanted of something that a call passes; arguments are those of `capture`.
 
     Raises:
         ArgumentError: one is wanted that the kernel does not make.
     """
-    wanted = [name for name, x in named.items() if is_recorded(x)]
+    named = zip(("q", "k", "v", *packed.names), (q, k, v, *packed.tensors), strict=True)
+    wanted = [name for name, x in named if is_recorded(x)]
     for name in wanted:
         if name not in gradients:
             must = f"one that does not: this kernel makes no gradient of {name}"
@@ -238,7 +241,7 @@ class CapturedKernel:
         check_captured(out=out, tables=tables, work=work)
         q, k, v = (cast(x, (self.dtype,)) for x in (q, k, v))
         packed = pack(softmax_scale, layout, None, declared)
-        return capture(self.text, self.gradients, q, k, v, return_lse, packed, declared)
+        return capture(self.text, self.gradients, q, k, v, return_lse, packed)
 
 
 def not_captured(function: F) -> F:

@@ -289,7 +289,7 @@ class Kernel:
         kept = None if tables is None and work is None else self._kept(tables, work)
         if is_seen and is_watched() and out is None and kept is None:
             packed = pack(softmax_scale, layout, intake, named)
-            return capture(self.text, (), q, k, v, return_lse, packed, named)  # type: ignore[arg-type]
+            return capture(self.text, (), q, k, v, return_lse, packed)  # type: ignore[arg-type]
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, kept, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
@@ -308,8 +308,8 @@ class Kernel:
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         packed = pack(softmax_scale, layout, intake, named)
         if not are_transformed((q, k, v, *named.values())):
-            return capture(self.text, self.gradients, q, k, v, return_lse, packed, named)
-        check_gradients(self.gradients, {"q": q, "k": k, "v": v, **named})
+            return capture(self.text, self.gradients, q, k, v, return_lse, packed)
+        check_gradients(self.gradients, q, k, v, packed)
         made: tuple[torch.Tensor, torch.Tensor] = Transformed.apply(  # type: ignore[no-untyped-call]
             TransformedCall(self, packed), q, k, v, *packed.tensors
         )

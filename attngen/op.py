@@ -23,7 +23,10 @@ from attngen.kernels_by_text import LIVE
 _LOG = logging.getLogger(__name__)
 _PACKED = "str form, float? softmax_scale, Tensor[] tensors, bool[] flags, SymInt[] integers, float[] reals"
 _CALL = f"Tensor q, Tensor k, Tensor v, str kernel, {_PACKED}"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_STRIDES = getattr(
+    torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order
+)  # older torch has not both
+_TAGS = (torch.Tag.pt2_compliant_tag, _STRIDES)
 
 LIBRARY = torch.library.Library("attngen", "DEF")  # type: ignore[no-untyped-call]
 """What holds the operators: they go where it goes."""
@@ -87,8 +90,9 @@ def attention_backward(
 ) -> list[torch.Tensor]:
     """The gradients that are needed of those that a kernel makes, in order: of q, k, v, and what its spec names."""
     call = unpack(Packed(*packed))
-    given = (dout, dlse, q, k, v, out, lse, call.named, call.softmax_scale, call.layout, False)
-    return [x for x in needed_gradients(find(kernel), needed, *given) if x is not None]
+    given = (dout, dlse, q, k, v, out, lse, call.named, call.softmax_scale, call.layout)
+    made = needed_gradients(find(kernel), needed, *given, keeps=False)
+    return [x for x in made if x is not None]
 
 
 def fake_attention(q: Any, k: Any, v: Any, kernel: str, *packed: Any) -> torch.Tensor:

@@ -204,6 +204,8 @@ NOT_CAPTURED = {
     "verify": lambda q, k, v: KERNEL.verify(q, k, v),
     "q": lambda q, k, v: torch.func.grad(lambda x: KERNEL(x, k, v).float().sum())(q),
     "k": lambda q, k, v: PLAIN(q, k * WEIGHT, v),
+    "softmax_scale": lambda q, k, v: KERNEL(q, k, v, WEIGHT[0]),
+    "cap": lambda q, k, v: capped(q, k, v, "3"),  # type: ignore[arg-type]
 }
 
 
