@@ -25,9 +25,11 @@ from attngen.bind import (
     check_writable,
     declared_by,
     gradient_memory,
+    operands_of,
     q_types,
     sequence_sizes,
     spread_blocks,
+    spread_operands,
 )
 from attngen.capture import (
     capture,
@@ -47,7 +49,6 @@ from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
     OPERANDS,
-    OPERANDS_INTAKE,
     Call,
     KernelPlan,
     Manifest,
@@ -55,7 +56,7 @@ from attngen.plan import (
     gradient_value,
     sink_gradient,
 )
-from attngen.quantize import DESCALES, Operands
+from attngen.quantize import Operands
 from attngen.runtime import (
     CompiledKernel,
     CompilerPool,
@@ -507,29 +508,7 @@ class Kernel:
         declared = {**self.bound, **declared} if self.bound else declared
         if not isinstance(q, Operands):
             return q, k, v, declared, None
-        for name, x in (("k", k), ("v", v)):
-            if x is not None:
-                raise ArgumentError(name, type(x).__name__, "nothing beside operands of kernel.quantize")
-        for name in DESCALES:
-            if name in declared:
-                raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
-        self._check_operands(q)
-        rows = (q.q.transpose(1, 2), q.k.transpose(1, 2)) if layout == "bhsd" else (q.q, q.k)
-        return *rows, q.v, {**declared, **{name: getattr(q, name) for name in DESCALES}}, OPERANDS_INTAKE
-
-    def _check_operands(self, operands: Operands) -> None:
-        """Refuse operands whose scales or whose basis are another kernel's."""
-        wanted = self.manifest
-        if wanted.scales is None:
-            raise ArgumentError("q", "operands of kernel.quantize", f"a tensor of {wanted.inputs}")
-        if operands.scales != wanted.scales:
-            must = f"scales {wanted.scales}, as the spec has them"
-            raise ArgumentError("q", f"operands with scales {operands.scales}", must)
-        if operands.hadamard != wanted.hadamard:
-            basis, must = ("hadamard", "none") if operands.hadamard else ("none", "hadamard")
-            raise ArgumentError(
-                "q", f"operands of incoherent: {basis}", f"incoherent: {must}, as the spec has it"
-            )
+        return spread_operands(self.manifest, q, k, v, layout, declared)
 
     @not_captured
     def tables(
@@ -652,13 +631,3 @@ class Kernel:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         return tuple(folder / name for name in contents)
-
-
-def operands_of(manifest: Manifest, made: Sequence[torch.Tensor]) -> Operands:
-    """The operands of a call out of the values `OPERANDS`; a descale that stands for a tensor is expanded."""
-    values = dict(zip(OPERANDS, made, strict=True))
-    assert manifest.scales is not None
-    if manifest.scales == "per_tensor":
-        heads = values["v"].shape[:2]
-        values |= {name: values[name].expand(heads) for name in DESCALES}
-    return Operands(**values, scales=manifest.scales, hadamard=manifest.hadamard)
