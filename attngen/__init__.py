@@ -3,6 +3,7 @@
 `compile`, `attention` and `varlen_attn` are the faces; importing this package needs no CUDA driver and no GPU.
 """
 
+from attngen import op as op  # defines the operators
 from attngen.api import attention, compile
 from attngen.errors import (
     ArgumentError,

@@ -1,8 +1,8 @@
 """The Python face: `compile` a spec into a `Kernel`, or call `attention` and let the tensors decide."""
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -13,14 +13,17 @@ import torch
 from attngen.arch import ARCHS, Arch, arch_for_capability
 from attngen.autograd import is_differentiated
 from attngen.bind import check_plain
+from attngen.capture import CapturedKernel, fixed_size
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr import SINK
-from attngen.expr.python import bound_by, check_text, joined
+from attngen.expr.python import Expression, bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
+from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed, may_be_watched
 
+_LOG = logging.getLogger(__name__)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -83,44 +86,55 @@ def compile(spec: SpecSource, arch: str | None = None, lineinfo: bool = False) -
     return kernel
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What decides the kernel of an `attention` call."""
-
-    inputs: str
-    head_dim_qk: int
-    head_dim_v: int
-    mask: str
-    score: str
-    scalars: tuple[tuple[str, str], ...]
-    tensors: tuple[tuple[str, str], ...]
-    arch: str
-    sink: str
-    gradients: tuple[str, ...]
-    deterministic: bool
-    lengths: Lengths
+@constant
+def _arch_of(device: torch.device) -> str:
+    """The name of the arch that tensors of a device run on."""
+    return arch_for_capability(torch.cuda.get_device_capability(device)).name
 
 
 @lru_cache(maxsize=256)
-def _kernel_for(wanted: _Wanted) -> Kernel:
-    return compile(
+def _kernel_for(
+    inputs: str,
+    head_dim_qk: int,
+    head_dim_v: int,
+    mask: str,
+    score: str,
+    scalars: tuple[tuple[str, str], ...],
+    tensors: tuple[tuple[str, str], ...],
+    arch: str,
+    sink: str,
+    gradients: tuple[str, ...],
+    deterministic: bool,
+    queries: str,
+    keys: str,
+) -> Kernel:
+    """The kernel of an `attention` call, by all that decides it."""
+    kernel = compile(
         {
-            "target": wanted.arch,
+            "target": arch,
             "problem": {
-                "head_dim": {"qk": wanted.head_dim_qk, "v": wanted.head_dim_v},
-                "queries": wanted.lengths.queries,
-                "keys": wanted.lengths.keys,
+                "head_dim": {"qk": head_dim_qk, "v": head_dim_v},
+                "queries": queries,
+                "keys": keys,
             },
-            "precision": {"inputs": wanted.inputs},
-            "mask": wanted.mask,
-            "score": wanted.score,
-            "scalars": dict(wanted.scalars),
-            "tensors": dict(wanted.tensors),
-            "sink": wanted.sink,
-            "gradients": list(wanted.gradients),
-            "deterministic": wanted.deterministic,
+            "precision": {"inputs": inputs},
+            "mask": mask,
+            "score": score,
+            "scalars": dict(scalars),
+            "tensors": dict(tensors),
+            "sink": sink,
+            "gradients": list(gradients),
+            "deterministic": deterministic,
         }
     )
+    _LOG.debug("%s serves calls with mask %s and score %s", kernel.plan.name, mask, score)
+    return kernel
+
+
+@constant
+def _text_for(*wanted: Any) -> str:
+    """The text of a kernel, of which torch.compile sees nothing else; arguments are those of `_kernel_for`."""
+    return _kernel_for(*wanted).text
 
 
 def attention(
@@ -164,8 +178,8 @@ def attention(
         q,
         k,
         v,
-        str(mask),
-        str(score),
+        mask.text if isinstance(mask, Expression) else mask,
+        score.text if isinstance(score, Expression) else score,
         scalars=joined("scalars", scalars, mask, score),
         tensors=joined("tensors", tensors, mask, score),
         passed=passed,
@@ -186,7 +200,7 @@ def kernel_of_call(
     passed: Mapping[str, Any] = NOTHING,
     deterministic: bool = True,
     lengths: Lengths = DENSE,
-) -> Kernel:
+) -> Kernel | CapturedKernel:
     """The kernel that the tensors and the mask of a call ask for, compiled once and remembered.
 
     Args:
@@ -207,30 +221,35 @@ def kernel_of_call(
         SpecError: a fault in mask or score.
     """
     of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
+    is_seen = torch.compiler.is_compiling() or may_be_watched(q)
     for name, x, axis in of_axes:
-        check_plain(name, x)
+        if not (is_seen and (is_traced(x) or is_transformed(x))):
+            check_plain(name, x)
         dims = 3 if lengths.of(axis) == "ragged" else 4
         if x.dim() != dims:
             raise ArgumentError(name, "another number of dimensions", str(dims))
-    if q.dtype not in _INPUTS:
+    dtype = autocast_dtype(q) if is_seen or torch._C._is_any_autocast_enabled() else q.dtype
+    if dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    return _kernel_for(
-        _Wanted(
-            _INPUTS[q.dtype],
-            q.shape[-1],
-            v.shape[-1],
-            mask,
-            score,
-            tuple(scalars.items()),
-            tuple(tensors.items()),
-            arch_for_capability(capability).name if capability else "simulator",
-            "per_head" if passed.get(SINK) is not None else "none",
-            _differentiated(q, k, v, score, passed),
-            deterministic,
-            lengths,
-        )
+    gradients = _differentiated(q, k, v, score, passed)
+    wanted = (
+        _INPUTS[dtype],
+        fixed_size(q.shape[-1]) if is_seen else q.shape[-1],
+        fixed_size(v.shape[-1]) if is_seen else v.shape[-1],
+        mask,
+        score,
+        tuple(scalars.items()),
+        tuple(tensors.items()),
+        _arch_of(q.device) if q.is_cuda else "simulator",
+        "per_head" if passed.get(SINK) is not None else "none",
+        gradients,
+        deterministic,
+        lengths.queries,
+        lengths.keys,
     )
+    if is_seen and torch.compiler.is_dynamo_compiling():
+        return CapturedKernel(_text_for(*wanted), gradients, dtype)
+    return _kernel_for(*wanted)
 
 
 def _differentiated(
@@ -238,5 +257,11 @@ def _differentiated(
 ) -> tuple[str, ...]:
     """What gradients are wanted of: nothing, or q, k, v and what the score names, or a sink, that requires grad."""
     declared = [name for name, value in passed.items() if is_differentiated(value)]
-    named = [name for name in declared if name == SINK or re.search(rf"\b{re.escape(name)}\b", score)]
+    named = [name for name in declared if name == SINK or _reads(score, name)]
     return (*INPUTS, *named) if named or is_differentiated(q, k, v) else ()
+
+
+@constant
+def _reads(score: str, name: str) -> bool:
+    """Whether a score names a value."""
+    return re.search(rf"\b{re.escape(name)}\b", score) is not None

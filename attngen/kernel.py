@@ -25,18 +25,30 @@ from attngen.bind import (
     check_writable,
     declared_by,
     gradient_memory,
+    operands_of,
+    q_types,
     sequence_sizes,
     spread_blocks,
+    spread_operands,
+)
+from attngen.capture import (
+    capture,
+    capture_gradients,
+    cast,
+    check_captured,
+    check_gradients,
+    not_captured,
+    pack,
 )
 from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
 from attngen.errors import ArgumentError, ToolchainError
 from attngen.expr import SINK
+from attngen.kernels_by_text import LIVE, text_of
 from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
     OPERANDS,
-    OPERANDS_INTAKE,
     Call,
     KernelPlan,
     Manifest,
@@ -44,7 +56,7 @@ from attngen.plan import (
     gradient_value,
     sink_gradient,
 )
-from attngen.quantize import DESCALES, Operands
+from attngen.quantize import Operands
 from attngen.runtime import (
     CompiledKernel,
     CompilerPool,
@@ -55,7 +67,8 @@ from attngen.runtime import (
 )
 from attngen.simulate import Simulator
 from attngen.spec import INPUTS, Spec
-from attngen.torch_state import is_altered
+from attngen.torch_state import are_traced, are_transformed, is_altered, is_watched, may_be_watched
+from attngen.transforms import Transformed, TransformedCall
 
 GRADIENTS = ("dq", "dk", "dv")
 """Of the inputs; values of what a spec declares follow, in the order in which it names them."""
@@ -69,6 +82,9 @@ class Kernel:
         call: what calls launch, with every number that was decided; of an edited source one kernel takes all calls.
         modules: texts and cubins by their names; that of the attention kernel for any length first.
         bound: tensors of the spec's expressions, which a call passes by itself where it is given no others.
+        text: what names it in torch's graphs; another process makes it again from that.
+        gradients: of what a call has them, by name.
+        dtypes: what Q may be of.
     """
 
     def __init__(
@@ -88,6 +104,10 @@ class Kernel:
             name: Module(name, self.call.modules[name], call.arch, lineinfo, source if name == own else None)
             for name in names
         }
+        self.gradients = spec.gradients if call.gradients else ()
+        self.dtypes = q_types(self.manifest)
+        self.text = text_of(spec, call.arch.name, self.plan.name, source)
+        LIVE.setdefault(self.text, self)
 
     def __repr__(self) -> str:
         return f"<attngen.Kernel {self.plan.name}>"
@@ -248,6 +268,14 @@ class Kernel:
         """
         if BLOCKS in declared:
             declared = dict(self._with_blocks(declared))
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or torch._C._is_any_autocast_enabled():
+            q, k, v = (cast(x, self.dtypes) for x in (q, k, v))
+        if is_seen := is_compiling or may_be_watched(q):
+            passed = (q, k, v, *declared.values())
+            if are_traced(passed) or are_transformed(passed):
+                check_captured(out=out, tables=tables, work=work)
+                return self._captured(q, k, v, softmax_scale, return_lse, layout, declared)
         if self.call.gradients:
             others = (declared.get(name, self.bound.get(name)) for name in self.declared_gradients)
             if is_differentiated(q, k, v, *others):
@@ -260,9 +288,33 @@ class Kernel:
             check_writable("out", out)  # before anything is quantised, and in the mode of the call
         q, k, v, named, intake = self._begin(q, k, v, layout, declared)
         kept = None if tables is None and work is None else self._kept(tables, work)
+        if is_seen and is_watched() and out is None and kept is None:
+            packed = pack(softmax_scale, layout, intake, named)
+            return capture(self.text, (), q, k, v, return_lse, packed)  # type: ignore[arg-type]
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, kept, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
+
+    def _captured(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        softmax_scale: float | None,
+        return_lse: bool,
+        layout: str,
+        declared: Mapping[str, Any],
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The call as an operator, or as a function that torch.func differentiates and maps."""
+        q, k, v, named, intake = self._begin(q, k, v, layout, declared)
+        packed = pack(softmax_scale, layout, intake, named)
+        if not are_transformed((q, k, v, *named.values())):
+            return capture(self.text, self.gradients, q, k, v, return_lse, packed)
+        check_gradients(self.gradients, q, k, v, packed)
+        made: tuple[torch.Tensor, torch.Tensor] = Transformed.apply(  # type: ignore[no-untyped-call]
+            TransformedCall(self, packed), q, k, v, *packed.tensors
+        )
+        return made if return_lse else made[0]
 
     def _kept(self, tables: TileTables | None, work: TileTables | None) -> TileTables | None:
         """What an earlier call has kept for this one, passed as the sequences of the kernel want it."""
@@ -277,6 +329,32 @@ class Kernel:
         if not isinstance(work, TileTables):
             raise ArgumentError("work", type(work).__name__, "what kernel.work(...) made")
         return work
+
+    def make(
+        self,
+        wanted: tuple[str, ...],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        softmax_scale: float | None,
+        layout: str,
+        named: Mapping[str, Any],
+        intake: str | None,
+    ) -> list[torch.Tensor]:
+        """Make values of a call that torch may be recording: it keeps no memory for the next one.
+
+        Args:
+            wanted: their names.
+            q: as of `__call__`, as for what is not explained here.
+            k: see q.
+            v: see q.
+            softmax_scale: see q.
+            layout: see q.
+            named: all that the call passes by name, lists of blocks each by its own.
+            intake: in which way the call begins, where q does not tell.
+        """
+        make = self._machine(q).make
+        return make(wanted, q, k, v, softmax_scale, (), layout, named, None, intake, keeps=False)
 
     def _with_blocks(self, declared: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a call passes by name, with lists of kept blocks each by its own; a mask without pairs asks for none."""
@@ -369,8 +447,12 @@ class Kernel:
         if isinstance(q, Operands):
             must = "the tensors that they were made of: gradients are of these"
             raise ArgumentError("q", "operands of kernel.quantize", must)
-        tensors = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
-        named = {**self.bound, **self._with_blocks(declared), **tensors}
+        named = {**self.bound, **self._with_blocks(declared)}
+        if torch.compiler.is_compiling():
+            check_captured(grads=grads, accumulate=accumulate or None)
+            packed, every = pack(softmax_scale, layout, None, named), [True] * len(self.gradients)
+            return tuple(capture_gradients(self.text, every, dout, dlse, q, k, v, out, lse, packed))
+        named |= {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
         if torch.is_grad_enabled():
             check_not_recorded({"q": q, "k": k, "v": v, **named})
         into = gradient_memory(self.manifest, GRADIENTS, grads, accumulate)
@@ -392,6 +474,7 @@ class Kernel:
         layout: str,
         into: tuple[torch.Tensor, ...] = (),
         accumulate: bool = False,
+        keeps: bool = True,
     ) -> list[torch.Tensor]:
         """Launch and allocate what some of the gradients need, and nothing for the others.
 
@@ -407,13 +490,16 @@ class Kernel:
             layout: see q.
             into: memory for the first of them.
             accumulate: see q.
+            keeps: whether the next call may find memory of this one, see `make`.
         """
         if layout == "bhsd" and not self.manifest.lengths.is_by_token("queries"):
             for name in ("dout", "out"):
                 check_length(named[name], layout, name)
             named = {**named, **{name: named[name].transpose(1, 2) for name in ("dout", "out")}}
         make = self._machine(q).make
-        return make(wanted, q, k, v, softmax_scale, into, layout, named, None, GRADIENTS_INTAKE, accumulate)
+        return make(
+            wanted, q, k, v, softmax_scale, into, layout, named, None, GRADIENTS_INTAKE, accumulate, keeps
+        )
 
     def _begin(
         self, q: Any, k: Any, v: Any, layout: str, declared: Mapping[str, Any]
@@ -422,30 +508,9 @@ class Kernel:
         declared = {**self.bound, **declared} if self.bound else declared
         if not isinstance(q, Operands):
             return q, k, v, declared, None
-        for name, x in (("k", k), ("v", v)):
-            if x is not None:
-                raise ArgumentError(name, type(x).__name__, "nothing beside operands of kernel.quantize")
-        for name in DESCALES:
-            if name in declared:
-                raise ArgumentError(name, "descales", "none: q is quantised by the call, or has its own")
-        self._check_operands(q)
-        rows = (q.q.transpose(1, 2), q.k.transpose(1, 2)) if layout == "bhsd" else (q.q, q.k)
-        return *rows, q.v, {**declared, **{name: getattr(q, name) for name in DESCALES}}, OPERANDS_INTAKE
+        return spread_operands(self.manifest, q, k, v, layout, declared)
 
-    def _check_operands(self, operands: Operands) -> None:
-        """Refuse operands whose scales or whose basis are another kernel's."""
-        wanted = self.manifest
-        if wanted.scales is None:
-            raise ArgumentError("q", "operands of kernel.quantize", f"a tensor of {wanted.inputs}")
-        if operands.scales != wanted.scales:
-            must = f"scales {wanted.scales}, as the spec has them"
-            raise ArgumentError("q", f"operands with scales {operands.scales}", must)
-        if operands.hadamard != wanted.hadamard:
-            basis, must = ("hadamard", "none") if operands.hadamard else ("none", "hadamard")
-            raise ArgumentError(
-                "q", f"operands of incoherent: {basis}", f"incoherent: {must}, as the spec has it"
-            )
-
+    @not_captured
     def tables(
         self,
         q: torch.Tensor | Operands,
@@ -471,6 +536,7 @@ class Kernel:
         with torch.no_grad():
             return self._machine(q).tables(q, k, v, layout, named, intake)  # type: ignore[arg-type]
 
+    @not_captured
     def work(
         self,
         q: torch.Tensor,
@@ -497,6 +563,7 @@ class Kernel:
         with torch.no_grad():
             return self._machine(q).tables(q, k, v, layout, named)
 
+    @not_captured
     def verify(
         self,
         q: torch.Tensor | Operands,
@@ -520,6 +587,7 @@ class Kernel:
                 starts = given.tensors.get(f"cu_seqlens_{str(tensor.dims[-1])[-1]}")
                 check_sorted(tensor, given.declared[tensor.name], starts)
 
+    @not_captured
     def quantize(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd") -> Operands:
         """The e4m3 operands of a call, to pass to calls in the place of q, k and v.
 
@@ -563,13 +631,3 @@ class Kernel:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         return tuple(folder / name for name in contents)
-
-
-def operands_of(manifest: Manifest, made: Sequence[torch.Tensor]) -> Operands:
-    """The operands of a call out of the values `OPERANDS`; a descale that stands for a tensor is expanded."""
-    values = dict(zip(OPERANDS, made, strict=True))
-    assert manifest.scales is not None
-    if manifest.scales == "per_tensor":
-        heads = values["v"].shape[:2]
-        values |= {name: values[name].expand(heads) for name in DESCALES}
-    return Operands(**values, scales=manifest.scales, hadamard=manifest.hadamard)

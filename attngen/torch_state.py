@@ -8,18 +8,29 @@ making a model under it: nothing here touches it, and no tensor of attngen leave
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., object])
 
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 _count_modes = torch._C._len_torch_dispatch_stack
 _is_forward_enabled = torch._C._is_fwd_grad_enabled
+_current_modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 """Modes of torch's own, under which new tensors are fake or stand for others; modes that users write may look on."""
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ABSTRACT = (FakeTensor, FunctionalTensor)
+_CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_altered() -> bool:
@@ -32,6 +43,69 @@ def is_altered() -> bool:
         or (forward_ad._current_level >= 0 and _is_forward_enabled())
         or (_count_modes() > 0 and any(torch._C._get_dispatch_mode(key) for key in _TRACING_MODES))
     )
+
+
+def constant(function: F) -> F:
+    """Have torch.compile call a function of constants while it traces, and take what it returns for a constant."""
+    torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return function
+
+
+def may_be_watched(x: object) -> bool:
+    """Whether modes, transforms or a class of tensors may want to see the operators of a call; a quick look at all."""
+    is_usual = x.__class__ in _PLAIN or not isinstance(x, torch.Tensor)
+    return not is_usual or _count_modes() > 0 or _innermost_transform() is not None
+
+
+def is_transformed(x: object) -> bool:
+    """Whether torch.func's grad, vjp, jvp or vmap has put this in the place of another tensor."""
+    if _innermost_transform() is None or not isinstance(x, torch.Tensor):
+        return False
+    return _is_wrapped(x) and not torch._is_functional_tensor(x)
+
+
+def are_transformed(values: Iterable[object]) -> bool:
+    """Whether that is so of one of these; to torch.compile, which does not tell, it is so under each transform."""
+    is_transforming: bool = torch._C._are_functorch_transforms_active()  # which torch.compile knows
+    return is_transforming and (torch.compiler.is_dynamo_compiling() or any(map(is_transformed, values)))
+
+
+def is_traced(x: object) -> bool:
+    """Whether what is done to this is written down: by torch.compile and export, or by a tracer whose tensors have
+    sizes and no numbers.
+    """
+    return torch.compiler.is_compiling() or isinstance(x, _ABSTRACT)
+
+
+def are_traced(values: Iterable[object]) -> bool:
+    """Whether that is so of all tensors among these, of which there is one at least."""
+    tensors = [x for x in values if isinstance(x, torch.Tensor)]
+    return torch.compiler.is_compiling() or (bool(tensors) and all(map(is_traced, tensors)))
+
+
+def is_recorded(x: object) -> bool:
+    """Whether autograd, or a transform of torch.func, records what is done to this."""
+    if not isinstance(x, torch.Tensor) or not torch.is_grad_enabled():
+        return False
+    while not x.requires_grad:
+        if torch.compiler.is_dynamo_compiling() or not is_transformed(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def is_watched() -> bool:
+    """Whether a mode looks on that is to see an operator: one that a user wrote, or torch's own that records graphs."""
+    keys = (getattr(mode, "_mode_key", None) for mode in _current_modes())
+    return _count_modes() > 0 and any(key is None or key is _RECORDING for key in keys)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that x has in the autocast context it is met in: the context's, of what torch's attention would cast."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype in _CASTABLE:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from attngen.bind import check_plain
 from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH
 from attngen.plan import Lengths
+from attngen.torch_state import is_traced, is_transformed
 
 RAGGED = Lengths("ragged", "ragged")
 NO_END = -1
@@ -92,7 +93,8 @@ def varlen_attn(
         must = "a tensor: without it keys come by pages, which are not served yet"
         raise ArgumentError("cu_seq_k", "None", must, "pass cu_seq_q where lengths are alike")
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check_plain(name, x)
+        if not (is_traced(x) or is_transformed(x)):
+            check_plain(name, x)
         if x.dim() != 3:
             raise ArgumentError(name, f"{x.dim()} dimensions", "3: (tokens, heads, head_dim)")
     if not enable_gqa and query.shape[1] != key.shape[1]:

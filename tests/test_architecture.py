@@ -15,9 +15,10 @@ from attngen.resources import templates_dir
 PACKAGE = Path(attngen.__file__).parent
 ORDER = {
     "errors": 0, "memory": 0, "version": 0, "torch_state": 0, "dtypes": 1, "resources": 1, "quantize": 1,
-    "scaling": 1, "arch": 2, "expr": 2, "spec": 3, "plan": 4, "bind": 5, "schedules": 5, "lower": 6, "emit": 7,
-    "simulate": 7, "check": 7, "runtime": 8, "autograd": 9, "compiled_module": 9, "kernel": 10, "api": 11, "fuzz": 12,
-    "varlen": 12, "cli": 13, "__init__": 14, "__main__": 14,
+    "scaling": 1, "arch": 2, "expr": 2, "spec": 3, "kernels_by_text": 4, "plan": 4, "bind": 5, "schedules": 5,
+    "capture": 6, "lower": 6, "emit": 7, "simulate": 7, "check": 7, "runtime": 8, "autograd": 9, "compiled_module": 9,
+    "transforms": 10, "kernel": 11, "api": 12, "fuzz": 13, "op": 13, "varlen": 13, "cli": 14, "__init__": 15,
+    "__main__": 15,
 }  # fmt: skip
 BUDGET = {
     "attngen": 2225, "bind": 1600, "check": 3130, "cli": 3610, "emit": 1385, "expr": 6260, "fuzz": 2280, "lower": 2675,

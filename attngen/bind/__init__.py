@@ -5,13 +5,15 @@ from attngen.bind.arguments import (
     check_arguments,
     check_length,
     check_rows_of_heads,
+    q_types,
 )
 from attngen.bind.binder import Allocation, Bound, Region, bind
 from attngen.bind.block_lists import BLOCKS, spread_blocks
 from attngen.bind.declared import check_declared, declared_by
 from attngen.bind.gradient_memory import check_differentiable, gradient_memory
 from attngen.bind.kept import TableSignature, TileTables, made_of, passed_as
-from attngen.bind.numbers import scalar_of, softmax_scale_of
+from attngen.bind.numbers import python_number, scalar_of, softmax_scale_of
+from attngen.bind.operands import operands_of, spread_operands
 from attngen.bind.overlap import check_overlap
 from attngen.bind.sequences import check_lengths, sequence_sizes
 from attngen.bind.sorted_values import check_sorted
@@ -55,8 +57,12 @@ __all__ = [
     "passed_as",
     "declared_by",
     "gradient_memory",
+    "operands_of",
+    "python_number",
+    "q_types",
     "scalar_of",
     "sequence_sizes",
     "softmax_scale_of",
     "spread_blocks",
+    "spread_operands",
 ]

@@ -161,6 +161,12 @@ def choose_intake(manifest: Manifest, q: Any, name: str | None = None) -> Intake
     return types[q.dtype]
 
 
+def q_types(manifest: Manifest) -> tuple[torch.dtype, ...]:
+    """The types of Q that a call may begin with."""
+    firsts = (manifest.value_of[intake.values[0]] for intake in manifest.intakes)
+    return tuple(dict.fromkeys(torch_dtype(dtype(value.dtype)) for value in firsts))
+
+
 def _check_heads(sizes: Mapping[str, int], intake: Intake) -> None:
     heads_q, heads_kv = sizes["num_heads_q"], sizes["num_heads_kv"]
     if intake.name == GRADIENTS_INTAKE and heads_kv > heads_q == 0:

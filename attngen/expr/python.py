@@ -33,11 +33,20 @@ class Expression(str):
         tensors: the same of tensors.
         bound: tensors that the function holds, by their names among `tensors`; `attention` and kernels of `compile`
             pass them where a call does not.
+        text: the text alone, which torch.compile takes for a constant.
     """
+
+    text: str
 
     scalars: Mapping[str, str] = {}
     tensors: Mapping[str, str] = {}
     bound: Mapping[str, "torch.Tensor"] = {}
+
+    def __new__(cls, text: str) -> "Expression":
+        """An expression without declarations."""
+        made = super().__new__(cls, text)
+        made.text = str(text)
+        return made
 
     def __repr__(self) -> str:
         return f"Expression({str(self)!r})"

@@ -18,9 +18,13 @@ class KeptMemory(threading.local):
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
-    def on(self, device: int, stream: int, q: torch.Tensor, size: int) -> torch.Tensor:
-        """At least `size` bytes on q's device, whose current stream has that raw handle."""
-        if torch._C._cuda_getDevice() != device or torch._C._cuda_isCurrentStreamCapturing():
+    def on(self, device: int, stream: int, q: torch.Tensor, size: int, keeps: bool = True) -> torch.Tensor:
+        """At least `size` bytes on q's device, whose current stream has that raw handle; held only if it `keeps` them.
+
+        What torch.compile runs before it records it (mode="reduce-overhead") is allocated where the recording will be,
+        and torch takes all of that back but the outputs.
+        """
+        if not keeps or torch._C._cuda_getDevice() != device or torch._C._cuda_isCurrentStreamCapturing():
             return q.new_empty(size, dtype=torch.uint8)  # of another device nobody asks whether it captures
         memory = self._kept.get((device, stream))
         if memory is None or memory.numel() < size:

@@ -95,6 +95,7 @@ class Launcher:
         tables: TileTables | None = None,
         intake: str | None = None,
         accumulates: bool = False,
+        keeps: bool = True,
     ) -> list[torch.Tensor]:
         """Launch on torch's current stream of q's device what the wanted values need, and return these.
 
@@ -111,13 +112,14 @@ class Launcher:
             tables: likewise.
             intake: as of `check_arguments`.
             accumulates: the wanted values are added to what `into` holds.
+            keeps: whether the next call may find memory of this one; torch's graphs have it that none of theirs stays.
         """
         declared = self._without_nothing(declared)
         if is_altered():
             self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             with torch_defaults():
                 return self.make(
-                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates
+                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates, keeps
                 )
         try:
             if softmax_scale is not None and softmax_scale.__class__ is not float:
@@ -156,7 +158,7 @@ class Launcher:
             if numbers := self._numbers(declared):
                 declared = {**declared, **numbers}
                 return self.make(
-                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates
+                    wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates, keeps
                 )
             given = self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             is_given_tables = tables is not None
@@ -179,7 +181,7 @@ class Launcher:
         if tables is not None:
             kept = self._kept(tables, prepared, tensors)
         elif kept_size:
-            kept = self._kept_memory.on(device, stream, q, kept_size)
+            kept = self._kept_memory.on(device, stream, q, kept_size, keeps)
         if scratch_size:
             scratch = q.new_empty(scratch_size, dtype=torch.uint8)
         if zeroed_size:
@@ -216,10 +218,10 @@ class Launcher:
         declared = self._without_nothing(declared)
         given = self._check(OUT, q, k, v, None, (), layout, declared, intake)
         whole = self._prepare(OUT, given, q, None, (), layout, is_given_tables=False)
-        prefix = self._prepare(tuple(whole.bound.kept.offsets), given, q, None, (), layout, False)
+        prefix = self._prepare(tuple(whole.kept.offsets), given, q, None, (), layout, False)
         with torch_defaults():
-            memory = q.new_empty(whole.bound.kept.size_bytes, dtype=torch.uint8)
-        made = [memory.data_ptr() + beyond for beyond in whole.bound.kept.offsets.values()]
+            memory = q.new_empty(whole.kept.size_bytes, dtype=torch.uint8)
+        made = [memory.data_ptr() + beyond for beyond in whole.kept.offsets.values()]
         tensors = [declared[name] for name in self._names(declared)]
         no_memory, no_counter = (0, 0, 0), 0
         addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from attngen.arch import ARCHS
-from attngen.bind import Bound, Given, TableSignature, bind
+from attngen.bind import Bound, Given, Region, TableSignature, bind
 from attngen.plan import BLOCK_MAP, COUNTER, KernelEntry, Manifest
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
@@ -89,12 +89,13 @@ class PreparedStruct:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything about a signature that does not change from call to call.
+    """Everything about a signature that does not change from call to call; it holds no tensor of the first one.
 
     Addresses are, in this order: the tensors that are passed, the values that are wanted, the memory of kept, of
     scratch and of zeroed values, and the tile counter.
 
     Attributes:
+        kept: where the values that outlive a call lie in their memory.
         outputs: shape and type of each wanted value, in the call's layout; a shape of None is that of q, with its
             strides and type.
         zeroed: which of these are 0 before the first launch.
@@ -104,7 +105,7 @@ class Prepared:
         tables: what tables of this signature are known by.
     """
 
-    bound: Bound
+    kept: Region
     outputs: tuple[tuple[tuple[int, ...] | None, torch.dtype], ...]
     zeroed: tuple[int, ...]
     sizes: tuple[int, int, int]
@@ -149,7 +150,7 @@ def prepare_signature(
         )
         structs.append(_struct(bound, of_struct[0][0], launches, numbers, places))
     return Prepared(
-        bound,
+        bound.kept,
         tuple(_output(bound, name, q, layout) for name in bound.wanted),
         tuple(number for number, name in enumerate(bound.wanted) if bound.made[name].value.zeroed),
         (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),

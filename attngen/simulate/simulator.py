@@ -73,6 +73,7 @@ class Simulator:
         tables: TileTables | None = None,
         intake: str | None = None,
         accumulates: bool = False,
+        keeps: bool = True,
     ) -> list[torch.Tensor]:
         """Run what the wanted values need, and return these; see `attngen.runtime.Launcher.make` for the arguments."""
         memory = dict(zip(wanted, into, strict=False))

@@ -29,12 +29,31 @@ def test_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, gradients(), strict=True))
 
 
-def test_autocast_changes_no_bit() -> None:
-    q, k, v = leaves(70, 90, 90)
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+def test_autocast_casts_to_the_type_of_its_context(given: torch.dtype) -> None:
+    """As torch's attention does; gradients have the types of what they are gradients of."""
+    leaves_given = [x.detach().to(given).requires_grad_() for x in leaves(70, 90, 90)]
     with torch.autocast("cpu", dtype=torch.float16):
-        out = attention(q, k, v)
-    found = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-    assert all(torch.equal(x, y) for x, y in zip(found, gradients(), strict=True))
+        out = attention(*leaves_given)
+    found = torch.autograd.grad(out.float().square().sum(), leaves_given)
+    right = attention(*(x.half() for x in leaves_given))
+    expected = torch.autograd.grad(right.float().square().sum(), leaves_given)
+    assert out.dtype == torch.float16 and torch.equal(out, right)
+    assert all(torch.equal(x, y) and x.dtype == given for x, y in zip(found, expected, strict=True))
+
+
+def test_autocast_leaves_alone_what_a_kernel_takes() -> None:
+    """A kernel has one type of inputs, to which only others are cast."""
+    spec = {"target": "simulator", "problem": {"head_dim": 64}, "mask": "causal"}
+    kernel = attngen.compile(spec)
+    inputs = [x.detach() for x in leaves(70, 90, 90)]
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert kernel(*inputs).dtype == torch.bfloat16
+        with pytest.raises(attngen.ArgumentError, match="argument q: got dtype torch.float16"):
+            kernel(*(x.float() for x in inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = kernel(*(x.float() for x in inputs))
+    assert torch.equal(out, kernel(*inputs))
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])

@@ -148,7 +148,9 @@ def test_forward_derivatives_are_refused(target: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("target", ["simulator", "sm_90a"])
-def test_transforms_of_torch_func_are_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_second_derivatives_of_torch_func_are_refused(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By name, of a kernel that has a backward pass too."""
     kernel = WARPS.kernel(target)
     if target == "sm_90a":
@@ -158,11 +160,13 @@ def test_transforms_of_torch_func_are_refused(target: str, monkeypatch: pytest.M
     def loss(x: torch.Tensor) -> torch.Tensor:
         return kernel(x, k, v).float().sum()
 
-    refuses("torch.func.grad", lambda: torch.func.grad(loss)(q))
-    refuses("torch.func.grad, vjp or jvp", lambda: torch.func.jvp(loss, (q,), (q,)))
-    refuses("torch.func.grad, vjp or jvp", lambda: torch.func.vjp(loss, q))
-    refuses("torch.vmap", lambda: torch.func.vmap(loss)(q[None]))
-    refuses("torch.func.grad", lambda: torch.func.hessian(loss)(q))
+    refuses("torch.func.jvp.*no forward derivative", lambda: torch.func.jvp(loss, (q,), (q,)))
+    refuses("torch.func.jvp.*no forward derivative", lambda: torch.func.hessian(loss)(q))
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(loss)(x).float().sum()
+
+    refuses("no second derivatives", lambda: torch.func.grad(slope)(q), "create_graph")
 
 
 def test_a_backward_pass_is_not_recorded() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import attngen
-from attngen.kernel import operands_of
+from attngen.bind import operands_of
 from attngen.plan import OPERANDS
 from attngen.quantize import Operands, ScaleKind
 from attngen.runtime import Launcher

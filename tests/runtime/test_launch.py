@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -119,6 +120,17 @@ def test_fresh_tensors_of_a_known_signature_get_their_own_pointers(monkeypatch: 
         sent = fields(recorder.structs[-1])
         assert (sent["q"], sent["out"]) == (q.data_ptr(), out.data_ptr())
         assert lse is not None and sent["lse"] == lse.data_ptr() and lse.shape == (1, 2, 64)
+
+
+def test_what_is_remembered_of_a_signature_keeps_no_tensor_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of the first call go when their owner lets them go: a program meets thousands of signatures."""
+    recorder = Recorder(monkeypatch)
+    launcher = Launcher(KERNEL.manifest, no_code, load=recorder.load, start=recorder.start)
+    q = torch.randn(1, 64, 2, 64).bfloat16()
+    gone = weakref.ref(q)
+    launcher.run(q, q, q)
+    del q
+    assert gone() is None and len(recorder.structs) == 1
 
 
 def test_a_fresh_output_is_contiguous_whatever_q_is(monkeypatch: pytest.MonkeyPatch) -> None:
