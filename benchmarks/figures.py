@@ -7,6 +7,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -75,9 +76,14 @@ def peer(name: str, make: Callable[[], Candidate]) -> dict[str, Candidate]:
         candidate.run()
     except (RuntimeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
-        print(f"{name} does not take part: {reason}", flush=True)
+        _tell_once(f"{name} does not take part: {reason}")
         return {}
     return {name: candidate}
+
+
+@cache
+def _tell_once(text: str) -> None:
+    print(text, flush=True)
 
 
 def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:

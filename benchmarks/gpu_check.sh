@@ -54,9 +54,17 @@ tests() {
   python3 -m pytest tests/gpu/test_runtime.py -s --timeout 120 -p no:cacheprovider
 }
 fuzz() {
-  python3 -m attngen fuzz --device cuda --minutes 1
-  python3 benchmarks/fuzz_ragged.py --device cuda --minutes 1 --examples 25 --out "$results"
-  python3 benchmarks/fuzz_gradients.py --device cuda --minutes 1 --examples 25 --out "$results"
+  local run status=0 runs=()
+  python3 -m attngen fuzz --device cuda --minutes 3 &
+  runs+=($!)
+  python3 benchmarks/fuzz_ragged.py --device cuda --minutes 2 --out "$results" &
+  runs+=($!)
+  python3 benchmarks/fuzz_gradients.py --device cuda --minutes 2 --out "$results" &
+  runs+=($!)
+  for run in "${runs[@]}"; do
+    wait "$run" || status=1
+  done
+  return "$status"
 }
 # Sets run side by side, since each keeps one core busy and the GPU hardly. Without torch's cache of memory a tensor ends
 # where its allocation does, so that memcheck sees what runs past it.

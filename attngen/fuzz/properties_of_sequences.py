@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attngen.check.by_sequence import CutCall, Sequence
-from attngen.expr import SINK
+from attngen.expr import GIVEN_BLOCKS, SINK
 from attngen.fuzz.properties_of_gradients import first_difference
 from attngen.fuzz.trial import SIMULATOR_ULPS, Complaint, Subject, Trial
 from attngen.plan import LETTERS
@@ -82,7 +82,9 @@ class _DenseCall:
         padded = {f"seqlen_{letter}" for axis, letter in LETTERS.items() if call.lengths.of(axis) == "padded"}
         for name, x in self._trial.declared.items():
             tensor = spec.declarations.tensors.get(name)
-            if tensor is not None:
+            if name == GIVEN_BLOCKS.name:
+                yield name, self._blocks(x)
+            elif tensor is not None:
                 places: Mapping[Any, slice] = by_token | batches
                 own = x[tuple(places.get(dim, slice(None)) for dim in tensor.dims)]
                 # A dimension with a name of its own has an element, read or not.
@@ -92,6 +94,14 @@ class _DenseCall:
                 yield name, own
             elif name in spec.declarations.scalars or name == SINK:
                 yield name, x
+
+    def _blocks(self, kept: torch.Tensor) -> torch.Tensor:
+        """The map for as many batches as there are, or for all, and the blocks of the sequence's rows and keys."""
+        blocks, each = self._trial.case.spec.blocks, self._sequence
+        assert blocks is not None
+        sizes = {"queries": blocks.block_m, "keys": blocks.block_n}
+        rows, keys = (-(-(at.stop - at.start) // sizes[axis]) for axis, at in each.rows.items())
+        return kept[: 1 if len(kept) == 1 else each.number + 1, :, :rows, :keys]
 
 
 def _dense_calls(trial: Trial) -> Iterator[tuple[CutCall, Sequence, _DenseCall]]:

@@ -7,6 +7,7 @@ rounds, each of its own seed.
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,17 @@ from rich.text import Text
 
 from attngen.api import compile, resolve_arch
 from attngen.arch import arch_for_capability
-from attngen.errors import ArgumentError, ToolchainError
+from attngen.errors import ArgumentError, AttngenError, ToolchainError
 from attngen.fuzz.case import EXAMPLES, Case
 from attngen.fuzz.coverage import Coverage, Met, met_by
 from attngen.fuzz.properties import RULES, PropertyFailure, check
+from attngen.fuzz.properties_of_sequences import dense_spec
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.fuzz.trial import Make, Subject
 from attngen.kernel import Kernel
 from attngen.lower import lower
 from attngen.plan import KernelPlan
+from attngen.runtime import CompilerPool
 from attngen.simulate import one_thread
 from attngen.spec import Spec, load
 
@@ -205,7 +208,9 @@ def fuzz(
     else:
         drawn_specs = specs(tuple(targets or targets_for(device)), backward, is_cut)
         if device != "cpu":
-            drawn_specs = st.sampled_from(_pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL))
+            pool = _pool(drawn_specs, seed, (examples or 1024) // _CASES_PER_KERNEL)
+            _build_all(build, [*pool, *map(dense_spec, pool)] if is_cut else pool)
+            drawn_specs = st.sampled_from(pool)
     limit = examples if examples is not None else EXAMPLES if minutes is None else None
     deadline = started + 60 * minutes if minutes is not None else float("inf")
     search = _Search(build, device, deadline, progress, Coverage(meets))
@@ -256,6 +261,17 @@ def kernels() -> Make:
         return made[spec]
 
     return make
+
+
+def _build_all(build: Make, specs: Iterable[Spec]) -> None:
+    """Build what cases will ask for, side by side; what cannot be built fails in a case, which tells of it."""
+
+    def try_to_build(spec: Spec) -> None:
+        with suppress(AttngenError):
+            build(spec)
+
+    with CompilerPool() as pool:
+        pool.each(try_to_build, specs)
 
 
 def _refuse_without_default(spec: Spec) -> None:

@@ -153,7 +153,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
         "problem": {"head_dim": {"qk": qk, "v": v}, **cut},
         "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
         **draw(pair_texts(may_be_huge=not gradients, by_token=by_token)),
-        **({} if is_cut else draw(given_blocks(block_m, block_n))),
+        **draw(given_blocks(block_m, block_n)),
         **numbers,
         "sink": sink,
         "gradients": gradients,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,6 +83,21 @@ def test_a_right_kernel_holds_each_rule(kinds: tuple[str, str], rule: str) -> No
     case = Case(spec, shape, seed=3, rule=rule, layout="bhsd", has_dlse=True)
     assert RULES[rule].may_hold(spec, plan_of(spec)) and Case.from_json(case.to_json()) == case  # type: ignore[arg-type]
     assert (failure := reproduce(case)) is None, str(failure)
+
+
+def with_blocks(keys: Literal["ragged", "padded"], seed: int, rule: str) -> Case:
+    """Sequences that fill several given blocks, one, and none, of a size that tiles lie across; and a sink."""
+    spec = spec_of("ragged", keys, blocks={"block_m": 3, "block_n": 2}, sink="per_head")
+    cut = replace(KEYS, kind=keys, lengths=(7, 0, 4), unused=() if keys == "padded" else KEYS.unused)
+    return Case(spec, replace(SHAPE, keys=cut, seqlen_k=cut.size), seed=seed, rule=rule)
+
+
+@pytest.mark.parametrize("rule", OWN)
+@pytest.mark.parametrize("keys", ["ragged", "padded"])
+@pytest.mark.parametrize("seed", [6, 4])
+def test_given_blocks_hold_each_rule(seed: int, keys: Literal["ragged", "padded"], rule: str) -> None:
+    """A map for each sequence and head, and one for all; each sequence is a dense call with the blocks it fills."""
+    assert (failure := reproduce(with_blocks(keys, seed, rule))) is None, str(failure)
 
 
 def test_the_dense_spec_reads_what_the_other_reads() -> None:
@@ -189,3 +204,11 @@ def test_a_slip_is_found(name: str) -> None:
     )
     assert report.failure is not None, "not found"
     assert reproduce(report.failure.case) is None, report
+
+
+@pytest.mark.parametrize("rule", ["error", "sequences", "sequence-gradients"])
+def test_blocks_of_another_sequence_are_found(rule: str) -> None:
+    """All sequences take the blocks of the first."""
+    slip = Slip(lambda passed: {**passed, "blocks": passed["blocks"][:1]})
+    case = with_blocks("ragged", 6, rule)
+    assert reproduce(case, make=lambda spec: Slipping(spec, slip)) is not None
