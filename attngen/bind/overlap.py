@@ -19,6 +19,16 @@ def check_overlap(name: str, written: torch.Tensor, others: Mapping[str, torch.T
     """
     if written.numel() == 0:
         return
+    if not written.is_contiguous():
+        _check_nesting(name, written)
+    first, last = _extent(written)
+    for other, x in others.items():
+        begin, end = _extent(x)
+        if x.numel() and begin < last and first < end and not _interleaved(written, x):
+            raise ArgumentError(name, f"memory shared with {other}", "memory of its own")
+
+
+def _check_nesting(name: str, written: torch.Tensor) -> None:
     reach = 1
     dims = [(step, size) for step, size in zip(written.stride(), written.shape, strict=True) if size > 1]
     for step, size in sorted(dims):
@@ -27,14 +37,11 @@ def check_overlap(name: str, written: torch.Tensor, others: Mapping[str, torch.T
                 name, f"strides {tuple(written.stride())}", "a tensor that does not overlap itself"
             )
         reach += step * (size - 1)
-    first, last = _extent(written)
-    for other, x in others.items():
-        begin, end = _extent(x)
-        if x.numel() and begin < last and first < end and not _interleaved(written, x):
-            raise ArgumentError(name, f"memory shared with {other}", "memory of its own")
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
+    if x.is_contiguous():  # as most are, in calls that look at each tensor several times
+        return x.data_ptr(), x.data_ptr() + x.nbytes
     reach = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
