@@ -221,7 +221,7 @@ def kernel_of_call(
         SpecError: a fault in mask or score.
     """
     of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
-    is_seen = torch.compiler.is_compiling() or may_be_watched(q)
+    is_seen = torch.compiler.is_dynamo_compiling() or may_be_watched(q)
     for name, x, axis in of_axes:
         if not (is_seen and (is_traced(x) or is_transformed(x))):
             check_plain(name, x)

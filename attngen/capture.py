@@ -111,13 +111,14 @@ def _taken(name: str, value: Any) -> Any:
 
     A real number that varies from call to call is a tensor under torch.compile, whose graphs would fix it.
     """
-    if not torch.compiler.is_compiling():
-        value = value if isinstance(value, torch.Tensor) else python_number(name, value)
+    is_compiling = torch.compiler.is_dynamo_compiling()
+    if not (is_compiling or isinstance(value, torch.Tensor)):
+        value = python_number(name, value)
     if not (value is None or isinstance(value, (torch.Tensor, *_NUMBERS))):
         refuse(
             name, type(value).__name__, "a tensor or a number of Python", f"pass {name}.item() of a number"
         )
-    if not (torch.compiler.is_compiling() and isinstance(value, _REALS)):
+    if not (is_compiling and isinstance(value, _REALS)):
         return value
     from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes half a second to load
 
@@ -249,7 +250,7 @@ def not_captured(function: F) -> F:
 
     @wraps(function)
     def refusing(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             name = function.__name__
             refuse(name, "a call", "none inside of what torch compiles or exports", f"call {name} before")
         return function(*args, **kwargs)

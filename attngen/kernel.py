@@ -268,7 +268,7 @@ class Kernel:
         """
         if BLOCKS in declared:
             declared = dict(self._with_blocks(declared))
-        is_compiling = torch.compiler.is_compiling()
+        is_compiling = torch.compiler.is_dynamo_compiling()
         if is_compiling or torch._C._is_any_autocast_enabled():
             q, k, v = (cast(x, self.dtypes) for x in (q, k, v))
         if is_seen := is_compiling or may_be_watched(q):
@@ -448,7 +448,7 @@ class Kernel:
             must = "the tensors that they were made of: gradients are of these"
             raise ArgumentError("q", "operands of kernel.quantize", must)
         named = {**self.bound, **self._with_blocks(declared)}
-        if torch.compiler.is_compiling():
+        if are_traced((q, k, v)):
             check_captured(grads=grads, accumulate=accumulate or None)
             packed, every = pack(softmax_scale, layout, None, named), [True] * len(self.gradients)
             return tuple(capture_gradients(self.text, every, dout, dlse, q, k, v, out, lse, packed))

@@ -71,16 +71,16 @@ def are_transformed(values: Iterable[object]) -> bool:
 
 
 def is_traced(x: object) -> bool:
-    """Whether what is done to this is written down: by torch.compile and export, or by a tracer whose tensors have
-    sizes and no numbers.
+    """Whether what is done to this is written down: by torch.compile, or by a tracer whose tensors have sizes and no
+    numbers. What torch says of the process (`torch.compiler.is_compiling`) is so of other threads too.
     """
-    return torch.compiler.is_compiling() or isinstance(x, _ABSTRACT)
+    return torch.compiler.is_dynamo_compiling() or isinstance(x, _ABSTRACT)
 
 
 def are_traced(values: Iterable[object]) -> bool:
     """Whether that is so of all tensors among these, of which there is one at least."""
     tensors = [x for x in values if isinstance(x, torch.Tensor)]
-    return torch.compiler.is_compiling() or (bool(tensors) and all(map(is_traced, tensors)))
+    return torch.compiler.is_dynamo_compiling() or (bool(tensors) and all(map(is_traced, tensors)))
 
 
 def is_recorded(x: object) -> bool:

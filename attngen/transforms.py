@@ -168,6 +168,8 @@ class Folding:
             must = "sequences of one length, and a mask without given blocks"
             raise ArgumentError("q", f"a tensor inside torch.vmap, of a kernel of {what}", must, _OUTSIDE)
         self._axes = _batch_axes(kernel.spec)
+        declared = kernel.spec.declarations.tensors
+        self._clamped = {each for each, axis in self._axes.items() if declared[each].dims[axis] != "batch"}
 
     def axis_of(self, name: str) -> int | None:
         """Which dimension of a tensor is the batch; None of one that has none."""
@@ -176,14 +178,16 @@ class Folding:
     def fold_all(
         self, names: Sequence[str], dims: Sequence[int | None], tensors: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Tensors with a larger batch each, but for those that have none.
+        """Tensors with a larger batch each, but for those that have none; q is among them.
 
         Raises:
-            ArgumentError: one that has none is mapped over.
+            ArgumentError: one that has none is mapped over, or has another than q.
         """
-        return [self._fold(*each) for each in zip(names, tensors, dims, strict=True)]
+        place = names.index("q")
+        batch = tensors[place].movedim(dims[place] or 0, 0).shape[0 if dims[place] is None else 1]
+        return [self._fold(*each, batch) for each in zip(names, tensors, dims, strict=True)]
 
-    def _fold(self, name: str, x: torch.Tensor, dim: int | None) -> torch.Tensor:
+    def _fold(self, name: str, x: torch.Tensor, dim: int | None, batch: int) -> torch.Tensor:
         axis = self.axis_of(name)
         if axis is None:
             if dim is None:
@@ -194,6 +198,12 @@ class Folding:
             x = x.unsqueeze(axis).expand(*x.shape[:axis], self._size, *x.shape[axis:])
         else:
             x = x.movedim(dim, axis)
+        if name in self._clamped and x.shape[axis + 1] != batch:
+            # Its last row is that of all sequences behind it, and would be that of the next sample's.
+            if x.shape[axis + 1] != 1:
+                must = f"{batch}, as q has, or 1"
+                raise ArgumentError(name, f"{x.shape[axis + 1]} rows for b inside torch.vmap", must, _OUTSIDE)
+            x = x.expand(*x.shape[: axis + 1], batch, *x.shape[axis + 2 :])
         folded = x.flatten(axis, axis + 1)
         return folded.contiguous() if folded.stride(-1) != 1 and name in _ROWS else folded
 

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import attngen
 from attngen import op
@@ -178,6 +179,21 @@ def test_tracers_write_both_passes_down(tracing_mode: str) -> None:
     others = [2 * x.detach() for x in inputs(9)]
     found, right = traced(*others), step(*(x.requires_grad_() for x in others))
     assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
+
+
+def test_eager_calls_go_past_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: an operator costs more than a launch, and only who looks on pays for it."""
+
+    def never(*args: Any) -> None:
+        raise AssertionError("an operator was called")
+
+    monkeypatch.setattr(op, "_run", never)
+    monkeypatch.setattr(op, "needed_gradients", never)
+    leaves = inputs(9, requires_grad=True)
+    assert CAUSAL(*inputs(9)).any() and attngen.attention(*inputs(9), "causal").any()
+    assert all(x.any() for x in torch.autograd.grad(CAUSAL(*leaves).float().square().sum(), leaves))
+    with FlopCounterMode(display=False), pytest.raises(AssertionError, match="an operator was called"):
+        CAUSAL(*inputs(9))
 
 
 def test_an_operator_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

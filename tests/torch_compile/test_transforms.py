@@ -97,6 +97,28 @@ def test_what_a_mask_reads_by_sequence_is_folded_too(dims: tuple[int | None, ...
     assert torch.equal(found, torch.stack([documents(*each) for each in one]))
 
 
+def clamped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> Any:
+    return attngen.attention(q, k, v, "seen[b, kv_idx]", tensors={"seen": "bool[rows, seqlen_k]"}, seen=seen)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_row_that_all_sequences_share_stays_with_its_sample(is_mapped: bool, rows: int) -> None:
+    """b is clamped to the rows of a tensor of any length, which the folded batch must not reach across."""
+    seen = (
+        torch.arange(MAPPED * rows * 9).reshape(MAPPED, rows, 9) % 4 > torch.arange(MAPPED)[:, None, None] % 2
+    )
+    q, k, v = many()
+    found = torch.func.vmap(clamped, in_dims=(0, 0, 0, 0 if is_mapped else None))(
+        q, k, v, seen if is_mapped else seen[0]
+    )
+    of_each = seen if is_mapped else seen[:1].expand(MAPPED, -1, -1)
+    right = torch.stack([clamped(*each) for each in zip(q, k, v, of_each, strict=True)])
+    assert torch.equal(found, right)
+    with pytest.raises(attngen.ArgumentError, match="argument seen: got 3 rows for b"):
+        torch.func.vmap(clamped, in_dims=(0, 0, 0, None))(q, k, v, seen[:, 0])
+
+
 def test_gradients_of_what_a_score_reads() -> None:
     slopes, given = torch.full((HEADS,), 0.1), inputs(9, batch=2)
     (found,) = (torch.func.grad(lambda x: with_slopes(*given, x).float().square().sum())(slopes),)
