@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attngen.errors import AttngenError
-from attngen.expr import TRUE, free_names
+from attngen.expr import TRUE, free_names, shown_keys
 from attngen.fuzz import properties_of_gradients as of_gradients
 from attngen.fuzz import properties_of_outputs as of_outputs
 from attngen.fuzz import properties_of_sequences as of_sequences
@@ -87,6 +87,11 @@ RULES: dict[str, Rule] = {
     "error": Rule(of_outputs.error, lengths="any"),
     "repeat": Rule(of_outputs.repeat, lengths="any"),
     "surroundings": Rule(of_outputs.surroundings, lengths="any"),
+    "hidden-keys": Rule(
+        of_outputs.hidden_keys,
+        lambda plan, names: shown_keys(plan.mask) is not None and not plan.scales,
+        is_rare=True,
+    ),
     "batch-slice": Rule(
         of_outputs.batch_slice,
         lambda plan, names: (

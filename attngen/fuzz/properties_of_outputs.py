@@ -3,8 +3,9 @@
 import torch
 
 from attngen.check.accuracy import LSE_ABSOLUTE, LSE_RELATIVE, Accuracy
-from attngen.check.inputs import Canary, poison
+from attngen.check.inputs import POISON, Canary, poison
 from attngen.check.reference import attention_as_fractions
+from attngen.fuzz.properties_of_gradients import first_difference
 from attngen.fuzz.trial import SIMULATOR_ULPS, Complaint, Trial, largest
 
 WIDE_WINDOW = "kv_idx > q_pos - 1000000 and kv_idx < q_pos + 1000000"
@@ -68,6 +69,19 @@ def _batched(x: torch.Tensor) -> torch.Tensor:
 def _as_given(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """What `_batched` made of a tensor, as that was given."""
     return x if given.dim() == 4 else x[0]
+
+
+def hidden_keys(trial: Trial) -> Complaint:
+    """What K and V hold where the mask hides a key from every query changes no bit, of gradients neither."""
+    hidden = trial.hidden_keys
+    values = torch.tensor(POISON, dtype=trial.k.dtype, device=trial.k.device)
+    k, v = trial.k.clone(), trial.v.clone()
+    for x in (k, v):
+        x[hidden] = values[torch.arange(int(hidden.sum()), device=x.device) % len(POISON)][:, None]
+    complaint = trial.differs(*trial.run(trial.q, k, v))
+    if complaint is None and trial.case.spec.gradients:
+        complaint = first_difference(trial.gradients(keys=(k, v)), trial.first_gradients)
+    return complaint
 
 
 def batch_slice(trial: Trial) -> Complaint:

@@ -13,6 +13,8 @@ import torch
 
 from attngen.check.accuracy import Accuracy
 from attngen.check.judging import judge as judged
+from attngen.check.reference import Problem
+from attngen.expr import shown_keys
 from attngen.fuzz.case import Case
 from attngen.fuzz.states import STATES
 from attngen.plan import KernelPlan
@@ -109,11 +111,17 @@ class Trial:
         with self.state():
             return (subject or self.subject)(q, k, v, **options, **self.declared)
 
-    def gradients(self, scale: float = 1.0, batch: slice = slice(None)) -> tuple[torch.Tensor, ...]:
-        """All gradients, in bshd, of a multiple of those of out and lse, or of a slice of the batch."""
+    def gradients(
+        self,
+        scale: float = 1.0,
+        batch: slice = slice(None),
+        keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """All gradients, in bshd: of a multiple of those of out and lse, of a slice of the batch, of other K and V."""
         assert self.dout is not None
         dlse = None if self.dlse is None else scale * self.dlse[batch]
-        tensors = (scale * self.dout if scale != 1.0 else self.dout, self.q, self.k, self.v, self.out)
+        k, v = keys or (self.k, self.v)
+        tensors = (scale * self.dout if scale != 1.0 else self.dout, self.q, k, v, self.out)
         turned = (self.turned(x[batch]) for x in tensors)
         scale_and_layout = (self.case.softmax_scale, self.case.layout)
         with self.state():
@@ -124,6 +132,24 @@ class Trial:
     def first_gradients(self) -> tuple[torch.Tensor, ...]:
         """The gradients of the case."""
         return self.gradients()
+
+    @property
+    def hidden_keys(self) -> torch.Tensor:
+        """Of dense tensors, the keys that the mask hides from every query of all heads that share them.
+
+        Returns:
+            (batch, seqlen_k, num_heads_kv), true where one is.
+        """
+        shown = shown_keys(self.mask)
+        problem = Problem.read(self.q, self.k, self.v, shown, None, "bshd", None, None, self.declared)
+        b, h, q_idx, kv_idx = problem.every_index()
+        batch, keys, heads, _ = self.k.shape
+        with self.state():
+            seen = problem.sees(b, h, q_idx[..., :1, :], kv_idx)
+        of_heads = seen.expand(batch, heads * problem.group, 1, keys).reshape(
+            batch, heads, problem.group, keys
+        )
+        return ~of_heads.any(2).transpose(1, 2)
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor from bshd to the layout of the call, or back; what has no batches is alike in both."""

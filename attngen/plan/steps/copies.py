@@ -189,7 +189,7 @@ class ZeroHidden(Step):
     by_group: bool = False
 
     def __str__(self) -> str:
-        return f"zero {self.tile} but where {self.shown}, keys of block {self.block}"
+        return f"zero {self.tile} where not {self.shown}, of the keys of block {self.block}"
 
 
 @dataclass(frozen=True)
