@@ -1,8 +1,13 @@
 """attngen: from a short spec to a readable, checked attention kernel.
 
-`compile`, `attention` and `varlen_attn` are the faces; importing this package needs no CUDA driver and no GPU.
+`compile`, `attention`, `varlen_attn` and the functions of `flash_attn` are the faces; importing this package needs no
+CUDA driver and no GPU.
 """
 
+from importlib import import_module
+from typing import Any
+
+from attngen import flash_attn
 from attngen import op as op  # defines the operators
 from attngen.api import attention, compile
 from attngen.errors import (
@@ -12,6 +17,7 @@ from attngen.errors import (
     ExpressionError,
     InternalError,
     PlanError,
+    RefusedError,
     SpecError,
     SpecWarning,
     ToolchainError,
@@ -32,6 +38,7 @@ __all__ = [
     "InternalError",
     "Kernel",
     "PlanError",
+    "RefusedError",
     "Spec",
     "SpecError",
     "SpecWarning",
@@ -40,8 +47,16 @@ __all__ = [
     "attention",
     "compile",
     "expression",
+    "flash_attn",
     "functions",
     "load",
     "varlen_attn",
     "where",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`attngen.sdpa`, which loads seconds of torch that nothing else here needs."""
+    if name == "sdpa":
+        return import_module("attngen.sdpa")
+    raise AttributeError(f"module 'attngen' has no attribute {name!r}")

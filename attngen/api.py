@@ -107,6 +107,7 @@ def _kernel_for(
     deterministic: bool,
     queries: str,
     keys: str,
+    block_sizes: tuple[int, int] | None,
 ) -> Kernel:
     """The kernel of an `attention` call, by all that decides it."""
     kernel = compile(
@@ -125,6 +126,7 @@ def _kernel_for(
             "sink": sink,
             "gradients": list(gradients),
             "deterministic": deterministic,
+            "blocks": block_sizes and dict(zip(("block_m", "block_n"), block_sizes, strict=True)),
         }
     )
     _LOG.debug("%s serves calls with mask %s and score %s", kernel.plan.name, mask, score)
@@ -200,6 +202,7 @@ def kernel_of_call(
     passed: Mapping[str, Any] = NOTHING,
     deterministic: bool = True,
     lengths: Lengths = DENSE,
+    block_sizes: tuple[int, int] | None = None,
 ) -> Kernel | CapturedKernel:
     """The kernel that the tensors and the mask of a call ask for, compiled once and remembered.
 
@@ -215,6 +218,7 @@ def kernel_of_call(
             one.
         deterministic: as in a spec.
         lengths: how queries and keys are cut into sequences.
+        block_sizes: rows and keys of the blocks of which a call says which are kept; None where all are.
 
     Raises:
         ArgumentError: a tensor that no kernel takes.
@@ -246,6 +250,7 @@ def kernel_of_call(
         deterministic,
         lengths.queries,
         lengths.keys,
+        block_sizes,
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)

@@ -6,7 +6,9 @@ a report. Facts are attributes as well as text, so that a program need not parse
 decides what is a fault.
 """
 
+import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -181,8 +183,8 @@ class PlanError(SpecError):
     """A well-formed spec of which no legal plan can be made."""
 
 
-class ArgumentError(AttngenError):
-    """An argument of a call that the kernel cannot take; nothing has been touched.
+class ArgumentError(AttngenError, ValueError):
+    """An argument of a call that the kernel cannot take; nothing has been touched. It is a ValueError too.
 
     Attributes:
         argument: name of the argument: `q`.
@@ -201,6 +203,30 @@ class ArgumentError(AttngenError):
     def __str__(self) -> str:
         hint = f"\n  hint: {self.hint}" if self.hint else ""
         return f"argument {self.argument}: got {self.got}, expected {self.expected}{hint}"
+
+    def renamed(self, names: Mapping[str, str]) -> "ArgumentError":
+        """The fault with other words for arguments: names of a face, by those that a kernel has for them."""
+        words = re.compile(r"\w+")
+        own, expected, hint = (
+            text if text is None else words.sub(lambda word: names.get(word[0], word[0]), str(text))
+            for text in (self.argument, self.expected, self.hint)
+        )
+        return ArgumentError(str(own), self.got, expected, hint)
+
+
+class RefusedError(AttngenError, ValueError):
+    """A call of another's function that no kernel takes; nothing has been touched, and the other may still answer.
+
+    Attributes:
+        reasons: why, as many as can be told at once.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(self.reasons)
+
+    def __str__(self) -> str:
+        return "no kernel takes this call:\n" + "\n".join(f"  {reason}" for reason in self.reasons)
 
 
 class CompileError(AttngenError):

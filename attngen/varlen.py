@@ -1,6 +1,5 @@
 """Attention of sequences of any lengths, one after another, as torch.nn.attention.varlen has it."""
 
-import re
 from operator import index
 from typing import Any, Protocol
 
@@ -26,7 +25,6 @@ _OWN_NAMES = {
     **{f"max_seqlen_{axis}": f"max_{axis}" for axis in "qk"},
 }
 """What this function calls the arguments of a kernel."""
-_KERNEL_NAME = re.compile(rf"\b(?:{'|'.join(_OWN_NAMES)})\b")
 
 
 class AuxRequest(Protocol):
@@ -115,17 +113,7 @@ def varlen_attn(
         kernel = kernel_of_call(query, key, value, mask, passed=passed, lengths=RAGGED)
         return kernel(query, key, value, scale, wants_lse, **passed)
     except ArgumentError as error:
-        raise _as_called_here(error) from error
-
-
-def _as_called_here(error: ArgumentError) -> ArgumentError:
-    """A fault by the names that this function has for a kernel's arguments."""
-    own = _OWN_NAMES.get(error.argument, error.argument)
-    expected, hint = (
-        text if text is None else _KERNEL_NAME.sub(lambda found: _OWN_NAMES[found[0]], str(text))
-        for text in (error.expected, error.hint)
-    )
-    return ArgumentError(own, error.got, expected, hint)
+        raise error.renamed(_OWN_NAMES) from error
 
 
 def _mask(window_size: tuple[int, int]) -> str:

@@ -8,6 +8,7 @@
 #   fp8        e4m3 inputs, and what quantises them
 #   backward   gradients, autograd, training
 #   ragged     sequences with lengths of their own, given blocks, sinks
+#   faces      calls as other libraries have them
 #   tests      the launcher, which runs alone, and the GPU tests of commands and fuzzing
 #   fuzz       random specs: dense, ragged, with gradients
 #   sanitize   memcheck on the sets of sanitize.py, or on those that are named; $TOOLS names other tools
@@ -49,6 +50,9 @@ backward() {
 ragged() {
   on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py
 }
+faces() {
+  on_gpu flash_attn_face_on_gpu.py sdpa_on_gpu.py
+}
 tests() {
   gpu_tests tests/cli tests/fuzz
   python3 -m pytest tests/gpu/test_runtime.py -s --timeout 120 -p no:cacheprovider
@@ -81,7 +85,7 @@ sanitize() {
 }
 everything() {
   local area
-  for area in forward language fp8 backward ragged tests; do
+  for area in forward language fp8 backward ragged faces tests; do
     "$area" 2>&1 | tee "$results/$area.log"
   done
   ATTNGEN_TESTS=large python3 -m pytest tests -m "not gpu and (exhaustive or hypothesis)" -n 12 -p no:cacheprovider 2>&1 |
@@ -107,12 +111,12 @@ everything() {
 area="${1:-everything}"
 case "$area" in
   everything) everything ;;
-  smoke | forward | language | fp8 | backward | ragged | tests | fuzz | sanitize)
+  smoke | forward | language | fp8 | backward | ragged | faces | tests | fuzz | sanitize)
     shift
     "$area" "$@" 2>&1 | tee "$results/$area.log"
     ;;
   *)
-    echo "gpu_check.sh: no area $area; there are smoke forward language fp8 backward ragged tests fuzz sanitize" >&2
+    echo "gpu_check.sh: no area $area; there are smoke forward language fp8 backward ragged faces tests fuzz sanitize" >&2
     exit 2
     ;;
 esac
