@@ -3,6 +3,7 @@
 `compile`, `attention` and `varlen_attn` are the faces; importing this package needs no CUDA driver and no GPU.
 """
 
+from attngen import hf
 from attngen.api import attention, compile
 from attngen.errors import (
     ArgumentError,
@@ -10,6 +11,7 @@ from attngen.errors import (
     CompileError,
     ExpressionError,
     InternalError,
+    ModelError,
     PlanError,
     SpecError,
     SpecWarning,
@@ -30,6 +32,7 @@ __all__ = [
     "ExpressionError",
     "InternalError",
     "Kernel",
+    "ModelError",
     "PlanError",
     "Spec",
     "SpecError",
@@ -40,6 +43,7 @@ __all__ = [
     "compile",
     "expression",
     "functions",
+    "hf",
     "load",
     "varlen_attn",
     "where",

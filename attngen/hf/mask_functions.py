@@ -1,0 +1,167 @@
+"""Mask functions of transformers as texts of the language.
+
+A mask function takes (batch_idx, head_idx, q_idx, kv_idx), places of tokens in their sequences, and is a tree of
+closures over others, over numbers and over tensors. It is called once, on symbols, as `attngen.expression` calls any
+function; what it holds is made ready for that in a copy. Nothing on a device is read by the host.
+"""
+
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType, MappingProxyType
+from typing import Any
+
+import torch
+from transformers import masking_utils
+
+from attngen.expr import free_names, parse_mask, read_declarations, tensor_names, to_text
+from attngen.expr.python import Expression, expression
+from attngen.expr.traced import Traced, operand
+
+MaskFunction = Callable[..., Any]
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+_IN_FORMAT = (torch.bool, torch.uint8, torch.int32)
+"""Whole numbers that the language has as they are."""
+_KEYS, _QUERIES = (f"i32[batch, seqlen_{axis}] sorted" for axis in "kq")
+_COUNTED_UP = {
+    "packed_sequence_mask_function.<locals>.inner_mask": {"packed_sequence_mask": _KEYS},
+    "within_documents.<locals>.inner_mask": dict(kv_documents=_KEYS, q_documents=_QUERIES, q_places=_QUERIES),
+}
+"""Functions that hold tensors whose numbers never fall along a row, by their variables, and what these are declared."""
+_REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
+"""It counts from the first token of a document, and stands beside what hides pairs of two documents: where distances
+alone matter it need not count so."""
+_WINDOW = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
+"""It takes abs(q_idx - kv_idx), which the language knows for no interval of keys."""
+
+
+def read_mask(
+    function: MaskFunction,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+) -> tuple[Expression, dict[str, Any]]:
+    """The text of a mask function, and the values that it reads, by name.
+
+    Offsets are no part of the text: whole numbers are scalars, tensors are read on the device. Where the last query
+    stands beside the last key the text says so (`q_pos`), and one kernel serves a prompt and every step after it.
+
+    Args:
+        function: of transformers, or a user's. Of whole numbers of 64 bits in its tensors the last 32 are read.
+        q_length: rows of q.
+        kv_length: rows of k.
+        q_offset: what the function calls q_idx of the first row of q.
+        kv_offset: what it calls kv_idx of the first row of k.
+
+    Raises:
+        ExpressionError: the function does what the language cannot say.
+    """
+    is_aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    scalars = {name: offset for name, offset in offsets.items() if isinstance(offset, int) and offset}
+    copies = _Copies()
+
+    def seen(
+        b: Traced,
+        h: Traced,
+        q_idx: Traced,
+        kv_idx: Traced,
+        q_pos: Traced,
+        q_offset: Any = q_offset,
+        kv_offset: Any = kv_offset,
+    ) -> Any:
+        q = _from(kv_offset, q_pos) if is_aligned else _from(copies.of(q_offset), q_idx)
+        return copies.of(function)(b, h, q, _from(kv_offset, kv_idx))
+
+    read = expression(seen, scalars=dict.fromkeys(scalars, "i32"))
+    text = _simplified(read, copies.declared)
+    declared = {*text.scalars, *text.tensors}
+    return text, {name: value for name, value in {**read.bound, **scalars}.items() if name in declared}
+
+
+def _from(first: Any, index: Traced) -> Traced:
+    """A place, counted from where its axis begins."""
+    return index if isinstance(first, int) and not first else index + first
+
+
+def _simplified(read: Expression, declared: Mapping[int, str] = NOTHING) -> Expression:
+    """A mask as simple as the language has it, and what is left to declare: of `kv_idx + n <= q_idx + n` no n.
+
+    Args:
+        read: the mask.
+        declared: how some of the tensors that it is bound to are declared, by identity.
+    """
+    tensors = {name: declared.get(id(read.bound[name]), text) for name, text in read.tensors.items()}
+    tree = parse_mask(read, read_declarations(read.scalars, tensors, {}).declarations)
+    names = free_names(tree) | tensor_names(tree)
+    text = Expression(to_text(tree))
+    text.scalars = {name: type for name, type in read.scalars.items() if name in names}
+    text.tensors = {name: declaration for name, declaration in tensors.items() if name in names}
+    return text
+
+
+def _sees_distances_alone(function: MaskFunction) -> bool:
+    """Whether a mask function gives the same for two tokens as for two others that are as far apart."""
+
+    def seen(b: Traced, h: Traced, q_idx: Traced, kv_idx: Traced, n: Traced) -> Any:
+        return _Copies().of(function)(b, h, q_idx + n, kv_idx + n)
+
+    return not _simplified(expression(seen, scalars={"n": "i32"})).scalars
+
+
+def _every_pair(b: Traced, h: Traced, q: Traced, kv: Traced) -> Traced:
+    return operand(True)
+
+
+class _Copies:
+    """Copies of functions and of what they hold, in formats that a kernel can read; each is made once.
+
+    Attributes:
+        declared: how copies of tensors whose numbers never fall are declared, by identity.
+    """
+
+    def __init__(self) -> None:
+        self.declared: dict[int, str] = {}
+        self._made: dict[int, Any] = {}
+
+    def of(self, value: Any) -> Any:
+        """The copy of a function, of a tensor, or of a list of such; anything else as it is."""
+        if id(value) not in self._made:
+            self._made[id(value)] = value  # which a function that holds itself meets again
+            self._made[id(value)] = self._copy(value)
+        return self._made[id(value)]
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._of_tensor(value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self.of, value))
+        if value is masking_utils.bidirectional_mask_function:
+            return _every_pair  # in its own words q_idx >= 0, which is no news
+        return self._of_function(value) if isinstance(value, FunctionType) else value
+
+    def _of_tensor(self, held: torch.Tensor) -> Any:
+        if not (held.dtype in _IN_FORMAT or held.is_floating_point()):
+            held = held.to(torch.int32)
+        if held.dim():
+            return held
+        number = held.reshape(1)
+        return number[operand(0)]
+
+    def _of_function(self, function: FunctionType) -> MaskFunction:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        held = {name: self.of(cell.cell_contents) for name, cell in cells.items() if cell != CellType()}
+        name = function.__qualname__
+        if name == _WINDOW:
+            width = held["sliding_window"]
+            return lambda b, h, q, kv: (q - kv <= width) & (kv - q <= width)
+        if name == _REMAPPED and _sees_distances_alone(cells["mask_function"].cell_contents):
+            remapped: MaskFunction = held["mask_function"]
+            return remapped
+        self.declared |= {id(held[cell]): declared for cell, declared in _COUNTED_UP.get(name, {}).items()}
+        closure = tuple(CellType(held[word]) if word in held else cell for word, cell in cells.items())
+        copy = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        return copy
