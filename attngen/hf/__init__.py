@@ -3,6 +3,8 @@
 transformers is imported by `register`, and not before.
 """
 
+from inspect import signature
+
 NAME = "attngen"
 """What `attn_implementation` says. Names with "flash", "sdpa" or a slash in them mean other things to transformers."""
 
@@ -15,15 +17,17 @@ def register() -> None:
     changes nothing. What a layer asks for and no kernel serves raises `attngen.ModelError`.
 
     Raises:
-        ToolchainError: transformers is not installed, or older than the version that lets attention be registered.
+        ToolchainError: transformers is not installed, or older than 5.6.
     """
     from attngen.errors import ToolchainError
 
+    cure = "pip install 'attngen[hf]'"
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
     except ImportError as error:
-        message = f"transformers cannot be imported, or is older than 5.0: {error}"
-        raise ToolchainError(message, "pip install 'attngen[hf]'") from None
+        raise ToolchainError(f"transformers with an interface for attention is not here: {error}", cure) from None
+    if "q_offset" not in signature(masking_utils.sdpa_mask).parameters:
+        raise ToolchainError(f"transformers {__version__} tells masks no offsets, as 5.6 and later do", cure)
     from attngen.hf.model_attention import attend
     from attngen.hf.model_masks import make_mask
 

@@ -45,8 +45,8 @@ class ModelMask(BlockMask):
         q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
     ) -> None:
-        # A cache counts on in its own tensor, before the first layer reads it.
-        q_offset = q_offset.clone() if isinstance(q_offset, torch.Tensor) else q_offset
+        if isinstance(q_offset, torch.Tensor):  # of a cache, which counts on in it before the first layer reads it
+            q_offset = q_offset.clone().reshape(())
         self._offsets = (q_offset, kv_offset)
         self._function = function
         self._shape = shape

@@ -1,13 +1,16 @@
 """Causal language models with attngen in them: logits, packed and padded batches, greedy generation with each cache."""
 
 from collections import Counter
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from transformers.masking_utils import create_chunked_causal_mask
 
 from tests.hf.tiny_models import DECODERS, LAYERS, decoder, hold_logits, hold_tokens, padding, tokens
 
+CHUNKED_TAKES = signature(create_chunked_causal_mask).parameters
 families = pytest.mark.parametrize("family", DECODERS)
 
 
@@ -41,6 +44,8 @@ def test_logits_of_packed_batches(family: str, launches: Counter[str]) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_greedy_generation(family: str, cache: str, launches: Counter[str]) -> None:
     """A left-padded batch goes on with the same tokens, past the end of windows and chunks; every step is launches."""
+    if (family, cache) == ("llama4", "static") and "block_sequence_ids" not in CHUNKED_TAKES:
+        pytest.skip("this transformers makes no chunked mask for a static cache")
     steps = 4
     options: dict[str, Any] = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}
     if cache == "static":
