@@ -25,7 +25,9 @@ def register() -> None:
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, __version__, masking_utils
     except ImportError as error:
-        raise ToolchainError(f"transformers with an interface for attention is not here: {error}", cure) from None
+        raise ToolchainError(
+            f"transformers with an interface for attention is not here: {error}", cure
+        ) from None
     if "q_offset" not in signature(masking_utils.sdpa_mask).parameters:
         raise ToolchainError(f"transformers {__version__} tells masks no offsets, as 5.6 and later do", cure)
     from attngen.hf.model_attention import attend

@@ -20,6 +20,7 @@ from attngen.kernel import Kernel
 _REFUSED = {
     "indices": "no keys that are picked for each query",
     "block_indices": "no blocks of keys that are picked for each query",
+    "block_table": "no keys and values by pages",
     "sinks": "one sink for each head, s_aux, and none for each query",
     "head_mask": "no weights of heads",
     "output_attentions": "no attention weights, which are never in memory: eager attention has them",

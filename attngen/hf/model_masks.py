@@ -4,7 +4,9 @@ transformers calls `make_mask` once a forward pass for each kind of layer, and h
 all layers of that kind, untouched.
 """
 
+import traceback
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ _ONLY_TENSORS = {
     "doge": "its layers pass over a mask that is no tensor, and with it over causality; use sdpa",
 }
 """Types of models that lose a mask which is an object, and how."""
+_NOT_OF_MASKS = (Path(__file__).parents[1], Path(torch.__file__).parent)
 
 
 class ModelMask(BlockMask):
@@ -45,7 +48,9 @@ class ModelMask(BlockMask):
         q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
     ) -> None:
-        if isinstance(q_offset, torch.Tensor):  # of a cache, which counts on in it before the first layer reads it
+        if isinstance(
+            q_offset, torch.Tensor
+        ):  # of a cache, which counts on in it before the first layer reads it
             q_offset = q_offset.clone().reshape(())
         self._offsets = (q_offset, kv_offset)
         self._function = function
@@ -153,4 +158,12 @@ def make_mask(
     try:
         return ModelMask(mask_function, (batch_size, 1, q_length, kv_length), q_offset, kv_offset)
     except AttngenError as error:
-        raise ModelError(model, "mask", str(error)) from error
+        raise ModelError(model, "mask", f"{_line_of(error)}{error}") from error
+
+
+def _line_of(error: AttngenError) -> str:
+    """Where a mask function does what no text says: the innermost line that is neither attngen's nor torch's."""
+    for frame in reversed(traceback.extract_tb((error.__cause__ or error).__traceback__)):
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in _NOT_OF_MASKS):
+            return f"{frame.filename}:{frame.lineno}, `{frame.line}`: "
+    return ""

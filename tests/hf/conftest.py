@@ -30,8 +30,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     make = Simulator.make
 
     def counted(self: Simulator, wanted: tuple[str, ...], *arguments: object, **named: object) -> object:
+        made = make(self, wanted, *arguments, **named)
         found["forward" if "out" in wanted else "backward"] += 1
-        return make(self, wanted, *arguments, **named)
+        return made
 
     monkeypatch.setattr(Simulator, "make", counted)
     return found
