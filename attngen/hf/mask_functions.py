@@ -21,12 +21,12 @@ NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 _IN_FORMAT = (torch.bool, torch.uint8, torch.int32)
 """Whole numbers that the language has as they are."""
-_KEYS, _QUERIES = (f"i32[batch, seqlen_{axis}] sorted" for axis in "kq")
+_KEYS, _QUERIES = ("batch", "seqlen_k"), ("batch", "seqlen_q")
 _COUNTED_UP = {
     "packed_sequence_mask_function.<locals>.inner_mask": {"packed_sequence_mask": _KEYS},
     "within_documents.<locals>.inner_mask": dict(kv_documents=_KEYS, q_documents=_QUERIES, q_places=_QUERIES),
 }
-"""Functions that hold tensors whose numbers never fall along a row, by their variables, and what these are declared."""
+"""Functions that hold tensors whose numbers never fall along a row, by their variables, and their dimensions."""
 _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 """It counts from the first token of a document, and stands beside what hides pairs of two documents: where distances
 alone matter it need not count so."""
@@ -36,8 +36,8 @@ _WINDOW = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
 
 def read_mask(
     function: MaskFunction,
-    q_length: int,
-    kv_length: int,
+    shape: tuple[int, int, int, int],
+    padding: torch.Tensor | None = None,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
 ) -> tuple[Expression, dict[str, Any]]:
@@ -48,18 +48,19 @@ def read_mask(
 
     Args:
         function: of transformers, or a user's. Of whole numbers of 64 bits in its tensors the last 32 are read.
-        q_length: rows of q.
-        kv_length: rows of k.
+        shape: batch, 1, rows of q, rows of k.
+        padding: (batch, rows of k), bool: which keys are none.
         q_offset: what the function calls q_idx of the first row of q.
         kv_offset: what it calls kv_idx of the first row of k.
 
     Raises:
         ExpressionError: the function does what the language cannot say.
     """
-    is_aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    batch, _, queries, keys = shape
+    is_aligned = isinstance(q_offset, int) and q_offset + queries == kv_offset + keys
     offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
     scalars = {name: offset for name, offset in offsets.items() if isinstance(offset, int) and offset}
-    copies = _Copies()
+    copies = _Copies({(batch,): ("batch",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
 
     def seen(
         b: Traced,
@@ -71,10 +72,12 @@ def read_mask(
         kv_offset: Any = kv_offset,
     ) -> Any:
         q = _from(kv_offset, q_pos) if is_aligned else _from(copies.of(q_offset), q_idx)
-        return copies.of(function)(b, h, q, _from(kv_offset, kv_idx))
+        shown = copies.of(function)(b, h, q, _from(kv_offset, kv_idx))
+        return shown if padding is None else shown & padding[b, kv_idx]
 
     read = expression(seen, scalars=dict.fromkeys(scalars, "i32"))
-    text = _simplified(read, copies.declared)
+    read.tensors = {name: copies.declaration(read.bound[name], text) for name, text in read.tensors.items()}
+    text = _simplified(read)
     declared = {*text.scalars, *text.tensors}
     return text, {name: value for name, value in {**read.bound, **scalars}.items() if name in declared}
 
@@ -84,19 +87,13 @@ def _from(first: Any, index: Traced) -> Traced:
     return index if isinstance(first, int) and not first else index + first
 
 
-def _simplified(read: Expression, declared: Mapping[int, str] = NOTHING) -> Expression:
-    """A mask as simple as the language has it, and what is left to declare: of `kv_idx + n <= q_idx + n` no n.
-
-    Args:
-        read: the mask.
-        declared: how some of the tensors that it is bound to are declared, by identity.
-    """
-    tensors = {name: declared.get(id(read.bound[name]), text) for name, text in read.tensors.items()}
-    tree = parse_mask(read, read_declarations(read.scalars, tensors, {}).declarations)
+def _simplified(read: Expression) -> Expression:
+    """A mask as simple as the language has it, and what is left to declare: of `kv_idx + n <= q_idx + n` no n."""
+    tree = parse_mask(read, read_declarations(read.scalars, read.tensors, {}).declarations)
     names = free_names(tree) | tensor_names(tree)
     text = Expression(to_text(tree))
-    text.scalars = {name: type for name, type in read.scalars.items() if name in names}
-    text.tensors = {name: declaration for name, declaration in tensors.items() if name in names}
+    text.scalars = {name: declared for name, declared in read.scalars.items() if name in names}
+    text.tensors = {name: declared for name, declared in read.tensors.items() if name in names}
     return text
 
 
@@ -116,13 +113,20 @@ def _every_pair(b: Traced, h: Traced, q: Traced, kv: Traced) -> Traced:
 class _Copies:
     """Copies of functions and of what they hold, in formats that a kernel can read; each is made once.
 
-    Attributes:
-        declared: how copies of tensors whose numbers never fall are declared, by identity.
+    Args:
+        dims: what the dimensions of tensors of some shapes are.
     """
 
-    def __init__(self) -> None:
-        self.declared: dict[int, str] = {}
+    def __init__(self, dims: Mapping[tuple[int, ...], tuple[str, ...]] = NOTHING) -> None:
+        self._dims = dims
+        self._counted_up: dict[int, tuple[str, ...]] = {}
         self._made: dict[int, Any] = {}
+
+    def declaration(self, x: torch.Tensor, as_read: str) -> str:
+        """How a tensor is declared: with the sizes of the call, which kernels have at hand, where it has them."""
+        dims = self._counted_up.get(id(x)) or self._dims.get(tuple(x.shape))
+        order = " sorted" if id(x) in self._counted_up else ""
+        return f"{as_read.partition('[')[0]}[{', '.join(dims)}]{order}" if dims else as_read
 
     def of(self, value: Any) -> Any:
         """The copy of a function, of a tensor, or of a list of such; anything else as it is."""
@@ -158,7 +162,7 @@ class _Copies:
         if name == _REMAPPED and _sees_distances_alone(cells["mask_function"].cell_contents):
             remapped: MaskFunction = held["mask_function"]
             return remapped
-        self.declared |= {id(held[cell]): declared for cell, declared in _COUNTED_UP.get(name, {}).items()}
+        self._counted_up |= {id(held[word]): dims for word, dims in _COUNTED_UP.get(name, {}).items()}
         closure = tuple(CellType(held[word]) if word in held else cell for word, cell in cells.items())
         copy = FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, closure

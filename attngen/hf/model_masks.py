@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
-from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask
+from transformers.masking_utils import prepare_padding_mask
 
 from attngen.bind import TileTables
 from attngen.errors import ArgumentError, AttngenError, ModelError, shown
@@ -45,6 +45,7 @@ class ModelMask(BlockMask):
         self,
         function: MaskFunction,
         shape: tuple[int, int, int, int],
+        padding: torch.Tensor | None = None,
         q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
     ) -> None:
@@ -55,8 +56,9 @@ class ModelMask(BlockMask):
         self._offsets = (q_offset, kv_offset)
         self._function = function
         self._shape = shape
+        self._padding = padding
         self._packed: tuple[torch.Tensor, torch.Tensor, ModelMask] | None = None
-        self.text, self.values = read_mask(function, *shape[2:], q_offset, kv_offset)
+        self.text, self.values = read_mask(function, shape, padding, q_offset, kv_offset)
         self.kept: dict[Any, tuple[Kernel, TileTables | None]] = {}
 
     @property
@@ -87,7 +89,8 @@ class ModelMask(BlockMask):
         """The mask of the first keys."""
         if count == self._shape[-1]:
             return self
-        return ModelMask(self._function, (*self._shape[:3], count), *self._offsets)
+        padding = None if self._padding is None else self._padding[:, :count]
+        return ModelMask(self._function, (*self._shape[:3], count), padding, *self._offsets)
 
     def of_documents(self, starts_q: torch.Tensor | None, starts_k: torch.Tensor | None) -> "ModelMask":
         """The mask of a row of documents, by their cumulative lengths; made once for all layers.
@@ -108,7 +111,7 @@ class ModelMask(BlockMask):
             )
         if self._packed is None or self._packed[0] is not starts_q or self._packed[1] is not starts_k:
             function = within_documents(self._function, starts_q, starts_k, *self._shape[2:])
-            self._packed = (starts_q, starts_k, ModelMask(function, self._shape))
+            self._packed = (starts_q, starts_k, ModelMask(function, self._shape, self._padding))
         return self._packed[2]
 
     def to(self, device: torch.device | str, **how: Any) -> "ModelMask":
@@ -154,9 +157,9 @@ def make_mask(
         raise ModelError(model, "mask", _ONLY_TENSORS[model])
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
-        mask_function = and_masks(mask_function, padding_mask_function(padding))
+        padding = padding[:, kv_offset : kv_offset + kv_length]
     try:
-        return ModelMask(mask_function, (batch_size, 1, q_length, kv_length), q_offset, kv_offset)
+        return ModelMask(mask_function, (batch_size, 1, q_length, kv_length), padding, q_offset, kv_offset)
     except AttngenError as error:
         raise ModelError(model, "mask", f"{_line_of(error)}{error}") from error
 

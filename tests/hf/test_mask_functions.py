@@ -106,7 +106,7 @@ def test_a_text_hides_what_its_function_hides(
 ) -> None:
     """Wherever the first query and the first key of a call stand."""
     queries, keys, *offsets = sizes
-    mask = ModelMask(function, (BATCH, 1, queries, keys), *offsets)
+    mask = ModelMask(function, (BATCH, 1, queries, keys), None, *offsets)
     assert torch.equal(shown_by(mask), shown_as_tensor(function, sizes))
 
 
@@ -144,7 +144,8 @@ def test_steps_share_a_text() -> None:
     """A prompt and all steps of a dynamic cache have one, where a window's cache is full too; static caches another."""
 
     def texts(function: MaskFunction, *sizes: tuple[int, int, Any, int]) -> set[str]:
-        return {str(read_mask(function, *each)[0]) for each in sizes}
+        calls = [((BATCH, 1, *each[:2]), None, *each[2:]) for each in sizes]
+        return {str(read_mask(function, *call)[0]) for call in calls}
 
     window = of_transformers.sliding_window_causal_mask_function(4)
     full = [(1, 4, 11, 8), (1, 4, 12, 9)]
@@ -161,7 +162,7 @@ CLOSED = ["causal", "full", "window", "window on both sides", "packed", "packed 
 @pytest.mark.parametrize("name", CLOSED)
 def test_usual_masks_have_a_closed_form(name: str) -> None:
     """No block of keys is classed while the kernel runs."""
-    text, _ = read_mask({**FUNCTIONS, **OF_PACKED}[name], TOKENS, TOKENS)
+    text, _ = read_mask({**FUNCTIONS, **OF_PACKED}[name], (BATCH, 1, TOKENS, TOKENS))
     spec = {"problem": {"head_dim": 64}, "mask": text}
     kernel = attngen.compile(
         {**spec, "scalars": dict(text.scalars), "tensors": dict(text.tensors)}, arch="simulator"
@@ -211,7 +212,7 @@ def test_lengths_are_read_once_for_all_layers() -> None:
 
 def test_masks_pass_for_masks() -> None:
     """A mask has four dimensions, the first keys of it are one, and moving it moves what it reads."""
-    mask = ModelMask(FUNCTIONS["images"], (BATCH, 1, 4, 9), torch.tensor(3))
+    mask = ModelMask(FUNCTIONS["images"], (BATCH, 1, 4, 9), None, torch.tensor(3))
     assert isinstance(mask, BlockMask) and len(mask.shape) == mask.ndim == 4
     assert mask[:, :, :, :9] is mask[:, :] is mask
     assert torch.equal(shown_by(mask[:, :, :, :7]), shown_by(mask)[..., :7])

@@ -96,7 +96,7 @@ def test_a_causal_layer_needs_to_know_where_queries_stand(launches: Counter[str]
 
 def test_documents_do_not_go_with_a_cache_that_holds_tokens() -> None:
     """Their lengths are of this call's tokens alone."""
-    mask = ModelMask(causal_mask_function, (1, 1, 5, 8), 3)
+    mask = ModelMask(causal_mask_function, (1, 1, 5, 8), None, 3)
     with pytest.raises(attngen.ArgumentError, match="documents behind tokens of a cache"):
         mask.of_documents(STARTS, STARTS)
 
