@@ -60,7 +60,7 @@ def read_mask(
     is_aligned = isinstance(q_offset, int) and q_offset + queries == kv_offset + keys
     offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
     scalars = {name: offset for name, offset in offsets.items() if isinstance(offset, int) and offset}
-    copies = _Copies({(batch,): ("batch",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
+    copies = _Copies({(batch,): ("batch",), (1,): ("1",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
 
     def seen(
         b: Traced,
