@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import masking_utils
 
-from attngen.expr import free_names, parse_mask, read_declarations, tensor_names, to_text
+from attngen.expr import LARGEST_LENGTH, free_names, parse_mask, read_declarations, tensor_names, to_text
 from attngen.expr.python import Expression, expression
 from attngen.expr.traced import Traced, operand
 
@@ -40,60 +40,59 @@ def read_mask(
     padding: torch.Tensor | None = None,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
-) -> tuple[Expression, dict[str, Any]]:
-    """The text of a mask function, and the values that it reads, by name.
+    device: torch.device | str = "cpu",
+) -> tuple[Expression, dict[str, torch.Tensor]]:
+    """The text of a mask function, and the tensors that it reads, by name.
 
-    Offsets are no part of the text: whole numbers are scalars, tensors are read on the device. Where the last query
-    stands beside the last key the text says so (`q_pos`), and one kernel serves a prompt and every step after it.
+    Offsets are no part of the text: where the last query stands beside the last key the text says so (`q_pos`), and one
+    kernel serves a prompt and every step after it; else they are read on the device.
 
     Args:
         function: of transformers, or a user's. Of whole numbers of 64 bits in its tensors the last 32 are read.
         shape: batch, 1, rows of q, rows of k.
         padding: (batch, rows of k), bool: which keys are none.
-        q_offset: what the function calls q_idx of the first row of q.
-        kv_offset: what it calls kv_idx of the first row of k.
+        q_offset: what the function calls q_idx of the first row of q; not negative.
+        kv_offset: what it calls kv_idx of the first row of k; not negative.
+        device: of the call's tensors.
 
     Raises:
         ExpressionError: the function does what the language cannot say.
     """
     batch, _, queries, keys = shape
     is_aligned = isinstance(q_offset, int) and q_offset + queries == kv_offset + keys
-    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    scalars = {name: offset for name, offset in offsets.items() if isinstance(offset, int) and offset}
     copies = _Copies({(batch,): ("batch",), (1,): ("1",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
+    first_kv = _on_device(kv_offset, device)
+    first_q = first_kv if is_aligned else _on_device(q_offset, device)
 
-    def seen(
-        b: Traced,
-        h: Traced,
-        q_idx: Traced,
-        kv_idx: Traced,
-        q_pos: Traced,
-        q_offset: Any = q_offset,
-        kv_offset: Any = kv_offset,
-    ) -> Any:
-        q = _from(kv_offset, q_pos) if is_aligned else _from(copies.of(q_offset), q_idx)
-        shown = copies.of(function)(b, h, q, _from(kv_offset, kv_idx))
+    def seen(b: Traced, h: Traced, q_idx: Traced, kv_idx: Traced, q_pos: Traced) -> Any:
+        q = _from(copies.of(first_q), q_pos if is_aligned else q_idx)
+        shown = copies.of(function)(b, h, q, _from(copies.of(first_kv), kv_idx))
         return shown if padding is None else shown & padding[b, kv_idx]
 
-    read = expression(seen, scalars=dict.fromkeys(scalars, "i32"))
+    read = expression(seen)
     read.tensors = {name: copies.declaration(read.bound[name], text) for name, text in read.tensors.items()}
     text = _simplified(read)
-    declared = {*text.scalars, *text.tensors}
-    return text, {name: value for name, value in {**read.bound, **scalars}.items() if name in declared}
+    return text, {name: read.bound[name] for name in text.tensors}
+
+
+def _on_device(offset: int | torch.Tensor, device: torch.device | str) -> int | torch.Tensor:
+    """An offset as kernels read it; 0, which they need not read."""
+    if isinstance(offset, torch.Tensor) or not offset:
+        return offset
+    return torch.full((), offset, dtype=torch.int32, device=device)
 
 
 def _from(first: Any, index: Traced) -> Traced:
-    """A place, counted from where its axis begins."""
-    return index if isinstance(first, int) and not first else index + first
+    """A place, counted from where its axis begins. Within the ends of an index, sums need no 64 bits."""
+    return index if isinstance(first, int) else index + first.clamp(0, LARGEST_LENGTH)
 
 
 def _simplified(read: Expression) -> Expression:
     """A mask as simple as the language has it, and what is left to declare: of `kv_idx + n <= q_idx + n` no n."""
     tree = parse_mask(read, read_declarations(read.scalars, read.tensors, {}).declarations)
-    names = free_names(tree) | tensor_names(tree)
     text = Expression(to_text(tree))
-    text.scalars = {name: declared for name, declared in read.scalars.items() if name in names}
-    text.tensors = {name: declared for name, declared in read.tensors.items() if name in names}
+    text.scalars = {name: declared for name, declared in read.scalars.items() if name in free_names(tree)}
+    text.tensors = {name: declared for name, declared in read.tensors.items() if name in tensor_names(tree)}
     return text
 
 

@@ -77,26 +77,27 @@ def attend(
         sizes = (*query.shape[:3], key.shape[2])
         starts = (cu_seq_lens_q, cu_seq_lens_k)
         mask = _mask(module, attention_mask, sizes, is_causal, sliding_window, starts)
-        text, values = (mask.text, dict(mask.values)) if isinstance(mask, ModelMask) else (mask, {})
+        text: str = mask.text if isinstance(mask, ModelMask) else mask
+        passed: dict[str, Any] = dict(mask.values) if isinstance(mask, ModelMask) else {}
         score = "score" if softcap is None else f"softcap(score, {float(softcap)!r})"
         tensors = {}
         for name, x in (("attention_mask", attention_mask), ("position_bias", position_bias)):
             if isinstance(x, torch.Tensor):
                 tensors[name], element = declared_by_pair(name, x, sizes)
-                values[name] = x
+                passed[name] = x
                 if name == "attention_mask" and x.dtype == torch.bool:
                     text = element
                 else:
                     score += f" + {element}"
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, seqlen, heads, head_dim)
         if s_aux is not None:
-            values[SINK] = s_aux.reshape(-1)
-        is_recorded = torch.compiler.is_compiling() or is_differentiated(q, k, v, *values.values())
+            passed[SINK] = s_aux.reshape(-1)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, seqlen, heads, head_dim)
+        is_recorded = torch.compiler.is_compiling() or is_differentiated(q, k, v, *passed.values())
         if isinstance(mask, ModelMask) and not is_recorded:
-            kernel, tables = _kept(mask, q, k, v, score, tensors, values)
-            out = kernel(q, k, v, scaling, tables=tables, **values)
+            kernel, tables = _kept(mask, q, k, v, score, tensors, passed)
+            out = kernel(q, k, v, scaling, tables=tables, **passed)
         else:
-            out = attention(q, k, v, text, score, tensors=tensors, softmax_scale=scaling, **values)
+            out = attention(q, k, v, text, score, tensors=tensors, softmax_scale=scaling, **passed)
     except AttngenError as error:
         raise ModelError(*_named(module), str(error)) from error
     return out, None  # type: ignore[return-value]
@@ -164,9 +165,8 @@ def _kept(
     others = [(passed[name].data_ptr(), passed[name]._version) for name in tensors] if has_versions else ()
     key = (q.shape, k.shape, v.shape, q.dtype, score, SINK in passed, *others)
     if key not in mask.kept:
-        scalars, declared = mask.text.scalars, {**mask.text.tensors, **tensors}
-        text = str(mask.text)
-        kernel = kernel_of_call(q, k, v, text, score, scalars=scalars, tensors=declared, passed=passed)
+        declared = {**mask.text.tensors, **tensors}
+        kernel = kernel_of_call(q, k, v, str(mask.text), score, tensors=declared, passed=passed)
         has_tables = kernel.plan.table_values and has_versions
         mask.kept[key] = kernel, kernel.tables(q, k, v, **passed) if has_tables else None
     return mask.kept[key]

@@ -48,17 +48,18 @@ class ModelMask(BlockMask):
         padding: torch.Tensor | None = None,
         q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         if isinstance(
             q_offset, torch.Tensor
         ):  # of a cache, which counts on in it before the first layer reads it
             q_offset = q_offset.clone().reshape(())
-        self._offsets = (q_offset, kv_offset)
+        self._places = (q_offset, kv_offset, device)
         self._function = function
         self._shape = shape
         self._padding = padding
         self._packed: tuple[torch.Tensor, torch.Tensor, ModelMask] | None = None
-        self.text, self.values = read_mask(function, shape, padding, q_offset, kv_offset)
+        self.text, self.values = read_mask(function, shape, padding, q_offset, kv_offset, device)
         self.kept: dict[Any, tuple[Kernel, TileTables | None]] = {}
 
     @property
@@ -90,7 +91,7 @@ class ModelMask(BlockMask):
         if count == self._shape[-1]:
             return self
         padding = None if self._padding is None else self._padding[:, :count]
-        return ModelMask(self._function, (*self._shape[:3], count), padding, *self._offsets)
+        return ModelMask(self._function, (*self._shape[:3], count), padding, *self._places)
 
     def of_documents(self, starts_q: torch.Tensor | None, starts_k: torch.Tensor | None) -> "ModelMask":
         """The mask of a row of documents, by their cumulative lengths; made once for all layers.
@@ -105,7 +106,7 @@ class ModelMask(BlockMask):
             raise ArgumentError(
                 "cu_seq_lens_q", f"documents in a batch of {self._shape[0]}", "one row of all documents"
             )
-        if self._offsets != (0, 0):
+        if self._places[:2] != (0, 0):
             raise ArgumentError(
                 "cu_seq_lens_q", "documents behind tokens of a cache", "an empty cache, or none"
             )
@@ -134,6 +135,7 @@ def make_mask(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
     **hints: Any,
 ) -> ModelMask:
     """The mask of the layers of a kind in one forward pass, for transformers.
@@ -147,6 +149,7 @@ def make_mask(
         q_offset: the q_idx of the first row of q; a tensor on the device where a static cache counts it there.
         kv_offset: the kv_idx of the first row of k.
         attention_mask: (batch, keys) bool: which keys are no padding; keys behind it are.
+        device: of the model's layers.
         **hints: what other implementations want to know, such as when a mask may be left out.
 
     Raises:
@@ -159,7 +162,8 @@ def make_mask(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
     try:
-        return ModelMask(mask_function, (batch_size, 1, q_length, kv_length), padding, q_offset, kv_offset)
+        shape = (batch_size, 1, q_length, kv_length)
+        return ModelMask(mask_function, shape, padding, q_offset, kv_offset, device)
     except AttngenError as error:
         raise ModelError(model, "mask", f"{_line_of(error)}{error}") from error
 
