@@ -19,6 +19,8 @@ from attngen.expr.traced import Traced, operand
 MaskFunction = Callable[..., Any]
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
+_MODULES = (masking_utils.__name__, "attngen.hf.documents")
+"""Whose functions are known by their names."""
 _IN_FORMAT = (torch.bool, torch.uint8, torch.int32)
 """Whole numbers that the language has as they are."""
 _KEYS, _QUERIES = ("batch", "seqlen_k"), ("batch", "seqlen_q")
@@ -30,8 +32,6 @@ _COUNTED_UP = {
 _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 """It counts from the first token of a document, and stands beside what hides pairs of two documents: where distances
 alone matter it need not count so."""
-_WINDOW = "sliding_window_bidirectional_overlay.<locals>.inner_mask"
-"""It takes abs(q_idx - kv_idx), which the language knows for no interval of keys."""
 
 
 def read_mask(
@@ -105,8 +105,30 @@ def _sees_distances_alone(function: MaskFunction) -> bool:
     return not _simplified(expression(seen, scalars={"n": "i32"})).scalars
 
 
-def _every_pair(b: Traced, h: Traced, q: Traced, kv: Traced) -> Traced:
-    return operand(True)
+def _every_pair() -> MaskFunction:
+    return lambda b, h, q, kv: operand(True)
+
+
+def _window(sliding_window: int) -> MaskFunction:
+    return lambda b, h, q, kv: (q - kv <= sliding_window) & (kv - q <= sliding_window)
+
+
+def _chunk(chunk_size: int, left_padding: torch.Tensor) -> MaskFunction:
+    def same_chunk(b: Traced, h: Traced, q: Traced, kv: Traced) -> Traced:
+        first: Traced = left_padding[b].clamp(0, LARGEST_LENGTH)
+        return (q - first) // chunk_size == (kv - first) // chunk_size
+
+    return same_chunk
+
+
+_IN_OTHER_WORDS: dict[str, Callable[..., MaskFunction]] = {
+    "bidirectional_mask_function": _every_pair,
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask": _window,
+    "chunked_overlay.<locals>.inner_mask": _chunk,
+}
+"""What transformers says so that the language sees less of it: `q_idx >= 0`, which always holds, `abs(q_idx - kv_idx)`,
+which is no interval of keys, and places less any whole number, which takes 64 bits.
+"""
 
 
 class _Copies:
@@ -139,8 +161,6 @@ class _Copies:
             return self._of_tensor(value)
         if type(value) in (list, tuple):
             return type(value)(map(self.of, value))
-        if value is masking_utils.bidirectional_mask_function:
-            return _every_pair  # in its own words q_idx >= 0, which is no news
         return self._of_function(value) if isinstance(value, FunctionType) else value
 
     def _of_tensor(self, held: torch.Tensor) -> Any:
@@ -154,10 +174,9 @@ class _Copies:
     def _of_function(self, function: FunctionType) -> MaskFunction:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         held = {name: self.of(cell.cell_contents) for name, cell in cells.items() if cell != CellType()}
-        name = function.__qualname__
-        if name == _WINDOW:
-            width = held["sliding_window"]
-            return lambda b, h, q, kv: (q - kv <= width) & (kv - q <= width)
+        name = function.__qualname__ if function.__module__ in _MODULES else ""
+        if name in _IN_OTHER_WORDS:
+            return _IN_OTHER_WORDS[name](**held)
         if name == _REMAPPED and _sees_distances_alone(cells["mask_function"].cell_contents):
             remapped: MaskFunction = held["mask_function"]
             return remapped
