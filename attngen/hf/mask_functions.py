@@ -7,7 +7,7 @@ function; what it holds is made ready for that in a copy. Nothing on a device is
 
 from collections.abc import Callable, Mapping
 from types import CellType, FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import masking_utils
@@ -34,6 +34,20 @@ _REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"
 alone matter it need not count so."""
 
 
+class MaskText(NamedTuple):
+    """A mask as a text of the language.
+
+    Attributes:
+        text: the expression.
+        tensors: what it declares.
+        values: these tensors, by name.
+    """
+
+    text: str
+    tensors: Mapping[str, str] = NOTHING
+    values: Mapping[str, Any] = NOTHING
+
+
 def read_mask(
     function: MaskFunction,
     shape: tuple[int, int, int, int],
@@ -41,11 +55,12 @@ def read_mask(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     device: torch.device | str = "cpu",
-) -> tuple[Expression, dict[str, torch.Tensor]]:
-    """The text of a mask function, and the tensors that it reads, by name.
+) -> MaskText:
+    """The text of a mask function.
 
-    Offsets are no part of the text: where the last query stands beside the last key the text says so (`q_pos`), and one
-    kernel serves a prompt and every step after it; else they are read on the device.
+    Offsets are no part of it: where the last query stands beside the last key it says so (`q_pos`), and one kernel
+    serves a prompt and every step after it; else they are read on the device. torch.compile traces what the two usual
+    functions come to; for all others its graph ends here and begins anew.
 
     Args:
         function: of transformers, or a user's. Of whole numbers of 64 bits in its tensors the last 32 are read.
@@ -58,33 +73,73 @@ def read_mask(
     Raises:
         ExpressionError: the function does what the language cannot say.
     """
-    batch, _, queries, keys = shape
-    is_aligned = isinstance(q_offset, int) and q_offset + queries == kv_offset + keys
-    copies = _Copies({(batch,): ("batch",), (1,): ("1",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
+    is_aligned = isinstance(q_offset, int) and q_offset + shape[2] == kv_offset + shape[3]
     first_kv = _on_device(kv_offset, device)
-    first_q = first_kv if is_aligned else _on_device(q_offset, device)
+    first_q = None if is_aligned else _on_device(q_offset, device)
+    is_causal = function is masking_utils.causal_mask_function
+    if is_causal or function is masking_utils.bidirectional_mask_function:
+        return _usual_mask(is_causal, is_aligned, padding, first_q, first_kv)
+    made: MaskText = _traced_mask(function, shape, is_aligned, padding, first_q, first_kv)
+    return made
+
+
+def _on_device(offset: int | torch.Tensor, device: torch.device | str) -> torch.Tensor | None:
+    """An offset as kernels read it, i32[1]; None of 0."""
+    if isinstance(offset, torch.Tensor):
+        return offset.reshape(1).to(torch.int32)
+    return torch.full((1,), offset, dtype=torch.int32, device=device) if offset else None
+
+
+def _usual_mask(
+    is_causal: bool,
+    is_aligned: bool,
+    padding: torch.Tensor | None,
+    first_q: torch.Tensor | None,
+    first_kv: torch.Tensor | None,
+) -> MaskText:
+    """The text of the causal function, or of the one that shows every pair."""
+    firsts = {} if is_aligned or not is_causal else {"q_offset": first_q, "kv_offset": first_kv}
+    values = {name: first for name, first in firsts.items() if first is not None}
+    tensors = dict.fromkeys(values, "i32[1]")
+    places = {
+        name: f"{index} + clamp({name}[0], 0, {LARGEST_LENGTH})" if name in values else index
+        for name, index in (("q_offset", "q_pos" if is_aligned else "q_idx"), ("kv_offset", "kv_idx"))
+    }
+    conditions = [f"{places['kv_offset']} <= {places['q_offset']}"] if is_causal else []
+    if padding is not None:
+        conditions.append("padding[b, kv_idx]")
+        values["padding"], tensors["padding"] = padding, "bool[batch, seqlen_k]"
+    return MaskText(" and ".join(conditions) or "full", tensors, values)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _traced_mask(
+    function: MaskFunction,
+    shape: tuple[int, int, int, int],
+    is_aligned: bool,
+    padding: torch.Tensor | None,
+    first_q: torch.Tensor | None,
+    first_kv: torch.Tensor | None,
+) -> MaskText:
+    """The text of any function, from a call with symbols."""
+    batch, _, queries, keys = shape
+    copies = _Copies({(batch,): ("batch",), (1,): ("1",), (batch, queries): _QUERIES, (batch, keys): _KEYS})
 
     def seen(b: Traced, h: Traced, q_idx: Traced, kv_idx: Traced, q_pos: Traced) -> Any:
-        q = _from(copies.of(first_q), q_pos if is_aligned else q_idx)
-        shown = copies.of(function)(b, h, q, _from(copies.of(first_kv), kv_idx))
+        kv = _from(first_kv, kv_idx)
+        q = _from(first_kv, q_pos) if is_aligned else _from(first_q, q_idx)
+        shown = copies.of(function)(b, h, q, kv)
         return shown if padding is None else shown & padding[b, kv_idx]
 
     read = expression(seen)
     read.tensors = {name: copies.declaration(read.bound[name], text) for name, text in read.tensors.items()}
     text = _simplified(read)
-    return text, {name: read.bound[name] for name in text.tensors}
-
-
-def _on_device(offset: int | torch.Tensor, device: torch.device | str) -> int | torch.Tensor:
-    """An offset as kernels read it; 0, which they need not read."""
-    if isinstance(offset, torch.Tensor) or not offset:
-        return offset
-    return torch.full((), offset, dtype=torch.int32, device=device)
+    return MaskText(str(text), text.tensors, {name: read.bound[name] for name in text.tensors})
 
 
 def _from(first: Any, index: Traced) -> Traced:
     """A place, counted from where its axis begins. Within the ends of an index, sums need no 64 bits."""
-    return index if isinstance(first, int) else index + first.clamp(0, LARGEST_LENGTH)
+    return index if first is None else index + first[operand(0)].clamp(0, LARGEST_LENGTH)
 
 
 def _simplified(read: Expression) -> Expression:
@@ -105,24 +160,20 @@ def _sees_distances_alone(function: MaskFunction) -> bool:
     return not _simplified(expression(seen, scalars={"n": "i32"})).scalars
 
 
-def _every_pair() -> MaskFunction:
-    return lambda b, h, q, kv: operand(True)
-
-
 def _window(sliding_window: int) -> MaskFunction:
     return lambda b, h, q, kv: (q - kv <= sliding_window) & (kv - q <= sliding_window)
 
 
 def _chunk(chunk_size: int, left_padding: torch.Tensor) -> MaskFunction:
-    def same_chunk(b: Traced, h: Traced, q: Traced, kv: Traced) -> Traced:
-        first: Traced = left_padding[b].clamp(0, LARGEST_LENGTH)
+    def same_chunk(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        first = left_padding[b].clamp(0, LARGEST_LENGTH)
         return (q - first) // chunk_size == (kv - first) // chunk_size
 
     return same_chunk
 
 
 _IN_OTHER_WORDS: dict[str, Callable[..., MaskFunction]] = {
-    "bidirectional_mask_function": _every_pair,
+    "bidirectional_mask_function": lambda: lambda b, h, q, kv: operand(True),
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": _window,
     "chunked_overlay.<locals>.inner_mask": _chunk,
 }

@@ -13,6 +13,7 @@ from attngen.autograd import is_differentiated
 from attngen.bind import TileTables
 from attngen.errors import ArgumentError, AttngenError, ModelError
 from attngen.expr import SINK
+from attngen.hf.mask_functions import MaskText
 from attngen.hf.model_masks import ModelMask
 from attngen.hf.pair_tensors import declared_by_pair
 from attngen.kernel import Kernel
@@ -77,10 +78,8 @@ def attend(
         sizes = (*query.shape[:3], key.shape[2])
         starts = (cu_seq_lens_q, cu_seq_lens_k)
         mask = _mask(module, attention_mask, sizes, is_causal, sliding_window, starts)
-        text: str = mask.text if isinstance(mask, ModelMask) else mask
-        passed: dict[str, Any] = dict(mask.values) if isinstance(mask, ModelMask) else {}
+        text, tensors, passed = mask.text, {**mask.tensors}, {**mask.values}
         score = "score" if softcap is None else f"softcap(score, {float(softcap)!r})"
-        tensors = {}
         for name, x in (("attention_mask", attention_mask), ("position_bias", position_bias)):
             if isinstance(x, torch.Tensor):
                 tensors[name], element = declared_by_pair(name, x, sizes)
@@ -120,7 +119,7 @@ def _mask(
     is_causal: bool | None,
     sliding_window: int | None,
     starts: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> ModelMask | str:
+) -> ModelMask | MaskText:
     """Which keys queries see, but for a tensor's part in it: as the model says, or else as the layer is."""
     batch, _, queries, keys = sizes
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -138,13 +137,13 @@ def _mask(
         )
     elif starts == (None, None):
         if given is not None or queries == 1 or not is_causal:
-            return "full"
+            return MaskText("full")
         if queries != keys:
             got = f"None, of a causal layer with {queries} queries and {keys} keys"
             raise ArgumentError(
                 "attention_mask", got, "a mask, which says where queries stand among the keys"
             )
-        return "causal"
+        return MaskText("causal")
     else:
         function = causal_mask_function if is_causal and given is None else bidirectional_mask_function
         mask = ModelMask(function, (batch, 1, queries, keys))
@@ -162,11 +161,18 @@ def _kept(
 ) -> tuple[Kernel, TileTables | None]:
     """The kernel of a call without gradients, and what it knows of the mask by tile: made once for all layers."""
     has_versions = not any(isinstance(x, torch.Tensor) and x.is_inference() for x in passed.values())
-    others = [(passed[name].data_ptr(), passed[name]._version) for name in tensors] if has_versions else ()
-    key = (q.shape, k.shape, v.shape, q.dtype, score, SINK in passed, *others)
+    scored = [passed[name] for name in tensors if name not in mask.tensors] if has_versions else ()
+    key = (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        score,
+        SINK in passed,
+        *((x.data_ptr(), x._version) for x in scored),
+    )
     if key not in mask.kept:
-        declared = {**mask.text.tensors, **tensors}
-        kernel = kernel_of_call(q, k, v, str(mask.text), score, tensors=declared, passed=passed)
+        kernel = kernel_of_call(q, k, v, mask.text, score, tensors=tensors, passed=passed)
         has_tables = kernel.plan.table_values and has_versions
         mask.kept[key] = kernel, kernel.tables(q, k, v, **passed) if has_tables else None
     return mask.kept[key]

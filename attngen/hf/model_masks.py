@@ -34,7 +34,8 @@ class ModelMask(BlockMask):
     that has been made already.
 
     Attributes:
-        text: an expression of the language, with what it declares.
+        text: an expression of the language.
+        tensors: what it declares, by name.
         values: what it reads, by name.
         kept: kernels, and their tables of this mask, by what they depend on besides.
     """
@@ -59,7 +60,9 @@ class ModelMask(BlockMask):
         self._shape = shape
         self._padding = padding
         self._packed: tuple[torch.Tensor, torch.Tensor, ModelMask] | None = None
-        self.text, self.values = read_mask(function, shape, padding, q_offset, kv_offset, device)
+        self.text, self.tensors, self.values = read_mask(
+            function, shape, padding, q_offset, kv_offset, device
+        )
         self.kept: dict[Any, tuple[Kernel, TileTables | None]] = {}
 
     @property

@@ -13,5 +13,5 @@ def test_the_example_says_what_eager_attention_says(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "examples/hf_generate.py", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert run.stdout.count("mask_padding[b, kv_idx]") == 2 and "seqlen_k - seqlen_q - 7" in run.stdout
+    assert run.stdout.count("padding[b, kv_idx]") == 2 and "seqlen_k - seqlen_q - 7" in run.stdout
     assert "24 of 24 tokens are those of eager attention" in run.stdout
