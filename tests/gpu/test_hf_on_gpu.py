@@ -25,6 +25,7 @@ GROUPED = {
     "num_key_value_heads": 2,
     "head_dim": 128,
     "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
 }
 WINDOWS = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}  # all of them: none is chosen by a rounding
@@ -72,6 +73,8 @@ def model_of(family: str) -> Any:
     made = getattr(transformers, model)(getattr(transformers, config)(**options))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
+    if "gpt_oss" in family:
+        made.set_experts_implementation("eager")  # which has f32 everywhere
     return made.to("cuda", torch.bfloat16).eval()
 
 
@@ -93,12 +96,14 @@ def rms(error: torch.Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-def hold(made: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, largest: float) -> None:
+def hold(made: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
     """The error rule: in bf16 no further from eager attention in f32 than twice eager attention in bf16, by the root of
-    the mean square; rounding weights and states costs both as much.
+    the mean square. A rounding of its own, one part in 128, is allowed besides: kernels round P and dS to bf16.
     """
     error, yardstick = rms(made.float() - exact), rms(eager.float() - exact)
-    assert error <= 2 * yardstick + 2.0**-12 * largest, f"{error:.2e} beside {yardstick:.2e} of eager"
+    assert exact.any() and error <= 2 * yardstick + 2.0**-7 * rms(exact), (
+        f"{error:.2e} beside {yardstick:.2e}"
+    )
 
 
 def layers_of(family: str) -> int:
@@ -118,7 +123,7 @@ def test_forward(family: str, launches: Counter[str]) -> None:
             found[name, dtype] = model.to(dtype)(**inputs).logits[seen.bool()].float()
     exact, eager, made = found.values()
     assert launches == {"forward": layers_of(family)}
-    hold(made, eager, exact, exact.abs().max().item())
+    hold(made, eager, exact)
 
 
 @families
@@ -132,13 +137,13 @@ def test_training_step(family: str, launches: Counter[str]) -> None:
         model.to(dtype).zero_grad()
         model(**inputs).loss.backward()
         found[name, dtype] = {
-            key: x.grad.float() for key, x in model.named_parameters() if x.grad is not None
+            key: x.grad.float().clone() for key, x in model.named_parameters() if x.grad is not None
         }
     exact, eager, made = found.values()
     assert launches == {"forward": layers_of(family), "backward": layers_of(family)}
     assert made.keys() == exact.keys()
     for key, x in made.items():
-        hold(x, eager[key], exact[key], exact[key].abs().max().item())
+        hold(x, eager[key], exact[key])
 
 
 def test_documents_of_a_packed_batch(launches: Counter[str]) -> None:
@@ -168,19 +173,23 @@ def test_documents_of_a_packed_batch(launches: Counter[str]) -> None:
             torch.cuda.set_sync_debug_mode("default")
         packed = model.lm_head(packed)
     assert launches == {"forward": LAYERS}
-    assert rms(packed - alone) <= 2.0**-7 * rms(alone)
+    assert rms(packed - alone) <= 2.0**-6 * rms(alone)
 
 
 def test_greedy_generation(launches: Counter[str]) -> None:
-    """Most tokens are those of eager attention, whose rounding is another; every step is launches."""
+    """Every step is launches, and every token the best of all by eager attention in f32, as far as bf16 can tell."""
     steps, family = 16, "gemma2"
     model, (inputs, _) = model_of(family), inputs_of(family)
-    found = []
-    for name in ("eager", "attngen"):
-        model.set_attn_implementation(name)
-        options = {"do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
-        named = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        found.append(model.generate(**named, **options)[:, -steps:])
+    model.set_attn_implementation("attngen")
+    options = {"do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
+    named = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    made = model.generate(**named, **options)
     assert launches == {"forward": LAYERS * steps}
-    eager, made = found
-    assert torch.equal(made[:, 0], eager[:, 0])
+    model.set_attn_implementation("eager")
+    seen = torch.nn.functional.pad(named["attention_mask"], (0, steps), value=1)
+    with torch.no_grad():
+        logits = model.float()(made, attention_mask=seen).logits[:, -steps - 1 : -1]
+    logits[..., TOKENS["eos_token_id"]] = -torch.inf  # which the length forbids
+    chosen = logits.gather(-1, made[:, -steps:, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() <= 2.0**-5 * logits.amax(-1).abs().max()
+    assert made[:, -steps:].unique().numel() > 2

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.hf.tiny_models import LAYERS, computed, decoder, padding, tokens
 
 pytest.importorskip("attngen.op", reason="no operator is there for torch.compile to capture")
-LENGTHS = (9, 10, 12, 15)
+LENGTHS = (9, 10, 12)
 
 
 def test_a_forward_pass_is_one_graph(launches: Counter[str]) -> None:
@@ -57,7 +57,7 @@ def test_steps_with_a_static_cache_are_compiled(
     eager = computed(model, lambda model: model.generate(tokens(), **options), "eager")
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", lambda *these, **named: True)
-    options["compile_config"] = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    options["compile_config"] = CompileConfig(backend="eager", fullgraph=True, mode=None)
     made = computed(model, lambda model: model.generate(tokens(), **options), "attngen")
     assert torch.equal(made, eager)
     assert launches == {"forward": LAYERS * steps}

@@ -13,27 +13,19 @@ from tests.hf.tiny_models import (
     LAYERS,
     SMALL,
     TOKENS,
+    bert,
     hold_logits,
     hold_tokens,
+    modern_bert,
     padding,
     randomised,
+    t5,
     tokens,
 )
 
 STEPS: dict[str, Any] = {"min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False}
 IMAGE = 46
 """The token that stands for a part of an image."""
-
-
-def bert() -> transformers.PreTrainedModel:
-    return randomised(transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
-
-
-def modern_bert() -> transformers.PreTrainedModel:
-    config = transformers.ModernBertConfig(
-        **SMALL, cls_token_id=1, sep_token_id=2, local_attention=4, global_attn_every_n_layers=2
-    )
-    return randomised(transformers.ModernBertForMaskedLM(config))
 
 
 @pytest.mark.parametrize("make", [bert, modern_bert])
@@ -54,14 +46,6 @@ def test_logits_of_cross_attention(launches: Counter[str]) -> None:
         return model(tokens(), encoder_hidden_states=states.to(model.dtype), encoder_attention_mask=seen)
 
     hold_logits(randomised(transformers.BertLMHeadModel(config)), call, launches, 2 * LAYERS)
-
-
-def t5() -> transformers.PreTrainedModel:
-    """Two layers in the encoder and two in the decoder, which have two attentions each."""
-    options = {name: TOKENS[name] for name in ("vocab_size", "pad_token_id", "eos_token_id")}
-    options |= {"decoder_start_token_id": 0, "dropout_rate": 0.0}
-    config = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=LAYERS, num_heads=2, **options)
-    return randomised(transformers.T5ForConditionalGeneration(config))
 
 
 def test_logits_of_t5(launches: Counter[str]) -> None:

@@ -8,8 +8,17 @@ import pytest
 import torch
 import transformers
 
-from tests.hf.test_encoders import modern_bert, t5
-from tests.hf.tiny_models import LAYERS, Call, computed, decoder, hold_to_eager, padding, tokens
+from tests.hf.tiny_models import (
+    LAYERS,
+    Call,
+    computed,
+    decoder,
+    hold_to_eager,
+    modern_bert,
+    padding,
+    t5,
+    tokens,
+)
 
 
 def gradients(model: transformers.PreTrainedModel, call: Call, attention: str) -> dict[str, torch.Tensor]:

@@ -93,6 +93,27 @@ def decoder(family: str) -> PreTrainedModel:
     return model
 
 
+def bert() -> PreTrainedModel:
+    """An encoder."""
+    return randomised(transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)))
+
+
+def modern_bert() -> PreTrainedModel:
+    """An encoder with windows on both sides."""
+    config = transformers.ModernBertConfig(
+        **SMALL, cls_token_id=1, sep_token_id=2, local_attention=4, global_attn_every_n_layers=2
+    )
+    return randomised(transformers.ModernBertForMaskedLM(config))
+
+
+def t5() -> PreTrainedModel:
+    """Two layers in the encoder and two in the decoder, which have two attentions each."""
+    options = {name: TOKENS[name] for name in ("vocab_size", "pad_token_id", "eos_token_id")}
+    options |= {"decoder_start_token_id": 0, "dropout_rate": 0.0}
+    config = transformers.T5Config(d_model=64, d_kv=32, d_ff=64, num_layers=LAYERS, num_heads=2, **options)
+    return randomised(transformers.T5ForConditionalGeneration(config))
+
+
 def tokens(batch: int = 2, length: int = 9) -> torch.Tensor:
     """Random tokens, none of them special."""
     return torch.randint(3, 47, (batch, length), generator=torch.Generator().manual_seed(2))
