@@ -7,7 +7,7 @@ CUDA driver and no GPU.
 from importlib import import_module
 from typing import Any
 
-from attngen import flash_attn
+from attngen import flash_attn, hf
 from attngen import op as op  # defines the operators
 from attngen.api import attention, compile
 from attngen.errors import (
@@ -16,6 +16,7 @@ from attngen.errors import (
     CompileError,
     ExpressionError,
     InternalError,
+    ModelError,
     PlanError,
     RefusedError,
     SpecError,
@@ -37,6 +38,7 @@ __all__ = [
     "ExpressionError",
     "InternalError",
     "Kernel",
+    "ModelError",
     "PlanError",
     "RefusedError",
     "Spec",
@@ -49,6 +51,7 @@ __all__ = [
     "expression",
     "flash_attn",
     "functions",
+    "hf",
     "load",
     "varlen_attn",
     "where",

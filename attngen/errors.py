@@ -229,6 +229,25 @@ class RefusedError(AttngenError, ValueError):
         return "no kernel takes this call:\n" + "\n".join(f"  {reason}" for reason in self.reasons)
 
 
+class ModelError(AttngenError, ValueError):
+    """What a layer of a model asks for, and no kernel serves.
+
+    Attributes:
+        model: its type, as its config says: `llama`.
+        layer: which layer, and what it is: `layer 3, LlamaAttention`.
+        reason: what it asks for, what would be served, and how to get there.
+    """
+
+    def __init__(self, model: str, layer: str, reason: str) -> None:
+        super().__init__(model, layer, reason)
+        self.model = model
+        self.layer = layer
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.layer}: {self.reason}"
+
+
 class CompileError(AttngenError):
     """NVRTC refused the source of a kernel, as it may when a person edited it.
 

@@ -21,7 +21,7 @@ PYTHON = [
     pytest.param(text, id=f"{page}-{i}")
     for page, content in PAGES.items()
     for i, text in enumerate(re.findall(r"```python\n(.*?)```", content, re.DOTALL))
-    if "randn" in text  # the others go on with tensors of the reader's
+    if "randn" in text or "randint" in text  # the others go on with tensors of the reader's
 ]
 NAMING = sorted(
     [ROOT / "README.md", ROOT / "tests/README.md", *(ROOT / "docs").rglob("*.md")],
