@@ -8,7 +8,7 @@
 #   fp8        e4m3 inputs, and what quantises them
 #   backward   gradients, autograd, training
 #   ragged     sequences with lengths of their own, given blocks, sinks
-#   faces      torch.compile, and calls as other libraries have them
+#   faces      calls as other libraries have them, models of Hugging Face, torch.compile
 #   tests      the launcher, which runs alone, and the GPU tests of commands and fuzzing
 #   fuzz       random specs: dense, ragged, with gradients
 #   sanitize   memcheck on the sets of sanitize.py, or on those that are named; $TOOLS names other tools
@@ -51,7 +51,7 @@ ragged() {
   on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py
 }
 faces() {
-  on_gpu compile_on_gpu.py flash_attn_face_on_gpu.py sdpa_on_gpu.py
+  on_gpu compile_on_gpu.py flash_attn_face_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
 }
 tests() {
   gpu_tests tests/cli tests/fuzz

@@ -49,13 +49,13 @@ class Question:
         return {"query": self.query, "key": self.key, "value": self.value}
 
     @property
-    def signature(self) -> tuple[Any, ...]:
-        """All that decides which texts a call is said in, and what may be said against it."""
-        tensors = (self.query, self.key, self.value)
-        found = [
-            (type(x), x.layout, x.dtype, x.device, x.shape) for x in tensors if isinstance(x, torch.Tensor)
-        ]
-        mask = self.attn_mask
+    def signature(self) -> tuple[Any, ...] | None:
+        """All that decides which texts a call is said in, and what may be said against it; None of symbolic sizes."""
+        tensors, mask = (self.query, self.key, self.value), self.attn_mask
+        sizes = [size for x in (*tensors, mask) if x is not None for size in x.shape]
+        if any(type(size) is not int for size in sizes):
+            return None
+        found = [(type(x), x.layout, x.dtype, x.device, x.shape) for x in tensors]
         if mask is not None:
             strides = mask.layout is torch.strided and tuple(map(bool, mask.stride()))
             about = (type(mask), mask.layout, mask.dtype, mask.device, mask.shape)

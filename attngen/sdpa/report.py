@@ -14,7 +14,7 @@ from torch.backends.cuda import (
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from attngen.errors import RefusedError
+from attngen.errors import ArgumentError, RefusedError
 from attngen.kernel import Kernel
 from attngen.sdpa.jagged import translated_jagged
 from attngen.sdpa.override import check_bias, standing
@@ -82,11 +82,17 @@ def explain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Report:
-    """Print who takes a call of scaled_dot_product_attention with these arguments, and return it; nothing is computed,
-    but the kernel that takes the call is compiled.
+    """Print who takes a call of scaled_dot_product_attention with these arguments, and return it.
 
-    Where attngen does not, or would not if it were enabled, all its reasons are told.
+    Where attngen does not, or would not if it were enabled, all its reasons are told. Nothing is computed, but a kernel
+    that takes the call is compiled.
+
+    Raises:
+        ArgumentError: query, key or value is no tensor.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError(name, type(x).__name__, "a torch tensor")
     answer: Answer | None = None
     reasons: list[str] = []
     try:
@@ -100,9 +106,8 @@ def explain(
     elif device not in override.devices:
         reasons.append(f"it is enabled for {', '.join(override.devices)}: enable(devices=({device!r}, ...))")
     mask = attn_mask
-    if isinstance(
-        attn_mask, CausalBias
-    ):  # before it writes a bias out, torch asks for backends without a mask
+    if isinstance(attn_mask, CausalBias):
+        # Before it writes a bias out, torch asks for backends without a mask.
         is_causal, mask = attn_mask.variant == CausalVariant.UPPER_LEFT, None
     of_torch = (query, key, value, mask, dropout_p, is_causal, enable_gqa)
     report = Report(

@@ -140,9 +140,11 @@ def translated(question: Question) -> Translation:
     if form is None:
         if reasons := list(question.reasons()):
             raise RefusedError(reasons)
+        form = _form_of(question)
         if len(_FORMS) >= _MOST_FORMS:
             _FORMS.clear()
-        form = _FORMS[signature] = _form_of(question)
+        if signature is not None:
+            _FORMS[signature] = form
     of_q, of_kv = form.heads
     q, k, v = (
         form.rows(question.query, of_q),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from attngen import flash_attn, sdpa, xformers
@@ -25,6 +26,18 @@ CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
     "xformers": lambda q, k, v: xformers.memory_efficient_attention(q, k, v, xformers.LowerTriangularMask()),
     "sdpa": lambda q, k, v: attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True),
 }
+
+
+def test_lengths_vary_within_a_graph() -> None:
+    """Five lengths compile two frames, under the override of torch's own function."""
+    torch._dynamo.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    captured = torch.compile(CALLS["sdpa"], fullgraph=True, backend=counted)
+    with sdpa.enabled(devices="cpu", strict=True):
+        for length in (9, 12, 15, 17, 20):
+            rows = draw(*((1, length, 4, 32),) * 3)
+            assert torch.equal(captured(*rows), CALLS["sdpa"](*rows))
+    assert counted.frame_count == 2
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -327,6 +327,8 @@ def test_explain_prints_who_takes_a_call(capsys: pytest.CaptureFixture[str]) -> 
     report = sdpa.explain(q, k, v, bias.causal_lower_right(9, 13))
     assert not report.taken and report.answer is not None and report.answer.mask == "causal"
     assert "taken by torch (" in str(report) and "it is not enabled: attngen.sdpa.enable()" in str(report)
+    with pytest.raises(attngen.ArgumentError, match="argument key: got list"):
+        sdpa.explain(q, [1.0], v)  # type: ignore[arg-type]
     report = sdpa.explain(q, k, v, dropout_p=0.3)
     assert report.answer is None and report.reasons[0].startswith("dropout_p")
     nested = torch.nested.nested_tensor([torch.zeros(5, 2, 32)], layout=torch.jagged).transpose(1, 2)
