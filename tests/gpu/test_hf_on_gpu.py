@@ -78,6 +78,13 @@ def model_of(family: str) -> Any:
     return made.to("cuda", torch.bfloat16).eval()
 
 
+def switch(model: Any, attention: str) -> None:
+    """Have all parts of a model use an implementation; older versions do not tell the stacks of T5."""
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.set_attn_implementation(attention)
+
+
 def inputs_of(family: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Tokens of a batch that is padded, of T5 on the right, and which logits count."""
     generator = torch.Generator().manual_seed(1)
@@ -118,7 +125,7 @@ def test_forward(family: str, launches: Counter[str]) -> None:
     inputs, seen = inputs_of(family)
     found = {}
     for name, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("attngen", torch.bfloat16)):
-        model.set_attn_implementation(name)
+        switch(model, name)
         with torch.no_grad():
             found[name, dtype] = model.to(dtype)(**inputs).logits[seen.bool()].float()
     exact, eager, made = found.values()
@@ -133,7 +140,7 @@ def test_training_step(family: str, launches: Counter[str]) -> None:
     inputs, _ = inputs_of(family)
     found = {}
     for name, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("attngen", torch.bfloat16)):
-        model.set_attn_implementation(name)
+        switch(model, name)
         model.to(dtype).zero_grad()
         model(**inputs).loss.backward()
         found[name, dtype] = {
@@ -158,7 +165,7 @@ def test_documents_of_a_packed_batch(launches: Counter[str]) -> None:
         "max_length_k": 170,
     }
     places = torch.cat([torch.arange(130), torch.arange(170)])[None].cuda()
-    model.set_attn_implementation("attngen")
+    switch(model, "attngen")
     with torch.no_grad():
         alone = torch.cat([model(ids[:, piece]).logits for piece in pieces], 1)
         launches.clear()
@@ -180,12 +187,12 @@ def test_greedy_generation(launches: Counter[str]) -> None:
     """Every step is launches, and every token the best of all by eager attention in f32, as far as bf16 can tell."""
     steps, family = 16, "gemma2"
     model, (inputs, _) = model_of(family), inputs_of(family)
-    model.set_attn_implementation("attngen")
+    switch(model, "attngen")
     options = {"do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
     named = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     made = model.generate(**named, **options)
     assert launches == {"forward": LAYERS * steps}
-    model.set_attn_implementation("eager")
+    switch(model, "eager")
     seen = torch.nn.functional.pad(named["attention_mask"], (0, steps), value=1)
     with torch.no_grad():
         logits = model.float()(made, attention_mask=seen).logits[:, -steps - 1 : -1]

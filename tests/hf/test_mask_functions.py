@@ -116,7 +116,7 @@ def test_packed_sequences(function: MaskFunction) -> None:
     mask = ModelMask(function, (BATCH, 1, TOKENS, TOKENS))
     shown = shown_by(mask)
     assert torch.equal(shown, shown_as_tensor(function, SIZES["a prompt"]))
-    assert not shown[0, 3:8, :3].any() and shown[0, 4, 3]
+    assert not shown[0, 3:8, :3].any() and shown[0, 3:8, 3:8].sum() > 5
 
 
 @pytest.mark.parametrize("side", [slice(3), slice(6, None)], ids=["left", "right"])
@@ -197,6 +197,8 @@ def test_documents_by_their_lengths(
     ):
         q, k = torch.arange(first_q, end_q)[:, None] + end_k - end_q, torch.arange(first_k, end_k)
         wanted[first_q:end_q, first_k:end_k] = function(0, 0, q, k)
+    places = mask.values.get("mask_q_places", torch.zeros(1))
+    assert bool((places.diff() >= 0).all())  # as is declared
     counted = starts_q[-1]
     assert torch.equal(shown_by(mask)[0, :counted], wanted[:counted])
 
@@ -206,6 +208,18 @@ def test_lengths_are_read_once_for_all_layers() -> None:
     mask = ModelMask(CAUSAL, (1, 1, 9, 9))
     assert mask.of_documents(STARTS, STARTS) is mask.of_documents(STARTS, STARTS)
     assert mask.of_documents(STARTS, STARTS) is not mask.of_documents(STARTS, OTHERS)
+
+
+@pytest.mark.parametrize("function", [CAUSAL, WINDOW], ids=["causal", "window"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_cache_counts_on_in_its_own_tensor(function: MaskFunction, dtype: torch.dtype) -> None:
+    """Before the first layer reads the mask, which stays what it was, as the mask of its first keys does."""
+    length = torch.tensor(5, dtype=dtype)
+    mask = ModelMask(function, (BATCH, 1, 1, 9), None, length)
+    length.add_(1)
+    wanted = shown_as_tensor(function, (1, 9, 5, 0))
+    assert torch.equal(shown_by(mask), wanted)
+    assert torch.equal(shown_by(mask[:, :, :, :7]), wanted[..., :7])
 
 
 def test_masks_pass_for_masks() -> None:

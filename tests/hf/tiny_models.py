@@ -131,7 +131,9 @@ Call = Callable[[PreTrainedModel], Any]
 
 def computed(model: PreTrainedModel, call: Call, attention: str) -> Any:
     """What a call gives with an implementation of attention: `attngen`, `eager`, or `exact`, in f64."""
-    model.set_attn_implementation(attention)
+    for part in model.modules():  # older versions do not tell the stacks of T5
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(attention)
     result = call(model.double() if attention == "exact" else model)
     model.float()
     return result
