@@ -135,6 +135,10 @@ def _mask(
         raise ArgumentError(
             "attention_mask", type(given).__name__, "a mask that transformers made for attngen"
         )
+    elif given is not None and starts != (None, None):
+        raise ArgumentError(
+            "attention_mask", "a tensor beside cu_seq_lens_q", "documents, or a tensor of pairs"
+        )
     elif starts == (None, None):
         if given is not None or queries == 1 or not is_causal:
             return MaskText("full")
@@ -145,7 +149,7 @@ def _mask(
             )
         return MaskText("causal")
     else:
-        function = causal_mask_function if is_causal and given is None else bidirectional_mask_function
+        function = causal_mask_function if is_causal else bidirectional_mask_function
         mask = ModelMask(function, (batch, 1, queries, keys))
     return mask if starts == (None, None) else mask.of_documents(*starts)
 

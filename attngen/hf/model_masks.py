@@ -51,9 +51,8 @@ class ModelMask(BlockMask):
         kv_offset: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if isinstance(
-            q_offset, torch.Tensor
-        ):  # of a cache, which counts on in it before the first layer reads it
+        if isinstance(q_offset, torch.Tensor):
+            # A cache counts on in its own tensor, before the first layer reads it.
             q_offset = q_offset.clone().reshape(())
         self._places = (q_offset, kv_offset, device)
         self._function = function

@@ -28,7 +28,7 @@ class LayerAttention(torch.nn.Module):
 
 Q, K = (torch.randn(2, heads, 5, 8, generator=torch.Generator().manual_seed(1)) for heads in (2, 1))
 STARTS = torch.tensor([0, 2, 5])
-MASK = ModelMask(causal_mask_function, (2, 1, 5, 5))
+MASK_OF_PAIRS = torch.ones(2, 1, 5, 5).bool()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,10 @@ MASK = ModelMask(causal_mask_function, (2, 1, 5, 5))
         ({"sliding_window": 3}, "attention_mask: got None, with a sliding_window of 3"),
         ({"cu_seq_lens_q": STARTS}, "cu_seq_lens_k: got None"),
         ({"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS}, "documents in a batch of 2"),
+        (
+            {"attention_mask": MASK_OF_PAIRS, "cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS},
+            "attention_mask: got a tensor beside cu_seq_lens_q",
+        ),
         ({"scaling": float("nan")}, "softmax_scale"),
         ({"softcap": -1.0, "position_bias": torch.ones(1, 2, 5, 5).bool()}, "position_bias"),
     ],
