@@ -19,7 +19,7 @@ from attngen.expr import (
 from attngen.expr.logic import conjunction
 from attngen.lower.block_tiles import fitted_size
 from attngen.plan import walk
-from attngen.plan.steps import MaskScores, MaskScoresEach, RecoverP
+from attngen.plan.steps import HidePairs, MaskScores, MaskScoresEach, RecoverP
 from attngen.simulate import count
 from tests.blocks.block_cases import SCHEDULES, BlockCase
 
@@ -80,9 +80,9 @@ def test_no_step_asks_a_pair_what_its_tile_knows(schedule: str) -> None:
         step
         for plan in (*call.programs, *call.gradients)
         for step in walk(plan.worker.program)
-        if isinstance(step, MaskScores | MaskScoresEach | RecoverP)
+        if isinstance(step, MaskScores | MaskScoresEach | RecoverP | HidePairs)
     ]
-    masks = [step.mask for step in asked if isinstance(step, RecoverP) and step.mask is not None]
+    masks = [step.mask for step in asked if isinstance(step, RecoverP | HidePairs) and step.mask is not None]
     assert any(isinstance(step, MaskScores) for step in asked) and masks
     assert not any(isinstance(step, MaskScoresEach) for step in asked)
     assert not any(tensor_names(mask) for mask in masks)
