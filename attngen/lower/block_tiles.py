@@ -8,7 +8,7 @@ from dataclasses import replace
 from attngen.expr import most_blocks
 from attngen.lower.choice import Choice, WarpgroupChoice
 from attngen.lower.features import Features
-from attngen.plan import Axis
+from attngen.plan import PADDED_ROWS, Axis
 
 MOST_BLOCKS = 8
 """Of the map, along rows and along keys, in which a tile had better lie: each is a load of who classes it."""
@@ -24,19 +24,21 @@ ASKED_BACKWARD = 32
 """Of a tile of the backward pass, along the side that is looped over, likewise."""
 
 
-def fitted_size(size: int, step: int, block: int) -> int:
+def fitted_size(size: int, step: int, block: int, whole: int = 0) -> int:
     """The rows or the keys of a tile for blocks of a map, at most as many as are fast without.
 
     Args:
         size: what is fast.
         step: of which it is a multiple.
         block: rows or keys of a block.
+        whole: what it divides, unless 0.
 
     Returns:
         The largest part of a block, where that is wide; else the largest number of whole blocks; else what part of a
         block there is; else what lies in few blocks.
     """
-    sizes = [each for each in range(step, size + 1, step) if most_blocks(each, block) <= MOST_BLOCKS]
+    dividing = [each for each in range(step, size + 1, step) if whole % each == 0]
+    sizes = [each for each in dividing if most_blocks(each, block) <= MOST_BLOCKS]
     parts = [each for each in sizes if block % each == 0]
     wholes = [each for each in sizes if each % block == 0]
     if parts and (parts[-1] >= WIDE or not wholes):
@@ -73,9 +75,14 @@ def _fitted_tile(block_m: int, block_n: int, rows: int, features: Features) -> t
 
 
 def fitted_loop(size: int, axis: Axis, features: Features) -> int:
-    """The rows, or the keys, of a tile of the backward pass that loops over them, which are `size` without blocks."""
+    """The rows, or the keys, of a tile of the backward pass that loops over them, which are `size` without blocks.
+
+    Rows are of blocks in which D and lse are padded: of a tile that lies across them nothing would be there.
+    """
     if features.blocks is None:
         return size
     step = features.arch.k_step(features.inputs)
     most = min(size, ASKED_BACKWARD) if features.asks_for_blocks else size
-    return fitted_size(most, step, features.blocks[0 if axis == "queries" else 1])
+    if axis == "keys":
+        return fitted_size(most, step, features.blocks[1])
+    return fitted_size(most, step, features.blocks[0], PADDED_ROWS)

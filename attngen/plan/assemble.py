@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from attngen.dtypes import E4M3, F32
+from attngen.errors import InternalError
 from attngen.expr import SINK
 from attngen.plan.block_map import BLOCK_MAP, GIVEN_BLOCK_VALUES, MapBlocks, block_shapes, takes_blocks
 from attngen.plan.call import (
@@ -70,7 +71,14 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
     if backward:
         kernels.append(PrepareRows(plan))
     for made in backward:
-        kernels += _with_what_it_reads(made) if isinstance(made, KernelPlan) else [made]
+        if not isinstance(made, KernelPlan):
+            kernels.append(made)
+            continue
+        if made.arch.emits and PADDED_ROWS % made.block_m:
+            raise InternalError(
+                f"{made.name} reads rows in blocks of {made.block_m}, padded to {PADDED_ROWS}"
+            )
+        kernels += _with_what_it_reads(made)
     values = {value.name: value for value in (*_values(programs), *_values_of_gradients(plan, backward))}
     return Call(
         plan.arch,

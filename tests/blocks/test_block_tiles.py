@@ -1,11 +1,13 @@
 """Tiles in given blocks: their classes, how many are visited, what pairs are asked, and which sizes are chosen."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 import attngen
+from attngen.errors import InternalError
 from attngen.expr import (
     blocks_of_tile,
     evaluate,
@@ -18,7 +20,8 @@ from attngen.expr import (
 )
 from attngen.expr.logic import conjunction
 from attngen.lower.block_tiles import fitted_size
-from attngen.plan import walk
+from attngen.plan import PADDED_ROWS, KernelPlan, walk
+from attngen.plan.assemble import assemble
 from attngen.plan.steps import HidePairs, MaskScores, MaskScoresEach, RecoverP
 from attngen.simulate import count
 from tests.blocks.block_cases import SCHEDULES, BlockCase
@@ -151,3 +154,20 @@ def test_tiles_of_auto_lie_in_one_block_of_128(head_dim: int, gradients: list[st
         assert blocks_of_tile(plan.mask, plan.block_m, plan.block_n) == (1, 1), plan.name
     said = attngen.compile({**spec, "gradients": [], "tile": {"block_n": 48}}, arch="sm_90a").plan
     assert said.block_n == 48
+
+
+@pytest.mark.parametrize("schedule", ["auto", "fa2"])
+@pytest.mark.parametrize("blocks", [(96, 96), (48, 64), (100, 72), (24, 24), (384, 384)])
+def test_backward_tiles_of_queries_lie_in_what_is_padded(blocks: tuple[int, int], schedule: str) -> None:
+    """D and lse of a head have whole 128 rows: of a block of 96 the third would reach past those of 256."""
+    case = BlockCase(schedule, blocks=blocks, tile=None, dim=64, target="sm_90a")
+    tiles = {plan.block_m for plan in case.kernel.call.gradients if isinstance(plan, KernelPlan)}
+    assert tiles and all(PADDED_ROWS % block_m == 0 for block_m in tiles)
+
+
+def test_a_plan_that_reads_past_what_is_padded_is_refused() -> None:
+    """Whoever chooses tiles."""
+    call = BlockCase("auto", blocks=(128, 128), tile=None, dim=64, target="sm_90a").kernel.call
+    of_96 = tuple(replace(plan, block_m=96) for plan in call.gradients if isinstance(plan, KernelPlan))
+    with pytest.raises(InternalError, match="reads rows in blocks of 96, padded to 128"):
+        assemble(call.programs, of_96)
