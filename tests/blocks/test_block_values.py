@@ -45,8 +45,11 @@ def test_the_mask_still_hides_what_it_hides_in_a_kept_block(mask: str, schedule:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_a_map_of_all_blocks_is_as_good_as_none(mask: str, schedule: str) -> None:
-    """Bit by bit, where no tile lies across blocks: the same tiles in the same order, and the same ones masked."""
-    case = BlockCase(schedule, mask, blocks=(128, 128), lengths=(130, 270), heads=(2, 1), batch=1)
+    """Bit by bit, where no tile lies across blocks: the same tiles in the same order, and the same ones masked.
+
+    Up to head_dim 64 a backward pass that walks has fewer rows in a tile than one that does not.
+    """
+    case = BlockCase(schedule, mask, blocks=(128, 128), lengths=(130, 270), heads=(2, 1), batch=1, dim=72)
     kept = torch.ones(case.map_shape, dtype=torch.bool)
     assert are_equal(run(case.kernel, case.inputs(), blocks=kept), run(case.without_blocks, case.inputs()))
 

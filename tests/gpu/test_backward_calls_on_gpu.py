@@ -8,7 +8,7 @@ import torch
 
 import attngen
 from attngen.arch import arch_for_capability
-from tests.gpu.kernels import KINDS, captured, skip_unless_runs_here
+from tests.gpu.gpu_kernels import KINDS, captured, skip_unless_runs_here
 from tests.gradients.backward_cases import BackwardCase
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]

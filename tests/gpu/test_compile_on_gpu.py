@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import skip_unless_runs_here
+from gpu_kernels import skip_unless_runs_here
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor

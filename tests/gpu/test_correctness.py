@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, skip_unless_runs_here
+from gpu_kernels import KINDS, WARPGROUP_KINDS, Wanted, compile_all, kernel, skip_unless_runs_here
 
 import attngen
 from attngen.check.accuracy import compare

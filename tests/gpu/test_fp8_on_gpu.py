@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import compile_specs, counters_are_zero, skip_unless_runs_here, wait_for_gpu
+from gpu_kernels import compile_specs, counters_are_zero, skip_unless_runs_here, wait_for_gpu
 
 import attngen
 from attngen.check.inputs import Kind, Shape

@@ -1,7 +1,7 @@
 """The whole grid of lengths on the emitted kernels, and the judgement's own teeth at full length."""
 
 import pytest
-from kernels import KINDS, Wanted, compile_all, runs_here
+from gpu_kernels import KINDS, Wanted, compile_all, runs_here
 
 from tests.check.length_grid import HEAD_DIMS, INPUTS, MASKS, complaints, points
 from tests.check.test_mutants import assert_teeth

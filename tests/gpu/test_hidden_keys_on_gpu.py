@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import (
+from gpu_kernels import (
     KINDS,
     compile_specs,
     counters_are_zero,

@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from kernels import KINDS, WARPGROUP_KINDS, compile_specs, skip_unless_runs_here
+from gpu_kernels import KINDS, WARPGROUP_KINDS, compile_specs, skip_unless_runs_here
 
 from tests.check.huge_scores import CONSTANTS, PADDINGS, WHOLE_NUMBERS, faults, spec
 

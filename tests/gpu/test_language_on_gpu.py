@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import (
+from gpu_kernels import (
     KINDS,
     WARPGROUP_KINDS,
     captured,

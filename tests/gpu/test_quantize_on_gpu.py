@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from kernels import skip_unless_runs_here, wait_for_gpu
+from gpu_kernels import skip_unless_runs_here, wait_for_gpu
 
 import attngen
 from attngen.arch import arch_for_capability

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import KINDS, Wanted, skip_unless_runs_here
+from gpu_kernels import KINDS, Wanted, skip_unless_runs_here
 
 import attngen
 from attngen.kernel import Kernel

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 import torch
-from kernels import KINDS, WARPGROUP_KINDS, captured, counters_are_zero, kernel, wait_for_gpu
+from gpu_kernels import KINDS, WARPGROUP_KINDS, captured, counters_are_zero, kernel, wait_for_gpu
 from torch.nn.functional import scaled_dot_product_attention
 
 import attngen

@@ -12,7 +12,7 @@ from attngen.arch import arch_for_capability
 from attngen.check.inputs import Shape, random_like
 from attngen.check.judging import draw, judge, judge_gradients
 from attngen.check.reference import attention
-from tests.gpu.kernels import KINDS, WARPGROUP_KINDS, captured, compile_specs, skip_unless_runs_here
+from tests.gpu.gpu_kernels import KINDS, WARPGROUP_KINDS, captured, compile_specs, skip_unless_runs_here
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import KINDS, captured, compile_specs, counters_are_zero, skip_unless_runs_here, wait_for_gpu
+from gpu_kernels import KINDS, captured, compile_specs, counters_are_zero, skip_unless_runs_here, wait_for_gpu
 
 import attngen
 from attngen.arch import arch_for_capability

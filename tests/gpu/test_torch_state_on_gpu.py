@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import skip_unless_runs_here
+from gpu_kernels import skip_unless_runs_here
 
 import attngen
 from attngen.check.inputs import Shape, random_inputs
