@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 #define __device__
 #define __forceinline__ inline
@@ -144,7 +145,7 @@ static void run_fiber() {
 }
 
 static void for_each_thread(int blocks, int threads, std::function<void()> kernel) {
-  static std::vector<char> stacks(1024 * 65536);
+  static const std::unique_ptr<char[]> stacks(new char[1024 * 65536]);  // what no thread reaches takes no memory
   body = kernel, gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     fibers.assign(threads, {}), ended.assign(threads, 0);
