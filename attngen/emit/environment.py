@@ -173,9 +173,8 @@ def _program(context: Context, steps: Program, indent: int = 2) -> str:
 @jinja2.pass_context
 def _condition(context: Context, condition: Condition) -> str:
     if condition == "m sees n":
-        kind = context["scheduler"].kind
-        m = "tile.m_block" if kind == "pair_blocks" else "m"
-        n = "tile.n_block" if kind in ("key_blocks", "pair_blocks") else "n"
+        is_pair = context["scheduler"].kind == "pair_blocks"
+        m, n = ("tile.m_block", "tile.n_block") if is_pair else ("m", "n")
         walks = context["walks"]
         return f"visits(params, tile, {m}, {n})" if walks else f"key_blocks(params, tile, {m}).visits({n})"
     return _CONDITIONS[condition]

@@ -145,9 +145,10 @@ class Launcher:
                        x.requires_grad and torch.is_grad_enabled()) for x in tensors],
                     *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
-                for name, x in zip(wanted, into, strict=False):
+                if into:
                     others = dict(zip(names, tensors, strict=True))
-                    check_overlap(self.manifest.value_of[name].passed_as, x, others)
+                    for name, x in zip(wanted, into, strict=False):
+                        check_overlap(self.manifest.value_of[name].passed_as, x, others)
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):

@@ -60,9 +60,10 @@ def _holds(step: When, role: RoleRun) -> bool:
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")
         return role.tile.visits > 0
-    rows, keys = role.tile.m_block, role.tile.n_block
-    m = role.index(BlockIndex("m")) if rows is None or keys is None else rows
-    return role.visits(m, role.index(BlockIndex("n")) if keys is None else keys)
+    m, n = role.tile.m_block, role.tile.n_block
+    if m is None or n is None:  # else it is a tile of pairs
+        m, n = role.index(BlockIndex("m")), role.index(BlockIndex("n"))
+    return role.visits(m, n)
 
 
 def start_walk(step: StartWalk, role: RoleRun) -> None:
