@@ -60,3 +60,8 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor, bound: float = 1e-5, i
     apart = (found.detach().double() - exact.detach()).masked_fill(is_infinite, 0.0).abs().max()
     assert float(apart) <= bound, float(apart)
     assert is_zero or float(exact.detach().masked_fill(is_infinite, 0.0).abs().max()) > 0.05
+
+
+def starts(*lengths: int) -> torch.Tensor:
+    """Where sequences of these lengths begin, and where the last one ends, i32."""
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)

@@ -369,7 +369,9 @@ def test_torchs_flash_operators_may_be_attngens() -> None:
             torch.ops.aten._flash_attention_forward(*sequences, *rest, seqused_k=used)
     finally:
         handle.remove()
-    with pytest.raises(NotImplementedError, match="flash_attention"):  # torch's word: there is no kernel any more
+    with pytest.raises(
+        NotImplementedError, match="flash_attention"
+    ):  # torch's word: there is no kernel any more
         torch.ops.aten._scaled_dot_product_flash_attention(*given, 0.0, True)
 
 
