@@ -324,13 +324,14 @@ DEV void finish_rows(float (&inv_sum)[N], float (&lse)[N], const float (&row_sum
   finish_rows(inv_sum, lse, none, row_sum);
 }
 
-// finish_rows of maxima that are scores; coarse ones are brought to natural units at once.
+// finish_rows of maxima that are scores; coarse ones are brought to natural units at once. A maximum in log2 units is rounded before it meets
+// the sum: whether ptxas would contract the two hangs on the text around them, and a sequence has the bits of a dense call.
 template <int N>
 DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float (&row_max)[N], const float (&row_sum)[N], float scale_log2,
                                float coarse, float lift = 0.f, float top = 1.f) {
   float reference[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) reference[i] = row_max[i] * scale_log2;
+  for (int i = 0; i < N; ++i) reference[i] = __fmul_rn(row_max[i], scale_log2);
   finish_rows(inv_sum, lse, reference, row_sum, lift, top);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
