@@ -28,7 +28,7 @@ template <class Tile, int kThreads>
 DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
   using Pass = Passes<Tile, kThreads>;
   const u32 thread = stay_in_loop(threadIdx.x);
-  if (Pass::kKeepsColumn && Tile::kValidChunks == Tile::kChunks) {
+  if (Pass::kEven && Pass::kKeepsColumn && Tile::kValidChunks == Tile::kChunks) {
     const u32 row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
     const u16* src = head + (first_row + (i64)row) * stride + chunk * 8;
     dst += Tile::address(row, chunk);
