@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from attngen.spec import INPUTS, Spec, load
 from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed, may_be_watched
 
 _LOG = logging.getLogger(__name__)
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = {}
+"""No proxy: torch.compile reads none after a dict of the caller's has been changed."""
 SpecSource = Spec | Path | str | dict[str, Any]
 _INPUTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 

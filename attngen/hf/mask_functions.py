@@ -6,7 +6,7 @@ function; what it holds is made ready for that in a copy. Nothing on a device is
 """
 
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType, MappingProxyType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from attngen.expr.python import Expression, expression
 from attngen.expr.traced import Traced, operand
 
 MaskFunction = Callable[..., Any]
-NOTHING: Mapping[Any, Any] = MappingProxyType({})
+NOTHING: Mapping[Any, Any] = {}
 
 _MODULES = (masking_utils.__name__, "attngen.hf.documents")
 """Whose functions are known by their names."""

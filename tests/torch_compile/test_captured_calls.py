@@ -154,6 +154,22 @@ def test_given_blocks_are_captured() -> None:
     assert torch.equal(kernel(q, k, v, blocks=kept), kernel(q, k, v, blocks=(counts, indices)))
 
 
+CALLS_OF_LAYER: dict[str, int] = {}
+STARTS = torch.tensor([0, 9], dtype=torch.int32)
+
+
+def counting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """Changes a dict that was there before, as a layer that writes into a cache does."""
+    CALLS_OF_LAYER["calls"] = 1
+    dense = attngen.attention(q, k, v, "causal")
+    return dense + attngen.varlen_attn(q[0], k[0], v[0], STARTS, STARTS, 9, 9)
+
+
+def test_a_dict_that_changes_breaks_no_graph() -> None:
+    """torch reads no mapping proxy after any dict has been changed: calls have none."""
+    assert frames_of(counting, [inputs(9, requires_grad=True)]) == 1
+
+
 def test_another_kernel_compiles_once_more() -> None:
     """A module whose kernel is replaced gives what that one gives."""
     layer = Layer(KERNEL)
