@@ -15,8 +15,8 @@ from attngen.errors import ArgumentError, AttngenError, ModelError
 from attngen.expr import SINK
 from attngen.hf.mask_functions import MaskText
 from attngen.hf.model_masks import ModelMask
-from attngen.hf.pair_tensors import declared_by_pair
 from attngen.kernel import Kernel
+from attngen.pair_tensors import declared_by_pair
 
 _REFUSED = {
     "indices": "no keys that are picked for each query",

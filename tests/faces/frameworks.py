@@ -1,18 +1,21 @@
 """Stand-ins for frameworks that are not installed: as much of their classes as attngen's modules build on.
 
 Names, arguments, their order and defaults are those of TorchTitan at commit b5bcd76, in
-torchtitan/models/common/attention.py; the bodies are not. Programs find them under the framework's own name while
-`standing_in` lasts.
+torchtitan/models/common/attention.py, and of Megatron-LM core_v0.19.0, in megatron/core/packed_seq_params.py and
+megatron/core/transformer (dot_product_attention.py, enums.py, transformer_config.py); the bodies are not. Programs find
+them under the frameworks' own names while `standing_in` lasts.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -70,11 +73,101 @@ class VarlenAttention(Module):
         raise AssertionError("attention that attngen should have computed")
 
 
+class AttnMaskType(Enum):
+    padding = 1
+    causal = 2
+    no_mask = 3
+    padding_causal = 4
+    arbitrary = 5
+    causal_bottom_right = 6
+
+
+@dataclass
+class PackedSeqParams:
+    qkv_format: str | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    cu_seqlens_q_padded: Tensor | None = None
+    cu_seqlens_kv_padded: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_kv: int | None = None
+    local_cp_size: int | None = None
+    cp_group: Any = None
+    total_tokens: int | None = None
+    seq_idx: Tensor | None = None
+    tokens_per_sample: int | None = None
+    pad_between_seqs: bool | None = None
+
+
+@dataclass
+class TransformerConfig:
+    """What of Megatron's config core attention asks for; not all defaults are Megatron's."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    attention_dropout: float = 0.1
+    window_size: tuple[int, int] | None = None
+    window_attn_skip_freq: int | None = None
+    softmax_type: str = "vanilla"
+    apply_query_key_layer_scaling: bool = False
+    context_parallel_size: int = 1
+    qk_clip: bool = False
+    log_max_attention_logit: bool = False
+
+
+class DotProductAttention(nn.Module):
+    """Megatron's: what it makes of a config is here, on the CPU."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.attn_mask_type = config, attn_mask_type
+        every = config.window_attn_skip_freq
+        has_window = config.window_size is not None and (every is None or layer_number % every != 0)
+        divisor = layer_number if config.apply_query_key_layer_scaling else None
+        self.softmax_scale = (config.kv_channels**-0.5 if softmax_scale is None else softmax_scale) / (
+            divisor or 1
+        )
+        self.scale_mask_softmax = SimpleNamespace(
+            scale=divisor, window_size=config.window_size if has_window else None
+        )
+        self.attention_dropout = nn.Dropout(
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type != "vanilla":
+            offset = torch.zeros(config.num_attention_heads)
+            self.softmax_offset = nn.Parameter(offset) if config.softmax_type == "learnable" else offset
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        raise AssertionError("attention that attngen should have computed")
+
+
 _MODULES: dict[str, dict[str, Any]] = {
     "torchtitan.models.common.attention": {
         "VarlenAttention": VarlenAttention,
         "VarlenMetadata": VarlenMetadata,
     },
+    "megatron.core.transformer.dot_product_attention": {"DotProductAttention": DotProductAttention},
 }
 
 
