@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape
+from attngen.cli.calls import call_table, notes, ways_of
 from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.facts import (
     SWEEP_COLUMNS,
@@ -71,6 +73,9 @@ Lowered = tuple[Variant, Kernel | SpecError]
     callback=path_ending_in(*PICTURES),
     help="Draw which tiles a call skips, masks and takes whole, to this .svg or .png.",
 )
+@click.option(
+    "--calls", is_flag=True, help="Measure who would take the call: attngen, eager attention, torch's own."
+)
 @declared_options
 @shape_options
 @click.pass_context
@@ -82,6 +87,7 @@ def explain(
     program: bool,
     picture: Path | None,
     tiles_picture: Path | None,
+    calls: bool,
     tensors: dict[str, str],
     scalars: dict[str, str],
     given: GivenSizes | None,
@@ -123,6 +129,8 @@ def explain(
         _draw_timelines(lowered, used, given, said, picture)
     if tiles_picture is not None and kernels:
         _draw_tiles(lowered, given, said, tiles_picture)
+    if calls:
+        _measure_calls(lowered, given, said)
     # A sweep is there to find what is refused; specs that are named are there to be good.
     is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
     ctx.exit(GOOD if is_good else USER_FAULT)
@@ -227,6 +235,21 @@ def _draw_timelines(
     with writing("--timeline", path):
         (write_text if path.suffix == ".txt" else draw)(timelines, path)
     click.echo(f"timeline: {path}")
+
+
+def _measure_calls(lowered: list[Lowered], given: GivenSizes | None, said: Given) -> None:
+    """A table for each kernel."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for variant, kernel in lowered:
+        if not isinstance(kernel, Kernel):
+            continue
+        shape = shapes_of(kernel.spec, given)[0]
+        with console(err=True).status(f"measuring {variant.label}"):
+            ways = ways_of(kernel, shape, said, device)
+        click.echo(f"{variant.label}, {shape_text(shape)}, {kernel.plan.inputs.name}:")
+        console().print(call_table(ways))
+        for line in notes(kernel, device):
+            click.echo(line)
 
 
 def _print_program(kernel: Kernel) -> None:

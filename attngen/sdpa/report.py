@@ -1,17 +1,9 @@
 """Who takes a call of scaled_dot_product_attention, and why not others."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.backends.cuda import (
-    SDPAParams,
-    can_use_cudnn_attention,
-    can_use_efficient_attention,
-    can_use_flash_attention,
-)
-from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from attngen.errors import ArgumentError, RefusedError
@@ -19,13 +11,8 @@ from attngen.kernel import Kernel
 from attngen.sdpa.jagged import translated_jagged
 from attngen.sdpa.override import check_bias, standing
 from attngen.sdpa.question import Causal, Question
+from attngen.sdpa.torchs_backends import FUSED, TorchsCall
 from attngen.sdpa.translation import translated
-
-_BACKENDS = {
-    "flash": can_use_flash_attention,
-    "efficient": can_use_efficient_attention,
-    "cudnn": can_use_cudnn_attention,
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ class Report:
         answer: by which kernel it does, or would; None where there is none.
         reasons: why attngen does not take the call.
         torchs_choice: which of its backends torch would take.
-        torchs_reasons: by backend, what torch has against it; empty where nothing is.
+        torchs_reasons: by fused backend, what torch has against it, of dense CUDA tensors; empty where nothing is.
     """
 
     taken: bool
@@ -109,10 +96,11 @@ def explain(
     if isinstance(attn_mask, CausalBias):
         # Before it writes a bias out, torch asks for backends without a mask.
         is_causal, mask = attn_mask.variant == CausalVariant.UPPER_LEFT, None
-    of_torch = (query, key, value, mask, dropout_p, is_causal, enable_gqa)
-    report = Report(
-        not reasons, answer, tuple(reasons), _choice(*of_torch, scale), _torchs_reasons(*of_torch)
-    )
+    of_torch = TorchsCall(query, key, value, mask, dropout_p, is_causal, enable_gqa, scale)
+    choice = "as it chooses for nested tensors" if query.is_nested else of_torch.choice()
+    asked = FUSED if query.is_cuda and not query.is_nested else ()
+    torchs_reasons = {backend: of_torch.reasons_against(backend) for backend in asked}
+    report = Report(not reasons, answer, tuple(reasons), choice, torchs_reasons)
     print(report)
     return report
 
@@ -142,48 +130,3 @@ def _of_nested(query: torch.Tensor, *rest: Any) -> Answer:
     call = translated_jagged(query, *rest)
     assert isinstance(call.kernel, Kernel)  # nothing is captured where this is asked
     return Answer(call.kernel.serving(call.rows[1]).name, call.kernel.plan.mask_text, "score")
-
-
-def _choice(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-    scale: float | None,
-) -> str:
-    """The backend that torch would take, or that it would raise."""
-    if query.is_nested:
-        return "as it chooses for nested tensors"
-    try:
-        number = torch._fused_sdp_choice(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    except RuntimeError as error:
-        return f"an error: {str(error).splitlines()[0]}"
-    return SDPBackend(number).name.lower()
-
-
-def _torchs_reasons(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> dict[str, tuple[str, ...]]:
-    """What torch's fused backends have against a call, by name; nothing of others than dense CUDA tensors."""
-    if not query.is_cuda or query.is_nested:
-        return {}
-    params = SDPAParams(query, key, value, mask, dropout_p, is_causal, enable_gqa)
-    found = {}
-    for name, can_use in _BACKENDS.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            can = can_use(params, debug=True)
-        told = tuple(str(warning.message).splitlines()[0] for warning in caught)
-        found[name] = () if can else told or ("it cannot, and does not say why",)
-    return found
