@@ -9,7 +9,8 @@ import torch
 
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape
-from attngen.cli.calls import call_table, notes, ways_of
+from attngen.cli.call_curves import CURVES, shapes_to_draw, write_curves
+from attngen.cli.calls import Way, call_table, notes, ways_of
 from attngen.cli.declared_options import declared_options, given_values
 from attngen.cli.facts import (
     SWEEP_COLUMNS,
@@ -76,6 +77,12 @@ Lowered = tuple[Variant, Kernel | SpecError]
 @click.option(
     "--calls", is_flag=True, help="Measure who would take the call: attngen, eager attention, torch's own."
 )
+@click.option(
+    "--curves",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=path_ending_in(*CURVES),
+    help="Draw what --calls measures over lengths that double, to this .svg or .png, or write it to this .json.",
+)
 @declared_options
 @shape_options
 @click.pass_context
@@ -88,6 +95,7 @@ def explain(
     picture: Path | None,
     tiles_picture: Path | None,
     calls: bool,
+    curves: Path | None,
     tensors: dict[str, str],
     scalars: dict[str, str],
     given: GivenSizes | None,
@@ -129,8 +137,8 @@ def explain(
         _draw_timelines(lowered, used, given, said, picture)
     if tiles_picture is not None and kernels:
         _draw_tiles(lowered, given, said, tiles_picture)
-    if calls:
-        _measure_calls(lowered, given, said)
+    if calls or curves is not None:
+        _measure_calls(lowered, given, said, calls, curves)
     # A sweep is there to find what is refused; specs that are named are there to be good.
     is_good = bool(kernels) if sweep else len(kernels) == len(lowered)
     ctx.exit(GOOD if is_good else USER_FAULT)
@@ -237,19 +245,29 @@ def _draw_timelines(
     click.echo(f"timeline: {path}")
 
 
-def _measure_calls(lowered: list[Lowered], given: GivenSizes | None, said: Given) -> None:
-    """A table for each kernel."""
+def _measure_calls(
+    lowered: list[Lowered], given: GivenSizes | None, said: Given, prints: bool, path: Path | None
+) -> None:
+    """A table for each kernel of the shape that is given, and one picture of all over their lengths."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    curves: dict[str, dict[int, list[Way]]] = {}
     for variant, kernel in lowered:
         if not isinstance(kernel, Kernel):
             continue
         shape = shapes_of(kernel.spec, given)[0]
-        with console(err=True).status(f"measuring {variant.label}"):
-            ways = ways_of(kernel, shape, said, device)
-        click.echo(f"{variant.label}, {shape_text(shape)}, {kernel.plan.inputs.name}:")
-        console().print(call_table(ways))
-        for line in notes(kernel, device):
-            click.echo(line)
+        of_length = curves[variant.label] = {}
+        for each in [shape] if path is None else shapes_to_draw(shape):
+            with console(err=True).status(f"measuring {variant.label}, {shape_text(each)}"):
+                of_length[each.seqlen_k] = ways_of(kernel, each, said, device)
+        if prints:
+            click.echo(f"{variant.label}, {shape_text(shape)}, {kernel.plan.inputs.name}:")
+            console().print(call_table(of_length[shape.seqlen_k]))
+            for line in notes(kernel, device):
+                click.echo(line)
+    if path is not None and curves:
+        with writing("--curves", path):
+            write_curves(curves, device, path)
+        click.echo(f"curves: {path}")
 
 
 def _print_program(kernel: Kernel) -> None:

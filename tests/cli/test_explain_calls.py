@@ -1,5 +1,6 @@
-"""`attngen explain --calls`: who takes a call, what each way needs, what is said of what is not run."""
+"""`attngen explain --calls` and `--curves`: who takes a call, what each way needs, what is said of what is not run."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -60,6 +61,29 @@ def test_the_table_has_every_way(attngen: Attngen, spec: str) -> None:
     assert "worked out and not measured, and there is no time of it on this machine" in text
 
 
+def test_curves_are_figures_or_a_picture(attngen: Attngen, spec: str, tmp_path: Path) -> None:
+    """Of lengths that double; the picture names what was not run, and each way that was."""
+    options = ("explain", spec, "--heads", "2", "--seqlen", "64", "--curves")
+    result = attngen(*options, "curves.json")
+    assert result.exit_code == 0 and "curves: curves.json" in result.stdout, result.output
+    rows = json.loads((tmp_path / "curves.json").read_text())["rows"]
+    assert [row["seqlen"] for row in rows if row["name"] == OURS] == [16, 32, 64]
+    eager = [row["peak_bytes"] for row in rows if row["name"] == EAGER]
+    assert (
+        eager == sorted(eager)
+        and eager[0] > 0
+        and all(row["seconds"] for row in rows if row["name"] == EAGER)
+    )
+    for row in rows:
+        assert row["is_measured"] == (row["name"] != OURS) and row["device"].startswith("cpu, ")
+        assert (row["peak_bytes"] is not None) == row["takes"]
+        assert (row["seconds"] is not None) == (row["takes"] and row["is_measured"])
+    assert attngen(*options, "a.svg").exit_code == attngen(*options, "b.svg").exit_code == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(name in drawn for name in (EAGER, CHUNKED, "sdpa: flash", "attngen: worked out, not run"))
+    assert "sdpa: cudnn" not in drawn
+
+
 def test_reasons_are_torchs_own() -> None:
     """Other columns of V keep its flash away, which says so, and math is its choice; what no name says is a mask."""
     shape = Shape(1, 2, 2, 64, 64)
@@ -107,6 +131,19 @@ def test_tables_of_a_mask_count() -> None:
     tables = launched_bytes(kernel, q, k, v, passed) - q.nbytes
     blocks = math.ceil(4096 / kernel.plan.block_n)
     assert 2 * 4 * blocks <= tables < q.nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--curves", "curves.txt"), "nearest valid: curves"),
+        (("--curves", "a.svg", "--seqlen", "0"), "argument --curves: got batch 1"),
+    ],
+)
+def test_mistakes_are_told(attngen: Attngen, spec: str, options: tuple[str, ...], told: str) -> None:
+    """By the option, before anything is measured."""
+    result = attngen("explain", spec, *options)
+    assert result.exit_code == 2 and told in result.output
 
 
 def test_sequences_with_lengths_of_their_own_are_refused() -> None:
