@@ -83,6 +83,9 @@ class InnerAttention(VarlenAttention):  # type: ignore[misc] # TorchTitan need n
         if not enable_gqa and q_TNH.shape[1] != k_TNH.shape[1]:
             got = f"{k_TNH.shape[1]} heads beside {q_TNH.shape[1]} of q_TNH"
             raise ArgumentError("k_TNH", got, "as many, without enable_gqa", "pass enable_gqa=True")
+        if attention_masks.cu_seq_q is attention_masks.cu_seq_k and q_TNH.shape[0] != k_TNH.shape[0]:
+            got = f"{q_TNH.shape[0]} tokens beside {k_TNH.shape[0]} of k_TNH, cut alike"
+            raise ArgumentError("q_TNH", got, "as many: there is no context parallelism here")
         cut = {"cu_seqlens_q": attention_masks.cu_seq_q, "cu_seqlens_k": attention_masks.cu_seq_k}
         cut |= longest("max_seqlen_q", attention_masks.max_q) | longest("max_seqlen_k", attention_masks.max_k)
         texts = Wish(self._window, scale).texts

@@ -28,7 +28,8 @@ def titan() -> Iterator[ModuleType]:
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS) -> VarlenMetadata:
-    return VarlenMetadata(starts(*lengths), starts(*lengths), max(lengths), max(lengths))
+    at = starts(*lengths)
+    return VarlenMetadata(at, at, max(lengths), max(lengths))
 
 
 def tokens() -> list[torch.Tensor]:
@@ -134,6 +135,9 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "q_TNH: got 4 dimensions": {"q_TNH": torch.zeros(1, TOKENS, HEADS, COLUMNS)},
     "v_TNH: got dtype torch.float64": {"v_TNH": torch.zeros(TOKENS, HEADS_KV, 16, dtype=torch.float64)},
     "k_TNH: got head_dim 32": {"k_TNH": torch.zeros(TOKENS, HEADS_KV, 32)},
+    "q_TNH: got 9 tokens beside 33": {
+        "q_TNH": torch.zeros(9, HEADS, COLUMNS),
+    },
     "scale: got nan": {"scale": float("nan")},
 }
 
