@@ -1,13 +1,12 @@
 """What a run of torch costs: memory at its peak, by the allocators themselves, and time."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
-from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from attngen.check.timing import measure
 
@@ -23,29 +22,32 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     On a CPU torch's profiler lists allocations of the caller's thread, internal buffers too; on a GPU its allocator
     knows.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        made = run()
-        torch.cuda.synchronize(device)
-        del made
-        return torch.cuda.max_memory_allocated(device) - before
-    # The profiler that came after this one keeps no order of allocations, and writes on stderr.
-    _enable_profiler_legacy(
-        ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-    )
+    if device.type != "cuda":
+        return max(accumulate(_allocations(run)), default=0)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _allocations(run: Run) -> list[int]:
+    """Bytes of each allocation of a run on a CPU, in order; negative where memory goes back.
+
+    The profiler that came after this one keeps no order of allocations, and writes on stderr.
+    """
+    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
+
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    _enable_profiler_legacy(config)
     try:
-        made = run()
+        run()
     finally:
         events = [event for thread in _disable_profiler_legacy() for event in thread]
-    del made
-    live = most = 0
-    for event in events:
-        if event.kind() == "memory_alloc":  # type: ignore[comparison-overlap] # a text, which its stub denies
-            live += event.cpu_memory_usage()
-            most = max(most, live)
-    return most
+    kind: Any = "memory_alloc"  # which the stub of torch takes for a number
+    return [event.cpu_memory_usage() for event in events if event.kind() == kind]
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
