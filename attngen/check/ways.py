@@ -4,6 +4,7 @@ Each of these takes a `Problem` and gives out, (batch, num_heads_q, seqlen_q, he
 which autograd differentiates. They are written as programs write them, not as oracles: rows that see no key are NaN.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,9 +18,12 @@ from attngen.check.reference import Problem
 from attngen.check.timing import CAUSAL, SCORE
 from attngen.errors import ToolchainError
 from attngen.expr import TRUE, derivative, free_names, parse_mask
+from attngen.memory import check_room
 
 CHUNK = 128
 """Queries that `query_chunked` has in memory at a time."""
+_BYTES_OF_A_PLACE = 8
+"""That reading a mask takes for each pair."""
 _TOP_LEFT = parse_mask("causal_top_left")
 
 
@@ -65,6 +69,7 @@ def sdpa_arguments(problem: Problem) -> tuple[Tensor | None, bool]:
 
     Raises:
         ToolchainError: it takes no such score, or no sinks.
+        MemoryError: this machine can never hold what is written out.
     """
     mask, score = problem.mask or TRUE, problem.score or SCORE
     if problem.sink is not None:
@@ -79,6 +84,8 @@ def sdpa_arguments(problem: Problem) -> tuple[Tensor | None, bool]:
     read = free_names(mask) | free_names(score)
     places = (b if "b" in read else b[:1], h if read & {"h", "h_kv"} else h[:, :1], q_idx, kv_idx)
     whole = (places[0].shape[0], places[1].shape[1], problem.seqlen_q, problem.seqlen_k)
+    if q_idx.device.type == "cpu":
+        check_room(math.prod(whole) * _BYTES_OF_A_PLACE, "a mask that is written out")
     seen = problem.sees(*places).expand(whole)
     if score is SCORE:
         return seen.contiguous(), False

@@ -121,8 +121,9 @@ def _sdpa(call: _Call) -> Iterator[Way]:
 
     try:
         mask, is_causal = sdpa_arguments(call.problem)
-    except ToolchainError as fault:
-        yield from (Way(f"sdpa: {name}", False, fault.message) for name in BACKENDS)
+    except (ToolchainError, MemoryError, RuntimeError) as fault:
+        told = _told(fault)
+        yield from (Way(f"sdpa: {name}", False, told) for name in BACKENDS)
         return
     problem = call.problem
     asked = TorchsCall(
@@ -175,14 +176,17 @@ def _measured(
             check_room(pairs * _BYTES_OF_A_SCORE, "its score matrix")
         peak = peak_bytes(run, call.device) + held
         return Way(name, True, told, peak, median_seconds(run, call.device))
-    except AttngenError as fault:
-        return Way(name, False, str(fault).splitlines()[0])
-    except (MemoryError, RuntimeError) as fault:
-        if is_out_of_memory(fault):
-            return Way(name, False, f"out of memory: {lack_of_memory(fault)}")
-        if name == OURS:
-            raise
-        return Way(name, False, str(fault).splitlines()[0])  # torch's own refusal
+    except (AttngenError, MemoryError, RuntimeError) as fault:
+        if name == OURS and not isinstance(fault, AttngenError) and not is_out_of_memory(fault):
+            raise  # of others torch refuses so
+        return Way(name, False, _told(fault))
+
+
+def _told(fault: Exception) -> str:
+    """Why a way does not take a call, in a line."""
+    if is_out_of_memory(fault):
+        return f"out of memory: {lack_of_memory(fault)}"
+    return str(fault).splitlines()[0]
 
 
 def call_table(ways: list[Way]) -> Table:

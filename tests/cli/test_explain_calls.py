@@ -106,6 +106,9 @@ def test_what_cannot_be_held_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> No
     for name in (EAGER, "sdpa: math"):
         assert not found[name].takes and found[name].told.startswith("out of memory: its score matrix takes")
     assert found[CHUNKED].takes and found["sdpa: flash"].takes
+    monkeypatch.setattr("attngen.memory.machine_bytes", lambda: 7 * 2**20)
+    found = ways(Shape(1, 2, 2, 1024, 1024), mask="window(4, 0)")
+    assert found["sdpa: flash"].told.startswith("out of memory: a mask that is written out takes")
 
 
 def test_memory_of_launches_is_what_they_write() -> None:
