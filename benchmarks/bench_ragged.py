@@ -18,7 +18,17 @@ import ragged_launches
 import torch
 import varlen_peers
 from blocks_and_sinks import HEAD_DIM, HEADS, compiled, normal
-from figures import Candidate, Comparison, Figure, Medians, Point, Tensors, measure_parts, peer
+from figures import (
+    Candidate,
+    Comparison,
+    Figure,
+    Medians,
+    Point,
+    Tensors,
+    command_line,
+    measure_parts,
+    peer,
+)
 from torch._functorch import config as functorch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -261,7 +271,7 @@ def main() -> int:
         for made in MADE_BEFORE
         for way in ("ragged", "sorted")
     }
-    return measure_parts(__doc__, "ragged.json", parts, means)
+    return measure_parts(command_line(__doc__, parts).parse_args(), "ragged.json", parts, means)
 
 
 if __name__ == "__main__":

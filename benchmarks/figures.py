@@ -134,11 +134,11 @@ class Comparison:
         samples = timing.measure(right, rounds)
         medians = {name: median(times) for name, times in samples.items()}
         wrong = sorted(found.keys() - right.keys())
-        figures = [*self.figures(_Present(medians))]
+        figures = [*self.figures(Present(medians))]
         return {"ms": samples, "differences": found, "wrong": wrong, "figures": figures}
 
 
-class _Present(dict[str, float]):
+class Present(dict[str, float]):
     """Medians; that of a candidate that takes no part is NaN, and so is what follows of it."""
 
     def __missing__(self, name: str) -> float:
@@ -166,8 +166,24 @@ def measure_point(part: str, point: Point, rounds: int) -> Row:
     return row
 
 
+def command_line(about: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of a script.
+
+    Args:
+        about: what it says of itself.
+        parts: their names.
+    """
+    names = list(parts)
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these parts")
+    parser.add_argument("--points", default="", help="points whose names have this in them")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return parser
+
+
 def measure_parts(
-    about: str | None,
+    given: argparse.Namespace,
     file: str,
     parts: Mapping[str, Callable[[], Iterable[Point]]],
     means: Mapping[str, float],
@@ -175,17 +191,11 @@ def measure_parts(
     """Measure what the command line names, and write it after each point; the exit code: 1 where a result is wrong.
 
     Args:
-        about: what the script says of itself.
+        given: by `command_line`.
         file: name of the file of rows.
         parts: points by the name of their part.
         means: the least geometric mean over all points, by the name of a figure.
     """
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="these parts")
-    parser.add_argument("--points", default="", help="points whose names have this in them")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    given = parser.parse_args()
     rows: list[Row] = []
     for part in given.only:
         of_part = []

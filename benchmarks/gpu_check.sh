@@ -98,6 +98,7 @@ everything() {
   python3 benchmarks/fp8_error.py --out "$results" | tee "$results/fp8_error.log"
   python3 benchmarks/bench_language.py --out "$results" | tee "$results/language_speed.log"
   python3 benchmarks/bench_ragged.py --out "$results" | tee "$results/ragged_speed.log" # FA3 names FlashAttention-3's library
+  python3 benchmarks/bench_hf.py --out "$results" | tee "$results/models_speed.log" # wants transformers
   python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.log"
   python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
   TOOLS="memcheck racecheck synccheck" sanitize 2>&1 | tee "$results/sanitizer.log"

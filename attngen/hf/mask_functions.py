@@ -6,6 +6,7 @@ function; what it holds is made ready for that in a copy. Nothing on a device is
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
@@ -15,12 +16,15 @@ from transformers import masking_utils
 from attngen.expr import LARGEST_LENGTH, free_names, parse_mask, read_declarations, tensor_names, to_text
 from attngen.expr.python import Expression, expression
 from attngen.expr.traced import Traced, operand
+from attngen.torch_state import constant
 
 MaskFunction = Callable[..., Any]
 NOTHING: Mapping[Any, Any] = {}
 
 _MODULES = (masking_utils.__name__, "attngen.hf.documents")
 """Whose functions are known by their names."""
+_READ = {"q_offset": "i32[1]", "kv_offset": "i32[1]", "padding": "bool[batch, seqlen_k]"}
+"""What a mask reads besides the tensors of its function."""
 _IN_FORMAT = (torch.bool, torch.uint8, torch.int32)
 """Whole numbers that the language has as they are."""
 _KEYS, _QUERIES = ("batch", "seqlen_k"), ("batch", "seqlen_q")
@@ -55,12 +59,13 @@ def read_mask(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     device: torch.device | str = "cpu",
+    looks_nothing_up: bool = False,
 ) -> MaskText:
     """The text of a mask function.
 
     Offsets are no part of it: where the last query stands beside the last key it says so (`q_pos`), and one kernel
-    serves a prompt and every step after it; else they are read on the device. torch.compile traces what the two usual
-    functions come to; for all others its graph ends here and begins anew.
+    serves a prompt and every step after it; else they are read on the device. torch.compile looks into functions that
+    look nothing up, as the two usual ones; at all others its graph ends and begins anew.
 
     Args:
         function: of transformers, or a user's. Of whole numbers of 64 bits in its tensors the last 32 are read.
@@ -69,6 +74,7 @@ def read_mask(
         q_offset: what the function calls q_idx of the first row of q; not negative.
         kv_offset: what it calls kv_idx of the first row of k; not negative.
         device: of the call's tensors.
+        looks_nothing_up: that the function is known to hold no tensor; it need not be said.
 
     Raises:
         ExpressionError: the function does what the language cannot say.
@@ -76,9 +82,11 @@ def read_mask(
     is_aligned = isinstance(q_offset, int) and q_offset + shape[2] == kv_offset + shape[3]
     first_kv = _on_device(kv_offset, device)
     first_q = None if is_aligned else _on_device(q_offset, device)
-    is_causal = function is masking_utils.causal_mask_function
-    if is_causal or function is masking_utils.bidirectional_mask_function:
-        return _usual_mask(is_causal, is_aligned, padding, first_q, first_kv)
+    is_full = function is masking_utils.bidirectional_mask_function
+    is_usual = is_full or function is masking_utils.causal_mask_function
+    if is_usual or (looks_nothing_up and torch.compiler.is_dynamo_compiling()):
+        function = _every_pair if is_full else function
+        return _mask_of_places(function, is_aligned, padding, first_q, first_kv)
     made: MaskText = _traced_mask(function, shape, is_aligned, padding, first_q, first_kv)
     return made
 
@@ -90,26 +98,41 @@ def _on_device(offset: int | torch.Tensor, device: torch.device | str) -> torch.
     return torch.full((1,), offset, dtype=torch.int32, device=device) if offset else None
 
 
-def _usual_mask(
-    is_causal: bool,
+def _mask_of_places(
+    function: MaskFunction,
     is_aligned: bool,
     padding: torch.Tensor | None,
     first_q: torch.Tensor | None,
     first_kv: torch.Tensor | None,
 ) -> MaskText:
-    """The text of the causal function, or of the one that shows every pair."""
-    firsts = {} if is_aligned or not is_causal else {"q_offset": first_q, "kv_offset": first_kv}
-    values = {name: first for name, first in firsts.items() if first is not None}
-    tensors = dict.fromkeys(values, "i32[1]")
-    places = {
-        name: f"{index} + clamp({name}[0], 0, {LARGEST_LENGTH})" if name in values else index
-        for name, index in (("q_offset", "q_pos" if is_aligned else "q_idx"), ("kv_offset", "kv_idx"))
-    }
-    conditions = [f"{places['kv_offset']} <= {places['q_offset']}"] if is_causal else []
-    if padding is not None:
-        conditions.append("padding[b, kv_idx]")
-        values["padding"], tensors["padding"] = padding, "bool[batch, seqlen_k]"
-    return MaskText(" and ".join(conditions) or "full", tensors, values)
+    """The text of a function that looks nothing up, from a call with symbols, which torch.compile can look into."""
+    values = {"q_offset": first_q, "kv_offset": first_kv, "padding": padding}
+    values = {name: value for name, value in values.items() if value is not None}
+
+    def place(index: str, offset: str) -> Traced:
+        symbol = Traced(index, "i32")
+        return (
+            symbol + Traced(f"clamp({offset}[0], 0, {LARGEST_LENGTH})", "i32") if offset in values else symbol
+        )
+
+    q = place("q_pos", "kv_offset") if is_aligned else place("q_idx", "q_offset")
+    seen = function(Traced("b", "i32"), Traced("h", "i32"), q, place("kv_idx", "kv_offset")).text
+    text, names = _simplest(seen if padding is None else f"({seen}) and padding[b, kv_idx]")
+    return MaskText(text, {name: _READ[name] for name in names}, {name: values[name] for name in names})
+
+
+@constant
+def _simplest(text: str) -> tuple[str, tuple[str, ...]]:
+    """The simplest text of a mask, and the names of what it reads still; torch.compile takes both for constants."""
+    return _simplest_of(text)
+
+
+@lru_cache(maxsize=256)
+def _simplest_of(text: str) -> tuple[str, tuple[str, ...]]:
+    read = Expression(text)
+    read.tensors = _READ
+    simplest = _simplified(read)
+    return str(simplest), tuple(simplest.tensors)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -160,6 +183,10 @@ def _sees_distances_alone(function: MaskFunction) -> bool:
     return not _simplified(expression(seen, scalars={"n": "i32"})).scalars
 
 
+def _every_pair(b: Any, h: Any, q: Any, kv: Any) -> Traced:
+    return operand(True)
+
+
 def _window(sliding_window: int) -> MaskFunction:
     return lambda b, h, q, kv: (q - kv <= sliding_window) & (kv - q <= sliding_window)
 
@@ -173,7 +200,7 @@ def _chunk(chunk_size: int, left_padding: torch.Tensor) -> MaskFunction:
 
 
 _IN_OTHER_WORDS: dict[str, Callable[..., MaskFunction]] = {
-    "bidirectional_mask_function": lambda: lambda b, h, q, kv: operand(True),
+    "bidirectional_mask_function": lambda: _every_pair,
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": _window,
     "chunked_overlay.<locals>.inner_mask": _chunk,
 }

@@ -50,18 +50,17 @@ class ModelMask(BlockMask):
         q_offset: int | torch.Tensor = 0,
         kv_offset: int = 0,
         device: torch.device | str = "cpu",
+        looks_nothing_up: bool = False,
     ) -> None:
         if isinstance(q_offset, torch.Tensor):
             # A cache counts on in its own tensor, before the first layer reads it.
             q_offset = q_offset.clone().reshape(())
-        self._places = (q_offset, kv_offset, device)
+        self._places = (q_offset, kv_offset, device, looks_nothing_up)
         self._function = function
         self._shape = shape
         self._padding = padding
         self._packed: tuple[torch.Tensor, torch.Tensor, ModelMask] | None = None
-        self.text, self.tensors, self.values = read_mask(
-            function, shape, padding, q_offset, kv_offset, device
-        )
+        self.text, self.tensors, self.values = read_mask(function, shape, padding, *self._places)
         self.kept: dict[Any, tuple[Kernel, TileTables | None]] = {}
 
     @property
@@ -165,7 +164,9 @@ def make_mask(
         padding = padding[:, kv_offset : kv_offset + kv_length]
     try:
         shape = (batch_size, 1, q_length, kv_length)
-        return ModelMask(mask_function, shape, padding, q_offset, kv_offset, device)
+        # So transformers says that it is causal, with a window at most; or with chunks, whose function holds a tensor.
+        is_plain = hints.get("allow_is_causal_skip", False) and not getattr(config, "attention_chunk_size", 0)
+        return ModelMask(mask_function, shape, padding, q_offset, kv_offset, device, is_plain)
     except AttngenError as error:
         raise ModelError(model, "mask", f"{_line_of(error)}{error}") from error
 

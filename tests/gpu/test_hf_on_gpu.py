@@ -7,6 +7,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 import attngen  # noqa: E402
 from attngen.runtime import Launcher  # noqa: E402
@@ -151,6 +152,28 @@ def test_training_step(family: str, launches: Counter[str]) -> None:
     assert made.keys() == exact.keys()
     for key, x in made.items():
         hold(x, eager[key], exact[key])
+
+
+def test_a_compiled_model_with_windows(launches: Counter[str]) -> None:
+    """It is one graph of a padded batch, in which every layer is a launch, and two graphs serve all lengths."""
+    model, (inputs, seen) = model_of("gemma2"), inputs_of("gemma2")
+    named = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        switch(model, "eager")
+        with torch.no_grad():
+            found.append(model.to(dtype)(**named).logits.float())
+    switch(model, "attngen")
+    frames = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=frames)
+    # All are longer than the window: where its cache gets full, transformers has another graph.
+    for length in (150, 200, LENGTH):
+        with torch.no_grad():
+            made = compiled(**{key: x[:, :length].clone() for key, x in named.items()}).logits.float()
+        counts = seen[:, :length].bool()
+        exact, eager = (logits[:, :length][counts] for logits in found)  # no token sees a later one
+        hold(made[counts], eager, exact)
+    assert frames.frame_count <= 2 and launches == {"forward": 3 * LAYERS}
 
 
 def test_documents_of_a_packed_batch(launches: Counter[str]) -> None:

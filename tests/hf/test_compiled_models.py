@@ -14,8 +14,10 @@ LENGTHS = (9, 10, 12)
 
 
 def test_a_forward_pass_is_one_graph(launches: Counter[str]) -> None:
-    """Of a padded batch: the second length makes it one of any length, and results are those of eager calls."""
-    model = decoder("llama")
+    """Of a padded batch, with a window and without: the second length makes it one of any length, and results are those
+    of eager calls.
+    """
+    model = decoder("gemma2")
     model.set_attn_implementation("attngen")
     frames = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=frames)

@@ -110,6 +110,22 @@ def test_a_text_hides_what_its_function_hides(
     assert torch.equal(shown_by(mask), shown_as_tensor(function, sizes))
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_torch_compile_looks_into_windows(sizes: tuple[int, int, Any, int]) -> None:
+    """Its graph has the mask made inside, with what that reads."""
+    queries, keys, *offsets = sizes
+
+    def made(function: MaskFunction, *offsets: Any) -> tuple[Any, ...]:
+        mask = ModelMask(function, (BATCH, 1, queries, keys), None, *offsets, looks_nothing_up=True)
+        return mask.text, mask.tensors, mask.values
+
+    torch.compiler.reset()
+    function, mask = FUNCTIONS["window"], ModelMask(CAUSAL, (BATCH, 1, queries, keys))
+    captured = torch.compile(made, backend="eager", fullgraph=True)
+    mask.text, mask.tensors, mask.values = captured(function, *offsets)
+    assert torch.equal(shown_by(mask), shown_as_tensor(function, sizes))
+
+
 @pytest.mark.parametrize("function", OF_PACKED.values(), ids=OF_PACKED)
 def test_packed_sequences(function: MaskFunction) -> None:
     """A sequence sees no other, and counts from its own begin where that matters."""
