@@ -199,10 +199,23 @@ struct Passes {
   static constexpr bool kEven = Tile::kRows * Tile::kChunks % kThreads == 0;
 };
 
+// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
+struct PackedRows {
+  i64 stride, stride_head;
+  int group;
+};
+
+// Where a row of a head stands whose rows are so many elements apart, or are packed.
+DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
+DEV i64 row_offset(const PackedRows& rows, i64 row) {
+  const int index = (int)row / rows.group;
+  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
+}
+
 // Start copying a tile: rows first_row .. of a head whose rows stand `stride` elements apart. Rows at or past
 // `end_row` and columns past the head dim arrive as zeros.
-template <class Tile, int kThreads>
-DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_row) {
+template <class Tile, int kThreads, class Stride>
+DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int end_row) {
   using Pass = Passes<Tile, kThreads>;
   const u32 thread = stay_in_loop(threadIdx.x);
 #pragma unroll
@@ -210,7 +223,7 @@ DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_
     const u32 index = i * kThreads + thread, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (!Pass::kEven && row >= Tile::kRows) break;
     const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
-    const u16* src = valid ? head + (first_row + (i64)row) * stride + chunk * 8 : head;
+    const u16* src = valid ? head + row_offset(stride, first_row + (i64)row) + chunk * 8 : head;
     cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
   }
 }
@@ -273,13 +286,13 @@ DEV void copy_tile(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {
 }
 
 // Write a tile to rows first_row .. of a head; rows at or past `end_row` are dropped.
-template <class Tile, int kThreads>
-DEV void store_tile(u16* head, i64 stride, int first_row, int end_row, u32 src) {
+template <class Tile, int kThreads, class Stride>
+DEV void store_tile(u16* head, Stride stride, int first_row, int end_row, u32 src) {
 #pragma unroll 4
   for (int index = threadIdx.x; index < Tile::kRows * Tile::kValidChunks; index += kThreads) {
     const int row = index / Tile::kValidChunks, chunk = index % Tile::kValidChunks;
     if (first_row + row < end_row) {
-      *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+      *(uint4*)(head + row_offset(stride, first_row + row) + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
     }
   }
 }
@@ -300,15 +313,15 @@ DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head,
 }
 
 // Write an accumulator to rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` are dropped.
-template <int kCols, int kRowTiles, int kColTiles>
-DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, i64 stride) {
+template <int kCols, class Stride, int kRowTiles, int kColTiles>
+DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, Stride stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       if (row < end_row && 8 * j < kCols) {
-        *(float2*)(head + row * stride + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
+        *(float2*)(head + row_offset(stride, row) + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
       }
     }
   }
@@ -348,6 +361,16 @@ DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int e
   for (int r = 0; r < kRows; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
     if (row < end_row && threadIdx.x % 4 == 0) head[row] = src[r];
+  }
+}
+
+// store_rows where rows are packed.
+template <int kRowTiles, int kRows>
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = first_row + row_in_tile<kRowTiles>(r);
+    if (row < end_row && threadIdx.x % 4 == 0) head[row_offset(rows, row)] = src[r];
   }
 }
 
@@ -899,15 +922,21 @@ DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float
 // A sink, a logit of no value, joins the sum of each row, of which lse is the logarithm: by = by times the keys' share of the new sum.
 // Exponents are 0 or less, but for a sink of +inf, beside which keys vanish; where there is neither a key nor a sink nothing changes.
 template <int N>
-DEV void join_sink(float (&by)[N], float (&lse)[N], float sink) {
+DEV void join_sink(float (&by)[N], float (&lse)[N], const float (&sink)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float largest = fminf(fmaxf(fmaxf(lse[i], sink), lowest()), -lowest());
+    const float largest = fminf(fmaxf(fmaxf(lse[i], sink[i]), lowest()), -lowest());
     const float of_keys = exp2_approx((lse[i] - largest) * 1.4426950408889634f);
-    const float total = of_keys + exp2_approx((sink - largest) * 1.4426950408889634f);
+    const float total = of_keys + exp2_approx((sink[i] - largest) * 1.4426950408889634f);
     by[i] *= total == 0.f ? 0.f : of_keys * __frcp_rn(total);
     lse[i] = largest + log2_approx(total) * 0.6931471805599453f;
   }
+}
+template <int N>
+DEV void join_sink(float (&by)[N], float (&lse)[N], float sink) {
+  float of_rows[N];
+  fill(of_rows, sink);
+  join_sink(by, lse, of_rows);
 }
 
 // An index of a tensor, kept within its dimension.

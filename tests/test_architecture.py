@@ -125,7 +125,7 @@ def test_simulated_lengths_are_those_of_the_tile() -> None:
         if isinstance(node, ast.Attribute)
         and ast.unparse(node).endswith(("sizes.seqlen_q", "sizes.seqlen_k"))
     }
-    assert found == {("launches.py", "_by_heads"), ("visits.py", "declared_values")}
+    assert found == {("device_memory.py", "by_heads"), ("visits.py", "declared_values")}
 
 
 def test_each_library_has_one_owner() -> None:

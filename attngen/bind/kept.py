@@ -10,10 +10,12 @@ import torch
 
 from attngen.bind.arguments import Given
 from attngen.errors import ArgumentError
-from attngen.plan import Lengths, Manifest
+from attngen.plan import Lengths, Manifest, sizes_in
 
 _SIZES = ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv")
 _SIZES_OF_LISTS = ("batch", "seqlen_q", "seqlen_k", "tokens_q", "tokens_k")
+_SIZES_OF_PARTS = ("num_heads_q", "num_heads_kv")
+"""What a list also depends on whose entries are for all heads of a group."""
 
 
 class TableSignature(NamedTuple):
@@ -32,9 +34,13 @@ class TableSignature(NamedTuple):
     scalars: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, kernel: str, given: Given, lengths: Lengths) -> "TableSignature":
+    def of(cls, kernel: str, given: Given, manifest: Manifest) -> "TableSignature":
         """The signature of a call that this kernel takes."""
-        names = _SIZES if lengths.are_dense else _SIZES_OF_LISTS
+        lengths = manifest.lengths
+        names: tuple[str, ...] = _SIZES if lengths.are_dense else _SIZES_OF_LISTS
+        shapes = (size for name in manifest.kept for size in manifest.value_of[name].shape)
+        if not lengths.are_dense and frozenset().union(*map(sizes_in, shapes)) & {"group", *_SIZES_OF_PARTS}:
+            names = (*names, *_SIZES_OF_PARTS)
         return cls(
             kernel,
             tuple((name, given.sizes[name]) for name in names if name in given.sizes),

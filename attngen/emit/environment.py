@@ -31,6 +31,7 @@ from attngen.plan import (
     NamedBarriers,
     PairMatrix,
     Param,
+    PartRows,
     Program,
     RegTile,
     RegVec,
@@ -68,6 +69,8 @@ _CONDITIONS: dict[Condition, str] = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
     "last warpgroup": "next_warpgroup == 0",
+    "tile is whole": "tile.parts == 1",
+    "tile is a part": "tile.parts > 1",
 }
 _EXTENTS: dict[Axis, str] = {
     "queries": "kBlockM",
@@ -127,6 +130,7 @@ class Templates:
             "has_score_terms": bool(score_terms(plan)),
             "pointees": _pointees(plan),
             "padded_rows": PADDED_ROWS,
+            "packs": plan.scheduler.packs_group,
             "templates": self,
         }
         self.steps = {
@@ -214,6 +218,7 @@ def environment() -> jinja2.Environment:
         "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
         "is_in_memory": lambda place: isinstance(place, View),
         "is_rows": lambda place: isinstance(place, Rows),
+        "is_part": lambda place: isinstance(place, PartRows),
         "is_vector": lambda place: isinstance(place, RegVec),
         "is_tile": _is_tile,
         "seqlen": LENGTHS.__getitem__,

@@ -12,6 +12,7 @@ from attngen.emit.sheet_text import (
     emit_blocks,
     emit_boundaries,
     emit_list,
+    emit_merge,
     emit_quantizing,
     emit_rows,
     emit_sink,
@@ -20,12 +21,12 @@ from attngen.emit.sheet_text import (
 )
 from attngen.errors import InternalError
 from attngen.plan import (
-    ENTRY_FIELDS,
     FillTables,
     FindBoundaries,
     KernelPlan,
     ListTiles,
     MapBlocks,
+    MergeParts,
     PrepareRows,
     RegTile,
     Sheet,
@@ -82,12 +83,12 @@ def emit(plan: KernelPlan) -> str:
                 tile_text.count(plan.scheduler),
                 tile_text.decoding(plan.scheduler),
                 tile_text.fields(plan.scheduler),
-                list(ENTRY_FIELDS),
+                list(plan.scheduler.entry_fields),
                 is_for_warps=bool(plan.tensor_maps),
             )
         ).strip("\n"),
         pair_functions=pair_functions(plan),
-        kernels_beside=[*filter(None, (table_kernel(plan), list_kernel(plan)))],
+        kernels_beside=[*filter(None, (table_kernel(plan), list_kernel(plan), merging_kernel(plan)))],
     )
     names = names_in(body)
     return templates.render(
@@ -107,6 +108,11 @@ def table_kernel(plan: KernelPlan) -> str:
 def list_kernel(plan: KernelPlan) -> str:
     """The kernel that lists the tiles of a plan; nothing where their numbers say which they are."""
     return emit_list(ListTiles(plan)) if plan.scheduler.is_listed else ""
+
+
+def merging_kernel(plan: KernelPlan) -> str:
+    """The kernel that merges the parts of a plan's tiles; nothing where their keys are not cut."""
+    return emit_merge(MergeParts(plan)) if plan.split else ""
 
 
 def _constants(plan: KernelPlan) -> tuple[Constant, ...]:

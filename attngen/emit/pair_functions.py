@@ -86,7 +86,7 @@ def _block_ranges(plan: KernelPlan) -> Iterator[str]:
 
 def _blocks(plan: KernelPlan) -> Iterator[str]:
     if plan.key_blocks is not None:
-        lines = seen(plan.key_blocks, leaves(plan))
+        lines = seen(plan.key_blocks, leaves(plan), plan.queries)
         if plan.key_blocks.axis is QUERIES:
             yield _mask_macros().query_blocks(lines, bool(plan.boundaries))
             return
@@ -98,7 +98,7 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
     assert plan.tile_classes is not None
     classes = plan.tile_classes
     may, must = (
-        (span(QUERIES, "q_tile", expr), cuda_body([expr], leaves(plan)))
+        (span(plan.queries, "q_tile", expr), cuda_body([expr], leaves(plan)))
         for expr in (classes.may, classes.must)
     )
     walks_over_queries = plan.scheduler.kind == "key_blocks"
@@ -113,9 +113,9 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
             sees_span = "may_see"
         elif of_spans is not None and of_spans is not TRUE:
             sees_span = "may_see_span"
-            body = (span(QUERIES, "q_tile", of_spans), cuda_body([of_spans], leaves(plan)))
+            body = (span(plan.queries, "q_tile", of_spans), cuda_body([of_spans], leaves(plan)))
             yield _mask_macros().class_of_spans(sees_span, body)
-        yield _mask_macros().walk(sees_span, blocks(KEYS))
+        yield _mask_macros().walk(sees_span, blocks(KEYS), plan.scheduler.is_split)
 
 
 def _ahead(plan: KernelPlan) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
-from attngen.emit.environment import ELEMENTS, POINTEES, macros
+from attngen.emit.environment import ELEMENTS, POINTEES, Templates, macros
 from attngen.emit.lookups import boundary_texts, finding_functions
 from attngen.plan import (
     BUCKETS,
@@ -21,6 +21,7 @@ from attngen.plan import (
     Formula,
     ListTiles,
     MapBlocks,
+    MergeParts,
     PackValues,
     Param,
     PrepareRows,
@@ -36,7 +37,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
 
 
-SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
+SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks", "parts")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -147,7 +148,26 @@ def emit_list(sheet: ListTiles) -> str:
         most_entries=_in_c(plan.most_entries),
         buckets=BUCKETS,
         most_blocks=MOST_BLOCKS,
+        heads="(params.num_heads_q / params.group)" if plan.scheduler.is_for_groups else "params.num_heads_q",
     )
+
+
+def emit_merge(sheet: MergeParts) -> str:
+    """The kernel that merges the parts of an attention kernel's tiles, for the text that this stands in."""
+    plan = sheet.plan
+    text = (
+        Templates(plan)
+        .module("sheets/parts.cuh.j2")
+        .MergeParts(
+            sheet,
+            finish=sheet.finish,
+            heads="(params.num_heads_q / params.group)"
+            if plan.scheduler.is_for_groups
+            else "params.num_heads_q",
+            lse_rows="params.tokens_q" if plan.lengths.is_by_token("queries") else "params.seqlen_q",
+        )
+    )
+    return str(text).strip("\n")
 
 
 def _in_c(formula: Formula) -> str:
@@ -158,6 +178,9 @@ def _in_c(formula: Formula) -> str:
     if formula["op"] == "ceil_div":
         a, b = written
         return f"(({a} + {b} - 1) / {b})"
+    if formula["op"] == "max":
+        a, b = written
+        return f"max({a}, {b})"
     return f"({ {'add': ' + ', 'mul': ' * '}[formula['op']].join(written) })"
 
 

@@ -18,7 +18,17 @@ from attngen.expr import (
     to_cuda,
     with_nodes,
 )
-from attngen.plan import ENTRY_FIELDS, KEYS, QUERIES, Scheduler, SeenBlocks, SequenceAxis, entry_says
+from attngen.plan import (
+    ENTRY_FIELDS,
+    KEYS,
+    PART_FIELDS,
+    PART_NAMES,
+    QUERIES,
+    Scheduler,
+    SeenBlocks,
+    SequenceAxis,
+    entry_says,
+)
 
 VARIABLES = {name: name.replace("_idx.", "_") for name in (*INDEX_NAMES, *TILE_NAMES)}
 """Indices and bounds of a tile as variables of a function: `q_first`."""
@@ -30,6 +40,7 @@ FIELDS = {
     "seqlen_k": "tile.seqlen_k",
     "q_idx.start": "tile.q_start",
     "kv_idx.start": "tile.k_start",
+    **{name: f"tile.{field}" for name, field in zip(PART_NAMES, PART_FIELDS, strict=True)},
 }
 """What the language's names are once a tile has been decoded."""
 _CALL = {
@@ -40,7 +51,8 @@ _CALL = {
     "tile.block_n": "kBlockN",
     "tiles.count": "num_entries(params)",
 }
-_READ = {entry_says(field): found_of(entry_says(field)) for field in ENTRY_FIELDS}
+_ENTRY = (*ENTRY_FIELDS, *PART_FIELDS)
+_READ = {entry_says(field): found_of(entry_says(field)) for field in _ENTRY}
 """What stands for the fields of an entry of a list of tiles, once that has been read."""
 _DECODED = {
     **FIELDS,
@@ -51,7 +63,7 @@ _DECODED = {
     "tile.m_max": "m_max",
     "tile.n_max": "n_max",
     "tile.row": "row",
-    **{read.name: f"entry.{field}" for field, read in zip(ENTRY_FIELDS, _READ.values(), strict=True)},
+    **{read.name: f"entry.{field}" for field, read in zip(_ENTRY, _READ.values(), strict=True)},
 }
 
 
@@ -92,13 +104,17 @@ def whole_span(axis: SequenceAxis, number: str) -> str:
     return _constants(axis.whole_span, axis, number)
 
 
-def seen(blocks: SeenBlocks, leaves: Leaves) -> list[str]:
-    """A statement for each bound of the blocks that block `m` of rows sees, or block `n` of keys."""
+def seen(blocks: SeenBlocks, leaves: Leaves, queries: SequenceAxis = QUERIES) -> list[str]:
+    """A statement for each bound of the blocks that block `m` of rows sees, or block `n` of keys.
+
+    `queries` says how rows of tiles are cut.
+    """
     found, letter = blocks.definitions, blocks.axis.letter
     results = {f"seen.{end}": f"seen.{letter}_{end}" for end in ("min", "full_begin", "full_end", "max")}
     constants = {each: each.removeprefix("seen.") for each in found if each not in results}
     names = {**leaves.names, **_CALL, **constants, **results, "seen.last": f"{letter}_last"}
-    of_block = span(blocks.axis.other, blocks.axis.other.letter, *found.values())
+    own = queries if blocks.axis is KEYS else KEYS
+    of_block = span(own, own.letter, *found.values())
     return [*filter(None, [of_block]), *_statements(found, replace(leaves, names=names))]
 
 

@@ -70,6 +70,7 @@ DECODING_RANGES = {
     **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},
     **{f"seen.{each}": (0, LARGEST_INDEX) for each in ("min", "full_begin", "full_end", "max", "last")},
     **{f"seen.{each}": (0, LARGEST_LENGTH) for each in ("first_all", "end_any", "end_all")},
+    **{f"part.{each}": (0, LARGEST_INDEX) for each in ("n_begin", "n_end", "part", "parts")},
 }
 """What tiles, and the blocks they see, are found by: sizes of a call and bounds, where there is a tile to decode."""
 

@@ -40,6 +40,7 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
     declared = {"scalars": plan.declarations.scalars, "tensors": plan.declarations.tensors}
     yield from (("declared", kind) for kind in [kind for kind in declared if declared[kind]] or ["nothing"])
     yield ("sink", case.spec.sink)
+    yield ("split", "none" if plan.split is None else "auto" if plan.split.keys is None else "keys")
     yield ("blocks", "given" if case.spec.blocks else "none")
     yield from _sequences_met(shape, plan)
     of_axis = [("seqlen_q", shape.seqlen_q, plan.block_m), ("seqlen_k", shape.seqlen_k, plan.block_n)]

@@ -70,6 +70,11 @@ def names_of(plan: KernelPlan) -> Set[str]:
     return {*free_names(plan.mask), *free_names(plan.score), *map(str, sizes)}
 
 
+def _cuts_by_sequence(plan: KernelPlan, names: Set[str]) -> bool:
+    """Whether where its keys are cut hangs on a sequence alone; else parts are as long as all others make them."""
+    return plan.split is None or plan.split.keys is not None
+
+
 def _scales_span(plan: KernelPlan, *kinds: str) -> bool:
     """Whether scales are of one of these kinds; those of 16-bit inputs, none, are of all."""
     return plan.quantizer is None or plan.quantizer.scales in kinds
@@ -119,7 +124,7 @@ RULES: dict[str, Rule] = {
         is_rare=True,
     ),
     "wide-window": Rule(of_outputs.wide_window, _is_plain, is_rare=True),
-    "sequences": Rule(of_sequences.sequences, is_rare=True, lengths="own"),
+    "sequences": Rule(of_sequences.sequences, _cuts_by_sequence, is_rare=True, lengths="own"),
     "gradients": Rule(of_gradients.gradients, of_gradients=True, lengths="any"),
     "repeated-gradients": Rule(of_gradients.repeated_gradients, of_gradients=True, lengths="any"),
     "sequence-gradients": Rule(

@@ -3,6 +3,7 @@
 Every strategy shrinks towards the plainest case: serial, full mask, one row, contiguous, error bound only.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,7 +26,7 @@ from attngen.plan import LETTERS, KernelPlan
 from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
-from attngen.spec import INPUTS, Spec, load
+from attngen.spec import INPUTS, PART_STEP, Spec, load
 
 ORDERS = ("auto", "heads", "rows")
 SMALL_DIMS = (2, 1, 3, 4, 5, 8, 16)
@@ -110,6 +111,11 @@ def _scales(draw: DrawFn, head_dim_qk: int) -> dict[str, object]:
     return chosen
 
 
+def _splits(block_n: int) -> SearchStrategy[object]:
+    """How keys are cut into parts, which are whole blocks."""
+    return st.sampled_from(("none", "none", "auto", {"keys": math.lcm(PART_STEP, block_n)}))
+
+
 @st.composite
 def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     """A spec for a target, one in four or all with a backward pass; its tiles may be too large for it.
@@ -147,6 +153,8 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
     gradients = [*INPUTS, *of_sink] if has_gradients else []
     cut = draw(draw_cuts.kinds()) if is_cut else {}
+    can_split = kind == "fa2" and inputs != "e4m3" and not gradients
+    split = draw(_splits(block_n)) if can_split and is_cut else "none"
     by_token = [LETTERS[axis] for axis in LETTERS if cut.get(axis) == "ragged"]
     data = {
         "target": target,
@@ -157,6 +165,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
         **numbers,
         "sink": sink,
         "gradients": gradients,
+        "split": split,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SpecWarning)  # a mask that shows nothing is as good as others

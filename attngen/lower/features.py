@@ -29,7 +29,7 @@ from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
 from attngen.schedules.pairs import loads_by_key
-from attngen.spec import Spec
+from attngen.spec import Spec, SplitKeys
 
 COLUMNS_SEEDED = 128
 """The most columns of Q and K with which the score GEMM adds to something. The tensor core drops bits of accumulators
@@ -53,6 +53,8 @@ class Features:
         has_sink: a logit for each query head joins the sum of a row.
         given: the fields of a choice that the spec says.
         lengths: how queries and keys are cut into sequences.
+        splits: the keys of a tile are cut into parts.
+        part_keys: how many keys a part has; None where that is left open.
     """
 
     arch: Arch
@@ -73,6 +75,8 @@ class Features:
     has_sink: bool
     given: Mapping[str, Any]
     lengths: Lengths
+    splits: bool
+    part_keys: int | None
 
     @classmethod
     def of(cls, spec: Spec, arch: Arch) -> "Features":
@@ -106,6 +110,8 @@ class Features:
             has_sink=spec.has_sink,
             given=given if order == "auto" else {**given, "longest_first": order == "heads"},
             lengths=Lengths(spec.problem.queries, spec.problem.keys),
+            splits=spec.split != "none",
+            part_keys=spec.split.keys if isinstance(spec.split, SplitKeys) else None,
         )
 
     def saying(self, field: str, value: int) -> "Features":
@@ -166,6 +172,11 @@ class Features:
     def pairs_of(self, schedule: str) -> Pairs:
         """The mask and the score as a schedule works them out."""
         return self.seeded_pairs if schedule in WARPGROUP_SCHEDULES else self.pairs
+
+    @property
+    def packs_group(self) -> bool:
+        """A tile's rows are those of all query heads that share its keys; none of them is asked for by its number."""
+        return self.splits and "h" not in free_names(self.mask) | free_names(self.score)
 
     @property
     def upper(self) -> bool:

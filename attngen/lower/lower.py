@@ -15,7 +15,7 @@ from attngen.lower.declared_kernels import declared_gradient_plans, wrong_tables
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
-from attngen.lower.params import declarations_read_by, pair_params, params, with_lengths
+from attngen.lower.params import declarations_read_by, pair_params, params, part_params, with_lengths
 from attngen.lower.refusal import diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.storage import places
@@ -27,6 +27,7 @@ from attngen.plan import (
     Quantizer,
     Role,
     Scheduler,
+    Split,
     assemble,
     seen_blocks,
     sink_params,
@@ -104,7 +105,7 @@ def _schedule(features: Features) -> str:
     """The schedule the spec names, or the fastest that the target runs."""
     if features.kind != "auto":
         return features.kind
-    if not features.arch.wgmma or not (features.arch.emits or features.scales):
+    if features.splits or not features.arch.wgmma or not (features.arch.emits or features.scales):
         return "fa2"
     return rows(features)[-1].schedule
 
@@ -112,7 +113,7 @@ def _schedule(features: Features) -> str:
 def _from_table(features: Features) -> tuple[KernelPlan, ...]:
     """The kernels that measurement says are best, the one for any length last, where the spec leaves all to `auto`."""
     arch = features.arch
-    if not arch.wgmma or not arch.emits or features.kind != "auto" or features.given:
+    if features.splits or not arch.wgmma or not arch.emits or features.kind != "auto" or features.given:
         return ()
     *shorter, plan = (build(features, row.schedule, row.choice, row.up_to) for row in rows(features))
     return () if verify(plan) else (*(each for each in shorter if not verify(each)), plan)
@@ -162,6 +163,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     schedule, arch = common["schedule"], features.arch
     at, of_sink = places(choice, features, decided), sink_params() if decided.has_sink else ()
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
+    parts = at.parts.places if at.parts else ()
     buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
     return KernelPlan(
         **common,
@@ -170,11 +172,13 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         v_cols=at.acc_o.cols,
         row_tiles=choice.block_m // (arch.mma.m * choice.warps),
         overlap=False,
-        key_blocks=seen_blocks(decided.pairs.visible, KEYS, last_is_masked=False),
+        key_blocks=seen_blocks(decided.pairs.visible, KEYS, are_of_part=features.splits),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
         scratch=scratch,
-        scheduler=Scheduler("heads") if scratch else Scheduler("query_blocks", choice.longest_first),
+        scheduler=_scheduler(choice, features, bool(scratch)),
+        split=Split(features.part_keys, LEAST_PART) if features.splits else None,
+        parts=parts,
         roles=(
             Role(
                 "warps",
@@ -186,9 +190,20 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
             ),
         ),
         buffers=buffers,
-        params=(*params(scratch, pair_params(decided.pairs, common, _SIZES)), *of_sink),
+        params=(*params(scratch, pair_params(decided.pairs, common, _SIZES)), *of_sink, *part_params(parts)),
         smem_bytes=max(each.offset + each.size_bytes for each in buffers),
     )
+
+
+LEAST_PART = 64
+"""Keys that a part has at least where the GPU would take more parts: of 32 an H200 was slower."""
+
+
+def _scheduler(choice: Choice, features: Features, does_whole_heads: bool) -> Scheduler:
+    if does_whole_heads:
+        return Scheduler("heads")
+    splits, packs = features.splits, features.packs_group
+    return Scheduler("query_blocks", choice.longest_first, is_split=splits, packs_group=packs)
 
 
 def _warpgroup_plan(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, free_names, tensor_names
-from attngen.plan import LETTERS, KernelPlan, Lengths, Param, Rows, Tensor, table_value
+from attngen.plan import LETTERS, KernelPlan, Lengths, Param, PartRows, Rows, Tensor, table_value
 from attngen.schedules import Pairs
 
 
@@ -114,17 +114,27 @@ def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> t
     )
 
 
+def part_params(parts: tuple[PartRows, ...]) -> tuple[Param, ...]:
+    """Where parts are left."""
+    return tuple(Param(place.name, "pointer", f"{place.name}.ptr") for place in parts)
+
+
 def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:
     """The kernel for sequences that have lengths of their own: what it works on is listed in device memory.
 
     Its struct then also carries what the list is made of (`attngen.plan.ListTiles` takes the same one).
     """
-    if lengths.are_dense:
+    if lengths.are_dense and not plan.split:
         return plan
     listed = replace(plan, lengths=lengths, scheduler=replace(plan.scheduler, is_listed=True))
     kept = tuple(param for param in plan.params if param.value not in _batch_strides(listed))
     own = {param.name for param in kept}
-    sizes = ("batch", *(f"tokens_{letter}" for axis, letter in LETTERS.items() if lengths.is_by_token(axis)))
+    sizes: tuple[str, ...] = (
+        "batch",
+        *(f"tokens_{letter}" for axis, letter in LETTERS.items() if lengths.is_by_token(axis)),
+    )
+    if plan.split and plan.split.keys is None:
+        sizes = (*sizes, "num_sms", "num_heads_kv")
     params = (
         Param("tiles", "pointer", f"{listed.tile_list}.ptr"),
         *(Param(each.name, "pointer", f"{each.name}.ptr") for each in lengths.arguments),

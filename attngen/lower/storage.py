@@ -16,12 +16,13 @@ from attngen.plan import (
     SCORES,
     Buffer,
     Cursor,
+    PartRows,
     RegTile,
     RegVec,
     Rows,
     Tensor,
 )
-from attngen.schedules import KeyLoop, OnlineSoftmax, Places, Scores
+from attngen.schedules import KeyLoop, KeyParts, OnlineSoftmax, Places, Scores
 
 
 def tile_places(
@@ -33,6 +34,7 @@ def tile_places(
     out: Buffer | None,
     decided: Decision,
     ahead: tuple[tuple[Expr, RegTile], ...] = (),
+    packs: bool = False,
 ) -> dict[str, Any]:
     """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers and of O."""
     inputs, m, n = q.dtype, q.rows, k.rows
@@ -68,11 +70,11 @@ def tile_places(
         k=k,
         v=v,
         out=out,
-        q_in=Tensor("q", inputs, q.axes, q.valid_cols, "q"),
+        q_in=Tensor("q", inputs, q.axes, q.valid_cols, "q", is_packed=packs),
         k_in=Tensor("k", inputs, k.axes, k.valid_cols, "kv"),
         v_in=Tensor("v", inputs, v.axes, head_dim_v, "kv"),
-        result=Tensor("out", output, acc_o.axes, head_dim_v, "q"),
-        lse=Rows("lse", "queries", optional=True),
+        result=Tensor("out", output, acc_o.axes, head_dim_v, "q", is_packed=packs),
+        lse=Rows("lse", "queries", optional=True, is_packed=packs),
     )
 
 
@@ -95,8 +97,11 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     acc_o = RegTile("acc_o", F32, ROWS_OF_O, m, v_cols, v, "accumulator")
     out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if is_staged(inputs, output) else None
+    packs = features.packs_group
+    row_max = None if decided.bounded_scores else PartRows("part_max")
+    parts = KeyParts(PartRows("part_out", v), PartRows("part_sum"), row_max) if features.splits else None
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, acc_o, output, out, decided),
+        **tile_places(q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
@@ -104,4 +109,5 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, v, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
+        parts=parts,
     )

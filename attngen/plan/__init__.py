@@ -5,6 +5,7 @@ from attngen.plan.assemble import (
     ROWS_OF_HEADS,
     TOKENS_OF_HEADS,
     assemble,
+    part_shape,
     quantizing_sheets,
     value_shape,
 )
@@ -42,6 +43,7 @@ from attngen.plan.formulas import (
     maximum,
     minimum,
     product,
+    sizes_in,
     total,
 )
 from attngen.plan.lengths import (
@@ -72,6 +74,7 @@ from attngen.plan.places import (
     Cursor,
     Descales,
     NamedBarriers,
+    PartRows,
     Range,
     RegTile,
     RegVec,
@@ -82,13 +85,15 @@ from attngen.plan.places import (
     View,
     Walk,
 )
-from attngen.plan.plan import KernelPlan, Param, Role, TensorMap, table_value
+from attngen.plan.plan import KernelPlan, Param, Role, Split, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.quantizing_sheets import OPERANDS, TENSORS, FindMaxima, PackValues, Quantize, source_of
 from attngen.plan.row_sums import SHEETS, SumRows, declared_shape, field_of
 from attngen.plan.scheduler import (
     ENTRY_FIELDS,
     KEYS,
+    PART_FIELDS,
+    PART_NAMES,
     QUERIES,
     Definitions,
     Scheduler,
@@ -107,15 +112,21 @@ from attngen.plan.sinks import (
     sink_params,
     sink_value,
 )
+from attngen.plan.split_keys import MergeParts
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
-from attngen.plan.tile_list import BUCKETS, ENTRY_WORDS, MOST_BLOCKS, ListTiles, bucket
+from attngen.plan.tile_list import BUCKETS, MOST_BLOCKS, ListTiles, bucket
 
 __all__ = [
     "ANY_LENGTH",
     "BUCKETS",
     "DENSE",
     "ENTRY_FIELDS",
-    "ENTRY_WORDS",
+    "PART_FIELDS",
+    "PART_NAMES",
+    "MergeParts",
+    "PartRows",
+    "Split",
+    "part_shape",
     "LENGTH_KINDS",
     "LETTERS",
     "MOST_BLOCKS",
@@ -228,6 +239,7 @@ __all__ = [
     "maximum",
     "minimum",
     "product",
+    "sizes_in",
     "quantizing_sheets",
     "sink_gradient",
     "sink_params",

@@ -25,7 +25,7 @@ from attngen.plan.call import (
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product, total
 from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
-from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, Rows, Tensor
+from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, PartRows, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.quantizing_sheets import (
@@ -41,6 +41,7 @@ from attngen.plan.quantizing_sheets import (
 from attngen.plan.row_sums import SumRows
 from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, boundary_shape, table_shape
 from attngen.plan.sinks import SINK_FORMATS, SumSink, sink_gradient, sink_value
+from attngen.plan.split_keys import MergeParts
 from attngen.plan.tile_list import ListTiles
 from attngen.quantize import DESCALES, KEY_BLOCK
 
@@ -110,11 +111,12 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
 
 
 def _with_what_it_reads(plan: KernelPlan) -> list[KernelPlan | Sheet]:
-    """A kernel behind those that make its tables and the list of its tiles."""
+    """A kernel behind those that make its tables and the list of its tiles, and before what merges its parts."""
     return [
         *((FillTables(plan),) if plan.tables else ()),
         *((ListTiles(plan),) if plan.scheduler.is_listed else ()),
         plan,
+        *((MergeParts(plan),) if plan.split else ()),
     ]
 
 
@@ -173,7 +175,7 @@ def _of_inputs(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> list[Kern
 
 
 def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
-    served = kernel.plan if isinstance(kernel, FillTables | ListTiles) else kernel
+    served = kernel.plan if isinstance(kernel, FillTables | ListTiles | MergeParts) else kernel
     when = None
     if isinstance(served, KernelPlan) and served is not longest and served.up_to is not None:
         when = Guard("seqlen_k", served.up_to)
@@ -188,11 +190,14 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
         *((kernel.tile_list,) if kernel.scheduler.is_listed else ()),
     )
     writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch))
+    if kernel.parts:  # what they come to, and what is not cut, is for `MergeParts` to tell
+        writes = tuple(place.name for place in kernel.parts)
     return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, when)
 
 
 def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
-    program = kernel.plan if isinstance(kernel, FillTables | ListTiles) else kernel  # whose struct it takes
+    # Whose struct it takes.
+    program = kernel.plan if isinstance(kernel, FillTables | ListTiles | MergeParts) else kernel
     maps = program.tensor_maps if isinstance(program, KernelPlan) else ()
     return KernelEntry(
         kernel.name,
@@ -230,6 +235,11 @@ def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[F
     if place.is_transposed:
         return (*batch, f"num_heads_{place.heads}", place.cols, _padded(length, KEY_BLOCK))
     return (*batch, length, f"num_heads_{place.heads}", place.cols)
+
+
+def part_shape(place: PartRows, plan: KernelPlan) -> tuple[Formula, ...]:
+    """The shape of what a kernel leaves of the parts of its tiles."""
+    return (plan.tiles, plan.block_m, *(() if place.cols is None else (place.cols,)))
 
 
 def axes_of(tensor: Tensor, lengths: Lengths) -> tuple[str, ...]:
@@ -293,6 +303,8 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
         yield Value(plan.tile_list, "i32", ListTiles(plan).shape, "kept")
     for boundary in plan.boundaries:
         yield Value(boundary.name, "i32", boundary_shape(boundary), "kept")
+    for part in plan.parts:
+        yield Value(part.name, F32.name, part_shape(part, plan), "scratch")
     for place in plan.scratch:
         columns = (place.cols,) if isinstance(place, Tensor) else ()
         batch, length = _extents(place.axis, plan.lengths)

@@ -33,6 +33,13 @@ def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
     return first
 
 
+def sizes_in(formula: Formula) -> frozenset[str]:
+    """The run-time values that a formula names."""
+    if isinstance(formula, dict):
+        return frozenset().union(*map(sizes_in, formula["args"]))
+    return frozenset((formula,) if isinstance(formula, str) else ())
+
+
 def formula_text(formula: Formula) -> str:
     """A formula as people read it: ceil_div(seqlen_k, 128)."""
     if isinstance(formula, dict):

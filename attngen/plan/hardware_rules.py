@@ -284,6 +284,14 @@ def _registers(plan: KernelPlan) -> Iterator[Margin]:
     yield Margin(used, free, unit, blames)
 
 
+def _parts(plan: KernelPlan) -> Iterator[Margin]:
+    """A part of the keys is whole blocks."""
+    if plan.split and plan.split.keys is not None:
+        must, note = f"must divide {plan.split.keys}", "the keys of a part are whole blocks"
+        blame = Blame("tile.block_n", plan.block_n, must, note)
+        yield Margin(plan.split.keys, plan.block_n, "keys", (blame,), "multiples")
+
+
 def _staged_scales(plan: KernelPlan) -> Iterator[Margin]:
     """Groups of columns whose scales a producer stages, which pass through its registers."""
     if not takes_warpgroups(plan) or not plan.arch.emits or (held := plan.roles[1].registers) is None:
@@ -309,6 +317,7 @@ RULES: dict[str, Callable[[KernelPlan], Iterator[Margin]]] = {
     "shared-memory": _shared_memory,
     "registers": _registers,
     "staged-scales": _staged_scales,
+    "parts": _parts,
 }
 """By name; a rule that says nothing of a plan's schedule has no margin there."""
 OWNERS_OF_ROWS = ("threads-per-block", "warpgroups", "mma-rows", "wgmma-rows")

@@ -250,6 +250,7 @@ class Tensor:
         heads: whose heads it has, "q" or "kv".
         workspace: made by the launch, dense (batch, heads, seqlen, cols), rather than passed by the user.
         optional: a call may not ask for it; then nothing is written, or read.
+        is_packed: a tile's rows are those of all query heads that share its keys: row i * group + j is row i of head j.
     """
 
     name: str
@@ -259,6 +260,7 @@ class Tensor:
     heads: Literal["q", "kv"]
     workspace: bool = False
     optional: bool = False
+    is_packed: bool = False
 
     @property
     def axis(self) -> Axis:
@@ -307,6 +309,7 @@ class Rows:
         is_padded: each head has whole blocks of `PADDED_ROWS`; who writes it writes what follows the sequence too.
         optional: the user may not ask for it; then nothing is written.
         workspace: made by the launch rather than passed by the user.
+        is_packed: as of `Tensor`.
     """
 
     name: str
@@ -314,6 +317,22 @@ class Rows:
     optional: bool = False
     workspace: bool = False
     is_padded: bool = False
+    is_packed: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class PartRows:
+    """What a part of the keys has come to in each row of its tile: f32 in device memory, dense (tiles, block_m).
+
+    Attributes:
+        cols: of an accumulator, which is (tiles, block_m, cols); None where it is one number a row.
+    """
+
+    name: str
+    cols: int | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -8,11 +8,22 @@ from attngen.dtypes import BF16, E4M3, DType
 from attngen.errors import InternalError
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, name
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
-from attngen.plan.formulas import Formula, ceil_div, minimum, product, total
+from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
 from attngen.plan.lengths import DENSE, LETTERS, Lengths
-from attngen.plan.places import Buffer, Cursor, Descales, NamedBarriers, RegTile, RegVec, Ring, Rows, Tensor
+from attngen.plan.places import (
+    Buffer,
+    Cursor,
+    Descales,
+    NamedBarriers,
+    PartRows,
+    RegTile,
+    RegVec,
+    Ring,
+    Rows,
+    Tensor,
+)
 from attngen.plan.quantizer import Quantizer
-from attngen.plan.scheduler import Scheduler
+from attngen.plan.scheduler import QUERIES, Scheduler, SequenceAxis
 from attngen.plan.seen import SeenBlocks
 from attngen.plan.steps import Program, ReadSink, StartWalk, walk
 
@@ -74,6 +85,20 @@ def table_value(end: str, up_to: int | None) -> str:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How the keys of a tile are cut into parts.
+
+    Attributes:
+        keys: of a part, counted from its sequence's first; None: as many as give every block of threads that the GPU
+            holds at a time one part, by what all tiles of a call visit; then parts of a tile are as long as each other.
+        least: keys that a part has at least where that is worked out.
+    """
+
+    keys: int | None
+    least: int
+
+
+@dataclass(frozen=True)
 class KernelPlan:
     """One kernel of programs: everything lowering decided of it, from which it is emitted and simulated.
 
@@ -97,6 +122,8 @@ class KernelPlan:
         quantizer: how their operands are made of 16-bit tensors; None for others.
         params: fields of the struct that the kernel takes by value.
         lengths: of the sequences of its calls.
+        split: how the keys of a tile are cut into parts; None where they are not.
+        parts: what it leaves of each part.
     """
 
     name: str
@@ -140,6 +167,8 @@ class KernelPlan:
     direction: Literal["forward", "backward"] = "forward"
     read_rows: tuple[Rows, ...] = ()
     lengths: Lengths = DENSE
+    split: Split | None = None
+    parts: tuple[PartRows, ...] = ()
 
     @property
     def module(self) -> str:
@@ -225,9 +254,7 @@ class KernelPlan:
     def tiles(self) -> Formula:
         """What the blocks of a launch work on, together."""
         if self.scheduler.is_listed:
-            return product(
-                "num_heads_kv" if self.scheduler.kind == "key_blocks" else "num_heads_q", self.most_entries
-            )
+            return product(self._listed_heads, self.most_entries)
         heads = product("batch", "num_heads_q")
         if self.scheduler.kind == "pair_blocks":
             batch: Formula = 1 if self.scheduler.sums_batch else "batch"
@@ -251,9 +278,27 @@ class KernelPlan:
         if axis is None:
             return pieces
         block = self.block_m if axis.axis == "queries" else self.block_n
-        if kind == "ragged":
-            return total(ceil_div(f"tokens_{LETTERS[axis.axis]}", block), pieces)
-        return product("batch", total(ceil_div(axis.seqlen, block), 0 if kind == "dense" else 2))
+        length = f"tokens_{LETTERS[axis.axis]}" if kind == "ragged" else axis.seqlen
+        blocks = ceil_div(product(length, "group") if self.scheduler.packs_group else length, block)
+        more = 0 if kind == "dense" else 2
+        rows = total(blocks, pieces) if kind == "ragged" else product("batch", total(blocks, more))
+        if self.split is None:
+            return rows
+        if self.split.keys is not None:
+            return product(rows, maximum(1, ceil_div("seqlen_k", self.split.keys)))
+        parts = product("num_sms", self.blocks_per_sm)
+        return total(rows, ceil_div(parts, maximum(1, self._listed_heads)))
+
+    @property
+    def _listed_heads(self) -> Formula:
+        """How many tiles an entry of its list is."""
+        return "num_heads_kv" if self.scheduler.is_for_groups else "num_heads_q"
+
+    @property
+    def queries(self) -> SequenceAxis:
+        """How queries are cut into rows of tiles."""
+        own = self.scheduler.axis
+        return own if own and own.axis == "queries" else QUERIES
 
     @property
     def grid(self) -> Formula:

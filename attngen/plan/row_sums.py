@@ -11,6 +11,7 @@ from attngen.plan.plan import Param
 from attngen.plan.quantizing_sheets import FindMaxima, PackValues, Quantize
 from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, SheetOfPlan
 from attngen.plan.sinks import SumSink
+from attngen.plan.split_keys import MergeParts
 from attngen.plan.tile_list import ListTiles
 
 
@@ -95,5 +96,6 @@ SHEETS: tuple[type[Sheet], ...] = (
     SumRows,
     SumSink,
     MapBlocks,
+    MergeParts,
 )
 """Every sheet there is."""

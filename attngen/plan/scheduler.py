@@ -42,7 +42,7 @@ class SequenceAxis:
     @property
     def other(self) -> "SequenceAxis":
         """The keys that rows see, the rows that see keys."""
-        return KEYS if self is QUERIES else QUERIES
+        return KEYS if self.axis == "queries" else QUERIES
 
     @property
     def tile(self) -> Expr:
@@ -78,7 +78,21 @@ class SequenceAxis:
         return length if length is const(0) else floor_divide(sub(add(length, block), const(1)), block)
 
 
+class PackedQueries(SequenceAxis):
+    """Queries of all heads that share their keys, cut into blocks of rows: row i * group + j is query i of head j."""
+
+    @cached_property
+    def span(self) -> Definitions:
+        """The queries of the first and the last row of a block that exist, by its number."""
+        block, group = name(self.block), name("call.group")
+        start = times(self.tile, block)
+        end = lesser(add(start, block), times(name(self.seqlen), group))
+        last = floor_divide(sub(end, const(1)), group)
+        return {self.first.name: floor_divide(start, group), self.last.name: last}
+
+
 QUERIES = SequenceAxis("queries", "m", "q_idx", "tile.block_m")
+PACKED_QUERIES = PackedQueries("queries", "m", "q_idx", "tile.block_m")
 KEYS = SequenceAxis("keys", "n", "kv_idx", "tile.block_n")
 
 
@@ -87,6 +101,14 @@ _HEADS_KV = floor_divide(name("call.num_heads_q"), name("call.group"))
 ENTRY_FIELDS = ("sequence", "block", "q_start", "seqlen_q", "k_start", "seqlen_k")
 """What an entry of a list of tiles says: which sequence, which block of its rows or keys, and where its queries and its
 keys begin among the rows of the tensors, and how many there are."""
+
+
+PART_FIELDS = ("n_begin", "n_end", "part", "parts")
+"""What it says besides where the keys of rows are cut: blocks n_begin .. n_end - 1 are the tile's, which is one part of
+so many."""
+PART_NAMES = tuple(f"part.{field}" for field in PART_FIELDS)
+"""The names that expressions have for these."""
+PART_BEGIN, PART_END = map(name, PART_NAMES[:2])
 
 
 def entry_field(field: str) -> str:
@@ -113,6 +135,8 @@ class Scheduler:
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
         is_listed: sequences have lengths of their own, and tiles are those of a list in device memory (`ListTiles`),
             for each of the heads.
+        is_split: an entry of the list is one of several parts of the keys of its rows.
+        packs_group: a tile's rows are those of all query heads that share its keys.
     """
 
     kind: Literal["query_blocks", "key_blocks", "pair_blocks", "heads"]
@@ -121,11 +145,24 @@ class Scheduler:
     sums_batch: bool = False
     sums_heads: Literal["own", "group", "all"] = "own"
     is_listed: bool = False
+    is_split: bool = False
+    packs_group: bool = False
 
     @property
     def axis(self) -> SequenceAxis | None:
         """Of which a tile is a block; None where it is a whole head, or a block of each."""
-        return {"query_blocks": QUERIES, "key_blocks": KEYS}.get(self.kind)
+        queries = PACKED_QUERIES if self.packs_group else QUERIES
+        return {"query_blocks": queries, "key_blocks": KEYS}.get(self.kind)
+
+    @property
+    def is_for_groups(self) -> bool:
+        """Whether a tile is for all query heads that share a head of K and V."""
+        return self.kind == "key_blocks" or self.packs_group
+
+    @property
+    def entry_fields(self) -> tuple[str, ...]:
+        """The fields of an entry of its list."""
+        return (*ENTRY_FIELDS, *PART_FIELDS) if self.is_split else ENTRY_FIELDS
 
     @property
     def heads(self) -> Expr:
@@ -136,9 +173,7 @@ class Scheduler:
     def count(self) -> Expr:
         """How many tiles a call has: the number that the formula of its grid gives, or the simulator faults."""
         if self.is_listed:
-            return times(
-                name("tiles.count"), _HEADS_KV if self.kind == "key_blocks" else name("call.num_heads_q")
-            )
+            return times(name("tiles.count"), self._listed_heads)
         heads = times(name("call.batch"), name("call.num_heads_q"))
         if self.kind == "pair_blocks":
             blocks = times(QUERIES.blocks(name("call.seqlen_q")), KEYS.blocks(name("call.seqlen_k")))
@@ -208,18 +243,27 @@ class Scheduler:
     @property
     def _listed_decoding(self) -> Definitions:
         """Heads are fastest; the list is in the order in which tiles start."""
-        index = name("tile.index")
-        heads = _HEADS_KV if self.kind == "key_blocks" else name("call.num_heads_q")
-        says = {field: entry_says(field) for field in ENTRY_FIELDS}
+        index, heads = name("tile.index"), self._listed_heads
+        says = {field: entry_says(field) for field in self.entry_fields}
         head = modulo(index, heads)
         return {
             "tile.row": floor_divide(index, heads),
             **({self.axis.tile.name: says["block"]} if self.axis else {}),
-            "h": times(head, name("call.group")) if self.kind == "key_blocks" else head,
+            "h": times(head, name("call.group")) if self.is_for_groups else head,
             "b": says["sequence"],
             "h_kv": floor_divide(name("h"), name("call.group")),
             "seqlen_q": says["seqlen_q"],
             "seqlen_k": says["seqlen_k"],
             "q_idx.start": says["q_start"],
             "kv_idx.start": says["k_start"],
+            **(
+                {of: says[field] for of, field in zip(PART_NAMES, PART_FIELDS, strict=True)}
+                if self.is_split
+                else {}
+            ),
         }
+
+    @property
+    def _listed_heads(self) -> Expr:
+        """How many tiles an entry is."""
+        return _HEADS_KV if self.is_for_groups else name("call.num_heads_q")

@@ -11,7 +11,7 @@ from functools import cached_property, reduce
 from attngen.expr import Boundary, Expr, IndexRange, add, const, extremes, name
 from attngen.expr.arithmetic import call, floor_divide
 from attngen.expr.intervals import greater, lesser
-from attngen.plan.scheduler import KEYS, Definitions, SequenceAxis
+from attngen.plan.scheduler import KEYS, PART_BEGIN, PART_END, Definitions, SequenceAxis
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SeenBlocks:
         axis: of the blocks that are seen; bounds read the first and the last of a block of the other.
         boundaries: those of which bounds read elements, and masks at the edges; found before the kernel runs.
         last_is_masked: the program peels the last block off and masks it, so it is never counted as free of a mask.
+        are_of_part: of them those alone count that are the tile's own part of the keys.
     """
 
     axis: SequenceAxis = KEYS
@@ -34,6 +35,7 @@ class SeenBlocks:
     end_all: tuple[Expr, ...] = ()
     last_is_masked: bool = False
     boundaries: tuple[Boundary, ...] = ()
+    are_of_part: bool = False
 
     @property
     def bounds(self) -> tuple[Expr, ...]:
@@ -82,9 +84,12 @@ class SeenBlocks:
             """How many blocks lie before a number."""
             return number if number is zero else floor_divide(number, name(axis.block))
 
-        blocks = result("max", axis.blocks(define("end_any", end(self.end_any))))
+        ends, begins = axis.blocks(define("end_any", end(self.end_any))), before(first(self.first_any))
+        if self.are_of_part:
+            ends, begins = lesser(PART_END, ends), greater(PART_BEGIN, begins)
+        blocks = result("max", ends)
         # Never folded to 0: where ptxas knows it, descriptors of wgmma leave their uniform registers (docs/sass.md).
-        visited = result("min", call("min", before(first(self.first_any)), blocks))
+        visited = result("min", call("min", begins, blocks))
         before_last = greater(add(blocks, const(-1)), visited)
         last = define("last", before_last) if self.last_is_masked else blocks
         first_all = define("first_all", lesser(first(self.first_all), seqlen))
@@ -95,7 +100,10 @@ class SeenBlocks:
 
 
 def seen_blocks(
-    visible: IndexRange | None, axis: SequenceAxis, last_is_masked: bool = False
+    visible: IndexRange | None,
+    axis: SequenceAxis,
+    last_is_masked: bool = False,
+    are_of_part: bool = False,
 ) -> SeenBlocks | None:
     """The bounds over a block from those of one row or key: their extremes between its first and its last."""
     if visible is None:
@@ -111,4 +119,5 @@ def seen_blocks(
         end_all=tuple(lo for lo, _ in upper),
         last_is_masked=last_is_masked,
         boundaries=visible.boundaries,
+        are_of_part=are_of_part,
     )

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from attngen.expr import free_names
 from attngen.plan.formulas import Formula, total
 from attngen.plan.sheets import SheetInText
 
-ENTRY_WORDS = 8
-"""i32 of an entry, of which the fields are the first: 32 bytes, which a thread reads at once."""
+WORDS = 4
+"""i32 of which an entry has a multiple, its fields first: 16 bytes, which a thread reads at once."""
 BUCKETS_PER_OCTAVE = 8
 """Those of sequences whose lengths differ by less than an eighth count as alike."""
 
@@ -36,6 +37,11 @@ class ListTiles(SheetInText):
     begins and ends among the tokens, and lengths end where it does. What such numbers list beyond the room that true
     ones need is left out.
 
+    Where keys are split (`KernelPlan.split`), an entry is a part of a block of rows. Parts have as many blocks of keys
+    as the split says, or as all tiles' keys come to for each block of threads that the GPU holds at a time. Where the
+    rows of a sequence are one block, what is cut are the keys that it visits by its closed form; else all keys of the
+    sequence, of which a tile visits what it sees.
+
     Attributes:
         plan: the kernel.
     """
@@ -50,13 +56,26 @@ class ListTiles(SheetInText):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The list: how many entries there are, then the entries, `ENTRY_WORDS` each."""
+        """The list: how many entries there are, then the entries, `entry_words` each."""
         return (self.plan.tile_list,)
 
     @property
     def shape(self) -> tuple[Formula, ...]:
         """Of the list."""
-        return (total(1, self.plan.most_entries), ENTRY_WORDS)
+        return (total(1, self.plan.most_entries), self.entry_words)
+
+    @property
+    def knows_visits(self) -> bool:
+        """Whether the keys that a tile visits have a closed form that asks neither for its head nor for a boundary."""
+        seen = self.plan.key_blocks
+        if seen is None or seen.boundaries:
+            return False
+        return all(free_names(bound).isdisjoint(("h", "h_kv")) for bound in seen.bounds)
+
+    @property
+    def entry_words(self) -> int:
+        """i32 of an entry."""
+        return -(-len(self.plan.scheduler.entry_fields) // WORDS) * WORDS
 
     @property
     def tiles(self) -> Formula:

@@ -159,7 +159,7 @@ def prepare_signature(
         tuple(
             i for i, name in enumerate(tuple(bound.given.tensors)[3:]) if bound.manifest.value_of[name].axes
         ),
-        TableSignature.of(bound.launches[-1].kernel, bound.given, bound.manifest.lengths),
+        TableSignature.of(bound.launches[-1].kernel, bound.given, bound.manifest),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from attngen.plan import Program
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
@@ -27,6 +28,7 @@ __all__ = [
     "SCHEDULES",
     "WARPGROUP_SCHEDULES",
     "KeyLoop",
+    "KeyParts",
     "OnlineSoftmax",
     "Output",
     "Pairs",

@@ -1,6 +1,7 @@
 """FlashAttention-2's partition: one block per query tile, the rows of Q split over the warps.
 
-K and V blocks pass from right to left; O stays unnormalised in registers until the end.
+K and V blocks pass from right to left; O stays unnormalised in registers until the end. Where the keys of rows
+are cut into parts, a tile leaves what its own has come to, as it is.
 Source: Dao, "FlashAttention-2", arXiv 2307.08691, Algorithm 1 and section 3.3.
 """
 
@@ -23,6 +24,7 @@ from attngen.plan.steps import (
     WaitCopies,
 )
 from attngen.schedules.key_loop import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
+from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.tile_places import Places
 
 
@@ -47,15 +49,37 @@ def fa2(at: Places) -> Program:
                 ),
                 Note("normalise once, at the end"),
                 ReadTile(),
-                *at.softmax.read_sink,
-                ReduceRows(at.softmax.total, at.softmax.row_sum),
-                at.softmax.finish,
-                *at.softmax.join_sink,
-                ScaleRows(at.acc_o, at.softmax.inv_sum),
-                StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
-                *at.store_result(M_BLOCK),
+                *(_finish_whole(at, at.parts) if at.parts else _finish(at)),
             )
         ),
+    )
+
+
+def _finish(at: Places) -> Program:
+    """O and lse, once all keys have been visited."""
+    return (
+        *at.softmax.read_sink,
+        ReduceRows(at.softmax.total, at.softmax.row_sum),
+        *_normalise(at),
+    )
+
+
+def _finish_whole(at: Places, parts: KeyParts) -> Program:
+    """O and lse of a tile that is not cut; of one that is, what its part has come to."""
+    finish = (*at.softmax.read_sink, *_normalise(at))
+    return (
+        ReduceRows(at.softmax.total, at.softmax.row_sum),
+        *parts.store_or_finish(at.acc_o, at.softmax, M_BLOCK, finish),
+    )
+
+
+def _normalise(at: Places) -> Program:
+    return (
+        at.softmax.finish,
+        *at.softmax.join_sink,
+        ScaleRows(at.acc_o, at.softmax.inv_sum),
+        StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
+        *at.store_result(M_BLOCK),
     )
 
 
@@ -65,7 +89,7 @@ def _softmax(at: Places) -> Program:
         Note("online softmax"),
         *at.softmax.update_maximum,
         *at.softmax.exponentiate,
-        *at.softmax.rescale(at.acc_o),
+        *at.softmax.rescale(at.acc_o, votes=at.parts is not None),
         at.softmax.convert,
     )
 

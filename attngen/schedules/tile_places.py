@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor, View
 from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
 from attngen.schedules.key_loop import KeyLoop
+from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.scores import Scores
 
@@ -62,6 +63,7 @@ class Places(TilePlaces):
         score_unroll: k-steps of the score GEMM that are written out.
         load_at, read_at: where the next copy into the ring goes, and which stage is worked on.
         o_acc, saved_max, saved_sum: what a schedule keeps in device memory between blocks of keys.
+        parts: where a tile leaves its part of the keys; None where keys are not cut.
     """
 
     stages: int
@@ -71,6 +73,7 @@ class Places(TilePlaces):
     o_acc: Tensor
     saved_max: Rows
     saved_sum: Rows
+    parts: KeyParts | None = None
 
     def store_result(self, block: BlockIndex) -> Program:
         """Bring O of a block to device memory."""

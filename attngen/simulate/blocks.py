@@ -19,7 +19,7 @@ from attngen.simulate.faults import SimulationFault
 from attngen.simulate.roles import Event, RoleRun, StepFunction, Wait
 from attngen.simulate.shared_memory import Cell, divided_buffers, lay_out
 from attngen.simulate.tile_source import TileSource
-from attngen.simulate.visits import Sizes, Visits
+from attngen.simulate.visits import Blocks, Member, Sizes, Visits, decoded
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class KernelRun:
     def visits(self) -> Visits:
         """Which blocks visit each other."""
         return Visits(self.plan, self.sizes)
+
+    @cached_property
+    def tile_numbers(self) -> Mapping[tuple[Blocks, Member], int]:
+        """The numbers of tiles, by what they work on."""
+        return {tile: number for number, tile in enumerate(decoded(self.plan, self.sizes))}
 
     @cached_property
     def divided(self) -> dict[str, int]:

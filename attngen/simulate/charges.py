@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Generator
 from typing import Any
 
-from attngen.plan import RegTile, RegVec, Rows, Step, Tensor
+from attngen.plan import PartRows, RegTile, RegVec, Rows, Step, Tensor
 from attngen.plan.steps import (
     Clear,
     CommitCopies,
@@ -251,7 +251,7 @@ def _access_device(units: Units, size_bytes: int, waits: bool, step: Step, role:
 
 def _registers(units: Units, step: LoadRegisters | StoreRegisters, role: RoleRun) -> Paid | None:
     registers: RegTile | RegVec
-    place: Tensor | Rows
+    place: Tensor | Rows | PartRows
     if isinstance(step, LoadRegisters):
         registers, place, waits = step.dst, step.src, True
     else:

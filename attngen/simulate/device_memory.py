@@ -1,14 +1,28 @@
 """Device memory of one call: the user's tensors and the workspaces, who wrote what, how much was moved."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from attngen.plan import DENSE, BlockTables, KernelPlan, Lengths, PairMatrix, Rows, Tensor, padded_start
+from attngen.expr import SINK
+from attngen.plan import (
+    DENSE,
+    SINK_VALUES,
+    Axis,
+    BlockTables,
+    KernelPlan,
+    Lengths,
+    PairMatrix,
+    PartRows,
+    Rows,
+    Tensor,
+    padded_start,
+)
+from attngen.quantize import unpack_values
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
-from attngen.simulate.visits import Blocks, Member, ceil_div
+from attngen.simulate.visits import Blocks, Member, Sizes, ceil_div
 
 NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
@@ -28,6 +42,7 @@ class DeviceMemory:
         traffic: Traffic | None,
         wanted: tuple[str, ...] = (),
         lengths: Lengths = DENSE,
+        group: int = 1,
     ) -> None:
         """Take the values of a call.
 
@@ -36,8 +51,10 @@ class DeviceMemory:
             traffic: where to count, or None.
             wanted: optional places to write although they are not among the tensors.
             lengths: of the sequences; what has no batches has one, in which all of them lie.
+            group: query heads that share a head of K and V.
         """
         self._lengths = lengths
+        self._group = group
         self.holds_values = tensors is not None
         self.tensors = dict(tensors or {})
         self.traffic = traffic
@@ -53,7 +70,11 @@ class DeviceMemory:
         """How many of rows first, first + 1, ... exist, what rows are padded by included."""
         if isinstance(place, Rows) and place.is_padded:
             return rows
-        return max(0, min(rows, tile.sequence(place.axis)[1] - first))
+        return max(0, min(rows, self.rows_of(place, tile) - first))
+
+    def rows_of(self, place: Tensor | Rows, tile: Tile) -> int:
+        """Rows of the tile's sequence, those of all heads of a group where they are packed."""
+        return tile.sequence(place.axis)[1] * (self._group if place.is_packed else 1)
 
     def read(
         self,
@@ -83,6 +104,11 @@ class DeviceMemory:
             return NOTHING
         batch, heads = self._heads(place, tile)
         start = self._start(place, tile) + first
+        if place.is_packed:
+            found = self.tensors[place.name][self._packed(place, tile, range(first, first + valid))].float()
+            result = found.new_zeros((found.shape[0], *shape))
+            result[:, :valid, : found.shape[2]] = found
+            return result
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]
         else:
@@ -110,10 +136,33 @@ class DeviceMemory:
         batch, head = self._heads(place, tile)
         target = self.tensors[place.name]
         cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
+        if place.is_packed:
+            rows = self._packed(place, tile, range(first, first + valid))
+            target[rows] = values[(slice(None), slice(valid), *cols)].to(target.dtype)
+            return
         start = tile.sequence(place.axis)[0] + first
         target[batch, head, start : start + valid] = values[(slice(None), slice(valid), *cols)].to(
             target.dtype
         )
+
+    def write_part(
+        self, place: PartRows, tile: Tile, numbers: list[int], valid: int, values: torch.Tensor
+    ) -> None:
+        """Write (members, rows) or (members, rows, cols) of the first `valid` rows to the tiles of these numbers."""
+        if self.traffic:
+            self.traffic.count_written(place.name, 4 * len(tile.members) * valid * (place.cols or 1))
+        if self.holds_values:
+            self.tensors[place.name][numbers, :valid] = (
+                values[:, :valid, : place.cols] if place.cols else values[:, :valid]
+            )
+
+    def _packed(self, place: Tensor | Rows, tile: Tile, rows: range) -> tuple[torch.Tensor, ...]:
+        """Where packed rows of the tile's heads stand, for indexing: batch, head and row, (members, rows) each."""
+        batch, head, _ = tile.columns
+        batch = batch * (not self._lengths.is_by_token(place.axis))
+        numbers = torch.arange(rows.start, rows.stop)
+        start, _ = tile.sequence(place.axis)
+        return batch.view(-1, 1), head.view(-1, 1) + numbers % self._group, start + numbers // self._group
 
     def _start(self, place: Tensor | Rows, tile: Tile) -> int:
         """Where the rows of the tile's sequence begin in a place."""
@@ -163,13 +212,16 @@ class DeviceMemory:
         self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]], group: int
     ) -> tuple[str, int] | None:
         """A block of rows of an output, by name and number, that not every head has written exactly once."""
-        members = {member for _, member in tiles}
+        members = {member for _, member in tiles if member.parts == 1}
+        packed = group if plan.scheduler.packs_group else 1
         wanted: tuple[Tensor | Rows, ...] = (
             *(tensor for tensor in plan.outputs if self.wants(tensor)),
             *(rows for rows in plan.written_rows if self.wants(rows)),
         )
         for place in wanted:
-            lengths = Counter(each.seqlen_k if place.axis == "keys" else each.seqlen_q for each in members)
+            lengths = Counter(
+                each.seqlen_k if place.axis == "keys" else each.seqlen_q * packed for each in members
+            )
             rows = self.share_rows.get(place.name, plan.block_m)
             for share in range(ceil_div(max(lengths, default=0), rows)):
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
@@ -178,6 +230,33 @@ class DeviceMemory:
                 if self.members_written.get((place.name, share), 0) != heads:
                     return place.name, share * rows // plan.block_m
         return None
+
+
+def by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values that an attention kernel's places name, heads before rows."""
+
+    def batched(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
+
+    found = {scale.name: values[scale.name] for scale in plan.scales}
+    if plan.has_sink:
+        (found[SINK],) = (values[name] for name in SINK_VALUES if name in values)
+    rows = (*plan.read_rows, *plan.scratch, *plan.parts, *plan.writes)
+    for place in rows:
+        if place.name in values:
+            x = values[place.name]
+            found[place.name] = batched(x, place.axis) if isinstance(place, Tensor | Rows) else x
+    for tensor in (*plan.reads, *plan.outputs):
+        if tensor.optional and tensor.name not in values:
+            continue
+        x = batched(values[tensor.name], tensor.axis)
+        if (
+            tensor.is_transposed
+        ):  # the order of 16 keys is for the registers of a lane, which are not simulated
+            found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
+        else:
+            found[tensor.name] = x.transpose(1, 2)
+    return found
 
 
 def _row_bytes(place: Tensor | Rows) -> int:

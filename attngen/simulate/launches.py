@@ -8,25 +8,20 @@ from typing import Any
 import torch
 
 from attngen.bind import Bound, Given, bind, declared_by
-from attngen.expr import GIVEN_BLOCKS, SINK
+from attngen.expr import GIVEN_BLOCKS
 from attngen.plan import (
     BLOCK_MAP,
     ROWS_OF_HEADS,
-    SINK_VALUES,
     STEPS,
-    Axis,
     Call,
     KernelPlan,
     Launch,
     MapBlocks,
-    Rows,
     Step,
-    Tensor,
     Value,
     assemble,
     evaluate_formula,
 )
-from attngen.quantize import unpack_values
 from attngen.simulate import (
     simulated_control,
     simulated_copies,
@@ -38,7 +33,7 @@ from attngen.simulate import (
     simulated_sync,
 )
 from attngen.simulate.blocks import Block, KernelRun, scale_params
-from attngen.simulate.device_memory import DeviceMemory
+from attngen.simulate.device_memory import DeviceMemory, by_heads
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.function_names import function_name
 from attngen.simulate.roles import Event, StepFunction
@@ -171,7 +166,7 @@ def run_call(
     """
     values = {**bound.given.tensors, **_allocate(bound, layout), **(kept or {})}
     declared = Declared(bound.given.scalars, bound.given.declared)
-    sizes = Sizes.of(bound.sizes, declared)
+    sizes = replace(Sizes.of(bound.sizes, declared), softmax_scale=bound.softmax_scale)
     for launch in bound.launches:
         kernel = call.kernel_of[launch.kernel]
         if not bound.grid(launch):
@@ -187,8 +182,8 @@ def run_call(
         run = KernelRun(
             kernel,
             _with_tables(kernel, sizes, values),
-            scale_params(kernel, bound.softmax_scale),
-            DeviceMemory(_by_heads(kernel, sizes, values), memory, lengths=kernel.lengths),
+            scale_params(kernel, sizes.softmax_scale),
+            DeviceMemory(by_heads(kernel, sizes, values), memory, (), kernel.lengths, sizes.group),
             {**STEPS_SIMULATED, **(steps or {})},
             observer,
             bound.accumulates,
@@ -230,33 +225,6 @@ def _with_tables(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tens
     return sizes.with_tensors(tables)
 
 
-def _by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The values that an attention kernel's places name, heads before rows."""
-
-    def batched(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
-
-    found = {scale.name: values[scale.name] for scale in plan.scales}
-    if plan.has_sink:
-        (found[SINK],) = (values[name] for name in SINK_VALUES if name in values)
-    rows = (*plan.read_rows, *plan.scratch, *plan.writes)
-    for place in rows:
-        if place.name in values:
-            x = values[place.name]
-            found[place.name] = batched(x, place.axis) if isinstance(place, Tensor | Rows) else x
-    for tensor in (*plan.reads, *plan.outputs):
-        if tensor.optional and tensor.name not in values:
-            continue
-        x = batched(values[tensor.name], tensor.axis)
-        if (
-            tensor.is_transposed
-        ):  # the order of 16 keys is for the registers of a lane, which are not simulated
-            found[tensor.name] = unpack_values(x, sizes.seqlen_k).permute(0, 2, 3, 1)
-        else:
-            found[tensor.name] = x.transpose(1, 2)
-    return found
-
-
 @torch_defaults()
 def count(
     plan: KernelPlan,
@@ -277,11 +245,11 @@ def count(
     """
     sizes = call_sizes(plan, seqlen_q, seqlen_k, batch, heads, heads_kv, declared, tokens)
     traffic = Traffic()
-    device = DeviceMemory(None, traffic, ("lse",) if return_lse else (), plan.lengths)
+    device = DeviceMemory(None, traffic, ("lse",) if return_lse else (), plan.lengths, sizes.group)
     if not sizes.has_no_output:
-        call = assemble((plan,))
+        launches = {launch.kernel: launch for launch in assemble((plan,)).manifest.launches}
         run = KernelRun(plan, sizes, scale_params(plan, 1.0), device, STEPS_SIMULATED)
-        _launch(run, call.manifest.launches[-1], lockstep=batch * heads)
+        _launch(run, launches[plan.name], lockstep=batch * heads)
     return traffic
 
 

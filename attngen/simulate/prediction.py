@@ -201,7 +201,7 @@ def _pairs_of(plan: KernelPlan, sizes: Sizes) -> Callable[[Tile], int]:
 
     @cache
     def visited(head: Member) -> list[tuple[int, ...]]:
-        return visited_blocks(plan, sizes, all_blocks(plan, head), head)
+        return visited_blocks(plan, sizes, all_blocks(plan, sizes, head), head)
 
     def of_keys(block: int, head: Member) -> int:
         if plan.key_blocks is None:

@@ -19,7 +19,7 @@ from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.faults import Rule, SimulationFault
 from attngen.simulate.shared_memory import Cell, Complaint
 from attngen.simulate.tile_source import Tile
-from attngen.simulate.visits import Visited, ceil_div
+from attngen.simulate.visits import Visited, ceil_div, rows_of
 
 if TYPE_CHECKING:
     from attngen.simulate.blocks import Block
@@ -173,7 +173,10 @@ class RoleRun:
         letter, size = ("m", self.call.plan.block_m) if axis == "queries" else ("n", self.call.plan.block_n)
         block = self.variables.get(letter, self.variables.get(f"{letter}_block", 0))
         own = self.own_rows(size)
-        return max(0, min(len(own), self.tile.sequence(axis)[1] - block * size - own.start))
+        length = self.tile.sequence(axis)[1]
+        if axis == "queries":
+            length = rows_of(self.call.plan, self.call.sizes, self.tile.members[0])
+        return max(0, min(len(own), length - block * size - own.start))
 
     def names(self, dimensions: int) -> dict[str, Any]:
         """What an expression names of the tile and the call, broadcast to (members, ...) of so many dimensions."""

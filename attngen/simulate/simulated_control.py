@@ -56,6 +56,8 @@ def _holds(step: When, role: RoleRun) -> bool:
         return bool(role.call.scale["scale_is_negative"])
     if step.condition == "last warpgroup":
         return role.warpgroup == role.warpgroups - 1
+    if step.condition in ("tile is whole", "tile is a part"):
+        return (role.tile.members[0].parts == 1) == (step.condition == "tile is whole")
     if step.condition == "tile has blocks":
         if role.tile.bounds is None:
             raise role.fault("undefined index", "a tile of a whole head has no blocks of keys of its own")

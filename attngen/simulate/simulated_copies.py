@@ -6,7 +6,7 @@ import torch
 
 from attngen.dtypes import E4M3, DType, torch_dtype
 from attngen.expr import evaluate
-from attngen.plan import BlockIndex, RegTile, RegVec, Rows, Tensor
+from attngen.plan import BlockIndex, PartRows, RegTile, RegVec, Rows, Tensor
 from attngen.plan.steps import (
     CommitCopies,
     LoadRegisters,
@@ -50,7 +50,7 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
     first = _first_row(role, step.src, step.block, buffer.rows)
     valid = role.device.valid_rows(step.src, role.tile, first, buffer.rows)
     if not step.pads and valid < buffer.rows:
-        _, length = role.tile.sequence(step.src.axis)
+        length = role.device.rows_of(step.src, role.tile)
         message = (
             f"rows {first} .. {first + buffer.rows - 1} of {step.src}, which has {length}, without a bound"
         )
@@ -203,6 +203,10 @@ def store_registers(step: StoreRegisters, role: RoleRun) -> None:
     """Write the warpgroup's rows of an accumulator, or of a value per row; nothing of what the user did not ask for."""
     registers, place = step.src, step.dst
     values = role.read(registers)
+    if isinstance(place, PartRows):
+        numbers = [role.call.tile_numbers[role.tile.m_block, member] for member in role.tile.members]
+        role.device.write_part(place, role.tile, numbers, role.valid_extent("queries"), values)
+        return
     if isinstance(place, Rows) and not role.device.wants(place):
         return
     own = role.own_rows(registers.rows)

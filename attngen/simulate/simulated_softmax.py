@@ -225,6 +225,8 @@ def _indices(
     first_key = role.index(step.block) * tile.cols
     kv_idx = torch.arange(first_key, first_key + tile.cols).view(1, 1, -1)
     q_idx = torch.arange(first_row, first_row + len(own)).view(1, -1, 1)
+    if role.call.plan.scheduler.packs_group:
+        q_idx = q_idx // role.call.sizes.group
     return kv_idx, role.names(dimensions=3) | {"q_idx": q_idx, "kv_idx": kv_idx}
 
 
@@ -337,7 +339,11 @@ def read_sink(step: ReadSink, role: RoleRun) -> None:
 
     def sinks() -> torch.Tensor:
         _, head, _ = role.tile.columns
-        return role.device.tensors[SINK][head].float().view(-1, 1).expand(-1, rows)
+        heads = head.view(-1, 1).expand(-1, rows)
+        if role.call.plan.scheduler.packs_group:
+            first = (role.tile.m_block or 0) * rows
+            heads = heads + torch.arange(first, first + rows) % role.call.sizes.group
+        return role.device.tensors[SINK][heads].float()
 
     role.write(step.dst, sinks)
 

@@ -138,7 +138,7 @@ class Simulator:
 
     def _table_signature(self, given: Given) -> TableSignature:
         kernel = self.call.serving(given.sizes["seqlen_k"]).name
-        return TableSignature.of(kernel, given, self.manifest.lengths)
+        return TableSignature.of(kernel, given, self.manifest)
 
     def _made_of(self, given: Given) -> Iterable[torch.Tensor]:
         return made_of(given, self.manifest.lengths).values()

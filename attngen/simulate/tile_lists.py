@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from attngen.plan import (
-    ENTRY_WORDS,
     KEYS,
     LENGTHS,
     LETTERS,
@@ -18,7 +17,7 @@ from attngen.plan import (
     bucket,
     evaluate_formula,
 )
-from attngen.simulate.visits import Sizes, ceil_div, declared_values
+from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div, declared_values
 
 Values = Mapping[str, torch.Tensor]
 
@@ -50,7 +49,7 @@ def list_tiles(sheet: ListTiles, values: Values, sizes: Sizes) -> dict[str, torc
     """The list of a kernel's tiles: how many there are, then an entry each."""
     plan = sheet.plan
     rows = evaluate_formula(sheet.shape[0], sizes.values)
-    found = torch.zeros((rows, ENTRY_WORDS), dtype=torch.int32)
+    found = torch.zeros((rows, sheet.entry_words), dtype=torch.int32)
     # Sequences that overlap may have more tiles than there is room for.
     entries = sorted(_entries(plan, values, sizes), key=lambda each: -bucket(each[0]))[: rows - 1]
     found[0, 0] = len(entries)
@@ -99,20 +98,82 @@ def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[i
     axis: Axis = own.axis if own else "queries"
     other: Axis = "queries" if axis == "keys" else "keys"
     seen = spans(plan, values, sizes, other)
+    parts = _Parts.of(plan, sizes, spans(plan, values, sizes, "queries"), seen) if plan.split else None
     for piece in pieces(plan, values, sizes, axis):
         if piece.span.length <= 0:  # of sequences that overlap what lies between them is less than nothing
             continue
         beside = seen[piece.sequence] if piece.is_used else NOTHING
         queries, keys = (piece.span, beside) if axis == "queries" else (beside, piece.span)
         places = (queries.start, queries.length, keys.start, keys.length)
-        of_queries, of_keys = ceil_div(queries.length, plan.block_m), ceil_div(keys.length, plan.block_n)
+        rows = queries.length * (sizes.group if plan.scheduler.packs_group else 1)
+        of_queries, of_keys = ceil_div(rows, plan.block_m), ceil_div(keys.length, plan.block_n)
         if own is None:
             yield (min(of_queries * of_keys, MOST_BLOCKS), piece.sequence, 0, *places)
             continue
         count, visited = (of_keys, of_queries) if own is KEYS else (of_queries, of_keys)
         is_reversed = piece.is_used and plan.scheduler.longest_first
         for block in reversed(range(count)) if is_reversed else range(count):
-            yield (visited, piece.sequence, block, *places)
+            if parts is None:
+                yield (visited, piece.sequence, block, *places)
+                continue
+            for part in parts.of_sequence(piece.sequence) if piece.is_used else (WHOLE,):
+                yield (visited, piece.sequence, block, *places, *part)
+
+
+class Part(NamedTuple):
+    """Blocks of keys n_begin .. n_end - 1, the part-th of so many parts of a tile's."""
+
+    n_begin: int
+    n_end: int
+    part: int
+    parts: int
+
+
+WHOLE = Part(0, 0, 0, 1)
+"""All blocks that a tile of rows sees that nobody uses."""
+
+
+class _Parts:
+    """How the keys of each sequence are cut."""
+
+    def __init__(self, visited: list[range], width: int, is_fixed: bool) -> None:
+        self._visited, self._width, self._is_fixed = visited, width, is_fixed
+
+    @classmethod
+    def of(cls, plan: KernelPlan, sizes: Sizes, queries: list[Span], keys: list[Span]) -> Self:
+        """Those of a call: a part has as many blocks as the split says, or as fill the GPU."""
+        assert plan.split is not None
+        group = sizes.group if plan.scheduler.packs_group else 1
+        tiles = [ceil_div(of.length * group, plan.block_m) for of in queries]
+        visited = [
+            _visited(plan, sizes, Member(b, 0, 0, q.length, k.length, q.start, k.start), count)
+            for b, (q, k, count) in enumerate(zip(queries, keys, tiles, strict=True))
+        ]
+        if plan.split.keys is not None:
+            return cls(visited, plan.split.keys // plan.block_n, is_fixed=True)
+        heads = sizes.num_heads_kv if plan.scheduler.is_for_groups else sizes.num_heads_q
+        work = sum(count * len(blocks) for count, blocks in zip(tiles, visited, strict=True)) * heads
+        least = ceil_div(plan.split.least, plan.block_n)
+        return cls(visited, max(least, ceil_div(work, sizes.num_sms * plan.blocks_per_sm)), is_fixed=False)
+
+    def of_sequence(self, sequence: int) -> Iterator[Part]:
+        """The parts of a tile of a sequence."""
+        visited, width = self._visited[sequence], self._width
+        begin = visited.start // width * width if self._is_fixed else visited.start
+        count = ceil_div(visited.stop - begin, width) if visited else 1
+        if visited and not self._is_fixed:
+            width = ceil_div(len(visited), count)
+            count = ceil_div(len(visited), width)
+        for part in range(count):
+            yield Part(begin + part * width, begin + (part + 1) * width, part, count)
+
+
+def _visited(plan: KernelPlan, sizes: Sizes, member: Member, tiles: int) -> range:
+    """The blocks of keys that are cut: those that the one tile of a sequence visits, where it is known; else all."""
+    if tiles == 1 and ListTiles(plan).knows_visits:
+        (seen,) = block_bounds(plan, sizes, [0], member)
+        return range(seen.n_min, max(seen.n_min, seen.n_max))
+    return range(ceil_div(member.seqlen_k, plan.block_n)) if tiles else range(0)
 
 
 def spans(plan: KernelPlan, values: Values, sizes: Sizes, axis: Axis) -> list[Span]:

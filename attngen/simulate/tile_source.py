@@ -123,7 +123,7 @@ def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[
         for told, members in heads.items():
             first, bounds, walk, visited = members[0], None, None, None
             if plan.scheduler.kind == "heads":
-                visited = tuple(visited_blocks(plan, sizes, all_blocks(plan, first), first))
+                visited = tuple(visited_blocks(plan, sizes, all_blocks(plan, sizes, first), first))
             elif plan.key_blocks is None:
                 walk = walk_of(plan, sizes, m_block, first)
             else:

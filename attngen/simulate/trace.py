@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from attngen.plan import KernelPlan, RegVec
+from attngen.plan import KernelPlan, PartRows, RegVec
 from attngen.plan.steps import (
     Exponentiate,
     Gemm,
@@ -161,7 +161,7 @@ class _Board:
         elif isinstance(step, Gemm | IssueGemm) and "v_columns" in step.acc.axes:
             o = event.value(step.acc)[: len(rows), : plan.head_dim_v]
             self.records.append(BlockRecord(event.tile.members[0], rows, o=o, **seen.popleft()))
-        elif isinstance(step, StoreRegisters) and step.dst.workspace:
+        elif isinstance(step, StoreRegisters) and (isinstance(step.dst, PartRows) or step.dst.workspace):
             return
         elif isinstance(step, StoreRegisters) and isinstance(step.src, RegVec):
             self._lse[event.role] = event.value(step.src)[: len(rows)]

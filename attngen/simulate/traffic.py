@@ -18,6 +18,7 @@ from attngen.simulate.visits import (
     all_blocks,
     block_bounds,
     heads_alike,
+    rows_of,
     visited_blocks,
 )
 from attngen.torch_state import torch_defaults
@@ -109,11 +110,11 @@ def executed_flops(plan: KernelPlan, sizes: Sizes) -> int:
 def _pairs(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
     """Pairs of blocks of queries and of keys that a head visits, or that the group of a head of keys does."""
     if plan.scheduler.kind != "key_blocks":
-        return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, member), member)))
+        return sum(map(len, visited_blocks(plan, sizes, all_blocks(plan, sizes, member), member)))
     group = (member._replace(head=member.head + place) for place in range(sizes.group))
     if plan.key_blocks is None:
         return sum(
-            len(n) for each in group for n in visited_blocks(plan, sizes, all_blocks(plan, each), each)
+            len(n) for each in group for n in visited_blocks(plan, sizes, all_blocks(plan, sizes, each), each)
         )
     blocks = range(-(-member.seqlen_k // plan.block_n))
     return sum(seen.n_max - seen.n_min for each in group for seen in block_bounds(plan, sizes, blocks, each))
@@ -121,12 +122,12 @@ def _pairs(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
 
 def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -> Traffic:
     """What one head costs."""
-    seqlen_q, seqlen_k = member.seqlen_q, member.seqlen_k
+    rows_of_head, seqlen_k = rows_of(plan, sizes, member), member.seqlen_k
     traffic = Traffic()
     loads_q_anyway = bool(plan.rings)  # the producer of a ring fills it for every tile
     pairs, rows_times_keys, rows_loaded, rows_visits, keys_visits = 0, 0, 0, 0, 0
-    for m, visited in enumerate(visited_blocks(plan, sizes, all_blocks(plan, member), member)):
-        rows = min(plan.block_m, seqlen_q - m * plan.block_m)
+    for m, visited in enumerate(visited_blocks(plan, sizes, all_blocks(plan, sizes, member), member)):
+        rows = min(plan.block_m, rows_of_head - m * plan.block_m)
         blocks = len(visited)
         keys = sum(min(plan.block_n, seqlen_k - n * plan.block_n) for n in visited)
         pairs += blocks
@@ -138,19 +139,22 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
     qk_row, v_row, o_row = plan.head_dim_qk * element, plan.head_dim_v * element, plan.head_dim_v * f32
     traffic.flops = 2 * pairs * plan.block_m * plan.block_n * (plan.qk_cols + plan.v_cols)
     traffic.useful_flops = 2 * rows_times_keys * dims
-    traffic.written = {"out": seqlen_q * plan.head_dim_v * plan.output.bytes}
-    if return_lse:
-        traffic.written["lse"] = seqlen_q * f32
+    if member.parts > 1:
+        traffic.written = {place.name: rows_of_head * (place.cols or 1) * f32 for place in plan.parts}
+    else:
+        traffic.written = {"out": rows_of_head * plan.head_dim_v * plan.output.bytes}
+        if return_lse:
+            traffic.written["lse"] = rows_of_head * f32
     if plan.schedule == "serial":
         # K and V once; Q, O and the row statistics at every visit, the sum twice (it rescales O too).
         traffic.read = {"k": seqlen_k * qk_row, "v": seqlen_k * v_row, "q": rows_visits * qk_row}
         traffic.read |= {
-            "o_acc": (rows_visits + seqlen_q) * o_row,
-            "saved_max": (rows_visits + seqlen_q) * f32,
+            "o_acc": (rows_visits + rows_of_head) * o_row,
+            "saved_max": (rows_visits + rows_of_head) * f32,
         }
-        traffic.read["saved_sum"] = (2 * rows_visits + seqlen_q) * f32
-        traffic.written |= {"o_acc": (rows_visits + seqlen_q) * o_row}
-        traffic.written |= {name: (rows_visits + seqlen_q) * f32 for name in ("saved_max", "saved_sum")}
+        traffic.read["saved_sum"] = (2 * rows_visits + rows_of_head) * f32
+        traffic.written |= {"o_acc": (rows_visits + rows_of_head) * o_row}
+        traffic.written |= {name: (rows_visits + rows_of_head) * f32 for name in ("saved_max", "saved_sum")}
     else:
         # Q once; K and V once for every block of rows that sees them.
         traffic.read = {"q": rows_loaded * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from attngen.expr import Expr, evaluate, fill_tables, find_boundaries, free_names, tensor_names
+from attngen.expr import (
+    LARGEST_LENGTH,
+    Expr,
+    evaluate,
+    fill_tables,
+    find_boundaries,
+    free_names,
+    tensor_names,
+)
 from attngen.plan import (
-    ENTRY_FIELDS,
     KEYS,
+    PART_NAMES,
     QUERIES,
     RUNTIME_SIZES,
     Definitions,
@@ -40,7 +48,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call, and what it declares. Heads of Q are a multiple of heads of K and V."""
+    """The sizes of one call, its scale, and what it declares. Heads of Q are a multiple of heads of K and V."""
 
     batch: int
     seqlen_q: int
@@ -51,6 +59,7 @@ class Sizes:
     tokens_q: int = 0
     tokens_k: int = 0
     declared: Declared = Declared()
+    softmax_scale: float = 1.0
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
@@ -95,7 +104,10 @@ def declared_values(plan: KernelPlan, sizes: Sizes, passed: Mapping[str, Any]) -
 
 
 class Member(NamedTuple):
-    """One head of one sequence: its lengths, and where it starts among the rows and keys of the tensors."""
+    """One head of one sequence: its lengths, and where it starts among the rows and keys of the tensors.
+
+    Where keys are cut into parts, those of blocks n_begin .. n_end - 1, which are the part-th of so many.
+    """
 
     batch: int
     head: int
@@ -104,15 +116,19 @@ class Member(NamedTuple):
     seqlen_k: int
     q_start: int = 0
     k_start: int = 0
+    n_begin: int = 0
+    n_end: int = LARGEST_LENGTH
+    part: int = 0
+    parts: int = 1
 
     @property
-    def rows(self) -> tuple[int, int, int, int]:
-        """Lengths and starts, in which the heads of one simulated block agree."""
-        return self.seqlen_q, self.seqlen_k, self.q_start, self.k_start
+    def rows(self) -> tuple[int, ...]:
+        """Lengths, starts and the part of the keys, in which the heads of one simulated block agree."""
+        return tuple(self[3:])
 
 
-DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start")
-"""The fields of a `Member`, as a tile's decoding has them."""
+DECODED = ("b", "h", "h_kv", "seqlen_q", "seqlen_k", "q_idx.start", "kv_idx.start", *PART_NAMES)
+"""The fields of a `Member`, as a tile's decoding has them; those of parts where keys are cut."""
 
 
 class BlockBounds(NamedTuple):
@@ -174,14 +190,15 @@ def _decoded(
     columns = zip(*listed, strict=True)
     tensors = {
         entry_field(field): torch.tensor(of, dtype=torch.int64)
-        for field, of in zip(ENTRY_FIELDS, columns, strict=False)
+        for field, of in zip(scheduler.entry_fields, columns, strict=False)
     }
     tile = evaluated(scheduler.decoding, names | {"tile.index": torch.arange(count)}, tensors)
     found = [_listed(tile[axis.tile.name], count) for axis in (QUERIES, KEYS) if axis.tile.name in tile]
     blocks: Iterable[Blocks] = (
         zip(*found, strict=True) if len(found) > 1 else found[0] if found else [None] * count
     )
-    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in DECODED)), strict=True))
+    said = DECODED if scheduler.is_split else DECODED[: -len(PART_NAMES)]
+    return tuple(zip(blocks, map(Member, *(_listed(tile[field], count) for field in said)), strict=True))
 
 
 def first_head(plan: KernelPlan, sizes: Sizes) -> Member:
@@ -198,7 +215,8 @@ def block_bounds(
     """
     assert plan.key_blocks is not None
     numbers = m_blocks[0] if len(m_blocks) == 1 else torch.tensor(m_blocks, dtype=torch.int64)
-    names = _names(plan, sizes, member, plan.key_blocks.axis.other, numbers)
+    rows = plan.queries if plan.key_blocks.axis is KEYS else KEYS
+    names = _names(plan, sizes, member, rows, numbers)
     seen = plan.key_blocks.where_known(lambda bound: _is_known(bound, names, sizes))
     found = evaluated(seen.definitions, names, sizes.declared.tensors)
     ends = (found[f"seen.{end.removeprefix('n_')}"] for end in BlockBounds._fields)
@@ -211,8 +229,9 @@ def walk_of(plan: KernelPlan, sizes: Sizes, m_block: int, member: Member) -> tup
     Where the call does not say what the classes depend on, all blocks are visited and none is full.
     """
     numbers = torch.arange(ceil_div(member.seqlen_k, plan.block_n))
-    names = _names(plan, sizes, member, QUERIES, m_block) | _names(plan, sizes, member, KEYS, numbers)
-    return tuple(reversed(_visited(plan, sizes, names, numbers, member)))
+    names = _names(plan, sizes, member, plan.queries, m_block) | _names(plan, sizes, member, KEYS, numbers)
+    visited = reversed(_visited(plan, sizes, names, numbers, member))
+    return tuple(each for each in visited if member.n_begin <= each.n < member.n_end)
 
 
 def walk_of_keys(plan: KernelPlan, sizes: Sizes, n_block: int, member: Member) -> tuple[Visited, ...]:
@@ -268,9 +287,14 @@ def visited_blocks(
     return [tuple(range(each.n_min, each.n_max)) for each in block_bounds(plan, sizes, m_blocks, member)]
 
 
-def all_blocks(plan: KernelPlan, member: Member) -> range:
+def rows_of(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
+    """How many rows the tiles of a head's sequence have, those of its group where they are packed."""
+    return member.seqlen_q * (sizes.group if plan.scheduler.packs_group else 1)
+
+
+def all_blocks(plan: KernelPlan, sizes: Sizes, member: Member) -> range:
     """The numbers of a head's blocks of rows."""
-    return range(ceil_div(member.seqlen_q, plan.block_m))
+    return range(ceil_div(rows_of(plan, sizes, member), plan.block_m))
 
 
 def what_tells_apart(plan: KernelPlan) -> Callable[[Member], tuple[int, ...]]:
@@ -342,6 +366,7 @@ def _names(
     """What a condition on a block of rows or keys of a head may name, its number among them."""
     head = dict(zip(DECODED, member, strict=True))
     names = {**head, **_block_sizes(plan), **sizes.declared.scalars, axis.tile.name: block}
+    names["call.group"] = sizes.group
     return evaluated(axis.span, names)
 
 

@@ -304,6 +304,28 @@ class GivenBlocks(_Model):
     """Keys."""
 
 
+PART_STEP = 64
+"""What the keys of a part are a multiple of, so that it is whole blocks."""
+
+
+class SplitKeys(_Model):
+    """Parts of so many keys, counted from a sequence's first."""
+
+    keys: Annotated[
+        int,
+        Field(ge=PART_STEP, le=LARGEST_LENGTH, multiple_of=PART_STEP),
+        BeforeValidator(_integer),
+        Expects(
+            "part-of-keys",
+            f"a multiple of {PART_STEP}",
+            lambda value: (
+                (str(max(1, round(value / PART_STEP)) * PART_STEP),) if isinstance(value, int) else ()
+            ),
+        ),
+    ]
+    """Keys of a part."""
+
+
 class CheckShape(_Model):
     """A shape that the spec must pass."""
 
@@ -364,6 +386,15 @@ class SpecModel(_Model):
     ] = None
     """Blocks of queries and keys, of which every call passes a map, or lists, of those that are kept; in these the mask
     hides what it hides. None: all are kept, and no call says anything."""
+    split: Annotated[
+        SplitKeys | Literal["none", "auto"],
+        Expects(
+            "split-of-keys", "none, auto or {keys: 1024}", lambda value: ("none", "auto", "{keys: 1024}")
+        ),
+    ] = "none"
+    """How the keys of rows are cut into parts for different thread blocks: auto makes as many parts as fill the GPU;
+    {keys: 1024} cuts at multiples of so many keys of a sequence, which then gives the same bits whatever else a call
+    has. The rows of a tile are those of all query heads that share its keys."""
     schedule: Schedule = Schedule()
     """In which order a block works, and with what."""
     check: Annotated[

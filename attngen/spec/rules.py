@@ -4,6 +4,7 @@ The rules read plain data rather than a Spec, so that they speak even where anot
 stand in one report; a value of the wrong type is the schema's fault to tell.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     yield from _fields_of_e4m3(said, head_dim)
     yield from _gradients(data, said["inputs"], said["output"])
     yield from _lengths(data, problem if isinstance(problem, dict) else {})
+    yield from _split(data, said["inputs"])
 
 
 def nearest_head_dims(data: dict[str, Any], dim: int) -> tuple[str, ...]:
@@ -240,6 +242,34 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
             note=f"the gradient of {more[0]} is a sum over sequences of one length",
             nearest=(f"gradients: [{', '.join(name for name in names if name not in more)}]",),
         )
+
+
+def _split(data: dict[str, Any], inputs: object) -> Iterator[Broken]:
+    """What parts of keys rule out."""
+    split = data.get("split", "none")
+    if split == "none":
+        return
+
+    def broken(path: str, value: object, must: str, note: str, *nearest: str) -> Broken:
+        return Broken(path, value, f"{must} where keys are split", "split-of-keys", note, nearest)
+
+    schedule, tile = data.get("schedule"), data.get("tile")
+    kind = schedule.get("kind", "auto") if isinstance(schedule, dict) else "auto"
+    if kind not in ("auto", "fa2"):
+        note = "the others keep O of a tile where one block of threads alone comes to all of its keys"
+        yield broken("schedule.kind", kind, "must be fa2", note, "fa2", "split: none")
+    if inputs == "e4m3":
+        yield broken(
+            "precision.inputs", inputs, "must be bf16 or f16", "parts are for 16-bit tiles", "bf16", "f16"
+        )
+    if data.get("gradients"):
+        note = "parts are for calls of few queries, which nobody trains on"
+        yield broken("gradients", data["gradients"], "must be []", note, "[]", "split: none")
+    keys = split.get("keys") if isinstance(split, dict) else None
+    block_n = tile.get("block_n") if isinstance(tile, dict) else None
+    if is_positive(keys) and is_positive(block_n) and keys % block_n:
+        note = "a part is whole blocks of keys"
+        yield broken("tile.block_n", block_n, f"must divide {keys}", note, str(math.gcd(keys, block_n)))
 
 
 def _nearest_gradients(names: list[Any] | tuple[Any, ...], known: list[str]) -> str:

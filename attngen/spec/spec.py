@@ -21,7 +21,16 @@ from attngen.expr import (
 from attngen.expr.declarations import SORTED, Declarations, TensorType
 from attngen.expr.declare import read_declarations
 from attngen.spec.document import dump_text
-from attngen.spec.models import CheckShape, GivenBlocks, Precision, Problem, Schedule, SpecModel, Tile
+from attngen.spec.models import (
+    CheckShape,
+    GivenBlocks,
+    Precision,
+    Problem,
+    Schedule,
+    SpecModel,
+    SplitKeys,
+    Tile,
+)
 from attngen.spec.source import Mark
 
 
@@ -32,7 +41,7 @@ class Spec:
     Attributes:
         name: of the spec, for people and files; may be empty.
         target: name of an arch, or "auto".
-        problem, precision, sink, gradients, deterministic, tile, schedule, check: as in the schema.
+        problem, precision, sink, gradients, deterministic, tile, split, schedule, check: as in the schema.
         scalars, tensors, define: what the expressions may read besides the language's own names, as written.
         mask, score: expressions, as written.
         blocks: of which calls say which are kept; None where they do not.
@@ -53,6 +62,7 @@ class Spec:
     deterministic: bool
     tile: Tile
     blocks: GivenBlocks | None
+    split: str | SplitKeys
     schedule: Schedule
     check: tuple[CheckShape, ...]
     marks: Mapping[str, Mark] = field(default_factory=dict, compare=False)
@@ -146,6 +156,8 @@ class Spec:
             del data["blocks"]
         if not self.has_sink:
             del data["sink"]
+        if self.split == "none":
+            del data["split"]
         data |= {"mask": to_text(self.mask_expr), "score": to_text(self.score_expr)}
         for axis in ("queries", "keys"):
             if data["problem"][axis] == "dense":

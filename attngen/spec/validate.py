@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
-from types import GenericAlias, UnionType
 from typing import Any, get_args
 
 import pydantic
@@ -137,6 +136,12 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place | None:
             data = data[part]
         elif isinstance(part, str) and isinstance(data, dict) and inner:
             field = inner.model_fields.get(part)
+            if (
+                field is None and part not in data
+            ):  # an arm of a union: the model's own, or one that takes no mapping
+                if part == inner.__name__:
+                    continue
+                return None
             place = _Place(f"{place.path}.{part}".lstrip("."), part, field, inner)
             data, inner = data.get(part), _model_of(field)
         elif isinstance(part, str) and isinstance(data, dict) and (field := _value_of(place.field)):
@@ -152,8 +157,7 @@ def _resolve(document: Document, loc: tuple[int | str, ...]) -> _Place | None:
 def _model_of(field: FieldInfo | None) -> type[pydantic.BaseModel] | None:
     """The model that a field holds, may hold, or holds a list of."""
     annotation = field.annotation if field else None
-    if isinstance(annotation, GenericAlias | UnionType):
-        annotation = get_args(annotation)[0]
+    annotation = next(iter(get_args(annotation)), annotation)
     return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
 
 

@@ -7,10 +7,23 @@ struct Passes {
   static constexpr bool kEven = Tile::kRows * Tile::kChunks % kThreads == 0;
 };
 
+// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
+struct PackedRows {
+  i64 stride, stride_head;
+  int group;
+};
+
+// Where a row of a head stands whose rows are so many elements apart, or are packed.
+DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
+DEV i64 row_offset(const PackedRows& rows, i64 row) {
+  const int index = (int)row / rows.group;
+  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
+}
+
 // Start copying a tile: rows first_row .. of a head whose rows stand `stride` elements apart. Rows at or past
 // `end_row` and columns past the head dim arrive as zeros.
-template <class Tile, int kThreads>
-DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_row) {
+template <class Tile, int kThreads, class Stride>
+DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int end_row) {
   using Pass = Passes<Tile, kThreads>;
   const u32 thread = stay_in_loop(threadIdx.x);
 #pragma unroll
@@ -18,7 +31,7 @@ DEV void load_tile(u32 dst, const u16* head, i64 stride, int first_row, int end_
     const u32 index = i * kThreads + thread, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (!Pass::kEven && row >= Tile::kRows) break;
     const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
-    const u16* src = valid ? head + (first_row + (i64)row) * stride + chunk * 8 : head;
+    const u16* src = valid ? head + row_offset(stride, first_row + (i64)row) + chunk * 8 : head;
     cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
   }
 }
@@ -81,13 +94,13 @@ DEV void copy_tile(u32 dst, const float (&acc)[kRowTiles][kColTiles][4]) {
 }
 
 // Write a tile to rows first_row .. of a head; rows at or past `end_row` are dropped.
-template <class Tile, int kThreads>
-DEV void store_tile(u16* head, i64 stride, int first_row, int end_row, u32 src) {
+template <class Tile, int kThreads, class Stride>
+DEV void store_tile(u16* head, Stride stride, int first_row, int end_row, u32 src) {
 #pragma unroll 4
   for (int index = threadIdx.x; index < Tile::kRows * Tile::kValidChunks; index += kThreads) {
     const int row = index / Tile::kValidChunks, chunk = index % Tile::kValidChunks;
     if (first_row + row < end_row) {
-      *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+      *(uint4*)(head + row_offset(stride, first_row + row) + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
     }
   }
 }

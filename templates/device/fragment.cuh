@@ -14,15 +14,15 @@ DEV void load_fragment(float (&acc)[kRowTiles][kColTiles][4], const float* head,
 }
 
 // Write an accumulator to rows first_row .. of f32 that stand `stride` elements apart; rows at or past `end_row` are dropped.
-template <int kCols, int kRowTiles, int kColTiles>
-DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, i64 stride) {
+template <int kCols, class Stride, int kRowTiles, int kColTiles>
+DEV void store_fragment(float* head, const float (&acc)[kRowTiles][kColTiles][4], int first_row, int end_row, Stride stride) {
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
 #pragma unroll
     for (int j = 0; j < kColTiles; ++j) {
       if (row < end_row && 8 * j < kCols) {
-        *(float2*)(head + row * stride + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
+        *(float2*)(head + row_offset(stride, row) + 8 * j + lane_column()) = {acc[r / 2][j][r % 2 * 2], acc[r / 2][j][r % 2 * 2 + 1]};
       }
     }
   }
@@ -62,6 +62,16 @@ DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int e
   for (int r = 0; r < kRows; ++r) {
     const int row = first_row + row_in_tile<kRowTiles>(r);
     if (row < end_row && threadIdx.x % 4 == 0) head[row] = src[r];
+  }
+}
+
+// store_rows where rows are packed.
+template <int kRowTiles, int kRows>
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = first_row + row_in_tile<kRowTiles>(r);
+    if (row < end_row && threadIdx.x % 4 == 0) head[row_offset(rows, row)] = src[r];
   }
 }
 

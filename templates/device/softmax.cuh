@@ -343,13 +343,19 @@ DEV void finish_rows_of_scores(float (&inv_sum)[N], float (&lse)[N], const float
 // A sink, a logit of no value, joins the sum of each row, of which lse is the logarithm: by = by times the keys' share of the new sum.
 // Exponents are 0 or less, but for a sink of +inf, beside which keys vanish; where there is neither a key nor a sink nothing changes.
 template <int N>
-DEV void join_sink(float (&by)[N], float (&lse)[N], float sink) {
+DEV void join_sink(float (&by)[N], float (&lse)[N], const float (&sink)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float largest = fminf(fmaxf(fmaxf(lse[i], sink), lowest()), -lowest());
+    const float largest = fminf(fmaxf(fmaxf(lse[i], sink[i]), lowest()), -lowest());
     const float of_keys = exp2_approx((lse[i] - largest) * 1.4426950408889634f);
-    const float total = of_keys + exp2_approx((sink - largest) * 1.4426950408889634f);
+    const float total = of_keys + exp2_approx((sink[i] - largest) * 1.4426950408889634f);
     by[i] *= total == 0.f ? 0.f : of_keys * __frcp_rn(total);
     lse[i] = largest + log2_approx(total) * 0.6931471805599453f;
   }
+}
+template <int N>
+DEV void join_sink(float (&by)[N], float (&lse)[N], float sink) {
+  float of_rows[N];
+  fill(of_rows, sink);
+  join_sink(by, lse, of_rows);
 }

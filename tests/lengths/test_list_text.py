@@ -3,6 +3,7 @@
 import ctypes
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,18 @@ from tests.quantize.on_cpu import CpuKernels
 
 GUARD = 0x5A5A5A5A
 LARGEST = 2**31 - 1
+PART_COUNT = 9
+"""The word of an entry that says how many parts there are."""
 
 
 class Listing:
     """A kernel that lists tiles, by g++, and what it lists those of."""
 
-    def __init__(self, arch: str, schedule: str, queries: str, keys: str, mask: str) -> None:
+    def __init__(
+        self, arch: str, schedule: str, queries: str, keys: str, mask: str, split: Any = "none"
+    ) -> None:
         problem = {"head_dim": 64, "queries": queries, "keys": keys}
-        spec = {"problem": problem, "mask": mask, "schedule": {"kind": schedule}}
+        spec = {"problem": problem, "mask": mask, "schedule": {"kind": schedule}, "split": split}
         call = attngen.compile(spec, arch=arch).call
         self.plan = call.programs[-1]
         self.sheet = ListTiles(self.plan)
@@ -35,7 +40,7 @@ class Listing:
     def run(self, sizes: Sizes, lengths: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the text lists, with memory behind the list that must stay as it is."""
         rows = evaluate_formula(self.sheet.shape[0], sizes.values)
-        found = torch.full((rows + 8, 8), GUARD, dtype=torch.int32)
+        found = torch.full((rows + 8, self.sheet.entry_words), GUARD, dtype=torch.int32)
         pointers = {
             f"{name}.ptr": x.data_ptr() for name, x in {self.plan.tile_list: found, **lengths}.items()
         }
@@ -55,7 +60,8 @@ def _text_of(plan: KernelPlan) -> str:
     """The kernel that lists tiles, of the text that it shares with the attention kernel."""
     text = emit_module((plan,)).partition("// ---- this kernel")[2].partition("\n")[2]
     ahead, _, rest = text.partition('extern "C" __global__')
-    sheet = rest[rest.index("// ---- the list") :]
+    sheet = rest[rest.index("// ---- the list") :].partition("// ---- the parts")[0]
+    ahead = re.sub(r"^DEV float\* part_of[^\n]*\n", "", ahead, flags=re.MULTILINE)
     ahead = re.sub(r"^using [^\n]*\n", "", ahead, flags=re.MULTILINE)  # tiles in shared memory
     ahead = re.sub(
         r"(template <class Element>\n)?DEV \w+\* \w+_(of|head)\(.*?\n\}\n", "", ahead, flags=re.DOTALL
@@ -130,3 +136,32 @@ def test_the_text_lists_what_the_simulator_lists(
         assert torch.equal(listing.run(sizes, lengths)[: count + 1], expected[: count + 1])
         longest = max(longest, count)
     assert longest >= 10
+
+
+@pytest.mark.parametrize("lies", [False, True])
+@pytest.mark.parametrize("split", ["auto", {"keys": 128}], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "mask"),
+    [
+        ("ragged", "padded", "causal"),
+        ("dense", "padded", "window(300, 0)"),
+        ("padded", "ragged", "kv_idx <= q_idx or kv_idx < 3"),
+        ("dense", "dense", "full"),
+    ],
+)
+def test_the_text_cuts_keys_as_the_simulator_does(
+    queries: str, keys: str, mask: str, split: Any, lies: bool
+) -> None:
+    """Into the same parts, whether a sequence's rows are one tile or more."""
+    listing, draw = (
+        Listing("sm_90a", "fa2", queries, keys, mask, split),
+        random.Random(f"{queries} {keys} {lies}"),
+    )
+    plan, most = listing.plan, 0
+    for batch in (1, 3, 40):
+        sizes, lengths = drawn(plan, batch, draw, lies)
+        expected = list_tiles(listing.sheet, lengths, sizes)[plan.tile_list]
+        count = int(expected[0, 0])
+        assert torch.equal(listing.run(sizes, lengths)[: count + 1], expected[: count + 1])
+        most = max([most, *expected[1 : count + 1, PART_COUNT].tolist()])
+    assert most > 1 or split == "auto" or lies

@@ -30,7 +30,7 @@ def test_margins_of_a_legal_plan_are_kept(name: str) -> None:
     spec = load(name)
     plan = kernel_plan(spec, resolve_arch(spec))
     assert_margins_are_kept(plan)
-    of_others = {"warpgroups", "wgmma-rows", "wgmma-columns", "staged-scales"}
+    of_others = {"warpgroups", "wgmma-rows", "wgmma-columns", "staged-scales", "parts"}
     of_others |= set() if plan.schedule == "serial" else {"serial-stages"}
     assert set(margins(plan)) == set(RULES) - of_others
 
@@ -41,7 +41,7 @@ def test_margins_of_warpgroups_are_kept(kind: str, head_dim: int) -> None:
     """Where warpgroups compute, a plan is within every margin; the rows of mma.sync say nothing there."""
     plan = kernel_plan(load({"problem": {"head_dim": head_dim}, "schedule": {"kind": kind}}), ARCHS["sm_90a"])
     assert_margins_are_kept(plan)
-    assert set(margins(plan)) == set(RULES) - {"mma-rows", "staged-scales", "serial-stages"}
+    assert set(margins(plan)) == set(RULES) - {"mma-rows", "staged-scales", "serial-stages", "parts"}
 
 
 def test_staged_scales_have_a_margin() -> None:

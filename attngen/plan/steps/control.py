@@ -30,9 +30,11 @@ class ForBlocks(Step):
         return f"for {self.index} in {self.range} ({self.range.tile_class} tiles):"
 
 
-Condition = Literal["tile has blocks", "scale is negative", "m sees n", "last warpgroup"]
+Condition = Literal[
+    "tile has blocks", "scale is negative", "m sees n", "last warpgroup", "tile is whole", "tile is a part"
+]
 """Closed set of run-time conditions, uniform over the warpgroup. `m sees n`: the mask lets some row of block m see
-some key of block n."""
+some key of block n. `tile is a part`: there are others for the same rows."""
 
 
 @dataclass(frozen=True)

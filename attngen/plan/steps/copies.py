@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attngen.expr import Expr
-from attngen.plan.places import BlockIndex, RegTile, RegVec, Rows, Tensor, View
+from attngen.plan.places import BlockIndex, PartRows, RegTile, RegVec, Rows, Tensor, View
 from attngen.plan.steps.step import Step
 
 
@@ -80,10 +80,13 @@ class LoadRegisters(Step):
 
 @dataclass(frozen=True)
 class StoreRegisters(Step):
-    """Write an accumulator, or one value per row, to a block of rows in device memory; dropped past the sequence."""
+    """Write an accumulator, or one value per row, to a block of rows in device memory; dropped past the sequence.
+
+    Of what a tile leaves of its part of the keys that block is the tile's own.
+    """
 
     src: RegTile | RegVec
-    dst: Tensor | Rows
+    dst: Tensor | Rows | PartRows
     block: BlockIndex
 
     def __str__(self) -> str:

@@ -1,0 +1,192 @@
+"""Keys in parts, on the simulator: what a sequence comes to is what it comes to in one piece, whoever works on it."""
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import attngen
+from attngen.bind import bind, check_arguments
+from attngen.errors import PlanError, SpecError
+from attngen.kernel import Kernel
+from attngen.plan import KernelPlan, MergeParts, Program, Step, body_of, part_shape, walk
+from attngen.plan.steps import StoreRegisters, When
+from attngen.simulate import SimulationFault
+from attngen.simulate.launches import run_call
+from tests.lengths.batches import Batch, batch
+
+SEQLENS_Q, SEQLENS_K = (1, 4, 0, 21, 1), (300, 130, 7, 200, 0)
+SLOPES = torch.tensor([-0.5, -0.1, -0.05, -0.01])
+SINK = torch.tensor([0.5, -2.0, 3.0, -math.inf])
+SPECS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    "full": ({}, {}),
+    "causal": ({"mask": "causal"}, {}),
+    "window": ({"mask": "window(40, 0)"}, {}),
+    "a walk": ({"mask": "causal and kv_idx % 5 != 3"}, {}),
+    "bounded scores": ({"mask": "causal", "score": "softcap(score, 20.0)"}, {}),
+    "a sink": ({"mask": "causal", "sink": "per_head"}, {"sink": SINK}),
+    "heads asked for": (
+        {"mask": "causal", "score": "score + alibi(slopes)", "tensors": {"slopes": "f32[num_heads_q]"}},
+        {"slopes": SLOPES},
+    ),
+}
+SPLITS: tuple[Any, ...] = ("auto", {"keys": 64}, {"keys": 192})
+
+
+@cache
+def _compiled(text: str) -> Kernel:
+    return attngen.compile(eval(text))
+
+
+def kernel(name: str = "causal", split: Any = "auto", queries: str = "ragged", **more: Any) -> Kernel:
+    """A kernel of an emitted target, whose tiles have 16 rows."""
+    problem = {
+        "head_dim": 16 if more.get("target") == "simulator" else 32,
+        "queries": queries,
+        "keys": "padded",
+    }
+    spec = {"target": "sm_90a", "problem": problem, "split": split, **SPECS[name][0], **more}
+    return _compiled(repr(spec))
+
+
+def drawn(queries: str = "ragged", seqlens_q: tuple[int, ...] = SEQLENS_Q) -> Batch:
+    return batch(queries, "padded", seqlens_q, SEQLENS_K, tail=3, poison=math.nan)
+
+
+def widened(of: Batch) -> Batch:
+    """The batch with heads of 32 columns."""
+    return replace(
+        of, **{name: torch.cat((x, -x), -1) for name, x in (("q", of.q), ("k", of.k), ("v", of.v))}
+    )
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest, of what is no number none at all."""
+    assert torch.equal(a.isfinite(), b.isfinite())
+    return (a.float() - b.float()).nan_to_num(0, 0, 0).abs().max().item()
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_parts_come_to_what_the_whole_comes_to(name: str, split: Any) -> None:
+    """Within the rounding of O; no NaN behind a sequence reaches it, and rows that see nothing are 0."""
+    of, passed = widened(drawn()), SPECS[name][1]
+    call = (of.q, of.k, of.v)
+    out, lse = kernel(name, split)(*call, return_lse=True, **of.lengths, **passed)
+    whole, whole_lse = kernel(name, "none", schedule={"kind": "fa2"})(
+        *call, return_lse=True, **of.lengths, **passed
+    )
+    assert difference(out, whole) <= 0.02 and difference(lse, whole_lse) <= 1e-5
+    assert whole.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_parts_of_so_many_keys_give_the_same_bits_whatever_else_a_call_has(name: str) -> None:
+    """Alone or beside others, and on however many multiprocessors."""
+    of, fixed = widened(drawn("dense", (3,) * 5)), kernel(name, {"keys": 64}, "dense")
+    whole = fixed(of.q, of.k, of.v, **of.lengths)
+    for b in range(len(SEQLENS_K)):
+        one = slice(b, b + 1)
+        alone = fixed(of.q[one], of.k[one], of.v[one], **{key: x[one] for key, x in of.lengths.items()})
+        assert torch.equal(alone, whole[one])
+    given = check_arguments(fixed.manifest, of.q, of.k, of.v, declared=of.lengths)
+    for num_sms in (1, 2, 5):
+        made = run_call(fixed.call, bind(fixed.manifest, given, ("out",), num_sms))
+        assert torch.equal(made["out"], whole)
+
+
+def test_equal_scores_and_small_integers_have_exact_parts() -> None:
+    """Every sum is exact, so that parts of any length come to the bits of the whole."""
+    of = widened(drawn("dense", (2,) * 5))
+    q, v = torch.zeros_like(of.q), torch.randint(-4, 5, of.v.shape).to(of.v)
+    made = [kernel("causal", split, "dense")(q, of.k.nan_to_num(1.0), v, **of.lengths) for split in SPLITS]
+    whole = kernel("causal", "none", "dense", schedule={"kind": "fa2"})(
+        q, of.k.nan_to_num(1.0), v, **of.lengths
+    )
+    assert all(torch.equal(each, whole) for each in made)
+
+
+def test_dense_calls_are_cut_too() -> None:
+    """A few queries of one length and many keys."""
+    q, k, v = (torch.randn(2, n, heads, 32).bfloat16() for n, heads in ((2, 4), (333, 2), (333, 2)))
+    spec: dict[str, Any] = {"target": "sm_90a", "problem": {"head_dim": 32}, "mask": "causal"}
+    split, whole = (
+        attngen.compile(spec | more) for more in ({"split": "auto"}, {"schedule": {"kind": "fa2"}})
+    )
+    assert difference(split(q, k, v), whole(q, k, v)) <= 0.01
+
+
+def test_work_is_shared_by_calls_of_the_same_heads_alone() -> None:
+    """How long parts are follows from how many heads share the GPU."""
+    of, split = widened(drawn("dense", (1,) * 5)), kernel("causal", "auto", "dense")
+    call = (of.q, of.k, of.v)
+    work = split.work(*call, **of.lengths)
+    assert torch.equal(split(*call, work=work, **of.lengths), split(*call, **of.lengths))
+    with pytest.raises(ValueError, match=r"work.*num_heads_q 2"):
+        split(of.q[:, :, :2], *(x[:, :, :1] for x in call[1:]), work=work, **of.lengths)
+
+
+# ---- every Step is needed --------------------------------------------------------------------------------------------
+def _without(program: Program, gone: Step) -> Program:
+    kept = (step for step in program if step is not gone)
+    return tuple(
+        replace(step, body=_without(body, gone)) if (body := body_of(step)) else step for step in kept
+    )  # type: ignore[call-arg]
+
+
+def _lost(plan: KernelPlan) -> list[Step]:
+    """What parts are left by."""
+    conditions = (step for step in walk(plan.worker.program) if isinstance(step, When))
+    (left,) = (step for step in conditions if step.condition == "tile is a part")
+    return [left, *(step for step in walk(left.body) if isinstance(step, StoreRegisters))]
+
+
+def test_every_store_of_a_part_is_needed() -> None:
+    """Without it the simulator faults or something else comes out."""
+    of, split = widened(drawn()), kernel("causal", {"keys": 64})
+    given = check_arguments(split.manifest, of.q, of.k, of.v, declared=of.lengths)
+    bound = bind(split.manifest, given, ("out",), 2)
+    expected = run_call(split.call, bound)["out"]
+    lost = _lost(split.plan)
+    assert len(lost) == 4
+    for step in lost:
+        role = replace(split.plan.worker, program=_without(split.plan.worker.program, step))
+        plan = replace(split.plan, roles=(role,))
+        kernels = tuple(plan if each is split.plan else each for each in split.call.kernels)
+        try:
+            made = run_call(replace(split.call, kernels=kernels), bound)["out"]
+        except SimulationFault:
+            continue
+        assert not torch.equal(made.nan_to_num(7.0), expected.nan_to_num(7.0)), step
+
+
+def test_parts_have_a_place_for_each_tile_that_shapes_allow() -> None:
+    """The list, the grid and what parts are left in grow with one formula."""
+    plan = kernel("causal").plan
+    merge = next(each for each in kernel("causal").call.kernels if isinstance(each, MergeParts))
+    assert merge.tiles == plan.tiles and {
+        part_shape(place, plan)[0] == plan.tiles for place in plan.parts
+    } == {True}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"split": {"keys": 100}}, r"split.keys.*a multiple of 64.*128"),
+        ({"split": "some"}, r"none, auto or \{keys: 1024\}"),
+        (
+            {"split": "auto", "schedule": {"kind": "pingpong"}},
+            r"schedule.kind.*must be fa2 where keys are split",
+        ),
+        ({"split": "auto", "gradients": ["q", "k", "v"]}, r"gradients.*must be \[\] where keys are split"),
+        ({"split": "auto", "precision": {"inputs": "e4m3"}}, r"must be bf16 or f16 where keys are split"),
+        ({"split": {"keys": 64}, "tile": {"block_n": 48}}, r"tile.block_n.*must divide 64.*16"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(more: dict[str, Any], words: str) -> None:
+    with pytest.raises((SpecError, PlanError), match=rf"(?s){words}"):
+        attngen.compile({"problem": {"head_dim": 64}, **more})
