@@ -7,7 +7,7 @@
 #   language   masks and scores, sorted tensors, random expressions
 #   fp8        e4m3 inputs, and what quantises them
 #   backward   gradients, autograd, training
-#   ragged     sequences with lengths of their own, given blocks, sinks
+#   ragged     sequences with lengths of their own, given blocks, sinks, keys in parts
 #   faces      calls as other libraries have them, models of Hugging Face, torch.compile
 #   tests      the launcher, which runs alone, and the GPU tests of commands and fuzzing
 #   fuzz       random specs: dense, ragged, with gradients
@@ -48,7 +48,7 @@ backward() {
   python3 examples/train_tiny.py --out "$results"
 }
 ragged() {
-  on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py
+  on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py split_on_gpu.py
 }
 faces() {
   on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_face_on_gpu.py frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
