@@ -108,6 +108,7 @@ def _kernel_for(
     queries: str,
     keys: str,
     block_sizes: tuple[int, int] | None,
+    split: str,
 ) -> Kernel:
     """The kernel of an `attention` call, by all that decides it."""
     kernel = compile(
@@ -126,6 +127,7 @@ def _kernel_for(
             "sink": sink,
             "gradients": list(gradients),
             "deterministic": deterministic,
+            "split": split,
             "blocks": block_sizes and dict(zip(("block_m", "block_n"), block_sizes, strict=True)),
         }
     )
@@ -251,10 +253,25 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
         block_sizes,
+        "none" if is_seen or gradients else _split_for(q, k, lengths, passed),
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
     return _kernel_for(*wanted)
+
+
+FEW_ROWS, MANY_KEYS = 16, 512
+"""Up to how many rows that share keys, and from how many keys on, these are cut into parts: a tile has 16 rows."""
+
+
+def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:
+    """How keys are cut: into parts where a few queries read many. Longer calls have tiles enough to fill a GPU."""
+    if lengths.keys == "ragged" or k.dim() != 4 or k.shape[1] < MANY_KEYS or not k.shape[2]:
+        return "none"
+    queries = passed.get("max_seqlen_q") if lengths.queries == "ragged" else q.shape[1]
+    if not isinstance(queries, int) or queries * (q.shape[-2] // k.shape[2]) > FEW_ROWS:
+        return "none"
+    return "auto"
 
 
 def _differentiated(

@@ -147,8 +147,13 @@ class Features:
 
     @property
     def _sorted_tensors(self) -> frozenset[str]:
-        """Those whose order makes bounds. Boundaries, like tables, have no place for sequences of any length."""
-        return self.declarations.sorted_tensors if self.lengths.are_dense else frozenset()
+        """Those whose order makes bounds."""
+        return self.declarations.sorted_tensors if self._has_tables else frozenset()
+
+    @property
+    def _has_tables(self) -> bool:
+        """Boundaries and tables have no place for sequences of any length, nor for rows of several heads."""
+        return self.lengths.are_dense and not self.splits
 
     def mask_of(self, axis: Axis) -> Expr:
         """The mask as it is asked of a pair where tiles are of queries, or of keys.
@@ -194,8 +199,8 @@ class Features:
         return self.pairs.visible is None
 
     def classes(self, block_m: int = 1, block_n: int = 1) -> TileClasses:
-        """How blocks of so many keys are classed one by one. Tables have no place for sequences of any length."""
-        return tile_classes(self.mask, self.lengths.are_dense, block_m, block_n)
+        """How blocks of so many keys are classed one by one."""
+        return tile_classes(self.mask, self._has_tables, block_m, block_n)
 
     @property
     def has_score(self) -> bool:

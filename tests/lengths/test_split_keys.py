@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attngen
+from attngen.api import kernel_of_call
 from attngen.bind import bind, check_arguments
 from attngen.errors import PlanError, SpecError
 from attngen.kernel import Kernel
@@ -190,3 +191,33 @@ def test_parts_have_a_place_for_each_tile_that_shapes_allow() -> None:
 def test_what_cannot_be_split_is_refused(more: dict[str, Any], words: str) -> None:
     with pytest.raises((SpecError, PlanError), match=rf"(?s){words}"):
         attngen.compile({"problem": {"head_dim": 64}, **more})
+
+
+# ---- who gets them ---------------------------------------------------------------------------------------------------
+def test_a_few_queries_of_a_call_have_their_keys_split() -> None:
+    """Up to 16 rows that share their keys, of 512 keys or more; where gradients are wanted nothing is split."""
+    q, k, v = (torch.randn(1, n, heads, 16) for n, heads in ((4, 8), (600, 2), (600, 2)))
+    few, many = kernel_of_call(q, k, v), kernel_of_call(q.repeat(1, 2, 1, 1), k, v)
+    assert isinstance(few, Kernel) and few.spec.split == "auto" and few.plan.scheduler.packs_group
+    assert isinstance(many, Kernel) and many.spec.split == "none"
+    assert kernel_of_call(q, k[:, :511], v[:, :511]).spec.split == "none"  # type: ignore[union-attr]
+    assert kernel_of_call(q.requires_grad_(), k, v).spec.split == "none"  # type: ignore[union-attr]
+    whole = attngen.attention(q, k, v, "causal")
+    assert isinstance(whole, torch.Tensor)
+    assert difference(attngen.attention(q.detach(), k, v, "causal"), whole.detach()) <= 1e-6  # type: ignore[arg-type]
+
+
+def test_masks_by_document_are_walked_without_tables() -> None:
+    """Tables are of blocks of queries, and a tile's rows are of several heads."""
+    doc = torch.randint(0, 3, (1, 700), dtype=torch.int32).sort().values
+    call = tuple(torch.randn(1, n, heads, 16) for n, heads in ((3, 4), (700, 2), (700, 2)))
+    for declared in ("i32[batch, seqlen_k]", "i32[batch, seqlen_k] sorted"):
+        spec: dict[str, Any] = {
+            "target": "simulator",
+            "problem": {"head_dim": 16},
+            "precision": {"inputs": "f32"},
+        }
+        spec |= {"mask": "document(doc) and causal", "tensors": {"doc": declared}}
+        split, whole = (attngen.compile(spec | {"split": of}) for of in ("auto", "none"))
+        assert not split.plan.tables and not split.plan.boundaries
+        assert difference(split(*call, doc=doc), whole(*call, doc=doc)) <= 1e-6
