@@ -85,7 +85,7 @@ def varlen_attn(
             "block_table", type(block_table).__name__, must, "pass ragged keys, with cu_seq_k"
         )
     if num_splits not in (None, 1):
-        must = "None or 1: keys are not split yet, which comes with decoding"
+        must = "None or 1: keys are not split here, so that results do not depend on other sequences"
         raise ArgumentError("num_splits", shown(num_splits), must)
     if cu_seq_k is None:
         must = "a tensor: without it keys come by pages, which are not served yet"

@@ -233,7 +233,7 @@ def flash_attn_with_kvcache(
         softcap: see softmax_scale.
         rotary_interleaved: either.
         alibi_slopes: see softmax_scale.
-        num_splits: 0 or 1: keys are not split.
+        num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
         return_softmax_lse: whether lse is returned too, (batch, num_heads_q, seqlen_q), f32.
 
     Raises:

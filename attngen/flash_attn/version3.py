@@ -259,7 +259,7 @@ def flash_attn_with_kvcache(
         softcap: see softmax_scale.
         rotary_interleaved: either.
         scheduler_metadata: see qv.
-        num_splits: 0 or 1: keys are not split.
+        num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
         pack_gqa: see qv.
         sm_margin: see qv.
         return_softmax_lse: whether lse is returned too, (batch, num_heads_q, seqlen_q) or (num_heads_q, tokens_q), f32.
