@@ -19,6 +19,7 @@ from attngen.bind import (
     check_no_derivative,
     check_no_tangent,
     check_not_recorded,
+    check_pages,
     check_plain,
     check_rows_of_heads,
     check_sorted,
@@ -183,6 +184,8 @@ class Kernel:
         Raises:
             ArgumentError: k or layout is not what a call may pass.
         """
+        if self.manifest.lengths.is_paged("keys"):
+            return self.plan
         if self.manifest.lengths.is_by_token("keys"):
             return self.call.serving(k.shape[0])
         return self.call.serving(check_length(k, layout))
@@ -582,6 +585,8 @@ class Kernel:
         with torch.no_grad():
             given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named, intake=intake)  # type: ignore[arg-type]
         check_lengths(self.manifest, given.sizes, given.tensors)
+        if self.manifest.lengths.is_paged("keys"):
+            check_pages(given.sizes, given.tensors)
         for tensor in self.spec.declarations.tensors.values():
             if tensor.is_sorted:
                 starts = given.tensors.get(f"cu_seqlens_{str(tensor.dims[-1])[-1]}")

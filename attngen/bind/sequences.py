@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attngen.bind.numbers import scalar_of
+from attngen.bind.pages import page_sizes
 from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
 from attngen.plan import ANY_LENGTH, LENGTHS, LETTERS, LengthArgument, Manifest
@@ -21,9 +22,12 @@ MOST_SEQUENCES = 2**22
 def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of a call that follow from its lengths: batch and, of ragged sequences, seqlen_q and seqlen_k.
 
+    Where keys are paged, also those that follow from its table (`page_sizes`).
+
     Args:
         manifest: of the call.
-        sizes: that follow from q, k and v: tokens_q and tokens_k of ragged sequences, batch and lengths of others.
+        sizes: that follow from q, k and v: tokens_q and tokens_k of ragged sequences, pages and their rows of paged
+            ones, batch and lengths of others.
         passed: what the call passes by name.
 
     Raises:
@@ -57,6 +61,8 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
                     name, str(bound), "the length of the longest sequence, or more", "leave it out"
                 )
             found[LENGTHS[axis]] = min(int(bound), sizes[f"tokens_{letter}"])
+    if manifest.lengths.is_paged("keys"):
+        found |= page_sizes(sizes, found["batch"], said_by, passed)
     return found
 
 
