@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from attngen.bind.numbers import scalar_of
-from attngen.bind.pages import page_sizes
+from attngen.bind.page_arguments import page_sizes
 from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
 from attngen.plan import ANY_LENGTH, LENGTHS, LETTERS, LengthArgument, Manifest

@@ -40,7 +40,7 @@ def test_lengths_stand_in_place_of_batch_and_seqlen() -> None:
         (RAGGED + "check: [{seqlens_q: [], seqlens_k: []}]", "check[0].seqlens_q must be a list of lengths", "[]",
          ("[5, 0, 130]",), "lengths"),
         ("problem: {head_dim: 64, keys: jagged}", "problem.keys = jagged must be one of dense, ragged, padded",
-         "jagged", ("ragged", "padded"), "known-lengths"),
+         "jagged", ("ragged", "paged"), "known-lengths"),
     ],
 )  # fmt: skip
 def test_a_fault_says_where_what_and_what_would_do(
