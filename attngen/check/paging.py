@@ -20,12 +20,11 @@ def in_pages(x: Tensor, cut: Cut, poison: Tensor) -> Tensor:
 
     Rows of pages that the table does not name hold the numbers of `poison` in turn.
     """
-    rows = cut.pool_pages * cut.page
-    of_rows = poison[torch.arange(rows, device=x.device) % len(poison)].view(-1, 1, 1)
-    cache = of_rows.expand(rows, *x.shape[2:]).reshape(-1, cut.page, *x.shape[2:]).clone()
     table = cut.block_table.to(x.device).long()
-    is_there = table != NO_PAGE
-    cache[table[is_there]] = x.reshape(*table.shape, cut.page, *x.shape[2:])[is_there]
+    pages, own = x.view(*table.shape, cut.page, *x.shape[2:]), table != NO_PAGE
+    numbers = torch.arange(cut.pool_pages * cut.page, device=x.device) % len(poison)
+    cache = poison[numbers].view(-1, cut.page, 1, 1).repeat(1, 1, *x.shape[2:])
+    cache[table[own]] = pages[own]
     return cache
 
 
