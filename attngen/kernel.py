@@ -249,12 +249,14 @@ class Kernel:
             softmax_scale: any finite number, numpy's and 0-dimensional CPU tensors too; 1/sqrt(head_dim_qk) where None.
             return_lse: also return the natural log-sum-exp of every row.
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
-            layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
+            layout: "bhsd" exchanges seqlen and heads in q, k, v and out. Where keys are paged it says how k and v, caches of
+                pages, lie: "nhd" (the default), (pages, page_size, num_heads_kv, head_dim), or "hnd", with the two in the
+                middle exchanged.
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
                 out. What says lengths, where sequences have their own: cu_seqlens_q, seqused_q, max_seqlen_q, the same
-                of k, and leftpad_k (docs/lengths.md). Of a spec with a sink also sink: (num_heads_q), f32, bf16 or
+                of k, and leftpad_k; of paged keys also block_table and cache_batch_idx (docs/lengths.md). Of a spec with a sink also sink: (num_heads_q), f32, bf16 or
                 f16, any stride. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are
                 multiplied by, of the shapes that `Operands` has; they are trusted to be positive. Where the spec has
                 blocks, `blocks` says which are kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of
@@ -578,8 +580,9 @@ class Kernel:
         """Read the values that a call with these arguments trusts; the host waits for the device.
 
         Raises:
-            ArgumentError: an argument that the kernel cannot take, lengths that the tensors have not, or a tensor that
-                the spec declares sorted and whose values fall: where, and from which value to which.
+            ArgumentError: an argument that the kernel cannot take, lengths that the tensors have not, pages that a
+                request needs and caches have not, or a tensor that the spec declares sorted and whose values fall: where,
+                and from which value to which.
         """
         q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
         with torch.no_grad():
