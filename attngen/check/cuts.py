@@ -86,8 +86,10 @@ class Cut:
     @property
     def _needed(self) -> list[range]:
         """The places of the pages that each sequence needs."""
-        skipped_and_used = zip(self._skipped, self.used, strict=True)
-        return [range(skip // self.page, -(-used // self.page)) for skip, used in skipped_and_used]
+        return [
+            range(skip // self.page, -(-used // self.page) if skip < used else 0)
+            for skip, used in zip(self._skipped, self.used, strict=True)
+        ]
 
     @property
     def page_sizes(self) -> dict[str, int]:
