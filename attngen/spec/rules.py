@@ -238,7 +238,7 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
             value=names,
             must="must be [] where keys are paged",
             rule="paged-gradients",
-            note="a cache is read, and no pass adds to pages what gradients of its keys would be",
+            note="no backward pass writes gradients of K and V to pages",
             nearest=("[]", "problem.keys: ragged", "problem.keys: padded"),
         )
         return

@@ -140,7 +140,11 @@ def test_numbers_that_lie_are_kept_within_the_table_and_the_cache() -> None:
     right_page = table.clone()
     right_page[1, 0] = last
     for lie, truth, said in (
-        ({"seqused_k": [1000, -3]}, {"seqused_k": [8, 0]}, "seqused_k[0]: got 1000, expected 0 to 8"),
+        (
+            {"seqused_k": [1000, -3]},
+            {"seqused_k": [8, 0]},
+            "seqused_k[0]: got 1000, expected 0 to 8, the keys that a row of block_table has room for",
+        ),
         (
             {"cache_batch_idx": [9, -1]},
             {"cache_batch_idx": [1, 0]},
