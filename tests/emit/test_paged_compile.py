@@ -29,7 +29,7 @@ def test_paged_kernels_compile_without_spills(arch: str, queries: str, head_dim:
     assert_compiles_as_planned(paged(arch, head_dim, mask, queries))
 
 
-@pytest.mark.parametrize("head_dim", [216, 240])
+@pytest.mark.parametrize("head_dim", [240])
 def test_wide_heads_and_scores_in_pages_compile_without_spills(head_dim: int) -> None:
     """Tiles of 64 by 64 spilled there, and not where keys follow one another."""
     assert_compiles_as_planned(paged("sm_90a", head_dim, score="softcap(score, 30.0)"))

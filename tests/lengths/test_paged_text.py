@@ -13,6 +13,15 @@ from tests.quantize.on_cpu import CpuFunction, CpuKernels
 
 LARGEST = 2**31 - 1
 FIELDS = ("start", "pages", "page_size", "magic", "shift", "first_row", "end_row")
+LOOK_UP = "__ldg(of.table + place)"
+NOTED = """static int furthest_place;
+static unsigned noted(unsigned place) {
+  furthest_place = std::max(furthest_place, (int)place);
+  return place;
+}
+"""
+"""The furthest entry of the table that was read."""
+GUARD, PATTERN = 512 * 8, 0x5A5A
 PARAMS = """namespace probe {
 struct Params {
   const int* table;
@@ -20,6 +29,7 @@ struct Params {
   i64 stride_page, stride_row;
   int start, pages, page_size, magic, shift, first_row, end_row;
   unsigned char* out;
+  int* furthest;
 };
 DEV PagedRows rows_of(const Params& p) {
   return {p.table, p.cache, p.stride_page, p.stride_row, p.start, p.pages, p.page_size, (u32)p.magic, (u32)p.shift};
@@ -33,16 +43,27 @@ probe(const __grid_constant__ Params params) {
 }
 }  // namespace probe
 """
-LOAD = """using Tile = SmemTile<%d, %d, %d>;
+LOAD = """constexpr int kGuard = 512;
+constexpr uint4 kPattern = {0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a, 0x5a5a5a5a};
+using Tile = SmemTile<%d, %d, %d>;
 extern "C" __global__ void __launch_bounds__(256)
 probe(const __grid_constant__ Params params) {
   extern __shared__ __align__(16) unsigned char smem[];
+  furthest_place = -1;
+  for (int i = threadIdx.x; i < kGuard; i += %d) {
+    at_shared<uint4>(smem_address(smem) + Tile::kBytes + 16 * i) = kPattern;
+  }
+  __syncthreads();
   load_paged_tile<Tile, %d>(smem_address(smem), rows_of(params), params.first_row, params.end_row);
   __syncthreads();
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += %d) {
     const u32 row = i / Tile::kChunks, chunk = i %% Tile::kChunks;
     ((uint4*)params.out)[i] = load_shared_16(smem_address(smem) + Tile::address(row, chunk));
   }
+  for (int i = threadIdx.x; i < kGuard; i += %d) {
+    ((uint4*)params.out)[Tile::kRows * Tile::kChunks + i] = load_shared_16(smem_address(smem) + Tile::kBytes + 16 * i);
+  }
+  *params.furthest = furthest_place;
 }
 }  // namespace probe
 """
@@ -56,14 +77,18 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("stride_page", "stride_row")),
         *((name, ctypes.c_int32) for name in FIELDS),
         ("out", ctypes.c_void_p),
+        ("furthest", ctypes.c_void_p),
     ]
 
 
 @cache
 def compiled(probe: str) -> CpuFunction:
-    """A probe, with the functions of the library that it calls."""
+    """A probe, with the functions of the library that it calls, of which one tells which entries it reads."""
     text = PARAMS + probe
-    return CpuKernels("\n\n".join([*used_by(text), text])).function("probe", 0, False)
+    library = "\n\n".join(used_by(text))
+    assert library.count(LOOK_UP) == 1
+    library = library.replace(LOOK_UP, "__ldg(of.table + noted(place))")
+    return CpuKernels("\n\n".join([NOTED, library, text])).function("probe", 0, False)
 
 
 def pointer(x: torch.Tensor) -> int:
@@ -118,9 +143,10 @@ def test_a_tile_of_rows_in_pages_is_that_of_rows_that_follow_one_another(
 ) -> None:
     """Pages of any size, in any order, of which one number is no page's; past the end, and past a row, zeros.
 
-    All else is poison, and so is what the table says of rows that nobody asks for.
+    All else is poison, and so is what the table says of rows that nobody asks for, which is not read; nothing is
+    written behind the tile.
     """
-    make, probe = torch.Generator().manual_seed(0), compiled(LOAD % (rows, cols, valid, threads, threads))
+    make, probe = torch.Generator().manual_seed(0), compiled(LOAD % (rows, cols, valid, *4 * (threads,)))
     for page_size, start, first_row, end_row in (
         (1, 0, 0, 2 * rows),
         (3, 5, rows, rows + 1),
@@ -140,16 +166,24 @@ def test_a_tile_of_rows_in_pages_is_that_of_rows_that_follow_one_another(
         table[: needed - 1] = torch.tensor(pages[:-1], dtype=torch.int32)
         if start >= page_size:
             table[: start // page_size] = -7
-        head, found = cache[:, :, 1, :valid], torch.zeros(rows, cols, dtype=torch.int16)
+        head, found = cache[:, :, 1, :valid], torch.zeros(rows * cols + GUARD, dtype=torch.int16)
+        furthest = torch.zeros(1, dtype=torch.int32)
         numbers = (start, len(cache), page_size, *division_by(page_size).values(), first_row, end_row)
         params = Params(
-            pointer(table), pointer(head), head.stride(0), head.stride(1), *numbers, pointer(found)
+            pointer(table),
+            pointer(head),
+            head.stride(0),
+            head.stride(1),
+            *numbers,
+            pointer(found),
+            pointer(furthest),
         )
         probe.run(ctypes.byref(params), 1, threads)
-        expected = torch.zeros_like(found)
+        expected = torch.zeros(rows, cols, dtype=torch.int16)
         own = stored[start + first_row : start + end_row][:rows]
         expected[: len(own), :valid] = own
-        assert torch.equal(found, expected)
+        assert torch.equal(found[:-GUARD].view(rows, cols), expected) and (found[-GUARD:] == PATTERN).all()
+        assert furthest.item() < needed and (furthest.item() >= 0) == (end_row > first_row)
 
 
 def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
@@ -158,8 +192,8 @@ def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
     cache = torch.empty(step + 4096, dtype=torch.int16)
     cache[: 16 * 64] = -1
     cache[step : step + 16 * 64] = torch.arange(16 * 64, dtype=torch.int16)
-    table, found = torch.ones(1, dtype=torch.int32), torch.zeros(16, 64, dtype=torch.int16)
+    table, found = torch.ones(1, dtype=torch.int32), torch.zeros(16 * 64 + GUARD, dtype=torch.int16)
     numbers = (0, 2, 16, *division_by(16).values(), 0, 16)
-    params = Params(pointer(table), pointer(cache), step, 64, *numbers, pointer(found))
-    compiled(LOAD % (16, 64, 64, 256, 256)).run(ctypes.byref(params), 1, 256)
-    assert torch.equal(found.flatten(), torch.arange(16 * 64, dtype=torch.int16))
+    params = Params(pointer(table), pointer(cache), step, 64, *numbers, pointer(found), pointer(table))
+    compiled(LOAD % (16, 64, 64, *4 * (256,))).run(ctypes.byref(params), 1, 256)
+    assert torch.equal(found[:-GUARD], torch.arange(16 * 64, dtype=torch.int16))
