@@ -109,6 +109,19 @@ def test_scores_sinks_and_declared_tensors_go_with_pages() -> None:
     check(both, shape, keep=keep, bias=bias, sink=sink)
 
 
+@pytest.mark.parametrize("split", ["auto", {"keys": 256}])
+@pytest.mark.parametrize("page", [1, 16, 528])
+def test_keys_in_pages_may_be_cut_into_parts(page: int, split: object) -> None:
+    """Each part looks up its own pages, in one warp: the bits are those of padded keys that are cut alike."""
+    problem = {"head_dim": 128, "queries": "ragged"}
+    both = [
+        attngen.compile({"problem": problem | {"keys": keys}, "mask": "causal", "split": split})
+        for keys in ("paged", "padded")
+    ]
+    assert both[0].plan.block_n == both[1].plan.block_n and both[0].plan.warps == both[1].plan.warps
+    check((both[0], both[1]), shape_of(page, "ragged"))
+
+
 def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
     """A page begins more than 2^31 elements behind another; rows of the table are each request's by another tensor."""
     paged, _ = kernels(mask="full")

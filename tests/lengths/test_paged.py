@@ -95,6 +95,24 @@ def test_scores_sinks_and_declared_tensors_go_with_pages() -> None:
     assert out is into and torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("split", ["auto", {"keys": 64}])
+def test_keys_in_pages_may_be_cut_into_parts(split: object) -> None:
+    """Each part looks up its own pages: the bits are those of padded keys that are cut alike."""
+    of = batch("dense", "padded", (2,) * 4, (200, 0, 33, 64), poison=math.nan)
+    cached = paged(of, 16)
+    spec = {"target": "simulator", "mask": "causal", "split": split, "tile": {"block_m": 8, "block_n": 8}}
+    outs = [
+        attngen.compile(spec | {"problem": {"head_dim": 16, "keys": keys}})(
+            of.q, k, v, return_lse=True, **passed
+        )
+        for keys, k, v, passed in (
+            ("paged", cached.k, cached.v, cached.passed),
+            ("padded", of.k, of.v, of.lengths),
+        )
+    ]
+    assert all(map(torch.equal, *outs)) and outs[0][0].any()
+
+
 def test_requests_may_use_other_rows_of_the_table() -> None:
     """`cache_batch_idx` says which; a table may have more rows, and any stride from row to row."""
     of = batch("dense", "padded", (3,) * 4, (20, 5, 0, 9), poison=math.nan)
