@@ -19,6 +19,7 @@ from attngen.bind import (
     check_no_derivative,
     check_no_tangent,
     check_not_recorded,
+    check_pages,
     check_plain,
     check_rows_of_heads,
     check_sorted,
@@ -183,6 +184,8 @@ class Kernel:
         Raises:
             ArgumentError: k or layout is not what a call may pass.
         """
+        if self.manifest.lengths.is_paged("keys"):
+            return self.plan
         if self.manifest.lengths.is_by_token("keys"):
             return self.call.serving(k.shape[0])
         return self.call.serving(check_length(k, layout))
@@ -241,22 +244,24 @@ class Kernel:
                 as k, v and out are likewise; the spec's input type, last dimension contiguous, rows on 16 bytes. Of a
                 kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the operands of `quantize`, in
                 place of all three.
-            k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q.
+            k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q. Where keys are paged,
+                like v, a cache: (pages, page_size, num_heads_kv, head_dim_qk).
             v: (batch, seqlen_k, num_heads_kv, head_dim_v).
             softmax_scale: any finite number, numpy's and 0-dimensional CPU tensors too; 1/sqrt(head_dim_qk) where None.
             return_lse: also return the natural log-sum-exp of every row.
             out: (batch, seqlen_q, num_heads_q, head_dim_v) to write to; allocated where None.
-            layout: "bhsd" exchanges seqlen and heads in q, k, v and out.
+            layout: "bhsd" exchanges seqlen and heads in q, k, v and out. Where keys are paged it is of caches alone:
+                "nhd", the default, or "hnd", which exchanges their rows and heads.
             tables: of `Kernel.tables`, for a mask that reads tensors; made anew by every call that passes none.
             work: of `Kernel.work`, for sequences with lengths of their own, likewise.
             **declared: the scalars and tensors that the spec declares, by name; scalars with a default may be left
-                out. What says lengths, where sequences have their own: cu_seqlens_q, seqused_q, max_seqlen_q, the same
-                of k, and leftpad_k (docs/lengths.md). Of a spec with a sink also sink: (num_heads_q), f32, bf16 or
-                f16, any stride. With e4m3 tensors also q_descale, k_descale and v_descale, f32: what their values are
-                multiplied by, of the shapes that `Operands` has; they are trusted to be positive. Where the spec has
-                blocks, `blocks` says which are kept: bool, (batch or 1, num_heads_q or 1, blocks of rows, blocks of
-                keys); or lists of them, i32, as (counts, indices), as a BlockMask of torch, or by FlashAttention-4's
-                names.
+                out. What says lengths, where sequences have their own: cu_seqlens_q, seqused_q, max_seqlen_q, the
+                same of k, and leftpad_k; of paged ones block_table and cache_batch_idx (docs/lengths.md). Of a spec
+                with a sink also sink: (num_heads_q), f32, bf16 or f16, any stride. With e4m3 tensors also q_descale,
+                k_descale and v_descale, f32: what their values are multiplied by, of the shapes that `Operands` has;
+                they are trusted to be positive. Where the spec has blocks, `blocks` says which are kept: bool, (batch
+                or 1, num_heads_q or 1, blocks of rows, blocks of keys); or lists of them, i32, as (counts, indices),
+                as a BlockMask of torch, or by FlashAttention-4's names.
 
         Returns:
             out, or (out, lse) with lse (batch, num_heads_q, seqlen_q), or (num_heads_q, tokens_q), f32; a row that sees
@@ -575,13 +580,16 @@ class Kernel:
         """Read the values that a call with these arguments trusts; the host waits for the device.
 
         Raises:
-            ArgumentError: an argument that the kernel cannot take, lengths that the tensors have not, or a tensor that
-                the spec declares sorted and whose values fall: where, and from which value to which.
+            ArgumentError: an argument that the kernel cannot take, lengths that the tensors have not, a page that a
+                request needs and no cache has, or a tensor that the spec declares sorted and whose values fall: where,
+                and from which value to which.
         """
         q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
         with torch.no_grad():
             given = check_arguments(self.manifest, q, k, v, layout=layout, declared=named, intake=intake)  # type: ignore[arg-type]
         check_lengths(self.manifest, given.sizes, given.tensors)
+        if self.manifest.lengths.is_paged("keys"):
+            check_pages(given.sizes, given.tensors)
         for tensor in self.spec.declarations.tensors.values():
             if tensor.is_sorted:
                 starts = given.tensors.get(f"cu_seqlens_{str(tensor.dims[-1])[-1]}")

@@ -48,7 +48,7 @@ backward() {
   python3 examples/train_tiny.py --out "$results"
 }
 ragged() {
-  on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py split_on_gpu.py
+  on_gpu ragged_on_gpu.py paged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py split_on_gpu.py
 }
 faces() {
   on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_face_on_gpu.py frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py

@@ -190,6 +190,24 @@ DEV u32 draw(u32* counter, u32 last) {
   return __shfl_sync(~0u, drawn, 0);
 }
 
+// The rows of one head of a sequence in K or V, where these are caches of pages: a row of a table lists the pages of the
+// sequence's stored rows, of which its own begin at `start`.
+struct PagedRows {
+  const int* table;
+  const u16* cache;  // row 0 of page 0, of the head
+  i64 stride_page, stride_row;
+  int start, pages, page_size;
+  u32 magic, shift;  // i / page_size = (i * magic) >> (30 + shift), for i < 2^30
+};
+
+// Elements from `cache` to a row of the sequence: row i is stored in row i % page_size of page table[i / page_size]. Rows past the
+// sequence's end must not be asked for: what the table says there means nothing. A number that no page has is kept within the cache.
+DEV i64 offset_in_pages(const PagedRows& of, int row) {
+  const u32 stored = of.start + row, place = __umulhi(4 * stored, of.magic) >> of.shift;
+  const int page = max(0, min(__ldg(of.table + place), of.pages - 1));
+  return page * of.stride_page + (int)(stored - place * of.page_size) * of.stride_row;
+}
+
 // How a block's threads share the chunks of a tile: thread t copies chunks t, t + kThreads, ... Where a pass is a
 // multiple of eight rows, a thread keeps its column and its exchange from pass to pass.
 template <class Tile, int kThreads>
@@ -244,6 +262,30 @@ DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
     }
   } else {
     load_tile<Tile, kThreads>(dst, head, stride, first_row, first_row + Tile::kRows);
+  }
+}
+
+// load_tile of rows that lie in pages. A warp copies rows of its own, at most 32 at a time: each of its lanes looks up where one of them
+// is, and then all lanes copy chunks of every row.
+template <class Tile, int kThreads>
+DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_row) {
+  constexpr int kWarps = kThreads / 32, kShare = (Tile::kRows + kWarps - 1) / kWarps, kGroup = kShare < 32 ? kShare : 32;
+  constexpr bool kEven = Tile::kRows % (kWarps * kGroup) == 0 && kGroup * Tile::kChunks % 32 == 0;
+  const u32 thread = stay_in_loop(threadIdx.x), lane = thread % 32;
+#pragma unroll
+  for (int i = 0; i < (kShare + kGroup - 1) / kGroup; ++i) {
+    const u32 first = (i * kWarps + thread / 32) * kGroup;
+    const int own_row = first_row + first + lane;
+    const i64 own_offset = own_row < end_row ? offset_in_pages(rows, own_row) : 0;
+#pragma unroll
+    for (int j = 0; j < (kGroup * Tile::kChunks + 31) / 32; ++j) {
+      const u32 index = j * 32 + lane, of_group = index / Tile::kChunks, chunk = index % Tile::kChunks, row = first + of_group;
+      const u16* src = rows.cache + __shfl_sync(~0u, own_offset, of_group);
+      const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
+      if (kEven || (of_group < kGroup && row < Tile::kRows)) {
+        cp_async_16(dst + Tile::address(row, chunk), valid ? src + chunk * 8 : rows.cache, valid ? 16 : 0);
+      }
+    }
   }
 }
 

@@ -15,6 +15,7 @@ from attngen.bind.kept import TableSignature, TileTables, made_of, passed_as
 from attngen.bind.numbers import python_number, scalar_of, softmax_scale_of
 from attngen.bind.operands import operands_of, spread_operands
 from attngen.bind.overlap import check_overlap
+from attngen.bind.page_arguments import check_pages
 from attngen.bind.sequences import check_lengths, sequence_sizes
 from attngen.bind.sorted_values import check_sorted
 from attngen.bind.tensors import (
@@ -49,6 +50,7 @@ __all__ = [
     "check_no_tangent",
     "check_not_recorded",
     "check_overlap",
+    "check_pages",
     "check_plain",
     "check_rows_of_heads",
     "check_sorted",

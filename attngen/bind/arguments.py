@@ -20,19 +20,26 @@ from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
 from attngen.plan import (
     COLUMNS_OF_HEADS,
+    DENSE,
     GRADIENTS_INTAKE,
     LETTERS,
     OPERANDS_INTAKE,
+    PAGES_OF_HEADS,
     ROWS_OF_HEADS,
     SINK_VALUES,
     TOKENS_OF_HEADS,
     Intake,
+    Lengths,
     Manifest,
     Value,
     evaluate_formula,
 )
 
 Layout = Literal["bshd", "bhsd"]
+PAGE_LAYOUTS = ("nhd", "hnd")
+"""How a page lies in a cache: (rows, heads, head_dim), as "bshd" says too, or (heads, rows, head_dim)."""
+_EXCHANGED: Mapping[tuple[str, ...], str] = {ROWS_OF_HEADS: "bhsd", PAGES_OF_HEADS: "hnd"}
+"""The layout in which the two dimensions in the middle are exchanged, by the axes of a tensor."""
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -88,7 +95,8 @@ def check_arguments(
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         softmax_scale: of at most 2^127, either sign, or None.
         into: memory for outputs, by the names of their values: {"out": (batch, seqlen_q, num_heads_q, head_dim_v)}.
-        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and outputs that have batches.
+        layout: "bshd" as above, or "bhsd" with seqlen and heads exchanged in q, k, v and outputs that have batches;
+            of caches, (pages, page_size, num_heads_kv, head_dim), "nhd", or "hnd" with the two in the middle exchanged.
         declared: what is passed by name.
         intake: in which way the call begins; that of q's type where None.
 
@@ -116,7 +124,7 @@ def check_rows_of_heads(
     intake: str | None = None,
 ) -> Given:
     """Check all that a call passes but what the spec declares; arguments as of `check_arguments`."""
-    _check_layout(layout)
+    _check_layout(layout, manifest.lengths)
     if softmax_scale is not None:
         softmax_scale_of(softmax_scale)
     begun = choose_intake(manifest, q, intake)
@@ -129,6 +137,8 @@ def check_rows_of_heads(
     tensors = {value.name: _bind_shape(value, x, layout, sizes) for value, x in passed}
     _check_heads(sizes, begun)
     for axis, name in LETTERS.items():
+        if manifest.lengths.is_paged(axis):  # of which the table tells, see `sequence_sizes`
+            continue
         is_by_token = manifest.lengths.is_by_token(axis)
         if (length := sizes[f"tokens_{name}" if is_by_token else f"seqlen_{name}"]) > LARGEST_LENGTH:
             raise ArgumentError(name, f"length {length}", f"at most 2^30 - {LARGEST_TILE}")
@@ -189,7 +199,7 @@ def check_length(x: torch.Tensor, layout: str, name: str = "k") -> int:
     Raises:
         ArgumentError: x has no such dimension, or there is no such layout.
     """
-    _check_layout(layout)
+    _check_layout(layout, DENSE)
     _check_dimensions(name, x)
     return _bshd(x.shape, layout)[1]
 
@@ -206,18 +216,19 @@ def _bshd(values: torch.Size | tuple[int, ...], layout: str) -> tuple[int, int, 
     return (a, b, c, d) if layout == "bshd" else (a, c, b, d)
 
 
-def _check_layout(layout: str) -> None:
-    if not isinstance(layout, str) or layout not in ("bshd", "bhsd"):
-        raise ArgumentError("layout", shown(layout), "'bshd' or 'bhsd'")
+def _check_layout(layout: str, lengths: Lengths) -> None:
+    is_paged = lengths.is_paged("keys")
+    known = ("bshd", *PAGE_LAYOUTS) if is_paged else ("bshd", "bhsd")
+    if not isinstance(layout, str) or layout not in known:
+        must = "'nhd' or 'hnd', as the pages of k and v lie" if is_paged else "'bshd' or 'bhsd'"
+        raise ArgumentError("layout", shown(layout), must)
 
 
 def _check_dimensions(name: str, x: torch.Tensor, axes: tuple[str, ...] = ROWS_OF_HEADS) -> None:
     """Refuse what has not these dimensions with strides."""
     check_plain(name, x)
     if x.dim() != len(axes):
-        of_tokens = axes == TOKENS_OF_HEADS
-        must = "3: (tokens, heads, head_dim)" if of_tokens else "4: (batch, seqlen, heads, head_dim)"
-        raise ArgumentError(name, f"{x.dim()} dimensions", must)
+        raise ArgumentError(name, f"{x.dim()} dimensions", f"{len(axes)}: ({', '.join(_words(axes))})")
 
 
 def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> None:
@@ -234,22 +245,26 @@ def _check_tensor(arch: str, value: Value, x: torch.Tensor, q: torch.Tensor) -> 
 
 def _bind_shape(value: Value, x: torch.Tensor, layout: str, sizes: dict[str, int]) -> torch.Tensor:
     """The tensor with its dimensions in the order of the value's axes; sizes that are new get its extents."""
-    name, follows_layout = value.passed_as, value.axes == ROWS_OF_HEADS
-    ordered = x.transpose(1, 2) if follows_layout and layout == "bhsd" else x
+    name, is_exchanged = value.passed_as, _EXCHANGED.get(value.axes) == layout
+    ordered = x.transpose(1, 2) if is_exchanged else x
     for dim, size in zip(value.shape, ordered.shape, strict=True):
         if isinstance(dim, str):
             sizes.setdefault(dim, size)
     expected = tuple(evaluate_formula(dim, sizes) for dim in value.shape)
     if tuple(ordered.shape) != expected:
-        letters = [_LETTERS[axis] for axis in value.axes]
-        if value.axes == TOKENS_OF_HEADS:
-            letters[0] = "tokens"
-        if follows_layout and layout == "bhsd":
+        letters = _words(value.axes)
+        if is_exchanged:
             letters[1:3], expected = letters[2:0:-1], (expected[0], expected[2], expected[1], expected[3])
         must = f"{expected} = ({', '.join(letters)})"
         raise ArgumentError(name, f"shape {tuple(x.shape)}", must, _CURES.get(value.axes))
     return ordered
 
 
-_LETTERS = {"batch": "batch", "seqlen": "seqlen", "head": "heads", "column": "head_dim", "key": "padded keys"}
+def _words(axes: tuple[str, ...]) -> list[str]:
+    """What people call the dimensions of rows of heads."""
+    rows = {TOKENS_OF_HEADS: "tokens", PAGES_OF_HEADS: "page"}.get(axes, "seqlen")
+    return [rows if axis == "seqlen" else _WORDS[axis] for axis in axes]
+
+
+_WORDS = {"batch": "batch", "page": "pages", "head": "heads", "column": "head_dim", "key": "padded keys"}
 _CURES: Mapping[tuple[str, ...], str] = {COLUMNS_OF_HEADS: "pass k and v of one length"}

@@ -15,7 +15,7 @@ import torch
 from attngen.bind.arguments import Given, strides
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
-from attngen.plan import KernelEntry, Launch, Manifest, Value, evaluate_formula
+from attngen.plan import KernelEntry, Launch, Manifest, Value, division_by, evaluate_formula
 from attngen.scaling import scale_values
 
 LARGEST_GRID = 2**31 - 1
@@ -219,6 +219,7 @@ def bind(
         **scale_values(scale, manifest.score_factor),
         **{f"scalar.{name}": value for name, value in given.scalars.items()},
         "accumulates": int(accumulates),
+        **(division_by(sizes["page_size"]) if manifest.lengths.is_paged("keys") else {}),
     }
     return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars, accumulates)
 

@@ -11,8 +11,10 @@ from attngen.bind.numbers import scalar_of
 from attngen.bind.tensors import check_no_derivative, check_plain, check_rows
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
-from attngen.expr import SINK, SIZE_NAMES, TOKENS
+from attngen.expr import PAGE_SIZES, SINK, SIZE_NAMES, TOKENS
 from attngen.plan import (
+    BLOCK_TABLE,
+    CACHE_ROWS,
     GIVEN_BLOCK_VALUES,
     GRADIENTS_INTAKE,
     Axis,
@@ -28,8 +30,12 @@ from attngen.plan import (
 _RAGGED = Lengths("ragged", "ragged")
 _OF_LENGTHS = {*(each.name for each in _RAGGED.arguments), *_RAGGED.bounds}
 """What says lengths: of padded sequences no others do than of ragged ones."""
+_OF_PAGES = {BLOCK_TABLE.name, CACHE_ROWS.name}
+"""What says where keys in pages lie."""
 _BESIDE = {GRADIENTS_INTAKE: "a backward pass takes"}
 """Why a way to begin a call has more values than q, k and v."""
+_NOTHING_IF_NONE = {*_OF_LENGTHS, *_OF_PAGES, BLOCKS, SINK}
+"""What any call may pass as None."""
 
 
 class DeclaredValues(NamedTuple):
@@ -84,11 +90,11 @@ def check_declared(
     beside = [manifest.value_of[name] for name in intake.beside]
     known = [value.passed_as for value in (*declared, *beside)] + [each.name for each in manifest.scalars]
     for name in passed:
-        if name not in known and (passed[name] is not None or name not in {*_OF_LENGTHS, BLOCKS, SINK}):
+        if name not in known and (passed[name] is not None or name not in _NOTHING_IF_NONE):
             _refuse(manifest, name, [each for each in known if each is not None])
     scalars = {entry.name: _scalar(entry, passed) for entry in manifest.scalars}
     sizes = {
-        name: sizes[name] for name in (*SIZE_NAMES, *TOKENS) if name in sizes
+        name: sizes[name] for name in (*SIZE_NAMES, *TOKENS, *PAGE_SIZES) if name in sizes
     }  # all others are for tensors to bind
     bound = sizes_of_map(manifest, passed, sizes)
     tensors = {
@@ -121,9 +127,9 @@ def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
         raise ArgumentError(
             name, "an argument", "none: the spec has no sink", "say sink: per_head in the spec"
         )
-    if name in _OF_LENGTHS:
+    if name in _OF_LENGTHS or name in _OF_PAGES:
         axis: Axis = "queries" if name.endswith("q") else "keys"
-        kind = "padded" if name.startswith("seqused") else "ragged"
+        kind = "paged" if name in _OF_PAGES else "padded" if name.startswith("seqused") else "ragged"
         cure = f"say problem: {{{axis}: {kind}}} in the spec"
         raise ArgumentError(name, "an argument", f"none: {axis} are {manifest.lengths.of(axis)}", cure)
     near = get_close_matches(name, known, n=1) or known

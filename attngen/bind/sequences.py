@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from attngen.bind.numbers import scalar_of
+from attngen.bind.page_arguments import page_sizes
 from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
-from attngen.plan import ANY_LENGTH, LENGTHS, LETTERS, LengthArgument, Manifest
+from attngen.plan import ANY_LENGTH, BLOCK_TABLE, LENGTHS, LETTERS, LengthArgument, Manifest
 
 MOST_SEQUENCES = 2**22
 """Kernels count the rows of all sequences, each padded to whole blocks of 128, in an i32."""
@@ -21,9 +22,12 @@ MOST_SEQUENCES = 2**22
 def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of a call that follow from its lengths: batch and, of ragged sequences, seqlen_q and seqlen_k.
 
+    Where keys are paged, also those that follow from its table (`page_sizes`).
+
     Args:
         manifest: of the call.
-        sizes: that follow from q, k and v: tokens_q and tokens_k of ragged sequences, batch and lengths of others.
+        sizes: that follow from q, k and v: tokens_q and tokens_k of ragged sequences, pages and their rows of paged
+            ones, batch and lengths of others.
         passed: what the call passes by name.
 
     Raises:
@@ -57,6 +61,8 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
                     name, str(bound), "the length of the longest sequence, or more", "leave it out"
                 )
             found[LENGTHS[axis]] = min(int(bound), sizes[f"tokens_{letter}"])
+    if manifest.lengths.is_paged("keys"):
+        found |= page_sizes(sizes, found["batch"], said_by, passed)
     return found
 
 
@@ -92,11 +98,11 @@ def check_lengths(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[
             numbers = passed[name].tolist()
             for place, (number, most) in enumerate(zip(numbers, room, strict=True)):
                 if not 0 <= number <= most:
-                    of = (
-                        "of" if name.startswith("seqused") or f"seqused_{letter}" not in passed else "used of"
-                    )
-                    must = f"0 to {most}, the length {of} sequence {place}"
-                    raise ArgumentError(f"{name}[{place}]", str(number), must)
+                    is_of_used = name.startswith("leftpad") and f"seqused_{letter}" in passed
+                    what = f"the length {'used ' if is_of_used else ''}of sequence {place}"
+                    if manifest.lengths.is_paged(axis) and not is_of_used:
+                        what = f"the keys that a row of {BLOCK_TABLE.name} has room for"
+                    raise ArgumentError(f"{name}[{place}]", str(number), f"0 to {most}, {what}")
             if name.startswith("seqused"):
                 room = numbers
         for place, length in enumerate(room):

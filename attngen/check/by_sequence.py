@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attngen.check.gradients import Gradients
+from attngen.check.paging import as_padded
 from attngen.errors import ArgumentError
 from attngen.expr import SINK
 from attngen.plan import LETTERS, Axis, Lengths
@@ -153,6 +154,7 @@ def attention_by_sequence(
         out: in the shape of q, with the columns of v; fp64, whatever the oracle gives.
         lse: (batch, num_heads_q, seqlen_q), or (num_heads_q, tokens_q), likewise.
     """
+    lengths, k, v, passed = as_padded(lengths, k, v, passed)
     call = CutCall.read(lengths, q, k, passed)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=torch.float64)
     lse = out.new_full(out.shape[:-1], -torch.inf)

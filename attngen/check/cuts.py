@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-CutKind = Literal["ragged", "padded"]
+CutKind = Literal["ragged", "padded", "paged"]
 """The kinds of `attngen.plan.Lengths` in which sequences have lengths of their own."""
+NO_PAGE = 2**31 - 1
+"""What a drawn table has where no page is needed: none has that number."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Cut:
         lengths: rows of each sequence that count.
         skipped: rows that lie before these and do not count (`leftpad_k`), a number a sequence; of keys alone.
         unused: rows that lie behind these and do not count (what `seqused` leaves out of a ragged sequence), likewise.
-        tail: rows behind the last sequence; of padded ones behind the longest.
+        tail: rows behind the last sequence; of padded ones behind the longest, of paged ones up to the end of a page.
+        page: rows of a page, of paged keys.
     """
 
     kind: CutKind
@@ -29,6 +32,7 @@ class Cut:
     skipped: tuple[int, ...] = ()
     unused: tuple[int, ...] = ()
     tail: int = 0
+    page: int = 0
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -47,8 +51,9 @@ class Cut:
 
     @property
     def rows(self) -> int:
-        """Rows of the tensor, or of one of its batches."""
-        return (sum(self.stored) if self.kind == "ragged" else max(self.stored, default=0)) + self.tail
+        """Rows of the tensor, or of one of its batches; of paged keys those that a row of the table has room for."""
+        rows = (sum(self.stored) if self.kind == "ragged" else max(self.stored, default=0)) + self.tail
+        return -(-rows // self.page) * self.page if self.kind == "paged" else rows
 
     @property
     def size(self) -> int:
@@ -73,6 +78,38 @@ class Cut:
             found[0 if self.kind == "ragged" else place, first:end] = False
         return found
 
+    @property
+    def pool_pages(self) -> int:
+        """Pages of a cache: twice as many as are needed, and at least one."""
+        return max(1, 2 * sum(map(len, self._needed)))
+
+    @property
+    def _needed(self) -> list[range]:
+        """The places of the pages that each sequence needs."""
+        return [
+            range(skip // self.page, -(-used // self.page) if skip < used else 0)
+            for skip, used in zip(self._skipped, self.used, strict=True)
+        ]
+
+    @property
+    def page_sizes(self) -> dict[str, int]:
+        """The sizes of a cache of such pages, and of its table."""
+        rows, most = len(self.lengths), self.rows // self.page
+        return {"pages": self.pool_pages, "page_size": self.page, "table_rows": rows, "max_pages": most}
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """Which pages hold the rows of each sequence: (batch, max_pages), i32; `NO_PAGE` where none is needed."""
+        found = torch.full(
+            (len(self.lengths), self.rows // self.page), NO_PAGE, dtype=torch.int32, device="cpu"
+        )
+        shuffled = torch.randperm(self.pool_pages, generator=torch.Generator().manual_seed(0), device="cpu")
+        taken = 0
+        for row, places in zip(found, self._needed, strict=True):
+            row[places.start : places.stop] = shuffled[taken : taken + len(places)]
+            taken += len(places)
+        return found
+
     def arguments(self, letter: Literal["q", "k"], device: torch.device | str = "cpu") -> dict[str, Any]:
         """What a call passes to say all this, by name."""
 
@@ -83,7 +120,9 @@ class Cut:
         if self.kind == "ragged":
             ends = [0, *accumulate(self.stored)]
             found = {f"cu_seqlens_{letter}": numbers(ends), f"max_seqlen_{letter}": self.size}
-        if self.kind == "padded" or self.unused:
+        if self.kind == "paged":
+            found["block_table"] = self.block_table.to(device)
+        if self.kind != "ragged" or self.unused:
             found[f"seqused_{letter}"] = numbers(list(self.used))
         if self.skipped:
             found[f"leftpad_{letter}"] = numbers(list(self.skipped))

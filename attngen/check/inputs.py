@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attngen.check.cuts import Cut
+from attngen.check.paging import in_pages
 from attngen.memory import check_room
 from attngen.torch_state import torch_defaults
 
@@ -108,6 +109,11 @@ class Shape:
         return of_q, of_k
 
     @property
+    def page_sizes(self) -> dict[str, int]:
+        """The sizes of a cache and of its table, where keys are paged."""
+        return self.keys.page_sizes if self.keys and self.keys.kind == "paged" else {}
+
+    @property
     def lengths(self) -> Iterator[tuple[int, int]]:
         """Queries and keys of each sequence."""
         queries = self.queries.lengths if self.queries else repeat(self.seqlen_q, self.batch)
@@ -156,7 +162,7 @@ def random_inputs(
     """Draw q, k and v.
 
     Rows that no sequence counts hold `POISON`. Of queries, or keys, that are ragged the first two dimensions are one:
-    (tokens, heads, head_dim).
+    (tokens, heads, head_dim); those of keys that are paged are pages and their rows.
 
     Returns:
         q: (batch, seqlen_q, heads, head_dim_qk), last dimension contiguous.
@@ -179,7 +185,7 @@ def random_inputs(
         size_k = (batch_k if shape.keys else min(1, batch_k), *size_k[1:])
         size_v = (*size_v[:2], min(1, heads_kv), head_dim_v)
     q, k, v = (
-        _poisoned(_draw(size, kind, name, generator), cut).to(dtype).to(device)
+        _in_cache(_poisoned(_draw(size, kind, name, generator), cut), cut).to(dtype).to(device)
         for size, name, cut in (
             (size_q, "q", shape.queries),
             (size_k, "k", shape.keys),
@@ -187,7 +193,8 @@ def random_inputs(
         )
     )
     if layout == "expanded":
-        k, v = k.expand(batch_k, -1, -1, -1), v.expand(-1, -1, heads_kv, -1)
+        k = k if shape.keys else k.expand(batch_k, -1, -1, -1)
+        v = v.expand(-1, -1, heads_kv, -1)
     else:
         q, k, v = arrange(q, k, v, layout)
     return _without_batch(q, shape.queries), _without_batch(k, shape.keys), _without_batch(v, shape.keys)
@@ -208,6 +215,13 @@ def _poisoned(x: Tensor, cut: Cut | None) -> Tensor:
         values = torch.tensor(POISON, dtype=x.dtype, device=x.device)
         x[rows] = values[torch.arange(int(rows.sum()), device=x.device) % len(POISON)][:, None, None]
     return x
+
+
+def _in_cache(x: Tensor, cut: Cut | None) -> Tensor:
+    """Rows of heads in batches; where they are paged, as a cache of pages."""
+    if cut is None or cut.kind != "paged":
+        return x
+    return in_pages(x, cut, torch.tensor(POISON, dtype=x.dtype, device=x.device))
 
 
 def _without_batch(x: Tensor, cut: Cut | None) -> Tensor:

@@ -21,6 +21,7 @@ from attngen.check.gradients import (
     declared_sums,
     declared_verdict,
 )
+from attngen.check.paging import as_padded
 from attngen.check.reference import LARGEST_SINK, Layout
 from attngen.errors import ArgumentError
 from attngen.expr import SINK
@@ -57,7 +58,8 @@ def compare_sequences(
     Raises:
         ArgumentError: out or lse has not the shape that q and v ask for, or sequences overlap.
     """
-    out, q, k, v = _in_bshd(layout, out, *inputs)
+    lengths, k, v, passed = as_padded(lengths, *inputs[1:], passed)
+    out, q, k, v = _in_bshd(layout, out, inputs[0], k, v)
     _check_shapes(lengths, out, lse, q, v)
     call = CutCall.read(lengths, q, k, passed)
     parts = [_outside(call, out, lse, passed)]

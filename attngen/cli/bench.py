@@ -189,8 +189,9 @@ def as_dense(
         ToolchainError: sequences of several lengths, or a mask or score that reads what a peer knows nothing of.
     """
     lengths = [{*cut.lengths} for cut in shape.cuts.values()]
-    if any(len(each) > 1 for each in lengths) or kernel.spec.arguments.tensors:
-        reason = "sequences of several lengths, or tensors by token, are not for it"
+    is_paged = kernel.plan.lengths.is_paged("keys")
+    if any(len(each) > 1 for each in lengths) or kernel.spec.arguments.tensors or is_paged:
+        reason = "sequences of several lengths or in pages, or tensors by token, are not for it"
         cure = f"--against names the peers to measure: leave {name} out"
         raise ToolchainError(f"{name} does not take part: {reason}", cure)
     return tuple(x.view(shape.batch, -1, *x.shape[-2:]) for x in inputs)

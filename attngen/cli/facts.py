@@ -20,6 +20,7 @@ from attngen.plan import (
     KernelPlan,
     Role,
     Sheet,
+    page_values,
     source_of,
     walk,
 )
@@ -136,6 +137,7 @@ def _sequences(plan: KernelPlan) -> dict[str, str]:
     if plan.lengths.are_dense:
         return {}
     names = [f"{each.name}{', or none' * each.is_optional}" for each in plan.lengths.arguments]
+    names += [f"{each.name}{', or none' * each.optional}" for each in page_values(plan.lengths)]
     by = "\n".join((*names, *(f"{name}, or none" for name in plan.lengths.bounds)))
     kinds = f"queries {plan.lengths.queries}, keys {plan.lengths.keys}"
     return {"sequences": kinds, "their lengths by": by}

@@ -22,6 +22,8 @@ DEFAULT_LENGTHS: dict[Letter, tuple[int, ...]] = {"q": (113, 0, 5, 70), "k": (20
 """In the place of one length, of sequences that have their own; one of them is empty, and one has as many keys."""
 DEFAULT_LENGTH = 128
 
+DEFAULT_PAGE = 16
+"""Rows of a page, where keys lie in pages and nothing says of how many."""
 PADDING = 3
 """Rows behind the longest of padded sequences that a drawn call has."""
 
@@ -62,7 +64,8 @@ _OPTIONS = {
     "--seqlen-k": "Keys [as many as queries].",
     "--lengths": "Of ragged or padded sequences, queries and keys alike: 5,100,0,77.",
     "--lengths-q": "Of ragged or padded sequences, queries.",
-    "--lengths-k": "Of ragged or padded sequences, keys.",
+    "--lengths-k": "Of ragged or padded sequences, or of those in pages, keys.",
+    "--page": f"Rows of a page, where keys lie in pages [{DEFAULT_PAGE}].",
 }
 
 
@@ -78,6 +81,7 @@ class GivenSizes:
     lengths: tuple[int, ...] | None = None
     lengths_q: tuple[int, ...] | None = None
     lengths_k: tuple[int, ...] | None = None
+    page: int | None = None
 
     def shape(self, spec: Spec) -> Shape:
         """The shape of a call of a spec.
@@ -96,7 +100,8 @@ class GivenSizes:
         queries = next((n for n in (self.seqlen_q, self.seqlen_k) if n is not None), DEFAULT_LENGTH)
         keys = queries if self.seqlen_k is None else self.seqlen_k
         batch = 1 if self.batch is None else self.batch
-        return cut_shape(spec, lengths, Shape(batch, heads, heads_kv, queries, keys))
+        whole, page = Shape(batch, heads, heads_kv, queries, keys), self.page
+        return cut_shape(spec, lengths, whole, page=DEFAULT_PAGE if page is None else page)
 
     def _lengths_of(self, letter: Letter, kind: str) -> tuple[int, ...]:
         """What is said of an axis that is cut."""
@@ -125,6 +130,9 @@ class GivenSizes:
             raise ArgumentError("--lengths", "lengths", "--seqlen: the spec's sequences are dense")
         if self.lengths is not None and all(getattr(self, f"lengths_{each}") is not None for each in kinds):
             raise ArgumentError("--lengths", "lengths", "left out where each axis has its own")
+        if self.page is not None and kinds.get("k") != "paged":
+            must = f"left out: keys are {kinds.get('k', 'dense')}"
+            raise ArgumentError("--page", self.page, must, "say problem: {keys: paged} in the spec")
         if self.batch is not None and kinds:
             raise ArgumentError("--batch", self.batch, "left out: there are as many sequences as lengths")
 
@@ -138,8 +146,8 @@ def shape_options(command: Command) -> Command:
 
 
 def lengths_options(command: Command) -> Command:
-    """Options for lengths of sequences alone, which the command gets as `given`; None where no option is."""
-    of_lengths = {name: text for name, text in _OPTIONS.items() if name.startswith("--lengths")}
+    """Options for lengths and pages of sequences alone, which the command gets as `given`; None where no option is."""
+    of_lengths = {name: text for name, text in _OPTIONS.items() if name.startswith(("--lengths", "--page"))}
     return _given_options(command, of_lengths)
 
 
@@ -155,7 +163,7 @@ def _given_options(command: Command, wanted: Mapping[str, str]) -> Command:
     decorated: Any = with_given
     for name, text in reversed([*wanted.items()]):
         names = (name, "--seqlen", "seqlen_q") if name == "--seqlen-q" else (name,)
-        kind: dict[str, Any] = {"type": LENGTH}
+        kind: dict[str, Any] = {"type": POSITIVE if name == "--page" else LENGTH}
         if name.startswith("--lengths"):
             kind = {"callback": _lengths, "metavar": "N,N,..."}
         decorated = click.option(*names, **kind, default=None, help=text)(decorated)
@@ -180,6 +188,7 @@ def shapes_of(spec: Spec, given: GivenSizes | None = None) -> tuple[Shape, ...]:
                 spec,
                 lengths,
                 Shape(check.batch, check.heads, heads_kv, check.seqlen_q or 0, check.seqlen_k or 0),
+                page=check.page or DEFAULT_PAGE,
             )
         )
     return tuple(shapes) or (cut_shape(spec, DEFAULT_LENGTHS, DEFAULT_SHAPE),)
@@ -192,15 +201,26 @@ def cut_kinds(spec: Spec) -> dict[Letter, CutKind]:
 
 
 def cut_shape(
-    spec: Spec, lengths: Mapping[Letter, tuple[int, ...]], whole: Shape, padding: int = PADDING
+    spec: Spec,
+    lengths: Mapping[Letter, tuple[int, ...]],
+    whole: Shape,
+    padding: int = PADDING,
+    page: int = DEFAULT_PAGE,
 ) -> Shape:
     """A shape with lengths for every axis of the spec that is cut; what is padded has some rows behind the longest.
+
+    What lies in pages, of so many rows each, likewise.
 
     Raises:
         ArgumentError: not as many lengths of queries as of keys.
     """
     cuts = {
-        letter: Cut(kind, lengths[letter], tail=padding if kind == "padded" else 0)
+        letter: Cut(
+            kind,
+            lengths[letter],
+            tail=0 if kind == "ragged" else padding,
+            page=page if kind == "paged" else 0,
+        )
         for letter, kind in cut_kinds(spec).items()
     }
     if not cuts:
@@ -230,7 +250,8 @@ def shape_text(shape: Shape) -> str:
         _lengths_text(cut.lengths) if cut else str(length)
         for cut, length in ((shape.queries, shape.seqlen_q), (shape.keys, shape.seqlen_k))
     )
-    return f"heads {heads}, lengths {queries if queries == keys else f'{queries} x {keys}'}"
+    page = f", page {shape.keys.page}" if shape.keys and shape.keys.page else ""
+    return f"heads {heads}, lengths {queries if queries == keys else f'{queries} x {keys}'}{page}"
 
 
 def _lengths_text(lengths: tuple[int, ...]) -> str:

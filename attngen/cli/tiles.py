@@ -123,7 +123,7 @@ def check_passed(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> d
     manifest = kernel.manifest
     of_q, of_k = shape.tokens
     of_call = (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
-    sizes = Sizes(*of_call, tokens_q=of_q, tokens_k=of_k).values
+    sizes = Sizes(*of_call, tokens_q=of_q, tokens_k=of_k).values | shape.page_sizes
     tensors, scalars, _ = check_declared(manifest, manifest.intakes[0], declared, sizes, torch.device("cpu"))
     return {**scalars, **{name.removeprefix("tensor."): x for name, x in tensors.items()}}
 

@@ -31,6 +31,7 @@ FUNCTIONS = (
     "tile.cuh",
     "panel.cuh",
     "ring.cuh",
+    "pages.cuh",
     "copy.cuh",
     "fragment.cuh",
     "gemm.cuh",

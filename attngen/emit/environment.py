@@ -39,6 +39,7 @@ from attngen.plan import (
     Step,
     Tensor,
     View,
+    page_values,
     walk,
 )
 from attngen.plan.steps import (
@@ -154,6 +155,7 @@ def _pointees(plan: KernelPlan) -> dict[str, str]:
     tensors = (*plan.reads, *plan.outputs)
     found = {COUNTER: "u32", f"{plan.tile_list}.ptr": "int4"}
     found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
+    found |= {f"{each.name}.ptr": "const int" for each in page_values(plan.lengths)}
     found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
     found |= {f"{place.name}.ptr": POINTEES[place.dtype.name] for place in matrices}
@@ -211,6 +213,8 @@ def environment() -> jinja2.Environment:
         "first_row": _first_row,
         "head": _head,
         "start": _start,
+        "is_paged": _is_paged,
+        "paged_rows": _paged_rows,
         "is_by_token": _is_by_token,
         "is_by_one_thread": _is_by_one_thread,
         "row_stride": _row_stride,
@@ -311,6 +315,19 @@ def _head(context: Context, place: Tensor | Rows) -> str:
         return f"head_of({base}, {start}, {row}, {head}, {base}_stride_head)"
     batched = f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
     return f"{batched} + stay_in_loop({start}) * {row}" if start else batched
+
+
+@jinja2.pass_context
+def _is_paged(context: Context, place: Tensor) -> bool:
+    """Whether its rows lie in pages."""
+    return bool(context["plan"].lengths.is_paged(place.axis))
+
+
+def _paged_rows(place: Tensor) -> str:
+    """Where the rows of this tile's sequence and head lie in a cache of pages."""
+    cache = f"params.{place.name}"
+    strides = ", ".join(f"{cache}_stride_{axis}" for axis in ("page", "seqlen", "head"))
+    return f"paged_rows(params, tile, {cache}, {strides})"
 
 
 @jinja2.pass_context

@@ -133,7 +133,8 @@ def emit_list(sheet: ListTiles) -> str:
     sequences = [
         {
             "axis": axis,
-            "kind": plan.lengths.of(axis),
+            # Of keys in pages as many fit a row of the table as padded sequences have, and as many count.
+            "kind": "padded" if plan.lengths.is_paged(axis) else plan.lengths.of(axis),
             "letter": letter,
             "used": f"seqused_{letter}" if f"seqused_{letter}" in given else "",
             "skipped": f"leftpad_{letter}" if f"leftpad_{letter}" in given else "",

@@ -9,6 +9,7 @@ from attngen.expr.boundaries import Boundary
 from attngen.expr.cuda import Body, Leaves, c_type, cuda_body, places_of, to_cuda
 from attngen.expr.declarations import (
     NO_DECLARATIONS,
+    PAGE_SIZES,
     SINK,
     SIZE_NAMES,
     TOKENS,
@@ -86,6 +87,7 @@ __all__ = [
     "SIZE_NAMES",
     "SOME_KEPT",
     "TILE_NAMES",
+    "PAGE_SIZES",
     "TOKENS",
     "TRUE",
     "VALUE_TYPES",

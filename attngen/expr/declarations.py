@@ -10,6 +10,8 @@ from attngen.expr.tree import Expr, Type, add, const, lookup, name, scalar, sub
 SIZE_NAMES = ("batch", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k")
 """The sizes of every call that a tensor's dimension may be; any other name is bound by the tensor that comes first."""
 
+PAGE_SIZES = ("pages", "page_size", "max_pages", "table_rows")
+"""Sizes of calls whose keys lie in pages: of a cache, of each page, of a row of the table, and its rows."""
 TOKENS: Mapping[str, str] = MappingProxyType({"tokens_q": "q_idx", "tokens_k": "kv_idx"})
 """Sizes of calls with ragged lengths, and the index that counts a sequence's own part of such a dimension."""
 

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from attngen.errors import Diagnostic, Location
 from attngen.expr.arithmetic import FUNCTIONS
 from attngen.expr.declarations import (
+    PAGE_SIZES,
     SINK,
     SIZE_NAMES,
     SORTED,
@@ -52,6 +53,7 @@ _RAGGED_ARGUMENTS = (
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "leftpad_k",
     "work", *TOKENS,
 )  # fmt: skip
+_PAGED_ARGUMENTS = ("k_cache", "v_cache", "block_table", "cache_batch_idx", *PAGE_SIZES)
 _NO_PARAMETERS = {
     **dict.fromkeys((*INDEX_NAMES, "q_pos", "score"), "a name of the language"),
     **dict.fromkeys(FUNCTIONS, "a function of the language"),
@@ -63,6 +65,7 @@ _RESERVED = {
     **dict.fromkeys(_BACKWARD_ARGUMENTS, "an argument of every backward pass"),
     **dict.fromkeys(DESCALES, "an argument of calls with e4m3 tensors"),
     **dict.fromkeys(_RAGGED_ARGUMENTS, "an argument or a size of calls with ragged lengths"),
+    **dict.fromkeys(_PAGED_ARGUMENTS, "an argument or a size of calls with paged keys"),
     SINK: "an argument of calls with a learned sink",
     GIVEN_BLOCKS.name: "an argument of calls with given blocks",
     **dict.fromkeys(map(str, GIVEN_BLOCKS.dims), "a size of given blocks"),

@@ -41,6 +41,11 @@ EXAMPLES = 200
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def call_layouts(keys: str) -> tuple[CallLayout, ...]:
+    """The layouts of calls whose keys are so; that of pages is said by the strides of what holds them."""
+    return CALL_LAYOUTS[:1] if keys == "paged" else CALL_LAYOUTS
+
+
 @dataclass(frozen=True)
 class Case:
     """What is tried.
@@ -99,7 +104,7 @@ class Case:
         shape, scale = self.shape, self.softmax_scale
         for value, known in (
             (self.memory, MEMORIES),
-            (self.layout, CALL_LAYOUTS),
+            (self.layout, call_layouts(self.spec.problem.keys)),
             (self.kind, KINDS_WITH_SCALES),
             (self.state, tuple(STATES)),
         ):
@@ -179,6 +184,8 @@ def _fault_of_cuts(shape: Shape, spec: Spec) -> str | None:
         if cut is None:
             continue
         rows = (*cut.lengths, *cut.skipped, *cut.unused, cut.tail)
+        if type(cut.page) is not int or (cut.page > 0) != (kind == "paged"):
+            return f"{cut.page} is no number of rows of a page of {axis}"
         if not all(type(each) is int and 0 <= each <= LARGEST_LENGTH for each in rows):
             return f"a number of rows of {axis} is no integer from 0 to {LARGEST_LENGTH}"
         if any(len(each) not in (0, shape.batch) for each in (cut.skipped, cut.unused)):

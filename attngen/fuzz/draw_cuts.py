@@ -17,14 +17,17 @@ from attngen.spec import Spec
 KINDS = (("ragged", "ragged"), ("padded", "padded"), ("dense", "padded"), ("dense", "ragged"), ("ragged", "padded"),
          ("padded", "ragged"), ("ragged", "dense"))  # fmt: skip
 """Of queries and keys; the first is drawn most."""
+PAGED_KINDS = (("dense", "paged"), ("ragged", "paged"), ("padded", "paged"))
+"""Those of kernels that know pages."""
+PAGES = (16, 1, 2, 3, 7, 64)
 MOST_SEQUENCES = 6
 _SHORT = st.integers(0, 3)
 _UNUSED = st.sampled_from((0, 1, 2, 5, 17))
 
 
-def kinds() -> SearchStrategy[dict[str, str]]:
-    """What `problem` says of queries and keys."""
-    drawn = st.sampled_from((*3 * KINDS[:1], *KINDS))
+def kinds(has_pages: bool) -> SearchStrategy[dict[str, str]]:
+    """What `problem` says of queries and keys, which may lie in pages where kernels know these."""
+    drawn = st.sampled_from((*3 * KINDS[:1], *KINDS, *(2 * PAGED_KINDS if has_pages else ())))
     return drawn.map(lambda found: dict(zip(LETTERS, found, strict=True)))
 
 
@@ -52,6 +55,7 @@ def cut_shapes(draw: DrawFn, spec: Spec, whole: Shape, one: dict[str, SearchStra
             skipped=draw(_rows(count, 3)) if axis == "keys" else (),
             unused=draw(_rows(count, 2)) if kinds[axis] == "ragged" else (),
             tail=draw(_UNUSED),
+            page=draw(st.sampled_from(PAGES)) if kinds[axis] == "paged" else 0,
         )
         changes |= {axis: cut, f"seqlen_{letter}": cut.size}
     return replace(whole, **changes)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from attngen.check.by_sequence import CutCall, Sequence
+from attngen.check.judging import Inputs
+from attngen.check.paging import as_padded
 from attngen.expr import GIVEN_BLOCKS, SINK
 from attngen.fuzz.properties_of_gradients import first_difference
 from attngen.fuzz.trial import SIMULATOR_ULPS, Complaint, Subject, Trial
@@ -43,9 +45,11 @@ def _ulps(trial: Trial) -> int:
 class _DenseCall:
     """A sequence as a dense call, the last of a batch of as many as its number asks for: `b` is then right."""
 
-    def __init__(self, trial: Trial, subject: Subject, call: CutCall, sequence: Sequence) -> None:
+    def __init__(
+        self, trial: Trial, subject: Subject, call: CutCall, inputs: Inputs, sequence: Sequence
+    ) -> None:
         self._trial, self._subject, self._sequence = trial, subject, sequence
-        q, k, v = call.inputs(trial.q, trial.k, trial.v, sequence)
+        q, k, v = call.inputs(*inputs, sequence)
         self._inputs = (self._repeated(q), self._repeated(k), self._repeated(v))
         self._passed = dict(self._declared(call))
 
@@ -106,10 +110,21 @@ class _DenseCall:
 
 def _dense_calls(trial: Trial) -> Iterator[tuple[CutCall, Sequence, _DenseCall]]:
     """Each sequence of the case's call, and the dense call that it is."""
-    call = CutCall.read(trial.subject.plan.lengths, trial.q, trial.k, trial.declared)
-    subject = trial.make(dense_spec(trial.case.spec))
+    plan, spec = trial.subject.plan, dense_spec(trial.case.spec)
+    lengths, k, v, passed = as_padded(plan.lengths, trial.k, trial.v, trial.declared)
+    if plan.lengths.is_paged("keys"):  # what `auto` stands for may be another kernel for dense sequences
+        spec = spec.replace(
+            {
+                "schedule.kind": plan.schedule,
+                "schedule.stages": plan.stages,
+                "schedule.warps": plan.warps,
+                "tile.block_m": plan.block_m,
+                "tile.block_n": plan.block_n,
+            }
+        )
+    call, subject = CutCall.read(lengths, trial.q, k, passed), trial.make(spec)
     for each in call.sequences:
-        yield call, each, _DenseCall(trial, subject, call, each)
+        yield call, each, _DenseCall(trial, subject, call, (trial.q, k, v), each)
 
 
 def dense_spec(spec: Spec) -> Spec:

@@ -16,7 +16,7 @@ from attngen.check.inputs import EXACT_SCALE, KINDS, KINDS_WITH_SCALES, Shape
 from attngen.errors import SpecError, SpecWarning
 from attngen.expr import SINK
 from attngen.fuzz import draw_cuts
-from attngen.fuzz.case import CALL_LAYOUTS, MEMORIES, Case, Memory
+from attngen.fuzz.case import MEMORIES, Case, Memory, call_layouts
 from attngen.fuzz.draw_blocks import given_blocks
 from attngen.fuzz.draw_pairs import pair_texts
 from attngen.fuzz.properties import RULES
@@ -152,9 +152,9 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     sink = draw(st.sampled_from(("none", "none", "per_head")))
     of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
     gradients = [*INPUTS, *of_sink] if has_gradients else []
-    cut = draw(draw_cuts.kinds()) if is_cut else {}
-    can_split = kind == "fa2" and inputs != "e4m3" and not gradients
-    split = draw(_splits(block_n)) if can_split and is_cut else "none"
+    is_fa2 = kind == "fa2" and not gradients  # which alone knows pages, and parts
+    cut = draw(draw_cuts.kinds(has_pages=is_fa2)) if is_cut else {}
+    split = draw(_splits(block_n)) if is_fa2 and inputs != "e4m3" and is_cut else "none"
     by_token = [LETTERS[axis] for axis in LETTERS if cut.get(axis) == "ragged"]
     data = {
         "target": target,
@@ -227,7 +227,7 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
         shape=shape,
         softmax_scale=scale,
         memory=draw(st.sampled_from(memories)),
-        layout=draw(st.sampled_from(CALL_LAYOUTS)),
+        layout=draw(st.sampled_from(call_layouts(plan.lengths.keys))),
         kind=kind,
         seed=draw(st.integers(0, 2**16)),
         rule=draw(st.sampled_from(applicable)),

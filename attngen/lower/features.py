@@ -126,6 +126,11 @@ class Features:
         return self.declarations.blocks
 
     @property
+    def is_paged(self) -> bool:
+        """Keys lie in pages."""
+        return self.lengths.is_paged("keys")
+
+    @property
     def head_dim(self) -> int:
         """The wider of the two."""
         return max(self.head_dim_qk, self.head_dim_v)

@@ -16,7 +16,7 @@ from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
 from attngen.lower.params import declarations_read_by, pair_params, params, part_params, with_lengths
-from attngen.lower.refusal import diagnostics, faults_of, wrong
+from attngen.lower.refusal import SCHEDULE_OF_PAGES, diagnostics, faults_of, wrong
 from attngen.lower.search import candidates, cheapest, nearest_first
 from attngen.lower.storage import places
 from attngen.lower.table import rows
@@ -105,6 +105,8 @@ def _schedule(features: Features) -> str:
     """The schedule the spec names, or the fastest that the target runs."""
     if features.kind != "auto":
         return features.kind
+    if features.is_paged:
+        return SCHEDULE_OF_PAGES
     if features.splits or not features.arch.wgmma or not (features.arch.emits or features.scales):
         return "fa2"
     return rows(features)[-1].schedule
@@ -113,7 +115,8 @@ def _schedule(features: Features) -> str:
 def _from_table(features: Features) -> tuple[KernelPlan, ...]:
     """The kernels that measurement says are best, the one for any length last, where the spec leaves all to `auto`."""
     arch = features.arch
-    if features.splits or not arch.wgmma or not arch.emits or features.kind != "auto" or features.given:
+    is_measured = not (features.splits or features.is_paged)
+    if not is_measured or not arch.wgmma or not arch.emits or features.kind != "auto" or features.given:
         return ()
     *shorter, plan = (build(features, row.schedule, row.choice, row.up_to) for row in rows(features))
     return () if verify(plan) else (*(each for each in shorter if not verify(each)), plan)

@@ -5,7 +5,19 @@ from dataclasses import replace
 from typing import Any
 
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, free_names, tensor_names
-from attngen.plan import LETTERS, KernelPlan, Lengths, Param, PartRows, Rows, Tensor, table_value
+from attngen.plan import (
+    BLOCK_TABLE,
+    LETTERS,
+    PAGE_DIVISION,
+    KernelPlan,
+    Lengths,
+    Param,
+    PartRows,
+    Rows,
+    Tensor,
+    page_values,
+    table_value,
+)
 from attngen.schedules import Pairs
 
 
@@ -127,7 +139,10 @@ def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:
     if lengths.are_dense and not plan.split:
         return plan
     listed = replace(plan, lengths=lengths, scheduler=replace(plan.scheduler, is_listed=True))
-    kept = tuple(param for param in plan.params if param.value not in _batch_strides(listed))
+    of_page = _page_strides(listed)
+    kept = tuple(
+        of_page.get(param.value, param) for param in plan.params if param.value not in _batch_strides(listed)
+    )
     own = {param.name for param in kept}
     sizes: tuple[str, ...] = (
         "batch",
@@ -138,10 +153,29 @@ def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:
     params = (
         Param("tiles", "pointer", f"{listed.tile_list}.ptr"),
         *(Param(each.name, "pointer", f"{each.name}.ptr") for each in lengths.arguments),
+        *(Param(each.name, "pointer", f"{each.name}.ptr") for each in page_values(lengths)),
         *kept,
         *(Param(size, "i32", size) for size in sizes if size not in own),
+        *(_page_numbers() if lengths.is_paged("keys") else ()),
     )
     return replace(listed, params=params)
+
+
+def _page_strides(plan: KernelPlan) -> dict[str, Param]:
+    """From a page to the next, in the place of strides from batch to batch that caches have not."""
+    caches = [tensor.name for tensor in plan.reads if plan.lengths.is_paged(tensor.axis)]
+    return {
+        f"{name}.stride_batch": Param(f"{name}_stride_page", "i64", f"{name}.stride_page") for name in caches
+    }
+
+
+def _page_numbers() -> tuple[Param, ...]:
+    """How a table and a cache are laid out, and by what a row is divided to tell its page."""
+    return (
+        Param(f"{BLOCK_TABLE.name}_stride", "i64", f"{BLOCK_TABLE.name}.stride_0"),
+        *(Param(size, "i32", size) for size in ("table_rows", "pages", "page_size")),
+        *(Param(value.replace(".", "_"), "i32", value) for value in PAGE_DIVISION),
+    )
 
 
 def _batch_strides(plan: KernelPlan) -> frozenset[str]:

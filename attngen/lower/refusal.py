@@ -20,6 +20,8 @@ from attngen.plan.hardware_rules import COSTS, MOST_STAGES, MOST_WARPGROUPS, OWN
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
 from attngen.spec import Spec
 
+SCHEDULE_OF_PAGES = "fa2"
+"""The schedule whose copies look up the page of each row of K and V."""
 Passes = Callable[[str, int], bool]
 """Whether every rule passes with another value of one of the `KNOBS`."""
 
@@ -92,6 +94,7 @@ def wrong(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ..
     return (
         *_wrong_dtype(spec, features),
         *_wrong_target(spec, features.arch, schedule),
+        *_wrong_pages(spec, features, schedule),
         *_wrong_inputs(spec, features, schedule),
         *_wrong_fields(spec, features, schedule),
         *_wrong_weight(spec, features),
@@ -112,6 +115,23 @@ def _wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ..
             value=schedule,
             note=f"it is made of wgmma and the copy engine, which {' and '.join(able)} have",
             nearest=tuple(SCHEDULES),
+        ),
+    )
+
+
+def _wrong_pages(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
+    """Keys in pages, and a schedule whose copies know rows that follow one another."""
+    if not features.is_paged or schedule == SCHEDULE_OF_PAGES:
+        return ()
+    return (
+        Diagnostic(
+            message=f"schedule.kind = {schedule} does not take keys in pages",
+            rule="schedule-pages",
+            location=spec.locate("schedule.kind"),
+            path="schedule.kind",
+            value=schedule,
+            note=f"the copies of {SCHEDULE_OF_PAGES} alone look up in which page each row of K and V lies",
+            nearest=(SCHEDULE_OF_PAGES,),
         ),
     )
 

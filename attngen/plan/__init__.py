@@ -56,6 +56,14 @@ from attngen.plan.lengths import (
     Lengths,
     padded_start,
 )
+from attngen.plan.pages import (
+    BLOCK_TABLE,
+    CACHE_ROWS,
+    PAGE_DIVISION,
+    PAGES_OF_HEADS,
+    division_by,
+    page_values,
+)
 from attngen.plan.places import (
     BANK_BYTES,
     CHUNK_BYTES,
@@ -118,7 +126,9 @@ from attngen.plan.tile_list import BUCKETS, MOST_BLOCKS, ListTiles, bucket
 
 __all__ = [
     "ANY_LENGTH",
+    "BLOCK_TABLE",
     "BUCKETS",
+    "CACHE_ROWS",
     "DENSE",
     "ENTRY_FIELDS",
     "PART_FIELDS",
@@ -130,12 +140,16 @@ __all__ = [
     "LENGTH_KINDS",
     "LETTERS",
     "MOST_BLOCKS",
+    "PAGES_OF_HEADS",
+    "PAGE_DIVISION",
     "LengthArgument",
     "LengthKind",
     "Lengths",
     "ListTiles",
     "bucket",
+    "division_by",
     "padded_start",
+    "page_values",
     "value_shape",
     "entry_field",
     "entry_says",

@@ -25,6 +25,7 @@ from attngen.plan.call import (
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product, total
 from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
+from attngen.plan.pages import PAGES_OF_HEADS, page_values
 from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, PartRows, Rows, Tensor
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
@@ -234,6 +235,8 @@ def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[F
         return (*batch, "num_heads_q", rows)
     if place.is_transposed:
         return (*batch, f"num_heads_{place.heads}", place.cols, _padded(length, KEY_BLOCK))
+    if lengths.is_paged(place.axis):
+        return ("pages", "page_size", f"num_heads_{place.heads}", place.cols)
     return (*batch, length, f"num_heads_{place.heads}", place.cols)
 
 
@@ -244,6 +247,8 @@ def part_shape(place: PartRows, plan: KernelPlan) -> tuple[Formula, ...]:
 
 def axes_of(tensor: Tensor, lengths: Lengths) -> tuple[str, ...]:
     """What the dimensions of a tensor of rows of heads are."""
+    if lengths.is_paged(tensor.axis):
+        return PAGES_OF_HEADS
     return TOKENS_OF_HEADS if lengths.is_by_token(tensor.axis) else ROWS_OF_HEADS
 
 
@@ -275,6 +280,7 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for length in plan.lengths.arguments:  # before what is declared: a list of tiles is made of these alone
         shape = (total("batch", 1) if length.is_cumulative else "batch",)
         yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)
+    yield from page_values(plan.lengths)
     for name, dtype, blocks in block_shapes(plan) if takes_blocks(plan) else ():
         yield Value(name, dtype, blocks, "given", name.removeprefix("tensor."), optional=True)
     for declared in plan.declarations.tensors.values():

@@ -203,7 +203,8 @@ class Manifest:
 
     Parameters carry by the name of their value: of `values` addresses, strides and tensor maps; "scalar.<name>";
     run-time sizes by their own names, and as "size.<name>" those that tensors of the spec are declared with; what
-    `softmax_scale` becomes (`attngen.scaling.scale_values`); "accumulates", 1 where gradients are added to what their
+    `softmax_scale` becomes (`attngen.scaling.scale_values`), and the size of a page (`attngen.plan.pages.division_by`);
+    "accumulates", 1 where gradients are added to what their
     memory holds. What a call has not is 0.
 
     Attributes:

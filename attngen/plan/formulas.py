@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from attngen.expr import PAGE_SIZES
+
 Formula = int | str | dict[str, Any]
 """An integer, the name of a run-time value, or {"op": one of FORMULA_OPS, "args": [...]}."""
 
@@ -16,9 +18,12 @@ FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
 
 RUNTIME_SIZES = (
     "batch", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "group", "num_sms", "tokens_q", "tokens_k",
+    *PAGE_SIZES,
 )  # fmt: skip
 """Run-time values that a formula may name; group = num_heads_q // num_heads_kv, num_sms of the GPU at hand; tokens are
-the rows of all sequences, and of ragged ones seqlen is a bound that the caller gives, or the tokens."""
+the rows of all sequences, and of ragged ones seqlen is a bound that the caller gives, or the tokens. Where keys are
+paged, a cache has so many pages of page_size rows, a table so many rows of max_pages entries, and seqlen_k is what so
+many pages hold."""
 
 
 def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:

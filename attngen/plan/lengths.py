@@ -7,7 +7,7 @@ from attngen.expr import LARGEST_LENGTH
 from attngen.plan.formulas import Formula, ceil_div, total
 from attngen.plan.places import PADDED_ROWS, Axis
 
-LengthKind = Literal["dense", "ragged", "padded"]
+LengthKind = Literal["dense", "ragged", "padded", "paged"]
 LENGTH_KINDS: tuple[str, ...] = get_args(LengthKind)
 LETTERS: dict[Axis, Literal["q", "k"]] = {"queries": "q", "keys": "k"}
 """What arguments and sizes of an axis end in."""
@@ -19,7 +19,8 @@ class Lengths:
 
     "dense": (batch, seqlen, heads, cols), all of one length. "padded": likewise, of which the first `seqused` count.
     "ragged": (tokens, heads, cols), the sequences one after another, each from `cu_seqlens[b]` to `cu_seqlens[b + 1]`,
-    of which the first `seqused` count where a call gives that.
+    of which the first `seqused` count where a call gives that. "paged", of keys alone: in pages of a cache, see
+    `attngen.plan.pages`, of which the first `seqused` keys count.
     """
 
     queries: LengthKind = "dense"
@@ -37,6 +38,10 @@ class Lengths:
     def is_by_token(self, axis: Axis) -> bool:
         """Whether the rows of all sequences follow one another, so that a tensor has no batches."""
         return self.of(axis) == "ragged"
+
+    def is_paged(self, axis: Axis) -> bool:
+        """Whether rows lie in pages, wherever a table says that each page is."""
+        return self.of(axis) == "paged"
 
     def has_neighbours(self, axis: Axis) -> bool:
         """Whether behind a sequence's last row stands another's, or nobody's, rather than nothing."""

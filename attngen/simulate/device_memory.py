@@ -20,6 +20,7 @@ from attngen.plan import (
     padded_start,
 )
 from attngen.quantize import unpack_values
+from attngen.simulate.page_table import PageTable
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.traffic import Traffic
 from attngen.simulate.visits import Blocks, Member, Sizes, ceil_div
@@ -43,6 +44,7 @@ class DeviceMemory:
         wanted: tuple[str, ...] = (),
         lengths: Lengths = DENSE,
         group: int = 1,
+        pages: PageTable | None = None,
     ) -> None:
         """Take the values of a call.
 
@@ -52,9 +54,11 @@ class DeviceMemory:
             wanted: optional places to write although they are not among the tensors.
             lengths: of the sequences; what has no batches has one, in which all of them lie.
             group: query heads that share a head of K and V.
+            pages: where rows lie that are in pages, of which a tensor has as many as others have batches.
         """
         self._lengths = lengths
         self._group = group
+        self._pages = pages
         self.holds_values = tensors is not None
         self.tensors = dict(tensors or {})
         self.traffic = traffic
@@ -106,19 +110,15 @@ class DeviceMemory:
         start = self._start(place, tile) + first
         if place.is_packed:
             found = self.tensors[place.name][self._packed(place, tile, range(first, first + valid))].float()
-            result = found.new_zeros((found.shape[0], *shape))
-            result[:, :valid, : found.shape[2]] = found
-            return result
+            return _filled(found, shape)
+        if self._pages is not None and self._lengths.is_paged(place.axis):
+            page, row = self._pages.places(tile, first, valid)
+            return _filled(self.tensors[place.name][page, heads.unsqueeze(1), row].float(), shape)
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]
         else:
             rows = self.tensors[place.name][:, :, start : start + (shape[0] if past_end else valid)]
-        found = rows[batch, heads].float()  # of these rows alone: to pick heads is to copy
-        if found.shape[1:] == shape:
-            return found
-        result = found.new_zeros((found.shape[0], *shape))
-        result[(slice(None), *(slice(n) for n in found.shape[1:]))] = found
-        return result
+        return _filled(rows[batch, heads].float(), shape)  # of these rows alone: to pick heads is to copy
 
     def write(
         self, place: Tensor | Rows, tile: Tile, first: int, values: torch.Tensor, shape: tuple[int, ...]
@@ -257,6 +257,15 @@ def by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor])
         else:
             found[tensor.name] = x.transpose(1, 2)
     return found
+
+
+def _filled(found: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What was found for each member, with zeros for all else of a shape."""
+    if found.shape[1:] == shape:
+        return found
+    result = found.new_zeros((found.shape[0], *shape))
+    result[(slice(None), *(slice(n) for n in found.shape[1:]))] = found
+    return result
 
 
 def _row_bytes(place: Tensor | Rows) -> int:

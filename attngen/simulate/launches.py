@@ -36,6 +36,7 @@ from attngen.simulate.blocks import Block, KernelRun, scale_params
 from attngen.simulate.device_memory import DeviceMemory, by_heads
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.function_names import function_name
+from attngen.simulate.page_table import PageTable
 from attngen.simulate.roles import Event, StepFunction
 from attngen.simulate.simulated_sheets import SHEETS_SIMULATED
 from attngen.simulate.threads import one_thread
@@ -179,11 +180,12 @@ def run_call(
             continue
         if sizes.has_no_output and kernel.direction == "forward":
             continue
+        pages = PageTable.of(values, sizes.values) if kernel.lengths.is_paged("keys") else None
         run = KernelRun(
             kernel,
             _with_tables(kernel, sizes, values),
             scale_params(kernel, sizes.softmax_scale),
-            DeviceMemory(by_heads(kernel, sizes, values), memory, (), kernel.lengths, sizes.group),
+            DeviceMemory(by_heads(kernel, sizes, values), memory, (), kernel.lengths, sizes.group, pages),
             {**STEPS_SIMULATED, **(steps or {})},
             observer,
             bound.accumulates,

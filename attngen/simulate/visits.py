@@ -58,6 +58,10 @@ class Sizes:
     num_sms: int = SIMULATED_SMS
     tokens_q: int = 0
     tokens_k: int = 0
+    pages: int = 0
+    page_size: int = 0
+    max_pages: int = 0
+    table_rows: int = 0
     declared: Declared = Declared()
     softmax_scale: float = 1.0
 

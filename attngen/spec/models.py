@@ -130,6 +130,15 @@ OneLength = Annotated[
     Expects("length", f"an integer from 0 to 2^30 - {LARGEST_TILE}", _nearest_integer(0, LARGEST_LENGTH)),
 ]
 """A length that may be left out, where another key stands for it; which, is for shape_rules.py."""
+OnePageSize = Annotated[
+    Annotated[int, Field(ge=1, le=LARGEST_LENGTH), BeforeValidator(_integer)] | None,
+    Expects(
+        "positive-integer",
+        f"a positive integer, at most 2^30 - {LARGEST_TILE}",
+        _nearest_integer(1, LARGEST_LENGTH),
+    ),
+]
+"""A size that may be left out, where keys are in no pages; which, is for shape_rules.py."""
 EachLength = Annotated[
     tuple[Length, ...],
     Field(min_length=1),
@@ -209,7 +218,12 @@ class HeadDim(_Model):
 LengthsOf = Annotated[
     Literal["dense", "ragged", "padded"], _one_of("known-lengths", "dense", "ragged", "padded")
 ]
-"""How queries, or keys, are cut into sequences; see `attngen.plan.Lengths`."""
+"""How queries are cut into sequences; see `attngen.plan.Lengths`."""
+LengthsOfKeys = Annotated[
+    Literal["dense", "ragged", "padded", "paged"],
+    _one_of("known-lengths", "dense", "ragged", "padded", "paged"),
+]
+"""How keys are."""
 
 
 class Problem(_Model):
@@ -223,8 +237,9 @@ class Problem(_Model):
     queries: LengthsOf = "dense"
     """Sequences of queries: dense, all of one length; ragged, one after another from cu_seqlens_q[b] on; padded, of
     which seqused_q[b] count."""
-    keys: LengthsOf = "dense"
-    """Sequences of keys, likewise: cu_seqlens_k and seqused_k. e4m3 inputs have sequences of one length."""
+    keys: LengthsOfKeys = "dense"
+    """Sequences of keys, likewise: cu_seqlens_k and seqused_k; or paged, in those pages of a cache that block_table[b]
+    lists, seqused_k[b] of them. e4m3 inputs have sequences of one length."""
 
 
 class Precision(_Model):
@@ -343,6 +358,8 @@ class CheckShape(_Model):
     """Rows of Q of each sequence, where queries are ragged or padded; in place of batch and seqlen_q."""
     seqlens_k: EachLength = ()
     """Rows of K and V, likewise."""
+    page: OnePageSize = None
+    """Rows of a page of K and V, where keys are paged."""
 
 
 class SpecModel(_Model):

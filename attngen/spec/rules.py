@@ -232,6 +232,16 @@ def _lengths(data: dict[str, Any], problem: dict[str, Any]) -> Iterator[Broken]:
         )
     names = data.get("gradients")
     names = names if isinstance(names, list | tuple) else ()
+    if names and kinds["keys"] == "paged":
+        yield Broken(
+            path="gradients",
+            value=names,
+            must="must be [] where keys are paged",
+            rule="paged-gradients",
+            note="no backward pass writes gradients of K and V to pages",
+            nearest=("[]", "problem.keys: ragged", "problem.keys: padded"),
+        )
+        return
     more = [name for name in names if name not in (*INPUTS, SINK)]
     if more and set(kinds.values()) != {"dense"}:
         yield Broken(

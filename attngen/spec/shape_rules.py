@@ -8,6 +8,8 @@ from attngen.spec.rules import Broken, is_positive
 
 _LETTERS = {"queries": "q", "keys": "k"}
 _EXAMPLE = "[5, 0, 130]"
+_CUT = ("ragged", "padded", "paged")
+"""Kinds of sequences that have lengths of their own."""
 
 
 def check_shapes(data: dict[str, Any]) -> Iterator[Broken]:
@@ -19,12 +21,13 @@ def check_shapes(data: dict[str, Any]) -> Iterator[Broken]:
         if isinstance(shape, dict):
             yield from _grouped_heads(f"check[{index}]", shape)
             yield from _sequences(f"check[{index}]", shape, kinds)
+            yield from _pages(f"check[{index}]", shape, kinds["keys"])
 
 
 def _sequences(path: str, shape: dict[str, Any], kinds: dict[str, Any]) -> Iterator[Broken]:
     """Lengths where sequences have lengths of their own, one length where they have not."""
     for axis, letter in _LETTERS.items():
-        one, each, is_cut = f"seqlen_{letter}", f"seqlens_{letter}", kinds[axis] in ("ragged", "padded")
+        one, each, is_cut = f"seqlen_{letter}", f"seqlens_{letter}", kinds[axis] in _CUT
         wanted, other, example = (each, one, _EXAMPLE) if is_cut else (one, each, "128")
         if other in shape:
             given = shape[other]
@@ -72,6 +75,29 @@ def _sequences(path: str, shape: dict[str, Any], kinds: dict[str, Any]) -> Itera
             rule="check-lengths",
             note="the sequences of keys are those of queries",
             nearest=(f"[{', '.join(map(str, fitted))}]",),
+        )
+
+
+def _pages(path: str, shape: dict[str, Any], keys: Any) -> Iterator[Broken]:
+    """The size of pages where keys are in pages, and nowhere else."""
+    if keys == "paged" and "page" not in shape:
+        yield Broken(
+            path=f"{path}.page",
+            value=None,
+            must="must be given",
+            rule="required-keys",
+            note="rows of a page of K and V: keys are paged",
+            nearest=("page: 16",),
+            is_missing=True,
+        )
+    if keys != "paged" and "page" in shape:
+        yield Broken(
+            path=f"{path}.page",
+            value=shape["page"],
+            must=f"must be left out: keys are {keys}",
+            rule="check-lengths",
+            note="keys lie in pages by problem.keys: paged",
+            nearest=(),
         )
 
 

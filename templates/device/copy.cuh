@@ -55,6 +55,30 @@ DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
   }
 }
 
+// load_tile of rows that lie in pages. A warp copies rows of its own, at most 32 at a time: each of its lanes looks up where one of them
+// is, and then all lanes copy chunks of every row.
+template <class Tile, int kThreads>
+DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_row) {
+  constexpr int kWarps = kThreads / 32, kShare = (Tile::kRows + kWarps - 1) / kWarps, kGroup = kShare < 32 ? kShare : 32;
+  constexpr bool kEven = Tile::kRows % (kWarps * kGroup) == 0 && kGroup * Tile::kChunks % 32 == 0;
+  const u32 thread = stay_in_loop(threadIdx.x), lane = thread % 32;
+#pragma unroll
+  for (int i = 0; i < (kShare + kGroup - 1) / kGroup; ++i) {
+    const u32 first = (i * kWarps + thread / 32) * kGroup;
+    const int own_row = first_row + first + lane;
+    const i64 own_offset = own_row < end_row ? offset_in_pages(rows, own_row) : 0;
+#pragma unroll
+    for (int j = 0; j < (kGroup * Tile::kChunks + 31) / 32; ++j) {
+      const u32 index = j * 32 + lane, of_group = index / Tile::kChunks, chunk = index % Tile::kChunks, row = first + of_group;
+      const u16* src = rows.cache + __shfl_sync(~0u, own_offset, of_group);
+      const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
+      if (kEven || (of_group < kGroup && row < Tile::kRows)) {
+        cp_async_16(dst + Tile::address(row, chunk), valid ? src + chunk * 8 : rows.cache, valid ? 16 : 0);
+      }
+    }
+  }
+}
+
 // Flip the sign of every element of a tile.
 template <class Tile, int kThreads>
 DEV void negate_tile(u32 tile) {

@@ -84,6 +84,29 @@ def test_other_ways_to_cut(attngen: Attngen, tmp_path: Path, queries: str, keys:
     )  # by lengths that stand for the default shape
 
 
+@pytest.mark.usefixtures("wide_lines")
+def test_pages(attngen: Attngen, tmp_path: Path) -> None:
+    """Of the check line, or as many rows as an option says; facts name the table, and other keys have no pages."""
+    path = tmp_path / "paged.yaml"
+    path.write_text(
+        "target: simulator\nproblem: {head_dim: 4, queries: ragged, keys: paged}\nmask: causal\n"
+        "tile: {block_m: 4, block_n: 2}\n"
+        "check: [{heads: 2, heads_kv: 1, seqlens_q: [5, 0, 9], seqlens_k: [7, 3, 9], page: 2}]\n"
+    )
+    result = attngen("check", str(path), "--run")
+    assert result.exit_code == 0 and "lengths 5,0,9 x 7,3,9, page 2" in result.stdout, result.output
+    result = attngen("run", str(path), "--device", "cpu", "--lengths", "6,0,3", "--page", "3")
+    assert result.exit_code == 0 and "lengths 6,0,3, page 3" in result.stdout, result.output
+    assert result.stdout.count(" ok ") == 1
+    facts = attngen("explain", str(path)).stdout
+    assert (
+        "queries ragged, keys paged" in facts and "cache_batch_idx, or none" in facts and "page 2 " in facts
+    )
+    path.write_text("problem: {head_dim: 4, keys: padded}\ntarget: simulator\n")
+    result = attngen("run", str(path), "--lengths", "4", "--page", "3")
+    assert result.exit_code == 2 and "--page: got 3, expected left out: keys are padded" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

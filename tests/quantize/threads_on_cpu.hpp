@@ -67,6 +67,10 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 }
 template <class T>
 static T __shfl_sync(unsigned, T x, int lane) { return (T)post((uint32_t)x)[lane % 32]; }
+static long long __shfl_sync(unsigned, long long x, int lane) {
+  const uint64_t low = post((uint32_t)x)[lane % 32], high = post((uint32_t)(x >> 32))[lane % 32];
+  return (long long)(high << 32 | low);
+}
 template <class T>
 static T __shfl_up_sync(unsigned, T x, int distance) {
   const int lane = threadIdx.x % 32;
@@ -88,6 +92,7 @@ static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const uint32_t* warp = post(x);
   return *std::max_element(warp, warp + 32);
 }
+static uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static uint32_t min(uint32_t a, int b) { return std::min(a, (uint32_t)b); }

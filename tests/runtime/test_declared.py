@@ -13,7 +13,7 @@ import torch
 
 import attngen
 from attngen.bind import check_declared
-from attngen.expr import SIZE_NAMES, TOKENS
+from attngen.expr import PAGE_SIZES, SIZE_NAMES, TOKENS
 from attngen.plan import RUNTIME_SIZES, KernelEntry
 from attngen.runtime import Launcher
 from tests.plans import no_code
@@ -258,7 +258,7 @@ def test_the_struct_carries_what_is_declared(monkeypatch: pytest.MonkeyPatch) ->
     assert spaces and 0 not in addresses and len(set(addresses)) == len(addresses)
 
 
-@pytest.mark.parametrize("dim", sorted({*RUNTIME_SIZES} - {*SIZE_NAMES, *TOKENS}))
+@pytest.mark.parametrize("dim", sorted({*RUNTIME_SIZES} - {*SIZE_NAMES, *TOKENS, *PAGE_SIZES}))
 def test_a_dimension_is_no_size_of_the_launch(dim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`group` and `num_sms` are names like any other for a tensor to bind, and the kernel's own stay what they are."""
     sent = []

@@ -7,6 +7,7 @@ from attngen.errors import SpecError
 
 RAGGED = "problem: {head_dim: 128, queries: ragged, keys: ragged}\n"
 MIXED = "problem: {head_dim: 128, keys: padded}\n"
+PAGED = "problem: {head_dim: 128, keys: paged}\n"
 
 
 def test_lengths_stand_in_place_of_batch_and_seqlen() -> None:
@@ -16,6 +17,8 @@ def test_lengths_stand_in_place_of_batch_and_seqlen() -> None:
     assert attngen.load(spec.to_yaml()) == spec
     mixed = attngen.load(MIXED + "check: [{seqlen_q: 4, seqlens_k: [7, 3]}]")
     assert (mixed.check[0].seqlen_q, mixed.check[0].seqlens_k, mixed.check[0].batch) == (4, (7, 3), 1)
+    paged = attngen.load(PAGED + "check: [{seqlen_q: 4, seqlens_k: [7, 3], page: 16}]")
+    assert paged.check[0].page == 16 and attngen.load(paged.to_yaml()) == paged
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,16 @@ def test_lengths_stand_in_place_of_batch_and_seqlen() -> None:
          ("[5, 0, 130]",), "lengths"),
         (RAGGED + "check: [{seqlens_q: [], seqlens_k: []}]", "check[0].seqlens_q must be a list of lengths", "[]",
          ("[5, 0, 130]",), "lengths"),
+        (PAGED + "check: [{seqlen_q: 4, seqlens_k: [7, 3]}]", "check[0].page must be given",
+         "{seqlen_q: 4, seqlens_k: [7, 3]}", ("page: 16",), "required-keys"),
+        (PAGED + "check: [{seqlen_q: 4, seqlen_k: 7, page: 16}]",
+         "check[0].seqlen_k = 7 must be seqlens_k: keys are paged", "7", ("seqlens_k: [7]",), "check-lengths"),
+        (PAGED + "check: [{seqlen_q: 4, seqlens_k: [7], page: 0}]",
+         "check[0].page = 0 must be a positive integer, at most 2^30 - 512", "0", ("1",), "positive-integer"),
+        (MIXED + "check: [{seqlen_q: 4, seqlens_k: [7], page: 16}]",
+         "check[0].page = 16 must be left out: keys are padded", "16", (), "check-lengths"),
         ("problem: {head_dim: 64, keys: jagged}", "problem.keys = jagged must be one of dense, ragged, padded",
-         "jagged", ("ragged", "padded"), "known-lengths"),
+         "jagged", ("ragged", "paged"), "known-lengths"),
     ],
 )  # fmt: skip
 def test_a_fault_says_where_what_and_what_would_do(
