@@ -1,0 +1,81 @@
+"""The texts of lone kernels: run by g++ beside their meaning in torch, and compiled by NVRTC. Needs no GPU."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+
+from attngen.arch import ARCHS
+from attngen.dtypes import BF16, F16, F32, DType
+from attngen.runtime import disassemble
+from attngen.serving.lone_kernel import LoneKernel
+from attngen.serving.meanings import merged
+from attngen.serving.merge_kernel import MOST_PARTS, MergeStates
+from attngen.serving.merging import launch_of
+from tests.effort import examples
+from tests.emit.sass import done_before_waiting
+from tests.serving.merge_cases import MergeCase, assert_near, merge_cases, merged_in_f64
+from tests.serving.on_cpu import launcher_by_gpp, no_gpu
+
+__all__ = ["no_gpu"]
+SIMULATOR = ARCHS["sm_80"]
+FORMATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+
+
+@pytest.mark.usefixtures("no_gpu")
+@settings(
+    max_examples=examples(1), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(merge_cases)
+def test_the_text_merges_as_torch_does(case: MergeCase) -> None:
+    """Every element of out and lse, of any strides and formats, is written once, and nothing beside them is."""
+    outs, lses, sink = case.parts_and_sink()
+    outs, lses = outs[:MOST_PARTS], lses[:MOST_PARTS]
+    assume(outs[0].numel())
+    outs, lses = [_on_16_bytes(x) for x in outs], lses
+    kernel = MergeStates(SIMULATOR, FORMATS[case.dtype], FORMATS[case.dtype])
+    guarded = torch.full((outs[0].numel() + 64,), torch.nan, dtype=case.dtype)
+    out = guarded[32:-32].view(outs[0].shape)
+    lse = torch.full_like(lses[0], torch.nan, memory_format=torch.contiguous_format)
+    launcher_by_gpp(kernel).launch(*launch_of(kernel, outs, lses, sink, case.call_layout, out, lse))
+    assert guarded[:32].isnan().all() and guarded[-32:].isnan().all()
+    assert_near((out, lse), merged_in_f64(outs, lses, sink, case.call_layout))
+    wanted = merged(outs, lses, sink, case.call_layout, case.dtype)
+    assert torch.equal(lse.isinf(), wanted[1].isinf())
+
+
+def _on_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The tensor where it may be read 16 bytes at a time, as far apart as it is."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+LONE = [
+    MergeStates(ARCHS[arch], source, result)
+    for arch in ("sm_80", "sm_89", "sm_90a", "sm_120")
+    for source, result in ((BF16, BF16), (F16, F32), (F32, BF16), (F32, F32))
+]
+
+
+@pytest.mark.usefixtures("nvdisasm")
+@pytest.mark.parametrize("kernel", LONE, ids=lambda kernel: kernel.name)
+def test_texts_compile_without_spills(kernel: LoneKernel) -> None:
+    """No stack, no local memory; loads of 16 bytes, and none before what came ahead in the stream has ended."""
+    compiled = kernel.compiled()
+    (used,) = compiled.resources
+    assert used.name == kernel.name
+    assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0) and used.registers <= 64
+    sass = disassemble(compiled.cubin)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert "LDG.E.128" in sass and "STG.E.128" in sass
+    assert not kernel.arch.starts_early or not done_before_waiting(sass)
+    assert ("griddepcontrol" in kernel.source) == kernel.arch.starts_early
+
+
+def test_texts_are_the_same_bytes_and_their_structs_fit() -> None:
+    """The same fields give the same text under one name; a parameter struct has at most 4 KB."""
+    for kernel in LONE:
+        again: DType = type(kernel)(**vars(kernel))
+        assert again == kernel and again.source == kernel.source and f"\n{kernel.name}(" in kernel.source
+        assert sum({"i32": 4}.get(param.ctype, 8) for param in kernel.params) <= 4096 - 8
+    assert len({kernel.name for kernel in LONE}) == len(LONE)
