@@ -8,7 +8,7 @@
 #   fp8        e4m3 inputs, and what quantises them
 #   backward   gradients, autograd, training
 #   ragged     sequences with lengths of their own, given blocks, sinks, keys in parts
-#   serving    partial results merged
+#   serving    partial results merged, caches appended to
 #   faces      calls as other libraries have them, models of Hugging Face, torch.compile
 #   tests      the launcher, which runs alone, and the GPU tests of commands and fuzzing
 #   fuzz       random specs: dense, ragged, with gradients
@@ -52,7 +52,7 @@ ragged() {
   on_gpu ragged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py split_on_gpu.py
 }
 serving() {
-  on_gpu serving_on_gpu.py
+  on_gpu append_on_gpu.py merge_on_gpu.py
 }
 faces() {
   on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_face_on_gpu.py frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
