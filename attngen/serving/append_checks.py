@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from attngen.bind import (
+    ROW_ALIGNMENT,
     check_alignment,
     check_no_derivative,
     check_overlap,
@@ -120,7 +121,12 @@ def _check_contiguous(name: str, x: torch.Tensor, what: str) -> None:
             name, f"stride {x.stride(-1)} in the last dimension", must, f"pass {name}.contiguous()"
         )
     if x.is_cuda:
-        check_alignment(name, x, min(16, CHUNK * x.element_size()))
+        check_alignment(name, x, unit_of(x))
+
+
+def unit_of(x: torch.Tensor) -> int:
+    """On how many bytes rows start that chunks of a tensor are moved of."""
+    return min(ROW_ALIGNMENT, CHUNK * x.element_size())
 
 
 def _check_cache(name: str, x: Any, device: torch.device) -> None:

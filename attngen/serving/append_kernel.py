@@ -11,9 +11,11 @@ from attngen.serving.lone_kernel import LoneKernel
 Rotation = Literal["none", "halves", "interleaved"]
 CHUNK = 8
 """Elements of a row that a thread takes at a time."""
+MADE = "q_rotated"
+"""What the kernel makes, where there is q."""
 TENSORS = {
     **dict.fromkeys(("k_new", "v_new", "q"), ("batch", "seqlen", "head")),
-    "q_rotated": (),
+    MADE: (),
     **dict.fromkeys(("k_cache", "v_cache"), ("page", "slot", "head")),
     **dict.fromkeys(("cos", "sin"), ("position",)),
     "block_table": ("row", "page"),

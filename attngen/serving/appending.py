@@ -1,19 +1,27 @@
 """`append`: new keys and values go behind those that a cache has, rotated where positions are to be in them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
+from attngen.bind import ROW_ALIGNMENT
 from attngen.capture import not_captured
 from attngen.dtypes import DTYPES, DType
 from attngen.errors import ArgumentError
 from attngen.serving.append_call import AppendCall
-from attngen.serving.append_checks import checked_call
-from attngen.serving.append_kernel import CHUNK, TENSORS, AppendRows
+from attngen.serving.append_checks import checked_call, unit_of
+from attngen.serving.append_kernel import CHUNK, MADE, TENSORS, AppendRows
+from attngen.serving.known_calls import KnownCalls, signature_of
 from attngen.serving.lone_kernel import LARGEST_GRID, arch_on, launcher_of
 from attngen.serving.meanings import appended
 
 _FORMATS: dict[torch.dtype, DType] = {
     getattr(torch, DTYPES[name].torch_name): DTYPES[name] for name in ("f16", "bf16", "f32", "e4m3")
 }
+_CALLS = KnownCalls()
+_CACHES = ("k_cache", "v_cache")
+_UNITS = dict.fromkeys(("k_new", "v_new", "q", "cos", "sin"), ROW_ALIGNMENT)
 CONVERTS_E4M3 = (8, 9)
 """The least compute capability with conversions to e4m3. Source: PTX ISA, "cvt"."""
 
@@ -82,32 +90,41 @@ def append(
         ArgumentError: an argument that the kernel cannot take; nothing was touched.
         ToolchainError: this machine cannot compile or run the kernel.
     """
-    call = checked_call(
-        k_new=k_new,
-        v_new=v_new,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        seqused_k=seqused_k,
-        block_table=block_table,
-        cu_seqlens_q=cu_seqlens_q,
-        cache_batch_idx=cache_batch_idx,
-        leftpad_k=leftpad_k,
-        rotary=rotary,
-        rotary_interleaved=rotary_interleaved,
-        q=q,
-        q_advances=q_advances,
-        layout=layout,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    if call.k_new.device.type != "cuda":
-        turned = appended(call)
-    else:
-        turned = None if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-        if call.tokens:
-            kernel = kernel_for(call)
-            launcher_of(kernel).launch(*launch_of(call, turned))
-    return turned if q is None or turned is None else turned.view(q.shape)
+    passed = {
+        "k_new": k_new,
+        "v_new": v_new,
+        "q": q,
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "seqused_k": seqused_k,
+        "block_table": block_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cache_batch_idx": cache_batch_idx,
+        "leftpad_k": leftpad_k,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
+    flags = {"rotary_interleaved": rotary_interleaved, "q_advances": q_advances, "layout": layout}
+    tables = tuple(rotary) if isinstance(rotary, tuple | list) else (rotary,)
+    key = signature_of((*passed.values(), *flags.values(), *tables))
+    tensors = _tensors_of({**passed, **dict(zip(("cos", "sin"), tables, strict=False))})
+    ready = _CALLS.find(key, tensors.values())
+    if ready is None:
+        call = checked_call(**passed, rotary=rotary, **flags)
+        if not call.k_new.is_cuda:
+            return appended(call)
+        if not call.tokens:
+            return None if q is None else torch.empty_like(q)
+        ready = launcher_of(kernel_for(call)).prepare(k_new.device, *launch_of(call))
+        _CALLS.learn(key, ready, tensors, _UNITS | dict.fromkeys(_CACHES, unit_of(k_cache)), _CACHES)
+    turned = None if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    ready.start([*tensors.values(), *(() if turned is None else (turned,))])
+    return turned
+
+
+def _tensors_of(given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What is passed of what a kernel takes, in its order."""
+    return {name: given[name] for name in TENSORS if isinstance(given.get(name), torch.Tensor)}
 
 
 def kernel_for(call: AppendCall) -> AppendRows:
@@ -133,32 +150,29 @@ def kernel_for(call: AppendCall) -> AppendRows:
     )
 
 
-def launch_of(
-    call: AppendCall, q_rotated: torch.Tensor | None
-) -> tuple[dict[str, torch.Tensor], dict[str, int | float], int]:
-    """What a launch is told: tensors, numbers and blocks.
+def launch_of(call: AppendCall) -> tuple[list[str], dict[str, int | float], int]:
+    """What a launch is told: the names of its tensors, the last of which is memory for q, numbers, and blocks.
 
     Args:
         call: of which there are tokens.
-        q_rotated: memory for q, dense, where there is one.
 
     Raises:
         ArgumentError: there are more tokens than a launch has blocks.
     """
     if call.tokens > LARGEST_GRID:
-        raise ArgumentError(
-            "k_new", f"{call.tokens} rows", f"at most {LARGEST_GRID}", "append some at a time"
-        )
+        must = f"at most {LARGEST_GRID}"
+        raise ArgumentError("k_new", f"{call.tokens} rows", must, "append some at a time")
     rotary = call.rotary
     turns = {} if rotary is None else {"cos": rotary.cos, "sin": rotary.sin}
-    given = {**vars(call), **turns, "q_rotated": q_rotated}
-    tensors = {name: given[name] for name in TENSORS if isinstance(given.get(name), torch.Tensor)}
+    tensors = _tensors_of({**vars(call), **turns})
     numbers: dict[str, int | float] = {
         f"{name}.stride_{axis}": step
         for name, x in tensors.items()
         for axis, step in zip(TENSORS[name], x.stride(), strict=False)
     }
-    numbers |= {f"{name}_of_all": given[name] for name in ("k_scale", "v_scale") if name not in tensors}
+    for name in ("k_scale", "v_scale"):
+        if name not in tensors:
+            numbers[f"{name}_of_all"] = getattr(call, name)
     pages, page_size, heads_kv, columns = call.k_cache.shape
     numbers |= {
         "batch": call.batch,
@@ -176,4 +190,5 @@ def launch_of(
         "rows": call.rows,
         "q_advances": int(call.q_advances),
     }
-    return tensors, numbers, call.tokens
+    names = [*tensors, *(() if call.q is None else (MADE,))]
+    return names, numbers, call.tokens

@@ -4,9 +4,9 @@ A lone kernel is compiled at its first launch, through the cache of all kernels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,6 @@ from attngen.runtime.prepared import (
     PreparedStruct,
     offsets,
     pack,
-    remember,
 )
 
 LARGEST_GRID = 2**31 - 1
@@ -79,6 +78,31 @@ class LoneKernel(ABC):
         return DiskCache().get(self.source, self.arch.name)
 
 
+@dataclass(frozen=True)
+class ReadyLaunch:
+    """A launch, all but for its addresses.
+
+    Attributes:
+        loaded: the kernel, ready on the device.
+        struct: its parameters.
+        device: number of the device; -1 for the CPU, where tests run kernels.
+    """
+
+    loaded: LoadedKernels
+    struct: PreparedStruct
+    device: int
+
+    def start(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Launch on torch's current stream of the device.
+
+        Args:
+            tensors: in the order of the names that the launch was prepared for.
+        """
+        addresses = tuple([x.data_ptr() for x in tensors])
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        self.loaded.launch((self.struct,), addresses, self.device, stream)
+
+
 class LoneLauncher:
     """Launches a lone kernel.
 
@@ -95,55 +119,34 @@ class LoneLauncher:
         start: Callable[..., None] = launch,
     ) -> None:
         self.kernel = kernel
+        self._entry = kernel.entry
         self._loaded = LoadedKernels(
             kernel.arch.name, (self._entry,), lambda module: kernel.compiled().cubin, load, start
         )
-        self._structs: dict[tuple[Any, ...], PreparedStruct] = {}
 
-    @cached_property
-    def _entry(self) -> KernelEntry:
-        return self.kernel.entry
-
-    def launch(
-        self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int | float], grid: int
-    ) -> None:
-        """Launch on torch's current stream of the tensors' device.
+    def prepare(
+        self, device: torch.device, names: Iterable[str], numbers: Mapping[str, int | float], grid: int
+    ) -> ReadyLaunch:
+        """Have a launch at hand.
 
         Args:
-            tensors: by the names of their values, of which fields "<name>.ptr" point at them.
+            device: of all tensors.
+            names: of values, in the order in which their addresses will come; fields "<name>.ptr" point at them.
             numbers: what other fields carry, by their values' names; what is in neither is 0.
             grid: blocks.
 
         Raises:
             ToolchainError: this machine cannot compile or run the kernel.
         """
-        device = next(iter(tensors.values())).device
-        index = -1 if device.index is None else device.index  # tests run kernels on the CPU
-        key = (index, grid, *tensors, *numbers.values())
-        struct = self._structs.get(key)
-        if struct is None:
-            struct = self._prepare(device, index, tensors, numbers, grid)
-            remember(self._structs, key, struct)
-        addresses = tuple([x.data_ptr() for x in tensors.values()])
-        self._loaded.launch((struct,), addresses, index, torch._C._cuda_getCurrentRawStream(index))
-
-    def _prepare(
-        self,
-        device: torch.device,
-        index: int,
-        tensors: Mapping[str, torch.Tensor],
-        numbers: Mapping[str, int | float],
-        grid: int,
-    ) -> PreparedStruct:
-        """The struct of a signature, all but its addresses, and the kernel ready on the device."""
+        index = -1 if device.index is None else device.index
         words = {value: start // WORD for value, start in offsets(self._entry).items()}
-        patches = tuple((words[f"{name}.ptr"], number, 0) for number, name in enumerate(tensors))
+        patches = tuple((words[f"{name}.ptr"], number, 0) for number, name in enumerate(names))
         nothing: dict[str, int | float] = {param.value: 0 for param in self._entry.params}
         arguments = Arguments(pack(self._entry, {**nothing, **numbers}))
         with self._loaded.preparing(device):
             function = self._loaded.function(self._entry, index)
         ready = PreparedLaunch(function, grid, self.kernel.threads, smem_bytes=0)
-        return PreparedStruct(arguments, patches, (), (ready,))
+        return ReadyLaunch(self._loaded, PreparedStruct(arguments, patches, (), (ready,)), index)
 
 
 @lru_cache(maxsize=256)

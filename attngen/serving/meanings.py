@@ -55,7 +55,10 @@ def _heads_first(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 @torch_defaults()
 def appended(call: AppendCall) -> torch.Tensor | None:
-    """Write what a call appends into its caches, and return q, rotated in f32 and rounded, if there is one."""
+    """Write what a call appends into its caches, and return q, rotated in f32 and rounded, if there is one.
+
+    q has as many dimensions as it was passed with.
+    """
     sequence, index = _tokens_of(call)
     has_sequence = sequence >= 0
     number = sequence.clamp(min=0)
@@ -72,7 +75,11 @@ def appended(call: AppendCall) -> torch.Tensor | None:
     if call.q is None or turns is None:
         return None
     q = rotated(call.q.flatten(0, 1).float(), turns, first + index if call.q_advances else first)
-    return q.masked_fill(~has_sequence.view(-1, 1, 1), 0.0).to(call.q.dtype).view(call.q.shape)
+    return (
+        q.masked_fill(~has_sequence.view(-1, 1, 1), 0.0)
+        .to(call.q.dtype)
+        .view(call.q.shape[call.cu_seqlens_q is not None :])
+    )
 
 
 def _tokens_of(call: AppendCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
-from attngen.bind import check_alignment, check_no_derivative, check_plain
+from attngen.bind import ROW_ALIGNMENT, check_alignment, check_no_derivative, check_plain
 from attngen.capture import not_captured
 from attngen.dtypes import DTYPES, DType
 from attngen.errors import ArgumentError, shown
-from attngen.serving.lone_kernel import LARGEST_GRID, arch_on, launcher_of
+from attngen.serving.known_calls import KnownCalls, signature_of
+from attngen.serving.lone_kernel import LARGEST_GRID, ReadyLaunch, arch_on, launcher_of
 from attngen.serving.meanings import merged
 from attngen.serving.merge_kernel import AXES, CHUNK, MOST_PARTS, MergeStates
 
 LAYOUTS = ("bshd", "bhsd")
+_CALLS = KnownCalls()
 _FORMATS: dict[torch.dtype, DType] = {
     getattr(torch, DTYPES[name].torch_name): DTYPES[name] for name in ("f16", "bf16", "f32")
 }
@@ -57,78 +59,98 @@ def merge_states(
         ArgumentError: parts that do not fit each other, or what no kernel takes; nothing was touched.
         ToolchainError: this machine cannot compile or run the kernel.
     """
+    key: Any = None
+    passed: tuple[Any, ...] = ()
+    if isinstance(outs, list | tuple) and isinstance(lses, list | tuple) and len(outs) <= MOST_PARTS:
+        passed = (*outs, *lses, *(() if sink is None else (sink,)))
+        key = signature_of((*passed, len(outs), len(lses), layout))
+    ready = _CALLS.find(key, passed)
+    if ready is not None:
+        out, lse = _started(ready, passed, len(outs), outs[0].dtype)
+        return (out, lse) if return_lse else out
     _check_parts(outs, lses, layout)
     _check_sink(sink, outs[0], layout)
     dtype = outs[0].dtype
     while len(outs) > MOST_PARTS:
         groups = [slice(first, first + MOST_PARTS) for first in range(0, len(outs), MOST_PARTS)]
-        merged_groups = [_merge(outs[group], lses[group], None, layout, torch.float32) for group in groups]
-        outs, lses = (list(column) for column in zip(*merged_groups, strict=True))
-    out, lse = _merge(outs, lses, sink, layout, dtype)
+        of_groups = [_merge(outs[group], lses[group], None, layout, torch.float32) for group in groups]
+        outs, lses = (list(column) for column in zip(*of_groups, strict=True))
+    out, lse = _merge(outs, lses, sink, layout, dtype, key)
     return (out, lse) if return_lse else out
 
 
 def _merge(
-    outs: _Parts, lses: _Parts, sink: torch.Tensor | None, layout: str, dtype: torch.dtype
+    outs: _Parts, lses: _Parts, sink: torch.Tensor | None, layout: str, dtype: torch.dtype, key: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge up to `MOST_PARTS` parts that have been checked, into out of a type, and lse."""
-    first = outs[0]
-    if first.device.type != "cuda":
-        return merged(outs, lses, sink, layout, dtype)
-    out = torch.empty_like(first, dtype=dtype, memory_format=torch.contiguous_format)
-    lse = torch.empty_like(lses[0], memory_format=torch.contiguous_format)
-    if out.numel():
-        _launch(outs, lses, sink, layout, out, lse)
-    else:
-        lse.copy_(lses[0])  # of no columns
-    return out, lse
-
-
-def _launch(
-    outs: _Parts,
-    lses: _Parts,
-    sink: torch.Tensor | None,
-    layout: str,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Launch the merge of parts into out and lse."""
-    kernel = MergeStates(arch_on(out.device), _FORMATS[outs[0].dtype], _FORMATS[out.dtype])
-    launcher_of(kernel).launch(*launch_of(kernel, outs, lses, sink, layout, out, lse))
-
-
-def launch_of(
-    kernel: MergeStates,
-    outs: _Parts,
-    lses: _Parts,
-    sink: torch.Tensor | None,
-    layout: str,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> tuple[dict[str, torch.Tensor], dict[str, int | float], int]:
-    """What a launch is told: tensors, numbers and blocks; arguments have been checked.
+    """Merge up to `MOST_PARTS` parts that have been checked, into out of a type, and lse.
 
     Args:
-        kernel: which.
-        outs: as of `merge_states`, `MOST_PARTS` at most, like what follows.
+        outs: as of `merge_states`, like what follows.
         lses: see outs.
         sink: see outs.
         layout: see outs.
-        out: memory for the result, of the parts' shape.
-        lse: memory for its lse, dense, of the shape of lses.
+        dtype: of out.
+        key: by which the launch is remembered; None where it is not.
+    """
+    first = outs[0]
+    if not first.is_cuda:
+        return merged(outs, lses, sink, layout, dtype)
+    if not first.numel():
+        return torch.empty_like(first, dtype=dtype), torch.empty_like(lses[0])
+    kernel = MergeStates(arch_on(first.device), _FORMATS[first.dtype], _FORMATS[dtype])
+    ready = launcher_of(kernel).prepare(first.device, *launch_of(kernel, outs, lses, sink, layout))
+    tensors = _named(outs, lses, sink)
+    _CALLS.learn(key, ready, tensors, dict.fromkeys(list(tensors)[: len(outs)], ROW_ALIGNMENT))
+    return _started(ready, tuple(tensors.values()), len(outs), dtype)
+
+
+def _started(
+    ready: ReadyLaunch, passed: tuple[torch.Tensor, ...], parts: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start a launch of so many parts, and return out, of a type, and lse."""
+    made = (
+        torch.empty_like(passed[0], dtype=dtype, memory_format=torch.contiguous_format),
+        torch.empty_like(passed[parts], memory_format=torch.contiguous_format),
+    )
+    ready.start((*passed, *made))
+    return made
+
+
+def _named(outs: _Parts, lses: _Parts, sink: Any) -> dict[str, torch.Tensor]:
+    """What is passed, by the names of values."""
+    parts = {f"outs{part}": x for part, x in enumerate(outs)} | {
+        f"lses{part}": x for part, x in enumerate(lses)
+    }
+    return parts if sink is None else parts | {f"sink_{_FORMATS[sink.dtype].name}": sink}
+
+
+def launch_of(
+    kernel: MergeStates, outs: _Parts, lses: _Parts, sink: torch.Tensor | None, layout: str
+) -> tuple[list[str], dict[str, int | float], int]:
+    """What a launch is told: the names of its tensors, those of out and lse at the end, numbers, and blocks.
+
+    Args:
+        kernel: which.
+        outs: as of `merge_states`, checked, `MOST_PARTS` at most, like what follows.
+        lses: see outs.
+        sink: see outs.
+        layout: see outs.
 
     Raises:
         ArgumentError: there are more elements than a kernel counts.
     """
-    tensors, numbers = {"out": out, "lse": lse}, _strides("out", _rows(out, layout))
+    first = outs[0]
+    if first.numel() // CHUNK > LARGEST_GRID:
+        must = f"at most {CHUNK * LARGEST_GRID} elements"
+        raise ArgumentError("outs[0]", f"{first.numel()} elements", must, "merge some sequences at a time")
+    dense = _rows(torch.empty(first.shape, dtype=first.dtype, device="meta"), layout)
+    numbers = _strides("out", dense)
     for part, (x, of_x) in enumerate(zip(outs, lses, strict=True)):
-        tensors |= {f"outs{part}": x, f"lses{part}": of_x}
         numbers |= _strides(f"outs{part}", _rows(x, layout)) | _strides(f"lses{part}", _rows_of_lse(of_x))
+    tensors = _named(outs, lses, sink)
     if sink is not None:
-        value = f"sink_{_FORMATS[sink.dtype].name}"
-        tensors[value] = sink
-        numbers[f"{value}.stride_0"] = sink.stride(0)
-    batch, seqlen, heads, columns = _rows(out, layout).shape
+        numbers[f"{list(tensors)[-1]}.stride_0"] = sink.stride(0)
+    batch, seqlen, heads, columns = dense.shape
     sizes = {
         "parts": len(outs),
         "batch": batch,
@@ -136,10 +158,7 @@ def launch_of(
         "num_heads": heads,
         "chunks": columns // CHUNK,
     }
-    if out.numel() // CHUNK > LARGEST_GRID:
-        must = f"at most {CHUNK * LARGEST_GRID} elements"
-        raise ArgumentError("outs[0]", f"{out.numel()} elements", must, "merge some sequences at a time")
-    return tensors, numbers | sizes, -(-out.numel() // (CHUNK * kernel.threads))
+    return [*tensors, "out", "lse"], numbers | sizes, -(-first.numel() // (CHUNK * kernel.threads))
 
 
 def _rows(x: torch.Tensor, layout: str) -> torch.Tensor:

@@ -157,3 +157,31 @@ def test_what_a_gpu_does_not_take_is_refused() -> None:
     ):
         with pytest.raises(ArgumentError, match=f"argument {said}"):
             attngen.append(**{**given, **changes})
+
+
+def test_a_known_call_is_looked_at_where_it_lies() -> None:
+    """Of one signature: other memory, K and V side by side, rows off 16 bytes, shared memory, gradients."""
+    given = on_gpu(AppendCase(columns=(16, 16), new=torch.float16, rotation=None).tensors)
+    memory = torch.zeros(19, 2, 4, 2, 16, device="cuda").bfloat16()
+    given |= {"k_cache": memory[:, 0], "v_cache": memory[:, 1]}
+    for _ in range(3):
+        memory.zero_()
+        attngen.append(**given)
+        wait_for_gpu()
+        assert memory.any(-1).sum() == 2 * 3 * 2 * 2
+    other = torch.zeros_like(memory)
+    attngen.append(**{**given, "k_cache": other[:, 0], "v_cache": other[:, 1]})
+    wait_for_gpu()
+    assert torch.equal(other, memory)
+    odd = torch.zeros(given["k_new"].numel() + 8, device="cuda").half()
+    off_16 = odd[1:].as_strided(given["k_new"].shape, given["k_new"].stride())
+    for changes, said in (
+        ({"k_new": off_16}, "argument k_new: got an address that is 2 bytes past"),
+        ({"v_cache": memory[:, 0]}, "argument k_cache: got memory shared with v_cache"),
+        (
+            {"k_new": given["k_new"].detach().requires_grad_()},
+            "argument k_new: got a tensor that requires grad",
+        ),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            attngen.append(**{**given, **changes})

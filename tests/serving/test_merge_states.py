@@ -138,7 +138,7 @@ OUT, LSE = torch.zeros(2, 5, 3, 16), torch.zeros(2, 3, 5)
         (([OUT], [LSE], 0.5), "argument sink: got float, expected a torch tensor"),
         (([OUT], [LSE], None, False, "sbhd"), "argument layout: got 'sbhd', expected 'bshd' or 'bhsd'"),
     ],
-    ids=str,
+    ids=lambda x: x[:50] if isinstance(x, str) else "",
 )  # fmt: skip
 def test_what_is_no_part_is_refused_by_name(arguments: tuple[Any, ...], said: str) -> None:
     """The argument, what it is, and what it must be."""

@@ -58,7 +58,10 @@ def test_the_text_merges_as_torch_does(case: MergeCase) -> None:
     guarded = torch.full((outs[0].numel() + 64,), torch.nan, dtype=case.dtype)
     out = guarded[32:-32].view(outs[0].shape)
     lse = torch.full_like(lses[0], torch.nan, memory_format=torch.contiguous_format)
-    launcher_by_gpp(kernel).launch(*launch_of(kernel, outs, lses, sink, case.call_layout, out, lse))
+    ready = launcher_by_gpp(kernel).prepare(
+        out.device, *launch_of(kernel, outs, lses, sink, case.call_layout)
+    )
+    ready.start([*outs, *lses, *(() if sink is None else (sink,)), out, lse])
     assert guarded[:32].isnan().all() and guarded[-32:].isnan().all()
     assert_near((out, lse), merged_in_f64(outs, lses, sink, case.call_layout))
     wanted = merged(outs, lses, sink, case.call_layout, case.dtype)
@@ -80,11 +83,15 @@ def test_the_text_appends_as_torch_does(case: AppendCase) -> None:
     q = None if call.q is None else torch.full_like(call.q, torch.nan, memory_format=torch.contiguous_format)
     if call.tokens:
         kernel = replace(kernel_for(call), arch=SIMULATOR)
-        launcher_by_gpp(kernel).launch(*launch_of_append(call, q))
+        names, *numbers = launch_of_append(call)
+        turns = {} if call.rotary is None else vars(call.rotary)
+        given = {**vars(call), **turns, "q_rotated": q}
+        ready = launcher_by_gpp(kernel).prepare(call.k_new.device, names, *numbers)
+        ready.start([given[name] for name in names])
     assert_appended(case, before, None if q is None else q.view(case.tensors["q"].shape))
     for name, x in wanted.memory.items():
         assert torch.equal(memory_of(case.tensors[name]), x)
-    assert q is None or wanted_q is None or torch.equal(q, wanted_q)
+    assert q is None or wanted_q is None or torch.equal(q.view(wanted_q.shape), wanted_q)
 
 
 def call_of(case: AppendCase) -> AppendCall:
