@@ -26,7 +26,7 @@ BUDGET = {
     "attngen": 3530, "bind": 1680, "check": 3130, "cli": 3610, "emit": 1400, "expr": 6290, "flash_attn": 1255,
     "fuzz": 2345, "hf": 735, "lower": 2685,
     "plan": 5115, "runtime": 1660, "schedules": 2335, "sdpa": 1070, "simulate": 5655, "spec": 2200, "templates": 3925,
-    "serving": 1180,
+    "serving": 1350,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
 

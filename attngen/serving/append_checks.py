@@ -1,6 +1,5 @@
 """What a call of `attngen.append` passes, checked argument by argument before anything is touched."""
 
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from attngen.serving.append_kernel import CHUNK
 LAYOUTS = ("nhd", "hnd")
 NEW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CACHE_DTYPES = (*NEW_DTYPES, torch.float8_e4m3fn)
+F32 = torch.finfo(torch.float32)
 ROTARY_STEP = 16
 """Columns of which rotary_dim is a multiple: both halves are whole chunks."""
 
@@ -229,15 +229,15 @@ def _scale(name: str, scale: Any, batch: int, k_cache: torch.Tensor) -> Scale:
     heads = k_cache.shape[2]
     if not isinstance(scale, torch.Tensor):
         number = python_number(name, scale)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-            raise ArgumentError(name, shown(scale), "a number above 0, or a tensor of f32")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not F32.tiny <= number <= F32.max:
+            raise ArgumentError(name, shown(scale), "a number above 0 that f32 has, or a tensor of f32")
         return float(number)
     check_plain(name, scale)
     check_no_derivative(name, scale)
     shapes = ((), (1,), (heads,), (batch, heads))
     if scale.dtype != torch.float32 or tuple(scale.shape) not in shapes or scale.device != k_cache.device:
-        must = (
-            f"{torch.float32} of shape {', '.join(map(str, shapes[:-1]))} or {shapes[-1]} on {k_cache.device}"
-        )
+        known = f"{', '.join(map(str, shapes[:-1]))} or {shapes[-1]}"
+        must = f"{torch.float32} of shape {known} on {k_cache.device}"
         raise ArgumentError(name, f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}", must)
     return scale.expand(batch, heads)

@@ -219,6 +219,7 @@ def test_what_cannot_be_appended_is_refused_by_name(changes: dict[str, Any], sai
     [
         (0.0, "got 0.0, expected a number above 0"),
         (float("inf"), "got inf, expected a number above 0"),
+        (1e39, r"got 1e\+39, expected a number above 0 that f32 has"),
         (True, "got True"),
         (torch.ones(3), r"got torch.float32 of shape \(3,\) on cpu, expected .* \(2,\) or \(3, 2\) on cpu"),
         (torch.ones(2).half(), "got torch.float16 of shape"),
