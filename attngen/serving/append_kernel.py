@@ -45,6 +45,8 @@ class AppendRows(LoneKernel):
     rotation: Rotation
     turns: DType
     threads: ClassVar[int] = 128
+    blocks_per_sm: ClassVar[int] = 8
+    """What a multiprocessor has room for at least: said to ptxas, which else spills where elements are divided."""
 
     @property
     def name(self) -> str:

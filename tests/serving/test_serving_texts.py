@@ -127,6 +127,7 @@ LONE = [
         for arch, cache in (("sm_80", BF16), ("sm_90a", BF16), ("sm_90a", E4M3), ("sm_120", E4M3))
         for rotation, turns in ROTATIONS
     ),
+    AppendRows(ARCHS["sm_90a"], F16, E4M3, "halves", F32),  # which spilled
 ]
 
 
