@@ -12,7 +12,7 @@ from attngen.dtypes import BF16, E4M3, F16, F32, DType
 from attngen.runtime import disassemble
 from attngen.serving.append_call import AppendCall
 from attngen.serving.append_checks import checked_call
-from attngen.serving.append_kernel import AppendRows, Rotation
+from attngen.serving.append_kernel import AppendRows
 from attngen.serving.appending import kernel_for
 from attngen.serving.appending import launch_of as launch_of_append
 from attngen.serving.lone_kernel import LoneKernel
@@ -115,19 +115,15 @@ def _on_16_bytes(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-ROTATIONS: tuple[tuple[Rotation, DType], ...] = (("none", BF16), ("halves", BF16), ("interleaved", F32))
 LONE = [
-    *(
-        MergeStates(ARCHS[arch], source, result)
-        for arch in ("sm_80", "sm_90a", "sm_120")
-        for source, result in ((BF16, BF16), (F32, F16))
-    ),
-    *(
-        AppendRows(ARCHS[arch], BF16, cache, rotation, turns)
-        for arch, cache in (("sm_80", BF16), ("sm_90a", BF16), ("sm_90a", E4M3), ("sm_120", E4M3))
-        for rotation, turns in ROTATIONS
-    ),
+    MergeStates(ARCHS["sm_80"], BF16, BF16),
+    MergeStates(ARCHS["sm_90a"], BF16, BF16),
+    MergeStates(ARCHS["sm_90a"], F32, F16),
+    AppendRows(ARCHS["sm_80"], BF16, BF16, "halves", BF16),
+    AppendRows(ARCHS["sm_90a"], BF16, BF16, "none", BF16),
+    AppendRows(ARCHS["sm_90a"], BF16, BF16, "interleaved", F32),
     AppendRows(ARCHS["sm_90a"], F16, E4M3, "halves", F32),  # which spilled
+    AppendRows(ARCHS["sm_120"], BF16, E4M3, "halves", BF16),
 ]
 
 
