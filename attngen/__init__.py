@@ -26,6 +26,7 @@ from attngen.errors import (
 from attngen.expr.python import Expression, expression
 from attngen.expr.traced_calls import functions, where
 from attngen.kernel import Kernel
+from attngen.serving import append, merge_states
 from attngen.spec import Spec, load
 from attngen.varlen import varlen_attn
 from attngen.version import __version__
@@ -46,6 +47,7 @@ __all__ = [
     "SpecWarning",
     "ToolchainError",
     "__version__",
+    "append",
     "attention",
     "compile",
     "expression",
@@ -53,6 +55,7 @@ __all__ = [
     "functions",
     "hf",
     "load",
+    "merge_states",
     "varlen_attn",
     "where",
 ]

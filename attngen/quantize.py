@@ -235,10 +235,13 @@ def _quantized(
     if by_powers:
         descale = _next_power_of_two(descale)
         factor = torch.ones_like(descale) / descale
-    scaled = x * _for_each_row(factor * x_factor, x, block)
-    # Not all versions of torch end at 448; a NaN has no sign, as cvt gives it.
-    values = scaled.clamp(-E4M3_MAX, E4M3_MAX).masked_fill(scaled.isnan(), math.nan)
-    return values.to(torch.float8_e4m3fn), descale
+    return rounded_to_e4m3(x * _for_each_row(factor * x_factor, x, block)), descale
+
+
+def rounded_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """f32 as e4m3, to the nearest, as cvt.rn.satfinite gives it: values end at 448, a NaN has no sign."""
+    values = x.clamp(-E4M3_MAX, E4M3_MAX)  # not all versions of torch end at 448
+    return values.masked_fill(x.isnan(), math.nan).to(torch.float8_e4m3fn)
 
 
 def _next_power_of_two(x: torch.Tensor) -> torch.Tensor:

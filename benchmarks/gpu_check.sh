@@ -8,6 +8,7 @@
 #   fp8        e4m3 inputs, and what quantises them
 #   backward   gradients, autograd, training
 #   ragged     sequences with lengths of their own, given blocks, sinks, keys in parts
+#   serving    partial results merged, caches appended to
 #   faces      calls as other libraries have them, models of Hugging Face, torch.compile
 #   tests      the launcher, which runs alone, and the GPU tests of commands and fuzzing
 #   fuzz       random specs: dense, ragged, with gradients
@@ -50,6 +51,9 @@ backward() {
 ragged() {
   on_gpu ragged_on_gpu.py paged_on_gpu.py varlen_on_gpu.py blocks_on_gpu.py sink_on_gpu.py split_on_gpu.py
 }
+serving() {
+  on_gpu append_on_gpu.py merge_on_gpu.py
+}
 faces() {
   on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_face_on_gpu.py frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
 }
@@ -85,7 +89,7 @@ sanitize() {
 }
 everything() {
   local area
-  for area in forward language fp8 backward ragged faces tests; do
+  for area in forward language fp8 backward ragged serving faces tests; do
     "$area" 2>&1 | tee "$results/$area.log"
   done
   ATTNGEN_TESTS=large python3 -m pytest tests -m "not gpu and (exhaustive or hypothesis)" -n 12 -p no:cacheprovider 2>&1 |
@@ -98,6 +102,7 @@ everything() {
   python3 benchmarks/fp8_error.py --out "$results" | tee "$results/fp8_error.log"
   python3 benchmarks/bench_language.py --out "$results" | tee "$results/language_speed.log"
   python3 benchmarks/bench_ragged.py --out "$results" | tee "$results/ragged_speed.log" # FA3 names FlashAttention-3's library
+  python3 benchmarks/bench_decode.py --out "$results" | tee "$results/decode_speed.log" # likewise
   python3 benchmarks/bench_hf.py --out "$results" | tee "$results/models_speed.log" # wants transformers
   python3 benchmarks/bench_quantize.py --out "$results" | tee "$results/quantize.log"
   python3 benchmarks/bench_fa2.py --out "$results" | tee "$results/fa2_vs_flash.log"
@@ -112,12 +117,12 @@ everything() {
 area="${1:-everything}"
 case "$area" in
   everything) everything ;;
-  smoke | forward | language | fp8 | backward | ragged | faces | tests | fuzz | sanitize)
+  smoke | forward | language | fp8 | backward | ragged | serving | faces | tests | fuzz | sanitize)
     shift
     "$area" "$@" 2>&1 | tee "$results/$area.log"
     ;;
   *)
-    echo "gpu_check.sh: no area $area; there are smoke forward language fp8 backward ragged faces tests fuzz sanitize" >&2
+    echo "gpu_check.sh: no area $area; there are smoke forward language fp8 backward ragged serving faces tests fuzz sanitize" >&2
     exit 2
     ;;
 esac

@@ -15,8 +15,10 @@ from attngen.expr.scope import prelude
 ROOT = Path(attngen.__file__).parents[1]
 PAGES = {
     page: (ROOT / page).read_text(encoding="utf-8")
-    for page in ("docs/language.md", "docs/fp8.md", "docs/lengths.md", "docs/integration.md", "README.md")
-}
+    for page in (
+        "docs/language.md", "docs/fp8.md", "docs/lengths.md", "docs/serving.md", "docs/integration.md", "README.md",
+    )
+}  # fmt: skip
 PYTHON = [
     pytest.param(text, id=f"{page}-{i}")
     for page, content in PAGES.items()

@@ -144,8 +144,8 @@ def check_rows(arch: str, name: str, x: torch.Tensor) -> None:
         check_alignment(name, x)
 
 
-def check_alignment(name: str, x: torch.Tensor) -> None:
-    """Refuse a tensor whose rows do not all start on 16 bytes.
+def check_alignment(name: str, x: torch.Tensor, unit: int = ROW_ALIGNMENT) -> None:
+    """Refuse a tensor whose rows do not all start on so many bytes.
 
     Raises:
         ArgumentError: the address or a stride is off.
@@ -153,18 +153,18 @@ def check_alignment(name: str, x: torch.Tensor) -> None:
     if not x.numel():
         return
     size = x.element_size()
-    if x.data_ptr() % ROW_ALIGNMENT:
+    if x.data_ptr() % unit:
         raise ArgumentError(
             name,
-            f"an address that is {x.data_ptr() % ROW_ALIGNMENT} bytes past a multiple of {ROW_ALIGNMENT}",
-            f"rows that start on {ROW_ALIGNMENT} bytes",
+            f"an address that is {x.data_ptr() % unit} bytes past a multiple of {unit}",
+            f"rows that start on {unit} bytes",
             f"pass {name}.clone()",
         )
     for dim, (extent, step) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):
-        if extent > 1 and step * size % ROW_ALIGNMENT:
+        if extent > 1 and step * size % unit:
             raise ArgumentError(
                 name,
                 f"stride {step} in dimension {dim} ({step * size} bytes)",
-                f"a multiple of {ROW_ALIGNMENT // size} elements ({ROW_ALIGNMENT} bytes)",
+                f"a multiple of {unit // size} elements ({unit} bytes)",
                 f"pass {name}.contiguous()",
             )

@@ -32,10 +32,16 @@ _IN_CPP = {
     "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
     "load_u16": "u32 load_u16(const u16* p) { return *p; }",
     "exp2_approx": "float exp2_approx(float x) { return exp2f(x); }",
-    "pack": "u32 pack(float a, float b, float c, float d) "
-    "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
+    "log2_approx": "float log2_approx(float x) { return log2f(x); }",
 }
 """What the text has in PTX."""
+_PACKED_IN_CPP = {
+    "Bf16": "u32 pack(float lo, float hi) { return to_bf16(lo) | to_bf16(hi) << 16; }",
+    "F16": "u32 pack(float lo, float hi) { return to_f16(lo) | to_f16(hi) << 16; }",
+    "E4m3": "u32 pack(float a, float b, float c, float d) "
+    "{ return to_e4m3(a) | to_e4m3(b) << 8 | to_e4m3(c) << 16 | to_e4m3(d) << 24; }",
+}
+"""What formats have in PTX."""
 
 
 class CpuKernels:
@@ -48,6 +54,9 @@ class CpuKernels:
             of_one_line, of_more = rf"{head}[^\n]*\}}\n", rf"{head}.*?\n *\}}\n"
             pattern = of_one_line if re.search(of_one_line, text, re.MULTILINE) else of_more
             text = re.sub(pattern, f"DEV {body}\n", text, count=1, flags=re.DOTALL | re.MULTILINE)
+        for name, body in _PACKED_IN_CPP.items():
+            pattern = rf"(struct {name} \{{.*?)\bDEV u32 pack\(.*?\n  \}}\n"
+            text = re.sub(pattern, rf"\1DEV {body}\n", text, count=1, flags=re.DOTALL)
         text = _ASM.sub("", text)
         text = _DYNAMIC.sub(rf"alignas(16) static unsigned char \1[{LARGEST_SMEM}];", text)
         (space,) = _NAMESPACE.findall(text)

@@ -107,6 +107,7 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __frcp_rn(float x) { return 1.f / x; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 template <class T>
 static T __ldg(const T* p) { return *p; }
@@ -116,6 +117,14 @@ static float half_to_float(unsigned short x) {
   memcpy(&y, &x, 2);
   return (float)y;
 }
+
+static uint32_t to_f16(float x) {
+  const _Float16 rounded = (_Float16)x;
+  uint16_t y;
+  memcpy(&y, &rounded, 2);
+  return y;
+}
+static uint32_t to_bf16(float x) { return x != x ? 0x7fff : bits(x) + 0x7fff + (bits(x) >> 16 & 1) >> 16; }
 
 // The magnitudes of e4m3, by their codes.
 static std::vector<double> e4m3_magnitudes() {

@@ -1,0 +1,305 @@
+"""A few queries against long caches in pages, beside FlashAttention-3: `python benchmarks/bench_decode.py --out DIR`.
+
+bf16, inputs N(0, 1), pages of a shuffled table, CUDA graphs of 20 calls over caches that together are larger than the
+L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query), `pages`,
+`speculation` (4 and 8 queries), `head_dims`, `masks`; `--points` measures the points with this in their name.
+FlashAttention-3 takes part where the environment's FA3 names its library, the better of its own splits and none, its
+metadata made before as our list of parts is.
+"""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from figures import MOST_DIFFERENCE, Figure, Point, Present, Row, command_line, difference, measure_parts
+from varlen_peers import load_fa3
+
+import attngen
+from attngen.kernel import Kernel
+
+IN_GRAPH = 20
+"""Calls of one captured graph."""
+L2_BYTES = 100_000_000
+"""More than an H200's L2 holds, and what waits to be written back from it."""
+GOALS = {"1 of 1024": 11.7 / 5.8, "1 of 4096": 14.0 / 8.8, "8 of 1024": 18.1 / 12, "8 of 8192": 72.4 / 65.7}
+GOALS |= {"1 of 131072": 138 / 129, "64 of 4096": 251 / 250, "256 of 1024": 1.03, "ragged": 1.13}
+"""FlashAttention-3's time over ours: what a hand-written kernel of one launch had."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A call: the keys of each request, heads, the queries of each, and the rows of a page."""
+
+    lengths: tuple[int, ...]
+    heads: int = 32
+    heads_kv: int = 8
+    head_dim: int = 128
+    queries: int = 1
+    page: int = 64
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values."""
+        return 4 * sum(self.lengths) * self.heads_kv * self.head_dim
+
+
+@dataclass(frozen=True)
+class Caches:
+    """One set of tensors of a call; pages lie in any order."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def drawn(cls, of: Shape) -> "Caches":
+        """Random numbers, and a table whose entries behind the last page are those of no page."""
+        batch, most = len(of.lengths), -(-max(of.lengths) // of.page)
+        used = [-(-length // of.page) for length in of.lengths]
+        pool, more = sum(used), {"device": "cuda", "dtype": torch.bfloat16}
+        k, v = torch.randn(2, pool, of.page, of.heads_kv, of.head_dim, **more)
+        numbers = torch.randperm(pool, device="cuda", dtype=torch.int32).split(used)
+        table = torch.full((batch, most), 2**31 - 1, device="cuda", dtype=torch.int32)
+        for row, own in zip(table, numbers, strict=True):
+            row[: len(own)] = own
+        return cls(torch.randn(batch, of.queries, of.heads, of.head_dim, **more), k, v, table)
+
+    def wanted(self, of: Shape) -> torch.Tensor:
+        """What a causal call returns, in f32."""
+        made = []
+        for q, pages, length in zip(self.q, self.table, of.lengths, strict=True):
+            own = pages[: -(-length // of.page)].long()
+            k, v = (x[own].flatten(0, 1)[:length].float().transpose(0, 1) for x in (self.k, self.v))
+            rows = (
+                q.float().unflatten(1, (of.heads_kv, -1)).permute(1, 2, 0, 3)
+            )  # (heads_kv, group, queries, columns)
+            scores = rows @ k.unsqueeze(1).mT / math.sqrt(of.head_dim)
+            place = torch.arange(of.queries, device="cuda").view(-1, 1) + length - of.queries
+            hidden = torch.arange(length, device="cuda") > place
+            out = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v.unsqueeze(1)
+            made.append(out.permute(2, 0, 1, 3).flatten(1, 2))
+        return torch.stack(made)
+
+
+@cache
+def kernel_of(head_dim: int, mask: str, score: str) -> Kernel:
+    """The kernel of a mask and a score."""
+    problem = {"head_dim": head_dim, "keys": "paged"}
+    return attngen.compile({"problem": problem, "mask": mask, "score": score, "split": "auto"})
+
+
+Calls = Sequence[Callable[[], torch.Tensor]]
+"""A call for each set of tensors."""
+
+
+def ours(
+    of: Shape, sets: Sequence[Caches], is_prepared: bool, mask: str = "causal", score: str = "score"
+) -> Calls:
+    """Ours, the list of parts made before, or by each call."""
+    kernel = kernel_of(of.head_dim, mask, score)
+    lengths = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(sets[0].q)
+
+    def call(one: Caches) -> Callable[[], torch.Tensor]:
+        named: dict[str, Any] = {"block_table": one.table, "seqused_k": lengths}
+        work = kernel.work(one.q, one.k, one.v, **named) if is_prepared else None
+        return lambda: kernel(one.q, one.k, one.v, work=work, out=out, **named)
+
+    return [call(one) for one in sets]
+
+
+def fa3s(of: Shape, sets: Sequence[Caches], splits: int) -> Calls:
+    """FlashAttention-3's; `splits` of 0 leaves them to it."""
+    fa3, batch = load_fa3(), len(of.lengths)
+    lengths = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
+    starts = torch.arange(0, (batch + 1) * of.queries, of.queries, dtype=torch.int32, device="cuda")
+    sizes = (
+        batch,
+        of.queries,
+        max(of.lengths),
+        of.heads,
+        of.heads_kv,
+        of.head_dim,
+        of.head_dim,
+        torch.bfloat16,
+    )
+    about = (lengths, starts, *[None] * 4, of.page, 0, True, -1, -1, False, splits, None, 0)
+    metadata = fa3.get_scheduler_metadata(*sizes, *about)
+
+    def call(one: Caches) -> Callable[[], torch.Tensor]:
+        q = one.q.flatten(0, 1)
+        table = one.table.clamp(max=one.k.shape[0] - 1)
+
+        def run() -> torch.Tensor:
+            made = fa3.fwd(
+                *(
+                    q,
+                    one.k,
+                    one.v,
+                    *[None] * 4,
+                    starts,
+                    *[None] * 3,
+                    lengths,
+                    of.queries,
+                    max(of.lengths),
+                    table,
+                ),
+                *([None] * 8),
+                *(of.head_dim**-0.5, True, -1, -1, 0.0, True, metadata, splits, None, 0, None, 1, 0, None),
+            )
+            return made[0].view_as(one.q)
+
+        return run
+
+    return [call(one) for one in sets]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Candidates, each a graph of calls, whose replays take turns.
+
+    Attributes:
+        wanted: what the first call of each returns; None of a candidate whose mask is another.
+    """
+
+    of: Shape
+    calls: Mapping[str, Calls]
+    wanted: Mapping[str, torch.Tensor | None]
+    figures: Callable[[Mapping[str, float]], Iterator[Figure]]
+
+    def measure(self, rounds: int) -> Row:
+        """Milliseconds of a call."""
+        found = {
+            name: difference(self.calls[name][0](), wanted)
+            for name, wanted in self.wanted.items()
+            if wanted is not None
+        }
+        wrong = sorted(name for name, by in found.items() if by > MOST_DIFFERENCE)
+        graphs = {name: _captured(calls) for name, calls in self.calls.items() if name not in wrong}
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                samples[name].append(start.elapsed_time(end) / IN_GRAPH)
+        medians = Present({name: median(times) for name, times in samples.items()})
+        return {"ms": samples, "differences": found, "wrong": wrong, "figures": [*self.figures(medians)]}
+
+
+def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for number in range(IN_GRAPH):
+            calls[number % len(calls)]()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _sets(of: Shape) -> list[Caches]:
+    torch.manual_seed(0)
+    return [Caches.drawn(of) for _ in range(max(2, min(IN_GRAPH, -(-L2_BYTES // of.bytes))))]
+
+
+def beside_fa3(of: Shape, goal: float = -math.inf) -> Graphs:
+    """A plain causal call."""
+    sets = _sets(of)
+    wanted = sets[0].wanted(of)
+    calls = {"attngen": ours(of, sets, True), "attngen's whole call": ours(of, sets, False)}
+    try:
+        calls |= {f"fa3, {word}": fa3s(of, sets, splits) for word, splits in (("splits", 0), ("whole", 1))}
+    except (ImportError, RuntimeError) as error:
+        print(f"fa3 does not take part: {str(error).partition(chr(10))[0]}", flush=True)
+
+    def figures(ms: Mapping[str, float]) -> Iterator[Figure]:
+        best = min(ms["fa3, splits"], ms["fa3, whole"])
+        yield Figure("speed to fa3's", best / ms["attngen"], at_least=goal)
+        yield Figure("speed of a whole call to fa3's", best / ms["attngen's whole call"])
+        yield Figure("of K and V", of.bytes / ms["attngen"] / 1e9, unit=" TB/s")
+
+    return Graphs(of, calls, dict.fromkeys(calls, wanted), figures)
+
+
+MASKS = {
+    "softcap": ("causal", "softcap(score, 30.0)"),
+    "window of 4096": ("window(4096, 0)", "score"),
+    "window and sinks": ("causal and (kv_idx > q_pos - 4096 or kv_idx < 4)", "score"),
+}
+
+
+def masked(of: Shape, name: str) -> Graphs:
+    """Another mask or score beside the plain kernel, by what a key costs that is visited."""
+    sets, (mask, score) = _sets(of), MASKS[name]
+    calls = {"plain": ours(of, sets, True), name: ours(of, sets, True, mask, score)}
+    visited = 4096 / max(of.lengths) if "window" in name else 1.0
+
+    def figures(ms: Mapping[str, float]) -> Iterator[Figure]:
+        yield Figure("time of a visited byte to plain's", ms[name] / ms["plain"] / visited, at_most=1.1)
+
+    return Graphs(of, calls, {"plain": sets[0].wanted(of), name: None}, figures)
+
+
+def main() -> int:
+    """Measure the parts that the command line names."""
+    even = {(count, length): Shape((length,) * count) for count, length in (
+        (1, 1024), (1, 4096), (1, 32768), (1, 131072), (8, 1024), (8, 8192), (64, 4096), (256, 1024),
+    )}  # fmt: skip
+    draw = random.Random(1)
+    ragged = Shape(tuple(int(draw.random() ** 3 * 32000) + 16 for _ in range(64)))
+
+    def of_plain() -> Iterator[Point]:
+        for (count, length), shape in even.items():
+            name = f"{count} of {length}"
+            yield Point(name, lambda s=shape, n=name: beside_fa3(s, GOALS.get(n, -math.inf)))
+        yield Point("64 ragged", lambda: beside_fa3(ragged, GOALS["ragged"]))
+
+    def of_pages() -> Iterator[Point]:
+        for page in (1, 16, 528):
+            yield Point(f"8 of 8192, page {page}", lambda p=page: beside_fa3(Shape((8192,) * 8, page=p)))
+
+    def of_speculation() -> Iterator[Point]:
+        for queries in (4, 8):
+            for count, length in ((1, 4096), (8, 8192), (64, 4096)):
+                goal = 1.05 if count == 1 else 0.98
+                shape = Shape((length,) * count, queries=queries)
+                yield Point(
+                    f"{queries} queries, {count} of {length}", lambda s=shape, g=goal: beside_fa3(s, g)
+                )
+
+    def of_head_dims() -> Iterator[Point]:
+        for dim, heads, heads_kv in ((64, 64, 8), (256, 16, 8)):
+            for count, length in ((1, 4096), (64, 4096)):
+                shape = Shape((length,) * count, heads, heads_kv, dim)
+                yield Point(f"head_dim {dim}, {count} of {length}", lambda s=shape: beside_fa3(s, 1.1))
+
+    def of_masks() -> Iterator[Point]:
+        for name in MASKS:
+            yield Point(f"{name}, 8 of 32768", lambda n=name: masked(Shape((32768,) * 8), n))
+
+    parts = {
+        "plain": of_plain,
+        "pages": of_pages,
+        "speculation": of_speculation,
+        "head_dims": of_head_dims,
+        "masks": of_masks,
+    }
+    return measure_parts(command_line(__doc__, parts).parse_args(), "decode.json", parts, {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
