@@ -1,8 +1,8 @@
 """A few queries against long caches in pages, beside FlashAttention-3: `python benchmarks/bench_decode.py --out DIR`.
 
 bf16, inputs N(0, 1), pages of a shuffled table, CUDA graphs of 20 calls over caches that together are larger than the
-L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query), `pages`,
-`speculation` (4 and 8 queries), `head_dims`, `masks`; `--points` measures the points with this in their name.
+L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query),
+`pages`, `speculation` (4 and 8 queries), `head_dims`, `masks`; `--points` measures the points with this in their name.
 FlashAttention-3 takes part where the environment's FA3 names its library, the better of its own splits and none, its
 metadata made before as our list of parts is.
 """

@@ -23,9 +23,9 @@ ORDER = {
     "megatron": 16, "__init__": 17, "__main__": 17,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 3530, "bind": 1680, "check": 3130, "cli": 3610, "emit": 1400, "expr": 6290, "flash_attn": 1255,
-    "fuzz": 2345, "hf": 735, "lower": 2685,
-    "plan": 5115, "runtime": 1660, "schedules": 2335, "sdpa": 1070, "simulate": 5655, "spec": 2200, "templates": 3925,
+    "attngen": 3920, "bind": 1810, "check": 3420, "cli": 4035, "emit": 1465, "expr": 6295, "flash_attn": 1255,
+    "fuzz": 2385, "hf": 735, "lower": 2790,
+    "plan": 5410, "runtime": 1660, "schedules": 2405, "sdpa": 1105, "simulate": 5965, "spec": 2340, "templates": 4545,
     "serving": 1350,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.
