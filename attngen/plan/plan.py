@@ -92,10 +92,15 @@ class Split:
         keys: of a part, counted from its sequence's first; None: as many as give every block of threads that the GPU
             holds at a time one part, by what all tiles of a call visit; then parts of a tile are as long as each other.
         least: keys that a part has at least where that is worked out.
+        long: keys from which on a part is cut further, into up to `waves`, so that blocks of threads that are done
+            early find more work: sequences differ in length, and in what of them is visited.
+        waves: see long.
     """
 
     keys: int | None
     least: int
+    long: int
+    waves: int
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ class KernelPlan:
             return rows
         if self.split.keys is not None:
             return product(rows, maximum(1, ceil_div("seqlen_k", self.split.keys)))
-        parts = product("num_sms", self.blocks_per_sm)
+        parts = product("num_sms", self.blocks_per_sm * self.split.waves)
         return total(rows, ceil_div(parts, maximum(1, self._listed_heads)))
 
     @property

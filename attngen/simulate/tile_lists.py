@@ -153,8 +153,10 @@ class _Parts:
             return cls(visited, plan.split.keys // plan.block_n, is_fixed=True)
         heads = sizes.num_heads_kv if plan.scheduler.is_for_groups else sizes.num_heads_q
         work = sum(count * len(blocks) for count, blocks in zip(tiles, visited, strict=True)) * heads
-        least = ceil_div(plan.split.least, plan.block_n)
-        return cls(visited, max(least, ceil_div(work, sizes.num_sms * plan.blocks_per_sm)), is_fixed=False)
+        least, long = (ceil_div(keys, plan.block_n) for keys in (plan.split.least, plan.split.long))
+        resident = sizes.num_sms * plan.blocks_per_sm
+        longest = max(long, ceil_div(work, resident * plan.split.waves))
+        return cls(visited, min(max(least, ceil_div(work, resident)), longest), is_fixed=False)
 
     def of_sequence(self, sequence: int) -> Iterator[Part]:
         """The parts of a tile of a sequence."""

@@ -173,7 +173,7 @@ def test_a_known_call_is_looked_at_where_it_lies() -> None:
     attngen.append(**{**given, "k_cache": other[:, 0], "v_cache": other[:, 1]})
     wait_for_gpu()
     assert torch.equal(other, memory)
-    odd = torch.zeros(given["k_new"].numel() + 8, device="cuda").half()
+    odd = torch.zeros(given["k_new"].untyped_storage().nbytes() // 2 + 8, device="cuda").half()
     off_16 = odd[1:].as_strided(given["k_new"].shape, given["k_new"].stride())
     for changes, said in (
         ({"k_new": off_16}, "argument k_new: got an address that is 2 bytes past"),

@@ -113,7 +113,7 @@ def test_what_a_gpu_does_not_take_is_refused() -> None:
 
 def test_the_cascade_example_runs() -> None:
     """As a reader runs it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     command = [sys.executable, ROOT / "examples/cascade.py", "--device", "cuda"]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert run.stdout.count("as near as rounding lets them") == 2
