@@ -260,8 +260,8 @@ def kernel_of_call(
     return _kernel_for(*wanted)
 
 
-FEW_ROWS, MANY_KEYS = 16, 512
-"""Up to how many rows that share keys, and from how many keys on, these are cut into parts: a tile has 16 rows."""
+FEW_ROWS, MANY_KEYS = 32, 512
+"""Up to how many rows that share keys, and from how many keys on, these are cut into parts: a tile has 32 rows."""
 
 
 def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:

@@ -65,14 +65,19 @@ def test_every_case_counts_for_some_spec() -> None:
         for scales in ("per_head", "per_block", "per_token")
         for promote in (0, 1)
     ]
-    cases = product(("sm_90a",), dims, MASKS, SCORES, ({}, *eight_bits))
-    for target, dim, mask, score, precision in (("simulator", 64, "full", "score", {}), *cases):
+    cases = product(("sm_90a",), dims, MASKS, SCORES, ({}, *eight_bits), ("none",))
+    others = (
+        ("simulator", 64, "full", "score", {}, "none"),
+        *(("sm_90a", dim, "full", "score", {}, "auto") for dim in (64, 256)),
+    )
+    for target, dim, mask, score, precision, split in (*others, *cases):
         text = mask + score
         document = {
             "problem": {"head_dim": dim},
             "mask": mask,
             "score": score,
             "precision": precision,
+            "split": split,
             "tensors": {name: kind for name, kind in TENSORS.items() if name in text},
         }
         if isinstance(dim, int) and precision and dim % 16:
