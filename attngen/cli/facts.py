@@ -76,6 +76,7 @@ def facts(
         **_of_8bit(kernel),
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
+        **_parts(plan),
         "block": _block(plan),
         "of fewer keys": _shorter(kernel),
         "shared memory": size_text(plan.smem_bytes),
@@ -141,6 +142,22 @@ def _sequences(plan: KernelPlan) -> dict[str, str]:
     by = "\n".join((*names, *(f"{name}, or none" for name in plan.lengths.bounds)))
     kinds = f"queries {plan.lengths.queries}, keys {plan.lengths.keys}"
     return {"sequences": kinds, "their lengths by": by}
+
+
+def _parts(plan: KernelPlan) -> dict[str, str]:
+    """How the keys of a tile are cut, and whose rows it has; nothing where they are not."""
+    if plan.split is None:
+        return {}
+    if plan.split.keys is not None:
+        parts = f"at multiples of {plan.split.keys} keys of a sequence: its bits hang on no other"
+    else:
+        parts = f"as many as fill the GPU, of {plan.split.least} keys at least"
+    packed = (
+        "all query heads that share its keys"
+        if plan.scheduler.packs_group
+        else "one head, for which is asked"
+    )
+    return {"parts of keys": parts, "rows of a tile": packed}
 
 
 def _added(plan: KernelPlan) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import Result
@@ -148,3 +149,24 @@ def test_a_sweep_of_warpgroups_names_them(attngen: Attngen, hopper: str) -> None
     assert "64x128, stages 2, warpgroups 1 " in result.stdout
     assert "128x128, stages 2, warpgroups 2 " in result.stdout
     assert "refused [rule warpgroups" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "split: auto",
+            ("as many as fill the GPU, of 64 keys at least", "all query heads that share its keys"),
+        ),
+        ("split: {keys: 1024}", ("at multiples of 1024 keys", "all query heads that share its keys")),
+        ("split: auto\nscore: score * f32(h)", ("as many as fill the GPU", "one head, for which is asked")),
+    ],
+)
+def test_how_keys_are_cut_is_told(attngen: Attngen, tmp_path: Path, text: str, says: tuple[str, str]) -> None:
+    """By what, and whose rows a tile has."""
+    spec = tmp_path / "cut.yaml"
+    spec.write_text(f"target: sm_80\nproblem: {{head_dim: 64}}\n{text}\n")
+    told = attngen("explain", str(spec)).stdout
+    (parts,) = (line for line in told.splitlines() if line.startswith(" parts of keys"))
+    (rows,) = (line for line in told.splitlines() if line.startswith(" rows of a tile"))
+    assert says[0] in parts and says[1] in rows
