@@ -242,7 +242,7 @@ def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[F
 
 def part_shape(place: PartRows, plan: KernelPlan) -> tuple[Formula, ...]:
     """The shape of what a kernel leaves of the parts of its tiles."""
-    return (plan.tiles, plan.block_m, *(() if place.cols is None else (place.cols,)))
+    return (plan.tiles, plan.part_rows, *(() if place.cols is None else (place.cols,)))
 
 
 def axes_of(tensor: Tensor, lengths: Lengths) -> tuple[str, ...]:

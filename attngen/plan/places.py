@@ -325,10 +325,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class PartRows:
-    """What a part of the keys has come to in each row of its tile: f32 in device memory, dense (tiles, block_m).
+    """What a part of the keys has come to in each row of its tile: f32 in device memory, dense (tiles, rows).
 
     Attributes:
-        cols: of an accumulator, which is (tiles, block_m, cols); None where it is one number a row.
+        cols: of an accumulator, which is (tiles, rows, cols); None where it is one number a row.
     """
 
     name: str

@@ -289,10 +289,23 @@ class KernelPlan:
         rows = total(blocks, pieces) if kind == "ragged" else product("batch", total(blocks, more))
         if self.split is None:
             return rows
+        if (
+            self.split.keys is not None and self.lengths.keys == "ragged"
+        ):  # the longest is whatever a call says
+            of_sequence = rows if kind == "ragged" else blocks
+            return total(rows, product(of_sequence, ceil_div("tokens_k", self.split.keys)))
         if self.split.keys is not None:
             return product(rows, maximum(1, ceil_div("seqlen_k", self.split.keys)))
         parts = product("num_sms", self.blocks_per_sm * self.split.waves)
         return total(rows, ceil_div(parts, maximum(1, self._listed_heads)))
+
+    @property
+    def part_rows(self) -> Formula:
+        """Rows of a part for which there is a place: of its tile, or of the longest sequence where these are fewer."""
+        if self.lengths.is_by_token("queries"):
+            return self.block_m
+        group: Formula = "group" if self.scheduler.packs_group else 1
+        return minimum(self.block_m, product("seqlen_q", group))
 
     @property
     def _listed_heads(self) -> Formula:

@@ -130,6 +130,22 @@ def test_work_is_shared_by_calls_of_the_same_heads_alone() -> None:
         split(of.q[:, :, :2], *(x[:, :, :1] for x in call[1:]), work=work, **of.lengths)
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_bound_of_lengths_that_is_too_low_changes_nothing(split: Any) -> None:
+    """Room for parts is made by what tensors hold."""
+    of = batch("ragged", "ragged", SEQLENS_Q, SEQLENS_K, tail=3, poison=math.nan)
+    problem = {"head_dim": 16, "queries": "ragged", "keys": "ragged"}
+    spec = {
+        "target": "simulator",
+        "problem": problem,
+        "mask": "causal",
+        "tile": {"block_m": 4, "block_n": 64},
+    }
+    cut, whole = (attngen.compile(spec | {"split": each}) for each in (split, "none"))
+    out = cut(of.q, of.k, of.v, **of.lengths, max_seqlen_q=1, max_seqlen_k=1)
+    assert difference(out, whole(of.q, of.k, of.v, **of.lengths)) <= 0.02
+
+
 # ---- every Step is needed --------------------------------------------------------------------------------------------
 def _without(program: Program, gone: Step) -> Program:
     kept = (step for step in program if step is not gone)
