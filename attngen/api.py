@@ -18,7 +18,7 @@ from attngen.expr import SINK
 from attngen.expr.python import Expression, bound_by, check_text, joined
 from attngen.kernel import Kernel
 from attngen.lower import lower
-from attngen.plan import DENSE, Axis, Lengths
+from attngen.plan import BLOCK_TABLE, DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
 from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed, may_be_watched
 
@@ -205,6 +205,7 @@ def kernel_of_call(
     deterministic: bool = True,
     lengths: Lengths = DENSE,
     block_sizes: tuple[int, int] | None = None,
+    may_split: bool = True,
 ) -> Kernel | CapturedKernel:
     """The kernel that the tensors and the mask of a call ask for, compiled once and remembered.
 
@@ -221,9 +222,10 @@ def kernel_of_call(
         deterministic: as in a spec.
         lengths: how queries and keys are cut into sequences.
         block_sizes: rows and keys of the blocks of which a call says which are kept; None where all are.
+        may_split: whether keys may be cut into parts, so that bits depend on what other sequences there are.
 
     Raises:
-        ArgumentError: a tensor that no kernel takes.
+        ArgumentError: a tensor that no kernel takes, or of keys in pages one that requires grad.
         SpecError: a fault in mask or score.
     """
     of_axes: tuple[tuple[str, torch.Tensor, Axis], ...] = (("q", q, "queries"), ("v", v, "keys"))
@@ -237,6 +239,8 @@ def kernel_of_call(
     dtype = autocast_dtype(q) if is_seen or torch._C._is_any_autocast_enabled() else q.dtype
     if dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
+    if lengths.is_paged("keys"):
+        _check_no_gradients({"q": q, "k": k, "v": v, **passed})
     gradients = _differentiated(q, k, v, score, passed)
     wanted = (
         _INPUTS[dtype],
@@ -253,7 +257,7 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
         block_sizes,
-        "none" if is_seen or gradients else _split_for(q, k, lengths, passed),
+        "none" if is_seen or gradients or not may_split else _split_for(q, k, lengths, passed),
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
@@ -266,12 +270,33 @@ FEW_ROWS, MANY_KEYS = 32, 512
 
 def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:
     """How keys are cut: into parts where a few queries read many. Longer calls have tiles enough to fill a GPU."""
-    if lengths.keys == "ragged" or k.dim() != 4 or k.shape[1] < MANY_KEYS or not k.shape[2]:
+    if (
+        lengths.keys == "ragged"
+        or k.dim() != 4
+        or _most_keys(k, lengths, passed) < MANY_KEYS
+        or not k.shape[2]
+    ):
         return "none"
     queries = passed.get("max_seqlen_q") if lengths.queries == "ragged" else q.shape[1]
     if not isinstance(queries, int) or queries * (q.shape[-2] // k.shape[2]) > FEW_ROWS:
         return "none"
     return "auto"
+
+
+def _most_keys(k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> int:
+    """How many keys a sequence may have, by shapes: of keys in pages what a row of the table has room for."""
+    if not lengths.is_paged("keys"):
+        return k.shape[1]
+    table = passed.get(BLOCK_TABLE.name)
+    return k.shape[1] * table.shape[-1] if isinstance(table, torch.Tensor) and table.dim() else 0
+
+
+def _check_no_gradients(passed: Mapping[str, Any]) -> None:
+    """Refuse what requires grad beside keys in pages."""
+    for name, x in passed.items():
+        if is_differentiated(x):
+            must = "one that does not: keys in pages have no backward pass"
+            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
 
 
 def _differentiated(

@@ -209,7 +209,7 @@ class ArgumentError(AttngenError, ValueError):
         words = re.compile(r"\w+")
         own, expected, hint = (
             text if text is None else words.sub(lambda word: names.get(word[0], word[0]), str(text))
-            for text in (self.argument, self.expected, self.hint)
+            for text in (names.get(self.argument, self.argument), self.expected, self.hint)
         )
         return ArgumentError(str(own), self.got, expected, hint)
 

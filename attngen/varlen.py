@@ -57,10 +57,11 @@ def varlen_attn(
 
     Args:
         query: (tokens_q, num_heads_q, head_dim), f16 or bf16, last dimension contiguous, rows on 16 bytes.
-        key: (tokens_k, num_heads_kv, head_dim).
-        value: (tokens_k, num_heads_kv, head_dim_v).
+        key: (tokens_k, num_heads_kv, head_dim), or with block_table (pages, page, num_heads_kv, head_dim), any number
+            of rows a page.
+        value: (tokens_k, num_heads_kv, head_dim_v), likewise.
         cu_seq_q: (sequences + 1,), i32: where each sequence of queries begins, and behind them where the last one ends.
-        cu_seq_k: likewise, of keys.
+        cu_seq_k: likewise, of keys. With block_table it says how long they are where seqused_k is None, else nothing.
         max_q: length of the longest sequence of queries, or more; it chooses kernels, and changes no result.
         max_k: likewise, of keys.
         return_aux: whether lse is wanted too: of torch's `AuxRequest`, or anything with that field.
@@ -69,8 +70,9 @@ def varlen_attn(
             query of a sequence has the place of its last key.
         enable_gqa: whether num_heads_q may be a multiple of num_heads_kv.
         seqused_k: (sequences,), i32: how many keys of each sequence count.
-        block_table: None: keys and values by pages are not served yet.
-        num_splits: None or 1: keys are never split, so that results do not depend on other sequences.
+        block_table: (sequences, max_pages), i32: the pages of each; without a backward pass.
+        num_splits: None or 1. With 1 results do not depend on other sequences; with None keys in pages are split where
+            queries are few. Others never are.
 
     Returns:
         out, (tokens_q, num_heads_q, head_dim_v), or (out, lse) with lse (num_heads_q, tokens_q), f32, as torch returns
@@ -79,41 +81,61 @@ def varlen_attn(
     Raises:
         ArgumentError: an argument that no kernel takes, or that is not served yet.
     """
-    if block_table is not None:
-        must = "None: keys and values by pages come with paged caches"
-        raise ArgumentError(
-            "block_table", type(block_table).__name__, must, "pass ragged keys, with cu_seq_k"
-        )
     if num_splits not in (None, 1):
-        must = "None or 1: keys are not split here, so that results do not depend on other sequences"
+        must = "None or 1: a call says by its sizes whether keys are split"
         raise ArgumentError("num_splits", shown(num_splits), must)
-    if cu_seq_k is None:
-        must = "a tensor: without it keys come by pages, which are not served yet"
+    if cu_seq_k is None and (block_table is None or seqused_k is None):
+        must = "a tensor" if block_table is None else "a tensor, or seqused_k beside block_table"
         raise ArgumentError("cu_seq_k", "None", must, "pass cu_seq_q where lengths are alike")
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    dims = 3 if block_table is None else 4
+    form = "(tokens, heads, head_dim)" if block_table is None else "(pages, page, heads, head_dim)"
+    for name, x, count, of in (
+        ("query", query, 3, "(tokens, heads, head_dim)"),
+        ("key", key, dims, form),
+        ("value", value, dims, form),
+    ):
         if not (is_traced(x) or is_transformed(x)):
             check_plain(name, x)
-        if x.dim() != 3:
-            raise ArgumentError(name, f"{x.dim()} dimensions", "3: (tokens, heads, head_dim)")
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        got = f"{key.shape[1]} heads beside {query.shape[1]} of query"
+        if x.dim() != count:
+            raise ArgumentError(name, f"{x.dim()} dimensions", f"{count}: {of}")
+    if not enable_gqa and query.shape[1] != key.shape[-2]:
+        got = f"{key.shape[-2]} heads beside {query.shape[1]} of query"
         raise ArgumentError("key", got, "as many, without enable_gqa", "pass enable_gqa=True")
-    passed: dict[str, Any] = {
-        "cu_seqlens_q": cu_seq_q,
-        "cu_seqlens_k": cu_seq_k,
-        "max_seqlen_q": max_q,
-        "max_seqlen_k": max_k,
-        "seqused_k": seqused_k,
-    }
+    passed: dict[str, Any] = {"cu_seqlens_q": cu_seq_q, "max_seqlen_q": max_q}
+    if block_table is None:
+        passed |= {"cu_seqlens_k": cu_seq_k, "max_seqlen_k": max_k, "seqused_k": seqused_k}
+    else:
+        used = lengths_between("cu_seq_k", cu_seq_k) if seqused_k is None else seqused_k
+        passed |= {"block_table": block_table, "seqused_k": used}
     if return_aux is not None and not isinstance(getattr(return_aux, "lse", None), bool):
         raise ArgumentError("return_aux", shown(return_aux), "None or AuxRequest(lse=True)")
     wants_lse = return_aux is not None and return_aux.lse
     mask = _mask(window_size)
     try:
-        kernel = kernel_of_call(query, key, value, mask, passed=passed, lengths=RAGGED)
+        lengths = RAGGED if block_table is None else Lengths("ragged", "paged")
+        may_split = num_splits is None
+        kernel = kernel_of_call(query, key, value, mask, passed=passed, lengths=lengths, may_split=may_split)
         return kernel(query, key, value, scale, wants_lse, **passed)
     except ArgumentError as error:
         raise error.renamed(_OWN_NAMES) from error
+
+
+def lengths_between(name: str, starts: Any) -> torch.Tensor:
+    """How long sequences are, (batch,), of which `starts`, (batch + 1,), i32, says where each begins.
+
+    Raises:
+        ArgumentError: starts are no such tensor.
+    """
+    if (
+        not isinstance(starts, torch.Tensor)
+        or starts.dim() != 1
+        or starts.dtype != torch.int32
+        or not len(starts)
+    ):
+        is_tensor = isinstance(starts, torch.Tensor)
+        got = f"{starts.dtype} of shape {tuple(starts.shape)}" if is_tensor else type(starts).__name__
+        raise ArgumentError(name, got, "a tensor of i32: (batch + 1,)")
+    return starts.diff()
 
 
 def _mask(window_size: tuple[int, int]) -> str:

@@ -16,16 +16,8 @@ NOTHING: Mapping[str, str] = {}
 _BY_FUNCTION = "an attngen.expression of it is a mask or a score of attngen.attention"
 _E4M3 = "e4m3 operands go to kernels of attngen.compile, whose inputs are e4m3"
 _NO_SCHEDULE = "leave it out: it changes no result"
-_PAGES = ("None: keys and values by pages come with kernels for decoding", "pass a contiguous cache")
-_ROTARY = ("None: nothing is rotated here", "rotate q and k before the call")
 UNSERVED: Mapping[str, tuple[tuple[Any, ...], str, str | None]] = {
     "dropout_p": ((0,), "0: there is no dropout", "drop in training elsewhere, or train without"),
-    "block_table": ((None,), *_PAGES),
-    "page_table": ((None,), *_PAGES),
-    "rotary_cos": ((None,), *_ROTARY),
-    "rotary_sin": ((None,), *_ROTARY),
-    "rotary_seqlens": ((None,), *_ROTARY),
-    "cu_seqlens_k_new": ((None,), "None: what is appended has one length", "pass k and v of one length"),
     "qv": ((None,), "None: there is one product of queries and keys", "concatenate q with qv, and k with v"),
     "gather_kv_indices": ((None,), "None: keys are not gathered", None),
     "q_descale": ((None,), "None beside 16-bit inputs", _E4M3),
@@ -55,7 +47,7 @@ UNSERVED: Mapping[str, tuple[tuple[Any, ...], str, str | None]] = {
 """Arguments without a kernel: the values that ask for nothing, what must be passed, and what helps."""
 _NUMBERS = (type(None), bool, int, float)
 _FLAGS = ("deterministic", "rotary_interleaved", "disable_scheduler_metadata")
-"""Either value asks for no more than every call gives: gradients are the same bits in every run, nothing is rotated."""
+"""Either value is served: gradients are the same bits in every run, columns turn in either order."""
 
 
 def refuse_unserved(**arguments: Any) -> None:
@@ -91,8 +83,8 @@ def attend(
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or (tokens_q, num_heads_q, head_dim) of ragged queries; f16 or
             bf16, on the CPU also f32. Any head_dim up to 256.
-        k: (batch, seqlen_k, num_heads_kv, head_dim) or (tokens_k, ...).
-        v: (batch, seqlen_k, num_heads_kv, head_dim_v) or (tokens_k, ...).
+        k: (batch, seqlen_k, num_heads_kv, head_dim) or (tokens_k, ...), or of keys in pages (pages, page, ...).
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v), likewise.
         texts: mask and score, and what they read.
         wants_lse: whether lse is returned.
         lengths: how queries and keys are cut into sequences.
@@ -133,9 +125,11 @@ def lengths_of(
     cu_seqlens_k: torch.Tensor | None = None,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
 ) -> Lengths:
     """How sequences are cut where a call passes some of what can say so."""
-    return Lengths(_kind(cu_seqlens_q, seqused_q), _kind(cu_seqlens_k, seqused_k))
+    keys = _kind(cu_seqlens_k, seqused_k) if block_table is None else "paged"
+    return Lengths(_kind(cu_seqlens_q, seqused_q), keys)
 
 
 def _kind(starts: object, used: object) -> LengthKind:

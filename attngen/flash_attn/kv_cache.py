@@ -1,5 +1,6 @@
-"""Attention of a few queries to a contiguous cache of keys and values, to which new ones are appended first."""
+"""Attention of a few queries to a cache of keys and values, contiguous or in pages; new ones are appended first."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from attngen.expr import LARGEST_LENGTH
 from attngen.fit_heads import check_strided
 from attngen.flash_attn.attend import attend, lengths_of, longest
 from attngen.flash_attn.wish import Texts
+from attngen.serving import append
+from attngen.varlen import lengths_between
 
 _NAMES = {
     "k": "k_cache",
@@ -18,15 +21,77 @@ _NAMES = {
     "leftpad_k": "cache_leftpad",
     "return_lse": "return_softmax_lse",
 }
+_NAMES_OF_APPEND = {
+    "k_new": "k",
+    "v_new": "v",
+    "seqused_k": "cache_seqlens",
+    "cu_seqlens_q": "cu_seqlens_k_new",
+    "rotary[0]": "rotary_cos",
+    "rotary[1]": "rotary_sin",
+}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values that are there before a call.
+
+    Attributes:
+        k, v: (batch_cache, seqlen_cache, num_heads_kv, head_dim), or beside a table (pages, page, num_heads_kv,
+            head_dim), any number of rows a page.
+        seqlens: (batch,), i32, or a number for all: how many keys each sequence has before anything is appended; None
+            for as many as there is room for.
+        batch_index: (batch,), integers: which sequence of the caches, or row of the table, each sequence of q reads;
+            None for its own.
+        leftpad: (batch,), i32: how many keys at the beginning of each do not count.
+        table: (rows, max_pages), i32: the pages of each sequence; None where the caches are contiguous.
+        table_name: what the face calls it.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    seqlens: int | torch.Tensor | None
+    batch_index: torch.Tensor | None
+    leftpad: torch.Tensor | None
+    table: torch.Tensor | None
+    table_name: str = "block_table"
+
+    @property
+    def room(self) -> int:
+        """How many keys a sequence has room for."""
+        return self.k.shape[1] * (1 if self.table is None else self.table.shape[1])
+
+
+@dataclass(frozen=True)
+class NewKeys:
+    """What a call appends before it attends.
+
+    Attributes:
+        k, v: (batch, seqlen_new, num_heads_kv, head_dim), or with starts (tokens_new, num_heads_kv, head_dim); both or
+            neither.
+        cos, sin: (positions, rotary_dim / 2), by which new keys, and q, are rotated; both or neither.
+        is_interleaved: whether columns 2i and 2i + 1 turn together, or i and i + rotary_dim / 2.
+        starts: (batch + 1,), i32: where the new keys of each sequence begin, and where the last ones end.
+        positions: (batch,), i32: by which the first new key of each sequence is rotated; None for its place.
+    """
+
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    is_interleaved: bool
+    starts: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    @property
+    def rotary(self) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+        """The tables; None where nothing is rotated."""
+        return None if self.cos is self.sin is None else (self.cos, self.sin)
 
 
 def attend_cache(
     q: torch.Tensor,
-    caches: tuple[torch.Tensor, torch.Tensor],
-    appended: tuple[torch.Tensor | None, torch.Tensor | None],
-    cache_seqlens: int | torch.Tensor | None,
-    cache_batch_idx: torch.Tensor | None,
-    cache_leftpad: torch.Tensor | None,
+    cache: Cache,
+    new: NewKeys,
     texts: Texts,
     wants_lse: bool,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -34,117 +99,158 @@ def attend_cache(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Write what is appended into the caches, and attend to what they then hold.
 
+    Row i of q is rotated as the i-th new key where the mask goes by places, else all rows as the first:
+    FlashAttention's rule.
+
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or with cu_seqlens_q (tokens_q, num_heads_q, head_dim).
-        caches: of keys and of values, (batch_cache, seqlen_cache, num_heads_kv, head_dim).
-        appended: keys and values, (batch, seqlen_new, num_heads_kv, head_dim), that go where cache_seqlens says; both
-            or neither.
-        cache_seqlens: (batch,), i32, or a number for all: how many keys each sequence has before anything is appended;
-            None for as many as there is room for.
-        cache_batch_idx: (batch,), integers: which sequence of the caches each sequence of q reads; None for its own.
-            The sequences are copied together first, which costs as much as reading them.
-        cache_leftpad: (batch,), i32: how many keys at the beginning of each do not count.
+        cache: what there is.
+        new: what is appended.
         texts: mask and score, and what they read.
         wants_lse: whether lse is returned.
         cu_seqlens_q: as of `attend`, like max_seqlen_q.
         max_seqlen_q: see cu_seqlens_q.
 
     Returns:
-        out, or (out, lse). No number on the device is read by the host: a place behind the end of a cache is its last.
+        out, or (out, lse). No number on the device is read by the host: what would go behind the end of a cache is left
+        out.
 
     Raises:
         ArgumentError: an argument that no kernel takes, or that requires grad: there is no backward pass.
     """
-    (k_cache, v_cache), (k, v) = caches, appended
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-    for name, x in tensors.items():
-        if name not in ("k", "v") or x is not None:
-            check_strided(name, x)  # type: ignore[arg-type]
-        if is_differentiated(x):
-            must = "one that does not: a call with a cache has no backward pass"
-            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
-    dims = 4 if cu_seqlens_q is None else 3
-    for name, x, count in (("q", q, dims), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)):
-        if x.dim() != count:
-            must = "3: (tokens, heads, head_dim)" if count == 3 else "4: (batch, seqlen, heads, head_dim)"
-            raise ArgumentError(name, f"{x.dim()} dimensions", must)
-        if (x.dtype, x.device) != (q.dtype, q.device):
-            raise ArgumentError(name, f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q has")
-    if (k is None) != (v is None):
-        name = "v" if v is None else "k"
-        raise ArgumentError(name, "None", "a tensor: keys and values are appended together")
-    batch = q.shape[0] if cu_seqlens_q is None else _sequences(cu_seqlens_q)
-    used = _used(cache_seqlens, batch, k_cache)
-    _check_numbers("cache_seqlens", used, batch, k_cache, (torch.int32,))
-    _check_numbers("cache_batch_idx", cache_batch_idx, batch, k_cache, (torch.int32, torch.int64))
-    _check_numbers("cache_leftpad", cache_leftpad, batch, k_cache, (torch.int32,))
-    if k is not None and v is not None:
+    _check_tensors(q, cache, new, cu_seqlens_q)
+    batch = (q if cu_seqlens_q is None else lengths_between("cu_seqlens_q", cu_seqlens_q)).shape[0]
+    used = _used(cache.seqlens, batch, q.device)
+    of_batch = {"cache_seqlens": used, "cache_leftpad": cache.leftpad, "rotary_seqlens": new.positions}
+    for name, x in of_batch.items():
+        _check_numbers(name, x, batch, q.device, (torch.int32,))
+    _check_numbers("cache_batch_idx", cache.batch_index, batch, q.device, (torch.int32, torch.int64))
+    rows = None if cache.batch_index is None else cache.batch_index.int().contiguous()
+    if new.k is not None:
         if used is None:
             raise ArgumentError("cache_seqlens", "None", "where keys and values are appended")
-        used = _append(caches, (k, v), used, cache_batch_idx)
-    if cache_batch_idx is not None:
-        k_cache, v_cache = (x.index_select(0, cache_batch_idx) for x in caches)
-    if used is None and cache_leftpad is not None:
-        used = _used(k_cache.shape[1], batch, k_cache)
-    cut = {"seqused_k": used, "leftpad_k": cache_leftpad, "cu_seqlens_q": cu_seqlens_q}
-    given = {name: x for name, x in cut.items() if x is not None} | longest("max_seqlen_q", max_seqlen_q)
-    lengths = lengths_of(cu_seqlens_q, None, None, used)
-    out, lse = attend(q, k_cache, v_cache, texts, wants_lse, lengths, given, _NAMES)
+        turned = _append(q, cache, new, used, rows, texts.mask != "full")
+        q = q if turned is None else turned
+        added = (
+            new.k.shape[1]
+            if new.starts is None
+            else lengths_between("cu_seqlens_k_new", new.starts).clamp(min=0)
+        )
+        used = used + added
+    table = cache.table
+    if table is None and rows is not None:  # a sequence is a page, so that none is copied
+        table = torch.arange(cache.k.shape[0], dtype=torch.int32, device=q.device).unsqueeze(1)
+    if used is None and (table is not None or cache.leftpad is not None):
+        used = _used(cache.room, batch, q.device)
+    said = {
+        "seqused_k": used,
+        "leftpad_k": cache.leftpad,
+        "cu_seqlens_q": cu_seqlens_q,
+        "block_table": table,
+        "cache_batch_idx": rows,
+    }
+    cut = {name: x for name, x in said.items() if x is not None} | longest("max_seqlen_q", max_seqlen_q)
+    lengths = lengths_of(cu_seqlens_q, None, None, used, table)
+    names = _NAMES | {"block_table": cache.table_name}
+    out, lse = attend(q, cache.k, cache.v, texts, wants_lse, lengths, cut, names)
     return out if lse is None else (out, lse)
 
 
-def _sequences(starts: Any) -> int:
-    """How many sequences of queries there are."""
-    if not isinstance(starts, torch.Tensor) or starts.dim() != 1:
-        got = f"{starts.dim()} dimensions" if isinstance(starts, torch.Tensor) else type(starts).__name__
-        raise ArgumentError("cu_seqlens_q", got, "a tensor of i32: (batch + 1,)")
-    return starts.shape[0] - 1
+def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: torch.Tensor | None) -> None:
+    """Refuse tensors that do not go together, before a cache is written to."""
+    caches = {"k_cache": cache.k, "v_cache": cache.v}
+    added = {name: x for name, x in (("k", new.k), ("v", new.v)) if x is not None}
+    if len(added) == 1:
+        name = "v" if "k" in added else "k"
+        raise ArgumentError(name, "None", "a tensor: keys and values are appended together")
+    dims = 4 if cu_seqlens_q is None else 3
+    dims_of_new = 4 if new.starts is None else 3
+    dims_of = {"q": dims} | dict.fromkeys(caches, 4) | dict.fromkeys(added, dims_of_new)
+    for name, x in {"q": q, **caches, **added}.items():
+        check_strided(name, x)
+        if is_differentiated(x):
+            must = "one that does not: a call with a cache has no backward pass"
+            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
+        if x.dim() != dims_of[name]:
+            first = "pages, page" if name in caches and cache.table is not None else "batch, seqlen"
+            must = "3: (tokens, heads, head_dim)" if dims_of[name] == 3 else f"4: ({first}, heads, head_dim)"
+            raise ArgumentError(name, f"{x.dim()} dimensions", must)
+        if (x.dtype, x.device) != (q.dtype, q.device):
+            raise ArgumentError(name, f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q has")
+    for (name, x), of in zip(added.items(), caches.values(), strict=False):
+        if x.shape[-2:] != of.shape[-2:]:
+            got, must = (
+                f"{heads} heads of {columns} columns" for heads, columns in (x.shape[-2:], of.shape[-2:])
+            )
+            raise ArgumentError(name, got, f"{must}, as {name}_cache has")
+    if cache.table is not None:
+        check_strided(cache.table_name, cache.table)
+        if cache.table.dim() != 2:
+            raise ArgumentError(cache.table_name, f"{cache.table.dim()} dimensions", "2: (batch, max_pages)")
+    of_new = {"cu_seqlens_k_new": new.starts, "rotary_cos": new.cos, "rotary_sin": new.sin}
+    for name, given in of_new.items():
+        if given is not None and not added:
+            raise ArgumentError(name, "a tensor", "None where no keys are appended", "pass k and v")
+    if new.rotary is None and new.positions is not None:
+        raise ArgumentError("rotary_seqlens", "a tensor", "None where nothing is rotated")
+    if new.rotary is not None and new.starts is not cu_seqlens_q:
+        must = (
+            "the tensor that is passed as cu_seqlens_q, or None beside none: q is rotated with the new keys"
+        )
+        raise ArgumentError("cu_seqlens_k_new", "None" if new.starts is None else "another tensor", must)
 
 
-def _used(said: Any, batch: int, cache: torch.Tensor) -> torch.Tensor | None:
+def _used(said: Any, batch: int, device: torch.device) -> torch.Tensor | None:
     """How many keys each sequence has, on the device of the cache; None where nothing says so."""
     if said is None or isinstance(said, torch.Tensor):
         return said
     if isinstance(said, bool) or not isinstance(said, int) or not 0 <= said <= LARGEST_LENGTH:
         raise ArgumentError("cache_seqlens", shown(said), "a number of keys, or a tensor of i32: (batch,)")
-    return torch.full((batch,), said, dtype=torch.int32, device=cache.device)
+    return torch.full((batch,), said, dtype=torch.int32, device=device)
 
 
 def _check_numbers(
-    name: str, x: Any, batch: int, cache: torch.Tensor, dtypes: tuple[torch.dtype, ...]
+    name: str, x: Any, batch: int, device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Refuse what is no number for each sequence, before a cache is written to."""
     if x is None:
         return
-    must = f"{' or '.join(map(str, dtypes))} of shape ({batch},) on {cache.device}"
+    must = f"{' or '.join(map(str, dtypes))} of shape ({batch},) on {device}"
     if not isinstance(x, torch.Tensor):
         raise ArgumentError(name, type(x).__name__, must)
     check_strided(name, x)
-    if x.dtype not in dtypes or tuple(x.shape) != (batch,) or x.device != cache.device:
+    if x.dtype not in dtypes or tuple(x.shape) != (batch,) or x.device != device:
         raise ArgumentError(name, f"{x.dtype} of shape {tuple(x.shape)} on {x.device}", must)
 
 
 def _append(
-    caches: tuple[torch.Tensor, torch.Tensor],
-    appended: tuple[torch.Tensor, torch.Tensor],
+    q: torch.Tensor,
+    cache: Cache,
+    new: NewKeys,
     used: torch.Tensor,
-    batch_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """Write keys and values behind those that the caches hold, and return how many these are then."""
-    batch, new = used.shape[0], appended[0].shape[1] if appended[0].dim() == 4 else 0
-    for name, x, cache in zip(("k", "v"), appended, caches, strict=True):
-        expected = (batch, new, *cache.shape[2:])
-        if tuple(x.shape) != expected:
-            must = f"{expected} = (batch, seqlen_new, heads, head_dim)"
-            raise ArgumentError(name, f"shape {tuple(x.shape)}", must)
-        if x.dtype != cache.dtype or x.device != cache.device:
-            must = f"{cache.dtype} on {cache.device}, as the cache has"
-            raise ArgumentError(name, f"{x.dtype} on {x.device}", must)
-    steps = torch.arange(new, dtype=torch.int64, device=used.device)
-    places = (used[:, None] + steps).clamp(0, caches[0].shape[1] - 1)
-    sequences = (
-        torch.arange(batch, dtype=torch.int64, device=used.device) if batch_index is None else batch_index
-    )
-    for cache, x in zip(caches, appended, strict=True):
-        cache.index_put_((sequences[:, None].long(), places), x)
-    return used + new
+    rows: torch.Tensor | None,
+    advances: bool,
+) -> torch.Tensor | None:
+    """Write new keys and values behind those that the caches hold, and return q, rotated, if it is.
+
+    Positions count from the beginning of a sequence, whatever of it does not count; `append` counts them from behind
+    so many keys as `leftpad_k` says, which here is how far places are ahead of positions.
+    """
+    try:
+        return append(
+            new.k,  # type: ignore[arg-type]
+            new.v,  # type: ignore[arg-type]
+            cache.k,
+            cache.v,
+            seqused_k=used,
+            block_table=cache.table,
+            cu_seqlens_q=new.starts,
+            cache_batch_idx=rows,
+            leftpad_k=None if new.positions is None else used - new.positions,
+            rotary=new.rotary,  # type: ignore[arg-type]
+            rotary_interleaved=new.is_interleaved,
+            q=None if new.rotary is None else q,
+            q_advances=advances,
+        )
+    except ArgumentError as error:
+        raise error.renamed(_NAMES_OF_APPEND | {"block_table": cache.table_name}) from error

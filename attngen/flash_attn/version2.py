@@ -8,17 +8,17 @@ values their own number; what is no multiple of 8, or less than 32, is padded.
 `deterministic` or not, gradients are the same bits in every run. lse has a gradient too, and so have alibi_slopes where
 sequences are of one length. With alibi_slopes, lse is of the scores as they are documented: that library leaves out a
 number for each row where causal is set. For what no kernel takes a function raises `attngen.ArgumentError`, which is a
-ValueError; dropout_p, block_table and rotary tables are refused unless they ask for nothing.
+ValueError; dropout_p is refused unless it is 0.
 """
 
 from typing import Any
 
 import torch
 
-from attngen.flash_attn.attend import attend, longest, refuse_unserved, unpacked
-from attngen.flash_attn.kv_cache import attend_cache
+from attngen.flash_attn.attend import attend, lengths_of, longest, refuse_unserved, unpacked
+from attngen.flash_attn.kv_cache import Cache, NewKeys, attend_cache
 from attngen.flash_attn.wish import Wish, window_of
-from attngen.varlen import RAGGED
+from attngen.varlen import RAGGED, lengths_between
 
 Made = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """out, or with return_attn_probs (out, lse, an empty tensor: probabilities are returned beside dropout alone)."""
@@ -118,10 +118,10 @@ def flash_attn_varlen_func(
 
     Args:
         q: (tokens_q, num_heads_q, head_dim).
-        k: (tokens_k, num_heads_kv, head_dim).
-        v: (tokens_k, num_heads_kv, head_dim_v).
+        k: (tokens_k, num_heads_kv, head_dim), or with block_table (pages, page, num_heads_kv, head_dim).
+        v: (tokens_k, num_heads_kv, head_dim_v), likewise.
         cu_seqlens_q: (batch + 1,), i32: where each sequence of queries begins, and where the last one ends.
-        cu_seqlens_k: likewise, of keys.
+        cu_seqlens_k: likewise, of keys; in pages these are as many as it says, wherever they lie.
         max_seqlen_q: length of the longest sequence of queries, or more. A tensor on a device is not read: the bound is
             then the number of tokens, which changes no result.
         max_seqlen_k: likewise, of keys.
@@ -133,20 +133,20 @@ def flash_attn_varlen_func(
         alibi_slopes: see softmax_scale; without a gradient.
         deterministic: see softmax_scale.
         return_attn_probs: whether lse is returned too, (num_heads_q, tokens_q), f32.
-        block_table: None.
+        block_table: (batch, max_pages), i32: the pages of each sequence, any number of rows a page; without gradients.
 
     Raises:
         ArgumentError: an argument that no kernel takes.
     """
-    refuse_unserved(dropout_p=dropout_p, deterministic=deterministic, block_table=block_table)
+    refuse_unserved(dropout_p=dropout_p, deterministic=deterministic)
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, 0, softcap, alibi_slopes)
-    cut = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        **longest("max_seqlen_q", max_seqlen_q),
-        **longest("max_seqlen_k", max_seqlen_k),
-    }
-    return _returned(q, attend(q, k, v, wish.texts, return_attn_probs, RAGGED, cut, _NAMES))
+    cut = {"cu_seqlens_q": cu_seqlens_q, **longest("max_seqlen_q", max_seqlen_q)}
+    if block_table is None:
+        cut |= {"cu_seqlens_k": cu_seqlens_k, **longest("max_seqlen_k", max_seqlen_k)}
+    else:
+        cut |= {"block_table": block_table, "seqused_k": lengths_between("cu_seqlens_k", cu_seqlens_k)}
+    lengths = RAGGED if block_table is None else lengths_of(cu_seqlens_q, block_table=block_table)
+    return _returned(q, attend(q, k, v, wish.texts, return_attn_probs, lengths, cut, _NAMES))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -213,25 +213,28 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention to a contiguous cache, with new keys and values written into it first; without a backward pass.
+    """Attention to a cache, with new keys and values written into it first; without a backward pass.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim).
-        k_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim), which k is written into.
-        v_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim_v), likewise.
-        k: (batch, seqlen_new, num_heads_kv, head_dim), or None.
+        k_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim), or with block_table (pages, page, num_heads_kv,
+            head_dim), any number of rows a page; k is written into it.
+        v_cache: likewise, of head_dim_v columns.
+        k: (batch, seqlen_new, num_heads_kv, head_dim), head_dim a multiple of 8, or None.
         v: (batch, seqlen_new, num_heads_kv, head_dim_v), or None.
-        rotary_cos: None, as rotary_sin and block_table.
-        rotary_sin: see rotary_cos.
+        rotary_cos: (positions, rotary_dim / 2), of the type of q or f32, rotary_dim a multiple of 16: k is rotated by
+            its places, and so is q, of as many rows; where no mask goes by places, all rows of q by that of the first.
+        rotary_sin: likewise.
         cache_seqlens: (batch,), i32, or a number: how many keys there are before k.
-        cache_batch_idx: (batch,), integers: which sequence of the cache each of q reads. They are copied together.
-        cache_leftpad: (batch,), i32: where the keys of each sequence begin; cache_seqlens counts those before too.
-        block_table: see rotary_cos.
+        cache_batch_idx: (batch,), integers: which sequence of the cache, or row of block_table, each of q has.
+        cache_leftpad: (batch,), i32: where the keys of each sequence begin; cache_seqlens counts those before too, and
+            places do.
+        block_table: (batch, max_pages), i32: the pages of each sequence.
         softmax_scale: as of `flash_attn_func`, like causal, window_size, softcap and alibi_slopes.
         causal: see softmax_scale.
         window_size: see softmax_scale.
         softcap: see softmax_scale.
-        rotary_interleaved: either.
+        rotary_interleaved: whether columns 2i and 2i + 1 turn together, or i and i + rotary_dim / 2.
         alibi_slopes: see softmax_scale.
         num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
         return_softmax_lse: whether lse is returned too, (batch, num_heads_q, seqlen_q), f32.
@@ -239,16 +242,11 @@ def flash_attn_with_kvcache(
     Raises:
         ArgumentError: an argument that no kernel takes, or a tensor that requires grad.
     """
-    refuse_unserved(
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        block_table=block_table,
-        num_splits=num_splits,
-    )
+    refuse_unserved(rotary_interleaved=rotary_interleaved, num_splits=num_splits)
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, 0, softcap, alibi_slopes)
-    said = (cache_seqlens, cache_batch_idx, cache_leftpad)
-    return attend_cache(q, (k_cache, v_cache), (k, v), *said, wish.texts, return_softmax_lse)
+    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    new = NewKeys(k, v, rotary_cos, rotary_sin, rotary_interleaved)
+    return attend_cache(q, cache, new, wish.texts, return_softmax_lse)
 
 
 _NAMES = {"return_lse": "return_attn_probs"}

@@ -3,7 +3,7 @@
 Arguments mean what they mean there: as in `version2`, and attention_chunk keys make a chunk, whose keys alone its
 queries see. seqused_q and seqused_k, (batch,), i32, are how many rows of each sequence count; rows behind
 them are 0. Inputs are f16 or bf16 (f32 too on the CPU): descales are refused, and so are qv, more than one of
-num_splits, pack_gqa, an sm_margin, rotary tables and pages, by their names. For what no kernel takes a function raises
+num_splits, pack_gqa and an sm_margin, by their names. For what no kernel takes a function raises
 `attngen.ArgumentError`, which is a ValueError.
 """
 
@@ -14,7 +14,7 @@ import torch
 from attngen.errors import ArgumentError, shown
 from attngen.fit_heads import check_strided
 from attngen.flash_attn.attend import attend, longest, refuse_unserved, unpacked
-from attngen.flash_attn.kv_cache import attend_cache
+from attngen.flash_attn.kv_cache import Cache, NewKeys, attend_cache
 from attngen.flash_attn.wish import Wish, window_of
 from attngen.varlen import RAGGED
 
@@ -230,25 +230,30 @@ def flash_attn_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
 ) -> Made:
-    """Attention to a contiguous cache, with new keys and values written into it first; without a backward pass.
+    """Attention to a cache, with new keys and values written into it first; without a backward pass.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim), or with cu_seqlens_q (tokens_q, num_heads_q, head_dim).
-        k_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim), which k is written into.
-        v_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim_v), likewise.
-        k: (batch, seqlen_new, num_heads_kv, head_dim), or None.
-        v: (batch, seqlen_new, num_heads_kv, head_dim_v), or None.
-        qv: None, like all that speaks of rotation, pages, descales and schedules.
-        rotary_cos: see qv.
-        rotary_sin: see qv.
+        k_cache: (batch_cache, seqlen_cache, num_heads_kv, head_dim), or with page_table (pages, page, num_heads_kv,
+            head_dim), any number of rows a page; k is written into it.
+        v_cache: likewise, of head_dim_v columns.
+        k: (batch, seqlen_new, num_heads_kv, head_dim), or with cu_seqlens_k_new (tokens_new, num_heads_kv, head_dim),
+            head_dim a multiple of 8, or None.
+        v: likewise, of head_dim_v columns.
+        qv: None, like all that speaks of descales and schedules.
+        rotary_cos: (positions, rotary_dim / 2), of the type of q or f32, rotary_dim a multiple of 16: k is rotated by
+            its places, and so is q, of as many rows; where no mask goes by places, all rows of q by that of the first.
+        rotary_sin: likewise.
         cache_seqlens: (batch,), i32, or a number: how many keys there are before k.
-        cache_batch_idx: (batch,), integers: which sequence of the cache each of q reads. They are copied together.
-        cache_leftpad: (batch,), i32: where the keys of each sequence begin; cache_seqlens counts those before too.
-        page_table: see qv.
+        cache_batch_idx: (batch,), integers: which sequence of the cache, or row of page_table, each of q has.
+        cache_leftpad: (batch,), i32: where the keys of each sequence begin; cache_seqlens counts those before too, and
+            places do.
+        page_table: (batch, max_pages), i32: the pages of each sequence.
         cu_seqlens_q: (batch + 1,), i32, where queries have lengths of their own.
-        cu_seqlens_k_new: None: as many keys are appended to each sequence.
+        cu_seqlens_k_new: (batch + 1,), i32, where k and v have lengths of their own. Beside rotary tables it is the
+            very tensor that is passed as cu_seqlens_q.
         max_seqlen_q: as of `flash_attn_varlen_func`.
-        rotary_seqlens: see qv.
+        rotary_seqlens: (batch,), i32: what rotations count from in the place of cache_seqlens.
         q_descale: see qv.
         k_descale: see qv.
         v_descale: see qv.
@@ -257,7 +262,7 @@ def flash_attn_with_kvcache(
         window_size: see softmax_scale.
         attention_chunk: see softmax_scale.
         softcap: see softmax_scale.
-        rotary_interleaved: either.
+        rotary_interleaved: whether columns 2i and 2i + 1 turn together, or i and i + rotary_dim / 2.
         scheduler_metadata: see qv.
         num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
         pack_gqa: see qv.
@@ -269,12 +274,7 @@ def flash_attn_with_kvcache(
     """
     refuse_unserved(
         qv=qv,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens,
         rotary_interleaved=rotary_interleaved,
-        page_table=page_table,
-        cu_seqlens_k_new=cu_seqlens_k_new,
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
@@ -284,9 +284,9 @@ def flash_attn_with_kvcache(
         sm_margin=sm_margin,
     )
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, attention_chunk, softcap)
-    said = (cache_seqlens, cache_batch_idx, cache_leftpad)
-    of_queries = (cu_seqlens_q, max_seqlen_q)
-    return attend_cache(q, (k_cache, v_cache), (k, v), *said, wish.texts, return_softmax_lse, *of_queries)
+    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, "page_table")
+    new = NewKeys(k, v, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens)
+    return attend_cache(q, cache, new, wish.texts, return_softmax_lse, cu_seqlens_q, max_seqlen_q)
 
 
 def _of_heads(qkv: torch.Tensor, num_heads_q: int | None) -> tuple[torch.Tensor, ...]:

@@ -15,13 +15,15 @@ import torch
 
 from attngen.autograd import is_differentiated
 from attngen.errors import ArgumentError, shown
+from attngen.fit_heads import check_strided
 from attngen.flash_attn.attend import attend, lengths_of, longest, refuse_unserved
 from attngen.flash_attn.wish import Wish, window_of
+from attngen.varlen import lengths_between
 
 Window = tuple[int | None, int | None]
 NO_WINDOW: Window = (None, None)
 Made = tuple[torch.Tensor, torch.Tensor | None]
-_NAMES = {"sink": "learnable_sink", "blocks": "block_sparse_tensors"}
+_NAMES = {"sink": "learnable_sink", "blocks": "block_sparse_tensors", "block_table": "page_table"}
 
 
 def flash_attn_func(
@@ -136,7 +138,9 @@ def flash_attn_varlen_func(
         seqused_q: (batch,), i32: how many rows of each sequence count; rows behind them are 0.
         seqused_k: likewise, of keys.
         gather_kv_indices: see qv.
-        page_table: None.
+        page_table: (batch, max_pages), i32: the pages of each sequence, without gradients; k and v are then (pages,
+            page, num_heads_kv, head_dim), any number of rows a page. Lengths of keys are seqused_k, or those of
+            cu_seqlens_k, else all that a row has room for.
         softmax_scale: see qv.
         causal: see qv.
         window_size: see qv.
@@ -164,7 +168,6 @@ def flash_attn_varlen_func(
     schedule = {"num_splits": num_splits, "pack_gqa": pack_gqa, "deterministic": deterministic}
     refuse_unserved(qv=qv, gather_kv_indices=gather_kv_indices, **functions, **read, **schedule)
     refuse_unserved(
-        page_table=page_table,
         min_seqlen_k=min_seqlen_k,
         scheduler_metadata=scheduler_metadata,
         seqlen_k_per_split=seqlen_k_per_split,
@@ -176,16 +179,32 @@ def flash_attn_varlen_func(
         raise ArgumentError("block_sparse_tensors", type(block_sparse_tensors).__name__, must, hint)
     wish = Wish(window_of(window_size, causal, None), softmax_scale, 0, softcap, None, learnable_sink)
     wants_lse = return_lse or is_differentiated(q, k, v, learnable_sink)
+    if page_table is not None:
+        if seqused_k is None:
+            starts = cu_seqlens_k
+            seqused_k = _room(page_table, k) if starts is None else lengths_between("cu_seqlens_k", starts)
+        cu_seqlens_k = None
     said = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "seqused_q": seqused_q,
         "seqused_k": seqused_k,
+        "block_table": page_table,
     }
     cut = {name: x for name, x in said.items() if x is not None}
     for name, starts, bound in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
         cut |= longest(f"max_seqlen_{name}", bound) if starts is not None else {}
     return attend(q, k, v, wish.texts, wants_lse, lengths_of(**said), cut, _NAMES)
+
+
+def _room(page_table: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """How many keys each row of a table has room for, (rows,)."""
+    check_strided("page_table", page_table)
+    if page_table.dim() != 2 or k.dim() != 4:
+        name, x, must = ("page_table", page_table, 2) if page_table.dim() != 2 else ("k", k, 4)
+        raise ArgumentError(name, f"{x.dim()} dimensions", str(must))
+    rows, most = page_table.shape
+    return page_table.new_full((rows,), most * k.shape[1])
 
 
 def _blocks(tensors: Any) -> tuple[tuple[int, int], Any] | None:

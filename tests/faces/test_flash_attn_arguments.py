@@ -146,8 +146,9 @@ SERVED = {
     *("seqused_q", "seqused_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "k", "v", "num_heads_q"),
     *("cu_seqlens_q", "max_seqlen_q", "block_sparse_tensors"),
     *("return_attn_probs", "return_lse", "return_softmax_lse"),
+    *("block_table", "page_table", "rotary_cos", "rotary_sin", "rotary_seqlens", "cu_seqlens_k_new"),
 }
-"""Arguments of which a test in test_flash_attn.py shows what they do."""
+"""Arguments of which a test in test_flash_attn.py or test_flash_attn_caches.py shows what they do."""
 FLAGS = {"deterministic", "rotary_interleaved", "disable_scheduler_metadata"}
 WRONG: dict[str, Any] = {"dropout_p": 0.1, "num_splits": 3, "pack_gqa": True, "sm_margin": 8}
 
