@@ -55,7 +55,8 @@ serving() {
   on_gpu append_on_gpu.py merge_on_gpu.py
 }
 faces() {
-  on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_face_on_gpu.py frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
+  on_gpu calls_on_gpu.py compile_on_gpu.py flash_attn_caches_on_gpu.py flash_attn_face_on_gpu.py
+  on_gpu frameworks_on_gpu.py hf_on_gpu.py sdpa_on_gpu.py
 }
 tests() {
   gpu_tests tests/cli tests/fuzz

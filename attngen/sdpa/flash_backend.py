@@ -139,7 +139,10 @@ def _forward(
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """aten::_flash_attention_forward."""
-    refuse_unserved(block_table=block_table, num_splits=num_splits)
+    refuse_unserved(num_splits=num_splits)
+    if block_table is not None:
+        must = "None: torch's operator is served of keys in one tensor"
+        raise ArgumentError("block_table", type(block_table).__name__, must, "call attngen.varlen_attn")
     _check_debug_mask(return_debug_mask)
     for name, x in (("seqused_k", seqused_k), ("alibi_slopes", alibi_slopes)):
         if x is not None and is_differentiated(query, key, value):

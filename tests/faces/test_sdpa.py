@@ -367,6 +367,8 @@ def test_torchs_flash_operators_may_be_attngens() -> None:
         used = torch.tensor([2, 9], dtype=torch.int32)
         with pytest.raises(attngen.ArgumentError, match="seqused_k"):
             torch.ops.aten._flash_attention_forward(*sequences, *rest, seqused_k=used)
+        with pytest.raises(attngen.ArgumentError, match="block_table"):
+            torch.ops.aten._flash_attention_forward(*sequences, *rest, block_table=used[:, None])
     finally:
         handle.remove()
     with pytest.raises(

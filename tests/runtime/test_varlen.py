@@ -127,9 +127,9 @@ def test_a_kernel_is_made_once() -> None:
 @pytest.mark.parametrize(
     ("changed", "argument", "text"),
     [
-        ({"block_table": torch.zeros(4, 2, dtype=torch.int32)}, "block_table", "paged caches"),
-        ({"num_splits": 4}, "num_splits", "not split yet"),
-        ({"cu_seq_k": None}, "cu_seq_k", "by pages"),
+        ({"block_table": torch.zeros(4, 2, dtype=torch.int32)}, "key", "4: (pages, page, heads, head_dim)"),
+        ({"num_splits": 4}, "num_splits", "None or 1"),
+        ({"cu_seq_k": None}, "cu_seq_k", "a tensor"),
         ({"window_size": (-2, 0)}, "window_size", "each -1 or the number"),
         ({"window_size": 3}, "window_size", "(left, right)"),
         ({"key": torch.zeros(22, 2, 8)}, "key", "enable_gqa"),
