@@ -79,7 +79,7 @@ def varlen_attn(
         it. Tokens behind the last sequence have out 0, lse -inf and gradients 0.
 
     Raises:
-        ArgumentError: an argument that no kernel takes, or that is not served yet.
+        ArgumentError: an argument that no kernel takes.
     """
     if num_splits not in (None, 1):
         must = "None or 1: a call says by its sizes whether keys are split"

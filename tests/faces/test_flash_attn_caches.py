@@ -214,6 +214,18 @@ def test_few_queries_split_keys_in_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert splits == ["auto", "auto", "auto", "none"]
 
 
+def test_lengths_may_be_one_number_or_all_that_there_is_room_for() -> None:
+    """In pages and contiguous; an index may be of 64 bits."""
+    q, k, v = draw((2, 3, 4, 32), (3, 12, 2, 32), (3, 12, 2, 32))
+    caches, table = in_pages(4, 3, (12, 12, 12), k, v)
+    which = torch.tensor([2, 0])
+    for length in (7, None):
+        said: dict[str, Any] = {"cache_seqlens": length, "cache_batch_idx": which}
+        exact, _ = attention64(q, k[which, :length], v[which, :length])
+        assert_near(version2.flash_attn_with_kvcache(q, k, v, **said), exact)
+        assert_near(version3.flash_attn_with_kvcache(q, *caches, page_table=table, **said), exact)
+
+
 PAGES: dict[str, torch.Tensor] = {"k_cache": torch.ones(4, 2, 2, 32), "v_cache": torch.ones(4, 2, 2, 32)}
 NEW: dict[str, Any] = {"k": torch.ones(1, 1, 2, 32), "v": torch.ones(1, 1, 2, 32), "cache_seqlens": 1}
 ANGLES = torch.ones(8, 8)
