@@ -129,13 +129,9 @@ def attend_cache(
     if new.k is not None:
         if used is None:
             raise ArgumentError("cache_seqlens", "None", "where keys and values are appended")
+        added = new.k.shape[1] if new.starts is None else _between(new.starts, batch)
         turned = _append(q, cache, new, used, rows, texts.mask != "full")
         q = q if turned is None else turned
-        added = (
-            new.k.shape[1]
-            if new.starts is None
-            else lengths_between("cu_seqlens_k_new", new.starts).clamp(min=0)
-        )
         used = used + added
     table = cache.table
     if table is None and rows is not None:  # a sequence is a page, so that none is copied
@@ -190,14 +186,24 @@ def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: to
     of_new = {"cu_seqlens_k_new": new.starts, "rotary_cos": new.cos, "rotary_sin": new.sin}
     for name, given in of_new.items():
         if given is not None and not added:
-            raise ArgumentError(name, "a tensor", "None where no keys are appended", "pass k and v")
+            must = "None where no keys are appended"
+            raise ArgumentError(name, type(given).__name__, must, "pass k and v")
     if new.rotary is None and new.positions is not None:
-        raise ArgumentError("rotary_seqlens", "a tensor", "None where nothing is rotated")
+        got = type(new.positions).__name__
+        raise ArgumentError("rotary_seqlens", got, "None where nothing is rotated")
     if new.rotary is not None and new.starts is not cu_seqlens_q:
         must = (
             "the tensor that is passed as cu_seqlens_q, or None beside none: q is rotated with the new keys"
         )
         raise ArgumentError("cu_seqlens_k_new", "None" if new.starts is None else "another tensor", must)
+
+
+def _between(starts: Any, batch: int) -> torch.Tensor:
+    """How many new keys each sequence has, (batch,): none where it ends before it begins."""
+    added = lengths_between("cu_seqlens_k_new", starts)
+    if len(added) != batch:
+        raise ArgumentError("cu_seqlens_k_new", f"{len(added)} sequences", f"{batch}, as q has")
+    return added.clamp(min=0)
 
 
 def _used(said: Any, batch: int, device: torch.device) -> torch.Tensor | None:

@@ -242,7 +242,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         version2.flash_attn_with_kvcache,
         {"block_table": TABLE, "k_cache": torch.ones(4, 0, 2, 32), "v_cache": torch.ones(4, 0, 2, 32)},
     ),
-    "rotary_cos: got a tensor, expected None where no keys": (version2.flash_attn_with_kvcache, TABLES),
+    "rotary_cos: got Tensor, expected None where no keys": (version2.flash_attn_with_kvcache, TABLES),
     "rotary_sin: got NoneType": (version2.flash_attn_with_kvcache, {**NEW, "rotary_cos": ANGLES}),
     "rotary_cos: got rotary_dim 6": (
         version2.flash_attn_with_kvcache,
@@ -256,7 +256,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         version2.flash_attn_with_kvcache,
         {**NEW, **TABLES, "q": torch.ones(1, 3, 4, 32)},
     ),
-    "rotary_seqlens: got a tensor, expected None": (
+    "rotary_seqlens: got Tensor, expected None": (
         version3.flash_attn_with_kvcache,
         {**NEW, "rotary_seqlens": TABLE[0, :1]},
     ),
@@ -268,7 +268,14 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         version3.flash_attn_with_kvcache,
         {**NEW, **TABLES, "q": torch.ones(1, 4, 32), "cu_seqlens_q": starts(1)},
     ),
-    "cu_seqlens_k_new: got a tensor": (version3.flash_attn_with_kvcache, {"cu_seqlens_k_new": starts(1)}),
+    "cu_seqlens_k_new: got Tensor, expected None": (
+        version3.flash_attn_with_kvcache,
+        {"cu_seqlens_k_new": starts(1)},
+    ),
+    "cu_seqlens_k_new: got 2 sequences, expected 1": (
+        version3.flash_attn_with_kvcache,
+        {**NEW, "k": torch.ones(1, 2, 32), "v": torch.ones(1, 2, 32), "cu_seqlens_k_new": starts(1, 0)},
+    ),
     "k: got 4 dimensions": (version3.flash_attn_with_kvcache, {**NEW, "cu_seqlens_k_new": starts(1)}),
     "k: got 3 heads of 32 columns": (version2.flash_attn_with_kvcache, {**NEW, "k": torch.ones(1, 1, 3, 32)}),
     "k_descale: got Tensor": (version3.flash_attn_with_kvcache, {"k_descale": torch.ones(1, 2)}),
