@@ -199,6 +199,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements(kind: str) -> None:
 def test_shipped_specs_pass_their_check_shapes() -> None:
     """Every shipped spec that this GPU can run is right on its own check shapes."""
     from attngen.api import resolve_arch
+    from attngen.cli.shapes import shapes_of
     from attngen.resources import shipped_specs
 
     capability = torch.cuda.get_device_capability()
@@ -208,12 +209,10 @@ def test_shipped_specs_pass_their_check_shapes() -> None:
         if not resolve_arch(made_for).runs_on(capability):
             continue
         made = attngen.compile(made_for)
-        for check in made_for.check:
-            shape = Shape(
-                check.batch, check.heads, check.heads_kv or check.heads, check.seqlen_q, check.seqlen_k
-            )
+        for shape in shapes_of(made_for):
             q, k, v = draw(made.plan, shape, "cuda", 8)
             passed = declared_inputs(made_for.declarations, shape, device="cuda", seed=8)
+            passed |= shape.arguments(q.device)
             out, lse = made(q, k, v, return_lse=True, **passed)
             accuracy = judge(made_for, made.plan, out, lse, q, k, v, declared=passed)
             assert accuracy.ok, f"{path.name}: {accuracy}"
