@@ -270,12 +270,10 @@ FEW_ROWS, MANY_KEYS = 32, 512
 
 def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:
     """How keys are cut: into parts where a few queries read many. Longer calls have tiles enough to fill a GPU."""
-    if (
-        lengths.keys == "ragged"
-        or k.dim() != 4
-        or _most_keys(k, lengths, passed) < MANY_KEYS
-        or not k.shape[2]
-    ):
+    is_plain = isinstance(k, torch.Tensor) and k.layout is torch.strided and not k.is_nested
+    if not is_plain or k.dim() != 4 or lengths.keys == "ragged":  # what is wrong with it, the call will say
+        return "none"
+    if not k.shape[2] or _most_keys(k, lengths, passed) < MANY_KEYS:
         return "none"
     queries = passed.get("max_seqlen_q") if lengths.queries == "ragged" else q.shape[1]
     if not isinstance(queries, int) or queries * (q.shape[-2] // k.shape[2]) > FEW_ROWS:

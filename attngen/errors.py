@@ -206,12 +206,13 @@ class ArgumentError(AttngenError, ValueError):
 
     def renamed(self, names: Mapping[str, str]) -> "ArgumentError":
         """The fault with other words for arguments: names of a face, by those that a kernel has for them."""
-        words = re.compile(r"\w+")
-        own, expected, hint = (
-            text if text is None else words.sub(lambda word: names.get(word[0], word[0]), str(text))
-            for text in (names.get(self.argument, self.argument), self.expected, self.hint)
-        )
-        return ArgumentError(str(own), self.got, expected, hint)
+
+        def told(text: str) -> str:
+            return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
+
+        own = names.get(self.argument) or told(self.argument)
+        hint = None if self.hint is None else told(self.hint)
+        return ArgumentError(own, self.got, told(str(self.expected)), hint)
 
 
 class RefusedError(AttngenError, ValueError):

@@ -127,11 +127,11 @@ def declared_as(kind: str) -> Iterator[Declarations]:
     """Every name as a scalar, a tensor or a dimension, as many at a time as a mask may read."""
     known = every_name()
     if kind == "scalar":
-        for first in range(2):
-            yield Declarations(scalars={each: Scalar(each, "i32") for each in known[first::2]})
-    elif kind == "tensor":
         for first in range(3):
-            yield Declarations(tensors={each: TensorType(each, "i32", (4,)) for each in known[first::3]})
+            yield Declarations(scalars={each: Scalar(each, "i32") for each in known[first::3]})
+    elif kind == "tensor":
+        for first in range(4):
+            yield Declarations(tensors={each: TensorType(each, "i32", (4,)) for each in known[first::4]})
     else:
         dims = {f"_{first}": known[first : first + 8] for first in range(0, len(known), 8)}
         yield Declarations(tensors={each: TensorType(each, "i32", of) for each, of in dims.items()})
