@@ -265,7 +265,7 @@ def kernel_of_call(
 
 
 FEW_ROWS, MANY_KEYS = 32, 512
-"""Up to how many rows that share keys, and from how many keys on, these are cut into parts: a tile has 32 rows."""
+"""Up to how many rows that share keys, and from how many keys on, these are cut into parts."""
 
 
 def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:

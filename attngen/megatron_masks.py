@@ -81,6 +81,10 @@ def with_tensors(
             must = "torch.bool, True where a key is hidden" if name == "attention_mask" else "numbers"
             raise ArgumentError(name, f"dtype {x.dtype}", must)
         declared[name], element = declared_by_pair(name, x, sizes)
+        if (
+            x.shape[-1] > sizes[3]
+        ):  # which models of Hugging Face pass, and Megatron's own attention would not take
+            raise ArgumentError(name, f"shape {tuple(x.shape)}", f"{sizes[3]} keys, or 1")
         passed[name] = x
         if name == "attention_bias":
             score = f"score + {element}"

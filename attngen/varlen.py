@@ -81,7 +81,7 @@ def varlen_attn(
     Raises:
         ArgumentError: an argument that no kernel takes.
     """
-    if num_splits not in (None, 1):
+    if num_splits is not None and (type(num_splits) is not int or num_splits != 1):
         must = "None or 1: a call says by its sizes whether keys are split"
         raise ArgumentError("num_splits", shown(num_splits), must)
     if cu_seq_k is None and (block_table is None or seqused_k is None):
@@ -120,8 +120,8 @@ def varlen_attn(
         raise error.renamed(_OWN_NAMES) from error
 
 
-def lengths_between(name: str, starts: Any) -> torch.Tensor:
-    """How long sequences are, (batch,), of which `starts`, (batch + 1,), i32, says where each begins.
+def sequences_of(name: str, starts: Any) -> int:
+    """How many sequences there are of which `starts`, (batch + 1,), i32, says where each begins.
 
     Raises:
         ArgumentError: starts are no such tensor.
@@ -135,7 +135,14 @@ def lengths_between(name: str, starts: Any) -> torch.Tensor:
         is_tensor = isinstance(starts, torch.Tensor)
         got = f"{starts.dtype} of shape {tuple(starts.shape)}" if is_tensor else type(starts).__name__
         raise ArgumentError(name, got, "a tensor of i32: (batch + 1,)")
-    return starts.diff()
+    return len(starts) - 1
+
+
+def lengths_between(name: str, starts: Any, tokens: int | None = None) -> torch.Tensor:
+    """How long these sequences are, (batch,), within so many tokens; errors as of `sequences_of`."""
+    sequences_of(name, starts)
+    within: torch.Tensor = starts if tokens is None else starts.clamp(0, tokens)
+    return within.diff()
 
 
 def _mask(window_size: tuple[int, int]) -> str:

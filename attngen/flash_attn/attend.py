@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from attngen.api import attention, kernel_of_call
-from attngen.bind import BLOCKS
+from attngen.bind import BLOCKS, check_arguments
 from attngen.errors import ArgumentError, shown
 from attngen.fit_heads import check_strided, fit_heads
 from attngen.flash_attn.wish import Texts
+from attngen.kernel import Kernel
 from attngen.plan import DENSE, LengthKind, Lengths
 
 NOTHING: Mapping[str, str] = {}
@@ -23,7 +24,11 @@ UNSERVED: Mapping[str, tuple[tuple[Any, ...], str, str | None]] = {
     "q_descale": ((None,), "None beside 16-bit inputs", _E4M3),
     "k_descale": ((None,), "None beside 16-bit inputs", _E4M3),
     "v_descale": ((None,), "None beside 16-bit inputs", _E4M3),
-    "num_splits": ((None, 0, 1), "0 or 1: the call says whether its keys are split", _NO_SCHEDULE),
+    "num_splits": (
+        (None, 0, 1),
+        "0, the call says whether its keys are split, or 1, they are not",
+        _NO_SCHEDULE,
+    ),
     "pack_gqa": (
         (None, False),
         "None or False: the call says whether heads that share keys are packed",
@@ -77,6 +82,7 @@ def attend(
     cut: Mapping[str, Any] = NOTHING,
     names: Mapping[str, str] = NOTHING,
     blocks: tuple[tuple[int, int], Any] | None = None,
+    may_split: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention as texts say.
 
@@ -91,6 +97,7 @@ def attend(
         cut: what says so, by the names of a kernel's arguments.
         names: those that the face has for arguments which a kernel calls otherwise.
         blocks: rows and keys of a block, and which blocks are kept, as `Kernel.__call__` takes it.
+        may_split: whether keys may be cut into parts.
 
     Returns:
         out, of q's shape with v's columns, and lse, (batch, num_heads_q, seqlen_q) or (num_heads_q, tokens_q), f32, or
@@ -105,12 +112,12 @@ def attend(
         if not isinstance(wants_lse, bool):
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
         (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
-        if lengths.are_dense and blocks is None:
+        if lengths.are_dense and blocks is None and may_split:
             about: dict[str, Any] = {"softmax_scale": scale, "return_lse": wants_lse}
             made = attention(rows, keys, values, texts.mask, texts.score, **options, **about, **passed)
         else:
             sizes, kept = blocks or (None, None)
-            options |= {"passed": passed, "lengths": lengths, "block_sizes": sizes}
+            options |= {"passed": passed, "lengths": lengths, "block_sizes": sizes, "may_split": may_split}
             kernel = kernel_of_call(rows, keys, values, texts.mask, texts.score, **options)
             passed |= {} if kept is None else {BLOCKS: kept}
             made = kernel(rows, keys, values, scale, wants_lse, **passed)
@@ -118,6 +125,34 @@ def attend(
         raise error.renamed(names) from error
     out, lse = made if isinstance(made, tuple) else (made, None)
     return out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]], lse
+
+
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    texts: Texts,
+    wants_lse: bool,
+    lengths: Lengths,
+    cut: Mapping[str, Any],
+    names: Mapping[str, str] = NOTHING,
+) -> None:
+    """Refuse what `attend` would, before anything is written; arguments as of it.
+
+    Raises:
+        ArgumentError: an argument that no kernel takes, by the name that the face has for it.
+    """
+    passed = {**texts.passed, **cut}
+    try:
+        if not isinstance(wants_lse, bool):
+            raise ArgumentError("return_lse", shown(wants_lse), "True or False")
+        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
+        options: dict[str, Any] = {"tensors": texts.tensors, "passed": passed, "lengths": lengths}
+        kernel = kernel_of_call(rows, keys, values, texts.mask, texts.score, **options)
+        if isinstance(kernel, Kernel):
+            check_arguments(kernel.manifest, rows, keys, values, scale, declared=passed)
+    except ArgumentError as error:
+        raise error.renamed(names) from error
 
 
 def lengths_of(

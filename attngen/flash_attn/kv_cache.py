@@ -9,10 +9,10 @@ from attngen.autograd import is_differentiated
 from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH
 from attngen.fit_heads import check_strided
-from attngen.flash_attn.attend import attend, lengths_of, longest
+from attngen.flash_attn.attend import attend, check_attention, lengths_of, longest
 from attngen.flash_attn.wish import Texts
 from attngen.serving import append
-from attngen.varlen import lengths_between
+from attngen.varlen import lengths_between, sequences_of
 
 _NAMES = {
     "k": "k_cache",
@@ -96,6 +96,7 @@ def attend_cache(
     wants_lse: bool,
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: Any = None,
+    may_split: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Write what is appended into the caches, and attend to what they then hold.
 
@@ -110,6 +111,7 @@ def attend_cache(
         wants_lse: whether lse is returned.
         cu_seqlens_q: as of `attend`, like max_seqlen_q.
         max_seqlen_q: see cu_seqlens_q.
+        may_split: see cu_seqlens_q.
 
     Returns:
         out, or (out, lse). No number on the device is read by the host: what would go behind the end of a cache is left
@@ -119,20 +121,21 @@ def attend_cache(
         ArgumentError: an argument that no kernel takes, or that requires grad: there is no backward pass.
     """
     _check_tensors(q, cache, new, cu_seqlens_q)
-    batch = (q if cu_seqlens_q is None else lengths_between("cu_seqlens_q", cu_seqlens_q)).shape[0]
+    for name, x in texts.passed.items():
+        if is_differentiated(x):
+            must = "one that does not: a call with a cache has no backward pass"
+            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
+    batch = q.shape[0] if cu_seqlens_q is None else sequences_of("cu_seqlens_q", cu_seqlens_q)
     used = _used(cache.seqlens, batch, q.device)
     of_batch = {"cache_seqlens": used, "cache_leftpad": cache.leftpad, "rotary_seqlens": new.positions}
     for name, x in of_batch.items():
         _check_numbers(name, x, batch, q.device, (torch.int32,))
     _check_numbers("cache_batch_idx", cache.batch_index, batch, q.device, (torch.int32, torch.int64))
     rows = None if cache.batch_index is None else cache.batch_index.int().contiguous()
-    if new.k is not None:
-        if used is None:
-            raise ArgumentError("cache_seqlens", "None", "where keys and values are appended")
-        added = new.k.shape[1] if new.starts is None else _between(new.starts, batch)
-        turned = _append(q, cache, new, used, rows, texts.mask != "full")
-        q = q if turned is None else turned
-        used = used + added
+    if new.k is not None and used is None:
+        raise ArgumentError("cache_seqlens", "None", "where keys and values are appended")
+    if new.k is not None and new.starts is None and new.k.shape[0] != batch:
+        raise ArgumentError("k", f"{new.k.shape[0]} sequences", f"{batch}, as q has")
     table = cache.table
     if table is None and rows is not None:  # a sequence is a page, so that none is copied
         table = torch.arange(cache.k.shape[0], dtype=torch.int32, device=q.device).unsqueeze(1)
@@ -148,7 +151,15 @@ def attend_cache(
     cut = {name: x for name, x in said.items() if x is not None} | longest("max_seqlen_q", max_seqlen_q)
     lengths = lengths_of(cu_seqlens_q, None, None, used, table)
     names = _NAMES | {"block_table": cache.table_name}
-    out, lse = attend(q, cache.k, cache.v, texts, wants_lse, lengths, cut, names)
+    if new.k is not None and used is not None:
+        check_attention(
+            q, cache.k, cache.v, texts, wants_lse, lengths, cut, names
+        )  # before a cache is written to
+        added = new.k.shape[1] if new.starts is None else _between(new.starts, batch, new.k.shape[0])
+        turned = _append(q, cache, new, used, rows, texts.mask != "full")
+        q = q if turned is None else turned
+        cut["seqused_k"] = torch.where(used < 0, used, used + added)  # where nothing has been written
+    out, lse = attend(q, cache.k, cache.v, texts, wants_lse, lengths, cut, names, may_split=may_split)
     return out if lse is None else (out, lse)
 
 
@@ -198,9 +209,9 @@ def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: to
         raise ArgumentError("cu_seqlens_k_new", "None" if new.starts is None else "another tensor", must)
 
 
-def _between(starts: Any, batch: int) -> torch.Tensor:
-    """How many new keys each sequence has, (batch,): none where it ends before it begins."""
-    added = lengths_between("cu_seqlens_k_new", starts)
+def _between(starts: Any, batch: int, tokens: int) -> torch.Tensor:
+    """How many new keys each sequence has of so many, (batch,): none where it ends before it begins."""
+    added = lengths_between("cu_seqlens_k_new", starts, tokens)
     if len(added) != batch:
         raise ArgumentError("cu_seqlens_k_new", f"{len(added)} sequences", f"{batch}, as q has")
     return added.clamp(min=0)

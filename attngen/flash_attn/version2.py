@@ -236,7 +236,7 @@ def flash_attn_with_kvcache(
         softcap: see softmax_scale.
         rotary_interleaved: whether columns 2i and 2i + 1 turn together, or i and i + rotary_dim / 2.
         alibi_slopes: see softmax_scale.
-        num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
+        num_splits: 0: how many queries and keys a call has says whether keys are split; 1: they are not.
         return_softmax_lse: whether lse is returned too, (batch, num_heads_q, seqlen_q), f32.
 
     Raises:
@@ -246,7 +246,7 @@ def flash_attn_with_kvcache(
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, 0, softcap, alibi_slopes)
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     new = NewKeys(k, v, rotary_cos, rotary_sin, rotary_interleaved)
-    return attend_cache(q, cache, new, wish.texts, return_softmax_lse)
+    return attend_cache(q, cache, new, wish.texts, return_softmax_lse, may_split=num_splits != 1)
 
 
 _NAMES = {"return_lse": "return_attn_probs"}

@@ -58,7 +58,7 @@ def flash_attn_func(
         window_size: (left, right).
         attention_chunk: 0, or keys of a chunk.
         softcap: a number.
-        num_splits: 0 or 1.
+        num_splits: 0: the call says whether keys are split; 1: they are not.
         pack_gqa: None or False.
         deterministic: either.
         sm_margin: 0.
@@ -71,7 +71,8 @@ def flash_attn_func(
     schedule = {"num_splits": num_splits, "pack_gqa": pack_gqa, "sm_margin": sm_margin}
     refuse_unserved(qv=qv, deterministic=deterministic, **descales, **schedule)
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, attention_chunk, softcap)
-    return _returned(attend(q, k, v, wish.texts, return_attn_probs, names=_NAMES))
+    may_split = num_splits != 1
+    return _returned(attend(q, k, v, wish.texts, return_attn_probs, names=_NAMES, may_split=may_split))
 
 
 def flash_attn_qkvpacked_func(
@@ -195,7 +196,9 @@ def flash_attn_varlen_func(
         **longest("max_seqlen_q", max_seqlen_q),
         **longest("max_seqlen_k", max_seqlen_k),
     }
-    return _returned(attend(q, k, v, wish.texts, return_attn_probs, RAGGED, cut, _NAMES))
+    may_split = num_splits != 1
+    made = attend(q, k, v, wish.texts, return_attn_probs, RAGGED, cut, _NAMES, may_split=may_split)
+    return _returned(made)
 
 
 def flash_attn_with_kvcache(
@@ -264,7 +267,7 @@ def flash_attn_with_kvcache(
         softcap: see softmax_scale.
         rotary_interleaved: whether columns 2i and 2i + 1 turn together, or i and i + rotary_dim / 2.
         scheduler_metadata: see qv.
-        num_splits: 0 or 1: how many queries and keys a call has says whether keys are split.
+        num_splits: 0: how many queries and keys a call has says whether keys are split; 1: they are not.
         pack_gqa: see qv.
         sm_margin: see qv.
         return_softmax_lse: whether lse is returned too, (batch, num_heads_q, seqlen_q) or (num_heads_q, tokens_q), f32.
@@ -286,7 +289,8 @@ def flash_attn_with_kvcache(
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, attention_chunk, softcap)
     cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, "page_table")
     new = NewKeys(k, v, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens)
-    return attend_cache(q, cache, new, wish.texts, return_softmax_lse, cu_seqlens_q, max_seqlen_q)
+    of_queries = (cu_seqlens_q, max_seqlen_q if cu_seqlens_q is not None else None)  # read beside these alone
+    return attend_cache(q, cache, new, wish.texts, return_softmax_lse, *of_queries, may_split=num_splits != 1)
 
 
 def _of_heads(qkv: torch.Tensor, num_heads_q: int | None) -> tuple[torch.Tensor, ...]:

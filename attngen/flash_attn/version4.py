@@ -62,7 +62,7 @@ def flash_attn_func(
         window_size: (left, right).
         learnable_sink: a logit for each head.
         softcap: a number, 0.0 for none.
-        num_splits: 0 or 1.
+        num_splits: 0: the call says whether keys are split; 1: they are not.
         pack_gqa: None or False.
         deterministic: either.
         score_mod: None, like the other functions and what they read.
@@ -86,7 +86,8 @@ def flash_attn_func(
     wish = Wish(window_of(window_size, causal, None), softmax_scale, 0, softcap, None, learnable_sink)
     wants_lse = return_lse or is_differentiated(q, k, v, learnable_sink)
     blocks = _blocks(block_sparse_tensors)
-    return attend(q, k, v, wish.texts, wants_lse, names=_NAMES, blocks=blocks)
+    may_split = num_splits != 1
+    return attend(q, k, v, wish.texts, wants_lse, names=_NAMES, blocks=blocks, may_split=may_split)
 
 
 def flash_attn_varlen_func(
@@ -204,7 +205,7 @@ def _room(page_table: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         name, x, must = ("page_table", page_table, 2) if page_table.dim() != 2 else ("k", k, 4)
         raise ArgumentError(name, f"{x.dim()} dimensions", str(must))
     rows, most = page_table.shape
-    return page_table.new_full((rows,), most * k.shape[1])
+    return page_table.new_full((rows,), most * k.shape[1], dtype=torch.int32)
 
 
 def _blocks(tensors: Any) -> tuple[tuple[int, int], Any] | None:

@@ -88,11 +88,14 @@ def _cut(
     return {**starts, "max_seqlen_q": int(max_q), "max_seqlen_k": int(max_k)}
 
 
-def _attend(rows: Sequence[torch.Tensor], wish: Wish, cut: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+def _attend(
+    rows: Sequence[torch.Tensor], wish: Wish, cut: dict[str, Any], may_split: bool = True
+) -> tuple[torch.Tensor, ...]:
     """Out, lse, and what torch keeps of random numbers and of probabilities, where there are none."""
     q, k, v = rows
     with torch.no_grad():  # torch differentiates the operator by its own backward operator
-        out, lse = attend(q, k, v, wish.texts, True, RAGGED if cut else DENSE, cut, _NAMES)
+        lengths = RAGGED if cut else DENSE
+        out, lse = attend(q, k, v, wish.texts, True, lengths, cut, _NAMES, may_split=may_split)
     assert lse is not None
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return out, lse, state, torch.zeros((), dtype=torch.uint64, device=q.device), q.new_empty(0)
@@ -150,7 +153,8 @@ def _forward(
             raise ArgumentError(name, "a tensor", must)
     wish = _wish(dropout_p, is_causal, scale, window_size_left, window_size_right, alibi_slopes)
     cut = _cut(cum_seq_q, cum_seq_k, max_q, max_k)
-    return _attend((query, key, value), wish, cut | ({} if seqused_k is None else {"seqused_k": seqused_k}))
+    cut |= {} if seqused_k is None else {"seqused_k": seqused_k}
+    return _attend((query, key, value), wish, cut, may_split=num_splits != 1)
 
 
 def _backward(

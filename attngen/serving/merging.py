@@ -59,6 +59,8 @@ def merge_states(
         ArgumentError: parts that do not fit each other, or what no kernel takes; nothing was touched.
         ToolchainError: this machine cannot compile or run the kernel.
     """
+    if not isinstance(return_lse, bool):
+        raise ArgumentError("return_lse", shown(return_lse), "True or False")
     key: Any = None
     passed: tuple[Any, ...] = ()
     if isinstance(outs, list | tuple) and isinstance(lses, list | tuple) and len(outs) <= MOST_PARTS:

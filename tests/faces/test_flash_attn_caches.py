@@ -205,13 +205,15 @@ def test_few_queries_split_keys_in_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     which = integers(1, 0)
     alone = version2.flash_attn_with_kvcache(q, k, v, cache_seqlens=used.flip(0), cache_batch_idx=which)
     assert_near(alone[0], attention64(q[0], k[1, :5], v[1, :5])[0])
+    whole = version2.flash_attn_with_kvcache(q, *caches, cache_seqlens=used, block_table=table, num_splits=1)
+    assert_near(whole, out.double())
     options: dict[str, Any] = {"block_table": table, "seqused_k": used, "enable_gqa": True}
     for num_splits in (None, 1):
         tokens = attngen.varlen_attn(
             q[:, 0], *caches, starts(1, 1), None, 1, 600, num_splits=num_splits, **options
         )
         assert_near(tokens[:, None], out.double())
-    assert splits == ["auto", "auto", "auto", "none"]
+    assert splits == ["auto", "auto", "none", "auto", "none"]
 
 
 def test_lengths_may_be_one_number_or_all_that_there_is_room_for() -> None:
@@ -235,7 +237,10 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "block_table: got int, expected a torch tensor": (version2.flash_attn_with_kvcache, {"block_table": 3}),
     "page_table: got 1 dimensions": (version3.flash_attn_with_kvcache, {"page_table": TABLE[0]}),
     "page_table: got dtype torch.int64": (version3.flash_attn_with_kvcache, {"page_table": TABLE.long()}),
-    "page_table: got torch.int64": (version3.flash_attn_with_kvcache, {"page_table": TABLE.long(), **NEW}),
+    "page_table: got dtype torch.int64, expected": (
+        version3.flash_attn_with_kvcache,
+        {"page_table": TABLE.long(), **NEW},
+    ),
     "page_table: got 2 rows": (version3.flash_attn_with_kvcache, {"page_table": TABLE.repeat(2, 1)}),
     "block_table: got 2 rows": (version2.flash_attn_with_kvcache, {"block_table": TABLE.repeat(2, 1), **NEW}),
     "k_cache: got pages of 0 rows": (
@@ -282,6 +287,26 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "alibi_slopes: got a tensor that requires grad": (
         version2.flash_attn_with_kvcache,
         {"block_table": TABLE, "alibi_slopes": torch.ones(4).requires_grad_()},
+    ),
+    "alibi_slopes: got a tensor that requires grad, expected": (
+        version2.flash_attn_with_kvcache,
+        {**NEW, "alibi_slopes": torch.ones(4).requires_grad_()},
+    ),
+    "alibi_slopes: got shape": (version2.flash_attn_with_kvcache, {**NEW, "alibi_slopes": torch.ones(5)}),
+    "softmax_scale: got nan": (version2.flash_attn_with_kvcache, {**NEW, "softmax_scale": math.nan}),
+    "return_softmax_lse: got 1": (version2.flash_attn_with_kvcache, {**NEW, "return_softmax_lse": 1}),
+    "k_cache: got 2 heads, expected a divisor of q's 3": (
+        version2.flash_attn_with_kvcache,
+        {**NEW, "q": torch.ones(1, 1, 3, 32)},
+    ),
+    "q: got .*columns|head_dim": (version2.flash_attn_with_kvcache, {**NEW, "q": torch.ones(1, 1, 4, 64)}),
+    "block_table: got .*stride": (
+        version2.flash_attn_with_kvcache,
+        {**NEW, "block_table": TABLE.repeat(1, 2)[:, ::2]},
+    ),
+    "k: got 2 sequences, expected 1, as q has": (
+        version2.flash_attn_with_kvcache,
+        {**NEW, "k": torch.ones(2, 1, 2, 32), "v": torch.ones(2, 1, 2, 32)},
     ),
     "q: got a tensor that requires grad": (
         version2.flash_attn_varlen_func,
