@@ -273,20 +273,25 @@ def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mappi
     is_plain = isinstance(k, torch.Tensor) and k.layout is torch.strided and not k.is_nested
     if not is_plain or k.dim() != 4 or lengths.keys == "ragged":  # what is wrong with it, the call will say
         return "none"
-    if not k.shape[2] or _most_keys(k, lengths, passed) < MANY_KEYS:
+    layout, swapped, plain = passed.get("layout"), (2, 1), (1, 2)
+    rows, heads = swapped if layout in ("bhsd", "hnd") else plain
+    q_rows, q_heads = swapped if layout == "bhsd" else plain
+    if not k.shape[heads] or _most_keys(k.shape[rows], lengths, passed) < MANY_KEYS:
         return "none"
-    queries = passed.get("max_seqlen_q") if lengths.queries == "ragged" else q.shape[1]
-    if not isinstance(queries, int) or queries * (q.shape[-2] // k.shape[2]) > FEW_ROWS:
+    is_ragged = lengths.queries == "ragged"
+    queries = passed.get("max_seqlen_q") if is_ragged else q.shape[q_rows]
+    group = q.shape[1 if is_ragged else q_heads] // k.shape[heads]
+    if not isinstance(queries, int) or queries * group > FEW_ROWS:
         return "none"
     return "auto"
 
 
-def _most_keys(k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> int:
-    """How many keys a sequence may have, by shapes: of keys in pages what a row of the table has room for."""
+def _most_keys(rows: int, lengths: Lengths, passed: Mapping[str, Any]) -> int:
+    """How many keys a sequence may have, of so many rows of K: of pages what a row of the table has room for."""
     if not lengths.is_paged("keys"):
-        return k.shape[1]
+        return rows
     table = passed.get(BLOCK_TABLE.name)
-    return k.shape[1] * table.shape[-1] if isinstance(table, torch.Tensor) and table.dim() else 0
+    return rows * table.shape[-1] if isinstance(table, torch.Tensor) and table.dim() else 0
 
 
 def _check_no_gradients(passed: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from attngen.arch import Arch
+from attngen.arch import RESERVED_SMEM_BYTES, Arch
 from attngen.errors import PlanError
 from attngen.expr import definitions, to_text
 from attngen.lower import warpgroups
@@ -168,8 +168,10 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     parts = at.parts.places if at.parts else ()
     buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
+    smem_bytes = max(each.offset + each.size_bytes for each in buffers)
+    fitting = max(1, arch.smem_bytes_per_sm // (smem_bytes + RESERVED_SMEM_BYTES))
     return KernelPlan(
-        **common,
+        **common | {"blocks_per_sm": min(choice.blocks_per_sm, fitting)},
         warps=choice.warps,
         qk_cols=at.q.cols,
         v_cols=at.acc_o.cols,
@@ -194,7 +196,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         ),
         buffers=buffers,
         params=(*params(scratch, pair_params(decided.pairs, common, _SIZES)), *of_sink, *part_params(parts)),
-        smem_bytes=max(each.offset + each.size_bytes for each in buffers),
+        smem_bytes=smem_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from attngen.plan.steps import FinishRows, walk
 
 @dataclass(frozen=True)
 class MergeParts(SheetInText):
-    """Merge the parts of each tile whose keys are cut: O and lse, under the largest of their maxima, in their order.
+    """Merge the parts of each tile whose keys are cut: O and lse, under the largest of their maxima, in a fixed order.
 
     Rows of a tile are dealt out to the blocks of threads of its parts. It takes the struct of the kernel.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attngen.expr import free_names
+from attngen.expr import free_names, tensor_names
 from attngen.plan.formulas import Formula, total
 from attngen.plan.sheets import SheetInText
 
@@ -66,11 +66,17 @@ class ListTiles(SheetInText):
 
     @property
     def knows_visits(self) -> bool:
-        """Whether the keys that a tile visits have a closed form that asks neither for its head nor for a boundary."""
+        """Whether the keys that a tile visits have a closed form of lengths alone.
+
+        A list is for all heads, and calls that pass other scalars and tensors may use it too.
+        """
         seen = self.plan.key_blocks
         if seen is None or seen.boundaries:
             return False
-        return all(free_names(bound).isdisjoint(("h", "h_kv")) for bound in seen.bounds)
+        declared = {"h", "h_kv", "b", *self.plan.declarations.scalars}
+        return all(
+            free_names(bound).isdisjoint(declared) and not tensor_names(bound) for bound in seen.bounds
+        )
 
     @property
     def entry_words(self) -> int:

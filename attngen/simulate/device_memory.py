@@ -1,7 +1,7 @@
 """Device memory of one call: the user's tensors and the workspaces, who wrote what, how much was moved."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -35,6 +35,7 @@ class DeviceMemory:
     Attributes:
         members_written: how many heads have written share i of a place, by (name, i).
         share_rows: rows that are written to a place at a time: a block of them, or a warpgroup's part of one.
+        parts_written: numbers of the tiles that have left their part in a place, by name.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DeviceMemory:
         self.wanted = frozenset((*wanted, *self.tensors))
         self.members_written: dict[tuple[str, int], int] = {}
         self.share_rows: dict[str, int] = {}
+        self.parts_written: dict[str, set[int]] = {}
 
     def wants(self, place: Tensor | Rows) -> bool:
         """Whether this is to be written: the call asks for it, or it is not optional."""
@@ -151,6 +153,7 @@ class DeviceMemory:
         """Write (members, rows) or (members, rows, cols) of the first `valid` rows to the tiles of these numbers."""
         if self.traffic:
             self.traffic.count_written(place.name, 4 * len(tile.members) * valid * (place.cols or 1))
+        self.parts_written.setdefault(place.name, set()).update(numbers)
         if self.holds_values:
             self.tensors[place.name][numbers, :valid] = (
                 values[:, :valid, : place.cols] if place.cols else values[:, :valid]
@@ -207,6 +210,17 @@ class DeviceMemory:
         if self.holds_values:
             batch, head, _ = tile.columns
             self.tensors[place.name][batch, head, block] = values
+
+    def part_not_left(
+        self, plan: KernelPlan, tiles: Sequence[tuple[Blocks, Member]]
+    ) -> tuple[str, int] | None:
+        """A place and the number of a tile that is a part and has left nothing there."""
+        for place in plan.parts:
+            written = self.parts_written.get(place.name, set())
+            for number, (_, member) in enumerate(tiles):
+                if member.parts > 1 and number not in written:
+                    return place.name, number
+        return None
 
     def unwritten(
         self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]], group: int

@@ -266,7 +266,11 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    if missing := run.device.unwritten(plan, decoded(plan, sizes), sizes.group):
+    listed = decoded(plan, sizes)
+    if missing := run.device.part_not_left(plan, listed):
+        name, number = missing
+        raise SimulationFault("never written", f"tile {number} has left no part in {name}", place=name)
+    if missing := run.device.unwritten(plan, listed, sizes.group):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

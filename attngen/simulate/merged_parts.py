@@ -8,7 +8,6 @@ from attngen.expr import SINK
 from attngen.plan import MergeParts
 from attngen.simulate.blocks import scale_params
 from attngen.simulate.device_memory import DeviceMemory, by_heads
-from attngen.simulate.faults import SimulationFault
 from attngen.simulate.simulated_softmax import (
     inverse_sum,
     joined,
@@ -56,11 +55,8 @@ def _merged(
     sizes: Sizes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O (rows, cols) and lse (rows,) of the parts that the tiles of these numbers have left."""
-    of, finish = sheet.plan.parts, sheet.finish
-    out, sums, *maxima = (device.tensors[place.name][numbers, : len(rows)] for place in of)
-    if sums.isnan().any():
-        message = f"a part of tile {numbers[0]} was never left"
-        raise SimulationFault("uninitialised read", message, place=of[1].name)
+    finish = sheet.finish
+    out, sums, *maxima = (device.tensors[place.name][numbers, : len(rows)] for place in sheet.plan.parts)
     scale = 1.0 if finish.is_scaled else scale_params(sheet.plan, sizes.softmax_scale)["softmax_scale_log2"]
     top, weights = torch.zeros(len(rows), dtype=torch.float32), torch.ones_like(sums)
     if maxima:

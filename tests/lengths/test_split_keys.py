@@ -209,6 +209,28 @@ def test_what_cannot_be_split_is_refused(more: dict[str, Any], words: str) -> No
         attngen.compile({"problem": {"head_dim": 64}, **more})
 
 
+def test_numbers_that_are_none_stay_in_their_rows() -> None:
+    """A query that holds NaN is no fault of the kernel's."""
+    q, k, v = (torch.randn(1, n, heads, 16) for n, heads in ((3, 4), (700, 2), (700, 2)))
+    q[0, 1, 2, 5] = math.nan
+    spec = {"target": "simulator", "problem": {"head_dim": 16}, "precision": {"inputs": "f32"}}
+    split, whole = (attngen.compile(spec | {"split": of})(q, k, v) for of in ({"keys": 64}, "none"))
+    assert split[0, 1, 2].isnan().all() and split.isnan().sum() == 16
+    assert difference(split, whole) <= 1e-6
+
+
+def test_a_list_serves_calls_that_pass_another_scalar() -> None:
+    """What a declared scalar says of keys is not in the list."""
+    of = batch("dense", "padded", (1, 1, 1), (300, 130, 700))
+    mask = {"mask": "kv_idx >= seqlen_k - w", "scalars": {"w": "i32"}}
+    spec = {"target": "simulator", "problem": {"head_dim": 16, "keys": "padded"}, **mask}
+    split, whole = (attngen.compile(spec | {"split": cut}) for cut in ("auto", "none"))
+    work = split.work(of.q, of.k, of.v, **of.lengths, w=20)
+    for w in (20, 650):
+        out = split(of.q, of.k, of.v, **of.lengths, work=work, w=w)
+        assert difference(out, whole(of.q, of.k, of.v, **of.lengths, w=w)) <= 0.02
+
+
 # ---- who gets them ---------------------------------------------------------------------------------------------------
 def test_a_few_queries_of_a_call_have_their_keys_split() -> None:
     """Up to 32 rows that share their keys, of 512 keys or more; where gradients are wanted nothing is split."""
@@ -218,6 +240,8 @@ def test_a_few_queries_of_a_call_have_their_keys_split() -> None:
     assert isinstance(many, Kernel) and many.spec.split == "none"
     assert kernel_of_call(q, k[:, :511], v[:, :511]).spec.split == "none"  # type: ignore[union-attr]
     assert kernel_of_call(q.requires_grad_(), k, v).spec.split == "none"  # type: ignore[union-attr]
+    heads_first = [x.transpose(1, 2) for x in (q.detach(), k, v)]
+    assert kernel_of_call(*heads_first, passed={"layout": "bhsd"}).spec.split == "auto"  # type: ignore[union-attr]
     whole = attngen.attention(q, k, v, "causal")
     assert isinstance(whole, torch.Tensor)
     assert difference(attngen.attention(q.detach(), k, v, "causal"), whole.detach()) <= 1e-6  # type: ignore[arg-type]
