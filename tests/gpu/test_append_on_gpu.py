@@ -49,8 +49,9 @@ def assert_same_as_on_the_cpu(case: AppendCase) -> None:
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_cases_that_were_met(case: AppendCase) -> None:
     """Numbers that lie, scales of heads, more rows than positions."""
-    if case.cache != E4M3 or takes_e4m3():
-        assert_same_as_on_the_cpu(replace(case, seed=1))
+    if case.cache == E4M3 and not takes_e4m3():
+        pytest.skip("this GPU has no conversion to e4m3")
+    assert_same_as_on_the_cpu(replace(case, seed=1))
 
 
 @pytest.mark.parametrize("formats", ALL_FORMATS, ids=str)
