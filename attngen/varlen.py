@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from attngen.api import kernel_of_call
-from attngen.bind import check_plain
+from attngen.bind import bound_of_lengths, check_plain
 from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH
 from attngen.plan import Lengths
@@ -105,6 +105,7 @@ def varlen_attn(
     if block_table is None:
         passed |= {"cu_seqlens_k": cu_seq_k, "max_seqlen_k": max_k, "seqused_k": seqused_k}
     else:
+        bound_of_lengths("max_k", max_k)
         used = lengths_between("cu_seq_k", cu_seq_k) if seqused_k is None else seqused_k
         passed |= {"block_table": block_table, "seqused_k": used}
     if return_aux is not None and not isinstance(getattr(return_aux, "lse", None), bool):

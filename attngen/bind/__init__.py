@@ -16,7 +16,7 @@ from attngen.bind.numbers import python_number, scalar_of, softmax_scale_of
 from attngen.bind.operands import operands_of, spread_operands
 from attngen.bind.overlap import check_overlap
 from attngen.bind.page_arguments import check_pages
-from attngen.bind.sequences import check_lengths, sequence_sizes
+from attngen.bind.sequences import bound_of_lengths, check_lengths, sequence_sizes
 from attngen.bind.sorted_values import check_sorted
 from attngen.bind.tensors import (
     ROW_ALIGNMENT,
@@ -39,6 +39,7 @@ __all__ = [
     "TableSignature",
     "TileTables",
     "bind",
+    "bound_of_lengths",
     "check_alignment",
     "check_arguments",
     "check_declared",

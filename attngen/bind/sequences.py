@@ -55,15 +55,23 @@ def sequence_sizes(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping
     for axis, letter in LETTERS.items():
         if manifest.lengths.is_by_token(axis):
             name = f"max_seqlen_{letter}"
-            bound = scalar_of(name, "i32", passed.get(name, ANY_LENGTH))
-            if bound < 0:
-                raise ArgumentError(
-                    name, str(bound), "the length of the longest sequence, or more", "leave it out"
-                )
-            found[LENGTHS[axis]] = min(int(bound), sizes[f"tokens_{letter}"])
+            bound = bound_of_lengths(name, passed.get(name, ANY_LENGTH))
+            found[LENGTHS[axis]] = min(bound, sizes[f"tokens_{letter}"])
     if manifest.lengths.is_paged("keys"):
         found |= page_sizes(sizes, found["batch"], said_by, passed)
     return found
+
+
+def bound_of_lengths(name: str, value: Any) -> int:
+    """The bound of lengths that a call passes.
+
+    Raises:
+        ArgumentError: it is no length.
+    """
+    bound = int(scalar_of(name, "i32", value))
+    if bound < 0:
+        raise ArgumentError(name, str(bound), "the length of the longest sequence, or more", "leave it out")
+    return bound
 
 
 def check_lengths(manifest: Manifest, sizes: Mapping[str, int], passed: Mapping[str, Any]) -> None:

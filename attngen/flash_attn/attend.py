@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from attngen.api import attention, kernel_of_call
-from attngen.bind import BLOCKS, check_arguments
+from attngen.bind import BLOCKS, bound_of_lengths, check_arguments
 from attngen.errors import ArgumentError, shown
 from attngen.fit_heads import check_strided, fit_heads
 from attngen.flash_attn.wish import Texts
@@ -180,6 +180,12 @@ def longest(name: str, bound: Any) -> dict[str, Any]:
     """
     is_far = isinstance(bound, torch.Tensor) and bound.device.type != "cpu"
     return {} if bound is None or is_far else {name: bound}
+
+
+def check_longest(name: str, bound: Any) -> None:
+    """Refuse what is no bound of lengths, where a table of pages has one of its own."""
+    for passed, value in longest(name, bound).items():
+        bound_of_lengths(passed, value)
 
 
 def unpacked(name: str, packed: torch.Tensor, parts: int, is_ragged: bool) -> tuple[torch.Tensor, ...]:

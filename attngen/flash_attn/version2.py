@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from attngen.flash_attn.attend import attend, lengths_of, longest, refuse_unserved, unpacked
+from attngen.flash_attn.attend import (
+    attend,
+    check_longest,
+    lengths_of,
+    longest,
+    refuse_unserved,
+    unpacked,
+)
 from attngen.flash_attn.kv_cache import Cache, NewKeys, attend_cache
 from attngen.flash_attn.wish import Wish, window_of
 from attngen.varlen import RAGGED, lengths_between
@@ -144,6 +151,7 @@ def flash_attn_varlen_func(
     if block_table is None:
         cut |= {"cu_seqlens_k": cu_seqlens_k, **longest("max_seqlen_k", max_seqlen_k)}
     else:
+        check_longest("max_seqlen_k", max_seqlen_k)
         cut |= {"block_table": block_table, "seqused_k": lengths_between("cu_seqlens_k", cu_seqlens_k)}
     lengths = RAGGED if block_table is None else lengths_of(cu_seqlens_q, block_table=block_table)
     return _returned(q, attend(q, k, v, wish.texts, return_attn_probs, lengths, cut, _NAMES))

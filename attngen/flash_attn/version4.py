@@ -16,7 +16,7 @@ import torch
 from attngen.autograd import is_differentiated
 from attngen.errors import ArgumentError, shown
 from attngen.fit_heads import check_strided
-from attngen.flash_attn.attend import attend, lengths_of, longest, refuse_unserved
+from attngen.flash_attn.attend import attend, check_longest, lengths_of, longest, refuse_unserved
 from attngen.flash_attn.wish import Wish, window_of
 from attngen.varlen import lengths_between
 
@@ -194,7 +194,10 @@ def flash_attn_varlen_func(
     }
     cut = {name: x for name, x in said.items() if x is not None}
     for name, starts, bound in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
-        cut |= longest(f"max_seqlen_{name}", bound) if starts is not None else {}
+        if starts is None:
+            check_longest(f"max_seqlen_{name}", bound)
+        else:
+            cut |= longest(f"max_seqlen_{name}", bound)
     return attend(q, k, v, wish.texts, wants_lse, lengths_of(**said), cut, _NAMES)
 
 

@@ -322,6 +322,15 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         version2.flash_attn_varlen_func,
         {"block_table": TABLE, "cu_seqlens_k": None},
     ),
+    "max_seqlen_k: got 'x'": (
+        version2.flash_attn_varlen_func,
+        {"block_table": TABLE, "max_seqlen_k": "x"},
+    ),
+    "max_seqlen_k: got -5": (
+        version4.flash_attn_varlen_func,
+        {"page_table": TABLE, "cu_seqlens_k": None, "max_seqlen_k": -5},
+    ),
+    "max_k: got None": (attngen.varlen_attn, {"block_table": TABLE, "max_k": None}),
     "value: got 3 dimensions, expected 4": (
         attngen.varlen_attn,
         {"block_table": TABLE, "value": torch.ones(1, 2, 32)},
