@@ -1,8 +1,7 @@
-"""A spec, lowered: what is emitted and compiled of it, and the call."""
+"""A spec, lowered and built: its calls, forward and backward, and what they may keep."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from attngen.bind import (
     spread_blocks,
     spread_operands,
 )
+from attngen.built_call import BuiltCall
 from attngen.capture import (
     capture,
     capture_gradients,
@@ -41,9 +41,8 @@ from attngen.capture import (
     not_captured,
     pack,
 )
-from attngen.compiled_module import Module
 from attngen.dtypes import torch_dtype
-from attngen.errors import ArgumentError, ToolchainError
+from attngen.errors import ArgumentError
 from attngen.expr import SINK
 from attngen.kernels_by_text import LIVE, text_of
 from attngen.plan import (
@@ -52,21 +51,11 @@ from attngen.plan import (
     OPERANDS,
     Call,
     KernelPlan,
-    Manifest,
-    assemble,
     gradient_value,
     sink_gradient,
 )
 from attngen.quantize import Operands
-from attngen.runtime import (
-    CompiledKernel,
-    CompilerPool,
-    KernelResources,
-    Launcher,
-    LaunchReport,
-    explain_launch,
-)
-from attngen.simulate import Simulator
+from attngen.runtime import LaunchReport, explain_launch
 from attngen.spec import INPUTS, Spec
 from attngen.torch_state import are_traced, are_transformed, is_altered, is_watched, may_be_watched
 from attngen.transforms import Transformed, TransformedCall
@@ -75,13 +64,11 @@ GRADIENTS = ("dq", "dk", "dv")
 """Of the inputs; values of what a spec declares follow, in the order in which it names them."""
 
 
-class Kernel:
+class Kernel(BuiltCall):
     """A spec, lowered for one arch: callable on CUDA tensors (the cubins) and on CPU tensors (the simulator).
 
     Attributes:
         spec: what was asked for.
-        call: what calls launch, with every number that was decided; of an edited source one kernel takes all calls.
-        modules: texts and cubins by their names; that of the attention kernel for any length first.
         bound: tensors of the spec's expressions, which a call passes by itself where it is given no others.
         text: what names it in torch's graphs; another process makes it again from that.
         gradients: of what a call has them, by name.
@@ -96,15 +83,9 @@ class Kernel:
         source: str | None = None,
         bound: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        super().__init__(call, lineinfo, source)
         self.spec = spec
         self.bound = bound or {}
-        self.call = call if source is None else assemble((call.attention,))
-        own = self.plan.module
-        names = sorted(self.call.modules, key=lambda name: name != own)
-        self.modules = {
-            name: Module(name, self.call.modules[name], call.arch, lineinfo, source if name == own else None)
-            for name in names
-        }
         self.gradients = spec.gradients if call.gradients else ()
         self.dtypes = q_types(self.manifest)
         self.text = text_of(spec, call.arch.name, self.plan.name, source)
@@ -112,50 +93,6 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<attngen.Kernel {self.plan.name}>"
-
-    @property
-    def plan(self) -> KernelPlan:
-        """The attention kernel that takes calls of any length."""
-        return self.call.attention
-
-    @property
-    def module(self) -> Module:
-        """What that kernel stands in."""
-        return self.modules[self.plan.module]
-
-    @property
-    def source(self) -> str:
-        """The CUDA C++ text of `module`."""
-        return self.module.source
-
-    @property
-    def manifest(self) -> Manifest:
-        """What a launch needs to know."""
-        return self.call.manifest
-
-    @property
-    def compiled(self) -> CompiledKernel:
-        """The cubin of `module` and its report.
-
-        Raises:
-            ToolchainError: NVRTC is missing.
-        """
-        return self.module.compiled
-
-    @property
-    def resources(self) -> tuple[KernelResources, ...]:
-        """Registers, spills and stack of each kernel of `module`."""
-        return self.compiled.resources
-
-    @property
-    def was_cached(self) -> bool:
-        """Whether the cubin of `module` came from the disk cache."""
-        return self.compiled.was_cached
-
-    @property
-    def compile_seconds(self) -> float:
-        """How long NVRTC took over `module`, when it did."""
-        return self.compiled.seconds
 
     @cached_property
     def declared_gradients(self) -> tuple[str, ...]:
@@ -190,39 +127,10 @@ class Kernel:
             return self.call.serving(k.shape[0])
         return self.call.serving(check_length(k, layout))
 
-    def compile(self) -> None:
-        """Build what has not been built, all modules at the same time."""
-        with CompilerPool() as pool:
-            pool.each(lambda module: module.compiled, tuple(self.modules.values()))
-
-    @cached_property
-    def _launcher(self) -> Launcher:
-        if not self.call.arch.emits:
-            raise ToolchainError(
-                f"target {self.call.arch.name} runs on CPU tensors only", "compile for the GPU's arch"
-            )
-        return Launcher(self.manifest, lambda module: self.modules[module].compiled.cubin)
-
     @cached_property
     def _differentiated(self) -> torch.dtype:
         """The type of inputs of which there are gradients."""
         return torch_dtype(self.plan.differentiated)
-
-    @cached_property
-    def _simulator(self) -> Simulator:
-        return Simulator(self.call)
-
-    def _machine(self, q: Any) -> Launcher | Simulator:
-        """What runs a call with this Q.
-
-        Raises:
-            ArgumentError: q is no tensor.
-        """
-        try:
-            is_on_gpu = q.is_cuda
-        except AttributeError:
-            raise ArgumentError("q", type(q).__name__, "a torch tensor") from None
-        return self._launcher if is_on_gpu else self._simulator
 
     def __call__(
         self,
@@ -612,10 +520,6 @@ class Kernel:
             raise ArgumentError("self", f"a kernel of {self.plan.inputs.name} inputs", "one of e4m3 inputs")
         return operands_of(self.manifest, self._machine(q).make(OPERANDS, q, k, v, layout=layout))
 
-    def sass(self) -> str:
-        """The machine code of `module`, disassembled."""
-        return self.module.sass()
-
     def explain_launch(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str = "bshd", **declared: Any
     ) -> tuple[LaunchReport, ...]:
@@ -627,15 +531,3 @@ class Kernel:
         if not self.manifest.lengths.are_dense:
             given.sizes.update(sequence_sizes(self.manifest, given.sizes, declared))
         return explain_launch(self.manifest, given)
-
-    def save(self, folder: str | Path) -> tuple[Path, ...]:
-        """Write .cu and .cubin of every module, and NAME.json of the whole call, and return their paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        contents = {f"{self.plan.name}.json": self.manifest.to_json().encode()}
-        for module in self.modules.values():
-            contents[f"{module.name}.cu"] = module.source.encode()
-            contents[f"{module.name}.cubin"] = module.compiled.cubin
-        for name, data in contents.items():
-            (folder / name).write_bytes(data)
-        return tuple(folder / name for name in contents)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.kernel import Module
+from attngen.compiled_module import Module
 from attngen.lower import lower
 from attngen.plan import KernelPlan
 from attngen.resources import shipped_names

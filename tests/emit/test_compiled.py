@@ -6,7 +6,7 @@ import pytest
 
 import attngen
 from attngen.arch import ARCHS
-from attngen.kernel import Module
+from attngen.compiled_module import Module
 from attngen.plan import KernelPlan, walk
 from attngen.plan.steps import PassTurn, RowMax
 from attngen.resources import shipped_names

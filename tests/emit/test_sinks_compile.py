@@ -5,8 +5,8 @@ import re
 import pytest
 
 import attngen
+from attngen.compiled_module import Module
 from attngen.emit import emit_module
-from attngen.kernel import Module
 from attngen.runtime import KernelResources
 from tests.emit.sass import done_before_waiting
 
