@@ -147,7 +147,7 @@ def flash_attn_varlen_func(
         window_size: see qv.
         learnable_sink: see qv.
         softcap: see qv.
-        num_splits: see qv.
+        num_splits: 0: the call says whether keys are split; 1: they are not.
         pack_gqa: see qv.
         deterministic: see qv.
         score_mod: see qv.
@@ -198,7 +198,8 @@ def flash_attn_varlen_func(
             check_longest(f"max_seqlen_{name}", bound)
         else:
             cut |= longest(f"max_seqlen_{name}", bound)
-    return attend(q, k, v, wish.texts, wants_lse, lengths_of(**said), cut, _NAMES)
+    may_split = num_splits != 1
+    return attend(q, k, v, wish.texts, wants_lse, lengths_of(**said), cut, _NAMES, may_split=may_split)
 
 
 def _room(page_table: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

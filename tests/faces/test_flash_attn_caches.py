@@ -214,6 +214,11 @@ def test_few_queries_split_keys_in_pages(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         assert_near(tokens[:, None], out.double())
     assert splits == ["auto", "auto", "none", "auto", "none"]
+    paged = {"cu_seqlens_q": starts(1, 1), "max_seqlen_q": 1, "seqused_k": used, "page_table": table}
+    for said in ({"num_splits": 0}, {}):
+        tokens, _ = version4.flash_attn_varlen_func(q[:, 0], *caches, **paged, **said)
+        assert_near(tokens[:, None], out.double())
+    assert splits[5:] == ["auto", "none"]
 
 
 def test_lengths_may_be_one_number_or_all_that_there_is_room_for() -> None:
