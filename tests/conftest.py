@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from attngen.errors import ToolchainError
 from attngen.runtime import disassemble
 from attngen.runtime.disk_cache import CACHE_DIR_VARIABLE
+from attngen.simulate import Simulator
 from tests.effort import load_profile, mark_exhaustive, profile
 
 load_profile()
@@ -44,3 +46,18 @@ def nvdisasm() -> None:
     except ToolchainError as error:  # nvdisasm refuses what is no cubin
         if "not installed" in error.message:
             pytest.skip(f"{error.message}; {error.cure}")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many calls the simulator has run, by pass: what is computed by anything else is missing."""
+    found: Counter[str] = Counter()
+    make = Simulator.make
+
+    def counted(self: Simulator, wanted: tuple[str, ...], *arguments: object, **named: object) -> object:
+        made = make(self, wanted, *arguments, **named)
+        found["forward" if "out" in wanted else "backward"] += 1
+        return made
+
+    monkeypatch.setattr(Simulator, "make", counted)
+    return found

@@ -1,6 +1,7 @@
 """Binding: what a call passes is checked, and becomes what it launches and allocates; for the GPU and the simulator."""
 
 from attngen.bind.arguments import (
+    PAGE_LAYOUTS,
     Given,
     check_arguments,
     check_length,
@@ -31,6 +32,7 @@ from attngen.bind.writable import check_writable
 
 __all__ = [
     "BLOCKS",
+    "PAGE_LAYOUTS",
     "ROW_ALIGNMENT",
     "Allocation",
     "Bound",

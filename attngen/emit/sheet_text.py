@@ -19,6 +19,7 @@ from attngen.plan import (
     FindBoundaries,
     FindMaxima,
     Formula,
+    KernelPlan,
     ListTiles,
     MapBlocks,
     MergeParts,
@@ -149,8 +150,13 @@ def emit_list(sheet: ListTiles) -> str:
         most_entries=_in_c(plan.most_entries),
         buckets=BUCKETS,
         most_blocks=MOST_BLOCKS,
-        heads="(params.num_heads_q / params.group)" if plan.scheduler.is_for_groups else "params.num_heads_q",
+        heads=_listed_heads(plan),
     )
+
+
+def _listed_heads(plan: KernelPlan) -> str:
+    """How many tiles an entry of its list is, in C."""
+    return "(params.num_heads_q / params.group)" if plan.scheduler.is_for_groups else "params.num_heads_q"
 
 
 def emit_merge(sheet: MergeParts) -> str:
@@ -162,9 +168,7 @@ def emit_merge(sheet: MergeParts) -> str:
         .MergeParts(
             sheet,
             finish=sheet.finish,
-            heads="(params.num_heads_q / params.group)"
-            if plan.scheduler.is_for_groups
-            else "params.num_heads_q",
+            heads=_listed_heads(plan),
             lse_rows="params.tokens_q" if plan.lengths.is_by_token("queries") else "params.seqlen_q",
         )
     )

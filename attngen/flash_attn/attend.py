@@ -136,6 +136,7 @@ def check_attention(
     lengths: Lengths,
     cut: Mapping[str, Any],
     names: Mapping[str, str] = NOTHING,
+    may_split: bool = True,
 ) -> None:
     """Refuse what `attend` would, before anything is written; arguments as of it.
 
@@ -148,6 +149,7 @@ def check_attention(
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
         (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
         options: dict[str, Any] = {"tensors": texts.tensors, "passed": passed, "lengths": lengths}
+        options["may_split"] = may_split  # so that the kernel is the one that runs
         kernel = kernel_of_call(rows, keys, values, texts.mask, texts.score, **options)
         if isinstance(kernel, Kernel):
             check_arguments(kernel.manifest, rows, keys, values, scale, declared=passed)

@@ -122,9 +122,7 @@ def attend_cache(
     """
     _check_tensors(q, cache, new, cu_seqlens_q)
     for name, x in texts.passed.items():
-        if is_differentiated(x):
-            must = "one that does not: a call with a cache has no backward pass"
-            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
+        _check_no_gradient(name, x)
     batch = q.shape[0] if cu_seqlens_q is None else sequences_of("cu_seqlens_q", cu_seqlens_q)
     used = _used(cache.seqlens, batch, q.device)
     of_batch = {"cache_seqlens": used, "cache_leftpad": cache.leftpad, "rotary_seqlens": new.positions}
@@ -152,15 +150,21 @@ def attend_cache(
     lengths = lengths_of(cu_seqlens_q, None, None, used, table)
     names = _NAMES | {"block_table": cache.table_name}
     if new.k is not None and used is not None:
-        check_attention(
-            q, cache.k, cache.v, texts, wants_lse, lengths, cut, names
-        )  # before a cache is written to
+        # Before a cache is written to.
+        check_attention(q, cache.k, cache.v, texts, wants_lse, lengths, cut, names, may_split)
         added = new.k.shape[1] if new.starts is None else _between(new.starts, batch, new.k.shape[0])
         turned = _append(q, cache, new, used, rows, texts.mask != "full")
         q = q if turned is None else turned
         cut["seqused_k"] = torch.where(used < 0, used, used + added)  # where nothing has been written
     out, lse = attend(q, cache.k, cache.v, texts, wants_lse, lengths, cut, names, may_split=may_split)
     return out if lse is None else (out, lse)
+
+
+def _check_no_gradient(name: str, x: Any) -> None:
+    """Refuse a tensor that requires grad."""
+    if is_differentiated(x):
+        must = "one that does not: a call with a cache has no backward pass"
+        raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
 
 
 def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: torch.Tensor | None) -> None:
@@ -175,9 +179,7 @@ def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: to
     dims_of = {"q": dims} | dict.fromkeys(caches, 4) | dict.fromkeys(added, dims_of_new)
     for name, x in {"q": q, **caches, **added}.items():
         check_strided(name, x)
-        if is_differentiated(x):
-            must = "one that does not: a call with a cache has no backward pass"
-            raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
+        _check_no_gradient(name, x)
         if x.dim() != dims_of[name]:
             first = "pages, page" if name in caches and cache.table is not None else "batch, seqlen"
             must = "3: (tokens, heads, head_dim)" if dims_of[name] == 3 else f"4: ({first}, heads, head_dim)"
@@ -218,7 +220,7 @@ def _between(starts: Any, batch: int, tokens: int) -> torch.Tensor:
 
 
 def _used(said: Any, batch: int, device: torch.device) -> torch.Tensor | None:
-    """How many keys each sequence has, on the device of the cache; None where nothing says so."""
+    """How many keys each sequence has, on a device; None where nothing says so."""
     if said is None or isinstance(said, torch.Tensor):
         return said
     if isinstance(said, bool) or not isinstance(said, int) or not 0 <= said <= LARGEST_LENGTH:

@@ -40,7 +40,15 @@ from attngen.plan.quantizing_sheets import (
     source_of,
 )
 from attngen.plan.row_sums import SumRows
-from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, boundary_shape, table_shape
+from attngen.plan.sheets import (
+    FillTables,
+    FindBoundaries,
+    PrepareRows,
+    Sheet,
+    SheetInText,
+    boundary_shape,
+    table_shape,
+)
 from attngen.plan.sinks import SINK_FORMATS, SumSink, sink_gradient, sink_value
 from attngen.plan.split_keys import MergeParts
 from attngen.plan.tile_list import ListTiles
@@ -176,7 +184,7 @@ def _of_inputs(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> list[Kern
 
 
 def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
-    served = kernel.plan if isinstance(kernel, FillTables | ListTiles | MergeParts) else kernel
+    served = kernel.plan if isinstance(kernel, SheetInText) else kernel
     when = None
     if isinstance(served, KernelPlan) and served is not longest and served.up_to is not None:
         when = Guard("seqlen_k", served.up_to)
@@ -197,8 +205,7 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
 
 
 def _entry(kernel: KernelPlan | Sheet) -> KernelEntry:
-    # Whose struct it takes.
-    program = kernel.plan if isinstance(kernel, FillTables | ListTiles | MergeParts) else kernel
+    program = kernel.plan if isinstance(kernel, SheetInText) else kernel  # whose struct it takes
     maps = program.tensor_maps if isinstance(program, KernelPlan) else ()
     return KernelEntry(
         kernel.name,

@@ -259,7 +259,7 @@ class KernelPlan:
     def tiles(self) -> Formula:
         """What the blocks of a launch work on, together."""
         if self.scheduler.is_listed:
-            return product(self._listed_heads, self.most_entries)
+            return product(self.listed_heads, self.most_entries)
         heads = product("batch", "num_heads_q")
         if self.scheduler.kind == "pair_blocks":
             batch: Formula = 1 if self.scheduler.sums_batch else "batch"
@@ -289,15 +289,13 @@ class KernelPlan:
         rows = total(blocks, pieces) if kind == "ragged" else product("batch", total(blocks, more))
         if self.split is None:
             return rows
-        if (
-            self.split.keys is not None and self.lengths.keys == "ragged"
-        ):  # the longest is whatever a call says
+        if self.split.keys is None:
+            parts = product("num_sms", self.blocks_per_sm * self.split.waves)
+            return total(rows, ceil_div(parts, maximum(1, self.listed_heads)))
+        if self.lengths.keys == "ragged":  # the longest is whatever a call says
             of_sequence = rows if kind == "ragged" else blocks
             return total(rows, product(of_sequence, ceil_div("tokens_k", self.split.keys)))
-        if self.split.keys is not None:
-            return product(rows, maximum(1, ceil_div("seqlen_k", self.split.keys)))
-        parts = product("num_sms", self.blocks_per_sm * self.split.waves)
-        return total(rows, ceil_div(parts, maximum(1, self._listed_heads)))
+        return product(rows, maximum(1, ceil_div("seqlen_k", self.split.keys)))
 
     @property
     def part_rows(self) -> Formula:
@@ -308,8 +306,8 @@ class KernelPlan:
         return minimum(self.block_m, product("seqlen_q", group))
 
     @property
-    def _listed_heads(self) -> Formula:
-        """How many tiles an entry of its list is."""
+    def listed_heads(self) -> str:
+        """How many tiles an entry of its list is: the name of a size."""
         return "num_heads_kv" if self.scheduler.is_for_groups else "num_heads_q"
 
     @property

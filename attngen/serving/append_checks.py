@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from attngen.bind import (
+    PAGE_LAYOUTS,
     ROW_ALIGNMENT,
     check_alignment,
     check_no_derivative,
@@ -17,7 +18,6 @@ from attngen.errors import ArgumentError, shown
 from attngen.serving.append_call import AppendCall, Rotary, Scale
 from attngen.serving.append_kernel import CHUNK
 
-LAYOUTS = ("nhd", "hnd")
 NEW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CACHE_DTYPES = (*NEW_DTYPES, torch.float8_e4m3fn)
 F32 = torch.finfo(torch.float32)
@@ -49,8 +49,8 @@ def checked_call(
     Raises:
         ArgumentError: the first fault found.
     """
-    if layout not in LAYOUTS:
-        raise ArgumentError("layout", shown(layout), " or ".join(map(repr, LAYOUTS)))
+    if layout not in PAGE_LAYOUTS:
+        raise ArgumentError("layout", shown(layout), " or ".join(map(repr, PAGE_LAYOUTS)))
     for name, flag in (("rotary_interleaved", rotary_interleaved), ("q_advances", q_advances)):
         if not isinstance(flag, bool):
             raise ArgumentError(name, shown(flag), "True or False")

@@ -7,7 +7,7 @@ import torch
 
 from attngen.bind import ROW_ALIGNMENT
 from attngen.capture import not_captured
-from attngen.dtypes import DTYPES, DType
+from attngen.dtypes import DTYPES, DType, torch_dtype
 from attngen.errors import ArgumentError
 from attngen.serving.append_call import AppendCall
 from attngen.serving.append_checks import checked_call, unit_of
@@ -17,7 +17,7 @@ from attngen.serving.lone_kernel import LARGEST_GRID, arch_on, launcher_of
 from attngen.serving.meanings import appended
 
 _FORMATS: dict[torch.dtype, DType] = {
-    getattr(torch, DTYPES[name].torch_name): DTYPES[name] for name in ("f16", "bf16", "f32", "e4m3")
+    torch_dtype(DTYPES[name]): DTYPES[name] for name in ("f16", "bf16", "f32", "e4m3")
 }
 _CALLS = KnownCalls()
 _CACHES = ("k_cache", "v_cache")

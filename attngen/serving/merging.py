@@ -7,8 +7,9 @@ import torch
 
 from attngen.bind import ROW_ALIGNMENT, check_alignment, check_no_derivative, check_plain
 from attngen.capture import not_captured
-from attngen.dtypes import DTYPES, DType
+from attngen.dtypes import DTYPES, DType, torch_dtype
 from attngen.errors import ArgumentError, shown
+from attngen.plan import sink_value
 from attngen.serving.known_calls import KnownCalls, signature_of
 from attngen.serving.lone_kernel import LARGEST_GRID, ReadyLaunch, arch_on, launcher_of
 from attngen.serving.meanings import merged
@@ -17,7 +18,7 @@ from attngen.serving.merge_kernel import AXES, CHUNK, MOST_PARTS, MergeStates
 LAYOUTS = ("bshd", "bhsd")
 _CALLS = KnownCalls()
 _FORMATS: dict[torch.dtype, DType] = {
-    getattr(torch, DTYPES[name].torch_name): DTYPES[name] for name in ("f16", "bf16", "f32")
+    torch_dtype(DTYPES[name]): DTYPES[name] for name in ("f16", "bf16", "f32")
 }
 _Parts = Sequence[torch.Tensor]
 
@@ -123,7 +124,7 @@ def _named(outs: _Parts, lses: _Parts, sink: Any) -> dict[str, torch.Tensor]:
     parts = {f"outs{part}": x for part, x in enumerate(outs)} | {
         f"lses{part}": x for part, x in enumerate(lses)
     }
-    return parts if sink is None else parts | {f"sink_{_FORMATS[sink.dtype].name}": sink}
+    return parts if sink is None else parts | {sink_value(_FORMATS[sink.dtype].name): sink}
 
 
 def launch_of(

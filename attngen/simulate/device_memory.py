@@ -222,17 +222,15 @@ class DeviceMemory:
                     return place.name, number
         return None
 
-    def unwritten(
-        self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]], group: int
-    ) -> tuple[str, int] | None:
+    def unwritten(self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]]) -> tuple[str, int] | None:
         """A block of rows of an output, by name and number, that not every head has written exactly once."""
         members = {member for _, member in tiles if member.parts == 1}
-        packed = group if plan.scheduler.packs_group else 1
         wanted: tuple[Tensor | Rows, ...] = (
             *(tensor for tensor in plan.outputs if self.wants(tensor)),
             *(rows for rows in plan.written_rows if self.wants(rows)),
         )
         for place in wanted:
+            packed = self._group if place.is_packed else 1
             lengths = Counter(
                 each.seqlen_k if place.axis == "keys" else each.seqlen_q * packed for each in members
             )
@@ -240,7 +238,7 @@ class DeviceMemory:
             for share in range(ceil_div(max(lengths, default=0), rows)):
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
                 if isinstance(place, Rows) and plan.scheduler.kind == "key_blocks":
-                    heads *= group
+                    heads *= self._group
                 if self.members_written.get((place.name, share), 0) != heads:
                     return place.name, share * rows // plan.block_m
         return None

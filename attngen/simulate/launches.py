@@ -270,7 +270,7 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
     if missing := run.device.part_not_left(plan, listed):
         name, number = missing
         raise SimulationFault("never written", f"tile {number} has left no part in {name}", place=name)
-    if missing := run.device.unwritten(plan, listed, sizes.group):
+    if missing := run.device.unwritten(plan, listed):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

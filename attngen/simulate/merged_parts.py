@@ -26,7 +26,7 @@ def merge_parts(
     plan = sheet.plan
     sizes = sizes.with_tensors({plan.tile_list: values[plan.tile_list]})
     device = DeviceMemory(by_heads(plan, sizes, values), None, (), plan.lengths, sizes.group)
-    heads = sizes.num_heads_kv if plan.scheduler.is_for_groups else sizes.num_heads_q
+    heads = sizes.values[plan.listed_heads]
     tiles = decoded(plan, sizes)
     for number, (block, member) in enumerate(tiles):
         if member.parts == 1 or member.part:
@@ -34,9 +34,8 @@ def merge_parts(
         assert isinstance(block, int)
         first = block * plan.block_m
         rows = range(first, min(first + plan.block_m, rows_of(plan, sizes, member)))
-        numbers = list(range(number, len(tiles), heads))[
-            : member.parts
-        ]  # of lengths that lie some have no room
+        # Of lengths that lie some have no room.
+        numbers = list(range(number, len(tiles), heads))[: member.parts]
         out, lse = _merged(sheet, device, numbers, _sinks(sheet, device, rows, member, sizes), rows, sizes)
         tile = Tile(block, None, None, (member,))
         for tensor in plan.outputs:

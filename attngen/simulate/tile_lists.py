@@ -17,7 +17,7 @@ from attngen.plan import (
     bucket,
     evaluate_formula,
 )
-from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div, declared_values
+from attngen.simulate.visits import Member, Sizes, block_bounds, ceil_div, declared_values, heads_in_rows
 
 Values = Mapping[str, torch.Tensor]
 
@@ -105,7 +105,7 @@ def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[i
         beside = seen[piece.sequence] if piece.is_used else NOTHING
         queries, keys = (piece.span, beside) if axis == "queries" else (beside, piece.span)
         places = (queries.start, queries.length, keys.start, keys.length)
-        rows = queries.length * (sizes.group if plan.scheduler.packs_group else 1)
+        rows = queries.length * heads_in_rows(plan, sizes)
         of_queries, of_keys = ceil_div(rows, plan.block_m), ceil_div(keys.length, plan.block_n)
         if own is None:
             yield (min(of_queries * of_keys, MOST_BLOCKS), piece.sequence, 0, *places)
@@ -143,7 +143,7 @@ class _Parts:
     def of(cls, plan: KernelPlan, sizes: Sizes, queries: list[Span], keys: list[Span]) -> Self:
         """Those of a call: a part has as many blocks as the split says, or as fill the GPU."""
         assert plan.split is not None
-        group = sizes.group if plan.scheduler.packs_group else 1
+        group = heads_in_rows(plan, sizes)
         tiles = [ceil_div(of.length * group, plan.block_m) for of in queries]
         visited = [
             _visited(plan, sizes, Member(b, 0, 0, q.length, k.length, q.start, k.start), count)
@@ -151,7 +151,7 @@ class _Parts:
         ]
         if plan.split.keys is not None:
             return cls(visited, plan.split.keys // plan.block_n, is_fixed=True)
-        heads = sizes.num_heads_kv if plan.scheduler.is_for_groups else sizes.num_heads_q
+        heads = sizes.values[plan.listed_heads]
         work = sum(count * len(blocks) for count, blocks in zip(tiles, visited, strict=True)) * heads
         least, long = (ceil_div(keys, plan.block_n) for keys in (plan.split.least, plan.split.long))
         resident = sizes.num_sms * plan.blocks_per_sm

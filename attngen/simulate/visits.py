@@ -293,7 +293,12 @@ def visited_blocks(
 
 def rows_of(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
     """How many rows the tiles of a head's sequence have, those of its group where they are packed."""
-    return member.seqlen_q * (sizes.group if plan.scheduler.packs_group else 1)
+    return member.seqlen_q * heads_in_rows(plan, sizes)
+
+
+def heads_in_rows(plan: KernelPlan, sizes: Sizes) -> int:
+    """How many heads have their rows in one tile."""
+    return sizes.group if plan.scheduler.packs_group else 1
 
 
 def all_blocks(plan: KernelPlan, sizes: Sizes, member: Member) -> range:

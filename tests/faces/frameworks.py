@@ -6,17 +6,22 @@ megatron/core/transformer (dot_product_attention.py, enums.py, transformer_confi
 them under the frameworks' own names while `standing_in` lasts.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from importlib import import_module
+from inspect import signature
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+PAGE = Path(__file__).parents[2] / "docs/integration.md"
 
 
 class Module(nn.Module):
@@ -194,3 +199,24 @@ def standing_in(face: str) -> Iterator[ModuleType]:
         for name in taken():
             del sys.modules[name]
         sys.modules.update(before)
+
+
+def assert_same_signatures(own: type, theirs: type) -> None:
+    """Parameters, their order, kinds and defaults are those of the class in whose place it stands."""
+    for name in ("__init__", "forward"):
+        found, wanted = (
+            [
+                (each.name, each.kind, each.default)
+                for each in signature(getattr(of, name)).parameters.values()
+            ]
+            for of in (own, theirs)
+        )
+        assert found == wanted
+
+
+def lines_of_page(face: str) -> str:
+    """The Python of docs/integration.md that names a face."""
+    (lines,) = re.findall(
+        rf"```python\n([^`]*{re.escape(face)}.*?)```", PAGE.read_text(encoding="utf-8"), re.S
+    )
+    return str(lines)

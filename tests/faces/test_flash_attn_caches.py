@@ -9,12 +9,11 @@ import torch
 
 import attngen
 from attngen.api import _kernel_for
+from attngen.check.cuts import NO_PAGE
 from attngen.flash_attn import version2, version3, version4
 from tests.faces.attention64 import assert_near, attention64, draw, starts
 
 VERSIONS = {"2": (version2, "block_table"), "3": (version3, "page_table")}
-NOWHERE = 2**31 - 1
-"""What a table says behind the last page that a sequence needs."""
 
 
 def integers(*numbers: int) -> torch.Tensor:
@@ -146,7 +145,7 @@ def test_ragged_queries_read_pages(page: int) -> None:
     q, k, v = draw((7, 4, 32), (3, 40, 2, 32), (3, 40, 2, 16))
     (k_pages, v_pages), table = in_pages(page, -(-40 // page), lengths, k, v)
     for b, length in enumerate(lengths):
-        table[b, -(-length // page) :] = NOWHERE
+        table[b, -(-length // page) :] = NO_PAGE
     used, cut = integers(*lengths), starts(*rows)
     out, lse, _ = version2.flash_attn_varlen_func(
         q, k_pages, v_pages, cut, starts(*lengths), 4, 40,

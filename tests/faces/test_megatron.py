@@ -1,9 +1,7 @@
 """`attngen.megatron` on the simulator, over stand-ins: masks, packed sequences and offsets in f64, and refusals."""
 
-import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,11 +15,12 @@ from tests.faces.frameworks import (
     DotProductAttention,
     PackedSeqParams,
     TransformerConfig,
+    assert_same_signatures,
+    lines_of_page,
     standing_in,
 )
 
 BATCH, HEADS, GROUPS, COLUMNS, COLUMNS_V, LENGTH = 2, 4, 2, 32, 16, 21
-PAGE = Path(attngen.__file__).parents[1] / "docs/integration.md"
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +108,7 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 def test_signatures_are_megatrons(megatron: ModuleType) -> None:
     """Parameters, their order, kinds and defaults are those of the class in whose place it stands."""
-    for name in ("__init__", "forward"):
-        own, theirs = (
-            [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
-            for function in (getattr(megatron.CoreAttention, name), getattr(DotProductAttention, name))
-        )
-        assert own == theirs
+    assert_same_signatures(megatron.CoreAttention, DotProductAttention)
 
 
 @pytest.mark.parametrize("case", DENSE)
@@ -271,10 +265,7 @@ def test_what_needs_another_module_is_refused_where_it_is_made(
 
 def test_the_page_shows_what_is_written(megatron: ModuleType) -> None:
     """Its lines put attngen's module into the spec of a layer."""
-    (lines,) = re.findall(
-        r"```python\n([^`]*attngen\.megatron.*?)```", PAGE.read_text(encoding="utf-8"), re.S
-    )
     attention = SimpleNamespace(submodules=SimpleNamespace(core_attention=DotProductAttention))
     layer_spec = SimpleNamespace(submodules=SimpleNamespace(self_attention=attention))
-    exec(lines, {"layer_spec": layer_spec})
+    exec(lines_of_page("attngen.megatron"), {"layer_spec": layer_spec})
     assert attention.submodules.core_attention is megatron.CoreAttention

@@ -1,9 +1,7 @@
 """`attngen.torchtitan` on the simulator, over stand-ins: documents in f64, gradients, the config, refusals."""
 
-import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,12 +10,17 @@ import torch
 
 import attngen
 from tests.faces.attention64 import assert_near, attention64, draw, starts
-from tests.faces.frameworks import VarlenAttention, VarlenMetadata, standing_in
+from tests.faces.frameworks import (
+    VarlenAttention,
+    VarlenMetadata,
+    assert_same_signatures,
+    lines_of_page,
+    standing_in,
+)
 
 LENGTHS = (3, 17, 1, 12)
 TOKENS = sum(LENGTHS)
 HEADS, HEADS_KV, COLUMNS, COLUMNS_V = 4, 2, 24, 16
-PAGE = Path(attngen.__file__).parents[1] / "docs/integration.md"
 WINDOWS = {(-1, 0): "causal", (-1, -1): "full", (5, 0): "a window", (5, 2): "both sides"}
 
 
@@ -55,12 +58,7 @@ def exact(inputs: list[torch.Tensor], window: tuple[int, int], scale: float | No
 
 def test_signatures_are_torchtitans(titan: ModuleType) -> None:
     """Parameters, their order, kinds and defaults are those of the class in whose place it stands."""
-    for name in ("__init__", "forward"):
-        own, theirs = (
-            [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
-            for function in (getattr(titan.InnerAttention, name), getattr(VarlenAttention, name))
-        )
-        assert own == theirs
+    assert_same_signatures(titan.InnerAttention, VarlenAttention)
     assert issubclass(titan.InnerAttention.Config, VarlenAttention.Config)
     assert titan.InnerAttention.Config().window_size == VarlenAttention.Config().window_size
 
@@ -160,11 +158,8 @@ def test_a_window_is_checked_where_the_module_is_made(titan: ModuleType) -> None
 
 def test_the_page_shows_what_is_written(titan: ModuleType) -> None:
     """Its lines put attngen's module where a config has TorchTitan's, with the window of that."""
-    (lines,) = re.findall(
-        r"```python\n([^`]*attngen\.torchtitan.*?)```", PAGE.read_text(encoding="utf-8"), re.S
-    )
     layer = SimpleNamespace(inner_attention=VarlenAttention.Config(window_size=(31, 0)))
     found = [("layers.0.inner_attention", layer.inner_attention, layer, "inner_attention")]
-    exec(lines, {"model_config": SimpleNamespace(traverse=lambda kind: found)})
+    exec(lines_of_page("attngen.torchtitan"), {"model_config": SimpleNamespace(traverse=lambda kind: found)})
     module = layer.inner_attention.build()
     assert type(module) is titan.InnerAttention and module.window_size == (31, 0)

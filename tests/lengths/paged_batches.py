@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
+from attngen.check.cuts import NO_PAGE
 from tests.lengths.batches import Batch
-
-NOWHERE = 2**31 - 1
-"""What a table says behind the last page that a request needs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ def paged(of: Batch, page: int, seed: int = 0) -> Paged:
     used = of.lengths["seqused_k"].tolist()
     needed = sum(-(-n // page) for n in used)
     shuffled = iter(torch.randperm(2 * needed + 1, generator=torch.Generator().manual_seed(seed)).tolist())
-    table = torch.full((len(used), -(-max(used, default=0) // page) + 1), NOWHERE, dtype=torch.int32)
+    table = torch.full((len(used), -(-max(used, default=0) // page) + 1), NO_PAGE, dtype=torch.int32)
     caches = [torch.full((2 * needed + 1, page, *x.shape[2:]), math.nan, dtype=x.dtype) for x in (of.k, of.v)]
     for request, n in enumerate(used):
         for place, first in enumerate(range(0, n, page)):

@@ -8,6 +8,7 @@ import torch
 
 import attngen
 from attngen.bind import bind, check_arguments
+from attngen.check.cuts import NO_PAGE
 from attngen.errors import ArgumentError
 from attngen.plan.steps import LoadTile
 from attngen.simulate import SimulationFault
@@ -16,7 +17,7 @@ from attngen.simulate.page_table import PageTable
 from attngen.simulate.tile_source import Tile
 from attngen.simulate.visits import SIMULATED_SMS, Member
 from tests.lengths.batches import batch, compiled
-from tests.lengths.paged_batches import NOWHERE, paged
+from tests.lengths.paged_batches import paged
 
 PAGES = (1, 3, 16, 64, 528)
 MASKS = ("full", "causal", "window(5, 3)", "kv_idx % 3 != q_idx % 2", "kv_idx < limit[b]")
@@ -118,7 +119,7 @@ def test_requests_may_use_other_rows_of_the_table() -> None:
     of = batch("dense", "padded", (3,) * 4, (20, 5, 0, 9), poison=math.nan)
     cached, kernel = paged(of, 4), compiled("fa2", "dense", "paged", "causal")
     expected = kernel(cached.q, cached.k, cached.v, **cached.passed)
-    table = torch.full((6, 9), NOWHERE, dtype=torch.int32)[:, :6]
+    table = torch.full((6, 9), NO_PAGE, dtype=torch.int32)[:, :6]
     rows = torch.tensor([5, 0, 2, 3], dtype=torch.int32)
     table[rows.long()] = cached.passed["block_table"]
     found = kernel(
@@ -184,7 +185,7 @@ def test_numbers_that_lie_are_kept_within_the_table_and_the_cache() -> None:
             kernel.verify(of.q, k, v, **good | found)
         assert said in str(caught.value)
     stale = table.clone()
-    stale[0, 1] = NOWHERE  # of request 1, whose 4 keys are in the first page
+    stale[0, 1] = NO_PAGE  # of request 1, whose 4 keys are in the first page
     kernel.verify(of.q, k, v, **good | {"block_table": stale, "seqused_k": torch.tensor([8, 4]).int()})
 
 
@@ -192,7 +193,7 @@ def test_there_may_be_no_request_no_page_and_no_key() -> None:
     """A batch of none, tables without columns, and lengths of 0 beside a table that says nothing."""
     kernel = compiled("fa2", "dense", "paged", "causal")
     q, cache = torch.ones(2, 3, 4, 16).bfloat16(), torch.full((1, 4, 2, 16), math.nan).bfloat16()
-    none, table = torch.zeros(2, dtype=torch.int32), torch.full((2, 3), NOWHERE, dtype=torch.int32)
+    none, table = torch.zeros(2, dtype=torch.int32), torch.full((2, 3), NO_PAGE, dtype=torch.int32)
     for of_two in (table, table[:, :0]):
         out, lse = kernel(q, cache, cache, return_lse=True, block_table=of_two, seqused_k=none)
         assert not out.any() and lse.isneginf().all()
