@@ -108,7 +108,7 @@ def _kernel_for(
     queries: str,
     keys: str,
     block_sizes: tuple[int, int] | None,
-    split: str,
+    few_rows: int,
 ) -> Kernel:
     """The kernel of an `attention` call, by all that decides it."""
     kernel = compile(
@@ -127,7 +127,8 @@ def _kernel_for(
             "sink": sink,
             "gradients": list(gradients),
             "deterministic": deterministic,
-            "split": split,
+            "split": "auto" if few_rows else "none",
+            "tile": {"block_m": TWO_TILES} if few_rows == TWO_TILES else {},
             "blocks": block_sizes and dict(zip(("block_m", "block_n"), block_sizes, strict=True)),
         }
     )
@@ -257,33 +258,38 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
         block_sizes,
-        "none" if is_seen or gradients or not may_split else _split_for(q, k, lengths, passed),
+        0 if is_seen or gradients or not may_split else _few_rows(q, k, v, lengths, passed),
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
     return _kernel_for(*wanted)
 
 
-FEW_ROWS, MANY_KEYS = 32, 512
-"""Up to how many rows that share keys, and from how many keys on, these are cut into parts."""
+ONE_TILE, TWO_TILES, MANY_KEYS = 16, 32, 512
+"""Rows of a tile whose keys are cut into parts, of a matrix instruction or of two; from how many keys on they are."""
+WIDEST_OF_TWO = 128
+"""Columns of a head up to which a warp has the registers for two."""
 
 
-def _split_for(q: torch.Tensor, k: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]) -> str:
-    """How keys are cut: into parts where a few queries read many. Longer calls have tiles enough to fill a GPU."""
+def _few_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]
+) -> int:
+    """Rows of a tile where a few queries read many keys, which are then cut; 0 where calls have tiles to fill a GPU."""
     is_plain = isinstance(k, torch.Tensor) and k.layout is torch.strided and not k.is_nested
     if not is_plain or k.dim() != 4 or lengths.keys == "ragged":  # what is wrong with it, the call will say
-        return "none"
+        return 0
     layout, swapped, plain = passed.get("layout"), (2, 1), (1, 2)
     rows, heads = swapped if layout in ("bhsd", "hnd") else plain
     q_rows, q_heads = swapped if layout == "bhsd" else plain
     if not k.shape[heads] or _most_keys(k.shape[rows], lengths, passed) < MANY_KEYS:
-        return "none"
+        return 0
     is_ragged = lengths.queries == "ragged"
     queries = passed.get("max_seqlen_q") if is_ragged else q.shape[q_rows]
     group = q.shape[1 if is_ragged else q_heads] // k.shape[heads]
-    if not isinstance(queries, int) or queries * group > FEW_ROWS:
-        return "none"
-    return "auto"
+    if not isinstance(queries, int) or queries * group > TWO_TILES:
+        return 0
+    is_wide = max(q.shape[-1], v.shape[-1]) > WIDEST_OF_TWO
+    return ONE_TILE if queries * group <= ONE_TILE or is_wide else TWO_TILES
 
 
 def _most_keys(rows: int, lengths: Lengths, passed: Mapping[str, Any]) -> int:

@@ -57,10 +57,10 @@ struct SmemTile {
 };
 
 // Which row of the tile element `i` of a per-row vector stands for: a warp owns 16 * kRowTiles rows, a lane two of
-// every 16 (PTX ISA: fragments of mma.m16n8k16).
+// every 16 (PTX ISA: fragments of mma.m16n8k16). Where each warp has all rows, it counts as the first.
 template <int kRowTiles>
-DEV int row_in_tile(int i) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+DEV int row_in_tile(int i, int warp = threadIdx.x / 32) {
+  const int lane = threadIdx.x % 32;
   return (warp * kRowTiles + i / 2) * 16 + i % 2 * 8 + lane / 4;
 }
 
@@ -230,19 +230,24 @@ DEV i64 row_offset(const PackedRows& rows, i64 row) {
   return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
 }
 
+// Which of so many threads this is; a warp may copy by itself.
+template <int kThreads>
+DEV u32 thread_of() { return kThreads == 32 ? threadIdx.x % 32 : threadIdx.x; }
+
 // Start copying a tile: rows first_row .. of a head whose rows stand `stride` elements apart. Rows at or past
-// `end_row` and columns past the head dim arrive as zeros.
-template <class Tile, int kThreads, class Stride>
+// `end_row` and columns past the head dim arrive as zeros. kOnce: nobody else reads them soon.
+template <class Tile, int kThreads, bool kOnce = false, class Stride>
 DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int end_row) {
   using Pass = Passes<Tile, kThreads>;
-  const u32 thread = stay_in_loop(threadIdx.x);
+  const u32 thread = stay_in_loop(thread_of<kThreads>());
 #pragma unroll
   for (int i = 0; i < Pass::kCount; ++i) {
     const u32 index = i * kThreads + thread, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (!Pass::kEven && row >= Tile::kRows) break;
     const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
     const u16* src = valid ? head + row_offset(stride, first_row + (i64)row) + chunk * 8 : head;
-    cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
+    if (kOnce) cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0, read_once());
+    else cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
   }
 }
 
@@ -250,7 +255,7 @@ DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int e
 template <class Tile, int kThreads>
 DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
   using Pass = Passes<Tile, kThreads>;
-  const u32 thread = stay_in_loop(threadIdx.x);
+  const u32 thread = stay_in_loop(thread_of<kThreads>());
   if (Pass::kEven && Pass::kKeepsColumn && Tile::kValidChunks == Tile::kChunks) {
     const u32 row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
     const u16* src = head + (first_row + (i64)row) * stride + chunk * 8;
@@ -267,11 +272,11 @@ DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
 
 // load_tile of rows that lie in pages. A warp copies rows of its own, at most 32 at a time: each of its lanes looks up where one of them
 // is, and then all lanes copy chunks of every row.
-template <class Tile, int kThreads>
+template <class Tile, int kThreads, bool kOnce = false>
 DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_row) {
   constexpr int kWarps = kThreads / 32, kShare = (Tile::kRows + kWarps - 1) / kWarps, kGroup = kShare < 32 ? kShare : 32;
   constexpr bool kEven = Tile::kRows % (kWarps * kGroup) == 0 && kGroup * Tile::kChunks % 32 == 0;
-  const u32 thread = stay_in_loop(threadIdx.x), lane = thread % 32;
+  const u32 thread = stay_in_loop(thread_of<kThreads>()), lane = thread % 32;
 #pragma unroll
   for (int i = 0; i < (kShare + kGroup - 1) / kGroup; ++i) {
     const u32 first = (i * kWarps + thread / 32) * kGroup;
@@ -283,7 +288,9 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
       const u16* src = rows.cache + __shfl_sync(~0u, own_offset, of_group);
       const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
       if (kEven || (of_group < kGroup && row < Tile::kRows)) {
-        cp_async_16(dst + Tile::address(row, chunk), valid ? src + chunk * 8 : rows.cache, valid ? 16 : 0);
+        const u16* from = valid ? src + chunk * 8 : rows.cache;
+        if (kOnce) cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
+        else cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0);
       }
     }
   }
@@ -396,22 +403,22 @@ DEV void load_rows_partial(float (&dst)[kRows], const float* head, int first_row
   }
 }
 
-// Write one value per row.
+// Write one value per row, of this warp's rows or of those of another `warp`.
 template <int kRowTiles, int kRows>
-DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row) {
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, int warp = threadIdx.x / 32) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = first_row + row_in_tile<kRowTiles>(r);
+    const int row = first_row + row_in_tile<kRowTiles>(r, warp);
     if (row < end_row && threadIdx.x % 4 == 0) head[row] = src[r];
   }
 }
 
 // store_rows where rows are packed.
 template <int kRowTiles, int kRows>
-DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows) {
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows, int warp = threadIdx.x / 32) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = first_row + row_in_tile<kRowTiles>(r);
+    const int row = first_row + row_in_tile<kRowTiles>(r, warp);
     if (row < end_row && threadIdx.x % 4 == 0) head[row_offset(rows, row)] = src[r];
   }
 }
@@ -440,10 +447,207 @@ DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {
   }
 }
 
-// acc = A Bᵀ for this warp's rows of A, + acc unless that is to start at zero: both in shared memory, columns contracted.
+// Where the numbers of a row stand in what a warp leaves: its maximum, what exponents refer to, and its sum, behind O, which lies as lanes
+// hold it.
+template <int kShareBytes, int kRowTiles>
+DEV u32 numbers_of_row(u32 share, int i) { return share + kShareBytes - 256 * kRowTiles + 16 * row_in_tile<kRowTiles>(i, 0); }
+
+// Leave in shared memory what a warp's own keys have come to.
+template <int kShareBytes, int kRowTiles, int kColTiles>
+DEV void leave_share(u32 share, const float (&o)[kRowTiles][kColTiles][4], const float (&total)[2 * kRowTiles], const float (&row_max)[2 * kRowTiles],
+                     const float (&reference)[2 * kRowTiles]) {
+#pragma unroll
+  for (int t = 0; t < kRowTiles * kColTiles; ++t) {
+    const float(&x)[4] = o[t / kColTiles][t % kColTiles];
+    store_shared_16(share + (t * 32 + threadIdx.x % 32) * 16, uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const uint4 numbers = {__float_as_uint(row_max[i]), __float_as_uint(reference[i]), __float_as_uint(total[i]), 0};
+    if (threadIdx.x % 4 == 0) store_shared_16(numbers_of_row<kShareBytes, kRowTiles>(share, i), numbers);
+  }
+}
+
+// leave_share of exponents that were not taken relative to a maximum.
+template <int kShareBytes, int kRowTiles, int kColTiles>
+DEV void leave_share(u32 share, const float (&o)[kRowTiles][kColTiles][4], const float (&total)[2 * kRowTiles]) {
+  const float none[2 * kRowTiles] = {};
+  leave_share<kShareBytes>(share, o, total, none, none);
+}
+
+// Of two maxima of a row, each with what exponents refer to, keep the larger.
+DEV void keep_larger(float& row_max, float& reference, float other_max, float other_reference) {
+  reference = other_max > row_max ? other_reference : reference;
+  row_max = fmaxf(row_max, other_max);
+}
+
+// What sums under one reference are worth under that of the largest maximum: of two scales the smaller reference may be the greater.
+DEV float worth(float reference, float of_largest) { return exp2_approx(-fabsf(reference - of_largest)); }
+
+// Add up what all warps have left, under the largest maximum of each row: sums of rows, and of O the columns that are this warp's, whose
+// first kOwn tiles of 8 follow those of the warp before.
+template <int kWarps, int kColTiles, int kShareBytes, int kRowTiles, int kOwn>
+DEV void join_shares(float (&o)[kRowTiles][kOwn][4], float (&total)[2 * kRowTiles], float (&row_max)[2 * kRowTiles], float (&reference)[2 * kRowTiles],
+                     u32 shares, int warp) {
+  float weight[kWarps][2 * kRowTiles];
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    uint4 numbers[kWarps];
+    row_max[i] = reference[i] = lowest(), total[i] = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      numbers[w] = load_shared_16(numbers_of_row<kShareBytes, kRowTiles>(shares + w * kShareBytes, i));
+      keep_larger(row_max[i], reference[i], __uint_as_float(numbers[w].x), __uint_as_float(numbers[w].y));
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      weight[w][i] = worth(__uint_as_float(numbers[w].y), reference[i]);
+      total[i] = __fmaf_rn(weight[w][i], __uint_as_float(numbers[w].z), total[i]);
+    }
+  }
+  fill(o, 0.f);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int tile = warp * kOwn + j;
+      if (kWarps * kOwn > kColTiles && tile >= kColTiles) continue;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const uint4 x = load_shared_16(shares + w * kShareBytes + ((r * kColTiles + tile) * 32 + threadIdx.x % 32) * 16);
+        o[r][j][0] = __fmaf_rn(weight[w][2 * r], __uint_as_float(x.x), o[r][j][0]);
+        o[r][j][1] = __fmaf_rn(weight[w][2 * r], __uint_as_float(x.y), o[r][j][1]);
+        o[r][j][2] = __fmaf_rn(weight[w][2 * r + 1], __uint_as_float(x.z), o[r][j][2]);
+        o[r][j][3] = __fmaf_rn(weight[w][2 * r + 1], __uint_as_float(x.w), o[r][j][3]);
+      }
+    }
+  }
+}
+
+// join_shares of exponents that were not taken relative to a maximum: all count alike.
+template <int kWarps, int kColTiles, int kShareBytes, int kRowTiles, int kOwn>
+DEV void join_shares(float (&o)[kRowTiles][kOwn][4], float (&total)[2 * kRowTiles], u32 shares, int warp) {
+  float row_max[2 * kRowTiles], reference[2 * kRowTiles];
+  join_shares<kWarps, kColTiles, kShareBytes>(o, total, row_max, reference, shares, warp);
+}
+
+// Count a part of a tile, once every thread has left its own of what that has come to; whether all others had been counted. The count
+// is back at 0 then. CUDA C++ Programming Guide, "Memory Fence Functions".
+DEV bool count_part(u32* ticket, int parts) {
+  __syncthreads();
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(ticket, parts - 1) == parts - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last);
+}
+
+// What parts have left of a row: that of the first, f32 from one to the next, and how many there are. Without maxima all count alike.
+struct PartsOfRow {
+  const float *out, *sums, *maxima, *references;
+  i64 step;
+  int parts;
+};
+
+// Add up what all parts have left of a row, in their order, under the largest maximum; a warp has four columns a lane. It comes from L2:
+// others have written it while this kernel ran. Of the first parts all is asked for before anything is needed.
+template <int kCols, int kVectors>
+DEV void merge_row(float4 (&o)[kVectors], float& total, float& row_max, const PartsOfRow& of) {
+  constexpr int kBatch = 8;
+  const int lane = threadIdx.x % 32;
+  float4 x[kBatch][kVectors];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4* from = (const float4*)(of.out + min(first + i, of.parts - 1) * of.step * kCols) + v * 32 + lane;
+        x[i][v] = (v * 32 + lane) * 4 < kCols ? __ldcg(from) : float4{0.f, 0.f, 0.f, 0.f};
+      }
+    }
+  };
+  load(0);
+  const bool has_own = lane < of.parts;  // each lane keeps the numbers of a part
+  const float own_sum = has_own ? __ldcg(of.sums + lane * of.step) : 0.f;
+  const float own_reference = has_own && of.maxima ? __ldcg(of.references + lane * of.step) : 0.f;
+  float reference = own_reference;
+  row_max = !of.maxima ? 0.f : has_own ? __ldcg(of.maxima + lane * of.step) : lowest();
+  for (int part = lane + 32; of.maxima && part < of.parts; part += 32) {
+    keep_larger(row_max, reference, __ldcg(of.maxima + part * of.step), __ldcg(of.references + part * of.step));
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other_max = __shfl_xor_sync(~0u, row_max, distance), other_reference = __shfl_xor_sync(~0u, reference, distance);
+    keep_larger(row_max, reference, other_max, other_reference);
+  }
+  reference = __shfl_sync(~0u, reference, 0);
+  total = own_sum * worth(own_reference, reference);
+  for (int part = lane + 32; part < of.parts; part += 32) {
+    total = __fmaf_rn(__ldcg(of.sums + part * of.step), of.maxima ? worth(__ldcg(of.references + part * of.step), reference) : 1.f, total);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) o[v] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+  for (int first = 0; first < of.parts; first += kBatch) {
+    if (first > 0) load(first);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int part = first + i;
+      float its_reference = __shfl_sync(~0u, own_reference, part % 32);
+      if (of.maxima && part >= 32 && part < of.parts) its_reference = __ldcg(of.references + part * of.step);
+      const float weight = part < of.parts ? worth(its_reference, reference) : 0.f;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        o[v].x = __fmaf_rn(weight, x[i][v].x, o[v].x), o[v].y = __fmaf_rn(weight, x[i][v].y, o[v].y);
+        o[v].z = __fmaf_rn(weight, x[i][v].z, o[v].z), o[v].w = __fmaf_rn(weight, x[i][v].w, o[v].w);
+      }
+    }
+  }
+}
+
+// Write two neighbouring columns, rounded.
+template <class Element>
+DEV void store_pair(u16* at, float x, float y) { *(u32*)at = Element::pack(x, y); }
+template <class Element>
+DEV void store_pair(float* at, float x, float y) { *(float2*)at = {x, y}; }
+
+// Write a row that a warp has merged, times a factor.
+template <class Element, int kCols, class Number, int kVectors>
+DEV void store_merged(Number* row, const float4 (&o)[kVectors], float by) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = (v * 32 + threadIdx.x % 32) * 4;
+    if (column >= kCols) continue;
+    store_pair<Element>(row + column, by * o[v].x, by * o[v].y);
+    store_pair<Element>(row + column + 2, by * o[v].z, by * o[v].w);
+  }
+}
+
+// Write this warp's columns of an accumulator to rows first_row .. , of which those at or past `end_row` are dropped.
+template <class Element, int kCols, class Number, class Stride, int kRowTiles, int kOwn>
+DEV void store_columns(Number* head, const float (&o)[kRowTiles][kOwn][4], int first_row, int end_row, Stride stride, int warp) {
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+    const int row = first_row + row_in_tile<kRowTiles>(r, 0);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int column = (warp * kOwn + j) * 8;
+      if (row < end_row && column < kCols) {
+        store_pair<Element>(head + row_offset(stride, row) + column + lane_column(), o[r / 2][j][r % 2 * 2], o[r / 2][j][r % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+// acc = A Bᵀ for this warp's rows of A, or those of another `warp`, + acc unless that is to start at zero: both in shared memory, columns
+// contracted.
 template <class Element, class ATile, class BTile, bool kStartsAtZero, int kUnroll, int kRowTiles, int kColTiles>
-DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
-  const u32 warp = threadIdx.x / 32, lane = stay_in_loop(threadIdx.x % 32);
+DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b, u32 warp = threadIdx.x / 32) {
+  const u32 lane = stay_in_loop(threadIdx.x % 32);
   const u32 a_row = warp * kRowTiles * 16 + lane % 16, a_exchange = ATile::exchange(a_row) ^ lane / 16;
   const u32 b_row = lane / 16 * 8 + lane % 8, b_exchange = BTile::exchange(b_row) ^ lane / 8 % 2;
   if (kStartsAtZero) fill(acc, 0.f);
@@ -1402,6 +1606,13 @@ DEV u32 sum_up_to_lane(u32 x) {
     const u32 before = __shfl_up_sync(~0u, x, distance);
     if (threadIdx.x % 32 >= distance) x += before;
   }
+  return x;
+}
+
+// The sum of the numbers of all lanes.
+DEV u64 sum_of_lanes(u64 x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
   return x;
 }
 

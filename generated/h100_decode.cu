@@ -13,21 +13,23 @@
 
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
-constexpr int kBlockM = 32;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 32;  // tile.block_n: keys of a block
+constexpr int kBlockM = 16;  // tile.block_m: query rows of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of mma.sync
 constexpr int kVCols = 128;  // padded likewise
 constexpr int kStages = 3;  // schedule.stages: K and V blocks in shared memory
-constexpr int kThreads = 64;  // schedule.warps = 2
-constexpr int kRowTiles = 1;  // 16-row tiles that each warp owns
+constexpr int kThreads = 256;  // schedule.warps = 8
+constexpr int kRowTiles = 1;  // 16-row tiles, which every warp has
+constexpr int kWarps = 8;  // schedule.warps, which share out the keys of a block
+constexpr int kWarpKeys = 16;  // keys of a block that a warp has
+constexpr int kShareBytes = 8448;  // what a warp's keys come to: O, and three numbers a row, in f32
 using Input = Bf16;
 using Output = Bf16;
 using QTile = SmemTile<kBlockM, kQkCols, kHeadDimQk>;
-using KTile = SmemTile<kBlockN, kQkCols, kHeadDimQk>;
-using VTile = SmemTile<kBlockN, kVCols, kHeadDimV>;
-using OutTile = SmemTile<kBlockM, kVCols, kHeadDimV>;
+using KTile = SmemTile<kWarpKeys, kQkCols, kHeadDimQk>;
+using VTile = SmemTile<kWarpKeys, kVCols, kHeadDimV>;
 
 struct Params {
   int4* tiles;
@@ -61,6 +63,8 @@ struct Params {
   float* part_out;
   float* part_sum;
   float* part_max;
+  float* part_reference;
+  u32* tickets;
   int batch;
   int num_sms;
   int num_heads_kv;
@@ -135,11 +139,37 @@ DEV Tile decode_tile(const Params& params, int index) {
   return tile;
 }
 
+// decode_tile for a whole warp, whose threads the compiler then knows to have one tile.
+DEV Tile decode_tile_warp(const Params& params, int index) {
+  Tile tile = decode_tile(params, index);
+  tile.m_block = same_in_warp(tile.m_block);
+  tile.head = same_in_warp(tile.head);
+  tile.batch = same_in_warp(tile.batch);
+  tile.kv_head = same_in_warp(tile.kv_head);
+  tile.seqlen_q = same_in_warp(tile.seqlen_q);
+  tile.seqlen_k = same_in_warp(tile.seqlen_k);
+  tile.q_start = same_in_warp(tile.q_start);
+  tile.k_start = same_in_warp(tile.k_start);
+  tile.n_begin = same_in_warp(tile.n_begin);
+  tile.n_end = same_in_warp(tile.n_end);
+  tile.part = same_in_warp(tile.part);
+  tile.parts = same_in_warp(tile.parts);
+  return tile;
+}
+
 // Rows of a part for which there is a place.
 DEV int part_rows(const Params& params) { return min(kBlockM, params.seqlen_q * params.group); }
 
-// Where the rows of a part stand in a dense f32 array (tiles, rows, cols).
-DEV float* part_of(float* base, const Params& params, int cols = 1) { return base + (i64)stay_in_loop(blockIdx.x) * part_rows(params) * cols; }
+// Where the rows of a tile's part stand in a dense f32 array (tiles, rows, cols), by the number of the tile.
+DEV float* part_of(float* base, const Params& params, int number, int cols = 1) { return base + (i64)stay_in_loop(number) * part_rows(params) * cols; }
+
+// The tile that has the first part of a tile's keys; the parts of a tile are as many tiles apart as there are heads.
+DEV int first_part(const Params& params, const Tile& tile) { return (int)blockIdx.x - tile.part * (params.num_heads_q / params.group); }
+
+// Parts of a tile for which the list had room: where lengths lie, not all.
+DEV int parts_listed(const Params& params, const Tile& tile) {
+  return min(tile.parts, (num_tiles(params) - first_part(params, tile) + (params.num_heads_q / params.group) - 1) / (params.num_heads_q / params.group));
+}
 
 // Blocks of keys that a block of rows visits, n_min .. n_max - 1; from n_full_begin to n_full_end - 1 no key is masked.
 struct KeyBlocks {
@@ -166,21 +196,21 @@ DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
   return end;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
-  const u32 k_smem = smem_address(smem) + 8192;
-  const u32 v_smem = smem_address(smem) + 32768;
-  const u32 out_smem = smem_address(smem) + 0;  // over q, once that is no longer needed
+  const u32 k_smem = smem_address(smem) + 4096;
+  const u32 v_smem = smem_address(smem) + 102400;
+  const u32 shares_smem = smem_address(smem) + 0;  // over q, once that is no longer needed
+  const int warp = same_in_warp(threadIdx.x / 32);
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if ((int)blockIdx.x >= (int)same_in_warp(num_tiles(params))) return;
-  int load_at = 0;  // stage of the ring
   int read_at = 0;  // stage of the ring
-  float acc_s[kRowTiles][4][4];
-  u32 p[kRowTiles][2][4];
+  float acc_s[kRowTiles][2][4];
+  u32 p[kRowTiles][1][4];
   float acc_o[kRowTiles][16][4];
+  float joined[kRowTiles][2][4];
   float row_max[2 * kRowTiles];
   float alpha[2 * kRowTiles];
   float reference[2 * kRowTiles];
@@ -190,46 +220,54 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0(const __grid_constant__ Params para
   float inv_sum[2 * kRowTiles];
   float row_lse[2 * kRowTiles];
 
-  Tile tile = decode_tile(params, blockIdx.x);
+  const int listed = same_in_warp(num_tiles(params));
+  Tile tile = decode_tile_warp(params, blockIdx.x);
+  if ((int)blockIdx.x >= listed) return;  // an entry without a tile is read, and nothing by it: the two loads wait together
   const KeyBlocks seen = key_blocks(params, tile, tile.m_block);
   fill(acc_o, 0.f);
   fill(row_max, lowest());
   fill(reference, lowest());
   fill(row_sum, 0.f);
   if (seen.n_max > seen.n_min) {
-    load_tile<QTile, kThreads>(q_smem, head_of(params.q, tile.batch, params.q_stride_batch, tile.head, params.q_stride_head), PackedRows{params.q_stride_seqlen, params.q_stride_head, params.group}, tile.m_block * kBlockM, tile.seqlen_q * params.group);
-    load_paged_tile<KTile, kThreads>(k_smem + load_at * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (seen.n_max - 1) * kBlockN, tile.seqlen_k);
-    load_paged_tile<VTile, kThreads>(v_smem + load_at * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (seen.n_max - 1) * kBlockN, tile.seqlen_k);
+    if (warp == 0) {
+      load_tile<QTile, 32>(q_smem, head_of(params.q, tile.batch, params.q_stride_batch, tile.head, params.q_stride_head), PackedRows{params.q_stride_seqlen, params.q_stride_head, params.group}, tile.m_block * kBlockM, tile.seqlen_q * params.group);
+    }
     cp_async_commit();
-    load_at = load_at + 1 == kStages ? 0 : load_at + 1;
+    load_paged_tile<KTile, 32, true>(k_smem + (read_at * kWarps + warp) * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (seen.n_max - 1) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+    load_paged_tile<VTile, 32, true>(v_smem + (read_at * kWarps + warp) * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (seen.n_max - 1) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+    cp_async_commit();
+    read_at = read_at + 1 == kStages ? 0 : read_at + 1;
     if (seen.n_max - 2 >= seen.n_min) {
-      load_paged_tile<KTile, kThreads>(k_smem + load_at * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (seen.n_max - 2) * kBlockN, tile.seqlen_k);
-      load_paged_tile<VTile, kThreads>(v_smem + load_at * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (seen.n_max - 2) * kBlockN, tile.seqlen_k);
+      load_paged_tile<KTile, 32, true>(k_smem + (read_at * kWarps + warp) * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (seen.n_max - 2) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+      load_paged_tile<VTile, 32, true>(v_smem + (read_at * kWarps + warp) * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (seen.n_max - 2) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
     }
     cp_async_commit();
-    load_at = load_at + 1 == kStages ? 0 : load_at + 1;
-    if (params.scale_is_negative) {
-      cp_async_wait<0>();
-      __syncthreads();
-      negate_tile<QTile, kThreads>(q_smem);
+    read_at = read_at + 1 == kStages ? 0 : read_at + 1;
+    if (seen.n_max - 3 >= seen.n_min) {
+      load_paged_tile<KTile, 32, true>(k_smem + (read_at * kWarps + warp) * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (seen.n_max - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+      load_paged_tile<VTile, 32, true>(v_smem + (read_at * kWarps + warp) * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (seen.n_max - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
     }
+    cp_async_commit();
+    read_at = read_at + 1 == kStages ? 0 : read_at + 1;
+    cp_async_wait<3>();
+    if (warp == 0) {
+      if (params.scale_is_negative) {
+        __syncwarp();
+        negate_tile<QTile, 32>(q_smem);
+      }
+    }
+    __syncthreads();
     #pragma unroll 1
     for (int n = seen.n_max - 1; n >= seen.n_full_end; --n) {  // partial tiles
-      cp_async_wait<1>();
-      __syncthreads();
-      if (n - 2 >= seen.n_min) {
-        load_paged_tile<KTile, kThreads>(k_smem + load_at * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (n - 2) * kBlockN, tile.seqlen_k);
-        load_paged_tile<VTile, kThreads>(v_smem + load_at * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (n - 2) * kBlockN, tile.seqlen_k);
-      }
-      cp_async_commit();
-      load_at = load_at + 1 == kStages ? 0 : load_at + 1;
+      cp_async_wait<2>();
+      __syncwarp();
       // S = Q Kᵀ
-      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem + read_at * KTile::kBytes);
+      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem + (read_at * kWarps + warp) * KTile::kBytes, 0);
       {
         int end[2 * kRowTiles];  // of the keys each row sees, counted from this lane's first column
       #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
-          const int q_idx = (tile.m_block * kBlockM + row_in_tile<kRowTiles>(i)) / params.group, column = n * kBlockN + lane_column();
+          const int q_idx = (tile.m_block * kBlockM + row_in_tile<kRowTiles>(i, 0)) / params.group, column = n * kBlockN + warp * kWarpKeys + lane_column();
           end[i] = end_key(params, tile, q_idx) - column;
         }
         mask_scores(acc_s, end);
@@ -240,47 +278,75 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0(const __grid_constant__ Params para
       if (warp_rescales(alpha)) scale_rows(acc_o, alpha);
       convert_p<Input>(p, acc_s);
       // O += P V
-      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem + read_at * VTile::kBytes);
+      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem + (read_at * kWarps + warp) * VTile::kBytes);
+      __syncwarp();
+      if (n - 3 >= seen.n_min) {
+        load_paged_tile<KTile, 32, true>(k_smem + (read_at * kWarps + warp) * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (n - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+        load_paged_tile<VTile, 32, true>(v_smem + (read_at * kWarps + warp) * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (n - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+      }
+      cp_async_commit();
       read_at = read_at + 1 == kStages ? 0 : read_at + 1;
     }
     #pragma unroll 1
     for (int n = seen.n_full_end - 1; n >= seen.n_full_begin; --n) {  // full tiles
-      cp_async_wait<1>();
-      __syncthreads();
-      if (n - 2 >= seen.n_min) {
-        load_paged_tile<KTile, kThreads>(k_smem + load_at * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (n - 2) * kBlockN, tile.seqlen_k);
-        load_paged_tile<VTile, kThreads>(v_smem + load_at * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (n - 2) * kBlockN, tile.seqlen_k);
-      }
-      cp_async_commit();
-      load_at = load_at + 1 == kStages ? 0 : load_at + 1;
+      cp_async_wait<2>();
+      __syncwarp();
       // S = Q Kᵀ
-      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem + read_at * KTile::kBytes);
+      gemm_nt_ss<Input, QTile, KTile, true, 4>(acc_s, q_smem, k_smem + (read_at * kWarps + warp) * KTile::kBytes, 0);
       // online softmax
       update_row_max(row_max, reference, alpha, exponent_scale, acc_s, params.softmax_scale_log2, 1073741824.0f);
       exponentiate(acc_s, row_sum, reference, alpha, exponent_scale);
       if (warp_rescales(alpha)) scale_rows(acc_o, alpha);
       convert_p<Input>(p, acc_s);
       // O += P V
-      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem + read_at * VTile::kBytes);
+      gemm_nn_rs<Input, VTile, false>(acc_o, p, v_smem + (read_at * kWarps + warp) * VTile::kBytes);
+      __syncwarp();
+      if (n - 3 >= seen.n_min) {
+        load_paged_tile<KTile, 32, true>(k_smem + (read_at * kWarps + warp) * KTile::kBytes, paged_rows(params, tile, params.k, params.k_stride_page, params.k_stride_seqlen, params.k_stride_head), (n - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+        load_paged_tile<VTile, 32, true>(v_smem + (read_at * kWarps + warp) * VTile::kBytes, paged_rows(params, tile, params.v, params.v_stride_page, params.v_stride_seqlen, params.v_stride_head), (n - 3) * kBlockN + warp * kWarpKeys, tile.seqlen_k);
+      }
+      cp_async_commit();
       read_at = read_at + 1 == kStages ? 0 : read_at + 1;
     }
   }
-  // normalise once, at the end
-  tile = decode_tile(params, stay_in_loop(blockIdx.x));
+  // what the keys of all warps have come to
   reduce_rows(total, row_sum);
+  __syncthreads();
+  leave_share<kShareBytes>(shares_smem + warp * kShareBytes, acc_o, total, row_max, reference);
+  __syncthreads();
+  join_shares<kWarps, kVCols / 8, kShareBytes>(joined, total, row_max, reference, shares_smem, warp);
   if (tile.parts > 1) {
-    store_fragment<kHeadDimV>(part_of(params.part_out, params, kHeadDimV), acc_o, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, kHeadDimV);
-    store_rows<kRowTiles>(part_of(params.part_sum, params), total, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM);
-    store_rows<kRowTiles>(part_of(params.part_max, params), row_max, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM);
+    store_columns<float, kHeadDimV>(part_of(params.part_out, params, blockIdx.x, kHeadDimV), joined, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, kHeadDimV, warp);
+    if (warp == 0) {
+      store_rows<kRowTiles>(part_of(params.part_sum, params, blockIdx.x), total, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, 0);
+      store_rows<kRowTiles>(part_of(params.part_max, params, blockIdx.x), row_max, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, 0);
+      store_rows<kRowTiles>(part_of(params.part_reference, params, blockIdx.x), reference, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, 0);
+    }
+    const bool is_last = count_part(params.tickets + first_part(params, tile), parts_listed(params, tile));
+    if (is_last) {
+      {
+        const int first = first_part(params, tile), parts = parts_listed(params, tile);
+        const int rows = min(kBlockM, tile.seqlen_q * params.group - tile.m_block * kBlockM);
+      #pragma unroll 1
+        for (int row = warp; row < rows; row += kWarps) {
+          float4 o[(kHeadDimV + 127) / 128];
+          float total[1], row_max[1], by[1], lse[1];
+          merge_row<kHeadDimV>(o, total[0], row_max[0], PartsOfRow{part_of(params.part_out, params, first, kHeadDimV) + row * kHeadDimV, part_of(params.part_sum, params, first) + row, part_of(params.part_max, params, first) + row, part_of(params.part_reference, params, first) + row, (i64)(params.num_heads_q / params.group) * part_rows(params), parts});
+          finish_rows_of_scores(by, lse, row_max, total, params.softmax_scale_log2, 1073741824.0f);
+          const int number = tile.m_block * kBlockM + row, query = number / params.group, head = number % params.group;  // which of the group
+          store_merged<Output, kHeadDimV>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head) + query * params.out_stride_seqlen + head * params.out_stride_head, o, by[0]);
+          if (threadIdx.x % 32 == 0 && params.lse != 0) dense_head(params.lse, params, tile)[(i64)head * params.seqlen_q + query] = lse[0];
+        }
+      }
+    }
   }
   if (tile.parts == 1) {
     finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 1073741824.0f);
-    scale_rows(acc_o, inv_sum);
-    if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{1, params.seqlen_q, params.group});
-    __syncthreads();
-    copy_tile<Output, OutTile>(out_smem, acc_o);
-    __syncthreads();
-    store_tile<OutTile, kThreads>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head), PackedRows{params.out_stride_seqlen, params.out_stride_head, params.group}, tile.m_block * kBlockM, tile.seqlen_q * params.group, out_smem);
+    scale_rows(joined, inv_sum);
+    if (warp == 0) {
+      if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{1, params.seqlen_q, params.group}, 0);
+    }
+    store_columns<Output, kHeadDimV>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head), joined, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{params.out_stride_seqlen, params.out_stride_head, params.group}, warp);
   }
 }
 
@@ -344,26 +410,52 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0_tiles(const __grid_constant__ Param
   const int warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int sequences = params.batch;
   const int share = (sequences + 31) / 32, end = min((warp + 1) * share, sequences);
-  const u32 most_entries = ((params.batch * ((((params.seqlen_q * params.group) + 32 - 1) / 32) + 0)) + (((params.num_sms * 16) + max(1, params.num_heads_kv) - 1) / max(1, params.num_heads_kv)));
+  const u32 most_entries = ((params.batch * ((((params.seqlen_q * params.group) + 16 - 1) / 16) + 0)) + (((params.num_sms * 4) + max(1, params.num_heads_kv) - 1) / max(1, params.num_heads_kv)));
   for (int i = threadIdx.x; i < kBuckets * 32; i += 1024) places[i] = 0;
   __syncthreads();
-  // Blocks of keys of a part: as many as give each block of threads that the GPU holds one part.
-  u32 work = 0;
-#pragma unroll 1
-  for (int b = threadIdx.x; b < params.batch; b += 1024) {
+  // Blocks of keys of a part. Each lane tries a width, and guesses in keys how long a call would then take; the first of the least counts.
+  __shared__ u64 work_of_warps[32];
+  __shared__ u32 parts_by[32];  // of all sequences, by the width of each lane
+  if (threadIdx.x < 32) parts_by[threadIdx.x] = 0;
+  auto tiles_and_blocks = [&](int b) {
+    if (b >= params.batch) return uint2{0, 0};
     const Span queries = queries_of(params, b), keys = keys_of(params, b);
     const u32 tiles = tiles_of(params, queries.start, queries.end);
     const Span visited = visited_by(params, b, queries, keys, tiles);
-    work += tiles * (visited.end - visited.start);
+    return uint2{tiles, (u32)(visited.end - visited.start)};
+  };
+  u64 work = 0;
+#pragma unroll 1
+  for (int b = threadIdx.x; b < params.batch; b += 1024) {
+    const uint2 of = tiles_and_blocks(b);
+    work += (u64)of.x * of.y;
   }
-  work = sum_up_to_lane(work);
-  if (lane == 31) of_warps[warp] = work;
+  work = sum_of_lanes(work);
+  if (lane == 0) work_of_warps[warp] = work;
   __syncthreads();
-  const u64 all_work = (u64)__shfl_sync(~0u, sum_up_to_lane(of_warps[lane]), 31) * (params.num_heads_q / params.group);
-  auto for_each = [&](u32 parts) { return (int)min((all_work + parts - 1) / parts, (u64)1073741824); };
-  const u32 resident = params.num_sms * 4;
-  const int least = 2, longest = max(32, for_each(resident * 4));
-  const int width = min(max(for_each(resident), least), longest);
+  const u64 all_work = sum_of_lanes(work_of_warps[lane]) * (params.num_heads_q / params.group), resident = params.num_sms * 1;
+  auto for_each = [&](u64 parts) { return (int)min((all_work + parts - 1) / parts, (u64)1073741824); };
+  const int narrowest = for_each(resident), waves = min(max(lane - 22, 2), 4);
+  const int tried = max(1, lane < 24 ? narrowest + lane * max(1, narrowest / 32) : for_each(resident * waves));
+  u32 parts_tried = 0;
+#pragma unroll 1
+  for (int first = warp * 32; first < params.batch; first += 1024) {
+    const uint2 of = tiles_and_blocks(first + lane);
+#pragma unroll 1
+    for (int from = 0; from < min(32, params.batch - first); ++from) {
+      const u32 tiles = __shfl_sync(~0u, of.x, from), blocks = __shfl_sync(~0u, of.y, from);
+      parts_tried += tiles * max(1u, (blocks + tried - 1) / tried);
+    }
+  }
+  atomicAdd(&parts_by[lane], parts_tried);
+  __syncthreads();
+  const u64 all_parts = (u64)parts_by[lane] * (params.num_heads_q / params.group), in_keys = (u64)tried * kBlockN;
+  const u64 shared_out = (all_work * kBlockN + all_parts * 192 + resident - 1) / resident;
+  const u64 guess = all_parts <= resident ? 2 * (in_keys + 192) : 2 * shared_out + in_keys;
+  u64 least = guess;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) least = min(least, __shfl_xor_sync(~0u, least, distance));
+  const int width = __shfl_sync(~0u, tried, __ffs(__ballot_sync(~0u, guess == least)) - 1);
   __syncthreads();
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {  // to count, and to list
@@ -421,81 +513,6 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0_tiles(const __grid_constant__ Param
       const u32 listed = add_up_counts<kBuckets>(places, of_warps);
       if (threadIdx.x == 0) params.tiles[0] = {(int)min(listed, most_entries), 0, 0, 0}, params.tiles[1] = {0, 0, 0, 0}, params.tiles[2] = {0, 0, 0, 0};
     }
-  }
-}
-
-// ---- the parts of this kernel's tiles become rows of O --------------------------------------------------------------
-//
-// The blocks of threads of a tile's parts take its rows in turn. Each thread adds up four columns of every kParts-th part, and the sums
-// meet in shared memory in the order of the parts.
-
-extern "C" __global__ void __launch_bounds__(128)
-attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0_merge(const __grid_constant__ Params params) {
-  constexpr int kRowThreads = 32, kParts = 128 / kRowThreads, kAhead = 4;
-  __shared__ float4 sums[kParts][kRowThreads];
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-  if ((int)blockIdx.x >= num_tiles(params)) return;
-  const Tile tile = decode_tile(params, blockIdx.x);
-  if (tile.parts == 1) return;
-  // Parts for which the list had no room, where lengths lie, are left out.
-  const int heads = (params.num_heads_q / params.group), parts = min(tile.parts, tile.part + (num_tiles(params) - (int)blockIdx.x + heads - 1) / heads);
-  const int rows = min(kBlockM, tile.seqlen_q * params.group - tile.m_block * kBlockM);
-  const int lane = threadIdx.x % 32, own = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 4;
-#pragma unroll 1
-  for (int row = tile.part; row < rows; row += parts) {
-    // Row `row` of a part: the parts of a tile are as many tiles apart as there are heads.
-    auto at = [&](int part) { return ((i64)blockIdx.x + (i64)(part - tile.part) * heads) * part_rows(params) + row; };
-    // Columns of the first parts are on their way while the weights are worked out.
-    auto columns_of = [&](int part) { return *(const float4*)(params.part_out + at(part) * kHeadDimV + column); };
-    float4 ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (own < kParts && own + i * kParts < parts) ahead[i] = columns_of(own + i * kParts);
-    }
-    float top = lowest(), total = 0.f;
-    auto join = [&](float other_top, float other_total) {
-      const float larger = fmaxf(top, other_top);
-      total = total * exp2_approx((top - larger) * params.softmax_scale_log2) + other_total * exp2_approx((other_top - larger) * params.softmax_scale_log2);
-      top = larger;
-    };
-    for (int part = lane; part < parts; part += 32) join(params.part_max[at(part)], params.part_sum[at(part)]);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) join(__shfl_xor_sync(~0u, top, distance), __shfl_xor_sync(~0u, total, distance));
-    total = __shfl_sync(~0u, total, 0);  // of which lanes have added up in different orders
-    auto weight = [&](int part) { return exp2_approx((params.part_max[at(part)] - top) * params.softmax_scale_log2); };
-    float4 sum = {0.f, 0.f, 0.f, 0.f};
-    auto add = [&](int part, const float4& x) {
-      const float by = weight(part);
-      sum.x += by * x.x, sum.y += by * x.y, sum.z += by * x.z, sum.w += by * x.w;
-    };
-    if (own < kParts) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (own + i * kParts < parts) add(own + i * kParts, ahead[i]);
-      }
-#pragma unroll 4
-      for (int part = own + kAhead * kParts; part < parts; part += kParts) add(part, columns_of(part));
-      sums[own][column / 4] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x < kRowThreads) {
-#pragma unroll
-      for (int i = 1; i < kParts; ++i) {
-        const float4 x = sums[i][threadIdx.x];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
-      float by[1], lse[1];
-      const float row_max[1] = {top};
-      const float row_sum[1] = {total};
-      finish_rows_of_scores(by, lse, row_max, row_sum, params.softmax_scale_log2, 1073741824.0f);
-      const int number = tile.m_block * kBlockM + row;
-      const int query = number / params.group, head = number % params.group;  // which of the group
-      auto* out = head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head) + query * params.out_stride_seqlen + head * params.out_stride_head + column;
-      *(uint2*)out = uint2{Output::pack(by[0] * sum.x, by[0] * sum.y), Output::pack(by[0] * sum.z, by[0] * sum.w)};
-      if (threadIdx.x == 0 && params.lse != 0) dense_head(params.lse, params, tile)[(i64)head * params.seqlen_q + query] = lse[0];
-    }
-    __syncthreads();
   }
 }
 

@@ -34,6 +34,7 @@ FUNCTIONS = (
     "pages.cuh",
     "copy.cuh",
     "fragment.cuh",
+    "shares.cuh",
     "gemm.cuh",
     "warpgroup_gemm.cuh",
     "scales.cuh",

@@ -23,6 +23,7 @@ from attngen.plan import (
     QUERIES,
     SINK_FORMATS,
     SINK_VALUES,
+    TICKETS,
     Axis,
     BlockIndex,
     Buffer,
@@ -70,8 +71,10 @@ _CONDITIONS: dict[Condition, str] = {
     "tile has blocks": "seen.n_max > seen.n_min",
     "scale is negative": "params.scale_is_negative",
     "last warpgroup": "next_warpgroup == 0",
+    "first warp": "warp == 0",
     "tile is whole": "tile.parts == 1",
     "tile is a part": "tile.parts > 1",
+    "all parts are there": "is_last",
 }
 _EXTENTS: dict[Axis, str] = {
     "queries": "kBlockM",
@@ -108,7 +111,18 @@ def finalize(value: Any) -> Any:
     return value
 
 
-STEP_FILES = ("control", "sync", "copies", "gemm", "softmax", "gradients", "declared", "scales", "warpgroups")
+STEP_FILES = (
+    "control",
+    "sync",
+    "copies",
+    "gemm",
+    "softmax",
+    "shares",
+    "gradients",
+    "declared",
+    "scales",
+    "warpgroups",
+)
 
 
 class Templates:
@@ -132,6 +146,12 @@ class Templates:
             "pointees": _pointees(plan),
             "padded_rows": PADDED_ROWS,
             "packs": plan.scheduler.packs_group,
+            "shares_keys": plan.shares_keys,
+            "score_columns": "kWarpKeys" if plan.shares_keys else "kBlockN",
+            "heads_of_tiles": "(params.num_heads_q / params.group)"
+            if plan.scheduler.is_for_groups
+            else "params.num_heads_q",
+            "all_rows": ", 0" if plan.shares_keys else "",
             "templates": self,
         }
         self.steps = {
@@ -153,7 +173,7 @@ class Templates:
 def _pointees(plan: KernelPlan) -> dict[str, str]:
     """The C types of what parameters point to, by the values they carry; f32 is not among them."""
     tensors = (*plan.reads, *plan.outputs)
-    found = {COUNTER: "u32", f"{plan.tile_list}.ptr": "int4"}
+    found = {COUNTER: "u32", TICKETS: "u32", f"{plan.tile_list}.ptr": "int4"}
     found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
     found |= {f"{each.name}.ptr": "const int" for each in page_values(plan.lengths)}
     found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
@@ -219,7 +239,7 @@ def environment() -> jinja2.Environment:
         "is_by_one_thread": _is_by_one_thread,
         "row_stride": _row_stride,
         "form": _form,
-        "operand": lambda place: place.name if isinstance(place, RegTile) else _smem(place),
+        "operand": _operand,
         "is_in_memory": lambda place: isinstance(place, View),
         "is_rows": lambda place: isinstance(place, Rows),
         "is_part": lambda place: isinstance(place, PartRows),
@@ -273,8 +293,19 @@ def first_barrier(barriers: NamedBarriers) -> str:
     return f"k{barriers.name.capitalize()}Barrier"
 
 
-def _smem(view: View) -> str:
+@jinja2.pass_context
+def _operand(context: Context, place: RegTile | View) -> str:
+    return place.name if isinstance(place, RegTile) else _smem(context, place)
+
+
+@jinja2.pass_context
+def _smem(context: Context, view: View) -> str:
     base = f"{view.buffer.name}_smem"
+    if view.own_rows and context["shares_keys"]:
+        which = "warp"
+        if view.cursor is not None and view.cursor.stages > 1:
+            which = f"({view.cursor.name} * kWarps + warp)"
+        return f"{base} + {which} * {_tile_type(view)}::kBytes"
     if view.cursor is None or view.cursor.stages == 1:
         return base
     stage = f"{view.cursor.name}.stage" if view.cursor.ring else view.cursor.name
@@ -293,9 +324,12 @@ def _index(block: BlockIndex) -> str:
     return str(block).replace(block.base if block.base != "zero" else "0", base, 1)
 
 
-def _first_row(block: BlockIndex, axis: Axis) -> str:
+@jinja2.pass_context
+def _first_row(context: Context, block: BlockIndex, axis: Axis) -> str:
+    """The first row of a block, of keys that warps share out the first of the warp's own."""
     index = _index(block)
-    return f"({index}) * {_EXTENTS[axis]}" if block.offset else f"{index} * {_EXTENTS[axis]}"
+    first = f"({index}) * {_EXTENTS[axis]}" if block.offset else f"{index} * {_EXTENTS[axis]}"
+    return f"{first} + warp * kWarpKeys" if axis == "keys" and context["shares_keys"] else first
 
 
 @jinja2.pass_context

@@ -1,6 +1,6 @@
 """A kernel plan -> one readable .cu file: the device library as far as it is used, then templates/entry.cuh.j2."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from attngen.emit import tile_text
@@ -12,7 +12,6 @@ from attngen.emit.sheet_text import (
     emit_blocks,
     emit_boundaries,
     emit_list,
-    emit_merge,
     emit_quantizing,
     emit_rows,
     emit_sink,
@@ -26,7 +25,6 @@ from attngen.plan import (
     KernelPlan,
     ListTiles,
     MapBlocks,
-    MergeParts,
     PrepareRows,
     RegTile,
     Sheet,
@@ -34,7 +32,7 @@ from attngen.plan import (
     SumSink,
     walk,
 )
-from attngen.plan.steps import IssueGemm
+from attngen.plan.steps import IssueGemm, LeaveShare
 from attngen.version import __version__
 
 
@@ -84,11 +82,11 @@ def emit(plan: KernelPlan) -> str:
                 tile_text.decoding(plan.scheduler),
                 tile_text.fields(plan.scheduler),
                 list(plan.scheduler.entry_fields),
-                is_for_warps=bool(plan.tensor_maps),
+                is_for_warps=bool(plan.tensor_maps) or plan.shares_keys,
             )
         ).strip("\n"),
         pair_functions=pair_functions(plan),
-        kernels_beside=[*filter(None, (table_kernel(plan), list_kernel(plan), merging_kernel(plan)))],
+        kernels_beside=[*filter(None, (table_kernel(plan), list_kernel(plan)))],
     )
     names = names_in(body)
     return templates.render(
@@ -110,11 +108,6 @@ def list_kernel(plan: KernelPlan) -> str:
     return emit_list(ListTiles(plan)) if plan.scheduler.is_listed else ""
 
 
-def merging_kernel(plan: KernelPlan) -> str:
-    """The kernel that merges the parts of a plan's tiles; nothing where their keys are not cut."""
-    return emit_merge(MergeParts(plan)) if plan.split else ""
-
-
 def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
     worker = plan.worker
     is_specialised = len(plan.roles) > 1
@@ -125,6 +118,9 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
     else:
         padding = (f"padded to {plan.arch.mma.k}, the k of mma.sync", "padded likewise")
         threads = f"schedule.warps = {plan.warps}"
+    rows = (
+        "16-row tiles that each warp owns" if not plan.shares_keys else "16-row tiles, which every warp has"
+    )
     return (
         Constant("kBlockM", plan.block_m, "tile.block_m: query rows of a block"),
         Constant("kBlockN", plan.block_n, "tile.block_n: keys of a block"),
@@ -134,7 +130,8 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
         Constant("kVCols", plan.v_cols, padding[1]),
         Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
         Constant("kThreads", plan.threads, threads),
-        Constant("kRowTiles", plan.row_tiles, "16-row tiles that each warp owns"),
+        Constant("kRowTiles", plan.row_tiles, rows),
+        *(_of_shares(plan) if plan.shares_keys else ()),
         *(
             Constant(
                 first_barrier(barriers),
@@ -146,6 +143,15 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
             for barriers in plan.named_barriers
         ),
     )
+
+
+def _of_shares(plan: KernelPlan) -> Iterator[Constant]:
+    """Constants of kernels whose warps share out keys."""
+    (shares,) = (step.dst.buffer for step in walk(plan.worker.program) if isinstance(step, LeaveShare))
+    yield Constant("kWarps", plan.warps, "schedule.warps, which share out the keys of a block")
+    yield Constant("kWarpKeys", plan.block_n // plan.warps, "keys of a block that a warp has")
+    size = shares.stage_bytes // plan.warps
+    yield Constant("kShareBytes", size, "what a warp's keys come to: O, and three numbers a row, in f32")
 
 
 _BARRIERS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from attngen.dtypes import F32
 from attngen.emit.device import used_by
-from attngen.emit.environment import ELEMENTS, POINTEES, Templates, macros
+from attngen.emit.environment import ELEMENTS, POINTEES, macros
 from attngen.emit.lookups import boundary_texts, finding_functions
 from attngen.plan import (
     BUCKETS,
@@ -16,13 +16,13 @@ from attngen.plan import (
     ROW_NUMBERS,
     SINK_FORMATS,
     SINK_VALUES,
+    WIDTHS_OF_ONE_WAVE,
     FindBoundaries,
     FindMaxima,
     Formula,
     KernelPlan,
     ListTiles,
     MapBlocks,
-    MergeParts,
     PackValues,
     Param,
     PrepareRows,
@@ -38,7 +38,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
 
 
-SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks", "parts")
+SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -150,6 +150,7 @@ def emit_list(sheet: ListTiles) -> str:
         most_entries=_in_c(plan.most_entries),
         buckets=BUCKETS,
         most_blocks=MOST_BLOCKS,
+        one_wave=WIDTHS_OF_ONE_WAVE,
         heads=_listed_heads(plan),
     )
 
@@ -157,22 +158,6 @@ def emit_list(sheet: ListTiles) -> str:
 def _listed_heads(plan: KernelPlan) -> str:
     """How many tiles an entry of its list is, in C."""
     return "(params.num_heads_q / params.group)" if plan.scheduler.is_for_groups else "params.num_heads_q"
-
-
-def emit_merge(sheet: MergeParts) -> str:
-    """The kernel that merges the parts of an attention kernel's tiles, for the text that this stands in."""
-    plan = sheet.plan
-    text = (
-        Templates(plan)
-        .module("sheets/parts.cuh.j2")
-        .MergeParts(
-            sheet,
-            finish=sheet.finish,
-            heads=_listed_heads(plan),
-            lse_rows="params.tokens_q" if plan.lengths.is_by_token("queries") else "params.seqlen_q",
-        )
-    )
-    return str(text).strip("\n")
 
 
 def _in_c(formula: Formula) -> str:

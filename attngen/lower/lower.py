@@ -167,7 +167,9 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     at, of_sink = places(choice, features, decided), sink_params() if decided.has_sink else ()
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     parts = at.parts.places if at.parts else ()
-    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
+    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *((at.parts.shares,) if at.parts else ()))
+    reg_tiles = (*at.reg_tiles, *((at.parts.joined,) if at.parts else ()))
+    over_rows, over_keys = (1, choice.warps) if at.parts else (choice.warps, 1)
     smem_bytes = max(each.offset + each.size_bytes for each in buffers)
     fitting = max(1, arch.smem_bytes_per_sm // (smem_bytes + RESERVED_SMEM_BYTES))
     return KernelPlan(
@@ -175,23 +177,24 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         warps=choice.warps,
         qk_cols=at.q.cols,
         v_cols=at.acc_o.cols,
-        row_tiles=choice.block_m // (arch.mma.m * choice.warps),
+        row_tiles=choice.block_m // (arch.mma.m * over_rows),
         overlap=False,
         key_blocks=seen_blocks(decided.pairs.visible, KEYS, are_of_part=features.splits),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
         scratch=scratch,
         scheduler=_scheduler(choice, features, bool(scratch)),
-        split=Split(features.part_keys, LEAST_PART, LONG_PART, WAVES) if features.splits else None,
+        split=Split(features.part_keys, LEAST_PART, START_OF_PART, WAVES) if features.splits else None,
         parts=parts,
         roles=(
             Role(
                 "warps",
                 choice.warps,
                 SCHEDULES[schedule](at),
-                at.reg_tiles,
+                reg_tiles,
                 at.softmax.vectors,
-                (at.load_at, at.read_at),
+                (at.read_at,) if at.parts else (at.load_at, at.read_at),
+                warpgroups=over_keys,
             ),
         ),
         buffers=buffers,
@@ -200,9 +203,8 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     )
 
 
-LEAST_PART, LONG_PART, WAVES = 64, 1024, 4
-"""Keys that a part has at least where the GPU would take more parts; from how many on it is cut further, and into how
-many at most: 64 sequences of 16 to 32,000 keys took 1.35 times as long in parts that fill an H200 once."""
+LEAST_PART, START_OF_PART, WAVES = 64, 192, 4
+"""Of `Split`: an H200's multiprocessor reads some 200 keys of head_dim 128 while a part begins and ends."""
 
 
 def _scheduler(choice: Choice, features: Features, does_whole_heads: bool) -> Scheduler:

@@ -9,6 +9,7 @@ from attngen.plan import (
     BLOCK_TABLE,
     LETTERS,
     PAGE_DIVISION,
+    TICKETS,
     KernelPlan,
     Lengths,
     Param,
@@ -127,8 +128,13 @@ def params(scratch: tuple[Tensor | Rows, ...], of_pairs: tuple[Param, ...]) -> t
 
 
 def part_params(parts: tuple[PartRows, ...]) -> tuple[Param, ...]:
-    """Where parts are left."""
-    return tuple(Param(place.name, "pointer", f"{place.name}.ptr") for place in parts)
+    """Where parts are left, and where they are counted."""
+    if not parts:
+        return ()
+    return (
+        *(Param(place.name, "pointer", f"{place.name}.ptr") for place in parts),
+        Param("tickets", "pointer", TICKETS),
+    )
 
 
 def with_lengths(plan: KernelPlan, lengths: Lengths) -> KernelPlan:

@@ -80,6 +80,9 @@ def _shares(best: AnyChoice, features: Features) -> list[Share]:
             return [(best.block_m, owners(best))]
         return [(count * arch.wgmma.m, count) for count in counts]
     rows = arch.mma.m
+    if features.splits:  # each warp has all of them
+        sizes = [best.block_m] if "block_m" in said else range(rows, best.block_m + 1, rows)
+        return [(size, count) for count in counts for size in sizes]
     if "block_m" in said:
         found = [(best.block_m, count) for count in counts if best.block_m % (rows * count) == 0]
         return found or [(best.block_m, counts[0])]

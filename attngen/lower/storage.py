@@ -35,9 +35,13 @@ def tile_places(
     decided: Decision,
     ahead: tuple[tuple[Expr, RegTile], ...] = (),
     packs: bool = False,
+    over_keys: int = 1,
 ) -> dict[str, Any]:
-    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers and of O."""
-    inputs, m, n = q.dtype, q.rows, k.rows
+    """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers and of O.
+
+    Where so many warps lie `over_keys`, each has all rows and its own keys: registers have the rows of all of them.
+    """
+    inputs, m, n = q.dtype, q.rows * over_keys, k.rows // over_keys
     head_dim_v = acc_o.valid_cols
     scores = Scores(
         RegTile("acc_s", F32, SCORES, m, n, n, "accumulator"),
@@ -92,16 +96,19 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     qk, v = features.head_dim_qk, features.head_dim_v
     qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in (qk, v))
     m, n, stages = choice.block_m, choice.block_n, choice.stages
+    over_keys = choice.warps if features.splits else 1
     q_buffer = Buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk)
     k_buffer = Buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
-    acc_o = RegTile("acc_o", F32, ROWS_OF_O, m, v_cols, v, "accumulator")
-    out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if is_staged(inputs, output) else None
+    acc_o = RegTile("acc_o", F32, ROWS_OF_O, m * over_keys, v_cols, v, "accumulator")
+    parts = _key_parts(acc_o, over_keys, decided, features) if features.splits else None
+    stages_out = is_staged(inputs, output) and not parts
+    out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if stages_out else None
     packs = features.packs_group
-    row_max = None if decided.bounded_scores else PartRows("part_max")
-    parts = KeyParts(PartRows("part_out", v), PartRows("part_sum"), row_max) if features.splits else None
     return Places(
-        **tile_places(q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs),
+        **tile_places(
+            q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs, over_keys=over_keys
+        ),
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),
@@ -110,4 +117,23 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
         parts=parts,
+    )
+
+
+NUMBERS_OF_SHARE = 4
+"""Columns of f32 beside O in a warp's share: a row's maximum, what exponents refer to, and its sum; 16 bytes."""
+
+
+def _key_parts(acc_o: RegTile, warps: int, decided: Decision, features: Features) -> KeyParts:
+    """Where warps leave what their keys have come to, over all else that shared memory held, and where tiles do."""
+    step = 8 if features.fits_instructions else 1  # columns of a matrix instruction
+    own_cols = round_up(-(-acc_o.cols // warps), step)
+    share_cols = acc_o.cols + NUMBERS_OF_SHARE
+    return KeyParts(
+        shares=Buffer("shares", F32, ROWS_OF_O, acc_o.rows, share_cols, acc_o.valid_cols, overlays="q"),
+        joined=RegTile("joined", F32, ROWS_OF_O, acc_o.rows, own_cols, own_cols, "accumulator"),
+        out=PartRows("part_out", acc_o.valid_cols),
+        row_sum=PartRows("part_sum"),
+        row_max=None if decided.bounded_scores else PartRows("part_max"),
+        reference=None if decided.bounded_scores else PartRows("part_reference"),
     )

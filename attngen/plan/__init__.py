@@ -20,6 +20,7 @@ from attngen.plan.call import (
     COUNTER,
     GRADIENTS_INTAKE,
     OPERANDS_INTAKE,
+    TICKETS,
     Call,
     Guard,
     Intake,
@@ -120,9 +121,8 @@ from attngen.plan.sinks import (
     sink_params,
     sink_value,
 )
-from attngen.plan.split_keys import MergeParts
 from attngen.plan.steps import STEPS, Program, Step, body_of, listing, walk
-from attngen.plan.tile_list import BUCKETS, MOST_BLOCKS, ListTiles, bucket
+from attngen.plan.tile_list import BUCKETS, MOST_BLOCKS, WIDTHS_OF_ONE_WAVE, ListTiles, bucket
 
 __all__ = [
     "ANY_LENGTH",
@@ -133,13 +133,13 @@ __all__ = [
     "ENTRY_FIELDS",
     "PART_FIELDS",
     "PART_NAMES",
-    "MergeParts",
     "PartRows",
     "Split",
     "part_shape",
     "LENGTH_KINDS",
     "LETTERS",
     "MOST_BLOCKS",
+    "WIDTHS_OF_ONE_WAVE",
     "PAGES_OF_HEADS",
     "PAGE_DIVISION",
     "LengthArgument",
@@ -174,6 +174,7 @@ __all__ = [
     "CHUNK_BYTES",
     "COLUMNS_OF_HEADS",
     "COUNTER",
+    "TICKETS",
     "Guard",
     "OPERANDS",
     "GRADIENTS_INTAKE",

@@ -50,7 +50,6 @@ from attngen.plan.sheets import (
     table_shape,
 )
 from attngen.plan.sinks import SINK_FORMATS, SumSink, sink_gradient, sink_value
-from attngen.plan.split_keys import MergeParts
 from attngen.plan.tile_list import ListTiles
 from attngen.quantize import DESCALES, KEY_BLOCK
 
@@ -120,12 +119,11 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
 
 
 def _with_what_it_reads(plan: KernelPlan) -> list[KernelPlan | Sheet]:
-    """A kernel behind those that make its tables and the list of its tiles, and before what merges its parts."""
+    """A kernel behind those that make its tables and the list of its tiles."""
     return [
         *((FillTables(plan),) if plan.tables else ()),
         *((ListTiles(plan),) if plan.scheduler.is_listed else ()),
         plan,
-        *((MergeParts(plan),) if plan.split else ()),
     ]
 
 
@@ -198,9 +196,7 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
         *kernel.table_values.values(),
         *((kernel.tile_list,) if kernel.scheduler.is_listed else ()),
     )
-    writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch))
-    if kernel.parts:  # what they come to, and what is not cut, is for `MergeParts` to tell
-        writes = tuple(place.name for place in kernel.parts)
+    writes = tuple(place.name for place in (*kernel.writes, *kernel.scratch, *kernel.parts))
     return Launch(kernel.name, kernel.grid, kernel.tiles, reads, writes, when)
 
 

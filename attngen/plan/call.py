@@ -23,6 +23,8 @@ from attngen.quantize import ScaleKind
 SCHEMA_VERSION = 10
 COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
+TICKETS = "tickets.ptr"
+"""Value of the parameter that points at a counter for each tile of a launch, see `KernelEntry`."""
 OPERANDS_INTAKE = "operands"
 """Name of the intake of values that an earlier call has quantised."""
 GRADIENTS_INTAKE = "gradients"
@@ -178,7 +180,8 @@ class KernelEntry:
     The fields stand in the order given, each aligned to its size: pointer and i64 to 8 bytes, i32 and f32 to 4, a
     tensor map of 128 bytes to 64. A parameter of value "counter.ptr" points at an i32 in device memory that is 0
     before the launch, that the kernel leaves at 0, and that no launch which may run at the same time shares;
-    one that starts early, in the same stream, touches it only after its wait.
+    one that starts early, in the same stream, touches it only after its wait. "tickets.ptr" points at as many of them
+    as the launch has tiles; a kernel of these needs no tile counter beside.
 
     Attributes:
         module: name of the .cu and .cubin that hold it.

@@ -159,6 +159,11 @@ def _mma_rows(plan: KernelPlan) -> Iterator[Margin]:
     if takes_warpgroups(plan):
         return
     rows = plan.arch.mma.m
+    if plan.shares_keys:
+        must, note = f"must be a multiple of {rows}", "each warp has all rows of a tile whose keys are split"
+        blame = Blame("tile.block_m", plan.block_m, must, note)
+        yield Margin(plan.block_m, rows, "rows", (blame,), "multiples")
+        return
     who = f"each of {plan.warps} warps" if plan.warps > 1 else "a warp"
     step, note = rows * plan.warps, f"{who} owns rows in steps of {rows}"
     shares = f"must share the {plan.block_m} rows of a tile in steps of {rows}"
@@ -198,8 +203,14 @@ def _wgmma_columns(plan: KernelPlan) -> Iterator[Margin]:
 def _mma_k_step(plan: KernelPlan) -> Iterator[Margin]:
     step = plan.arch.k_step(plan.inputs)
     note = f"P·V consumes block_n in k-steps of {step} for {plan.inputs.name}"
-    blame = Blame("tile.block_n", plan.block_n, f"must be a multiple of {step}", note)
-    yield Margin(plan.block_n, step, "keys", (blame,), "multiples")
+    warps = plan.warps if plan.shares_keys else 1
+    if warps > 1:
+        note = f"each of {warps} warps has keys of its own, in k-steps of {step} for {plan.inputs.name}"
+    blames = [Blame("tile.block_n", plan.block_n, f"must be a multiple of {step * warps}", note)]
+    if warps > 1:
+        must = f"must share the {plan.block_n} keys of a block in steps of {step}"
+        blames.append(Blame("schedule.warps", plan.warps, must, note))
+    yield Margin(plan.block_n, step * warps, "keys", tuple(blames), "multiples")
 
 
 def _cost(plan: KernelPlan, must: str, note: str, *paths: str) -> tuple[Blame, ...]:

@@ -33,8 +33,8 @@ class Role:
     """Warps that run one program, and what is private to them.
 
     Attributes:
-        warpgroups: how many groups of warps run the program, each on rows of its own; one where the warps do not
-            divide the work by groups.
+        warpgroups: how many groups of warps run the program, each on rows of its own, or on keys of its own where
+            those are split and a group is a warp; one where the warps do not divide the work by groups.
         registers: registers a thread holds after setmaxnreg, or None where the launch decides.
         single_thread: one thread runs the program, the others idle.
     """
@@ -89,17 +89,18 @@ class Split:
     """How the keys of a tile are cut into parts.
 
     Attributes:
-        keys: of a part, counted from its sequence's first; None: as many as give every block of threads that the GPU
-            holds at a time one part, by what all tiles of a call visit; then parts of a tile are as long as each other.
+        keys: of a part, counted from its sequence's first; None where that is worked out by what all tiles of a call
+            visit; parts of a tile are then as long as each other. Widths are tried by which there is about one part
+            for each block of threads that the GPU holds at a time, and by which there are up to `waves`, for those that
+            are done early. A call is guessed to take as long as its longest part where one wave has them all, and
+            else as its keys dealt out evenly and half a part; each part takes `start` keys more than it has.
         least: keys that a part has at least where that is worked out.
-        long: keys from which on a part is cut further, into up to `waves`, so that blocks of threads that are done
-            early find more work: sequences differ in length, and in what of them is visited.
-        waves: see long.
+        start, waves: see keys.
     """
 
     keys: int | None
     least: int
-    long: int
+    start: int
     waves: int
 
 
@@ -174,6 +175,11 @@ class KernelPlan:
     lengths: Lengths = DENSE
     split: Split | None = None
     parts: tuple[PartRows, ...] = ()
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether the warps of a block share out the keys of a tile; each then has all of its rows."""
+        return self.split is not None
 
     @property
     def module(self) -> str:

@@ -11,7 +11,6 @@ from attngen.plan.plan import Param
 from attngen.plan.quantizing_sheets import FindMaxima, PackValues, Quantize
 from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, SheetOfPlan
 from attngen.plan.sinks import SumSink
-from attngen.plan.split_keys import MergeParts
 from attngen.plan.tile_list import ListTiles
 
 
@@ -96,6 +95,5 @@ SHEETS: tuple[type[Sheet], ...] = (
     SumRows,
     SumSink,
     MapBlocks,
-    MergeParts,
 )
 """Every sheet there is."""

@@ -201,8 +201,8 @@ class Launcher:
             0 if kept is None else kept.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
             0 if zeroed is None else zeroed.data_ptr(),
         )  # fmt: skip
-        if prepared.draws_tiles:
-            addresses = (*addresses, COUNTERS.address(device, stream))
+        if prepared.counters:
+            addresses = (*addresses, COUNTERS.address(device, stream, prepared.counters))
         self._kernels.launch(prepared.structs, addresses, device, stream)
         return made
 
@@ -298,6 +298,6 @@ class Launcher:
         bound = bind(self.manifest, given, wanted, num_sms, softmax_scale, kept, accumulates)
         with torch_defaults(), self._kernels.preparing(q.device):
             prepared = prepare_signature(bound, self._kernels.function, q, memory, layout)
-            if prepared.draws_tiles:
-                COUNTERS.prepare(q.get_device())
+            if prepared.counters:
+                COUNTERS.prepare(q.get_device(), prepared.counters)
         return prepared

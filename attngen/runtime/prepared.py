@@ -15,7 +15,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.bind import Bound, Given, Region, TableSignature, bind
-from attngen.plan import BLOCK_MAP, COUNTER, KernelEntry, Manifest
+from attngen.plan import BLOCK_MAP, COUNTER, TICKETS, KernelEntry, Manifest
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
@@ -92,7 +92,7 @@ class Prepared:
     """Everything about a signature that does not change from call to call; it holds no tensor of the first one.
 
     Addresses are, in this order: the tensors that are passed, the values that are wanted, the memory of kept, of
-    scratch and of zeroed values, and the tile counter.
+    scratch and of zeroed values, and the counters.
 
     Attributes:
         kept: where the values that outlive a call lie in their memory.
@@ -100,7 +100,7 @@ class Prepared:
             strides and type.
         zeroed: which of these are 0 before the first launch.
         sizes: what kept, scratch and zeroed values take, in bytes.
-        draws_tiles: whether the kernels need a tile counter.
+        counters: how many of them the kernels need.
         rows: which of the tensors behind q, k and v have rows that start on 16 bytes, at any address of theirs.
         tables: what tables of this signature are known by.
     """
@@ -110,7 +110,7 @@ class Prepared:
     zeroed: tuple[int, ...]
     sizes: tuple[int, int, int]
     structs: tuple[PreparedStruct, ...]
-    draws_tiles: bool
+    counters: int
     rows: tuple[int, ...]
     tables: TableSignature
 
@@ -155,7 +155,7 @@ def prepare_signature(
         tuple(number for number, name in enumerate(bound.wanted) if bound.made[name].value.zeroed),
         (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),
         tuple(structs),
-        any(param.value == COUNTER for kernel, _ in launched for param in kernel.params),
+        max((_counters(kernel, grid) for kernel, grid in launched), default=0),
         tuple(
             i for i, name in enumerate(tuple(bound.given.tensors)[3:]) if bound.manifest.value_of[name].axes
         ),
@@ -163,11 +163,18 @@ def prepare_signature(
     )
 
 
+def _counters(kernel: KernelEntry, grid: int) -> int:
+    """How many counters a launch needs: one to draw tiles from, or one for each tile."""
+    carried = {param.value for param in kernel.params}
+    return grid if TICKETS in carried else int(COUNTER in carried)
+
+
 def _places(bound: Bound) -> dict[str, tuple[int, int]]:
     """Where each pointer of a call leads: the number of an address, and bytes beyond it."""
-    wholes = (*bound.given.tensors, *bound.wanted, *_REGIONS, "counter")
+    wholes = (*bound.given.tensors, *bound.wanted, *_REGIONS)
     number_of = {name: number for number, name in enumerate(wholes)}
     places = {f"{name}.ptr": (number, 0) for name, number in number_of.items() if name not in _REGIONS}
+    places |= dict.fromkeys((COUNTER, TICKETS), (len(wholes), 0))
     for region, values in zip(_REGIONS, (bound.kept, bound.scratch, bound.zeroed), strict=True):
         places |= {f"{name}.ptr": (number_of[region], beyond) for name, beyond in values.offsets.items()}
     return places

@@ -1,7 +1,7 @@
 """FlashAttention-2's partition: one block per query tile, the rows of Q split over the warps.
 
 K and V blocks pass from right to left; O stays unnormalised in registers until the end. Where the keys of rows
-are cut into parts, a tile leaves what its own has come to, as it is.
+are cut into parts, rows are few, and the warps share out keys instead (`warps_over_keys.py`).
 Source: Dao, "FlashAttention-2", arXiv 2307.08691, Algorithm 1 and section 3.3.
 """
 
@@ -24,12 +24,14 @@ from attngen.plan.steps import (
     WaitCopies,
 )
 from attngen.schedules.key_loop import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
-from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.tile_places import Places
+from attngen.schedules.warps_over_keys import warps_over_keys
 
 
 def fa2(at: Places) -> Program:
     """The program of every warp."""
+    if at.parts:
+        return warps_over_keys(at, at.parts)
     prologue, block = _single_buffered(at) if at.stages == 1 else _multi_buffered(at)
     return (
         ForTiles(
@@ -49,48 +51,15 @@ def fa2(at: Places) -> Program:
                 ),
                 Note("normalise once, at the end"),
                 ReadTile(),
-                *(_finish_whole(at, at.parts) if at.parts else _finish(at)),
+                *at.softmax.read_sink,
+                ReduceRows(at.softmax.total, at.softmax.row_sum),
+                at.softmax.finish,
+                *at.softmax.join_sink,
+                ScaleRows(at.acc_o, at.softmax.inv_sum),
+                StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
+                *at.store_result(M_BLOCK),
             )
         ),
-    )
-
-
-def _finish(at: Places) -> Program:
-    """O and lse, once all keys have been visited."""
-    return (
-        *at.softmax.read_sink,
-        ReduceRows(at.softmax.total, at.softmax.row_sum),
-        *_normalise(at),
-    )
-
-
-def _finish_whole(at: Places, parts: KeyParts) -> Program:
-    """O and lse of a tile that is not cut; of one that is, what its part has come to."""
-    finish = (*at.softmax.read_sink, *_normalise(at))
-    return (
-        ReduceRows(at.softmax.total, at.softmax.row_sum),
-        *parts.store_or_finish(at.acc_o, at.softmax, M_BLOCK, finish),
-    )
-
-
-def _normalise(at: Places) -> Program:
-    return (
-        at.softmax.finish,
-        *at.softmax.join_sink,
-        ScaleRows(at.acc_o, at.softmax.inv_sum),
-        StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
-        *at.store_result(M_BLOCK),
-    )
-
-
-def _softmax(at: Places) -> Program:
-    """One step of the online softmax; alpha rescales what was summed under the old maximum."""
-    return (
-        Note("online softmax"),
-        *at.softmax.update_maximum,
-        *at.softmax.exponentiate,
-        *at.softmax.rescale(at.acc_o, votes=at.parts is not None),
-        at.softmax.convert,
     )
 
 
@@ -123,7 +92,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             at.keys.when_ahead(n - 1, load_k),
             CommitCopies(),
             *_zero_hidden(at, at_block, at.v.at()),
-            *_softmax(at),
+            *at.softmax.of_block(at.acc_o),
             Note("O += P V"),
             Gemm(at.acc_o, at.softmax.p, at.v.at(), starts_at_zero=False),
         )
@@ -158,7 +127,7 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]
             Note("S = Q Kᵀ"),
             Gemm(at.scores.acc_s, at.q.at(), k, starts_at_zero=True, unroll=at.score_unroll),
             *at.scores.finish(at_block),
-            *_softmax(at),
+            *at.softmax.of_block(at.acc_o),
             Note("O += P V"),
             Gemm(at.acc_o, at.softmax.p, v, starts_at_zero=False),
             Advance(at.read_at),

@@ -12,6 +12,7 @@ from attngen.plan.steps import (
     Exponentiate,
     FinishRows,
     JoinSink,
+    Note,
     ReadSink,
     RowMax,
     ScaleRows,
@@ -110,8 +111,18 @@ class OnlineSoftmax:
         """O under the new maximum."""
         return () if self.bounded_scores else (ScaleRows(o, self.alpha, votes),)
 
+    def of_block(self, o: RegTile, votes: bool = False) -> Program:
+        """P of a block, and O under its maximum: alpha rescales what was summed under the old one."""
+        return (
+            Note("online softmax"),
+            *self.update_maximum,
+            *self.exponentiate,
+            *self.rescale(o, votes),
+            self.convert,
+        )
+
     @property
-    def finish(self) -> Step:
+    def finish(self) -> FinishRows:
         """The factor of each row of O, and its log-sum-exp."""
         scales = self.scores.scales
         of_scales = (scales.lift, scales.top) if scales else ()

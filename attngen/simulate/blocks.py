@@ -71,6 +71,7 @@ class Block:
 
     Attributes:
         tiles: where it gets its tiles from; `first` is its own.
+        is_last_part: whether all parts of its tile's rows have been counted.
     """
 
     def __init__(self, run: KernelRun, tiles: TileSource, first: int) -> None:
@@ -78,6 +79,7 @@ class Block:
         kernel = run.plan
         self.tiles = tiles
         self.first = first
+        self.is_last_part = False
         self.cells = lay_out(kernel.buffers, run.divided)
         self.tile_slot = Cell("the tile slot")
         self.rings: dict[str, tuple[StageBarriers, ...]] = {

@@ -19,6 +19,8 @@ from attngen.plan.steps import (
     Gemm,
     HidePairs,
     IssueGemm,
+    JoinShares,
+    LeaveShare,
     LoadRegisters,
     LoadTile,
     LookUp,
@@ -36,10 +38,12 @@ from attngen.plan.steps import (
     ScoreGradient,
     SeedScores,
     StageTile,
+    StoreColumns,
     StoreGradient,
     StoreRegisters,
     StoreTile,
     SyncThreads,
+    SyncWarp,
     SyncWarpgroup,
     SyncWarpgroups,
     TakeTurn,
@@ -54,6 +58,7 @@ from attngen.plan.steps import (
     WaitStores,
 )
 from attngen.simulate.roles import RoleRun, Wait
+from attngen.simulate.simulated_gemms import depth_of
 from attngen.simulate.units import TIME, Unit, Units, now, when_due
 
 Paid = Generator[Wait, None, int | None]
@@ -162,7 +167,7 @@ def _score_gradient(units: Units, step: ScoreGradient, role: RoleRun) -> Paid:
 
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
 def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
-    flops: int = 2 * _elements(step.acc, role) * step.depth
+    flops: int = 2 * _elements(step.acc, role) * depth_of(step, role)
     bits: int = step.b.buffer.dtype.bits
     return flops * bits / (16 * units.costs.flops_of_16_bit)
 
@@ -202,7 +207,7 @@ def _tma_load_rows(units: Units, step: TmaLoadRows, role: RoleRun) -> Paid:
 
 
 def _load_tile(units: Units, step: LoadTile, role: RoleRun) -> Paid:
-    size_bytes = step.dst.buffer.stage_bytes
+    size_bytes = step.dst.buffer.stage_bytes // (role.warpgroups if step.dst.own_rows else 1)
     slots = size_bytes / 16 * units.costs.chunk_slots
     cycles = slots / (units.costs.lanes * _scheduler_share(role))
     yield from units.queue_in_slices({"arithmetic": cycles}, step, role)
@@ -234,11 +239,17 @@ def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
 
 
 # ---- loads and stores of the threads --------------------------------------------------------------------------------
-def _write_shared(units: Units, step: StageTile | NegateTile, role: RoleRun) -> int:
+def _write_shared(units: Units, step: StageTile | NegateTile | LeaveShare, role: RoleRun) -> int:
     """Shared memory has no lane of its own."""
     view = step.tile if isinstance(step, NegateTile) else step.dst
     share = role.warpgroups if view.own_rows else 1
     cycles = math.ceil(view.buffer.stage_bytes / share / units.costs.shared_bytes)
+    return now(role) + cycles + units.costs.step_latency
+
+
+def _join_shares(units: Units, step: JoinShares, role: RoleRun) -> int:
+    """A warp reads its columns of what all have left."""
+    cycles = math.ceil(step.src.buffer.stage_bytes / role.warpgroups / units.costs.shared_bytes)
     return now(role) + cycles + units.costs.step_latency
 
 
@@ -249,7 +260,9 @@ def _access_device(units: Units, size_bytes: int, waits: bool, step: Step, role:
     return end + (units.costs.memory_latency if waits else 0)
 
 
-def _registers(units: Units, step: LoadRegisters | StoreRegisters, role: RoleRun) -> Paid | None:
+def _registers(
+    units: Units, step: LoadRegisters | StoreRegisters | StoreColumns, role: RoleRun
+) -> Paid | None:
     registers: RegTile | RegVec
     place: Tensor | Rows | PartRows
     if isinstance(step, LoadRegisters):
@@ -281,7 +294,7 @@ def _draw_tile(units: Units, step: DrawTile, role: RoleRun) -> None:
 
 
 # ---- meetings -------------------------------------------------------------------------------------------------------
-MEETINGS = (WaitFull, WaitEmpty, TakeTurn, SyncThreads, SyncWarpgroup, SyncWarpgroups)
+MEETINGS = (WaitFull, WaitEmpty, TakeTurn, SyncThreads, SyncWarp, SyncWarpgroup, SyncWarpgroups)
 """Steps that end at the later of two times: the role's, and that of those it waits for."""
 
 
@@ -294,8 +307,9 @@ CHARGES: dict[type[Step], Charge] = {
     IssueGemm: _issue_gemm,
     Gemm: _synchronous_gemm,
     **dict.fromkeys(MEETINGS, _meet),
-    **dict.fromkeys((StageTile, NegateTile), _write_shared),
-    **dict.fromkeys((LoadRegisters, StoreRegisters), _registers),
+    **dict.fromkeys((StageTile, NegateTile, LeaveShare), _write_shared),
+    JoinShares: _join_shares,
+    **dict.fromkeys((LoadRegisters, StoreRegisters, StoreColumns), _registers),
     RecoverP: _recover_p,
     ScoreGradient: _score_gradient,
     LookUp: _look_up,

@@ -1,7 +1,7 @@
 """Device memory of one call: the user's tensors and the workspaces, who wrote what, how much was moved."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -33,9 +33,10 @@ class DeviceMemory:
     """Tensors by their name in the plan, each seen as (batch, heads, seqlen, cols) or (batch, heads, seqlen).
 
     Attributes:
-        members_written: how many heads have written share i of a place, by (name, i).
+        members_written: how many heads have written share i of a place, by (name, i); of a tensor how many columns.
         share_rows: rows that are written to a place at a time: a block of them, or a warpgroup's part of one.
-        parts_written: numbers of the tiles that have left their part in a place, by name.
+        parts_written: how many columns tiles have left of their part in a place, by its name and their numbers.
+        tickets: how many parts of a tile have been counted, by the number of the first, 0 once all have.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class DeviceMemory:
         self.wanted = frozenset((*wanted, *self.tensors))
         self.members_written: dict[tuple[str, int], int] = {}
         self.share_rows: dict[str, int] = {}
-        self.parts_written: dict[str, set[int]] = {}
+        self.parts_written: dict[str, Counter[int]] = {}
+        self.tickets: Counter[int] = Counter()
 
     def wants(self, place: Tensor | Rows) -> bool:
         """Whether this is to be written: the call asks for it, or it is not optional."""
@@ -123,41 +125,66 @@ class DeviceMemory:
         return _filled(rows[batch, heads].float(), shape)  # of these rows alone: to pick heads is to copy
 
     def write(
-        self, place: Tensor | Rows, tile: Tile, first: int, values: torch.Tensor, shape: tuple[int, ...]
+        self,
+        place: Tensor | Rows,
+        tile: Tile,
+        first: int,
+        values: torch.Tensor,
+        shape: tuple[int, ...],
+        first_col: int = 0,
     ) -> None:
-        """Write (members, *shape) to rows first, first + 1, ...; what does not exist is dropped."""
+        """Write (members, *shape) to rows first, first + 1, ... and columns from first_col on.
+
+        What does not exist is dropped.
+        """
         valid = self.valid_rows(place, tile, first, shape[0])
+        columns, size = range(1), 4
+        if isinstance(place, Tensor):
+            columns = range(first_col, min(first_col + shape[-1], place.cols))
+            size = place.dtype.bytes * len(columns)
         if self.traffic:
-            self.traffic.count_written(place.name, len(tile.members) * valid * _row_bytes(place))
+            self.traffic.count_written(place.name, len(tile.members) * valid * size)
         share = (place.name, first // shape[0])
         if valid:
-            self.members_written[share] = self.members_written.get(share, 0) + len(tile.members)
+            written = len(tile.members) * len(columns)
+            self.members_written[share] = self.members_written.get(share, 0) + written
         self.share_rows[place.name] = shape[0]
         if not self.holds_values:
             return
         batch, head = self._heads(place, tile)
         target = self.tensors[place.name]
-        cols = (slice(place.cols),) if isinstance(place, Tensor) else ()
+        found = values[:, :valid]
+        if isinstance(place, Tensor):
+            found, target = found[..., : len(columns)], target[..., columns.start : columns.stop]
         if place.is_packed:
-            rows = self._packed(place, tile, range(first, first + valid))
-            target[rows] = values[(slice(None), slice(valid), *cols)].to(target.dtype)
+            target[self._packed(place, tile, range(first, first + valid))] = found.to(target.dtype)
             return
         start = tile.sequence(place.axis)[0] + first
-        target[batch, head, start : start + valid] = values[(slice(None), slice(valid), *cols)].to(
-            target.dtype
-        )
+        target[batch, head, start : start + valid] = found.to(target.dtype)
 
     def write_part(
-        self, place: PartRows, tile: Tile, numbers: list[int], valid: int, values: torch.Tensor
+        self,
+        place: PartRows,
+        tile: Tile,
+        numbers: list[int],
+        valid: int,
+        values: torch.Tensor,
+        columns: range,
     ) -> None:
-        """Write (members, rows) or (members, rows, cols) of the first `valid` rows to the tiles of these numbers."""
+        """Write (members, rows, columns) of the first `valid` rows to the tiles of these numbers.
+
+        Columns that do not exist are dropped; a place of one number a row has one.
+        """
+        columns = columns[: max(0, (place.cols or 1) - columns.start)]
         if self.traffic:
-            self.traffic.count_written(place.name, 4 * len(tile.members) * valid * (place.cols or 1))
-        self.parts_written.setdefault(place.name, set()).update(numbers)
+            self.traffic.count_written(place.name, 4 * len(tile.members) * valid * len(columns))
+        self.parts_written.setdefault(place.name, Counter()).update(dict.fromkeys(numbers, len(columns)))
         if self.holds_values:
-            self.tensors[place.name][numbers, :valid] = (
-                values[:, :valid, : place.cols] if place.cols else values[:, :valid]
-            )
+            target, found = self.tensors[place.name], values[:, :valid, : len(columns)]
+            if place.cols:
+                target[numbers, :valid, columns.start : columns.stop] = found
+            else:
+                target[numbers, :valid] = found.squeeze(-1)
 
     def _packed(self, place: Tensor | Rows, tile: Tile, rows: range) -> tuple[torch.Tensor, ...]:
         """Where packed rows of the tile's heads stand, for indexing: batch, head and row, (members, rows) each."""
@@ -211,20 +238,14 @@ class DeviceMemory:
             batch, head, _ = tile.columns
             self.tensors[place.name][batch, head, block] = values
 
-    def part_not_left(
-        self, plan: KernelPlan, tiles: Sequence[tuple[Blocks, Member]]
-    ) -> tuple[str, int] | None:
-        """A place and the number of a tile that is a part and has left nothing there."""
-        for place in plan.parts:
-            written = self.parts_written.get(place.name, set())
-            for number, (_, member) in enumerate(tiles):
-                if member.parts > 1 and number not in written:
-                    return place.name, number
-        return None
+    def part_not_left(self, place: PartRows, tiles: Iterable[int]) -> int | None:
+        """Of some tiles the number of one that has not left its part in a place."""
+        written = self.parts_written.get(place.name, Counter())
+        return next((number for number in tiles if written[number] != (place.cols or 1)), None)
 
     def unwritten(self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]]) -> tuple[str, int] | None:
         """A block of rows of an output, by name and number, that not every head has written exactly once."""
-        members = {member for _, member in tiles if member.parts == 1}
+        members = {member for _, member in tiles if member.part == 0}
         wanted: tuple[Tensor | Rows, ...] = (
             *(tensor for tensor in plan.outputs if self.wants(tensor)),
             *(rows for rows in plan.written_rows if self.wants(rows)),
@@ -239,7 +260,8 @@ class DeviceMemory:
                 heads = sum(count for length, count in lengths.items() if length > share * rows)
                 if isinstance(place, Rows) and plan.scheduler.kind == "key_blocks":
                     heads *= self._group
-                if self.members_written.get((place.name, share), 0) != heads:
+                columns = place.cols if isinstance(place, Tensor) else 1
+                if self.members_written.get((place.name, share), 0) != heads * columns:
                     return place.name, share * rows // plan.block_m
         return None
 

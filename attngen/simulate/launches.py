@@ -29,6 +29,7 @@ from attngen.simulate import (
     simulated_gemms,
     simulated_gradients,
     simulated_scales,
+    simulated_shares,
     simulated_softmax,
     simulated_sync,
 )
@@ -54,6 +55,7 @@ _STEP_MODULES = (
     simulated_gradients,
     simulated_declared,
     simulated_softmax,
+    simulated_shares,
     simulated_scales,
 )
 
@@ -266,11 +268,10 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
         message = f"{plan.name} is launched on {grid} blocks for {expected} tiles and has {source.heads}"
         raise SimulationFault("wrong grid", message)
     _run_blocks(run, source)
-    listed = decoded(plan, sizes)
-    if missing := run.device.part_not_left(plan, listed):
-        name, number = missing
-        raise SimulationFault("never written", f"tile {number} has left no part in {name}", place=name)
-    if missing := run.device.unwritten(plan, listed):
+    for number, count in run.device.tickets.items():
+        if count:
+            raise SimulationFault("never reset", f"{count} parts of tile {number} are counted at the end")
+    if missing := run.device.unwritten(plan, decoded(plan, sizes)):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name

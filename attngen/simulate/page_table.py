@@ -42,7 +42,7 @@ class PageTable:
             SimulationFault: a row past the sequence's end, for which the table says nothing.
         """
         start, length = tile.sequence("keys")
-        if first < 0 or first + count > length:
+        if first < 0 or (count and first + count > length):
             message = f"pages of rows {first} .. {first + count - 1} are looked up, of a sequence of {length}"
             raise SimulationFault("out of bounds", message, place=BLOCK_TABLE.name, where=str(tile))
         batch, *_ = tile.columns

@@ -79,6 +79,7 @@ class RoleRun:
     Attributes:
         name: for messages: "consumer 1".
         warpgroup: which of the role's; `warps` are those that it has.
+        has_all_rows: it has keys of its own, of all rows of a tile.
         tile: the tile it works on; `tile_number`, which one is next to be taken up.
         variables: what block indices may start from, loops' indices included.
         loops: names of the loops around the present Step, outermost first.
@@ -97,6 +98,7 @@ class RoleRun:
         self.program = role.program
         self.warpgroup, self.warpgroups = warpgroup, role.warpgroups
         self.warps = role.warps // role.warpgroups
+        self.has_all_rows = block.call.plan.shares_keys
         self.block = block
         self.call = block.call
         self.device = block.call.device
@@ -168,11 +170,60 @@ class RoleRun:
         share = rows // self.warpgroups
         return range(self.warpgroup * share, (self.warpgroup + 1) * share)
 
+    def block_rows(self, rows: int) -> int:
+        """The rows of a block, of registers that have that many in all warpgroups."""
+        return rows // self.warpgroups if self.has_all_rows else rows
+
+    def rows_in_block(self, rows: int) -> range:
+        """Of a block those rows that this warpgroup has, in registers that have so many in all."""
+        return range(self.block_rows(rows)) if self.has_all_rows else self.own_rows(rows)
+
+    def own_columns(self, registers: RegTile) -> range:
+        """The columns of all rows that this warpgroup has in registers."""
+        return range(self.warpgroup * registers.cols, (self.warpgroup + 1) * registers.cols)
+
+    def keys_of_block(self, n: int, cols: int) -> range:
+        """The keys that scores of so many columns are of, in a block of keys."""
+        first = n * self.call.plan.block_n + (self.warpgroup * cols if self.has_all_rows else 0)
+        return range(first, first + cols)
+
+    @property
+    def tile_numbers(self) -> list[int]:
+        """The number of the tile of each of its heads."""
+        return [self.call.tile_numbers[self.tile.m_block, member] for member in self.tile.members]
+
+    @property
+    def parts_of_tile(self) -> list[list[int]]:
+        """Of each head of the tile the numbers of the tiles that share its rows, in the order of their keys.
+
+        Where lengths lie the list may have had no room for the last of them.
+        """
+        call, heads = self.call, self.call.sizes.values[self.call.plan.listed_heads]
+        found = []
+        for number, member in zip(self.tile_numbers, self.tile.members, strict=True):
+            first = number - member.part * heads
+            found.append(list(range(first, len(call.tile_numbers), heads))[: member.parts])
+        return found
+
+    def count_part(self) -> bool:
+        """Count the tile of each head among the parts of its rows; whether all of these have now been counted.
+
+        Raises:
+            SimulationFault: they have for one head, and not for another, although these run alike.
+        """
+        tickets, last = self.device.tickets, set()
+        for parts in self.parts_of_tile:
+            tickets[parts[0]] = (tickets[parts[0]] + 1) % len(parts)
+            last.add(tickets[parts[0]] == 0)
+        if len(last) > 1:
+            raise self.fault("race", "of heads that run alike some have all parts, others not")
+        return last.pop()
+
     def valid_extent(self, axis: Axis) -> int:
         """How much of the present block of queries, or of keys, is its own and exists."""
         letter, size = ("m", self.call.plan.block_m) if axis == "queries" else ("n", self.call.plan.block_n)
         block = self.variables.get(letter, self.variables.get(f"{letter}_block", 0))
-        own = self.own_rows(size)
+        own = range(size) if self.has_all_rows else self.own_rows(size)
         length = self.tile.sequence(axis)[1]
         if axis == "queries":
             length = rows_of(self.call.plan, self.call.sizes, self.tile.members[0])

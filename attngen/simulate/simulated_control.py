@@ -54,8 +54,12 @@ def when(step: When, role: RoleRun) -> Run:
 def _holds(step: When, role: RoleRun) -> bool:
     if step.condition == "scale is negative":
         return bool(role.call.scale["scale_is_negative"])
+    if step.condition == "first warp":
+        return role.warpgroup == 0
     if step.condition == "last warpgroup":
         return role.warpgroup == role.warpgroups - 1
+    if step.condition == "all parts are there":
+        return role.block.is_last_part
     if step.condition in ("tile is whole", "tile is a part"):
         return (role.tile.members[0].parts == 1) == (step.condition == "tile is whole")
     if step.condition == "tile has blocks":

@@ -47,6 +47,7 @@ def _first_row(role: RoleRun, place: Tensor | Rows, block: BlockIndex, rows: int
 def load_tile(step: LoadTile, role: RoleRun) -> None:
     """Start copying rows of the tile's head; without `pads` all of them must exist."""
     buffer = step.dst.buffer
+    own = role.own_rows(buffer.rows) if step.dst.own_rows else range(buffer.rows)
     first = _first_row(role, step.src, step.block, buffer.rows)
     valid = role.device.valid_rows(step.src, role.tile, first, buffer.rows)
     if not step.pads and valid < buffer.rows:
@@ -55,7 +56,7 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
             f"rows {first} .. {first + buffer.rows - 1} of {step.src}, which has {length}, without a bound"
         )
         raise role.fault("out of bounds", message, step.src.name)
-    values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols))
+    values = role.device.read(step.src, role.tile, first + own.start, (len(own), buffer.cols))
     source = Source.of(step.src, role.tile, role.index(step.block))
     role.started += role.start_copy(step.dst, values, valid, source)
 
@@ -204,13 +205,14 @@ def store_registers(step: StoreRegisters, role: RoleRun) -> None:
     registers, place = step.src, step.dst
     values = role.read(registers)
     if isinstance(place, PartRows):
-        numbers = [role.call.tile_numbers[role.tile.m_block, member] for member in role.tile.members]
-        role.device.write_part(place, role.tile, numbers, role.valid_extent("queries"), values)
+        role.device.write_part(
+            place, role.tile, role.tile_numbers, role.valid_extent("queries"), values.unsqueeze(-1), range(1)
+        )
         return
     if isinstance(place, Rows) and not role.device.wants(place):
         return
-    own = role.own_rows(registers.rows)
-    first = _first_row(role, place, step.block, registers.rows) + own.start
+    own = role.rows_in_block(registers.rows)
+    first = _first_row(role, place, step.block, role.block_rows(registers.rows)) + own.start
     role.device.write(place, role.tile, first, values, _shape(registers, len(own)))
     role.block.rows_written[place.name, first // registers.rows] = role.now
 

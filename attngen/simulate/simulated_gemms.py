@@ -47,9 +47,15 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
         rows, cols = step.acc.axes
         role.device.traffic.count_gemm(
             len(role.tile.members),
-            (step.acc.rows // role.warpgroups, step.acc.cols, step.depth),
+            (step.acc.rows // role.warpgroups, step.acc.cols, depth_of(step, role)),
             (_valid(step, rows, role), _valid(step, cols, role), _valid(step, step.contracted, role)),
         )
+
+
+def depth_of(step: Product, role: RoleRun) -> int:
+    """How many elements of a row and a column are multiplied, where a warp has rows of its own of B that many."""
+    has_own = step.b.own_rows and not step.b_is_transposed
+    return step.depth // role.warpgroups if has_own else step.depth
 
 
 def _valid(step: Product, axis: Axis, role: RoleRun) -> int:

@@ -34,7 +34,6 @@ from attngen.plan import (
     value_shape,
 )
 from attngen.simulate.function_names import function_name
-from attngen.simulate.merged_parts import merge_parts as merge_parts
 from attngen.simulate.tile_lists import list_tiles as list_tiles
 from attngen.simulate.tile_lists import spans
 from attngen.simulate.visits import Sizes

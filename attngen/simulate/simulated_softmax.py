@@ -220,10 +220,9 @@ def _indices(
     step: LookUp | MaskScores | MaskScoresEach | ModifyScores | SeedScores, tile: RegTile, role: RoleRun
 ) -> tuple[torch.Tensor, dict[str, int | torch.Tensor]]:
     """The key of every score, and all names of an expression: broadcast to (members, rows, cols)."""
-    own = role.own_rows(tile.rows)
-    first_row = role.index(step.rows) * tile.rows + own.start
-    first_key = role.index(step.block) * tile.cols
-    kv_idx = torch.arange(first_key, first_key + tile.cols).view(1, 1, -1)
+    own, keys = role.rows_in_block(tile.rows), role.keys_of_block(role.index(step.block), tile.cols)
+    first_row = role.index(step.rows) * role.block_rows(tile.rows) + own.start
+    kv_idx = torch.arange(keys.start, keys.stop).view(1, 1, -1)
     q_idx = torch.arange(first_row, first_row + len(own)).view(1, -1, 1)
     if role.call.plan.scheduler.packs_group:
         q_idx = q_idx // role.call.sizes.group
@@ -324,28 +323,35 @@ def reduce_rows(step: ReduceRows, role: RoleRun) -> None:
 def finish_rows(step: FinishRows, role: RoleRun) -> None:
     """The factor that normalises a row, and its log-sum-exp."""
     total = role.read(step.row_sum)
-    top = role.read(step.row_max) if step.row_max else torch.zeros((), dtype=torch.float32)
+    top = role.read(step.row_max) if step.row_max else None
     by = role.read(step.top) if step.top else None
     role.write(step.inv_sum, lambda: inverse_sum(total) if by is None else by * inverse_sum(total))
+    role.write(step.lse, lambda: log_sum_exp_of(step, role, top, total))
+
+
+def log_sum_exp_of(
+    step: FinishRows, role: RoleRun, row_max: torch.Tensor | None, total: torch.Tensor
+) -> torch.Tensor:
+    """The log-sum-exp of rows as a Step finishes them."""
+    top = torch.zeros((), dtype=torch.float32) if row_max is None else row_max
     if step.coarse is None:
-        role.write(step.lse, log_sum_exp, top, total, step.lift)
-    else:
-        role.write(step.lse, log_sum_exp_of_scores, top, total, _scale(step, role), step.coarse, step.lift)
+        return log_sum_exp(top, total, step.lift)
+    return log_sum_exp_of_scores(top, total, _scale(step, role), step.coarse, step.lift)
 
 
 def read_sink(step: ReadSink, role: RoleRun) -> None:
     """The sinks of the tile's heads, one for all rows of each."""
-    rows = len(role.own_rows(step.dst.rows))
+    role.write(step.dst, lambda: sinks_of(role, len(role.own_rows(step.dst.rows))))
 
-    def sinks() -> torch.Tensor:
-        _, head, _ = role.tile.columns
-        heads = head.view(-1, 1).expand(-1, rows)
-        if role.call.plan.scheduler.packs_group:
-            first = (role.tile.m_block or 0) * rows
-            heads = heads + torch.arange(first, first + rows) % role.call.sizes.group
-        return role.device.tensors[SINK][heads].float()
 
-    role.write(step.dst, sinks)
+def sinks_of(role: RoleRun, rows: int) -> torch.Tensor:
+    """The sinks of the first rows of the tile: of its head, or of the heads of a group in turn."""
+    _, head, _ = role.tile.columns
+    heads = head.view(-1, 1).expand(-1, rows)
+    if role.call.plan.scheduler.packs_group:
+        first = (role.tile.m_block or 0) * role.call.plan.block_m
+        heads = heads + torch.arange(first, first + rows) % role.call.sizes.group
+    return role.device.tensors[SINK][heads].float()
 
 
 def join_sink(step: JoinSink, role: RoleRun) -> None:

@@ -11,9 +11,11 @@ from attngen.plan import (
     LENGTHS,
     LETTERS,
     MOST_BLOCKS,
+    WIDTHS_OF_ONE_WAVE,
     Axis,
     KernelPlan,
     ListTiles,
+    Split,
     bucket,
     evaluate_formula,
 )
@@ -151,12 +153,8 @@ class _Parts:
         ]
         if plan.split.keys is not None:
             return cls(visited, plan.split.keys // plan.block_n, is_fixed=True)
-        heads = sizes.values[plan.listed_heads]
-        work = sum(count * len(blocks) for count, blocks in zip(tiles, visited, strict=True)) * heads
-        least, long = (ceil_div(keys, plan.block_n) for keys in (plan.split.least, plan.split.long))
-        resident = sizes.num_sms * plan.blocks_per_sm
-        longest = max(long, ceil_div(work, resident * plan.split.waves))
-        return cls(visited, min(max(least, ceil_div(work, resident)), longest), is_fixed=False)
+        of_sequences = [(count, len(blocks)) for count, blocks in zip(tiles, visited, strict=True)]
+        return cls(visited, _width(plan, plan.split, sizes, of_sequences), is_fixed=False)
 
     def of_sequence(self, sequence: int) -> Iterator[Part]:
         """The parts of a tile of a sequence."""
@@ -168,6 +166,23 @@ class _Parts:
             count = ceil_div(len(visited), width)
         for part in range(count):
             yield Part(begin + part * width, begin + (part + 1) * width, part, count)
+
+
+def _width(plan: KernelPlan, split: Split, sizes: Sizes, of_sequences: list[tuple[int, int]]) -> int:
+    """Blocks of keys of a part, by the tiles of each sequence and the blocks that these visit; as `Split` says."""
+    heads, resident = sizes.values[plan.listed_heads], sizes.num_sms * plan.blocks_per_sm
+    work = heads * sum(tiles * blocks for tiles, blocks in of_sequences)
+    least, narrowest = ceil_div(split.least, plan.block_n), ceil_div(work, resident)
+    one_wave = [narrowest + i * max(1, narrowest // 32) for i in range(WIDTHS_OF_ONE_WAVE)]
+    more = [ceil_div(work, resident * waves) for waves in range(2, split.waves + 1)]
+
+    def guess(width: int) -> int:
+        parts = heads * sum(tiles * max(1, ceil_div(blocks, width)) for tiles, blocks in of_sequences)
+        if parts <= resident:
+            return 2 * (width * plan.block_n + split.start)
+        return 2 * ceil_div(work * plan.block_n + parts * split.start, resident) + width * plan.block_n
+
+    return min((max(least, min(width, MOST_BLOCKS)) for width in (*one_wave, *more)), key=guess)
 
 
 def _visited(plan: KernelPlan, sizes: Sizes, member: Member, tiles: int) -> range:

@@ -20,19 +20,24 @@ DEV i64 row_offset(const PackedRows& rows, i64 row) {
   return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
 }
 
+// Which of so many threads this is; a warp may copy by itself.
+template <int kThreads>
+DEV u32 thread_of() { return kThreads == 32 ? threadIdx.x % 32 : threadIdx.x; }
+
 // Start copying a tile: rows first_row .. of a head whose rows stand `stride` elements apart. Rows at or past
-// `end_row` and columns past the head dim arrive as zeros.
-template <class Tile, int kThreads, class Stride>
+// `end_row` and columns past the head dim arrive as zeros. kOnce: nobody else reads them soon.
+template <class Tile, int kThreads, bool kOnce = false, class Stride>
 DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int end_row) {
   using Pass = Passes<Tile, kThreads>;
-  const u32 thread = stay_in_loop(threadIdx.x);
+  const u32 thread = stay_in_loop(thread_of<kThreads>());
 #pragma unroll
   for (int i = 0; i < Pass::kCount; ++i) {
     const u32 index = i * kThreads + thread, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (!Pass::kEven && row >= Tile::kRows) break;
     const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
     const u16* src = valid ? head + row_offset(stride, first_row + (i64)row) + chunk * 8 : head;
-    cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
+    if (kOnce) cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0, read_once());
+    else cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
   }
 }
 
@@ -40,7 +45,7 @@ DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int e
 template <class Tile, int kThreads>
 DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
   using Pass = Passes<Tile, kThreads>;
-  const u32 thread = stay_in_loop(threadIdx.x);
+  const u32 thread = stay_in_loop(thread_of<kThreads>());
   if (Pass::kEven && Pass::kKeepsColumn && Tile::kValidChunks == Tile::kChunks) {
     const u32 row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
     const u16* src = head + (first_row + (i64)row) * stride + chunk * 8;
@@ -57,11 +62,11 @@ DEV void load_whole_tile(u32 dst, const u16* head, i64 stride, int first_row) {
 
 // load_tile of rows that lie in pages. A warp copies rows of its own, at most 32 at a time: each of its lanes looks up where one of them
 // is, and then all lanes copy chunks of every row.
-template <class Tile, int kThreads>
+template <class Tile, int kThreads, bool kOnce = false>
 DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_row) {
   constexpr int kWarps = kThreads / 32, kShare = (Tile::kRows + kWarps - 1) / kWarps, kGroup = kShare < 32 ? kShare : 32;
   constexpr bool kEven = Tile::kRows % (kWarps * kGroup) == 0 && kGroup * Tile::kChunks % 32 == 0;
-  const u32 thread = stay_in_loop(threadIdx.x), lane = thread % 32;
+  const u32 thread = stay_in_loop(thread_of<kThreads>()), lane = thread % 32;
 #pragma unroll
   for (int i = 0; i < (kShare + kGroup - 1) / kGroup; ++i) {
     const u32 first = (i * kWarps + thread / 32) * kGroup;
@@ -73,7 +78,9 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
       const u16* src = rows.cache + __shfl_sync(~0u, own_offset, of_group);
       const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
       if (kEven || (of_group < kGroup && row < Tile::kRows)) {
-        cp_async_16(dst + Tile::address(row, chunk), valid ? src + chunk * 8 : rows.cache, valid ? 16 : 0);
+        const u16* from = valid ? src + chunk * 8 : rows.cache;
+        if (kOnce) cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
+        else cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0);
       }
     }
   }

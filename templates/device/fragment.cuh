@@ -55,22 +55,22 @@ DEV void load_rows_partial(float (&dst)[kRows], const float* head, int first_row
   }
 }
 
-// Write one value per row.
+// Write one value per row, of this warp's rows or of those of another `warp`.
 template <int kRowTiles, int kRows>
-DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row) {
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, int warp = threadIdx.x / 32) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = first_row + row_in_tile<kRowTiles>(r);
+    const int row = first_row + row_in_tile<kRowTiles>(r, warp);
     if (row < end_row && threadIdx.x % 4 == 0) head[row] = src[r];
   }
 }
 
 // store_rows where rows are packed.
 template <int kRowTiles, int kRows>
-DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows) {
+DEV void store_rows(float* head, const float (&src)[kRows], int first_row, int end_row, const PackedRows& rows, int warp = threadIdx.x / 32) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = first_row + row_in_tile<kRowTiles>(r);
+    const int row = first_row + row_in_tile<kRowTiles>(r, warp);
     if (row < end_row && threadIdx.x % 4 == 0) head[row_offset(rows, row)] = src[r];
   }
 }

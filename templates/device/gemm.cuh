@@ -1,7 +1,8 @@
-// acc = A Bᵀ for this warp's rows of A, + acc unless that is to start at zero: both in shared memory, columns contracted.
+// acc = A Bᵀ for this warp's rows of A, or those of another `warp`, + acc unless that is to start at zero: both in shared memory, columns
+// contracted.
 template <class Element, class ATile, class BTile, bool kStartsAtZero, int kUnroll, int kRowTiles, int kColTiles>
-DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b) {
-  const u32 warp = threadIdx.x / 32, lane = stay_in_loop(threadIdx.x % 32);
+DEV void gemm_nt_ss(float (&acc)[kRowTiles][kColTiles][4], u32 a, u32 b, u32 warp = threadIdx.x / 32) {
+  const u32 lane = stay_in_loop(threadIdx.x % 32);
   const u32 a_row = warp * kRowTiles * 16 + lane % 16, a_exchange = ATile::exchange(a_row) ^ lane / 16;
   const u32 b_row = lane / 16 * 8 + lane % 8, b_exchange = BTile::exchange(b_row) ^ lane / 8 % 2;
   if (kStartsAtZero) fill(acc, 0.f);

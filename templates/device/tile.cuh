@@ -12,10 +12,10 @@ struct SmemTile {
 };
 
 // Which row of the tile element `i` of a per-row vector stands for: a warp owns 16 * kRowTiles rows, a lane two of
-// every 16 (PTX ISA: fragments of mma.m16n8k16).
+// every 16 (PTX ISA: fragments of mma.m16n8k16). Where each warp has all rows, it counts as the first.
 template <int kRowTiles>
-DEV int row_in_tile(int i) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+DEV int row_in_tile(int i, int warp = threadIdx.x / 32) {
+  const int lane = threadIdx.x % 32;
   return (warp * kRowTiles + i / 2) * 16 + i % 2 * 8 + lane / 4;
 }
 

@@ -27,6 +27,13 @@ DEV u32 sum_up_to_lane(u32 x) {
   return x;
 }
 
+// The sum of the numbers of all lanes.
+DEV u64 sum_of_lanes(u64 x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
 // Each of kRows times 32 counts becomes the sum of those before it; 32 warps share the rows. `of_warps` has room for 32 sums. The sum
 // of all.
 template <int kRows>

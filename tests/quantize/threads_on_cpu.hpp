@@ -65,6 +65,11 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
   const uint32_t* warp = post(bits(x));
   return __uint_as_float(warp[threadIdx.x % 32 ^ mask]);
 }
+static unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, int mask) {
+  const int from = threadIdx.x % 32 ^ mask;
+  const uint64_t low = post((uint32_t)x)[from], high = post((uint32_t)(x >> 32))[from];
+  return high << 32 | low;
+}
 template <class T>
 static T __shfl_sync(unsigned, T x, int lane) { return (T)post((uint32_t)x)[lane % 32]; }
 static long long __shfl_sync(unsigned, long long x, int lane) {
@@ -94,8 +99,10 @@ static uint32_t __reduce_max_sync(unsigned, uint32_t x) {
 }
 static uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 static int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+static int __ffs(uint32_t x) { return __builtin_ffs(x); }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static uint32_t min(uint32_t a, int b) { return std::min(a, (uint32_t)b); }
+static void atomicAdd(uint32_t* p, uint32_t x) { *p += x; }
 static void atomicMax(uint32_t* p, uint32_t x) { *p = std::max(*p, x); }
 static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = (uint64_t)b << 32 | a;

@@ -13,9 +13,9 @@ class OnHost(TileCounters):
         super().__init__()
         self.made = 0
 
-    def _make(self, device: int) -> int:
+    def _make(self, device: int, count: int) -> int:
         self.made += 1
-        return 4096 + 4 * SLOTS * self.made
+        return 4096 + 16 * SLOTS * self.made
 
 
 @pytest.fixture
@@ -69,3 +69,20 @@ def test_prepared_counters_are_made_once(capturing: dict[str, bool]) -> None:
     assert counters.made == 1
     counters.prepare(0)
     assert counters.made == 2
+
+
+def test_a_launch_gets_as_many_counters_as_it_needs(capturing: dict[str, bool]) -> None:
+    """Those of a stream grow with what its launches need; nobody else has any of them."""
+    counters = OnHost()
+    one, many = counters.address(0, 7), counters.address(0, 7, 100)
+    assert counters.address(0, 7, 50) == counters.address(0, 7) == many
+    others = [counters.address(0, 8, SLOTS), counters.address(0, 9, 3 * SLOTS)]
+    capturing["now"] = True
+    captured = [counters.address(0, 7, 100) for _ in range(2)]
+    sizes = [1, 100, SLOTS, 3 * SLOTS, 100, 100]
+    taken = [
+        start + 4 * i
+        for start, size in zip((one, many, *others, *captured), sizes, strict=True)
+        for i in range(size)
+    ]
+    assert len(taken) == len(set(taken))

@@ -197,7 +197,7 @@ class _Function:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def prepare(self, device: int) -> None:
+    def prepare(self, device: int, count: int = 1) -> None:
         pass
 
 
@@ -207,10 +207,10 @@ class _Module:
 
 
 class _Counters:
-    def prepare(self, device: int) -> None:
+    def prepare(self, device: int, count: int = 1) -> None:
         pass
 
-    def address(self, device: int, stream: int) -> int:
+    def address(self, device: int, stream: int, count: int = 1) -> int:
         return 0xC0C0
 
 

@@ -52,7 +52,7 @@ class Recorder:
         self.early[name] = starts_early
         return self
 
-    def prepare(self, device: int) -> None:
+    def prepare(self, device: int, count: int = 1) -> None:
         pass
 
     def start(
@@ -253,10 +253,10 @@ class SpecialisedRecorder(Recorder):
             return (b"\0" * address_at + data).ljust(128, b"\0")
 
         class Counters:
-            def prepare(_, device: int) -> None:
+            def prepare(_, device: int, count: int = 1) -> None:
                 self.prepared.append(len(self.structs))
 
-            def address(_, device: int, stream: int) -> int:
+            def address(_, device: int, stream: int, count: int = 1) -> int:
                 self.asked.append((device, stream))
                 return COUNTER_ADDRESS
 
@@ -404,7 +404,7 @@ def test_a_call_of_few_keys_goes_to_the_shorter_kernel(monkeypatch: pytest.Monke
             self.name = name
             return self
 
-        def prepare(self, device: int) -> None:
+        def prepare(self, device: int, count: int = 1) -> None:
             pass
 
     def start(function: Named, *rest: object) -> None:

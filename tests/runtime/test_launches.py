@@ -32,7 +32,7 @@ class Named:
         named.name = name
         return named
 
-    def prepare(self, device: int) -> None:
+    def prepare(self, device: int, count: int = 1) -> None:
         pass
 
 
@@ -46,10 +46,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("attngen.runtime.prepared.address_comes_first", lambda: True)
 
     class Counters:
-        def prepare(self, device: int) -> None:
+        def prepare(self, device: int, count: int = 1) -> None:
             pass
 
-        def address(self, device: int, stream: int) -> int:
+        def address(self, device: int, stream: int, count: int = 1) -> int:
             return 0xC0C0
 
     monkeypatch.setattr(launch, "COUNTERS", Counters())

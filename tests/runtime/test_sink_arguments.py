@@ -88,7 +88,7 @@ class Function:
 
     name: str
 
-    def prepare(self, device: int) -> None:
+    def prepare(self, device: int, count: int = 1) -> None:
         pass
 
 
@@ -100,8 +100,8 @@ class Sent:
         self.launches: list[tuple[str, Callable[[str], int]]] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-        monkeypatch.setattr("attngen.runtime.launch.COUNTERS.prepare", lambda device: None)
-        monkeypatch.setattr("attngen.runtime.launch.COUNTERS.address", lambda device, stream: 0xC0C0)
+        monkeypatch.setattr("attngen.runtime.launch.COUNTERS.prepare", lambda device, count: None)
+        monkeypatch.setattr("attngen.runtime.launch.COUNTERS.address", lambda device, stream, count: 0xC0C0)
         monkeypatch.setattr("attngen.runtime.prepared.address_comes_first", lambda: True)
         monkeypatch.setattr("attngen.runtime.prepared.encode", lambda map_, address: bytes(128))
 

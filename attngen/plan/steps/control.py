@@ -31,10 +31,18 @@ class ForBlocks(Step):
 
 
 Condition = Literal[
-    "tile has blocks", "scale is negative", "m sees n", "last warpgroup", "tile is whole", "tile is a part"
+    "tile has blocks",
+    "scale is negative",
+    "m sees n",
+    "last warpgroup",
+    "first warp",
+    "tile is whole",
+    "tile is a part",
+    "all parts are there",
 ]
-"""Closed set of run-time conditions, uniform over the warpgroup. `m sees n`: the mask lets some row of block m see
-some key of block n. `tile is a part`: there are others for the same rows."""
+"""Closed set of run-time conditions, uniform over the warps that run a program alike. `m sees n`: the mask lets some
+row of block m see some key of block n. `tile is a part`: there are others for the same rows.
+`all parts are there`: its `CountPart` has found those of all others counted."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ class SyncThreads(Step):
 
 
 @dataclass(frozen=True)
+class SyncWarp(Step):
+    """Wait for the threads of the warp, which has a program to itself; orders their shared memory accesses."""
+
+    def __str__(self) -> str:
+        return "sync warp"
+
+
+@dataclass(frozen=True)
 class WaitFull(Step):
     """Wait until the stage that the cursor stands at has been filled.
 

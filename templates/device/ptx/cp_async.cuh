@@ -4,6 +4,18 @@ DEV void cp_async_16(u32 dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
+// The policy by which L2 gives up first what is read once. PTX ISA: createpolicy.
+DEV u64 read_once() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// cp_async_16 by a policy of L2. PTX ISA: cp.async, .L2::cache_hint.
+DEV void cp_async_16(u32 dst, const void* src, int bytes, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(bytes), "l"(policy) : "memory");
+}
+
 // Close the group of this thread's copies started since the last commit. PTX ISA: cp.async.commit_group.
 DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
