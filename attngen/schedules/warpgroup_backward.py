@@ -85,7 +85,7 @@ class Stream:
         return () if self.reads == other.reads else (WaitFull(self.reads),)
 
 
-def _load_next(block: BlockIndex, *streams: Stream) -> Program:
+def load_next(block: BlockIndex, *streams: Stream) -> Program:
     """Have the copy engine bring the next block of each, as soon as its stage is free."""
     steps: list[Step] = []
     for fills in dict.fromkeys(each.fills for each in streams):
@@ -94,12 +94,12 @@ def _load_next(block: BlockIndex, *streams: Stream) -> Program:
     return tuple(steps)
 
 
-def _wait_once(*streams: Stream) -> Program:
+def wait_once(*streams: Stream) -> Program:
     """Wait for the only blocks of these that a tile has."""
     return tuple(WaitFull(reads, together=True) for reads in dict.fromkeys(each.reads for each in streams))
 
 
-def _leave(stream: Stream) -> Program:
+def leave(stream: Stream) -> Program:
     """Hand a block back, and what shares its ring; go on to the next."""
     return (Release(stream.reads), Advance(stream.reads))
 
@@ -135,7 +135,7 @@ class WarpgroupGradientPlaces(ABC):
         (axis,) = {each.tensor.axis for each in (first, second)}
         if not self.lengths.has_neighbours(axis):
             return ()
-        tails = (*_wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
+        tails = (*wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
         return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
     def zero_hidden(self, block: BlockIndex, k: View, v: View, wait: Program = ()) -> Program:
@@ -199,22 +199,22 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
             WaitGemm(1, (pair.s,)),
             *pair.recover(M_BLOCK, of.n, of.masked),
             WaitGemm(0, (pair.dp,)),
-            *(() if v.reads == k.reads else _leave(v)),
+            *(() if v.reads == k.reads else leave(v)),
             pair.gradient(M_BLOCK),
             Note("dQ += dS K"),
             IssueGemm(gradient.acc, gradient.pairs, gradient.times, starts_at_zero=False),
             WaitGemm(0, (gradient.acc, gradient.pairs)),
-            *_leave(k),
+            *leave(k),
         )
 
     def load(of: KeyBlock) -> Program:
-        return _load_next(of.n, k, v)
+        return load_next(of.n, k, v)
 
     start = at.keys.start(VISIT)
     consumer = (
         Clear(gradient.acc),
         *start,
-        *_wait_once(at.q, at.do),
+        *wait_once(at.q, at.do),
         *(LoadRegisters(vector, rows, M_BLOCK) for vector, rows in at.numbers),
         *at.keys.for_all_blocks(block),
         *at.put_out(M_BLOCK),
@@ -252,14 +252,14 @@ def key_gradients(at: WarpgroupKeyPlaces) -> dict[str, Program]:
     own_keys = (at.k, at.v) if at.v else (at.k,)
     consumer = (
         *(Clear(each.acc) for each in at.gradients),
-        *_wait_once(*own_keys),
+        *wait_once(*own_keys),
         *(at.zero_hidden(N_BLOCK, at.k.here.own, at.v.here.own) if at.v else ()),
         ForHeads(for_queries(at.visible, partial(_block_of_queries, at))),
         *at.put_out(N_BLOCK),
     )
     producer = (
         *(step for each in own_keys for step in each.load(N_BLOCK)),
-        ForHeads(for_queries(at.visible, lambda m, _: _load_next(m, at.q, at.do), split=False)),
+        ForHeads(for_queries(at.visible, lambda m, _: load_next(m, at.q, at.do), split=False)),
     )
     return {"consumer": (ForTiles(consumer),), "producer": (ForTiles(producer),)}
 
@@ -293,7 +293,7 @@ def _block_of_queries(at: WarpgroupKeyPlaces, m: BlockIndex, masked: Masked) -> 
         *late,
         *((Note("dK += dSᵀ Q"), *issue(of_ds)) if of_ds else ()),
         *land(len(of_ds), of_p),
-        *(() if do.reads == q.reads else _leave(do)),
+        *(() if do.reads == q.reads else leave(do)),
         *land(0, of_ds),
-        *_leave(q),
+        *leave(q),
     )

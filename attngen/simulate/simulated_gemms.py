@@ -32,10 +32,13 @@ def wait_gemm(step: WaitGemm, role: RoleRun) -> None:
 
 
 def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) -> None:
-    columns = slice(step.first_column, step.first_column + step.acc.cols)
+    own_rows, own_columns = own_part(step.acc, role)
+    columns = slice(step.first_column + own_columns.start, step.first_column + own_columns.stop)
 
     def product() -> torch.Tensor:
         rows = a.transpose(1, 2) if step.a_is_transposed else a
+        if rows.shape[1] > len(own_rows):  # A of all warpgroups
+            rows = rows[:, own_rows.start : own_rows.stop]
         return torch.bmm(rows, (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns])
 
     if step.starts_at_zero:
@@ -47,14 +50,31 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
         rows, cols = step.acc.axes
         role.device.traffic.count_gemm(
             len(role.tile.members),
-            (step.acc.rows // role.warpgroups, step.acc.cols, step.depth),
-            (_valid(step, rows, role), _valid(step, cols, role), _valid(step, step.contracted, role)),
+            (len(own_rows), len(own_columns), step.depth),
+            (
+                _valid(step, rows, role),
+                _valid(step, cols, role) * len(own_columns) // step.acc.cols,
+                _valid(step, step.contracted, role),
+            ),
         )
+
+
+def own_part(tile: RegTile, role: RoleRun) -> tuple[range, range]:
+    """The rows and the columns of a tile in registers that the warpgroup has."""
+    if tile.shared_by == "columns":
+        return range(tile.rows), role.own_rows(tile.cols)
+    return role.own_rows(tile.rows), range(tile.cols)
 
 
 def _valid(step: Product, axis: Axis, role: RoleRun) -> int:
     """How much of an axis of a product exists, of rows of accumulators the warpgroup's own."""
     views = [place for place in (step.a, step.b) if isinstance(place, View) and axis in place.axes]
+    if axis in LENGTHS and views:
+        (view, *_) = [view for view in views if view.axes[0] == axis] or views
+        own = own_part(step.acc, role)[0]
+        is_shared = view is step.a and not view.own_rows and axis == step.acc.axes[0]
+        valid = role.valid_rows(view)
+        return max(0, min(len(own), valid - own.start)) if is_shared else valid
     if axis in LENGTHS:
-        return role.valid_rows(views[0]) if views else role.valid_extent(axis)
+        return role.valid_extent(axis)
     return step.acc.valid_cols if axis in step.acc.axes else views[0].buffer.valid_cols

@@ -59,3 +59,17 @@ DEV void issue_gemm_nt_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4],
   wgmma_commit();
   pin(acc);
 }
+
+// Start acc = A B, both in shared memory, for the 64 rows of A of a number, + acc unless that is to start at zero: rows of B contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
+DEV void issue_gemm_nn_ss(float (&acc)[1][kColTiles][4], u32 a, u32 b, int rows) {
+  pin(acc);
+  wgmma_fence();
+  const u64 a_matrix = k_major(a + rows * 64 * 128), b_matrix = mn_major<BTile::kPanelBytes>(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {
+    wgmma_rows(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + k * 16 * 128 / 16, k > 0 || !kStartsAtZero);
+  }
+  wgmma_commit();
+  pin(acc);
+}

@@ -91,10 +91,12 @@ from attngen.plan.steps.softmax import (
     SeedScores,
 )
 from attngen.plan.steps.step import Program, Step
+from attngen.plan.steps.sum_steps import AddSums, ClearTile, StageSums, StageTransposed
 from attngen.plan.steps.sync import (
     Advance,
     FenceAsync,
     PassTurn,
+    Publish,
     Release,
     SyncThreads,
     SyncWarpgroup,
@@ -110,12 +112,14 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 __all__ = [
     "TANH",
     "AddPairs",
+    "AddSums",
     "AddToElements",
     "AddToTable",
     "Advance",
     "ByTanh",
     "Clear",
     "ClearTable",
+    "ClearTile",
     "CommitCopies",
     "Condition",
     "ConvertP",
@@ -145,6 +149,7 @@ __all__ = [
     "Product",
     "Program",
     "Promote",
+    "Publish",
     "ReadRowScales",
     "ReadScoreScale",
     "ReadSink",
@@ -164,7 +169,9 @@ __all__ = [
     "ScoreGradient",
     "SeedScores",
     "StageScales",
+    "StageSums",
     "StageTile",
+    "StageTransposed",
     "StartWalk",
     "Step",
     "StoreGradient",

@@ -30,6 +30,11 @@ DEV void tma_store(const TensorMap& map, u32 src, int column, int row, int head,
                "r"(head), "r"(batch) : "memory");
 }
 
+// Start adding f32 to device memory, 16 bytes at a time. PTX ISA: cp.reduce.async.bulk.
+DEV void bulk_add(float* dst, u32 src, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+
 // Close the group of this thread's stores. PTX ISA: cp.async.bulk.commit_group.
 DEV void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 

@@ -1,0 +1,117 @@
+"""The kernel that adds up dQ beside dK and dV, for warpgroups: where it may stand, its tiles, storage and roles."""
+
+from dataclasses import replace
+
+from attngen.dtypes import F32
+from attngen.lower.features import Features
+from attngen.lower.gradient_kernels import results_of
+from attngen.lower.gradient_warpgroups import (
+    WARPGROUPS,
+    GradientStorage,
+    Tile,
+    common_plan,
+    key_places,
+)
+from attngen.plan import (
+    ROWS_OF_Q,
+    SCORES,
+    WARPGROUP_WARPS,
+    Buffer,
+    Cursor,
+    FinishSums,
+    KernelPlan,
+    Program,
+    QuerySums,
+    RegTile,
+    Ring,
+    Role,
+    Scheduler,
+    Share,
+)
+from attngen.schedules.fused_backward import FusedPlaces, fused_gradients
+from attngen.schedules.pairs import SCORE
+from attngen.spec import INPUTS
+
+STAGES = 2
+"""Of dS and of dQ on their way, and of Q and dO: shared memory has no room for a third."""
+TILES = {64: Tile(128, 128, STAGES, STAGES), 128: Tile(64, 128, STAGES, STAGES)}
+"""By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns."""
+
+
+def why_split(features: Features) -> str:
+    """Why dQ has a kernel of its own, beside those of dK and dV; empty where one kernel adds it up."""
+    if features.deterministic:
+        return "deterministic: true, and sums of dQ would be added in any order"
+    if not (features.arch.wgmma and features.arch.emits):
+        return f"{features.arch.name} has no wgmma"
+    if (features.head_dim_qk, features.head_dim_v) not in [(columns, columns) for columns in TILES]:
+        return f"one kernel is there for head_dim {' and '.join(map(str, TILES))}, q, k and v alike"
+    if features.visible_rows is None:
+        return "the queries that see a key are no range in closed form"
+    if not features.lengths.are_dense:
+        return "sequences have lengths of their own"
+    if len(features.gradients) > len(INPUTS):
+        return "what is declared has gradients too"
+    if features.pairs.score is not SCORE:
+        return "scores are modified, which takes registers"
+    return ""
+
+
+def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
+    """The kernel of dK, dV and sums of dQ, and the sheet that makes dQ of these."""
+    tile = TILES[features.head_dim]
+    storage = GradientStorage(features, tile, "keys")
+    keys = key_places(features, tile, ("dv", "dk"), storage)
+    pairs_ring = Ring("ds", STAGES, read_by_threads=True, filled_by_threads=True, loads=WARPGROUPS)
+    pairs = storage.exchange(
+        Buffer("ds", features.inputs, SCORES, tile.block_m, tile.block_n, tile.block_n, STAGES, in_panels=True,
+               shared_by="columns"),
+        *_cursors(pairs_ring),
+    )  # fmt: skip
+    share: Share = "rows" if tile.block_m > forward.arch.wgmma.m else "columns"  # type: ignore[union-attr]
+    of_dq = (F32, ROWS_OF_Q, tile.block_m, keys.q.tile.cols, keys.q.tile.valid_cols)
+    products = storage.exchange(
+        Buffer("dq", *of_dq, STAGES, shared_by=share),
+        *_cursors(Ring("dq", STAGES, filled_by_threads=True, copies=WARPGROUPS)),
+    )
+    sums = QuerySums("dq_sums", tile.block_m, keys.q.tile.valid_cols, share)
+    at = FusedPlaces(
+        **vars(keys),
+        pairs=pairs,
+        products=products,
+        dq=RegTile("acc_dq", *of_dq, "accumulator", shared_by=share),
+        sums=sums,
+    )
+    programs = fused_gradients(at)
+    plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
+    plan = replace(
+        plan, scheduler=Scheduler("key_blocks"), roles=_with_adder(plan.roles, at, programs["adder"])
+    )
+    return plan, FinishSums(plan, sums, results_of("dq", keys.q.tile, "q"))
+
+
+def _cursors(ring: Ring) -> tuple[Cursor, Cursor]:
+    """Where who fills the stages of a ring stands, and who reads them."""
+    fills, reads = (
+        Cursor(f"{ring.name}_{name}", ring.stages, ring, name == "fills") for name in ("fills", "reads")
+    )
+    return fills, reads
+
+
+def _with_adder(roles: tuple[Role, ...], at: FusedPlaces, program: Program) -> tuple[Role, ...]:
+    """Consumers and producer, of whose warpgroup a warp for each consumer adds."""
+    consumer, producer = roles
+    cursors = (*consumer.cursors, at.pairs.fills, at.pairs.reads, at.products.fills)
+    return (
+        replace(consumer, reg_tiles=(*consumer.reg_tiles, at.dq), cursors=cursors),
+        replace(producer, warps=WARPGROUP_WARPS - WARPGROUPS),
+        Role(
+            "adder",
+            WARPGROUPS,
+            program,
+            cursors=(at.products.reads,),
+            warpgroups=WARPGROUPS,
+            registers=producer.registers,
+            single_thread=True,
+        ),
+    )
