@@ -38,15 +38,20 @@ TILES = {64: Tile(128, 128, STAGES, STAGES), 128: Tile(64, 128, STAGES, STAGES)}
 """By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns."""
 
 
-def why_split(features: Features) -> str:
-    """Why dQ has a kernel of its own, beside those of dK and dV; empty where one kernel adds it up."""
+def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
+    """Why dQ has a kernel of its own, beside those of dK and dV; empty where one kernel adds it up.
+
+    Args:
+        features: of the spec.
+        is_for_warpgroups: the attention kernel is.
+    """
     if features.deterministic:
-        return "deterministic: true, and sums of dQ would be added in any order"
-    if not (features.arch.wgmma and features.arch.emits):
-        return f"{features.arch.name} has no wgmma"
+        return "deterministic: true, and sums of dQ in device memory are added in any order"
+    if not (is_for_warpgroups and features.arch.emits):
+        return "the attention kernel is not for warpgroups"
     if (features.head_dim_qk, features.head_dim_v) not in [(columns, columns) for columns in TILES]:
-        return f"one kernel is there for head_dim {' and '.join(map(str, TILES))}, q, k and v alike"
-    if features.visible_rows is None:
+        return f"one kernel for all is there for head_dim {' and '.join(map(str, TILES))}, q, k and v alike"
+    if features.visible_rows is None or features.blocks is not None:
         return "the queries that see a key are no range in closed form"
     if not features.lengths.are_dense:
         return "sequences have lengths of their own"

@@ -92,11 +92,10 @@ def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
 
 def _of_inputs(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
     """The kernels of dQ, dK and dV."""
-    if not takes_warpgroups(forward):
-        return gradient_plans(features, forward)
-    if why_split(features):
-        return warpgroup_gradient_plans(features, forward)
-    return fused_gradient_plans(features, forward)
+    if not why_split(features, takes_warpgroups(forward)):
+        return fused_gradient_plans(features, forward)
+    of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
+    return of_inputs(features, forward)
 
 
 def _first_legal(

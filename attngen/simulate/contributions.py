@@ -38,7 +38,7 @@ def add_contribution(step: Product, role: "RoleRun") -> None:
         role.contributions[step.acc.name] = Counter()
     cells = [cell for view in (step.a, step.b) if isinstance(view, View) for cell in role.cells(view)]
     if isinstance(step.a, View):
-        role.made_for[step.acc.name] = set().union(*(cell.queries for cell in role.cells(step.a)))
+        role.made_for[step.acc.name] = set().union(*(cell.queries or {None} for cell in role.cells(step.a)))
     role.contributions[step.acc.name][next((cell.source for cell in cells if cell.source), None)] += 1
 
 
