@@ -366,7 +366,10 @@ def _declaration(context: Context, place: Param | RegTile) -> str:
         if place.layout == "a_fragment":
             return f"u32 {place.name}[kRowTiles][{place.cols * place.dtype.bits // 256}][4]"
         owners = context["plan"].worker.warpgroups if place.shared_by == "columns" else 1
-        return f"float {place.name}[kRowTiles][{place.cols // owners // 8}][4]"
+        shape = f"[kRowTiles][{place.cols // owners // 8}][4]"
+        if place.overlays is not None:
+            return f"float (&{place.name}){shape} = {place.overlays.name}"
+        return f"float {place.name}{shape}"
     if place.ctype == "pointer":
         return f"{context['pointees'].get(place.value, 'float')}* {place.name}"
     return f"{_C_TYPES[place.ctype]} {place.name}"

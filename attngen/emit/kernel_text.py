@@ -172,4 +172,6 @@ def _wgmmas(plan: KernelPlan) -> list[str]:
             if step.acc.shared_by == "columns":
                 cols //= plan.worker.warpgroups
             found[macro.name, cols] = macro(cols, plan.inputs)
+            if step.kept is not None:
+                found["kept", cols] = of_wgmma.registers_shared_columns(cols, plan.inputs)
     return [str(text).strip("\n") for text in found.values()]

@@ -1,6 +1,6 @@
 """The kernel that adds up dQ beside dK and dV, for warpgroups: where it may stand, its tiles, storage and roles."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from attngen.dtypes import F32
 from attngen.lower.features import Features
@@ -30,12 +30,33 @@ from attngen.plan import (
 )
 from attngen.schedules.fused_backward import FusedPlaces, fused_gradients
 from attngen.schedules.pairs import SCORE
+from attngen.schedules.warpgroup_backward import Stream
 from attngen.spec import INPUTS
 
 STAGES = 2
 """Of dS and of dQ on their way, and of Q and dO: shared memory has no room for a third."""
-TILES = {64: Tile(128, 128, STAGES, STAGES), 128: Tile(64, 128, STAGES, STAGES)}
-"""By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns."""
+
+
+@dataclass(frozen=True)
+class FusedTile(Tile):
+    """What a block of threads works on at a time.
+
+    Attributes:
+        kept_k, kept_v: columns of K and of V that stay in registers.
+        dq_over_s: dQ takes the registers of S.
+    """
+
+    kept_k: int = 0
+    kept_v: int = 0
+    dq_over_s: bool = False
+
+
+TILES = {
+    64: FusedTile(128, 128, STAGES, STAGES),
+    128: FusedTile(64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True),
+}
+"""By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns; kept
+is what NVRTC 13.0.88 finds registers for without spills."""
 
 
 def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
@@ -84,8 +105,10 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
         **vars(keys),
         pairs=pairs,
         products=products,
-        dq=RegTile("acc_dq", *of_dq, "accumulator", shared_by=share),
+        dq=RegTile("acc_dq", *of_dq, "accumulator", share, keys.pair.s if tile.dq_over_s else None),
         sums=sums,
+        kept_k=_kept(keys.k, tile.kept_k),
+        kept_v=_kept(keys.v, tile.kept_v) if keys.v else None,
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
@@ -103,12 +126,21 @@ def _cursors(ring: Ring) -> tuple[Cursor, Cursor]:
     return fills, reads
 
 
+def _kept(of: Stream, columns: int) -> RegTile | None:
+    """The first columns of the rows of a tensor that a warpgroup owns, as A operand."""
+    tile = of.tile
+    if not columns:
+        return None
+    return RegTile(f"{tile.name}_kept", tile.dtype, tile.axes, tile.rows, columns, columns, "a_fragment")
+
+
 def _with_adder(roles: tuple[Role, ...], at: FusedPlaces, program: Program) -> tuple[Role, ...]:
     """Consumers and producer, of whose warpgroup a warp for each consumer adds."""
     consumer, producer = roles
     cursors = (*consumer.cursors, at.pairs.fills, at.pairs.reads, at.products.fills)
+    tiles = (*consumer.reg_tiles, at.dq, *(kept for kept in (at.kept_k, at.kept_v) if kept))
     return (
-        replace(consumer, reg_tiles=(*consumer.reg_tiles, at.dq), cursors=cursors),
+        replace(consumer, reg_tiles=tiles, cursors=cursors),
         replace(producer, warps=WARPGROUP_WARPS - WARPGROUPS),
         Role(
             "adder",

@@ -380,6 +380,7 @@ class RegTile:
         layout: "accumulator" (D of the matrix instruction, f32) or "a_fragment" (its A operand).
         valid_cols: columns that mean something; the others are zero.
         shared_by: what of it a warpgroup has.
+        overlays: the tile whose registers it takes, where never both are wanted; both have as many a thread.
     """
 
     name: str
@@ -390,6 +391,7 @@ class RegTile:
     valid_cols: int
     layout: Literal["accumulator", "a_fragment"]
     shared_by: Share = "rows"
+    overlays: "RegTile | None" = None
 
     def registers_per_thread(self, warps: int) -> int:
         """32-bit registers that each of the warps' threads spends on it."""

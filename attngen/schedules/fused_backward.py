@@ -24,6 +24,7 @@ from attngen.plan.steps import (
     ForHeads,
     ForTiles,
     IssueGemm,
+    KeepColumns,
     Note,
     Publish,
     Release,
@@ -77,12 +78,22 @@ class FusedPlaces(WarpgroupKeyPlaces):
         products: dS K, each warpgroup's part for a warp of its own.
         dq: that in registers.
         sums: of all blocks of keys.
+        kept_k, kept_v: of K and V what stays in registers, so that shared memory is not read for it in each visit;
+            None where nothing does.
     """
 
     pairs: Exchange
     products: Exchange
     dq: RegTile
     sums: QuerySums
+    kept_k: RegTile | None
+    kept_v: RegTile | None
+
+    @property
+    def keep(self) -> Program:
+        """Read what stays in registers."""
+        kept = ((self.kept_k, self.k), (self.kept_v, self.v))
+        return tuple(KeepColumns(tile, of.here.own) for tile, of in kept if tile and of)
 
 
 def fused_gradients(at: FusedPlaces) -> dict[str, Program]:
@@ -93,6 +104,7 @@ def fused_gradients(at: FusedPlaces) -> dict[str, Program]:
         *(Clear(each.acc) for each in at.gradients),
         *wait_once(k, v),
         *at.zero_hidden(N_BLOCK, k.here.own, v.here.own),
+        *at.keep,
         Note("no visit is before the first: zeros in its place"),
         ClearTile(at.pairs.own),
         *at.pairs.publish(),
@@ -124,9 +136,9 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
     return (
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
         WaitFull(q.reads),
-        IssueGemm(pair.s, at.k.here.own, q.here, starts_at_zero=True),
+        IssueGemm(pair.s, at.k.here.own, q.here, starts_at_zero=True, kept=at.kept_k),
         *do.wait_beside(q),
-        IssueGemm(pair.dp, v.here.own, do.here, starts_at_zero=True),
+        IssueGemm(pair.dp, v.here.own, do.here, starts_at_zero=True, kept=at.kept_v),
         WaitGemm(1, (pair.s,)),
         *pair.recover(m, N_BLOCK, masked),
         WaitEmpty(pairs.fills),

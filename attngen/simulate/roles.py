@@ -114,6 +114,8 @@ class RoleRun:
         self.started: list[tuple[Cell, torch.Tensor]] = []
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
+        overlaid = [tile.overlays for tile in role.reg_tiles if tile.overlays]
+        self._sharing = [tile for tile in role.reg_tiles if tile.overlays or tile in overlaid]
         self._epoch = 0
         self._fenced = Clock()  # what it knew at its last fence
         self._positions: dict[str, Position] = {}  # by the names of its cursors, which differ
@@ -276,10 +278,21 @@ class RoleRun:
         self, place: RegTile | RegVec, value: Callable[..., torch.Tensor], *operands: torch.Tensor | float
     ) -> torch.Tensor:
         """Write value(*operands) to a register place; where values are not wanted nothing is computed."""
-        self._check_not_owned(place, "written")
+        for other in (place, *self._in_the_same_registers(place)):
+            self._check_not_owned(other, "written")
+            self.registers.pop(other.name, None)
         result = value(*operands) if self.device.holds_values else NOTHING
         self.registers[place.name] = result
         return result
+
+    def _in_the_same_registers(self, place: RegTile | RegVec) -> list[RegTile]:
+        """The tiles whose values are lost where a place is written."""
+        return [
+            other
+            for other in self._sharing
+            if other.name != place.name
+            and (other.overlays or other) == (getattr(place, "overlays", None) or place)
+        ]
 
     def _check_not_owned(self, place: RegTile | RegVec, how: str) -> None:
         if place.name in self._owned_by_gemm:

@@ -8,7 +8,7 @@ nobody may change an operand, and nobody sees it before it lands.
 import torch
 
 from attngen.plan import LENGTHS, Axis, RegTile, View
-from attngen.plan.steps import Gemm, IssueGemm, Product, WaitGemm
+from attngen.plan.steps import Gemm, IssueGemm, KeepColumns, Product, WaitGemm
 from attngen.simulate.contributions import add_contribution
 from attngen.simulate.roles import RoleRun
 
@@ -22,8 +22,16 @@ def gemm(step: Gemm, role: RoleRun) -> None:
 def issue_gemm(step: IssueGemm, role: RoleRun) -> None:
     """Start acc = A B or acc += A B."""
     a = role.read(step.a) if isinstance(step.a, RegTile) else role.read_by_gemm(step.a)
+    if step.kept is not None and (kept := role.read(step.kept)).numel():
+        a = torch.cat((kept, a[..., step.kept.cols :]), dim=-1)
     _multiply(step, a, role.read_by_gemm(step.b), role)
     role.issue_gemm(step.acc, *((step.a,) if isinstance(step.a, RegTile) else ()))
+
+
+def keep_columns(step: KeepColumns, role: RoleRun) -> None:
+    """Read the first columns of the warpgroup's own rows of an operand."""
+    rows = role.read_shared(step.src)
+    role.write(step.dst, lambda: rows[..., : step.dst.cols].contiguous())
 
 
 def wait_gemm(step: WaitGemm, role: RoleRun) -> None:

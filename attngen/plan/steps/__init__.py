@@ -51,7 +51,7 @@ from attngen.plan.steps.declared_steps import (
     StoreTable,
     SumPairs,
 )
-from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
+from attngen.plan.steps.gemm import Gemm, IssueGemm, KeepColumns, Product, WaitGemm
 from attngen.plan.steps.gradient_steps import (
     GradientOfPairs,
     HidePairs,
@@ -137,6 +137,7 @@ __all__ = [
     "GradientOfPairs",
     "IssueGemm",
     "JoinSink",
+    "KeepColumns",
     "LoadRegisters",
     "LoadTile",
     "LookUp",
