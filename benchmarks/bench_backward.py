@@ -11,7 +11,8 @@ allows, first held against fp64 and then beside the kernels of seven, cuDNN, and
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ import attngen
 from attngen.check import timing
 from attngen.check.gradients import compare_gradients
 from attngen.check.inputs import Shape, random_inputs
+from attngen.lower import fused_gradients
 
 LENGTHS = (1024, 4096, 16384)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -37,13 +39,31 @@ CHECKED = (
     *((113, 203), (256, 512), (512, 256)),
 )
 """Lengths of queries and of keys."""
+FUSED: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "fused_no_turns": {"takes_turns": False},
+    "fused_nothing_kept": {"kept_k": 0, "kept_v": 0},
+}
+"""The fused kernel as its table has it, and how much each choice is worth."""
 MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap", "bias")
 """Cases of `bench_language.py`."""
 
 
-def kernel_of(head_dim: int, mask: str, deterministic: bool = True) -> attngen.Kernel:
+@contextmanager
+def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
+    """Let the fused kernel be lowered otherwise than its table says."""
+    own = fused_gradients.TILES[head_dim]
+    fused_gradients.TILES[head_dim] = replace(own, **changes)
+    try:
+        yield
+    finally:
+        fused_gradients.TILES[head_dim] = own
+
+
+def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:
     """A kernel with a backward pass."""
     spec = {
+        "name": name,
         "problem": {"head_dim": head_dim},
         "mask": mask,
         "gradients": ["q", "k", "v"],
@@ -165,22 +185,21 @@ def check_fused() -> list[dict[str, Any]]:
 
 
 def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timing.Run]:
-    """The fused kernel, those of seven products, and peers on the same inputs; the first two agree."""
+    """The fused kernel and its variants, which agree with the kernels of seven products, and peers, on the same inputs."""
     runs = dict(passes(head_dim, causal, length))
     split = runs.pop("attngen")
     del runs["flash"]
     assert isinstance(split, partial)
     dout, q, k, v, out, lse = split.args
-    kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False)
-    found: dict[str, timing.Run] = {
-        "fused": partial(kernel.backward, dout, q, k, v, out, lse),
-        "split": split,
-        **runs,
-    }
-    apart = max(distance(x, y) for x, y in zip(found["fused"](), split(), strict=True))
-    print(f"fused and split differ by {apart:.1e} of their norm", flush=True)
-    if not apart < 0.02:
-        raise SystemExit("the fused kernel is wrong")
+    found: dict[str, timing.Run] = {"split": split, **runs}
+    for name, changes in FUSED.items():
+        with changed_tile(head_dim, **changes):
+            kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False, name=name)
+        found[name] = partial(kernel.backward, dout, q, k, v, out, lse)
+    for name in FUSED:
+        apart = max(distance(x, y) for x, y in zip(found[name](), split(), strict=True))
+        if not apart < 0.02:
+            raise SystemExit(f"{name} differs from the split kernels by {apart:.1e} of their norm")
     with suppress(ImportError, RuntimeError):
         from flash_attn.cute.interface import flash_attn_func
 

@@ -287,6 +287,9 @@ constexpr u64 kEvictFirst = 0x12f0000000000000ull;
 // A hint for the L2 cache: to be dropped last.
 constexpr u64 kEvictLast = 0x14f0000000000000ull;
 
+// A hint for the L2 cache: to be dropped as all else is.
+constexpr u64 kEvictNormal = 0x1000000000000000ull;
+
 // Fetch a descriptor before its first use. PTX ISA: prefetch.tensormap.
 DEV void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 

@@ -6,6 +6,7 @@ from attngen.dtypes import F32
 from attngen.lower.features import Features
 from attngen.lower.gradient_kernels import results_of
 from attngen.lower.gradient_warpgroups import (
+    OWN,
     WARPGROUPS,
     GradientStorage,
     Tile,
@@ -20,6 +21,7 @@ from attngen.plan import (
     Cursor,
     FinishSums,
     KernelPlan,
+    NamedBarriers,
     Program,
     QuerySums,
     RegTile,
@@ -33,6 +35,7 @@ from attngen.schedules.pairs import SCORE
 from attngen.schedules.warpgroup_backward import Stream
 from attngen.spec import INPUTS
 
+TURN = NamedBarriers("turn", OWN.first + WARPGROUPS, WARPGROUPS)
 STAGES = 2
 """Of dS and of dQ on their way, and of Q and dO: shared memory has no room for a third."""
 
@@ -44,16 +47,18 @@ class FusedTile(Tile):
     Attributes:
         kept_k, kept_v: columns of K and of V that stay in registers.
         dq_over_s: dQ takes the registers of S.
+        takes_turns: as of `FusedPlaces.turn`.
     """
 
     kept_k: int = 0
     kept_v: int = 0
     dq_over_s: bool = False
+    takes_turns: bool = False
 
 
 TILES = {
-    64: FusedTile(128, 128, STAGES, STAGES),
-    128: FusedTile(64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True),
+    64: FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
+    128: FusedTile(64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True),
 }
 """By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns; kept
 is what NVRTC 13.0.88 finds registers for without spills."""
@@ -86,7 +91,7 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
 def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
     """The kernel of dK, dV and sums of dQ, and the sheet that makes dQ of these."""
     tile = TILES[features.head_dim]
-    storage = GradientStorage(features, tile, "keys")
+    storage = GradientStorage(features, tile, "keys", keep="evict_normal")
     keys = key_places(features, tile, ("dv", "dk"), storage)
     pairs_ring = Ring("ds", STAGES, read_by_threads=True, filled_by_threads=True, loads=WARPGROUPS)
     pairs = storage.exchange(
@@ -109,6 +114,7 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
         sums=sums,
         kept_k=_kept(keys.k, tile.kept_k),
         kept_v=_kept(keys.v, tile.kept_v) if keys.v else None,
+        turn=TURN if tile.takes_turns else None,
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))

@@ -47,6 +47,7 @@ from attngen.plan import (
     in_bf16,
 )
 from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
+from attngen.plan.steps import Keep
 from attngen.schedules.backward import OwnGradient
 from attngen.schedules.fused_backward import Exchange
 from attngen.schedules.key_loop import KeyLoop
@@ -180,8 +181,17 @@ def _is_heavy(score: Expr) -> bool:
 class GradientStorage:
     """Shared memory as it is given away: tiles on whole swizzles, numbers of rows behind them, then mbarriers."""
 
-    def __init__(self, features: Features, tile: Tile, owns: Axis) -> None:
+    def __init__(self, features: Features, tile: Tile, owns: Axis, keep: Keep = "evict_last") -> None:
+        """Begin with nothing.
+
+        Args:
+            features: of the spec.
+            tile: how much a block of threads works on.
+            owns: the side whose gradients it owns.
+            keep: what the L2 cache is to do with tensors.
+        """
         self._features = features
+        self._keep: Keep = keep
         self._tile = tile
         self._owns = owns
         self._end = 0
@@ -226,7 +236,7 @@ class GradientStorage:
         fills, reads = (Cursor(f"{name}_at", stages, ring, fills) for fills in (True, False))
         value = "dout" if name == "do" else in_bf16(name) if features.scales else name
         tensor = Tensor(value, features.inputs, axes, valid, "q" if side == "queries" else "kv")
-        return Stream(tensor, found, fills, reads, numbers if beside else None, beside)
+        return Stream(tensor, found, fills, reads, numbers if beside else None, beside, self._keep)
 
     def exchange(self, tile: Buffer, fills: Cursor, reads: Cursor) -> Exchange:
         """A tile that warpgroups store to, behind all others."""

@@ -14,7 +14,7 @@ appendix B.1.
 from dataclasses import dataclass
 from functools import partial
 
-from attngen.plan import BlockIndex, Buffer, Cursor, Program, QuerySums, RegTile, View
+from attngen.plan import BlockIndex, Buffer, Cursor, NamedBarriers, Program, QuerySums, RegTile, View
 from attngen.plan.steps import (
     AddSums,
     Advance,
@@ -26,15 +26,18 @@ from attngen.plan.steps import (
     IssueGemm,
     KeepColumns,
     Note,
+    PassTurn,
     Publish,
     Release,
     StageSums,
     StageTransposed,
     Step,
+    TakeTurn,
     WaitEmpty,
     WaitFull,
     WaitGemm,
     WaitStores,
+    When,
 )
 from attngen.schedules.backward import N_BLOCK, for_queries
 from attngen.schedules.key_loop import Masked
@@ -80,6 +83,8 @@ class FusedPlaces(WarpgroupKeyPlaces):
         sums: of all blocks of keys.
         kept_k, kept_v: of K and V what stays in registers, so that shared memory is not read for it in each visit;
             None where nothing does.
+        turn: at which a warpgroup waits to begin a visit until the other has P of its own; None where nothing holds
+            them apart.
     """
 
     pairs: Exchange
@@ -88,6 +93,12 @@ class FusedPlaces(WarpgroupKeyPlaces):
     sums: QuerySums
     kept_k: RegTile | None
     kept_v: RegTile | None
+    turn: NamedBarriers | None
+
+    @property
+    def first_turn(self) -> Program:
+        """Let the first warpgroup begin."""
+        return (When("last warpgroup", (PassTurn(self.turn),)),) if self.turn else ()
 
     @property
     def keep(self) -> Program:
@@ -108,6 +119,7 @@ def fused_gradients(at: FusedPlaces) -> dict[str, Program]:
         Note("no visit is before the first: zeros in its place"),
         ClearTile(at.pairs.own),
         *at.pairs.publish(),
+        *at.first_turn,
         ForHeads(for_queries(visible, partial(_block_of_queries, at))),
         Note("dQ of the last visit"),
         *_multiply_late(at),
@@ -136,11 +148,13 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
     return (
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
         WaitFull(q.reads),
+        *((TakeTurn(at.turn),) if at.turn else ()),
         IssueGemm(pair.s, at.k.here.own, q.here, starts_at_zero=True, kept=at.kept_k),
         *do.wait_beside(q),
         IssueGemm(pair.dp, v.here.own, do.here, starts_at_zero=True, kept=at.kept_v),
         WaitGemm(1, (pair.s,)),
         *pair.recover(m, N_BLOCK, masked),
+        *((PassTurn(at.turn),) if at.turn else ()),
         WaitEmpty(pairs.fills),
         WaitGemm(0, (pair.dp,)),
         pair.gradient(m),

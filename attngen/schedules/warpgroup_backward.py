@@ -30,6 +30,7 @@ from attngen.plan.steps import (
     ForHeads,
     ForTiles,
     IssueGemm,
+    Keep,
     LoadRegisters,
     Note,
     Release,
@@ -59,6 +60,7 @@ class Stream:
         tensor, tile: where a block comes from, and the stages that it goes to.
         fills, reads: where the producer and a consumer stand in the ring.
         numbers, beside: a number of each row that comes along, and its stages; None where none does.
+        keep: what the L2 cache is to do with its lines.
     """
 
     tensor: Tensor
@@ -67,6 +69,7 @@ class Stream:
     reads: Cursor
     numbers: Rows | None = None
     beside: Buffer | None = None
+    keep: Keep = "evict_last"
 
     @property
     def here(self) -> View:
@@ -78,7 +81,7 @@ class Stream:
         along: Program = ()
         if self.numbers and self.beside:
             along = (TmaLoadRows(self.beside.at(self.fills), self.numbers, block),)
-        return (*along, TmaLoad(self.tile.at(self.fills), self.tensor, block, "evict_last"))
+        return (*along, TmaLoad(self.tile.at(self.fills), self.tensor, block, self.keep))
 
     def wait_beside(self, other: "Stream") -> Program:
         """Wait until the block has come, after the other's has."""

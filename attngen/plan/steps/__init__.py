@@ -28,6 +28,7 @@ from attngen.plan.steps.control import (
 )
 from attngen.plan.steps.copies import (
     CommitCopies,
+    Keep,
     LoadRegisters,
     LoadTile,
     StageTile,
@@ -137,6 +138,7 @@ __all__ = [
     "GradientOfPairs",
     "IssueGemm",
     "JoinSink",
+    "Keep",
     "KeepColumns",
     "LoadRegisters",
     "LoadTile",
