@@ -52,12 +52,12 @@ MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap", "bia
 @contextmanager
 def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
     """Let the fused kernel be lowered otherwise than its table says."""
-    own = fused_gradients.TILES[head_dim]
-    fused_gradients.TILES[head_dim] = replace(own, **changes)
+    own = fused_gradients.TILES[head_dim, "plain"]
+    fused_gradients.TILES[head_dim, "plain"] = replace(own, **changes)
     try:
         yield
     finally:
-        fused_gradients.TILES[head_dim] = own
+        fused_gradients.TILES[head_dim, "plain"] = own
 
 
 def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:
@@ -185,7 +185,7 @@ def check_fused() -> list[dict[str, Any]]:
 
 
 def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timing.Run]:
-    """The fused kernel and its variants, which agree with the kernels of seven products, and peers, on the same inputs."""
+    """The fused kernel and its variants, those of seven products, which agree with them, and peers on equal inputs."""
     runs = dict(passes(head_dim, causal, length))
     split = runs.pop("attngen")
     del runs["flash"]

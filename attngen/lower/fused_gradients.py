@@ -1,9 +1,10 @@
 """The kernel that adds up dQ beside dK and dV, for warpgroups: where it may stand, its tiles, storage and roles."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from attngen.dtypes import F32
-from attngen.lower.features import Features
+from attngen.lower.features import Features, is_capped_product
 from attngen.lower.gradient_kernels import results_of
 from attngen.lower.gradient_warpgroups import (
     OWN,
@@ -47,21 +48,36 @@ class FusedTile(Tile):
     Attributes:
         kept_k, kept_v: columns of K and of V that stay in registers.
         dq_over_s: dQ takes the registers of S.
-        takes_turns: as of `FusedPlaces.turn`.
+        takes_turns, is_tight: as of `FusedPlaces`.
     """
 
     kept_k: int = 0
     kept_v: int = 0
     dq_over_s: bool = False
     takes_turns: bool = False
+    is_tight: bool = False
 
 
-TILES = {
-    64: FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
-    128: FusedTile(64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True),
+Score = Literal["plain", "capped"]
+"""The scaled product, or a tanh of it and scalars."""
+TILES: dict[tuple[int, Score], FusedTile] = {
+    (64, "plain"): FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
+    (128, "plain"): FusedTile(
+        64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
+    ),
+    (128, "capped"): FusedTile(64, 128, STAGES, STAGES, dq_over_s=True, takes_turns=True, is_tight=True),
 }
-"""By columns of a head: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its columns; kept
-is what NVRTC 13.0.88 finds registers for without spills."""
+"""By columns of a head and the score: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its
+columns; as much is kept as NVRTC 13.0.88 finds registers for without spills."""
+
+
+def _tile(features: Features) -> FusedTile | None:
+    """The tile for a spec; None where there is none."""
+    score = features.pairs.score
+    kind: Score = "plain" if score is SCORE else "capped"
+    if kind == "capped" and not is_capped_product(score):
+        return None
+    return TILES.get((features.head_dim, kind))
 
 
 def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
@@ -75,22 +91,22 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         return "deterministic: true, and sums of dQ in device memory are added in any order"
     if not (is_for_warpgroups and features.arch.emits):
         return "the attention kernel is not for warpgroups"
-    if (features.head_dim_qk, features.head_dim_v) not in [(columns, columns) for columns in TILES]:
-        return f"one kernel for all is there for head_dim {' and '.join(map(str, TILES))}, q, k and v alike"
+    columns = sorted({columns for columns, _ in TILES})
+    if (features.head_dim_qk, features.head_dim_v) not in zip(columns, columns, strict=True):
+        return f"one kernel for all is there for head_dim {' and '.join(map(str, columns))}, q, k and v alike"
     if features.visible_rows is None or features.blocks is not None:
         return "the queries that see a key are no range in closed form"
     if not features.lengths.are_dense:
         return "sequences have lengths of their own"
     if len(features.gradients) > len(INPUTS):
         return "what is declared has gradients too"
-    if features.pairs.score is not SCORE:
-        return "scores are modified, which takes registers"
-    return ""
+    return "" if _tile(features) else "the score is worked out in registers that sums of dQ would take"
 
 
 def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
     """The kernel of dK, dV and sums of dQ, and the sheet that makes dQ of these."""
-    tile = TILES[features.head_dim]
+    tile = _tile(features)
+    assert tile is not None
     storage = GradientStorage(features, tile, "keys", keep="evict_normal")
     keys = key_places(features, tile, ("dv", "dk"), storage)
     pairs_ring = Ring("ds", STAGES, read_by_threads=True, filled_by_threads=True, loads=WARPGROUPS)
@@ -115,6 +131,7 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
         kept_k=_kept(keys.k, tile.kept_k),
         kept_v=_kept(keys.v, tile.kept_v) if keys.v else None,
         turn=TURN if tile.takes_turns else None,
+        is_tight=tile.is_tight,
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))

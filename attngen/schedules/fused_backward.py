@@ -23,6 +23,7 @@ from attngen.plan.steps import (
     FenceAsync,
     ForHeads,
     ForTiles,
+    HidePairs,
     IssueGemm,
     KeepColumns,
     Note,
@@ -85,6 +86,8 @@ class FusedPlaces(WarpgroupKeyPlaces):
             None where nothing does.
         turn: at which a warpgroup waits to begin a visit until the other has P of its own; None where nothing holds
             them apart.
+        is_tight: a score is worked out, for which registers are few: dP is issued when P is there, and pairs are hidden
+            by a Step of its own behind the score.
     """
 
     pairs: Exchange
@@ -94,6 +97,7 @@ class FusedPlaces(WarpgroupKeyPlaces):
     kept_k: RegTile | None
     kept_v: RegTile | None
     turn: NamedBarriers | None
+    is_tight: bool
 
     @property
     def first_turn(self) -> Program:
@@ -145,15 +149,20 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
     pair, q, v, do, pairs = at.pair, at.q, at.v, at.do, at.pairs
     assert v is not None
     dv, dk = at.gradients
+    dp = (
+        *do.wait_beside(q),
+        IssueGemm(pair.dp, v.here.own, do.here, starts_at_zero=True, kept=at.kept_v),
+    )
+    early, late = ((), dp) if at.is_tight else (dp, ())
     return (
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
         WaitFull(q.reads),
         *((TakeTurn(at.turn),) if at.turn else ()),
         IssueGemm(pair.s, at.k.here.own, q.here, starts_at_zero=True, kept=at.kept_k),
-        *do.wait_beside(q),
-        IssueGemm(pair.dp, v.here.own, do.here, starts_at_zero=True, kept=at.kept_v),
-        WaitGemm(1, (pair.s,)),
-        *pair.recover(m, N_BLOCK, masked),
+        *early,
+        WaitGemm(len(early and (pair.dp,)), (pair.s,)),
+        *_recover(at, m, masked),
+        *late,
         *((PassTurn(at.turn),) if at.turn else ()),
         WaitEmpty(pairs.fills),
         WaitGemm(0, (pair.dp,)),
@@ -172,6 +181,14 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
         Advance(pairs.reads),
         *_hand_over(at),
     )
+
+
+def _recover(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program:
+    """P of a pair of blocks whose product is there."""
+    pair = at.pair
+    if masked == "maybe" and at.is_tight:
+        return (*pair.recover(m, N_BLOCK, "no"), HidePairs(pair.s, pair.p, m, N_BLOCK, pair.mask))
+    return pair.recover(m, N_BLOCK, masked)
 
 
 def _multiply_late(at: FusedPlaces) -> Program:
