@@ -65,7 +65,7 @@ TILES: dict[tuple[int, Score], FusedTile] = {
     (128, "plain"): FusedTile(
         64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
     ),
-    (128, "capped"): FusedTile(64, 128, STAGES, STAGES, dq_over_s=True, takes_turns=True, is_tight=True),
+    (128, "capped"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_tight=True),
 }
 """By columns of a head and the score: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its
 columns; as much is kept as NVRTC 13.0.88 finds registers for without spills."""
