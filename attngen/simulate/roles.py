@@ -278,10 +278,12 @@ class RoleRun:
         self, place: RegTile | RegVec, value: Callable[..., torch.Tensor], *operands: torch.Tensor | float
     ) -> torch.Tensor:
         """Write value(*operands) to a register place; where values are not wanted nothing is computed."""
-        for other in (place, *self._in_the_same_registers(place)):
-            self._check_not_owned(other, "written")
-            self.registers.pop(other.name, None)
+        others = self._in_the_same_registers(place)
+        for each in (place, *others):
+            self._check_not_owned(each, "written")
         result = value(*operands) if self.device.holds_values else NOTHING
+        for other in others:
+            self.registers.pop(other.name, None)
         self.registers[place.name] = result
         return result
 
