@@ -58,6 +58,8 @@ class FusedTile(Tile):
     is_tight: bool = False
 
 
+L2_BYTES = 50_000_000
+"""Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
 Score = Literal["plain", "capped"]
 """The scaled product, or a tanh of it and scalars."""
 TILES: dict[tuple[int, Score], FusedTile] = {
@@ -136,7 +138,9 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
     plan = replace(
-        plan, scheduler=Scheduler("key_blocks"), roles=_with_adder(plan.roles, at, programs["adder"])
+        plan,
+        scheduler=Scheduler("key_blocks", rows_at_hand=_rows_at_hand(features)),
+        roles=_with_adder(plan.roles, at, programs["adder"]),
     )
     return plan, FinishSums(plan, sums, results_of("dq", keys.q.tile, "q"))
 
@@ -147,6 +151,13 @@ def _cursors(ring: Ring) -> tuple[Cursor, Cursor]:
         Cursor(f"{ring.name}_{name}", ring.stages, ring, name == "fills") for name in ("fills", "reads")
     )
     return fills, reads
+
+
+def _rows_at_hand(features: Features) -> int:
+    """Rows of Q, dO and sums of dQ that the L2 cache holds; where all blocks see as many, one head follows another."""
+    ends = features.visible_rows is not None and (features.visible_rows.lower or features.visible_rows.upper)
+    row_bytes = features.head_dim * (2 * features.inputs.bytes + F32.bytes)
+    return L2_BYTES // row_bytes if ends else 0
 
 
 def _kept(of: Stream, columns: int) -> RegTile | None:

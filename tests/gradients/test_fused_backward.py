@@ -23,7 +23,7 @@ from attngen.runtime import disassemble
 from attngen.simulate import STEPS_SIMULATED, RoleRun, SimulationFault, launches
 from attngen.simulate.launches import run_call
 from attngen.simulate.simulated_sheets import finish_sums
-from attngen.simulate.visits import Sizes
+from attngen.simulate.visits import Sizes, decoded
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one
@@ -87,10 +87,11 @@ def test_groups_masks_and_scales(case: BackwardCase) -> None:
     assert_right(case)
 
 
+@pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
-def test_no_pair_has_no_gradient(lengths: tuple[int, int]) -> None:
+def test_no_pair_has_no_gradient(lengths: tuple[int, int], mask: str) -> None:
     """Without queries or without keys the gradients are zeros, written."""
-    case = replace(CASE, mask="full", lengths=lengths)
+    case = replace(CASE, mask=mask, lengths=lengths)
     kernel = fused(case)
     (q, k, v, dout), _ = case.inputs_on("cpu")
     out, lse = kernel(q, k, v, return_lse=True)
@@ -140,6 +141,30 @@ def test_gradients_are_added_to_memory_that_is_given(dtype: torch.dtype) -> None
     kernel.backward(dout, q, k, v, out, lse, grads=held, accumulate=True)
     for x, y in zip(held, whole, strict=True):
         assert torch.equal(x, (1.0 + y).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "heads_kv", "seqlen"),
+    [(16, 16, 16, 1024), (3, 6, 2, 4096), (1, 5, 1, 60000), (2, 40, 40, 1)],
+)
+def test_heads_are_side_by_side_where_their_rows_fit_the_cache(
+    batch: int, heads: int, heads_kv: int, seqlen: int
+) -> None:
+    """Each block of keys of each head has one tile; in a section of heads those that most queries see come first."""
+    plan = fused(BackwardCase("causal", head_dim=(128, 128), spec=FREE)).call.gradients[0]
+    found = [
+        (member.batch * heads_kv + member.head_kv, block)
+        for block, member in decoded(plan, Sizes(batch, seqlen, seqlen, heads, heads_kv))
+    ]
+    blocks, group = -(-seqlen // plan.block_n), heads // heads_kv
+    side = min(16, max(1, plan.scheduler.rows_at_hand // (seqlen + 1) // group))
+    expected = [
+        (head, block)
+        for first in range(0, batch * heads_kv, side)
+        for block in range(blocks)
+        for head in range(first, min(first + side, batch * heads_kv))
+    ]
+    assert found == expected
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
