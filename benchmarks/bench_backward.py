@@ -158,8 +158,9 @@ def check_fused() -> list[dict[str, Any]]:
         for mask in ("full", "causal", "window(200, 60)"):
             kernel = kernel_of(head_dim, mask, deterministic=False)
             assert [plan.schedule for plan in kernel.call.gradients] == ["fused_gradients"]
+            print(f"checking d{head_dim} {mask}", flush=True)
             for seqlen_q, seqlen_k in CHECKED:
-                shape = Shape(batch=2, heads=4, heads_kv=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+                shape = Shape(batch=2, heads=2, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
                 q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
                 dout = torch.randn_like(q)
                 out, lse = kernel(q, k, v, return_lse=True)
@@ -188,7 +189,7 @@ def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timi
     """The fused kernel and its variants, those of seven products, which agree with them, and peers on equal inputs."""
     runs = dict(passes(head_dim, causal, length))
     split = runs.pop("attngen")
-    del runs["flash"]
+    runs.pop("flash", None)
     assert isinstance(split, partial)
     dout, q, k, v, out, lse = split.args
     found: dict[str, timing.Run] = {"split": split, **runs}
