@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from attngen.dtypes import F32
+from attngen.expr import derivative, free_names, weight
 from attngen.lower.features import Features, is_capped_product
 from attngen.lower.gradient_kernels import results_of
 from attngen.lower.gradient_warpgroups import (
@@ -12,6 +13,7 @@ from attngen.lower.gradient_warpgroups import (
     GradientStorage,
     Tile,
     common_plan,
+    is_heavy,
     key_places,
 )
 from attngen.plan import (
@@ -60,13 +62,17 @@ class FusedTile(Tile):
 
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
-Score = Literal["plain", "capped"]
-"""The scaled product, or a tanh of it and scalars."""
+Score = Literal["plain", "light", "capped"]
+"""The scaled product; a little arithmetic with it whose slope does not ask for it, such as ALiBi's; or a tanh of it and
+scalars."""
+LIGHTEST = 12
+"""Most that a light score and its slope weigh together: what ALiBi's do."""
 TILES: dict[tuple[int, Score], FusedTile] = {
     (64, "plain"): FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
     (128, "plain"): FusedTile(
         64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
     ),
+    (128, "light"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True),
     (128, "capped"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_tight=True),
 }
 """By columns of a head and the score: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its
@@ -76,8 +82,14 @@ columns; as much is kept as NVRTC 13.0.88 finds registers for without spills."""
 def _tile(features: Features) -> FusedTile | None:
     """The tile for a spec; None where there is none."""
     score = features.pairs.score
-    kind: Score = "plain" if score is SCORE else "capped"
-    if kind == "capped" and not is_capped_product(score):
+    kind: Score = "plain" if score is SCORE else "light"
+    if is_capped_product(score):
+        kind = "capped"
+    elif (
+        is_heavy(score)
+        or "score" in free_names(slope := derivative(score))
+        or weight(score, slope) > LIGHTEST
+    ):
         return None
     return TILES.get((features.head_dim, kind))
 

@@ -150,7 +150,7 @@ def _tile(kind: Kind, features: Features) -> Tile:
     weight: Weight = "plain" if score is SCORE and not hides_pairs else "arithmetic"
     is_asked = _is_asked_for_blocks(kind, features)
     works_masks_out = features.walks and (is_asked or not features.masks_by_interval)
-    if _is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):
+    if is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):
         weight = "functions"
     columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
     lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]
@@ -168,7 +168,7 @@ def _is_asked_for_blocks(kind: Kind, features: Features) -> bool:
     return features.asks_for_blocks or most_blocks(WARPGROUPS * OWNED, owned) > 1
 
 
-def _is_heavy(score: Expr) -> bool:
+def is_heavy(score: Expr) -> bool:
     """Whether functions are called for every pair, or tensors looked up."""
     of_pairs = {"q_idx", "kv_idx"}
     return any(

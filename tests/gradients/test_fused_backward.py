@@ -79,6 +79,7 @@ def test_gradients_are_within_the_rule(lengths: tuple[int, int], mask: str, head
         replace(CASE, score="score * 0.5"),
         replace(CASE, score="softcap(score, 3.0)", head_dim=(128, 128)),
         replace(CASE, mask="causal", score="softcap(score, 3.0)", head_dim=(128, 128), lengths=(113, 203)),
+        replace(CASE, score="score + alibi(slopes)", head_dim=(128, 128)),
     ],
     ids=str,
 )
@@ -294,6 +295,7 @@ def test_who_goes_ahead_is_found_out(kind: type[Step], where: str, rule: str) ->
         ({"tensors": {"bias": "bf16[seqlen_k]"}, "score": "score + bias[kv_idx]", "gradients": ["q", "k", "v", "bias"]},
          "what is declared has gradients"),
         ({"score": "tanh(score) + sqrt(abs(score))"}, "the score is worked out in registers"),
+        ({"score": "score * score"}, "the score is worked out in registers"),
         ({"problem": {"head_dim": 64}, "score": "softcap(score, 30.0)"}, "the score is worked out in registers"),
         ({"schedule": {"kind": "fa2"}}, "not for warpgroups"),
     ],
@@ -314,7 +316,13 @@ def test_elsewhere_each_gradient_has_an_owner(changed: dict[str, Any], why: str)
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize(
     ("head_dim", "score"),
-    [(64, "score"), (128, "score"), (128, "softcap(score, 30.0)"), (128, "softcap(score, cap)")],
+    [
+        (64, "score"),
+        (128, "score"),
+        (128, "softcap(score, 30.0)"),
+        (128, "softcap(score, cap)"),
+        (128, "score + alibi(slopes)"),
+    ],
 )
 def test_kernels_compile_without_spills(
     head_dim: int, score: str, mask: str, inputs: str, nvdisasm: None
