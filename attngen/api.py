@@ -167,7 +167,7 @@ def attention(
         score: a score expression, likewise.
         scalars: types of scalars by name, as in a spec: `{"cap": "f32 = 30.0"}`.
         tensors: formats and dimensions of tensors by name, as in a spec: `{"slopes": "f32[num_heads_q]"}`.
-        deterministic: as in a spec; False allows gradients of lookups of which no block of threads has a table.
+        deterministic: as in a spec; False allows sums in any order: of dQ, and of lookups without room for a table.
         sink: a learned sink, (num_heads_q), f32, bf16 or f16: a logit of each head that joins the sum without a value.
         **options: the other arguments of `Kernel.__call__`, with a value for each scalar and tensor.
 

@@ -4,12 +4,15 @@ All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqle
 times the forward's FLOPs. With `--flex window document alibi softcap bias` instead masks and scores at 16k, head_dim
 128, beside the backward pass of compiled FlexAttention, whose block mask is built before; of the bias there is a
 gradient too. With `--gqa`, 32 heads of queries on 8 of keys beside 32 on 32. With `--host`, what calls take of the host
-alone, on tensors that cost the GPU nothing.
+alone, on tensors that cost the GPU nothing. With `--fused` the kernel of five products, which `deterministic: false`
+allows, first held against fp64 and then beside the kernels of seven, cuDNN, and FlashAttention-4 where it is installed.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,25 +26,56 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attngen
 from attngen.check import timing
+from attngen.check.gradients import compare_gradients
 from attngen.check.inputs import Shape, random_inputs
+from attngen.lower import fused_gradients
 
 LENGTHS = (1024, 4096, 16384)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 FACTOR = 2.5
 """FLOPs of a backward pass to those of the forward, by convention: five products for two."""
+CHECKED = (
+    *((length, length) for length in (1, 64, 113, 128, 203, 256, 1000, 1024, 2048)),
+    *((113, 203), (256, 512), (512, 256)),
+)
+"""Lengths of queries and of keys."""
+FUSED: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "fused_no_turns": {"takes_turns": False},
+    "fused_nothing_kept": {"kept_k": 0, "kept_v": 0},
+}
+"""The fused kernel as its table has it, and how much each choice is worth."""
 MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap", "bias")
 """Cases of `bench_language.py`."""
+
+
+@contextmanager
+def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
+    """Let the fused kernel be lowered otherwise than its table says."""
+    own = fused_gradients.TILES[head_dim, "plain"]
+    fused_gradients.TILES[head_dim, "plain"] = replace(own, **changes)
+    try:
+        yield
+    finally:
+        fused_gradients.TILES[head_dim, "plain"] = own
+
+
+def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:
+    """A kernel with a backward pass."""
+    spec = {
+        "name": name,
+        "problem": {"head_dim": head_dim},
+        "mask": mask,
+        "gradients": ["q", "k", "v"],
+        "deterministic": deterministic,
+    }
+    return attngen.compile(spec, arch="sm_90a")
 
 
 def backward_of(shape: Shape, head_dim: int, causal: bool) -> partial[Any]:
     """A backward pass by attngen, whose arguments are its inputs."""
     q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
-    spec = {
-        "problem": {"head_dim": head_dim},
-        "mask": "causal" if causal else "full",
-        "gradients": ["q", "k", "v"],
-    }
-    kernel = attngen.compile(spec, arch="sm_90a")
+    kernel = kernel_of(head_dim, "causal" if causal else "full")
     out, lse = kernel(q, k, v, return_lse=True)
     return partial(kernel.backward, torch.randn_like(q), q, k, v, out, lse)
 
@@ -117,6 +151,85 @@ def of_groups(rounds: int, target_ms: float) -> list[dict[str, Any]]:
     return rows
 
 
+def check_fused() -> list[dict[str, Any]]:
+    """Gradients of the fused kernel by the error rule: equal and unequal lengths beside the edges of tiles, groups."""
+    rows = []
+    for head_dim in (128, 64):
+        for mask in ("full", "causal", "window(200, 60)"):
+            kernel = kernel_of(head_dim, mask, deterministic=False)
+            assert [plan.schedule for plan in kernel.call.gradients] == ["fused_gradients"]
+            print(f"checking d{head_dim} {mask}", flush=True)
+            for seqlen_q, seqlen_k in CHECKED:
+                shape = Shape(batch=2, heads=2, heads_kv=1, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+                q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
+                dout = torch.randn_like(q)
+                out, lse = kernel(q, k, v, return_lse=True)
+                for _ in range(3):  # what one run leaves in memory must not help the next
+                    got = kernel.backward(dout, q, k, v, out, lse)
+                verdict = compare_gradients(got, q, k, v, dout, kernel.spec.mask_expr, out=out, lse=lse)
+                failures = list(verdict.failures)
+                rows.append(
+                    {
+                        "head_dim": head_dim,
+                        "mask": mask,
+                        "lengths": [seqlen_q, seqlen_k],
+                        "failures": failures,
+                    }
+                )
+                if failures:
+                    print(
+                        f"WRONG d{head_dim} {mask} {seqlen_q}x{seqlen_k}: {failures}\n{verdict}", flush=True
+                    )
+    wrong = sum(bool(row["failures"]) for row in rows)
+    print(f"gradients of the fused kernel: {len(rows)} calls, {wrong} of them wrong", flush=True)
+    return rows
+
+
+def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timing.Run]:
+    """The fused kernel and its variants, those of seven products, which agree with them, and peers on equal inputs."""
+    runs = dict(passes(head_dim, causal, length))
+    split = runs.pop("attngen")
+    runs.pop("flash", None)
+    assert isinstance(split, partial)
+    dout, q, k, v, out, lse = split.args
+    found: dict[str, timing.Run] = {"split": split, **runs}
+    for name, changes in FUSED.items():
+        with changed_tile(head_dim, **changes):
+            kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False, name=name)
+        found[name] = partial(kernel.backward, dout, q, k, v, out, lse)
+    for name in FUSED:
+        apart = max(distance(x, y) for x, y in zip(found[name](), split(), strict=True))
+        if not apart < 0.02:
+            raise SystemExit(f"{name} differs from the split kernels by {apart:.1e} of their norm")
+    with suppress(ImportError, RuntimeError):
+        from flash_attn.cute.interface import flash_attn_func
+
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        made = flash_attn_func(*leaves, causal=causal)
+        made = made[0] if isinstance(made, tuple) else made
+        run = partial(torch.autograd.grad, made, leaves, dout, retain_graph=True)
+        run()
+        found["fa4"] = run
+    return found
+
+
+def beside_fused(lengths: list[int], rounds: int, target_ms: float) -> list[dict[str, Any]]:
+    """TFLOPS of the fused kernel and of its contenders at head_dim 128."""
+    rows = []
+    for causal in (False, True):
+        for length in lengths:
+            runs = fused_contenders(128, causal, length)
+            samples = timing.measure(runs, rounds, target_ms)
+            point = timing.Point(timing.grid_shape(length, 128), 128, 128, causal)
+            tflops = {name: FACTOR * point.flops / median(times) / 1e9 for name, times in samples.items()}
+            rows.append(
+                {"head_dim": 128, "causal": causal, "seqlen": length, "tflops": tflops, "ms": samples}
+            )
+            text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
+            print(f"d128 {'causal' if causal else 'full'} {length}: {text}", flush=True)
+    return rows
+
+
 class Nothing(torch.autograd.Function):
     """What autograd itself takes for a function of three inputs: it allocates and launches nothing."""
 
@@ -174,6 +287,9 @@ def main() -> None:
     parser.add_argument("--target-ms", type=float, default=15.0)
     parser.add_argument("--flex", nargs="+", choices=MODIFIED, help="these cases, and nothing else")
     parser.add_argument("--gqa", action="store_true", help="time shared heads of keys, and nothing else")
+    parser.add_argument(
+        "--fused", action="store_true", help="check and time the fused kernel, and nothing else"
+    )
     parser.add_argument("--host", action="store_true", help="time calls on the host, and nothing else")
     given = parser.parse_args()
     if given.flex:
@@ -182,6 +298,13 @@ def main() -> None:
         return
     if given.gqa:
         timing.write_json(given.out / "backward_gqa.json", of_groups(given.rounds, given.target_ms))
+        return
+    if given.fused:
+        checked = check_fused()
+        rows = beside_fused(given.lengths, given.rounds, given.target_ms)
+        timing.write_json(given.out / "backward_fused.json", rows, checked=checked)
+        if any(row["failures"] for row in checked):
+            raise SystemExit("some gradients are wrong")
         return
     if given.host:
         found = host_microseconds()

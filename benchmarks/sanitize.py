@@ -6,6 +6,7 @@
 | `language` | walks, modified scores, declared tensors and tables of extremes |
 | `fp8` | e4m3, quantised by the call, every kind of scales, promoted and not |
 | `backward` | dQ, dK and dV of head_dim 64, 128 and 192, into their own memory and added to f32 |
+| `fused` | the same of 64 and 128 by one kernel that adds dQ up in device memory |
 | `declared` | gradients of what a score reads: a bias, slopes, a scalar, a key's, a query's, and tables |
 | `ragged` | ragged and padded sequences, poison behind every end, with gradients; the list made before too |
 | `sink` | learned sinks with their gradient, and beside e4m3 |
@@ -145,6 +146,15 @@ def backward() -> Iterator[Set]:
     yield Set((spec_of(64, masks[1], GRADIENTS),), KINDS_OF_GRADIENTS, SHAPES[:1], is_added=True)
 
 
+def fused() -> Iterator[Set]:
+    """Specs whose dQ is added up in any order."""
+    masks = ({"mask": "full"}, {"mask": "causal"}, {"mask": "window(100, 30)"})
+    free: Fields = GRADIENTS | {"deterministic": False}
+    specs = [spec_of(dim, fields, free) for dim in (64, 128) for fields in masks]
+    capped = spec_of(128, masks[1], {"score": "softcap(score, 3.0)"}, free)
+    yield Set((*specs, capped), ("auto",), SHAPES[1:2], is_added=True)
+
+
 def declared() -> Iterator[Set]:
     """Specs with gradients of all that their scores read."""
     specs = []
@@ -193,6 +203,7 @@ SETS = {
     "language": language,
     "fp8": fp8,
     "backward": backward,
+    "fused": fused,
     "declared": declared,
     "ragged": ragged,
     "sink": sink,

@@ -156,6 +156,22 @@ DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 s
   }
 }
 
+// Write a tile of pairs, A operand of wgmma, to this warpgroup's 64 columns of a tile, each warp its sixteen: rows become columns.
+template <class Tile, int kSteps>
+DEV void stage_transposed(u32 dst, const u32 (&x)[1][kSteps][4]) {
+  const u32 lane = threadIdx.x % 32;
+  dst += Tile::address(lane / 16 * 8 + lane % 8, threadIdx.x / 32 * 2 + lane / 8 % 2);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) stmatrix_x4_trans(dst + i * 16 * 128, x[0][i][0], x[0][i][1], x[0][i][2], x[0][i][3]);
+}
+
+// Write zeros over this warpgroup's 64 columns of a tile: a panel.
+template <class Tile>
+DEV void clear_own_columns(u32 tile, int warpgroup) {
+#pragma unroll
+  for (int chunk = threadIdx.x % 128; chunk < Tile::kRows * 8; chunk += 128) store_shared_16(tile + warpgroup * Tile::kPanelBytes + chunk * 16, uint4{0, 0, 0, 0});
+}
+
 // Where a role stands in a ring of kStages stages: the next stage, and the parity of the phase it waits for there.
 struct Cursor {
   u32 stage, phase;
@@ -447,6 +463,17 @@ DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {
   }
 }
 
+// Write this warpgroup's accumulator to shared memory as its registers stand: by warp, four registers, lane.
+template <int kColTiles>
+DEV void stage_registers(u32 dst, const float (&acc)[1][kColTiles][4]) {
+  dst += threadIdx.x % 128 / 32 * (kColTiles * 512) + threadIdx.x % 32 * 16;
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+    const float(&x)[4] = acc[0][j];
+    store_shared_16(dst + j * 512, uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+  }
+}
+
 // Where the numbers of a row stand in what a warp leaves: its maximum, what exponents refer to, and its sum, behind O, which lies as lanes
 // hold it.
 template <int kShareBytes, int kRowTiles>
@@ -555,7 +582,7 @@ struct PartsOfRow {
 // others have written it while this kernel ran. Of the first parts all is asked for before anything is needed.
 template <int kCols, int kVectors>
 DEV void merge_row(float4 (&o)[kVectors], float& total, float& row_max, const PartsOfRow& of) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 16 / kVectors;
   const int lane = threadIdx.x % 32;
   float4 x[kBatch][kVectors];
   auto load = [&](int first) {
@@ -779,6 +806,44 @@ DEV void issue_gemm_nt_rs(float (&acc)[1][kColTiles][4], u32 (&a)[1][kSteps][4],
   const u64 b_matrix = k_major(b);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma(acc, a[0][k], b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16, k > 0 || !kStartsAtZero);
+  wgmma_commit();
+  pin(acc);
+}
+
+// Start acc = A B, both in shared memory, for the 64 rows of A of a number, + acc unless that is to start at zero: rows of B contracted.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles>
+DEV void issue_gemm_nn_ss(float (&acc)[1][kColTiles][4], u32 a, u32 b, int rows) {
+  pin(acc);
+  wgmma_fence();
+  const u64 a_matrix = k_major(a + rows * 64 * 128), b_matrix = mn_major<BTile::kPanelBytes>(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {
+    wgmma_rows(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, b_matrix + k * 16 * 128 / 16, k > 0 || !kStartsAtZero);
+  }
+  wgmma_commit();
+  pin(acc);
+}
+
+// Read the first columns of this warpgroup's 64 rows of a tile, as A operand of wgmma.
+template <class Tile, int kSteps>
+DEV void keep_columns(u32 (&kept)[1][kSteps][4], u32 tile) {
+  const u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) ldmatrix_x4(kept[0][k], tile + Tile::address(row, 2 * k + lane / 16));
+}
+
+// issue_gemm_nt_ss where the first columns of A are in registers too, and are taken from there.
+template <class ATile, class BTile, int kDepth, bool kStartsAtZero, int kColTiles, int kKept>
+DEV void issue_gemm_nt_kept(float (&acc)[1][kColTiles][4], const u32 (&kept)[1][kKept][4], u32 a, u32 b, int warpgroup) {
+  pin(acc);
+  wgmma_fence();
+  const u64 a_matrix = k_major(a + warpgroup * 64 * 128), b_matrix = k_major(b);
+#pragma unroll
+  for (int k = 0; k < kDepth / ATile::kStepCols; ++k) {
+    const u64 of_b = b_matrix + (k / 4 * BTile::kPanelBytes + k % 4 * 32) / 16;
+    if (k < kKept) wgmma_columns(acc, kept[0][k < kKept ? k : 0], of_b, k > 0 || !kStartsAtZero);
+    else wgmma(acc, a_matrix + (k / 4 * ATile::kPanelBytes + k % 4 * 32) / 16, of_b, k > 0 || !kStartsAtZero);
+  }
   wgmma_commit();
   pin(acc);
 }

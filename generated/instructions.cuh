@@ -78,6 +78,11 @@ DEV void stmatrix_x2(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
+// Four of them, each transposed on the way. PTX ISA: stmatrix, .trans.
+DEV void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // The 32-bit address of shared memory that PTX wants.
 DEV u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -294,6 +299,9 @@ constexpr u64 kEvictFirst = 0x12f0000000000000ull;
 // A hint for the L2 cache: to be dropped last.
 constexpr u64 kEvictLast = 0x14f0000000000000ull;
 
+// A hint for the L2 cache: to be dropped as all else is.
+constexpr u64 kEvictNormal = 0x1000000000000000ull;
+
 // Fetch a descriptor before its first use. PTX ISA: prefetch.tensormap.
 DEV void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
@@ -313,6 +321,11 @@ DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 barrier) {
 DEV void tma_store(const TensorMap& map, u32 src, int column, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(src), "r"(column), "r"(row),
                "r"(head), "r"(batch) : "memory");
+}
+
+// Start adding f32 to device memory, 16 bytes at a time. PTX ISA: cp.reduce.async.bulk.
+DEV void bulk_add(float* dst, u32 src, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
 
 // Close the group of this thread's stores. PTX ISA: cp.async.bulk.commit_group.

@@ -21,6 +21,8 @@ from attngen.cli.gradient_comparison import GRADIENTS_KEY
 from attngen.cli.output import size_text
 from attngen.dtypes import element_dtype
 from attngen.kernel import Kernel
+from attngen.lower.features import Features
+from attngen.lower.fused_gradients import why_split
 from attngen.plan import (
     GRADIENTS_INTAKE,
     FillTables,
@@ -30,6 +32,7 @@ from attngen.plan import (
     Sheet,
     evaluate_formula,
 )
+from attngen.plan.hardware_rules import takes_warpgroups
 from attngen.runtime import KernelResources
 from attngen.simulate import Sizes, Traffic, added, count
 from attngen.simulate.function_names import function_name
@@ -61,7 +64,7 @@ def gradient_facts(
     if not kernels:
         return {"gradients": f"none: {GRADIENTS_KEY} adds a backward pass"}
     names, titles = ", ".join(kernel.spec.gradients), ", ".join(map(kernel_title, kernels))
-    lines = {"gradients": f"of {names}, by {titles}"}
+    lines = {"gradients": f"of {names}, by {titles}", "order of sums": _order_of_sums(kernel)}
     moved_by: list[Traffic] = []
     for each in kernels:
         used = resources_of(kernel, each) if is_compiled else None
@@ -81,6 +84,16 @@ def gradient_facts(
     lines["backward: FLOPs"] = f"{whole.flops:.4g}"
     lines["backward: bytes"] = size_text(whole.bytes_moved)
     return lines
+
+
+def _order_of_sums(kernel: Kernel) -> str:
+    """Whether dQ has an owner, or is added up in device memory, and why."""
+    if any(plan.query_sums for plan in kernel.call.gradients):
+        free = "blocks of keys add to dQ in any order: its last bits vary from run to run"
+        return f"{free}\none kernel of five products a pair of blocks, as deterministic: false allows"
+    why = why_split(Features.of(kernel.spec, kernel.call.arch), takes_warpgroups(kernel.plan))
+    owned = "each gradient has one owner, who adds in one order"
+    return f"{owned}\ndQ has a kernel of its own: {why}"
 
 
 def kernel_title(each: KernelPlan | Sheet) -> str:

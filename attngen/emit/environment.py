@@ -112,15 +112,7 @@ def finalize(value: Any) -> Any:
 
 
 STEP_FILES = (
-    "control",
-    "sync",
-    "copies",
-    "gemm",
-    "softmax",
-    "shares",
-    "gradients",
-    "declared",
-    "scales",
+    *("control", "sync", "copies", "gemm", "softmax", "shares", "gradients", "declared", "sums", "scales"),
     "warpgroups",
 )
 
@@ -316,7 +308,10 @@ def _smem(context: Context, view: View) -> str:
 def _barrier(cursor: Cursor, which: str) -> str:
     """The mbarrier ("full" or "empty") of the stage that a cursor stands at."""
     assert cursor.ring is not None
-    return f"{which}<{cursor.stages}>({cursor.ring.name}_ring, {cursor.name})"
+    ring = f"{cursor.ring.name}_ring"
+    if cursor.ring.copies > 1:
+        ring += f" + warpgroup * {cursor.ring.size_bytes // cursor.ring.copies}"
+    return f"{which}<{cursor.stages}>({ring}, {cursor.name})"
 
 
 def _index(block: BlockIndex) -> str:
@@ -393,7 +388,11 @@ def _declaration(context: Context, place: Param | RegTile) -> str:
     if isinstance(place, RegTile):
         if place.layout == "a_fragment":
             return f"u32 {place.name}[kRowTiles][{place.cols * place.dtype.bits // 256}][4]"
-        return f"float {place.name}[kRowTiles][{place.cols // 8}][4]"
+        owners = context["plan"].worker.warpgroups if place.shared_by == "columns" else 1
+        shape = f"[kRowTiles][{place.cols // owners // 8}][4]"
+        if place.overlays is not None:
+            return f"float (&{place.name}){shape} = {place.overlays.name}"
+        return f"float {place.name}{shape}"
     if place.ctype == "pointer":
         return f"{context['pointees'].get(place.value, 'float')}* {place.name}"
     return f"{_C_TYPES[place.ctype]} {place.name}"

@@ -11,6 +11,7 @@ from attngen.emit.pair_functions import pair_functions
 from attngen.emit.sheet_text import (
     emit_blocks,
     emit_boundaries,
+    emit_finish,
     emit_list,
     emit_quantizing,
     emit_rows,
@@ -22,6 +23,7 @@ from attngen.errors import InternalError
 from attngen.plan import (
     FillTables,
     FindBoundaries,
+    FinishSums,
     KernelPlan,
     ListTiles,
     MapBlocks,
@@ -56,6 +58,8 @@ def emit_module(kernels: Sequence[KernelPlan | Sheet]) -> str:
         return emit_blocks(sheets[0])
     if isinstance(sheets[0], SumSink):
         return emit_sink(sheets[0])
+    if isinstance(sheets[0], FinishSums):
+        return emit_finish(sheets[0])
     if isinstance(sheets[0], FindBoundaries):
         return emit_boundaries(sheets[0])
     return emit_rows(sheets[0]) if isinstance(sheets[0], PrepareRows) else emit_quantizing(sheets)
@@ -113,7 +117,7 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
     is_specialised = len(plan.roles) > 1
     if is_specialised:
         padding = (f"padded to {plan.arch.k_step(plan.inputs)}, the k of wgmma", "columns of O")
-        producers = plan.roles[1].warps
+        producers = sum(role.warps for role in plan.roles[1:])
         threads = f"{worker.warpgroups} consumer warpgroups of 128, and the producer's {producers} warps"
     else:
         padding = (f"padded to {plan.arch.mma.k}, the k of mma.sync", "padded likewise")
@@ -167,7 +171,13 @@ def _wgmmas(plan: KernelPlan) -> list[str]:
     found = {}
     for step in walk(plan.worker.program):
         if isinstance(step, IssueGemm):
-            in_registers = isinstance(step.a, RegTile)
+            in_registers, cols = isinstance(step.a, RegTile), step.acc.cols
             macro = of_wgmma.registers_shared if in_registers else of_wgmma.shared_shared
-            found[in_registers, step.acc.cols] = macro(step.acc.cols, plan.inputs)
+            if not (in_registers or step.b_is_transposed):
+                macro = of_wgmma.shared_shared_rows
+            if step.acc.shared_by == "columns":
+                cols //= plan.worker.warpgroups
+            found[macro.name, cols] = macro(cols, plan.inputs)
+            if step.kept is not None:
+                found["kept", cols] = of_wgmma.registers_shared_columns(cols, plan.inputs)
     return [str(text).strip("\n") for text in found.values()]

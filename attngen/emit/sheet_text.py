@@ -19,6 +19,7 @@ from attngen.plan import (
     WIDTHS_OF_ONE_WAVE,
     FindBoundaries,
     FindMaxima,
+    FinishSums,
     Formula,
     KernelPlan,
     ListTiles,
@@ -38,7 +39,7 @@ from attngen.quantize import DESCALES
 _C_TYPES = {"i64": "i64", "i32": "int", "f32": "float"}
 
 
-SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "sums", "sinks", "blocks")
+SHEET_FILES = ("tables", "boundaries", "tiles", "quantize", "rows", "finish", "sums", "sinks", "blocks")
 
 
 def sheet_macros() -> dict[str, Callable[..., str]]:
@@ -72,8 +73,23 @@ def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
     pointees = {each.name: "const int" for each in sheet.plan.lengths.arguments}
     pointees |= {"out": "const float"} if sheet.plan.output is F32 else {}
+    pointees |= {sheet.clears.name: "float"} if sheet.clears else {}
     declarations = list(_declarations(sheet.params, pointees))
     text = sheet_text(sheet, declarations=declarations, padded_rows=PADDED_ROWS)
+    return "\n\n".join([*used_by(text), text]) + "\n"
+
+
+def emit_finish(sheet: FinishSums) -> str:
+    """A file of nothing but the kernel that makes a gradient of sums, in a namespace of its own."""
+    pointees = {sheet.sums.name: "const float"}
+    pointees |= {each.name: "float" if each.dtype is F32 else "u16" for each in sheet.results}
+    text = sheet_text(
+        sheet,
+        declarations=list(_declarations(sheet.params, pointees)),
+        padded_rows=PADDED_ROWS,
+        cols=sheet.sums.cols,
+        owners=sheet.plan.worker.warpgroups,
+    )
     return "\n\n".join([*used_by(text), text]) + "\n"
 
 

@@ -63,6 +63,7 @@ _DECODED = {
     "tile.m_max": "m_max",
     "tile.n_max": "n_max",
     "tile.row": "row",
+    **{f"tile.{each}": each for each in ("side", "section", "rest", "width")},
     **{read.name: f"entry.{field}" for field, read in zip(_ENTRY, _READ.values(), strict=True)},
 }
 

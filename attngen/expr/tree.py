@@ -64,7 +64,8 @@ DECODING_RANGES = {
         ("call.batch", "call.num_heads_q", "call.group", "tile.m_max", "tile.n_max"), (1, LARGEST_INDEX)
     ),
     **dict.fromkeys(("tile.block_m", "tile.block_n"), (1, LARGEST_TILE)),
-    **dict.fromkeys(("tile.index", "tile.row"), (0, 2**31 - 1)),
+    **dict.fromkeys(("tile.index", "tile.row", "tile.section", "tile.rest"), (0, 2**31 - 1)),
+    **dict.fromkeys(("tile.side", "tile.width"), (1, LARGEST_INDEX)),
     "tiles.count": (0, LARGEST_INDEX),
     **dict.fromkeys(("q_idx.start", "kv_idx.start"), (0, LARGEST_LENGTH)),
     **{"call.seqlen_q": (1, LARGEST_LENGTH), "call.seqlen_k": (0, LARGEST_LENGTH)},

@@ -35,6 +35,7 @@ from attngen.plan import (
     NamedBarriers,
     Param,
     Program,
+    QuerySums,
     RegTile,
     RegVec,
     Ring,
@@ -46,7 +47,9 @@ from attngen.plan import (
     in_bf16,
 )
 from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
+from attngen.plan.steps import Keep
 from attngen.schedules.backward import OwnGradient
+from attngen.schedules.fused_backward import Exchange
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.pairs import SCORE
 from attngen.schedules.warpgroup_backward import (
@@ -147,7 +150,7 @@ def _tile(kind: Kind, features: Features) -> Tile:
     weight: Weight = "plain" if score is SCORE and not hides_pairs else "arithmetic"
     is_asked = _is_asked_for_blocks(kind, features)
     works_masks_out = features.walks and (is_asked or not features.masks_by_interval)
-    if _is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):
+    if is_heavy(score) or is_asked or (works_masks_out and (kind in ("dq", "dk") or score is not SCORE)):
         weight = "functions"
     columns = min(columns for columns, _ in tiles if features.head_dim <= columns)
     lighter = WEIGHTS[WEIGHTS.index(weight) :: -1]
@@ -165,7 +168,7 @@ def _is_asked_for_blocks(kind: Kind, features: Features) -> bool:
     return features.asks_for_blocks or most_blocks(WARPGROUPS * OWNED, owned) > 1
 
 
-def _is_heavy(score: Expr) -> bool:
+def is_heavy(score: Expr) -> bool:
     """Whether functions are called for every pair, or tensors looked up."""
     of_pairs = {"q_idx", "kv_idx"}
     return any(
@@ -175,14 +178,24 @@ def _is_heavy(score: Expr) -> bool:
     )
 
 
-class _Storage:
+class GradientStorage:
     """Shared memory as it is given away: tiles on whole swizzles, numbers of rows behind them, then mbarriers."""
 
-    def __init__(self, features: Features, tile: Tile, owns: Axis) -> None:
+    def __init__(self, features: Features, tile: Tile, owns: Axis, keep: Keep = "evict_last") -> None:
+        """Begin with nothing.
+
+        Args:
+            features: of the spec.
+            tile: how much a block of threads works on.
+            owns: the side whose gradients it owns.
+            keep: what the L2 cache is to do with tensors.
+        """
         self._features = features
+        self._keep: Keep = keep
         self._tile = tile
         self._owns = owns
         self._end = 0
+        self._more: list[tuple[Buffer, Ring]] = []
 
     def side(self, *tensors: tuple[str, tuple[Axis, ...], Rows | None]) -> tuple[Stream, ...]:
         """Tensors of queries, or of keys, on their way, by name, axes and numbers that come along.
@@ -223,13 +236,22 @@ class _Storage:
         fills, reads = (Cursor(f"{name}_at", stages, ring, fills) for fills in (True, False))
         value = "dout" if name == "do" else in_bf16(name) if features.scales else name
         tensor = Tensor(value, features.inputs, axes, valid, "q" if side == "queries" else "kv")
-        return Stream(tensor, found, fills, reads, numbers if beside else None, beside)
+        return Stream(tensor, found, fills, reads, numbers if beside else None, beside, self._keep)
+
+    def exchange(self, tile: Buffer, fills: Cursor, reads: Cursor) -> Exchange:
+        """A tile that warpgroups store to, behind all others."""
+        placed = replace(tile, offset=round_up(self._end, BUFFER_ALIGNMENT))
+        self._end = placed.offset + placed.size_bytes
+        assert fills.ring is not None
+        self._more.append((placed, fills.ring))
+        return Exchange(placed, fills, reads)
 
     def fields(self, gradients: tuple[OwnGradient, ...], streams: list[Stream]) -> dict[str, Any]:
         """The fields of `KernelPlan` that are shared memory."""
         rings = tuple(dict.fromkeys(each.reads.ring for each in streams if each.reads.ring))
         tiles = [buffer for each in streams for buffer in (each.tile, each.beside) if buffer]
-        buffers = (*tiles, *(each.staged for each in gradients))
+        buffers = (*tiles, *(tile for tile, _ in self._more), *(each.staged for each in gradients))
+        rings = (*rings, *(ring for _, ring in self._more))
         end = max(each.offset + each.size_bytes for each in buffers)
         smem_bytes = end + sum(ring.size_bytes for ring in rings)
         return dict(buffers=buffers, rings=rings, rings_offset=end, smem_bytes=smem_bytes)
@@ -237,13 +259,13 @@ class _Storage:
 
 def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPlan:
     """dQ of a block of queries, staged over Q."""
-    storage = _Storage(features, tile, "queries")
+    storage = GradientStorage(features, tile, "queries")
     q, do = storage.side(("q", ROWS_OF_Q, None), ("do", ROWS_OF_O, None))
     k, v = storage.side(("k", ROWS_OF_K, None), ("v", ROWS_OF_V, None))
     numbers = tuple((RegVec(rows.name, "queries", tile.block_m), rows) for rows in (LSE_LOG2, DELTA))
     (lse, _), (delta, _) = numbers
     pair = pair_gradient(features, SCORES, tile.block_m, tile.block_n, lse, delta)
-    gradient = _gradient("dq", q, pair.ds, k)
+    gradient = own_gradient("dq", q, pair.ds, k)
     at = WarpgroupQueryPlaces(
         pair,
         q,
@@ -258,15 +280,27 @@ def _of_queries(features: Features, forward: KernelPlan, tile: Tile) -> KernelPl
         numbers,
     )
     return replace(
-        _plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
+        common_plan(features, forward, "query_gradients", tile, at, query_gradients(at), storage),
         scheduler=Scheduler("query_blocks", longest_first=features.upper),
     )
 
 
 def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[str, ...]) -> KernelPlan:
-    """dK, dV or both of a block of keys; dV alone asks for neither V nor delta, and is staged over K."""
+    """dK, dV or both of a block of keys."""
+    storage = GradientStorage(features, tile, "keys")
+    at = key_places(features, tile, wanted, storage)
+    schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
+    return replace(
+        common_plan(features, forward, schedule, tile, at, key_gradients(at), storage),
+        scheduler=Scheduler("key_blocks"),
+    )
+
+
+def key_places(
+    features: Features, tile: Tile, wanted: tuple[str, ...], storage: GradientStorage
+) -> WarpgroupKeyPlaces:
+    """What a kernel of a block of keys may name; dV alone asks for neither V nor delta, and is staged over K."""
     visible, wants_dk = features.visible_rows, "dk" in wanted
-    storage = _Storage(features, tile, "keys")
     k, *rest = storage.side(("k", ROWS_OF_K, None), *((("v", ROWS_OF_V, None),) if wants_dk else ()))
     v = rest[0] if rest else None
     q, do = storage.side(("q", ROWS_OF_Q, LSE_LOG2), ("do", ROWS_OF_O, DELTA if wants_dk else None))
@@ -274,22 +308,17 @@ def _of_keys(features: Features, forward: KernelPlan, tile: Tile, wanted: tuple[
     pair = pair_gradient(features, SCORES[::-1], tile.block_m, tile.block_n, lse, delta)
     gradients: tuple[OwnGradient, ...] = ()
     if "dv" in wanted and pair.p is not None:
-        gradients = (_gradient("dv", k, pair.p, do),)
+        gradients = (own_gradient("dv", k, pair.p, do),)
     else:
         pair = replace(pair, p=None)
     if wants_dk:
-        gradients = (*gradients, _gradient("dk", k, pair.ds, q, gradients))
-    at = WarpgroupKeyPlaces(
+        gradients = (*gradients, own_gradient("dk", k, pair.ds, q, gradients))
+    return WarpgroupKeyPlaces(
         pair, q, k, v, do, gradients, OWN, COMMON, features.lengths, visible, tile.dv_late
     )
-    schedule = "key_gradients" if len(wanted) > 1 else f"{wanted[0]}_gradients"
-    return replace(
-        _plan(features, forward, schedule, tile, at, key_gradients(at), storage),
-        scheduler=Scheduler("key_blocks"),
-    )
 
 
-def _gradient(
+def own_gradient(
     name: str, beside: Stream, pairs: RegTile, times: Stream, behind: tuple[OwnGradient, ...] = ()
 ) -> OwnGradient:
     """A gradient of the rows of a tensor beside it, summed over pairs times another, staged behind others."""
@@ -308,14 +337,15 @@ def _gradient(
     )
 
 
-def _plan(
+def common_plan(
     features: Features,
     forward: KernelPlan,
     schedule: str,
     tile: Tile,
     at: WarpgroupGradientPlaces,
     programs: dict[str, Program],
-    storage: _Storage,
+    storage: GradientStorage,
+    sums: tuple[QuerySums, ...] = (),
 ) -> KernelPlan:
     """What all these kernels have in common."""
     streams = [each for each in (at.q, at.k, at.v, at.do) if each]
@@ -328,22 +358,22 @@ def _plan(
         v_cols=at.do.tile.cols,
         row_tiles=1,
         reads=tuple(each.tensor for each in streams),
-        writes=tuple(result for each in at.gradients for result in each.results),
+        writes=(*(result for each in at.gradients for result in each.results), *sums),
         warps=WARPGROUPS * WARPGROUP_WARPS,
-        roles=_roles(features, at, programs, streams),
+        roles=common_roles(features, at, programs, streams),
         tensor_maps=tuple(
             TensorMap(each.tensor, each.tile.rows, PANEL_BYTES // each.tensor.dtype.bytes) for each in streams
         ),
         **storage.fields(at.gradients, streams),
     )
     maps = (Param(f"{each.tensor}_map", "tensor_map", f"{each.tensor}.map") for each in plan.tensor_maps)
-    values = map(str, (*plan.read_rows, *plan.outputs))
+    values = map(str, (*plan.read_rows, *plan.outputs, *plan.query_sums))
     pointers = (Param(value, "pointer", f"{value}.ptr") for value in values)
     strides = row_strides(map(str, plan.outputs))
     return replace(plan, params=(*maps, *pointers, *strides, *numbers_of_pairs(plan, at.pair)))
 
 
-def _roles(
+def common_roles(
     features: Features, at: WarpgroupGradientPlaces, programs: dict[str, Program], streams: list[Stream]
 ) -> tuple[Role, Role]:
     """Consumers first; a whole warp of the producer loads where its lanes class blocks together, else one thread."""

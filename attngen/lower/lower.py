@@ -13,6 +13,7 @@ from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.declared_kernels import declared_gradient_plans, wrong_tables
 from attngen.lower.features import Features
+from attngen.lower.fused_gradients import fused_gradient_plans, why_split
 from attngen.lower.gradient_kernels import gradient_plans
 from attngen.lower.gradient_warpgroups import warpgroup_gradient_plans
 from attngen.lower.params import declarations_read_by, pair_params, params, part_params, with_lengths
@@ -23,6 +24,7 @@ from attngen.lower.table import rows
 from attngen.plan import (
     KEYS,
     Call,
+    FinishSums,
     KernelPlan,
     Quantizer,
     Role,
@@ -81,12 +83,19 @@ def _assemble(features: Features, plans: tuple[KernelPlan, ...]) -> Call:
     features = replace(
         features, inputs=forward.differentiated
     )  # of e4m3 ones, the format that they were made of
-    of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
-    backward = (*of_inputs(features, forward), *declared_gradient_plans(features, forward))
+    backward = (*_of_inputs(features, forward), *declared_gradient_plans(features, forward))
     lengths = features.lengths
     return assemble(
         plans, (with_lengths(each, lengths) if isinstance(each, KernelPlan) else each for each in backward)
     )
+
+
+def _of_inputs(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
+    """The kernels of dQ, dK and dV."""
+    if not why_split(features, takes_warpgroups(forward)):
+        return fused_gradient_plans(features, forward)
+    of_inputs = warpgroup_gradient_plans if takes_warpgroups(forward) else gradient_plans
+    return of_inputs(features, forward)
 
 
 def _first_legal(

@@ -84,11 +84,13 @@ from attngen.plan.places import (
     Descales,
     NamedBarriers,
     PartRows,
+    QuerySums,
     Range,
     RegTile,
     RegVec,
     Ring,
     Rows,
+    Share,
     Swizzle,
     Tensor,
     View,
@@ -97,6 +99,7 @@ from attngen.plan.places import (
 from attngen.plan.plan import KernelPlan, Param, Role, Split, TensorMap, table_value
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.quantizing_sheets import OPERANDS, TENSORS, FindMaxima, PackValues, Quantize, source_of
+from attngen.plan.query_sums import FinishSums
 from attngen.plan.row_sums import SHEETS, SumRows, declared_shape, field_of
 from attngen.plan.scheduler import (
     ENTRY_FIELDS,
@@ -187,6 +190,7 @@ __all__ = [
     "FillTables",
     "FindBoundaries",
     "FindMaxima",
+    "FinishSums",
     "Formula",
     "Intake",
     "KernelEntry",
@@ -206,6 +210,7 @@ __all__ = [
     "ROW_NUMBERS",
     "ROW_SOURCES",
     "Quantize",
+    "QuerySums",
     "Quantizer",
     "ROWS_OF_K",
     "ROWS_OF_O",
@@ -228,6 +233,7 @@ __all__ = [
     "source_of",
     "Scalar",
     "Scheduler",
+    "Share",
     "Sheet",
     "Step",
     "SumRows",

@@ -26,7 +26,17 @@ from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, grad
 from attngen.plan.formulas import Formula, ceil_div, product, total
 from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
 from attngen.plan.pages import PAGES_OF_HEADS, page_values
-from attngen.plan.places import LENGTHS, PADDED_ROWS, PANEL_BYTES, Axis, Descales, PartRows, Rows, Tensor
+from attngen.plan.places import (
+    LENGTHS,
+    PADDED_ROWS,
+    PANEL_BYTES,
+    Axis,
+    Descales,
+    PartRows,
+    QuerySums,
+    Rows,
+    Tensor,
+)
 from attngen.plan.plan import KernelPlan, TensorMap
 from attngen.plan.quantizer import Quantizer
 from attngen.plan.quantizing_sheets import (
@@ -39,6 +49,7 @@ from attngen.plan.quantizing_sheets import (
     Quantize,
     source_of,
 )
+from attngen.plan.query_sums import FinishSums
 from attngen.plan.row_sums import SumRows
 from attngen.plan.sheets import (
     FillTables,
@@ -60,7 +71,11 @@ TOKENS_OF_HEADS = ROWS_OF_HEADS[1:]
 """Axes of a tensor in which the rows of all sequences follow one another."""
 
 
-def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRows | SumSink] = ()) -> Call:
+OfGradients = KernelPlan | FinishSums | SumRows | SumSink
+"""A kernel of a backward pass, behind the one that prepares rows."""
+
+
+def assemble(plans: Iterable[KernelPlan], gradients: Iterable[OfGradients] = ()) -> Call:
     """The call of attention kernels that take one spec's calls, by their numbers of keys.
 
     Args:
@@ -78,7 +93,8 @@ def assemble(plans: Iterable[KernelPlan], gradients: Iterable[KernelPlan | SumRo
     for each in programs:
         kernels += _with_what_it_reads(each)
     if backward:
-        kernels.append(PrepareRows(plan))
+        added = (sums for each in backward if isinstance(each, KernelPlan) for sums in each.query_sums)
+        kernels.append(PrepareRows(plan, next(added, None)))
     for made in backward:
         if not isinstance(made, KernelPlan):
             kernels.append(made)
@@ -148,7 +164,7 @@ def quantizing_sheets(quantizer: Quantizer) -> tuple[Sheet, ...]:
     return (*sheets, PackValues(quantizer))
 
 
-def _every_intake(plan: KernelPlan, gradients: Iterable[KernelPlan | SumRows | SumSink]) -> Iterator[Intake]:
+def _every_intake(plan: KernelPlan, gradients: Iterable[OfGradients]) -> Iterator[Intake]:
     yield from _intakes(plan)
     yield from _intakes_of_gradients(gradients)
 
@@ -169,14 +185,14 @@ def _intakes(plan: KernelPlan) -> Iterator[Intake]:
     yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
 
 
-def _intakes_of_gradients(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> Iterator[Intake]:
+def _intakes_of_gradients(gradients: Iterable[OfGradients]) -> Iterator[Intake]:
     """What a backward pass begins with; all of its kernels read one Q, K and V."""
     for plan in _of_inputs(gradients):
         tensors = (tensor.name for tensor in plan.reads if tensor.name != "dout")
         yield Intake(GRADIENTS_INTAKE, (*tensors, "dout", "out", "lse", "dlse"))
 
 
-def _of_inputs(gradients: Iterable[KernelPlan | SumRows | SumSink]) -> list[KernelPlan]:
+def _of_inputs(gradients: Iterable[OfGradients]) -> list[KernelPlan]:
     """The first kernel of a backward pass, if there is one; the others read the same inputs."""
     return [each for each in gradients if isinstance(each, KernelPlan)][:1]
 
@@ -226,8 +242,11 @@ def _tensor_map(entry: TensorMap, lengths: Lengths) -> TensorMapEntry:
     )
 
 
-def value_shape(place: Tensor | Rows | BlockTables, lengths: Lengths) -> tuple[Formula, ...]:
+def value_shape(place: Tensor | Rows | QuerySums | BlockTables, lengths: Lengths) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
+    if isinstance(place, QuerySums):
+        padded = product(PADDED_ROWS, ceil_div("seqlen_q", PADDED_ROWS))
+        return ("batch", "num_heads_q", padded, place.cols)
     if isinstance(place, BlockTables):
         return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
     batch, length = _extents(place.axis, lengths)
@@ -320,9 +339,7 @@ def _tables_and_scratch(plan: KernelPlan) -> Iterator[Value]:
         yield Value(place.name, F32.name, (*batch, "num_heads_q", length, *columns), "scratch")
 
 
-def _values_of_gradients(
-    plan: KernelPlan, gradients: tuple[KernelPlan | SumRows | SumSink, ...]
-) -> Iterator[Value]:
+def _values_of_gradients(plan: KernelPlan, gradients: tuple[OfGradients, ...]) -> Iterator[Value]:
     """The values of a backward pass that the forward has not."""
     if not gradients:
         return
@@ -339,24 +356,32 @@ def _values_of_gradients(
         if isinstance(each, SumRows):
             yield _declared_gradient(each.site.name, each.site.dtype, each.sizes)
             continue
+        if isinstance(each, FinishSums):
+            yield from _gradients_of_inputs(each.results, lengths)
+            continue
         if isinstance(each, SumSink):
             for format in SINK_FORMATS:
                 name, shape = sink_gradient(format), ("num_heads_q",)
                 yield Value(name, format, shape, "output", f"d{SINK}", optional=True)
             continue
         yield from _tables_and_scratch(each)
-        for rows in (*each.read_rows, *each.sums):
+        for rows in (*each.read_rows, *each.sums, *each.query_sums):
             yield Value(rows.name, F32.name, value_shape(rows, lengths), "scratch")
-        gradient_of = {in_f32(tensor.name): tensor.name for tensor in each.outputs}
-        for tensor in each.outputs:
-            name, shape, axes = tensor.name, value_shape(tensor, lengths), axes_of(tensor, lengths)
-            argument = gradient_of.get(name, name)
-            yield Value(name, tensor.dtype.name, shape, "output", argument, axes, optional=tensor.optional)
+        yield from _gradients_of_inputs(each.outputs, lengths)
         for place in each.writes:
             if isinstance(place, PairMatrix):
                 yield _declared_gradient(place.of, place.dtype.name, place.shape, zeroed=not place.is_covered)
             elif isinstance(place, Elements):
                 yield _declared_gradient(place.of, F32.name, place.shape, zeroed=True)
+
+
+def _gradients_of_inputs(tensors: tuple[Tensor, ...], lengths: Lengths) -> Iterator[Value]:
+    """The gradients that a kernel writes, each in the formats that a call may want."""
+    gradient_of = {in_f32(tensor.name): tensor.name for tensor in tensors}
+    for tensor in tensors:
+        name, shape, axes = tensor.name, value_shape(tensor, lengths), axes_of(tensor, lengths)
+        argument = gradient_of.get(name, name)
+        yield Value(name, tensor.dtype.name, shape, "output", argument, axes, optional=tensor.optional)
 
 
 def _declared_gradient(name: str, dtype: str, shape: tuple[Formula, ...], zeroed: bool = False) -> Value:

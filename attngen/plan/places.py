@@ -84,7 +84,10 @@ class Ring:
         read_by_threads: consumers load from the stages themselves, which no GEMM waits for, so each warp releases what
             it has read; else one thread does for its warpgroup.
         filled_by_warp: the producer's lanes store to the stages besides, and each of them arrives.
-        loads: of the copy engine by which a stage is filled, and with each of which the producer arrives.
+        loads: of the copy engine by which a stage is filled, and with each of which the producer arrives; or
+            warpgroups that fill it.
+        filled_by_threads: warpgroups store to the stages, and each warp says so for itself.
+        copies: how many there are of it, one a consumer warpgroup, which hands its stages to a warp of its own.
     """
 
     name: str
@@ -92,10 +95,14 @@ class Ring:
     read_by_threads: bool = False
     filled_by_warp: bool = False
     loads: int = 1
+    filled_by_threads: bool = False
+    copies: int = 1
 
     @property
     def fills(self) -> int:
-        """Arrivals by which the producer fills a stage."""
+        """Arrivals by which a stage is filled: of a warp that does so for itself, those of its last quad of lanes."""
+        if self.filled_by_threads:
+            return self.loads * WARPGROUP_WARPS * 4
         return 32 if self.filled_by_warp else self.loads
 
     @property
@@ -106,7 +113,7 @@ class Ring:
     @property
     def size_bytes(self) -> int:
         """Bytes of its mbarriers in shared memory."""
-        return 2 * MBARRIER_BYTES * self.stages
+        return 2 * MBARRIER_BYTES * self.stages * self.copies
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,10 @@ class Cursor:
     fills: bool = False
 
 
+Share = Literal["rows", "columns"]
+"""Which of them warpgroups share where each has a part of a tile as its own."""
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A tile in shared memory, `stages` times.
@@ -156,6 +167,7 @@ class Buffer:
         overlays: name of the buffer whose bytes this one reuses after that one's last use, or None.
         in_panels: columns in panels of 128 bytes one after another, as the copy engine and wgmma want them, rather
             than row after row. Eight rows of a panel exchange their chunks.
+        shared_by: what of it a warpgroup has as its own, where it has some.
     """
 
     name: str
@@ -168,6 +180,7 @@ class Buffer:
     offset: int = 0
     overlays: str | None = None
     in_panels: bool = False
+    shared_by: Share = "rows"
 
     @property
     def is_transposed(self) -> bool:
@@ -218,7 +231,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class View:
-    """One stage of a buffer, or the rows of it that belong to the warpgroup at work."""
+    """One stage of a buffer, or the rows, or columns, of it that belong to the warpgroup at work."""
 
     buffer: Buffer
     cursor: Cursor | None
@@ -226,7 +239,7 @@ class View:
 
     @property
     def own(self) -> "View":
-        """The rows of the warpgroup at work."""
+        """The part of the warpgroup at work."""
         return View(self.buffer, self.cursor, own_rows=True)
 
     @property
@@ -236,7 +249,7 @@ class View:
 
     def __str__(self) -> str:
         stage = f"[{self.cursor.name}]" if self.cursor and self.cursor.stages > 1 else ""
-        return self.buffer.name + stage + (" (own rows)" if self.own_rows else "")
+        return self.buffer.name + stage + (f" (own {self.buffer.shared_by})" if self.own_rows else "")
 
 
 @dataclass(frozen=True)
@@ -324,6 +337,26 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class QuerySums:
+    """Sums of f32 for each row of queries in device memory, to which many blocks of threads add, in any order.
+
+    Dense (batch, num_heads_q, rows, cols), each head in whole blocks of `PADDED_ROWS`. The elements of a tile of
+    `block_m` rows stand as the registers of accumulators do that are added: by warpgroup, warp, four registers, lane.
+
+    Attributes:
+        shared_by: what of a tile a warpgroup adds.
+    """
+
+    name: str
+    block_m: int
+    cols: int
+    shared_by: Share
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class PartRows:
     """What a part of the keys has come to in each row of its tile: f32 in device memory, dense (tiles, rows).
 
@@ -340,12 +373,14 @@ class PartRows:
 
 @dataclass(frozen=True)
 class RegTile:
-    """A tile spread over the registers of a role's warps, rows first split over the warps.
+    """A tile spread over the registers of a role's warps: rows, or columns, over warpgroups, then rows over warps.
 
     Attributes:
         axes: of its rows and of its columns.
         layout: "accumulator" (D of the matrix instruction, f32) or "a_fragment" (its A operand).
         valid_cols: columns that mean something; the others are zero.
+        shared_by: what of it a warpgroup has.
+        overlays: the tile whose registers it takes, where never both are wanted; both have as many a thread.
     """
 
     name: str
@@ -355,6 +390,8 @@ class RegTile:
     cols: int
     valid_cols: int
     layout: Literal["accumulator", "a_fragment"]
+    shared_by: Share = "rows"
+    overlays: "RegTile | None" = None
 
     def registers_per_thread(self, warps: int) -> int:
         """32-bit registers that each of the warps' threads spends on it."""

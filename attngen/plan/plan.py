@@ -16,6 +16,7 @@ from attngen.plan.places import (
     Descales,
     NamedBarriers,
     PartRows,
+    QuerySums,
     RegTile,
     RegVec,
     Ring,
@@ -156,7 +157,7 @@ class KernelPlan:
     overlap: bool
     key_blocks: SeenBlocks | None
     reads: tuple[Tensor, ...]
-    writes: tuple[Tensor | Rows | PairMatrix | BlockTables | Elements, ...]
+    writes: tuple[Tensor | Rows | QuerySums | PairMatrix | BlockTables | Elements, ...]
     scheduler: Scheduler
     roles: tuple[Role, ...]
     buffers: tuple[Buffer, ...]
@@ -238,6 +239,11 @@ class KernelPlan:
     def sums(self) -> tuple[Rows | BlockTables, ...]:
         """What it writes for a `SumRows` to add up."""
         return tuple(place for place in self.writes if isinstance(place, Rows | BlockTables))
+
+    @property
+    def query_sums(self) -> tuple[QuerySums, ...]:
+        """The sums to which it adds."""
+        return tuple(place for place in self.writes if isinstance(place, QuerySums))
 
     @property
     def written_rows(self) -> tuple[Rows, ...]:

@@ -9,6 +9,7 @@ from attngen.plan.formulas import Formula, ceil_div, product
 from attngen.plan.places import LENGTHS, Rows
 from attngen.plan.plan import Param
 from attngen.plan.quantizing_sheets import FindMaxima, PackValues, Quantize
+from attngen.plan.query_sums import FinishSums
 from attngen.plan.sheets import FillTables, FindBoundaries, PrepareRows, Sheet, SheetOfPlan
 from attngen.plan.sinks import SumSink
 from attngen.plan.tile_list import ListTiles
@@ -92,6 +93,7 @@ SHEETS: tuple[type[Sheet], ...] = (
     Quantize,
     PackValues,
     PrepareRows,
+    FinishSums,
     SumRows,
     SumSink,
     MapBlocks,

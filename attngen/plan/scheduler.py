@@ -11,7 +11,7 @@ from typing import Literal
 
 from attngen.expr import Expr, add, const, name, sub
 from attngen.expr.arithmetic import floor_divide, modulo, times
-from attngen.expr.intervals import lesser
+from attngen.expr.intervals import greater, lesser
 from attngen.expr.tree import lookup
 from attngen.plan.places import LENGTHS, Axis
 
@@ -98,6 +98,8 @@ KEYS = SequenceAxis("keys", "n", "kv_idx", "tile.block_n")
 
 _HEADS_KV = floor_divide(name("call.num_heads_q"), name("call.group"))
 
+MOST_HEADS = 16
+"""That are worked on side by side."""
 ENTRY_FIELDS = ("sequence", "block", "q_start", "seqlen_q", "k_start", "seqlen_k")
 """What an entry of a list of tiles says: which sequence, which block of its rows or keys, and where its queries and its
 keys begin among the rows of the tensors, and how many there are."""
@@ -132,6 +134,8 @@ class Scheduler:
         sums_batch, sums_heads: over which batches and heads a tile of pairs is for: its own or all, and its own, those
             that share its head of K and V, or all.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
+        rows_at_hand: blocks of keys that the most queries see (the first ones) start first, of as many heads side by
+            side as have so many rows of queries together, of `MOST_HEADS` at most; 0: one head follows another.
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
         is_listed: sequences have lengths of their own, and tiles are those of a list in device memory (`ListTiles`),
             for each of the heads.
@@ -147,6 +151,7 @@ class Scheduler:
     is_listed: bool = False
     is_split: bool = False
     packs_group: bool = False
+    rows_at_hand: int = 0
 
     @property
     def axis(self) -> SequenceAxis | None:
@@ -196,11 +201,11 @@ class Scheduler:
         index, heads = name("tile.index"), name("call.num_heads_q")
         if self.kind == "key_blocks":
             n_max, row = name("tile.n_max"), name("tile.row")
-            block = {
-                "tile.n_max": KEYS.blocks(name("call.seqlen_k")),
-                "tile.row": floor_divide(index, n_max),
-                KEYS.tile.name: modulo(index, n_max),
-            }
+            block = {"tile.n_max": KEYS.blocks(name("call.seqlen_k"))}
+            if self.rows_at_hand:
+                block |= self._side_by_side
+            else:
+                block |= {"tile.row": floor_divide(index, n_max), KEYS.tile.name: modulo(index, n_max)}
             head = times(modulo(row, _HEADS_KV), name("call.group"))
             batch = floor_divide(row, _HEADS_KV)
         elif self.kind == "pair_blocks":
@@ -238,6 +243,23 @@ class Scheduler:
             "seqlen_k": name("call.seqlen_k"),
             "q_idx.start": const(0),
             "kv_idx.start": const(0),
+        }
+
+    @property
+    def _side_by_side(self) -> Definitions:
+        """Which head, among those of all batches, and block of keys: sections of heads, their first blocks first."""
+        index, n_max, side, section = map(name, ("tile.index", "tile.n_max", "tile.side", "tile.section"))
+        rows = add(name("call.seqlen_q"), const(1))  # keys that no query sees have tiles too
+        of_group = floor_divide(floor_divide(const(self.rows_at_hand), rows), name("call.group"))
+        side_by_side = lesser(greater(of_group, const(1)), const(MOST_HEADS))
+        heads = times(name("call.batch"), _HEADS_KV)
+        return {
+            "tile.side": side_by_side,
+            "tile.section": floor_divide(index, times(side, n_max)),
+            "tile.rest": sub(index, times(section, times(side, n_max))),
+            "tile.width": lesser(side, sub(heads, times(section, side))),
+            "tile.row": add(times(section, side), modulo(name("tile.rest"), name("tile.width"))),
+            KEYS.tile.name: floor_divide(name("tile.rest"), name("tile.width")),
         }
 
     @property

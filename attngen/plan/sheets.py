@@ -12,7 +12,7 @@ from attngen.arch import Arch
 from attngen.expr import Boundary, Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product
 from attngen.plan.lengths import LengthArgument, padded_blocks
-from attngen.plan.places import PADDED_ROWS, Rows
+from attngen.plan.places import PADDED_ROWS, QuerySums, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.quantizer import CHUNK
 
@@ -239,7 +239,11 @@ class PrepareRows(SheetOfPlan):
 
     Attributes:
         plan: the attention kernel whose output it is.
+        clears: sums that it writes zeros to where a call has them; they are not among what it writes, which
+            would leave out who adds to them.
     """
+
+    clears: QuerySums | None = None
 
     word = "rows"
     threads = 128
@@ -263,6 +267,7 @@ class PrepareRows(SheetOfPlan):
         """Fields of the struct: pointers first. `dlse` is 0 where nobody asks for gradients of lse."""
         return (
             *(Param(name, "pointer", f"{name}.ptr") for name in (*ROW_SOURCES, "dlse", *ROW_NUMBERS)),
+            *((Param(self.clears.name, "pointer", f"{self.clears.name}.ptr"),) if self.clears else ()),
             *(
                 Param(f"{name}_stride_{axis}", "i64", f"{name}.stride_{axis}")
                 for name in ("out", "dout")

@@ -30,6 +30,7 @@ from attngen.plan.steps import (
     ForHeads,
     ForTiles,
     IssueGemm,
+    Keep,
     LoadRegisters,
     Note,
     Release,
@@ -59,6 +60,7 @@ class Stream:
         tensor, tile: where a block comes from, and the stages that it goes to.
         fills, reads: where the producer and a consumer stand in the ring.
         numbers, beside: a number of each row that comes along, and its stages; None where none does.
+        keep: what the L2 cache is to do with its lines.
     """
 
     tensor: Tensor
@@ -67,6 +69,7 @@ class Stream:
     reads: Cursor
     numbers: Rows | None = None
     beside: Buffer | None = None
+    keep: Keep = "evict_last"
 
     @property
     def here(self) -> View:
@@ -78,14 +81,14 @@ class Stream:
         along: Program = ()
         if self.numbers and self.beside:
             along = (TmaLoadRows(self.beside.at(self.fills), self.numbers, block),)
-        return (*along, TmaLoad(self.tile.at(self.fills), self.tensor, block, "evict_last"))
+        return (*along, TmaLoad(self.tile.at(self.fills), self.tensor, block, self.keep))
 
     def wait_beside(self, other: "Stream") -> Program:
         """Wait until the block has come, after the other's has."""
         return () if self.reads == other.reads else (WaitFull(self.reads),)
 
 
-def _load_next(block: BlockIndex, *streams: Stream) -> Program:
+def load_next(block: BlockIndex, *streams: Stream) -> Program:
     """Have the copy engine bring the next block of each, as soon as its stage is free."""
     steps: list[Step] = []
     for fills in dict.fromkeys(each.fills for each in streams):
@@ -94,12 +97,12 @@ def _load_next(block: BlockIndex, *streams: Stream) -> Program:
     return tuple(steps)
 
 
-def _wait_once(*streams: Stream) -> Program:
+def wait_once(*streams: Stream) -> Program:
     """Wait for the only blocks of these that a tile has."""
     return tuple(WaitFull(reads, together=True) for reads in dict.fromkeys(each.reads for each in streams))
 
 
-def _leave(stream: Stream) -> Program:
+def leave(stream: Stream) -> Program:
     """Hand a block back, and what shares its ring; go on to the next."""
     return (Release(stream.reads), Advance(stream.reads))
 
@@ -135,7 +138,7 @@ class WarpgroupGradientPlaces(ABC):
         (axis,) = {each.tensor.axis for each in (first, second)}
         if not self.lengths.has_neighbours(axis):
             return ()
-        tails = (*_wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
+        tails = (*wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
         return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
     def zero_hidden(self, block: BlockIndex, k: View, v: View, wait: Program = ()) -> Program:
@@ -199,22 +202,22 @@ def query_gradients(at: WarpgroupQueryPlaces) -> dict[str, Program]:
             WaitGemm(1, (pair.s,)),
             *pair.recover(M_BLOCK, of.n, of.masked),
             WaitGemm(0, (pair.dp,)),
-            *(() if v.reads == k.reads else _leave(v)),
+            *(() if v.reads == k.reads else leave(v)),
             pair.gradient(M_BLOCK),
             Note("dQ += dS K"),
             IssueGemm(gradient.acc, gradient.pairs, gradient.times, starts_at_zero=False),
             WaitGemm(0, (gradient.acc, gradient.pairs)),
-            *_leave(k),
+            *leave(k),
         )
 
     def load(of: KeyBlock) -> Program:
-        return _load_next(of.n, k, v)
+        return load_next(of.n, k, v)
 
     start = at.keys.start(VISIT)
     consumer = (
         Clear(gradient.acc),
         *start,
-        *_wait_once(at.q, at.do),
+        *wait_once(at.q, at.do),
         *(LoadRegisters(vector, rows, M_BLOCK) for vector, rows in at.numbers),
         *at.keys.for_all_blocks(block),
         *at.put_out(M_BLOCK),
@@ -252,14 +255,14 @@ def key_gradients(at: WarpgroupKeyPlaces) -> dict[str, Program]:
     own_keys = (at.k, at.v) if at.v else (at.k,)
     consumer = (
         *(Clear(each.acc) for each in at.gradients),
-        *_wait_once(*own_keys),
+        *wait_once(*own_keys),
         *(at.zero_hidden(N_BLOCK, at.k.here.own, at.v.here.own) if at.v else ()),
         ForHeads(for_queries(at.visible, partial(_block_of_queries, at))),
         *at.put_out(N_BLOCK),
     )
     producer = (
         *(step for each in own_keys for step in each.load(N_BLOCK)),
-        ForHeads(for_queries(at.visible, lambda m, _: _load_next(m, at.q, at.do), split=False)),
+        ForHeads(for_queries(at.visible, lambda m, _: load_next(m, at.q, at.do), split=False)),
     )
     return {"consumer": (ForTiles(consumer),), "producer": (ForTiles(producer),)}
 
@@ -293,7 +296,7 @@ def _block_of_queries(at: WarpgroupKeyPlaces, m: BlockIndex, masked: Masked) -> 
         *late,
         *((Note("dK += dSᵀ Q"), *issue(of_ds)) if of_ds else ()),
         *land(len(of_ds), of_p),
-        *(() if do.reads == q.reads else _leave(do)),
+        *(() if do.reads == q.reads else leave(do)),
         *land(0, of_ds),
-        *_leave(q),
+        *leave(q),
     )

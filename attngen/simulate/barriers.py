@@ -119,9 +119,17 @@ class StageBarriers:
 
 
 def stage_barriers(ring: Ring, consumers: int) -> tuple[StageBarriers, ...]:
-    """The mbarriers of every stage: its producer arrives at `full`, each consumer at `empty`."""
-    names = (stage_name(ring, stage) for stage in range(ring.stages))
-    return tuple(StageBarriers(Mbarrier(name, ring.loads), Mbarrier(name, consumers)) for name in names)
+    """The mbarriers of every stage: its producer arrives at `full`, each consumer at `empty`.
+
+    Of a ring of which each warpgroup has one those of the first come first, and one reader arrives at `empty`.
+    """
+    names = [
+        stage_name(ring, stage) + (f" of warpgroup {copy}" if ring.copies > 1 else "")
+        for copy in range(ring.copies)
+        for stage in range(ring.stages)
+    ]
+    readers = consumers if ring.copies == 1 else 1
+    return tuple(StageBarriers(Mbarrier(name, ring.loads), Mbarrier(name, readers)) for name in names)
 
 
 def stage_name(ring: Ring, stage: int) -> str:

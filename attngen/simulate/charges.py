@@ -10,7 +10,9 @@ from typing import Any
 
 from attngen.plan import PartRows, RegTile, RegVec, Rows, Step, Tensor
 from attngen.plan.steps import (
+    AddSums,
     Clear,
+    ClearTile,
     CommitCopies,
     ConvertP,
     DrawTile,
@@ -37,7 +39,9 @@ from attngen.plan.steps import (
     ScaleRows,
     ScoreGradient,
     SeedScores,
+    StageSums,
     StageTile,
+    StageTransposed,
     StoreColumns,
     StoreGradient,
     StoreRegisters,
@@ -234,12 +238,24 @@ def _tma_store(units: Units, step: TmaStore | TmaStoreOwn, role: RoleRun) -> Pai
     return now(role) + units.costs.copy_issue
 
 
+def _add_sums(units: Units, step: AddSums, role: RoleRun) -> Paid:
+    """As much as the warpgroup's part of the tile passes to L2, which adds."""
+    yield when_due(role)
+    cycles = _transfer_cycles(units, step.src.buffer.stage_bytes // role.warpgroups)
+    units.in_flight[role].stores.append(units.queue("copy engine", cycles, step, role))
+    return now(role) + units.costs.copy_issue
+
+
 def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
     return max([now(role), *_take_done(units.in_flight[role].stores, 0)])
 
 
 # ---- loads and stores of the threads --------------------------------------------------------------------------------
-def _write_shared(units: Units, step: StageTile | NegateTile | LeaveShare, role: RoleRun) -> int:
+def _write_shared(
+    units: Units,
+    step: StageTile | NegateTile | StageTransposed | StageSums | ClearTile | LeaveShare,
+    role: RoleRun,
+) -> int:
     """Shared memory has no lane of its own."""
     view = step.tile if isinstance(step, NegateTile) else step.dst
     share = role.warpgroups if view.own_rows else 1
@@ -307,7 +323,9 @@ CHARGES: dict[type[Step], Charge] = {
     IssueGemm: _issue_gemm,
     Gemm: _synchronous_gemm,
     **dict.fromkeys(MEETINGS, _meet),
-    **dict.fromkeys((StageTile, NegateTile, LeaveShare), _write_shared),
+    **dict.fromkeys(
+        (StageTile, NegateTile, StageTransposed, StageSums, ClearTile, LeaveShare), _write_shared
+    ),
     JoinShares: _join_shares,
     **dict.fromkeys((LoadRegisters, StoreRegisters, StoreColumns), _registers),
     RecoverP: _recover_p,
@@ -320,6 +338,7 @@ CHARGES: dict[type[Step], Charge] = {
     CommitCopies: _commit_copies,
     WaitCopies: _wait_copies,
     **dict.fromkeys((TmaStore, TmaStoreOwn), _tma_store),
+    AddSums: _add_sums,
     WaitStores: _wait_stores,
     StoreTile: _store_tile,
     StoreGradient: _store_gradient,

@@ -14,6 +14,7 @@ from attngen.simulate.tile_source import Tile
 
 if TYPE_CHECKING:
     from attngen.simulate.roles import RoleRun
+    from attngen.simulate.shared_memory import Cell
 
 
 class Source(NamedTuple):
@@ -36,6 +37,8 @@ def add_contribution(step: Product, role: "RoleRun") -> None:
     if step.starts_at_zero:
         role.contributions[step.acc.name] = Counter()
     cells = [cell for view in (step.a, step.b) if isinstance(view, View) for cell in role.cells(view)]
+    if isinstance(step.a, View):
+        role.made_for[step.acc.name] = set().union(*(cell.queries or {None} for cell in role.cells(step.a)))
     role.contributions[step.acc.name][next((cell.source for cell in cells if cell.source), None)] += 1
 
 
@@ -54,6 +57,20 @@ def check_contributions(gradient: RegTile, role: "RoleRun") -> None:
             what = f"block {source.block} of head {source.head}" if source else "what no copy brought"
             message = f"{what} counts {found[source]} times in {gradient}, and should {wanted} times"
             raise role.fault("not once", message, gradient.name)
+
+
+def check_product(cell: "Cell", queries: Source, keys: Source, role: "RoleRun") -> None:
+    """See that what is about to be added to the sums of a block of queries is the product for it and the tile's keys.
+
+    Raises:
+        SimulationFault: it is for other queries, or of other keys, or not once.
+    """
+    if cell.queries != {queries} or cell.made_of != {keys: 1}:
+        of = ", ".join(f"block {source.block}" for source in cell.queries if source) or "nothing"
+        made = ", ".join(f"{n} times block {source.block}" for source, n in cell.made_of.items() if source)
+        wanted = f"queries of block {queries.block}, keys of block {keys.block}"
+        message = f"{cell.name} is for queries of {of}, of keys {made}, and is added for {wanted}"
+        raise role.fault("not once", message, cell.name)
 
 
 def _visits(role: "RoleRun") -> set[Source | None]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from attngen.plan import (
     Lengths,
     PairMatrix,
     PartRows,
+    QuerySums,
     Rows,
     Tensor,
     padded_start,
@@ -29,6 +31,16 @@ NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
 
 
+class Addition(NamedTuple):
+    """What a warpgroup adds to sums for a pair of blocks."""
+
+    batch: int
+    head: int
+    m_block: int
+    n_block: int
+    warpgroup: int
+
+
 class DeviceMemory:
     """Tensors by their name in the plan, each seen as (batch, heads, seqlen, cols) or (batch, heads, seqlen).
 
@@ -37,6 +49,7 @@ class DeviceMemory:
         share_rows: rows that are written to a place at a time: a block of them, or a warpgroup's part of one.
         parts_written: how many columns tiles have left of their part in a place, by its name and their numbers.
         tickets: how many parts of a tile have been counted, by the number of the first, 0 once all have.
+        added: how often what has been added to sums.
     """
 
     def __init__(
@@ -69,6 +82,7 @@ class DeviceMemory:
         self.share_rows: dict[str, int] = {}
         self.parts_written: dict[str, Counter[int]] = {}
         self.tickets: Counter[int] = Counter()
+        self.added: Counter[Addition] = Counter()
 
     def wants(self, place: Tensor | Rows) -> bool:
         """Whether this is to be written: the call asks for it, or it is not optional."""
@@ -229,6 +243,30 @@ class DeviceMemory:
             own = found[: len(rows), : len(keys)].to(target.dtype)
             by_key = place.indices.index("kv_idx") < place.indices.index("q_idx")
             target[at] = own.mT if by_key else own
+
+    def add(self, place: QuerySums, tile: Tile, first: tuple[int, int], values: torch.Tensor) -> None:
+        """Add (members, rows, cols) to a row and those after it, from a column on; of each head once, in any order."""
+        if self.traffic:
+            self.traffic.count_written(place.name, 4 * len(tile.members) * place.block_m * place.cols // 2)
+        if not self.holds_values:
+            return
+        batch, head, _ = tile.columns
+        (row, column), (_, rows, cols) = first, values.shape
+        self.tensors[place.name][batch, head, row : row + rows, column : column + cols] += values
+
+    def not_added_once(self, plan: KernelPlan, visits: Iterable[Addition]) -> str:
+        """What has not been added to the sums of a kernel once; empty where there is nothing of the kind.
+
+        Args:
+            plan: the kernel.
+            visits: of its launch.
+        """
+        expected = set(visits) if plan.query_sums else set()
+        for each in self.added.keys() | expected:
+            if self.added[each] != int(each in expected):
+                pair = f"block {each.m_block} and keys of block {each.n_block}, head {each.head}, batch {each.batch}"
+                return f"rows of {pair} count {self.added[each]} times, warpgroup {each.warpgroup}"
+        return ""
 
     def write_table(self, place: BlockTables, tile: Tile, block: int, values: torch.Tensor) -> None:
         """Write (members, entries) for a block of rows."""

@@ -1,7 +1,7 @@
 """Running a call on the CPU: launch after launch, programs block after block; for values, or only to count."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +31,11 @@ from attngen.simulate import (
     simulated_scales,
     simulated_shares,
     simulated_softmax,
+    simulated_sums,
     simulated_sync,
 )
 from attngen.simulate.blocks import Block, KernelRun, scale_params
-from attngen.simulate.device_memory import DeviceMemory, by_heads
+from attngen.simulate.device_memory import Addition, DeviceMemory, by_heads
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.function_names import function_name
 from attngen.simulate.page_table import PageTable
@@ -54,6 +55,7 @@ _STEP_MODULES = (
     simulated_gemms,
     simulated_gradients,
     simulated_declared,
+    simulated_sums,
     simulated_softmax,
     simulated_shares,
     simulated_scales,
@@ -169,7 +171,9 @@ def run_call(
     """
     values = {**bound.given.tensors, **_allocate(bound, layout), **(kept or {})}
     declared = Declared(bound.given.scalars, bound.given.declared)
-    sizes = replace(Sizes.of(bound.sizes, declared), softmax_scale=bound.softmax_scale)
+    sizes = replace(
+        Sizes.of(bound.sizes, declared), softmax_scale=bound.softmax_scale, accumulates=bound.accumulates
+    )
     for launch in bound.launches:
         kernel = call.kernel_of[launch.kernel]
         if not bound.grid(launch):
@@ -271,11 +275,26 @@ def _launch(run: KernelRun, launch: Launch, lockstep: int) -> None:
     for number, count in run.device.tickets.items():
         if count:
             raise SimulationFault("never reset", f"{count} parts of tile {number} are counted at the end")
+    if message := run.device.not_added_once(plan, _additions(run)):
+        raise SimulationFault("not once", message, place=plan.query_sums[0].name)
     if missing := run.device.unwritten(plan, decoded(plan, sizes)):
         name, m = missing
         raise SimulationFault(
             "never written", f"block {m} of {name} is not written once by every head", place=name
         )
+
+
+def _additions(run: KernelRun) -> Iterator[Addition]:
+    """What the visits of a launch add to sums."""
+    if not run.plan.query_sums:
+        return
+    for block, member in decoded(run.plan, run.sizes):
+        assert isinstance(block, int)
+        for place in range(run.sizes.group):
+            head = member._replace(head=member.head + place)
+            for m in run.visits.rows_of(block, head):
+                for warpgroup in range(run.plan.worker.warpgroups):
+                    yield Addition(head.batch, head.head, m, block, warpgroup)
 
 
 def _run_blocks(run: KernelRun, source: TileSource) -> None:

@@ -89,6 +89,7 @@ class RoleRun:
         clock: what all its threads know.
         leader: what its first thread knows beside, who issues stores and releases the stages that GEMMs alone read.
         contributions: of each accumulator of a gradient, how often it has which block in it.
+        made_for: of each accumulator that is a product of a stored tile of pairs, the queries of those pairs.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
     """
@@ -111,10 +112,14 @@ class RoleRun:
         self.clock = Clock()
         self.leader = Clock()
         self.contributions: defaultdict[str, Counter[Source | None]] = defaultdict(Counter)
+        self.made_for: dict[str, set[Source | None]] = {}
         self.started: list[tuple[Cell, torch.Tensor]] = []
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
+        overlaid = [tile.overlays for tile in role.reg_tiles if tile.overlays]
+        self._sharing = [tile for tile in role.reg_tiles if tile.overlays or tile in overlaid]
         self._epoch = 0
+        self._fenced = Clock()  # what it knew at its last fence
         self._positions: dict[str, Position] = {}  # by the names of its cursors, which differ
         self._seen_by_some: set[str] = set()  # cursors at full stages that a slow thread may not have seen
         self._gemms_issued = 0
@@ -166,7 +171,7 @@ class RoleRun:
         return self.variables[block.base] + block.offset
 
     def own_rows(self, rows: int) -> range:
-        """Of that many rows those that this warpgroup works on."""
+        """Of that many rows, or columns, those that this warpgroup works on."""
         share = rows // self.warpgroups
         return range(self.warpgroup * share, (self.warpgroup + 1) * share)
 
@@ -306,7 +311,8 @@ class RoleRun:
     def stage_barriers(self, cursor: Cursor) -> StageBarriers:
         """The mbarriers of the stage it stands at."""
         assert cursor.ring is not None
-        return self.block.rings[cursor.ring.name][self.position(cursor).stage]
+        copy = self.warpgroup if cursor.ring.copies > 1 else 0
+        return self.block.rings[cursor.ring.name][copy * cursor.stages + self.position(cursor).stage]
 
     # ---- registers --------------------------------------------------------------------------------------------------
     def read(self, place: RegTile | RegVec, partial: bool = False) -> torch.Tensor:
@@ -323,10 +329,23 @@ class RoleRun:
         self, place: RegTile | RegVec, value: Callable[..., torch.Tensor], *operands: torch.Tensor | float
     ) -> torch.Tensor:
         """Write value(*operands) to a register place; where values are not wanted nothing is computed."""
-        self._check_not_owned(place, "written")
+        others = self._in_the_same_registers(place)
+        for each in (place, *others):
+            self._check_not_owned(each, "written")
         result = value(*operands) if self.device.holds_values else NOTHING
+        for other in others:
+            self.registers.pop(other.name, None)
         self.registers[place.name] = result
         return result
+
+    def _in_the_same_registers(self, place: RegTile | RegVec) -> list[RegTile]:
+        """The tiles whose values are lost where a place is written."""
+        return [
+            other
+            for other in self._sharing
+            if other.name != place.name
+            and (other.overlays or other) == (getattr(place, "overlays", None) or place)
+        ]
 
     def _check_not_owned(self, place: RegTile | RegVec, how: str) -> None:
         if place.name in self._owned_by_gemm:
@@ -383,7 +402,8 @@ class RoleRun:
 
     def valid_rows(self, view: View) -> int:
         """How many of the view's rows were taken from the sequence."""
-        return sum(cell.valid_rows for cell in self.cells(view))
+        found = [cell.valid_rows for cell in self.cells(view)]
+        return sum(found) if view.buffer.shared_by == "rows" else max(found)
 
     def read_shared(self, view: View, for_update: bool = False) -> torch.Tensor:
         """The values of a stage, which other threads may have written: (members, rows, cols), f32.
@@ -401,13 +421,16 @@ class RoleRun:
     def _read_asynchronously(self, view: View, clock: Clock, stamp: Stamp) -> torch.Tensor:
         for cell in self.cells(view):
             self._heed(cell.objection_to_read(clock, self.name), cell)
-            self._heed(cell.objection_to_asynchronous_read(clock), cell)
+            self._heed(cell.objection_to_asynchronous_read(clock, self._fenced), cell)
             cell.note_read(stamp)
         return self._values(view)
 
     def _values(self, view: View) -> torch.Tensor:
         values = [cell.values for cell in self.cells(view) if isinstance(cell.values, torch.Tensor)]
-        return values[0] if len(values) == 1 else torch.cat(values, dim=-2 if self.device.holds_values else 0)
+        if len(values) == 1:
+            return values[0]
+        along = -2 if view.buffer.shared_by == "rows" else -1
+        return torch.cat(values, dim=along if self.device.holds_values else 0)
 
     def write_shared(self, view: View, value: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
         """Write value(*operands), already rounded to the buffer's type, by ordinary stores."""
@@ -438,7 +461,8 @@ class RoleRun:
         self.leader.see(stamp.line, self._written_by_first)
 
     def fence_stores(self) -> None:
-        """Let asynchronous reads see what this role has stored, once its threads have met."""
+        """Let asynchronous reads see what this role has stored, once its threads have met; its own, all it knows."""
+        self._fenced.join(self.leaders_clock if self._is_one_thread else self.clock)
         for parts in self.block.cells.values():
             for cell in parts:
                 if cell.was_stored_by(self.name):

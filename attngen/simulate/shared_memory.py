@@ -8,6 +8,7 @@ Ordinary stores and asynchronous reads (the copy engine's and wgmma's) go throug
 stored must fence, and then meet, before anyone may start such a read.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -33,6 +34,8 @@ class Cell:
         values: (members, rows, cols), None while nobody may count on them; of a ring's slot the number of a tile.
         valid_rows: rows that the last copy took from the sequence; the others are zero.
         source: what the last copy took; None of what threads stored.
+        queries: of a tile of pairs that threads stored, or of products of such tiles, those that they are for.
+        made_of: what a product is made of that threads stored, with how often it counts.
         in_flight: whether a copy into it has been started and has not landed.
         is_stored: whether ordinary stores wrote the values.
         fence: when the stores were fenced, if they were.
@@ -46,6 +49,8 @@ class Cell:
         self.values: torch.Tensor | int | None = None
         self.valid_rows = 0
         self.source: Source | None = None
+        self.queries: set[Source | None] = set()
+        self.made_of: Counter[Source | None] = Counter()
         self.in_flight = False
         self.is_stored = False
         self.fence: Stamp | None = None
@@ -68,13 +73,20 @@ class Cell:
             return "race", f"{self.name} is read; {_unordered(who, line, 'wrote zeros to')}"
         return None
 
-    def objection_to_asynchronous_read(self, clock: Clock) -> Complaint | None:
-        """Why the copy engine or wgmma may not read it, though threads might."""
+    def objection_to_asynchronous_read(self, clock: Clock, fenced: Clock) -> Complaint | None:
+        """Why the copy engine or wgmma may not read it, though threads might.
+
+        Args:
+            clock: what the reader knows.
+            fenced: what it knew when it last fenced; that may be later than the stores, and by another than who stored.
+        """
         if not self._zeros.are_fenced(clock):
             return (
                 "not fenced",
                 f"{self.name} holds zeros that threads stored, and who reads it knows of no fence",
             )
+        if self.is_stored and self._write and fenced.knows(self._write):
+            return None
         if self.is_stored and self.fence is None:
             return "not fenced", f"{self.name} holds what threads stored, and no FenceAsync followed"
         if self.is_stored and self.fence and not clock.knows(self.fence):
@@ -187,6 +199,15 @@ def lay_out(buffers: tuple[Buffer, ...], parts: dict[str, int]) -> Cells:
 
 def _cells(buffer: Buffer, stage: int, parts: int) -> Iterable[Cell]:
     begin = buffer.offset + stage * buffer.stage_bytes
+    if parts > 1 and buffer.shared_by == "columns":  # whole panels, or registers in whatever order
+        part = buffer.stage_bytes // parts
+        for first in range(begin, begin + buffer.stage_bytes, part):
+            yield Cell(
+                stage_name(Ring(buffer.name, buffer.stages), stage),
+                range(buffer.rows),
+                ((first, first + part),),
+            )
+        return
     pitch = PANEL_BYTES if buffer.in_panels else buffer.stage_bytes // buffer.rows
     panels = range(0, buffer.stage_bytes, pitch * buffer.rows)
     name = stage_name(Ring(buffer.name, buffer.stages), stage)

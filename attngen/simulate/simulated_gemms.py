@@ -8,7 +8,7 @@ nobody may change an operand, and nobody sees it before it lands.
 import torch
 
 from attngen.plan import LENGTHS, Axis, RegTile, View
-from attngen.plan.steps import Gemm, IssueGemm, Product, WaitGemm
+from attngen.plan.steps import Gemm, IssueGemm, KeepColumns, Product, WaitGemm
 from attngen.simulate.contributions import add_contribution
 from attngen.simulate.roles import RoleRun
 
@@ -22,8 +22,16 @@ def gemm(step: Gemm, role: RoleRun) -> None:
 def issue_gemm(step: IssueGemm, role: RoleRun) -> None:
     """Start acc = A B or acc += A B."""
     a = role.read(step.a) if isinstance(step.a, RegTile) else role.read_by_gemm(step.a)
+    if step.kept is not None and (kept := role.read(step.kept)).numel():
+        a = torch.cat((kept, a[..., step.kept.cols :]), dim=-1)
     _multiply(step, a, role.read_by_gemm(step.b), role)
     role.issue_gemm(step.acc, *((step.a,) if isinstance(step.a, RegTile) else ()))
+
+
+def keep_columns(step: KeepColumns, role: RoleRun) -> None:
+    """Read the first columns of the warpgroup's own rows of an operand."""
+    rows = role.read_shared(step.src)
+    role.write(step.dst, lambda: rows[..., : step.dst.cols].contiguous())
 
 
 def wait_gemm(step: WaitGemm, role: RoleRun) -> None:
@@ -32,10 +40,13 @@ def wait_gemm(step: WaitGemm, role: RoleRun) -> None:
 
 
 def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) -> None:
-    columns = slice(step.first_column, step.first_column + step.acc.cols)
+    own_rows, own_columns = own_part(step.acc, role)
+    columns = slice(step.first_column + own_columns.start, step.first_column + own_columns.stop)
 
     def product() -> torch.Tensor:
         rows = a.transpose(1, 2) if step.a_is_transposed else a
+        if rows.shape[1] > len(own_rows):  # A of all warpgroups
+            rows = rows[:, own_rows.start : own_rows.stop]
         return torch.bmm(rows, (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns])
 
     if step.starts_at_zero:
@@ -47,8 +58,12 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
         rows, cols = step.acc.axes
         role.device.traffic.count_gemm(
             len(role.tile.members),
-            (step.acc.rows // role.warpgroups, step.acc.cols, depth_of(step, role)),
-            (_valid(step, rows, role), _valid(step, cols, role), _valid(step, step.contracted, role)),
+            (len(own_rows), len(own_columns), depth_of(step, role)),
+            (
+                _valid(step, rows, role),
+                _valid(step, cols, role) * len(own_columns) // step.acc.cols,
+                _valid(step, step.contracted, role),
+            ),
         )
 
 
@@ -58,9 +73,22 @@ def depth_of(step: Product, role: RoleRun) -> int:
     return step.depth // role.warpgroups if has_own else step.depth
 
 
+def own_part(tile: RegTile, role: RoleRun) -> tuple[range, range]:
+    """The rows and the columns of a tile in registers that the warpgroup has."""
+    if tile.shared_by == "columns":
+        return range(tile.rows), role.own_rows(tile.cols)
+    return role.own_rows(tile.rows), range(tile.cols)
+
+
 def _valid(step: Product, axis: Axis, role: RoleRun) -> int:
     """How much of an axis of a product exists, of rows of accumulators the warpgroup's own."""
     views = [place for place in (step.a, step.b) if isinstance(place, View) and axis in place.axes]
+    if axis in LENGTHS and views:
+        (view, *_) = [view for view in views if view.axes[0] == axis] or views
+        own = own_part(step.acc, role)[0]
+        is_shared = view is step.a and not view.own_rows and axis == step.acc.axes[0]
+        valid = role.valid_rows(view)
+        return max(0, min(len(own), valid - own.start)) if is_shared else valid
     if axis in LENGTHS:
-        return role.valid_rows(views[0]) if views else role.valid_extent(axis)
+        return role.valid_extent(axis)
     return step.acc.valid_cols if axis in step.acc.axes else views[0].buffer.valid_cols

@@ -125,7 +125,7 @@ def merge_parts(step: MergeParts, role: RoleRun) -> None:
             raise role.fault("uninitialised read", f"tile {missing} has left no part in {place}", place.name)
     out = lse = NOTHING
     if device.holds_values:
-        numbers, rows = torch.tensor(parts), role.valid_extent("queries")
+        numbers, rows = torch.tensor(parts, dtype=torch.int64), role.valid_extent("queries")
         left = [device.tensors[place.name][numbers, :rows] for place in filter(None, places)]
         none = torch.zeros_like(left[1])
         merged = _joined(left[0], left[1], *(left[2:] or (none, none)))

@@ -22,6 +22,7 @@ from attngen.plan import (
     FillTables,
     FindBoundaries,
     FindMaxima,
+    FinishSums,
     MapBlocks,
     PackValues,
     PrepareRows,
@@ -33,6 +34,7 @@ from attngen.plan import (
     padded_start,
     value_shape,
 )
+from attngen.scaling import scale_values
 from attngen.simulate.function_names import function_name
 from attngen.simulate.tile_lists import list_tiles as list_tiles
 from attngen.simulate.tile_lists import spans
@@ -89,8 +91,24 @@ def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, 
     }
     nothing = {"delta": 0.0, "lse_log2": math.inf}
     if sheet.plan.lengths.queries == "dense":
-        return {name: pad(x, past, value=nothing[name]) for name, x in found.items()}
+        cleared = {
+            each.name: torch.zeros_like(values[each.name])
+            for each in (sheet.clears,)
+            if each and each.name in values
+        }
+        return {name: pad(x, past, value=nothing[name]) for name, x in found.items()} | cleared
     return {name: _by_sequence(sheet, x, values, sizes, nothing[name]) for name, x in found.items()}
+
+
+def finish_sums(sheet: FinishSums, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """dQ, of the sums of rows that exist, in the formats that are wanted; the order of registers is not simulated."""
+    rows = values[sheet.sums.name][:, :, : sizes.values["seqlen_q"]].transpose(1, 2)
+    scale = scale_values(sizes.softmax_scale, sheet.plan.score_factor)["gradient_scale"]
+    found = rows * torch.tensor(scale, dtype=torch.float32, device="cpu")
+    wanted = [name for name in sheet.writes if name in values]
+    if sizes.accumulates:
+        return {name: (values[name].float() + found).to(values[name].dtype) for name in wanted}
+    return {name: found.to(values[name].dtype) for name in wanted}
 
 
 def _by_sequence(

@@ -5,6 +5,7 @@ from attngen.plan.steps import (
     Advance,
     FenceAsync,
     PassTurn,
+    Publish,
     Release,
     SyncThreads,
     SyncWarpgroup,
@@ -87,6 +88,11 @@ def release(step: Release, role: RoleRun) -> None:
     else:
         role.check_seen_by_all(step.cursor)
         empty.arrive(role.leaders_clock)
+
+
+def publish(step: Publish, role: RoleRun) -> None:
+    """Each warp says that it has stored its part of the stage; they run as one here."""
+    role.stage_barriers(step.cursor).full.arrive(role.leave())
 
 
 def advance(step: Advance, role: RoleRun) -> None:

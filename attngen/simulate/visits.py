@@ -48,7 +48,10 @@ class Declared:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call, its scale, and what it declares. Heads of Q are a multiple of heads of K and V."""
+    """The sizes of one call, its scale, whether it adds to gradients, and what it declares.
+
+    Heads of Q are a multiple of heads of K and V.
+    """
 
     batch: int
     seqlen_q: int
@@ -64,11 +67,14 @@ class Sizes:
     table_rows: int = 0
     declared: Declared = Declared()
     softmax_scale: float = 1.0
+    accumulates: bool = False
 
     @classmethod
     def of(cls, sizes: Mapping[str, int], declared: Declared) -> Self:
         """The sizes of a call that has been bound."""
-        known = {name: sizes[name] for name in RUNTIME_SIZES if name != "group" and name in sizes}
+        known: dict[str, Any] = {
+            name: sizes[name] for name in RUNTIME_SIZES if name != "group" and name in sizes
+        }
         return cls(**known, declared=declared)
 
     def with_tensors(self, more: Mapping[str, torch.Tensor]) -> Self:

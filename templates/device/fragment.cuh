@@ -98,3 +98,14 @@ DEV void fill(float (&x)[kRowTiles][kColTiles][4], float value) {
     for (int j = 0; j < kColTiles; ++j) fill(x[r][j], value);
   }
 }
+
+// Write this warpgroup's accumulator to shared memory as its registers stand: by warp, four registers, lane.
+template <int kColTiles>
+DEV void stage_registers(u32 dst, const float (&acc)[1][kColTiles][4]) {
+  dst += threadIdx.x % 128 / 32 * (kColTiles * 512) + threadIdx.x % 32 * 16;
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+    const float(&x)[4] = acc[0][j];
+    store_shared_16(dst + j * 512, uint4{__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])});
+  }
+}

@@ -82,3 +82,19 @@ DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 s
     if (first_row + row < end_row) *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
   }
 }
+
+// Write a tile of pairs, A operand of wgmma, to this warpgroup's 64 columns of a tile, each warp its sixteen: rows become columns.
+template <class Tile, int kSteps>
+DEV void stage_transposed(u32 dst, const u32 (&x)[1][kSteps][4]) {
+  const u32 lane = threadIdx.x % 32;
+  dst += Tile::address(lane / 16 * 8 + lane % 8, threadIdx.x / 32 * 2 + lane / 8 % 2);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) stmatrix_x4_trans(dst + i * 16 * 128, x[0][i][0], x[0][i][1], x[0][i][2], x[0][i][3]);
+}
+
+// Write zeros over this warpgroup's 64 columns of a tile: a panel.
+template <class Tile>
+DEV void clear_own_columns(u32 tile, int warpgroup) {
+#pragma unroll
+  for (int chunk = threadIdx.x % 128; chunk < Tile::kRows * 8; chunk += 128) store_shared_16(tile + warpgroup * Tile::kPanelBytes + chunk * 16, uint4{0, 0, 0, 0});
+}

@@ -154,6 +154,67 @@ def test_strides_of_dout_are_read(how: str) -> None:
         assert torch.equal(x, y)
 
 
+FUSED = (
+    *(
+        BackwardCase(mask, lengths=lengths, heads=heads, head_dim=(dim, dim), spec={"deterministic": False})
+        for dim in (64, 128)
+        for mask, heads in (("full", (2, 2)), ("causal", (6, 2)), ("window(200, 60)", (4, 1)))
+        for lengths in (
+            (1, 1),
+            (64, 64),
+            (203, 203),
+            (113, 203),
+            (512, 256),
+            (256, 512),
+            (1023, 1024),
+            (2048, 2048),
+        )
+    ),
+    BackwardCase(
+        "causal", lengths=(300, 300), inputs="f16", head_dim=(128, 128), spec={"deterministic": False}
+    ),
+    BackwardCase(
+        "window(20 * (h + 1), 0)",
+        lengths=(300, 300),
+        heads=(4, 1),
+        head_dim=(64, 64),
+        spec={"deterministic": False},
+    ),
+)
+"""Cases of the kernel that adds dQ up in device memory."""
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_sums_of_dq_are_within_the_rule_in_any_order(case: BackwardCase) -> None:
+    """Ten runs on memory that others have used: dK and dV are the same bits, dQ is right each time."""
+    kernel = case.kernel(target())
+    assert [plan.schedule for plan in kernel.call.gradients] == ["fused_gradients"]
+    drawn, declared, out, lse, first = gradients(case, kernel)
+    q, k, v, dout = drawn
+    verdict = case.verdict(first, drawn, declared, out=out, lse=lse)
+    assert verdict.ok, verdict.failures
+    for _ in range(10):
+        torch.full((first[0].numel() * 4,), float("nan"), device="cuda")  # freed at once, to be found again
+        again = kernel.backward(dout, q, k, v, out, lse, **declared)
+        assert all(torch.equal(x, y) for x, y in zip(first[1:], again[1:], strict=True))
+        torch.testing.assert_close(again[0], first[0], rtol=2.0**-6, atol=1e-3)
+
+
+def test_sums_of_dq_are_allocated_beside_the_gradients() -> None:
+    """A row of f32 for each row of queries, padded to whole blocks, and D and lse in log2 units."""
+    case = BackwardCase(
+        "causal", lengths=(512, 512), heads=(4, 4), head_dim=(64, 64), spec={"deterministic": False}
+    )
+    kernel = case.kernel(target())
+    drawn, _, out, lse, got = gradients(case, kernel)
+    q, k, v, dout = drawn
+    del got
+    before = requested("current")
+    got = kernel.backward(dout, q, k, v, out, lse)
+    peak = requested("peak") - before
+    assert peak == sum(x.numel() * 2 for x in got) + 4 * q.numel() + 2 * 4 * lse.numel()
+
+
 EVERYTHING = (
     *(
         everything(dim, inputs, mask, (257, 385), (6, 2))

@@ -67,7 +67,7 @@ def test_every_case_counts_for_some_spec() -> None:
     ]
     cases = product(("sm_90a",), dims, MASKS, SCORES, ({}, *eight_bits), ("none",))
     others = (
-        ("simulator", 64, "full", "score", {}, "none"),
+        *(("simulator", 64, "full", "score", {}, split) for split in ("none", "auto")),
         *(("sm_90a", dim, "full", "score", {}, "auto") for dim in (64, 128, 256)),
     )
     for target, dim, mask, score, precision, split in (*others, *cases):

@@ -244,14 +244,14 @@ CASES: dict[str, Case] = {
         "q holds what threads stored, and no FenceAsync followed",
         mended_consumer=(FULL_Q, FULL_K, NEGATE, FENCE, MEET, SCORES, LAND_S),
     ),
-    "stores fenced by threads that have not met since": Case(
-        (FULL_Q, FULL_K, NEGATE, MEET, FENCE, SCORES, LAND_S),
+    "stores behind the fence": Case(
+        (FULL_Q, FULL_K, FENCE, NEGATE, MEET, SCORES, LAND_S),
         (*LOAD_Q, *LOAD_K),
         IssueGemm,
         "not fenced",
         "q",
-        "q was stored and fenced, but the threads have not met since the fence",
-        mended_consumer=(FULL_Q, FULL_K, NEGATE, FENCE, MEET, SCORES, LAND_S),
+        "q holds what threads stored, and no FenceAsync followed",
+        mended_consumer=(FULL_Q, FULL_K, NEGATE, MEET, FENCE, SCORES, LAND_S),
     ),
     "stores of threads that have not met since": Case(
         (FULL_Q, FULL_K, NEGATE, FENCE, SCORES, LAND_S),

@@ -28,6 +28,7 @@ from attngen.plan.steps.control import (
 )
 from attngen.plan.steps.copies import (
     CommitCopies,
+    Keep,
     LoadRegisters,
     LoadTile,
     StageTile,
@@ -51,7 +52,7 @@ from attngen.plan.steps.declared_steps import (
     StoreTable,
     SumPairs,
 )
-from attngen.plan.steps.gemm import Gemm, IssueGemm, Product, WaitGemm
+from attngen.plan.steps.gemm import Gemm, IssueGemm, KeepColumns, Product, WaitGemm
 from attngen.plan.steps.gradient_steps import (
     GradientOfPairs,
     HidePairs,
@@ -92,10 +93,12 @@ from attngen.plan.steps.softmax import (
     SeedScores,
 )
 from attngen.plan.steps.step import Program, Step
+from attngen.plan.steps.sum_steps import AddSums, ClearTile, StageSums, StageTransposed
 from attngen.plan.steps.sync import (
     Advance,
     FenceAsync,
     PassTurn,
+    Publish,
     Release,
     SyncThreads,
     SyncWarp,
@@ -113,12 +116,14 @@ __all__ = [
     "STEPS",
     "TANH",
     "AddPairs",
+    "AddSums",
     "AddToElements",
     "AddToTable",
     "Advance",
     "ByTanh",
     "Clear",
     "ClearTable",
+    "ClearTile",
     "CommitCopies",
     "Condition",
     "ConvertP",
@@ -139,6 +144,8 @@ __all__ = [
     "IssueGemm",
     "JoinShares",
     "JoinSink",
+    "Keep",
+    "KeepColumns",
     "LeaveShare",
     "LoadRegisters",
     "LoadTile",
@@ -153,6 +160,7 @@ __all__ = [
     "Product",
     "Program",
     "Promote",
+    "Publish",
     "ReadRowScales",
     "ReadScoreScale",
     "ReadSink",
@@ -170,7 +178,9 @@ __all__ = [
     "ScoreGradient",
     "SeedScores",
     "StageScales",
+    "StageSums",
     "StageTile",
+    "StageTransposed",
     "StartWalk",
     "Step",
     "StoreColumns",

@@ -7,6 +7,9 @@ from attngen.expr import Expr
 from attngen.plan.places import BlockIndex, PartRows, RegTile, RegVec, Rows, Tensor, View
 from attngen.plan.steps.step import Step
 
+Keep = Literal["evict_first", "evict_last", "evict_normal"]
+"""What the L2 cache is to do with lines that are read."""
+
 
 @dataclass(frozen=True)
 class LoadTile(Step):
@@ -106,7 +109,7 @@ class TmaLoad(Step):
     dst: View
     src: Tensor
     block: BlockIndex
-    keep: Literal["evict_first", "evict_last"]
+    keep: Keep
 
     def __str__(self) -> str:
         return f"load {self.dst} <- {self.src}[{self.block}]"

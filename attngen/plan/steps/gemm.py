@@ -79,10 +79,28 @@ class Gemm(Product, Step):
 
 @dataclass(frozen=True)
 class IssueGemm(Product, Step):
-    """Start a product on the tensor core, and close the group. Asynchronous: see WaitGemm."""
+    """Start a product on the tensor core, and close the group. Asynchronous: see WaitGemm.
+
+    Attributes:
+        kept: the first columns of A, in registers; they are not read from shared memory.
+    """
+
+    kept: RegTile | None = None
 
     def __str__(self) -> str:
-        return f"issue {super().__str__()}"
+        kept = f", {self.kept.cols} columns as {self.kept}" if self.kept else ""
+        return f"issue {super().__str__()}{kept}"
+
+
+@dataclass(frozen=True)
+class KeepColumns(Step):
+    """Read the first columns of the warpgroup's own rows of an operand to registers, as products want them."""
+
+    dst: RegTile
+    src: View
+
+    def __str__(self) -> str:
+        return f"keep {self.dst} <- {self.dst.cols} columns of {self.src}"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,16 @@ class Release(Step):
 
 
 @dataclass(frozen=True)
+class Publish(Step):
+    """Say that the warpgroup has stored its part of the stage that the cursor stands at, each warp for itself."""
+
+    cursor: Cursor
+
+    def __str__(self) -> str:
+        return f"publish {self.cursor.name}"
+
+
+@dataclass(frozen=True)
 class TakeTurn(Step):
     """Wait for this warpgroup's turn to issue GEMMs."""
 

@@ -7,3 +7,8 @@ DEV void stmatrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
 DEV void stmatrix_x2(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
+
+// Four of them, each transposed on the way. PTX ISA: stmatrix, .trans.
+DEV void stmatrix_x4_trans(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}

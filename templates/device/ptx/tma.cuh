@@ -9,6 +9,9 @@ constexpr u64 kEvictFirst = 0x12f0000000000000ull;
 // A hint for the L2 cache: to be dropped last.
 constexpr u64 kEvictLast = 0x14f0000000000000ull;
 
+// A hint for the L2 cache: to be dropped as all else is.
+constexpr u64 kEvictNormal = 0x1000000000000000ull;
+
 // Fetch a descriptor before its first use. PTX ISA: prefetch.tensormap.
 DEV void prefetch_tensor_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
@@ -28,6 +31,11 @@ DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 barrier) {
 DEV void tma_store(const TensorMap& map, u32 src, int column, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map), "r"(src), "r"(column), "r"(row),
                "r"(head), "r"(batch) : "memory");
+}
+
+// Start adding f32 to device memory, 16 bytes at a time. PTX ISA: cp.reduce.async.bulk.
+DEV void bulk_add(float* dst, u32 src, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
 
 // Close the group of this thread's stores. PTX ISA: cp.async.bulk.commit_group.

@@ -1,0 +1,200 @@
+"""The kernel that adds up dQ beside dK and dV, for warpgroups: where it may stand, its tiles, storage and roles."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from attngen.dtypes import F32
+from attngen.expr import derivative, free_names, weight
+from attngen.lower.features import Features, is_capped_product
+from attngen.lower.gradient_kernels import results_of
+from attngen.lower.gradient_warpgroups import (
+    OWN,
+    WARPGROUPS,
+    GradientStorage,
+    Tile,
+    common_plan,
+    is_heavy,
+    key_places,
+)
+from attngen.plan import (
+    ROWS_OF_Q,
+    SCORES,
+    WARPGROUP_WARPS,
+    Buffer,
+    Cursor,
+    FinishSums,
+    KernelPlan,
+    NamedBarriers,
+    Program,
+    QuerySums,
+    RegTile,
+    Ring,
+    Role,
+    Scheduler,
+    Share,
+)
+from attngen.schedules.fused_backward import FusedPlaces, fused_gradients
+from attngen.schedules.pairs import SCORE
+from attngen.schedules.warpgroup_backward import Stream
+from attngen.spec import INPUTS
+
+TURN = NamedBarriers("turn", OWN.first + WARPGROUPS, WARPGROUPS)
+STAGES = 2
+"""Of dS and of dQ on their way, and of Q and dO: shared memory has no room for a third."""
+
+
+@dataclass(frozen=True)
+class FusedTile(Tile):
+    """What a block of threads works on at a time.
+
+    Attributes:
+        kept_k, kept_v: columns of K and of V that stay in registers.
+        dq_over_s: dQ takes the registers of S.
+        takes_turns, is_tight: as of `FusedPlaces`.
+    """
+
+    kept_k: int = 0
+    kept_v: int = 0
+    dq_over_s: bool = False
+    takes_turns: bool = False
+    is_tight: bool = False
+
+
+L2_BYTES = 50_000_000
+"""Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
+Score = Literal["plain", "light", "capped"]
+"""The scaled product; a little arithmetic with it whose slope does not ask for it, such as ALiBi's; or a tanh of it and
+scalars."""
+LIGHTEST = 12
+"""Most that a light score and its slope weigh together: what ALiBi's do."""
+TILES: dict[tuple[int, Score], FusedTile] = {
+    (64, "plain"): FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
+    (128, "plain"): FusedTile(
+        64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
+    ),
+    (128, "light"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True),
+    (128, "capped"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_tight=True),
+}
+"""By columns of a head and the score: such that a warpgroup makes 64 x 64 elements of dQ of a visit, its rows or its
+columns; as much is kept as NVRTC 13.0.88 finds registers for without spills."""
+
+
+def _tile(features: Features) -> FusedTile | None:
+    """The tile for a spec; None where there is none."""
+    score = features.pairs.score
+    kind: Score = "plain" if score is SCORE else "light"
+    if is_capped_product(score):
+        kind = "capped"
+    elif (
+        is_heavy(score)
+        or "score" in free_names(slope := derivative(score))
+        or weight(score, slope) > LIGHTEST
+    ):
+        return None
+    return TILES.get((features.head_dim, kind))
+
+
+def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
+    """Why dQ has a kernel of its own, beside those of dK and dV; empty where one kernel adds it up.
+
+    Args:
+        features: of the spec.
+        is_for_warpgroups: the attention kernel is.
+    """
+    if features.deterministic:
+        return "deterministic: true, and sums of dQ in device memory are added in any order"
+    if not (is_for_warpgroups and features.arch.emits):
+        return "the attention kernel is not for warpgroups"
+    columns = sorted({columns for columns, _ in TILES})
+    if (features.head_dim_qk, features.head_dim_v) not in zip(columns, columns, strict=True):
+        return f"one kernel for all is there for head_dim {' and '.join(map(str, columns))}, q, k and v alike"
+    if features.visible_rows is None or features.blocks is not None:
+        return "the queries that see a key are no range in closed form"
+    if not features.lengths.are_dense:
+        return "sequences have lengths of their own"
+    if len(features.gradients) > len(INPUTS):
+        return "what is declared has gradients too"
+    return "" if _tile(features) else "the score is worked out in registers that sums of dQ would take"
+
+
+def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
+    """The kernel of dK, dV and sums of dQ, and the sheet that makes dQ of these."""
+    tile = _tile(features)
+    assert tile is not None
+    storage = GradientStorage(features, tile, "keys", keep="evict_normal")
+    keys = key_places(features, tile, ("dv", "dk"), storage)
+    pairs_ring = Ring("ds", STAGES, read_by_threads=True, filled_by_threads=True, loads=WARPGROUPS)
+    pairs = storage.exchange(
+        Buffer("ds", features.inputs, SCORES, tile.block_m, tile.block_n, tile.block_n, STAGES, in_panels=True,
+               shared_by="columns"),
+        *_cursors(pairs_ring),
+    )  # fmt: skip
+    share: Share = "rows" if tile.block_m > forward.arch.wgmma.m else "columns"  # type: ignore[union-attr]
+    of_dq = (F32, ROWS_OF_Q, tile.block_m, keys.q.tile.cols, keys.q.tile.valid_cols)
+    products = storage.exchange(
+        Buffer("dq", *of_dq, STAGES, shared_by=share),
+        *_cursors(Ring("dq", STAGES, filled_by_threads=True, copies=WARPGROUPS)),
+    )
+    sums = QuerySums("dq_sums", tile.block_m, keys.q.tile.valid_cols, share)
+    at = FusedPlaces(
+        **vars(keys),
+        pairs=pairs,
+        products=products,
+        dq=RegTile("acc_dq", *of_dq, "accumulator", share, keys.pair.s if tile.dq_over_s else None),
+        sums=sums,
+        kept_k=_kept(keys.k, tile.kept_k),
+        kept_v=_kept(keys.v, tile.kept_v) if keys.v else None,
+        turn=TURN if tile.takes_turns else None,
+        is_tight=tile.is_tight,
+    )
+    programs = fused_gradients(at)
+    plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
+    plan = replace(
+        plan,
+        scheduler=Scheduler("key_blocks", rows_at_hand=_rows_at_hand(features)),
+        roles=_with_adder(plan.roles, at, programs["adder"]),
+    )
+    return plan, FinishSums(plan, sums, results_of("dq", keys.q.tile, "q"))
+
+
+def _cursors(ring: Ring) -> tuple[Cursor, Cursor]:
+    """Where who fills the stages of a ring stands, and who reads them."""
+    fills, reads = (
+        Cursor(f"{ring.name}_{name}", ring.stages, ring, name == "fills") for name in ("fills", "reads")
+    )
+    return fills, reads
+
+
+def _rows_at_hand(features: Features) -> int:
+    """Rows of Q, dO and sums of dQ that the L2 cache holds; where all blocks see as many, one head follows another."""
+    ends = features.visible_rows is not None and (features.visible_rows.lower or features.visible_rows.upper)
+    row_bytes = features.head_dim * (2 * features.inputs.bytes + F32.bytes)
+    return L2_BYTES // row_bytes if ends else 0
+
+
+def _kept(of: Stream, columns: int) -> RegTile | None:
+    """The first columns of the rows of a tensor that a warpgroup owns, as A operand."""
+    tile = of.tile
+    if not columns:
+        return None
+    return RegTile(f"{tile.name}_kept", tile.dtype, tile.axes, tile.rows, columns, columns, "a_fragment")
+
+
+def _with_adder(roles: tuple[Role, ...], at: FusedPlaces, program: Program) -> tuple[Role, ...]:
+    """Consumers and producer, of whose warpgroup a warp for each consumer adds."""
+    consumer, producer = roles
+    cursors = (*consumer.cursors, at.pairs.fills, at.pairs.reads, at.products.fills)
+    tiles = (*consumer.reg_tiles, at.dq, *(kept for kept in (at.kept_k, at.kept_v) if kept))
+    return (
+        replace(consumer, reg_tiles=tiles, cursors=cursors),
+        replace(producer, warps=WARPGROUP_WARPS - WARPGROUPS),
+        Role(
+            "adder",
+            WARPGROUPS,
+            program,
+            cursors=(at.products.reads,),
+            warpgroups=WARPGROUPS,
+            registers=producer.registers,
+            single_thread=True,
+        ),
+    )
