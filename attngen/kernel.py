@@ -183,7 +183,10 @@ class Kernel(BuiltCall):
             declared = dict(self._with_blocks(declared))
         is_compiling = torch.compiler.is_dynamo_compiling()
         if is_compiling or torch._C._is_any_autocast_enabled():
-            q, k, v = (cast(x, self.dtypes) for x in (q, k, v))
+            q = cast(q, self.dtypes)
+            k, v = (
+                (k, v) if self.plan.descales else (cast(x, self.dtypes) for x in (k, v))
+            )  # a cache is as it is
         if is_seen := is_compiling or may_be_watched(q):
             passed = (q, k, v, *declared.values())
             if are_traced(passed) or are_transformed(passed):

@@ -35,6 +35,7 @@ FUNCTIONS = (
     "copy.cuh",
     "fragment.cuh",
     "gemm.cuh",
+    "cache.cuh",
     "warpgroup_gemm.cuh",
     "scales.cuh",
     "softmax.cuh",

@@ -37,13 +37,16 @@ def fa2(at: Places) -> Program:
                 Clear(at.acc_o),
                 *at.softmax.start_maximum,
                 Clear(at.softmax.row_sum),
+                *(at.cache.start if at.cache else ()),
                 *at.keys.start(LOAD, VISIT),
                 at.keys.when_first(
                     (
                         LoadTile(at.q.at(), at.q_in, M_BLOCK, pads=True),
                         *prologue,
+                        *(at.cache.fit(at.q.at()) if at.cache else ()),
                         *at.scores.orient(at.q.at(), before=(WaitCopies(0), SyncThreads())),
                         *at.keys.for_all_blocks(block),
+                        *(at.cache.settle(at.acc_o) if at.cache else ()),
                     ),
                     LOAD,
                 ),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor, View
 from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
+from attngen.schedules.cache_scales import CacheScales
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.online_softmax import OnlineSoftmax
@@ -36,6 +37,11 @@ class TilePlaces:
     v_in: Tensor
     result: Tensor
     lse: Rows
+
+    @property
+    def cache(self) -> CacheScales | None:
+        """What is done for a cache of e4m3; None where there is none."""
+        return self.scores.cache
 
     @property
     def votes_on_products(self) -> bool:

@@ -16,6 +16,7 @@ from attngen.plan.steps import (
     DrawTile,
     Exponentiate,
     FinishRows,
+    FitRows,
     Gemm,
     HidePairs,
     IssueGemm,
@@ -26,6 +27,7 @@ from attngen.plan.steps import (
     MaskScoresEach,
     ModifyScores,
     NegateTile,
+    OrderColumns,
     Promote,
     RecoverP,
     ReduceRows,
@@ -98,6 +100,7 @@ _OPERAND: dict[type[Step], str] = {
     Exponentiate: "s",
     ConvertP: "s",
     ScaleRows: "o",
+    OrderColumns: "o",
     ScaleKeys: "s",
     Promote: "o",
     ReduceRows: "part",
@@ -163,7 +166,7 @@ def _score_gradient(units: Units, step: ScoreGradient, role: RoleRun) -> Paid:
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
 def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
     flops: int = 2 * _elements(step.acc, role) * step.depth
-    bits: int = step.b.buffer.dtype.bits
+    bits: int = max(step.b.buffer.dtype.bits, 16 if isinstance(step, Gemm) else 0)  # e4m3 becomes f16
     return flops * bits / (16 * units.costs.flops_of_16_bit)
 
 
@@ -234,9 +237,9 @@ def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
 
 
 # ---- loads and stores of the threads --------------------------------------------------------------------------------
-def _write_shared(units: Units, step: StageTile | NegateTile, role: RoleRun) -> int:
+def _write_shared(units: Units, step: StageTile | NegateTile | FitRows, role: RoleRun) -> int:
     """Shared memory has no lane of its own."""
-    view = step.tile if isinstance(step, NegateTile) else step.dst
+    view = step.dst if isinstance(step, StageTile) else step.tile
     share = role.warpgroups if view.own_rows else 1
     cycles = math.ceil(view.buffer.stage_bytes / share / units.costs.shared_bytes)
     return now(role) + cycles + units.costs.step_latency
@@ -294,7 +297,7 @@ CHARGES: dict[type[Step], Charge] = {
     IssueGemm: _issue_gemm,
     Gemm: _synchronous_gemm,
     **dict.fromkeys(MEETINGS, _meet),
-    **dict.fromkeys((StageTile, NegateTile), _write_shared),
+    **dict.fromkeys((StageTile, NegateTile, FitRows), _write_shared),
     **dict.fromkeys((LoadRegisters, StoreRegisters), _registers),
     RecoverP: _recover_p,
     ScoreGradient: _score_gradient,

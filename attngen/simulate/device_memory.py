@@ -250,7 +250,7 @@ def by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor])
     def batched(x: torch.Tensor, axis: Axis) -> torch.Tensor:
         return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
 
-    found = {scale.name: values[scale.name] for scale in plan.scales}
+    found = {scale.name: values[scale.name] for scale in plan.every_descale}
     if plan.has_sink:
         (found[SINK],) = (values[name] for name in SINK_VALUES if name in values)
     rows = (*plan.read_rows, *plan.scratch, *plan.parts, *plan.writes)

@@ -11,6 +11,7 @@ from attngen.plan import LENGTHS, Axis, RegTile, View
 from attngen.plan.steps import Gemm, IssueGemm, Product, WaitGemm
 from attngen.simulate.contributions import add_contribution
 from attngen.simulate.roles import RoleRun
+from attngen.simulate.simulated_cache import even_columns_first
 
 
 def gemm(step: Gemm, role: RoleRun) -> None:
@@ -36,7 +37,10 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
 
     def product() -> torch.Tensor:
         rows = a.transpose(1, 2) if step.a_is_transposed else a
-        return torch.bmm(rows, (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns])
+        values = (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns]
+        if isinstance(step, Gemm) and step.leaves_even_columns_first:
+            values = values[..., even_columns_first(values.shape[-1])]
+        return torch.bmm(rows, values)
 
     if step.starts_at_zero:
         role.write(step.acc, product)

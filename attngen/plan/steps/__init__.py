@@ -4,6 +4,7 @@ Each Step has one name in three places: the class here, the Jinja macro in `temp
 `attngen.simulate`. `str(step)` is its line in a listing. A program is a tuple of Steps; the order is the schedule.
 """
 
+from attngen.plan.steps.cache_steps import FitRows, OrderColumns, ReadDescale
 from attngen.plan.steps.control import (
     Condition,
     DrawTile,
@@ -124,6 +125,7 @@ __all__ = [
     "Exponentiate",
     "FenceAsync",
     "FinishRows",
+    "FitRows",
     "ForBlocks",
     "ForHeads",
     "ForSummed",
@@ -141,10 +143,12 @@ __all__ = [
     "ModifyScores",
     "NegateTile",
     "Note",
+    "OrderColumns",
     "PassTurn",
     "Product",
     "Program",
     "Promote",
+    "ReadDescale",
     "ReadRowScales",
     "ReadScoreScale",
     "ReadSink",
