@@ -651,6 +651,42 @@ DEV void fit_rows(u32 tile, float (&scale)[2 * kRowTiles]) {
   }
 }
 
+// Start copying the descale of each of some keys, which `of` gives the address of, or 0 for none; kThreads share them. Those of none, and at
+// or past `end`, arrive as zeros.
+template <int kThreads, class Of>
+DEV void load_descales(u32 dst, const float* descales, int keys, int first_key, int end, Of of) {
+#pragma unroll 1
+  for (int i = stay_in_loop(threadIdx.x); i < keys; i += kThreads) {
+    const float* src = first_key + i < end ? of(first_key + i) : 0;
+    cp_async_4(dst + 4 * i, src ? src : descales, src ? 4 : 0);
+  }
+}
+
+// Multiply the columns of a tile by numbers in shared memory, times a factor.
+template <int kRowTiles, int kColTiles>
+DEV void scale_columns(float (&s)[kRowTiles][kColTiles][4], u32 by, float factor) {
+#pragma unroll
+  for (int j = 0; j < kColTiles; ++j) {
+    const float2 pair = load_shared_floats(by + 4 * (8 * j + lane_column()));
+    const float even = pair.x * factor, odd = pair.y * factor;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) s[r][j][0] *= even, s[r][j][1] *= odd, s[r][j][2] *= even, s[r][j][3] *= odd;
+  }
+}
+
+// Let a reference, the same in all rows, be a power of two that none of some numbers in shared memory passes, nor one before; and factor what
+// the one before is of it. Numbers that are not negative are ordered as their bits.
+template <int kRows>
+DEV void raise_reference(float (&reference)[kRows], float (&factor)[kRows], u32 numbers, int count) {
+  u32 top = __float_as_uint(0x1p-126f);
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) top = max(top, load_shared(numbers + 4 * i));
+  top = min(__reduce_max_sync(~0u, top), __float_as_uint(0x1p126f));
+  const float raised = fmaxf(reference[0], __uint_as_float(top + 0x7fffff & 0x7f800000));
+  fill(factor, reference[0] / raised);
+  fill(reference, raised);
+}
+
 // Keep the compiler from moving or copying registers that wgmma reads or writes behind its back.
 template <int kRowTiles, int kColTiles>
 DEV void pin(float (&x)[kRowTiles][kColTiles][4]) {

@@ -1,26 +1,51 @@
 """A cache in e4m3: its descales, where they are kept, and the fields of the parameter struct."""
 
-from attngen.dtypes import BF16
+from attngen.dtypes import BF16, F32
 from attngen.lower.choice import AnyChoice
+from attngen.lower.decision import Decision
 from attngen.lower.features import Features
-from attngen.plan import CacheDescales, Param, RegVec
-from attngen.schedules import CacheScales
+from attngen.lower.rounding import round_up
+from attngen.plan import Buffer, CacheDescales, Cursor, Param, RegVec
+from attngen.plan.places import CHUNK_BYTES
+from attngen.schedules import CacheScales, StagedDescales
 
 
-def cache_scales(features: Features, choice: AnyChoice) -> CacheScales | None:
-    """The descales of a cache in e4m3, for a choice; None where there is no such cache."""
+def cache_scales(features: Features, decided: Decision, choice: AnyChoice, offset: int) -> CacheScales | None:
+    """The descales of a cache in e4m3, for a choice; None where there is no such cache.
+
+    Args:
+        features: of the spec.
+        decided: what follows from both.
+        choice: of numbers.
+        offset: where shared memory is free.
+    """
     if features.cache is None:
         return None
     k, v = (CacheDescales(name, features.cache, features.lengths) for name in ("k_descale", "v_descale"))
-    rows = choice.block_m
+    of_scores, of_values, raised = (
+        RegVec(name, "queries", choice.block_m, is_counted=False)
+        for name in ("score_scale", "value_scale", "raised")
+    )
     return CacheScales(
         k=k,
         v=v,
-        of_scores=RegVec("score_scale", "queries", rows, is_counted=False),
-        of_values=RegVec("value_scale", "queries", rows, is_counted=False),
         fits_q=features.inputs is BF16,
         pending=max(0, choice.stages - 2),
+        of_scores=of_scores,
+        of_values=of_values,
+        raised=raised,
+        staged=_staged(choice, offset) if k.is_by_key else None,
+        shown=decided.pairs.shown,
     )
+
+
+def _staged(choice: AnyChoice, offset: int) -> StagedDescales:
+    """Places for the descales of the keys of as many blocks as K and V have stages, behind these."""
+    n, stages = choice.block_n, choice.stages
+    offset = round_up(offset, CHUNK_BYTES)
+    k = Buffer("k_scales", F32, ("keys",), 1, n, n, stages, offset)
+    v = Buffer("v_scales", F32, ("keys",), 1, n, n, stages, offset + k.size_bytes)
+    return StagedDescales(k, v, Cursor("read_at", stages))
 
 
 def cache_params(of: CacheScales) -> tuple[Param, ...]:

@@ -170,7 +170,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     parts = at.parts.places if at.parts else ()
     of_cache = cache_params(at.cache) if at.cache else ()
-    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()))
+    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *(at.cache.buffers if at.cache else ()))
     smem_bytes = max(each.offset + each.size_bytes for each in buffers)
     fitting = max(1, arch.smem_bytes_per_sm // (smem_bytes + RESERVED_SMEM_BYTES))
     return KernelPlan(

@@ -104,7 +104,7 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     row_max = None if decided.bounded_scores else PartRows("part_max")
     parts = KeyParts(PartRows("part_out", v), PartRows("part_sum"), row_max) if features.splits else None
     of_tile = tile_places(q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs)
-    if cache := cache_scales(features, choice):
+    if cache := cache_scales(features, decided, choice, v_buffer.offset + v_buffer.size_bytes):
         scores = replace(of_tile["scores"], cache=cache)
         of_tile |= {"scores": scores, "softmax": replace(of_tile["softmax"], scores=scores)}
         of_tile |= {"q_in": replace(of_tile["q_in"], dtype=inputs)}

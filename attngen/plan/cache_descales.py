@@ -7,7 +7,7 @@ from attngen.plan.lengths import Lengths
 
 CacheScales = Literal["per_tensor", "per_head", "per_token", "per_page"]
 CACHE_SCALES: tuple[CacheScales, ...] = get_args(CacheScales)
-"""What shares a descale of a cache: all of it, a head (of one sequence, or of all), a key of a head, a page of a head."""
+"""What shares a descale of a cache: all of it, a head (of a sequence, or of all), a key of a head, a page of a head."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor, View
-from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
+from attngen.plan.steps import LoadTile, StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
 from attngen.schedules.cache_scales import CacheScales
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.key_parts import KeyParts
@@ -80,6 +80,20 @@ class Places(TilePlaces):
     saved_max: Rows
     saved_sum: Rows
     parts: KeyParts | None = None
+
+    def load_k(self, stage: Cursor, block: BlockIndex, pads: bool) -> Program:
+        """Start copying a block of K to a stage, with what belongs to it; `pads` as of `LoadTile`."""
+        return (
+            LoadTile(self.k.at(stage), self.k_in, block, pads),
+            *(self.cache.load_k(stage, block) if self.cache else ()),
+        )
+
+    def load_v(self, stage: Cursor, block: BlockIndex, pads: bool) -> Program:
+        """Start copying a block of V, likewise."""
+        return (
+            LoadTile(self.v.at(stage), self.v_in, block, pads),
+            *(self.cache.load_v(stage, block) if self.cache else ()),
+        )
 
     def store_result(self, block: BlockIndex) -> Program:
         """Bring O of a block to device memory."""

@@ -20,6 +20,7 @@ from attngen.plan.steps import (
     Gemm,
     HidePairs,
     IssueGemm,
+    LoadDescales,
     LoadRegisters,
     LoadTile,
     LookUp,
@@ -32,6 +33,7 @@ from attngen.plan.steps import (
     RecoverP,
     ReduceRows,
     RowMax,
+    ScaleColumns,
     ScaleGradient,
     ScaleKeys,
     ScaleRows,
@@ -102,6 +104,7 @@ _OPERAND: dict[type[Step], str] = {
     ScaleRows: "o",
     OrderColumns: "o",
     ScaleKeys: "s",
+    ScaleColumns: "s",
     Promote: "o",
     ReduceRows: "part",
     FinishRows: "row_sum",
@@ -204,9 +207,10 @@ def _tma_load_rows(units: Units, step: TmaLoadRows, role: RoleRun) -> Paid:
     return now(role) + units.costs.copy_issue
 
 
-def _load_tile(units: Units, step: LoadTile, role: RoleRun) -> Paid:
+def _load_tile(units: Units, step: LoadTile | LoadDescales, role: RoleRun) -> Paid:
     size_bytes = step.dst.buffer.stage_bytes
-    slots = size_bytes / 16 * units.costs.chunk_slots
+    chunks = size_bytes / (16 if isinstance(step, LoadTile) else 4)
+    slots = chunks * units.costs.chunk_slots
     cycles = slots / (units.costs.lanes * _scheduler_share(role))
     yield from units.queue_in_slices({"arithmetic": cycles}, step, role)
     yield when_due(role)
@@ -305,7 +309,7 @@ CHARGES: dict[type[Step], Charge] = {
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,
     TmaLoadRows: _tma_load_rows,
-    LoadTile: _load_tile,
+    **dict.fromkeys((LoadTile, LoadDescales), _load_tile),
     CommitCopies: _commit_copies,
     WaitCopies: _wait_copies,
     **dict.fromkeys((TmaStore, TmaStoreOwn), _tma_store),

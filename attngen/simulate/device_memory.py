@@ -11,6 +11,7 @@ from attngen.plan import (
     SINK_VALUES,
     Axis,
     BlockTables,
+    CacheDescales,
     KernelPlan,
     Lengths,
     PairMatrix,
@@ -121,6 +122,23 @@ class DeviceMemory:
         else:
             rows = self.tensors[place.name][:, :, start : start + (shape[0] if past_end else valid)]
         return _filled(rows[batch, heads].float(), shape)  # of these rows alone: to pick heads is to copy
+
+    def read_descales(self, of: CacheDescales, tile: Tile, first: int, keys: int) -> torch.Tensor:
+        """The descales of keys first, first + 1, ... of a tile's heads, (members, keys), f32; 0 past the end."""
+        start, length = tile.sequence("keys")
+        valid = max(0, min(keys, length - first))
+        if self.traffic:
+            self.traffic.count_read(of.name, 4 * len(tile.members) * valid)
+        if not self.holds_values:
+            return NOTHING
+        batch, _, head = (column.unsqueeze(1) for column in tile.columns)
+        stored: tuple[torch.Tensor, ...] = (batch, torch.arange(start + first, start + first + valid))
+        if self._pages is not None:
+            stored = self._pages.places(tile, first, valid)
+        if of.scales == "per_page" or self._lengths.is_by_token("keys"):
+            stored = stored[:1] if of.scales == "per_page" else stored[1:]
+        found = self.tensors[of.name][(*stored, head)]
+        return _filled(found.expand(len(tile.members), valid), (keys,))
 
     def write(
         self, place: Tensor | Rows, tile: Tile, first: int, values: torch.Tensor, shape: tuple[int, ...]

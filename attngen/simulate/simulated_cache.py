@@ -3,7 +3,17 @@
 import torch
 
 from attngen.dtypes import F16
-from attngen.plan.steps import FitRows, OrderColumns, ReadDescale
+from attngen.expr import evaluate
+from attngen.plan.steps import (
+    LARGEST_REFERENCE,
+    SMALLEST_REFERENCE,
+    FitRows,
+    LoadDescales,
+    OrderColumns,
+    RaiseReference,
+    ReadDescale,
+    ScaleColumns,
+)
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.roles import RoleRun
 from attngen.simulate.simulated_copies import rounded
@@ -35,6 +45,44 @@ def order_columns(step: OrderColumns, role: RoleRun) -> None:
     o = role.read(step.o)
     places = even_columns_first(step.o.cols).argsort()
     role.write(step.o, lambda: o[..., places])
+
+
+def load_descales(step: LoadDescales, role: RoleRun) -> None:
+    """Start copying the descale of each key of a block; 0 where there is no key, or none that is seen."""
+    keys = step.dst.buffer.cols
+    first = role.index(step.block) * keys
+    if first < 0:
+        raise role.fault(
+            "out of bounds", f"block {first // keys} of {step.src} does not exist", step.src.name
+        )
+    found = role.device.read_descales(step.src, role.tile, first, keys)
+    if role.device.holds_values:
+        if step.shown is not None:
+            names = role.names(dimensions=2) | {"kv_idx": torch.arange(first, first + keys).view(1, -1)}
+            is_shown = evaluate(step.shown, names, role.call.sizes.declared.tensors)
+            found = found.masked_fill(~torch.as_tensor(is_shown), 0.0)
+        found = found.unsqueeze(-2)
+    role.started += role.start_copy(step.dst, found, 1, None)
+
+
+def scale_columns(step: ScaleColumns, role: RoleRun) -> None:
+    """Every number of a key's column times that of the key."""
+    s, by = role.read(step.s), role.read_shared(step.by)
+    over = 1.0 if step.over is None else role.read(step.over)
+    role.write(step.s, lambda: s * (by / over.unsqueeze(-1) if isinstance(over, torch.Tensor) else by))
+
+
+def raise_reference(step: RaiseReference, role: RoleRun) -> None:
+    """A power of two that no number of the block passes, nor one of a block before."""
+    before, of = role.read(step.reference), role.read_shared(step.of)
+
+    def raised() -> torch.Tensor:
+        bits = of.amax(-1).clamp(SMALLEST_REFERENCE, LARGEST_REFERENCE).view(torch.int32)
+        power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        return torch.maximum(before, power)
+
+    after = role.write(step.reference, raised)
+    role.write(step.factor, lambda: before / after)
 
 
 def even_columns_first(columns: int) -> torch.Tensor:

@@ -159,6 +159,7 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
     else:
         # Q once; K and V once for every block of rows that sees them.
         traffic.read = {"q": rows_loaded * q_row, "k": keys_visits * k_row, "v": keys_visits * v_row}
+        traffic.read |= {each.name: keys_visits * f32 for each in plan.descales if each.is_by_key}
     return traffic
 
 

@@ -4,7 +4,16 @@ Each Step has one name in three places: the class here, the Jinja macro in `temp
 `attngen.simulate`. `str(step)` is its line in a listing. A program is a tuple of Steps; the order is the schedule.
 """
 
-from attngen.plan.steps.cache_steps import FitRows, OrderColumns, ReadDescale
+from attngen.plan.steps.cache_steps import (
+    LARGEST_REFERENCE,
+    SMALLEST_REFERENCE,
+    FitRows,
+    LoadDescales,
+    OrderColumns,
+    RaiseReference,
+    ReadDescale,
+    ScaleColumns,
+)
 from attngen.plan.steps.control import (
     Condition,
     DrawTile,
@@ -109,6 +118,8 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 """Every kind of Step."""
 
 __all__ = [
+    "LARGEST_REFERENCE",
+    "SMALLEST_REFERENCE",
     "TANH",
     "AddPairs",
     "AddToElements",
@@ -135,6 +146,7 @@ __all__ = [
     "GradientOfPairs",
     "IssueGemm",
     "JoinSink",
+    "LoadDescales",
     "LoadRegisters",
     "LoadTile",
     "LookUp",
@@ -148,6 +160,7 @@ __all__ = [
     "Product",
     "Program",
     "Promote",
+    "RaiseReference",
     "ReadDescale",
     "ReadRowScales",
     "ReadScoreScale",
@@ -162,6 +175,7 @@ __all__ = [
     "RowMax",
     "RowNumbers",
     "STEPS",
+    "ScaleColumns",
     "ScaleGradient",
     "ScaleKeys",
     "ScaleRows",

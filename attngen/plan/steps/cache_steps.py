@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from attngen.expr import Expr
 from attngen.plan.cache_descales import CacheDescales
-from attngen.plan.places import RegTile, RegVec, View
+from attngen.plan.places import BlockIndex, RegTile, RegVec, View
 from attngen.plan.steps.step import Step
 
 
@@ -49,3 +50,58 @@ class OrderColumns(Step):
 
     def __str__(self) -> str:
         return f"{self.o} with its columns in order"
+
+
+@dataclass(frozen=True)
+class LoadDescales(Step):
+    """Start copying the descale of each key of a block to shared memory, asynchronously, as `LoadTile` does its rows.
+
+    Keys past the sequence have 0, and so have those that the mask hides from every query.
+
+    Attributes:
+        shown: holds for a key that some query may see; None where the mask asks nothing of keys alone.
+    """
+
+    dst: View
+    src: CacheDescales
+    block: BlockIndex
+    shown: Expr | None
+
+    def __str__(self) -> str:
+        hidden = f", 0 where not {self.shown}" if self.shown else ""
+        return f"load {self.dst} <- {self.src} of the keys of block {self.block}{hidden}"
+
+
+@dataclass(frozen=True)
+class ScaleColumns(Step):
+    """s = s times the number of each key, over that of each row where there is one: a power of two."""
+
+    s: RegTile
+    by: View
+    over: RegVec | None = None
+
+    def __str__(self) -> str:
+        return f"{self.s} = {self.s} * {self.by} of each key" + (f" / {self.over}" if self.over else "")
+
+
+SMALLEST_REFERENCE, LARGEST_REFERENCE = 2.0**-126, 2.0**126
+"""Powers of two that have a normal number for their inverse."""
+
+
+@dataclass(frozen=True)
+class RaiseReference(Step):
+    """Let a reference be no less than the numbers of a block of keys: a power of two, the same in all rows.
+
+    It is 2^-126 at least and 2^126 at most.
+
+    Attributes:
+        reference: 0 before the first block.
+        factor: what sums under the reference before are multiplied by.
+    """
+
+    reference: RegVec
+    factor: RegVec
+    of: View
+
+    def __str__(self) -> str:
+        return f"{self.reference} = a power of two, {self.of} at least; {self.factor} = that before / this"
