@@ -44,9 +44,7 @@ def draw(
 ) -> Inputs:
     """Random q, k and v that the plan's kernel takes; arguments as of `random_inputs`."""
     number, cache = call_dtype(plan.inputs), CACHE_TYPE if plan.descales else None
-    return random_inputs(
-        shape, plan.head_dim_qk, plan.head_dim_v, number, device, seed, layout, kind, cache
-    )
+    return random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, number, device, seed, layout, kind, cache)
 
 
 def quantized(plan: KernelPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
@@ -103,7 +101,9 @@ def judge(
         inputs_of_call: Any = (q, k, v)
         options: dict[str, Any] = {"softmax_scale": softmax_scale, "score": spec.score_expr}
         options |= {"block_n": plan.block_n, "p_dtype": p_dtype}
-        return compare_sequences(lengths, out, lse, inputs_of_call, declared or {}, layout, mask=mask, **options)
+        return compare_sequences(
+            lengths, out, lse, inputs_of_call, declared or {}, layout, mask=mask, **options
+        )
     if plan.quantizer is None:
         about |= {"block_n": plan.block_n, "p_dtype": p_dtype}
         return compare(out, lse, q, k, v, mask, softmax_scale, layout, **about)  # type: ignore[arg-type] # tensors, as the call took them

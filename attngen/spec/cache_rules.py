@@ -36,7 +36,7 @@ def check_cache(data: dict[str, Any], said: dict[str, Any]) -> Iterator[Broken]:
         return
     if scales == "per_block":
         note = "a cache grows by keys, and has no blocks"
-        yield _broken("precision.scales", scales, "means nothing to a cache", note, "per_page", "per_head")
+        yield _broken("precision.scales", scales, "means nothing to a cache", note, "per_head", "per_token")
     if scales == "per_page" and keys != "paged":
         note = "there are pages where problem.keys are paged"
         must = f"must be one of {', '.join(CACHE_SCALES[:-1])} where keys are {keys}"

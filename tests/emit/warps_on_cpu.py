@@ -67,6 +67,7 @@ static float __fmul_ru(float a, float b) {
 }
 static float __fmaf_rz(float a, float b, float c) { return fmaf(a, b, c); }
 static unsigned __shfl_xor_sync(unsigned, unsigned x, int mask) { return post(x)[threadIdx.x % 32 ^ mask]; }
+static float __shfl_sync(unsigned, float x, int lane) { return __uint_as_float(post(bits(x))[lane % 32]); }
 static bool __all_sync(unsigned, bool x) { return __ballot_sync(~0u, x) == ~0u; }
 static bool __any_sync(unsigned, bool x) { return __ballot_sync(~0u, x) != 0; }
 static float __fdividef(float a, float b) { return a / b; }
@@ -97,8 +98,10 @@ def _launcher(kernel: Kernel) -> Launcher:
     return Launcher(kernel.manifest, no_code, load=code.load, start=code.start)
 
 
-def run_text(kernel: Kernel, *inputs: torch.Tensor, **declared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def run_text(
+    kernel: Kernel, *inputs: torch.Tensor, scale: float | None = None, **declared: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and lse of a call, by the emitted text."""
-    out, lse = _launcher(kernel).run(*inputs, return_lse=True, declared=declared)
+    out, lse = _launcher(kernel).run(*inputs, scale, return_lse=True, declared=declared)
     assert lse is not None
     return out, lse
