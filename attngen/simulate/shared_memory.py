@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from attngen.dtypes import DType
 from attngen.plan import PANEL_BYTES, Buffer, Program, Ring, walk
 from attngen.plan.places import View
 from attngen.simulate.barriers import stage_name
@@ -33,6 +34,7 @@ class Cell:
         values: (members, rows, cols), None while nobody may count on them; of a ring's slot the number of a tile.
         valid_rows: rows that the last copy took from the sequence; the others are zero.
         source: what the last copy took; None of what threads stored.
+        copied_as: the format of what the last copy took, where that is another than the buffer's.
         in_flight: whether a copy into it has been started and has not landed.
         is_stored: whether ordinary stores wrote the values.
         fence: when the stores were fenced, if they were.
@@ -46,6 +48,7 @@ class Cell:
         self.values: torch.Tensor | int | None = None
         self.valid_rows = 0
         self.source: Source | None = None
+        self.copied_as: DType | None = None
         self.in_flight = False
         self.is_stored = False
         self.fence: Stamp | None = None
@@ -147,7 +150,7 @@ class Cell:
     def take(self) -> None:
         """Make the bytes this cell's own: from now on nobody may count on what they held."""
         for cell in (self, *self.rivals):
-            cell.values = cell.source = None
+            cell.values = cell.source = cell.copied_as = None
             cell._lost_to = "" if cell is self else self.name
 
     def fill(self, values: torch.Tensor | int, stamp: Stamp, is_stored: bool = False) -> None:

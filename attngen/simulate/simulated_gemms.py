@@ -16,6 +16,13 @@ from attngen.simulate.simulated_cache import even_columns_first
 
 def gemm(step: Gemm, role: RoleRun) -> None:
     """Compute acc = A B or acc += A B, accumulated in f32 from operands of the input type."""
+    for view in (place for place in (step.a, step.b) if isinstance(place, View)):
+        for cell in role.cells(view):
+            if cell.copied_as is not None:
+                message = (
+                    f"{cell.name} is multiplied as {view.buffer.dtype.name}, and holds {cell.copied_as.name}"
+                )
+                raise role.fault("another format", message, cell.name)
     a = role.read(step.a) if isinstance(step.a, RegTile) else role.read_shared(step.a)
     _multiply(step, a, role.read_shared(step.b), role)
 
