@@ -8,6 +8,8 @@ from attngen.errors import ArgumentError
 
 NARROWEST, WIDEST, STEP = 32, 256, 8
 """Columns of a head for which there are kernels on GPUs."""
+CACHE_TYPE, CACHE_STEP = torch.float8_e4m3fn, 16
+"""Of keys and values of 8 bits, and of which number their columns are a multiple."""
 
 
 def fit_heads(
@@ -32,7 +34,9 @@ def fit_heads(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_strided(name, x)
         dtypes = (torch.float16, torch.bfloat16, torch.float32)[: 3 if x.device.type == "cpu" else 2]
-        if x.dtype not in dtypes:
+        if name != "q" and x.dtype is CACHE_TYPE:
+            _check_cache(name, x)
+        elif x.dtype not in dtypes:
             raise ArgumentError(name, f"dtype {x.dtype}", " or ".join(map(str, dtypes)))
         columns = x.shape[-1] if x.dim() else 0
         if not 1 <= columns <= WIDEST:
@@ -40,10 +44,18 @@ def fit_heads(
     columns = q.shape[-1]
     if k.shape[-1] != columns:
         raise ArgumentError("k", f"head_dim {k.shape[-1]}", f"{columns}, as q has")
-    fitted = (fit_columns(q), fit_columns(k), fit_columns(v))
+    fitted = (fit_columns(q), *(x if x.dtype is CACHE_TYPE else fit_columns(x) for x in (k, v)))
     if softmax_scale is None and fitted[0].shape[-1] != columns:
         softmax_scale = columns**-0.5
     return fitted, softmax_scale
+
+
+def _check_cache(name: str, x: torch.Tensor) -> None:
+    """Refuse keys or values of e4m3 that kernels cannot read as they are: a cache is not copied for a call."""
+    columns = x.shape[-1] if x.dim() else 0
+    if columns < NARROWEST or columns % CACHE_STEP:
+        must = f"a multiple of {CACHE_STEP} from {NARROWEST} on, of e4m3"
+        raise ArgumentError(name, f"head_dim {columns}", must)
 
 
 def check_strided(name: str, x: torch.Tensor) -> None:
