@@ -44,7 +44,8 @@ def fit_heads(
     columns = q.shape[-1]
     if k.shape[-1] != columns:
         raise ArgumentError("k", f"head_dim {k.shape[-1]}", f"{columns}, as q has")
-    fitted = (fit_columns(q), *(x if x.dtype is CACHE_TYPE else fit_columns(x) for x in (k, v)))
+    keys, values = (x if x.dtype is CACHE_TYPE else fit_columns(x) for x in (k, v))
+    fitted = (fit_columns(q), keys, values)
     if softmax_scale is None and fitted[0].shape[-1] != columns:
         softmax_scale = columns**-0.5
     return fitted, softmax_scale

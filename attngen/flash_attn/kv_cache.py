@@ -217,9 +217,9 @@ def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: to
             raise ArgumentError(name, f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q has")
     if cache.k.dtype != cache.v.dtype:
         raise ArgumentError("v_cache", f"dtype {cache.v.dtype}", f"{cache.k.dtype}, as k_cache has")
-    for name, x in (("k_descale", cache.k_descale), ("v_descale", cache.v_descale)):
-        if x is not None and not cache.is_e4m3:
-            raise ArgumentError(name, type(x).__name__, f"None beside caches of {cache.k.dtype}")
+    for name, descale in (("k_descale", cache.k_descale), ("v_descale", cache.v_descale)):
+        if descale is not None and not cache.is_e4m3:
+            raise ArgumentError(name, type(descale).__name__, f"None beside caches of {cache.k.dtype}")
     for (name, x), of in zip(added.items(), caches.values(), strict=False):
         if x.shape[-2:] != of.shape[-2:]:
             got, must = (
@@ -289,7 +289,8 @@ def _append(
     Positions count from the beginning of a sequence, whatever of it does not count; `append` counts them from behind
     so many keys as `leftpad_k` says, which here is how far places are ahead of positions.
     """
-    k_scale, v_scale = (1.0 if x is None else x for x in (cache.k_descale, cache.v_descale))
+    scales = {"k_scale": cache.k_descale, "v_scale": cache.v_descale}
+    said: dict[str, Any] = {name: x for name, x in scales.items() if x is not None}
     try:
         return append(
             new.k,  # type: ignore[arg-type]
@@ -302,7 +303,7 @@ def _append(
             cache_batch_idx=rows,
             leftpad_k=None if new.positions is None else used - new.positions,
             rotary=new.rotary,  # type: ignore[arg-type]
-            **({"k_scale": k_scale, "v_scale": v_scale} if cache.is_e4m3 else {}),
+            **said,
             rotary_interleaved=new.is_interleaved,
             q=None if new.rotary is None else q,
             q_advances=advances,
