@@ -13,7 +13,11 @@ CACHE_TYPE, CACHE_STEP = torch.float8_e4m3fn, 16
 
 
 def fit_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    takes_e4m3: bool = False,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], float | None]:
     """Pad heads with columns of 0, which change no product, and copy what has no contiguous columns.
 
@@ -22,6 +26,7 @@ def fit_heads(
         k: (..., head_dim).
         v: (..., head_dim_v), whose columns out is to have.
         softmax_scale: of the call; None for 1/sqrt(head_dim) of the heads as they are passed.
+        takes_e4m3: k and v may be of e4m3, and are then as kernels read them.
 
     Returns:
         The tensors, themselves where kernels read them as they are, and the scale, None where nothing was padded and
@@ -34,7 +39,7 @@ def fit_heads(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_strided(name, x)
         dtypes = (torch.float16, torch.bfloat16, torch.float32)[: 3 if x.device.type == "cpu" else 2]
-        if name != "q" and x.dtype is CACHE_TYPE:
+        if takes_e4m3 and name != "q" and x.dtype is CACHE_TYPE:
             _check_cache(name, x)
         elif x.dtype not in dtypes:
             raise ArgumentError(name, f"dtype {x.dtype}", " or ".join(map(str, dtypes)))

@@ -111,7 +111,7 @@ def attend(
     try:
         if not isinstance(wants_lse, bool):
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
-        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
+        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale, "k_descale" in cut)
         if lengths.are_dense and blocks is None and may_split and keys.dtype is not CACHE_TYPE:
             about: dict[str, Any] = {"softmax_scale": scale, "return_lse": wants_lse}
             made = attention(rows, keys, values, texts.mask, texts.score, **options, **about, **passed)
@@ -147,7 +147,7 @@ def check_attention(
     try:
         if not isinstance(wants_lse, bool):
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
-        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
+        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale, "k_descale" in cut)
         options: dict[str, Any] = {"tensors": texts.tensors, "passed": passed, "lengths": lengths}
         options["may_split"] = may_split  # so that the kernel is the one that runs
         kernel = kernel_of_call(rows, keys, values, texts.mask, texts.score, **options)
