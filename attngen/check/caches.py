@@ -57,9 +57,8 @@ def drawn_descales(
     found = {}
     for name in OF_CACHE:
         of = CacheDescales(name, _scales_of(spec), lengths)
-        numbers = torch.randint(-8, 9, [sizes[size] for size in of.shape], generator=generator)
-        if of.scales == "per_tensor":
-            numbers = numbers.flatten()[:1].expand(1)
+        sizes_of = [1] if of.scales == "per_tensor" else [sizes[size] for size in of.shape]
+        numbers = torch.randint(-8, 9, sizes_of, generator=generator)
         found[name] = torch.exp2(numbers.float() * (0.0 if are_one else 0.25))
         if of.is_by_key and shape.keys is not None:
             found[name] = _poisoned(found[name], of, shape).contiguous()

@@ -111,6 +111,8 @@ class Case:
         ):
             if value not in known:
                 return f"{value} is none of {', '.join(known)}"
+        if self.memory == "far" and has_cache(self.spec):
+            return "q, k and v are of two formats, and lie in no one memory"
         if not isinstance(self.rule, str):
             return "rule is no name"
         if type(self.has_dlse) is not bool:

@@ -228,7 +228,8 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     memories: tuple[Memory, ...] = tuple(
         memory
         for memory in MEMORIES
-        if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16 and not shape.cuts)
+        if memory != "far"
+        or (shape.batch > 1 and plan.inputs.bits <= 16 and not (shape.cuts or plan.descales))
     )
     applicable = [name for name in rules if RULES[name].may_hold(spec, plan)]
     applicable += 3 * [name for name in applicable if RULES[name].is_rare]
