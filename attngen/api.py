@@ -108,8 +108,8 @@ def _kernel_for(
     queries: str,
     keys: str,
     block_sizes: tuple[int, int] | None,
-    split: str,
     cache: str,
+    split: str,
 ) -> Kernel:
     """The kernel of an `attention` call, by all that decides it."""
     kernel = compile(
@@ -263,8 +263,8 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
         block_sizes,
-        "none" if is_seen or gradients or not may_split else _split_for(q, k, lengths, passed),
         cache,
+        "none" if is_seen or gradients or not may_split else _split_for(q, k, lengths, passed),
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
