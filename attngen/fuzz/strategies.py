@@ -163,7 +163,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     cut = draw(draw_cuts.kinds(has_pages=is_fa2)) if is_cut else {}
     split = draw(_splits(block_n)) if is_fa2 and inputs != "e4m3" and is_cut else "none"
     cache = {}
-    if is_fa2 and inputs in ("f16", "bf16") and not (arch.has_mma_granularity and (qk % 16 or v % 16)):
+    if is_cut and is_fa2 and inputs in ("f16", "bf16") and not (arch.has_mma_granularity and (qk % 16 or v % 16)):
         cache = draw(_caches(cut.get("keys", "dense"))) if arch.converts_e4m3 else {}
     by_token = [LETTERS[axis] for axis in LETTERS if cut.get(axis) == "ragged"]
     data = {
