@@ -108,6 +108,7 @@ def _kernel_for(
     queries: str,
     keys: str,
     block_sizes: tuple[int, int] | None,
+    cache: str,
     few_rows: int,
 ) -> Kernel:
     """The kernel of an `attention` call, by all that decides it."""
@@ -119,7 +120,7 @@ def _kernel_for(
                 "queries": queries,
                 "keys": keys,
             },
-            "precision": {"inputs": inputs},
+            "precision": {"inputs": inputs, "cache": cache},
             "mask": mask,
             "score": score,
             "scalars": dict(scalars),
@@ -159,7 +160,8 @@ def attention(
 
     Args:
         q: as for `Kernel.__call__`, like k and v. CPU tensors run on the simulator. Where one of the three, the sink or
-            what the score reads requires grad, the kernel has a backward pass.
+            what the score reads requires grad, the kernel has a backward pass. k and v may be e4m3 beside q of 16 bits,
+            with k_descale and v_descale among the options.
         k: see q.
         v: see q.
         mask: an expression of the mask language, or a name of its prelude; or an `attngen.Expression`, which
@@ -240,8 +242,12 @@ def kernel_of_call(
     dtype = autocast_dtype(q) if is_seen or torch._C._is_any_autocast_enabled() else q.dtype
     if dtype not in _INPUTS:
         raise ArgumentError("q", f"dtype {q.dtype}", " or ".join(str(known) for known in _INPUTS))
-    if lengths.is_paged("keys"):
-        _check_no_gradients({"q": q, "k": k, "v": v, **passed})
+    cache = "e4m3" if getattr(k, "dtype", None) is torch.float8_e4m3fn else "auto"
+    if cache == "e4m3" and dtype is torch.float32:
+        raise ArgumentError("q", f"dtype {q.dtype}", "torch.float16 or torch.bfloat16 beside k of e4m3")
+    if lengths.is_paged("keys") or cache == "e4m3":
+        what = "keys in pages" if lengths.is_paged("keys") else "keys of e4m3"
+        _check_no_gradients(what, {"q": q, "k": k, "v": v, **passed})
     gradients = _differentiated(q, k, v, score, passed)
     wanted = (
         _INPUTS[dtype],
@@ -258,6 +264,7 @@ def kernel_of_call(
         lengths.queries,
         lengths.keys,
         block_sizes,
+        cache,
         0 if is_seen or gradients or not may_split else _few_rows(q, k, v, lengths, passed),
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
@@ -300,11 +307,11 @@ def _most_keys(rows: int, lengths: Lengths, passed: Mapping[str, Any]) -> int:
     return rows * table.shape[-1] if isinstance(table, torch.Tensor) and table.dim() else 0
 
 
-def _check_no_gradients(passed: Mapping[str, Any]) -> None:
-    """Refuse what requires grad beside keys in pages."""
+def _check_no_gradients(what: str, passed: Mapping[str, Any]) -> None:
+    """Refuse what requires grad beside keys that have no gradients."""
     for name, x in passed.items():
         if is_differentiated(x):
-            must = "one that does not: keys in pages have no backward pass"
+            must = f"one that does not: {what} have no backward pass"
             raise ArgumentError(name, "a tensor that requires grad", must, "call under torch.no_grad()")
 
 

@@ -64,6 +64,11 @@ class Arch:
     emits: bool = True
 
     @property
+    def converts_e4m3(self) -> bool:
+        """Whether there are instructions that make f16 of e4m3. Source: PTX ISA, cvt.f16x2.e4m3x2, sm_89 and later."""
+        return self.compute_capability is None or self.compute_capability >= (8, 9)
+
+    @property
     def has_mma_granularity(self) -> bool:
         """Whether tiles must be multiples of a matrix instruction."""
         return self.mma != Mma(1, 1, 1)

@@ -153,7 +153,7 @@ class Kernel(BuiltCall):
                 kernel of e4m3 inputs also bf16 or f16, which the call quantises, or the operands of `quantize`, in
                 place of all three.
             k: (batch, seqlen_k, num_heads_kv, head_dim_qk); num_heads_kv divides num_heads_q. Where keys are paged,
-                like v, a cache: (pages, page_size, num_heads_kv, head_dim_qk).
+                like v, a cache: (pages, page_size, num_heads_kv, head_dim_qk). Both are e4m3 where the spec says so.
             v: (batch, seqlen_k, num_heads_kv, head_dim_v).
             softmax_scale: any finite number, numpy's and 0-dimensional CPU tensors too; 1/sqrt(head_dim_qk) where None.
             return_lse: also return the natural log-sum-exp of every row.
@@ -167,7 +167,8 @@ class Kernel(BuiltCall):
                 same of k, and leftpad_k; of paged ones block_table and cache_batch_idx (docs/lengths.md). Of a spec
                 with a sink also sink: (num_heads_q), f32, bf16 or f16, any stride. With e4m3 tensors also q_descale,
                 k_descale and v_descale, f32: what their values are multiplied by, of the shapes that `Operands` has;
-                they are trusted to be positive. Where the spec has blocks, `blocks` says which are kept: bool, (batch
+                they are trusted to be positive. With a cache of e4m3 k_descale and v_descale, of the shapes that
+                docs/fp8.md has. Where the spec has blocks, `blocks` says which are kept: bool, (batch
                 or 1, num_heads_q or 1, blocks of rows, blocks of keys); or lists of them, i32, as (counts, indices),
                 as a BlockMask of torch, or by FlashAttention-4's names.
 
@@ -183,7 +184,10 @@ class Kernel(BuiltCall):
             declared = dict(self._with_blocks(declared))
         is_compiling = torch.compiler.is_dynamo_compiling()
         if is_compiling or torch._C._is_any_autocast_enabled():
-            q, k, v = (cast(x, self.dtypes) for x in (q, k, v))
+            q = cast(q, self.dtypes)
+            k, v = (
+                (k, v) if self.plan.descales else (cast(x, self.dtypes) for x in (k, v))
+            )  # a cache is as it is
         if is_seen := is_compiling or may_be_watched(q):
             passed = (q, k, v, *declared.values())
             if are_traced(passed) or are_transformed(passed):

@@ -42,7 +42,7 @@ language() {
   python3 -m tests.language --device cuda
 }
 fp8() {
-  on_gpu fp8_on_gpu.py quantize_on_gpu.py
+  on_gpu fp8_on_gpu.py quantize_on_gpu.py cache_on_gpu.py
 }
 backward() {
   on_gpu backward_calls_on_gpu.py gradients_on_gpu.py gradient_properties_on_gpu.py gradient_traps_on_gpu.py training_on_gpu.py

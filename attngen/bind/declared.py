@@ -26,6 +26,7 @@ from attngen.plan import (
     evaluate_formula,
     formula_text,
 )
+from attngen.quantize import DESCALES
 
 _RAGGED = Lengths("ragged", "ragged")
 _OF_LENGTHS = {*(each.name for each in _RAGGED.arguments), *_RAGGED.bounds}
@@ -127,6 +128,9 @@ def _refuse(manifest: Manifest, name: str, known: list[str]) -> None:
         raise ArgumentError(
             name, "an argument", "none: the spec has no sink", "say sink: per_head in the spec"
         )
+    if name in DESCALES[1:]:
+        cure = "say precision: {cache: e4m3} in the spec"
+        raise ArgumentError(name, "descales", "none: k and v have 16 bits", cure)
     if name in _OF_LENGTHS or name in _OF_PAGES:
         axis: Axis = "queries" if name.endswith("q") else "keys"
         kind = "paged" if name in _OF_PAGES else "padded" if name.startswith("seqused") else "ragged"
@@ -172,8 +176,8 @@ def _tensor(
     check_no_derivative(
         name, x, is_declared=not value.axes and value.source == "given" and not value.optional
     )
-    if value.shared and x.numel() == 1:
-        x = x.reshape((1,) * len(value.shape)).expand([evaluate_formula(dim, sizes) for dim in value.shape])
+    if value.shared:
+        x = _spread(x, value, sizes)
     if x.dim() != len(value.shape):
         raise ArgumentError(name, f"{x.dim()} dimensions", f"{len(value.shape)}: {declared}")
     for dim, size in zip(value.shape, x.shape, strict=True):
@@ -188,6 +192,14 @@ def _tensor(
         if not size and (is_bound_here or isinstance(dim, int)):
             raise ArgumentError(name, f"shape {tuple(x.shape)}", f"at least one {dim}")
     return x
+
+
+def _spread(x: torch.Tensor, value: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+    """A tensor of which one element stands for all, or a row for every first index; any other as it is."""
+    shape = [evaluate_formula(dim, sizes) for dim in value.shape]
+    if x.numel() == 1:
+        return x.reshape((1,) * len(shape)).expand(shape)
+    return x.expand(shape) if list(x.shape) == shape[1:] else x
 
 
 def _listed(names: list[str]) -> str:

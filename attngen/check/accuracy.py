@@ -115,6 +115,7 @@ def compare(
     declared: Mapping[str, Any] | None = None,
     roundings: Roundings | None = None,
     inputs: tuple[Tensor, Tensor, Tensor] | None = None,
+    p_dtype: torch.dtype | None = None,
 ) -> Accuracy:
     """Hold an output against the fp64 reference on the same inputs, on the device they are on.
 
@@ -136,6 +137,7 @@ def compare(
         declared: what the call passed for the scalars and tensors that mask and score read.
         roundings: of a kernel of 8-bit operands; q, k and v are then what these stand for, f32.
         inputs: what the operands were made of, in the shapes of q, k and v.
+        p_dtype: what P is rounded to; q's dtype where None.
 
     Raises:
         ArgumentError: out or lse has not the shape that q and v ask for.
@@ -162,6 +164,7 @@ def compare(
         score=score,
         declared=declared,
         roundings=roundings,
+        p_dtype=p_dtype,
     )
     visible = ref_lse.isfinite()
     by_max, by_rmse = oracle.terms(q, ref, ref_lse, out.dtype, block_n, roundings)

@@ -158,8 +158,9 @@ def random_inputs(
     seed: int = 0,
     layout: MemoryLayout = "contiguous",
     kind: Kind = "randn",
+    cache: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw q, k and v.
+    """Draw q, k and v, of a type; k and v of that of a cache, where there is one.
 
     Rows that no sequence counts hold `POISON`. Of queries, or keys, that are ragged the first two dimensions are one:
     (tokens, heads, head_dim); those of keys that are paged are pages and their rows.
@@ -185,11 +186,11 @@ def random_inputs(
         size_k = (batch_k if shape.keys else min(1, batch_k), *size_k[1:])
         size_v = (*size_v[:2], min(1, heads_kv), head_dim_v)
     q, k, v = (
-        _in_cache(_poisoned(_draw(size, kind, name, generator), cut), cut).to(dtype).to(device)
-        for size, name, cut in (
-            (size_q, "q", shape.queries),
-            (size_k, "k", shape.keys),
-            (size_v, "v", shape.keys),
+        _in_cache(_poisoned(_draw(size, kind, name, generator), cut), cut).to(number).to(device)
+        for size, name, cut, number in (
+            (size_q, "q", shape.queries, dtype),
+            (size_k, "k", shape.keys, cache or dtype),
+            (size_v, "v", shape.keys, cache or dtype),
         )
     )
     if layout == "expanded":
@@ -238,7 +239,7 @@ def arrange(q: Tensor, k: Tensor, v: Tensor, layout: MemoryLayout) -> tuple[Tens
     if layout == "strided":
         return _with_gaps(q), _with_gaps(k), _with_gaps(v)
     if layout == "packed_qkv":
-        if q.shape[:2] == k.shape[:2]:
+        if q.shape[:2] == k.shape[:2] and q.dtype == k.dtype:
             q, k, v = _packed(q, k, v)
         else:
             k, v = _packed(k, v)

@@ -13,6 +13,7 @@ import torch
 
 from attngen.check.accuracy import Accuracy, compare
 from attngen.check.accuracy_terms import score_unit_of
+from attngen.check.caches import CACHE_TYPE, PROBABILITIES, real_cache
 from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.check.judging_sequences import compare_gradients_of_sequences, compare_sequences
@@ -42,9 +43,8 @@ def draw(
     kind: Kind = "randn",
 ) -> Inputs:
     """Random q, k and v that the plan's kernel takes; arguments as of `random_inputs`."""
-    return random_inputs(
-        shape, plan.head_dim_qk, plan.head_dim_v, call_dtype(plan.inputs), device, seed, layout, kind
-    )
+    number, cache = call_dtype(plan.inputs), CACHE_TYPE if plan.descales else None
+    return random_inputs(shape, plan.head_dim_qk, plan.head_dim_v, number, device, seed, layout, kind, cache)
 
 
 def quantized(plan: KernelPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
@@ -89,16 +89,24 @@ def judge(
         ArgumentError: out or lse has not the shape that q and v ask for.
     """
     about: dict[str, Any] = {"rows": rows, "score": spec.score_expr, "declared": declared}
-    mask = spec.mask_expr
+    mask, lengths = spec.mask_expr, plan.lengths
+    p_dtype = None
+    if plan.descales:
+        assert k is not None and v is not None and declared is not None  # as the call had them
+        lengths, k, v, declared = real_cache(spec, k, v, declared, layout)
+        about["declared"], p_dtype = declared, PROBABILITIES
     if not plan.lengths.are_dense:
         if rows is not None:
             raise ArgumentError("rows", "some of the rows", "None where sequences have lengths of their own")
         inputs_of_call: Any = (q, k, v)
-        options = {"softmax_scale": softmax_scale, "score": spec.score_expr, "block_n": plan.block_n}
-        passed = declared or {}
-        return compare_sequences(plan.lengths, out, lse, inputs_of_call, passed, layout, mask=mask, **options)
+        options: dict[str, Any] = {"softmax_scale": softmax_scale, "score": spec.score_expr}
+        options |= {"block_n": plan.block_n, "p_dtype": p_dtype}
+        return compare_sequences(
+            lengths, out, lse, inputs_of_call, declared or {}, layout, mask=mask, **options
+        )
     if plan.quantizer is None:
-        return compare(out, lse, q, k, v, mask, softmax_scale, layout, block_n=plan.block_n, **about)  # type: ignore[arg-type] # tensors, as the call took them
+        about |= {"block_n": plan.block_n, "p_dtype": p_dtype}
+        return compare(out, lse, q, k, v, mask, softmax_scale, layout, **about)  # type: ignore[arg-type] # tensors, as the call took them
     by_gpu = out.is_cuda if by_gpu is None else by_gpu
     inputs = None
     if isinstance(q, Operands):

@@ -229,6 +229,7 @@ def standard_attention(
     score: Expr | None = None,
     declared: Mapping[str, Any] | None = None,
     roundings: Roundings | None = None,
+    p_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same mathematics at a kernel's precision: the yardstick of `attngen.check.accuracy`.
 
@@ -254,6 +255,7 @@ def standard_attention(
         score: As in `attention`; its arithmetic is f32.
         declared: As in `attention`.
         roundings: of a kernel of 8-bit operands.
+        p_dtype: what P is rounded to; q's dtype where None.
 
     Returns:
         out in out_dtype and lse in f32, in the shapes of `attention`.
@@ -267,7 +269,8 @@ def standard_attention(
     log2_e = math.log2(math.e)
     # Of f32 the order of sums is all that errs, and torch's differs from machine to machine.
     sums = torch.float64 if q.dtype == torch.float32 else torch.float32
-    largest_p = torch.finfo(q.dtype).max
+    p_dtype = p_dtype or q.dtype
+    largest_p = torch.finfo(p_dtype).max
     is_bounded = score is not None and roundings is None and needs_no_maximum(magnitude(score), largest_p)
     kv_idx = torch.arange(problem.seqlen_k, device=q.device)[None, :]
     for b, h, here in problem.query_chunks(max(1, STANDARD_SCORES // problem.seqlen_k)):
@@ -292,7 +295,7 @@ def standard_attention(
         p = (scores - row_max).mul_(unit).exp2_()
         row_sum = p.sum(dim=-1, keepdim=True)
         if roundings is None:
-            acc_o = weighted_sum(p.to(q.dtype).to(sums), values.to(sums)).float()
+            acc_o = weighted_sum(p.to(p_dtype).to(sums), values.to(sums)).float()
         else:
             acc_o = roundings.weighted_sum(p, values, b, h_kv)
         of_keys = (row_max.double() * unit + row_sum.log2()) * math.log(2.0)

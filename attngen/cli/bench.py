@@ -13,6 +13,7 @@ from rich.table import Table
 
 from attngen.api import resolve_arch
 from attngen.check import timing as measuring
+from attngen.check.caches import drawn_descales
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape, random_like
 from attngen.check.judging import draw
@@ -190,6 +191,9 @@ def as_dense(
     """
     lengths = [{*cut.lengths} for cut in shape.cuts.values()]
     is_paged = kernel.plan.lengths.is_paged("keys")
+    if kernel.plan.descales:
+        cure = f"--against names the peers to measure: leave {name} out"
+        raise ToolchainError(f"{name} does not take part: it takes no cache of e4m3", cure)
     if any(len(each) > 1 for each in lengths) or kernel.spec.arguments.tensors or is_paged:
         reason = "sequences of several lengths or in pages, or tensors by token, are not for it"
         cure = f"--against names the peers to measure: leave {name} out"
@@ -208,6 +212,7 @@ def _measure(
     plan = kernel.plan
     q, k, v = draw(plan, shape, "cuda")
     passed = declared_inputs(kernel.spec.arguments, shape, q.device, given=said) | shape.arguments(q.device)
+    passed |= drawn_descales(kernel.spec, shape, q.device)
     point = measuring.Point(shape, plan.head_dim_qk, plan.head_dim_v, plan.mask is measuring.CAUSAL)
     inputs: tuple[torch.Tensor, ...] = (q, k, v)
     peer: Callable[..., measuring.Run] = measuring.peer
@@ -222,7 +227,7 @@ def _measure(
     absent = {}
     for name in against:
         try:
-            of_peer = inputs if not shape.cuts else as_dense(kernel, shape, name, inputs)
+            of_peer = inputs if not (shape.cuts or plan.descales) else as_dense(kernel, shape, name, inputs)
             declared = {} if shape.cuts else passed
             runs[name] = peer(name, *of_peer, plan.mask, kernel.spec.score_expr, declared)
         except ToolchainError as fault:

@@ -84,8 +84,10 @@ def ways_of(kernel: Kernel, shape: Shape, said: Given, device: torch.device) -> 
     Raises:
         ArgumentError: sequences have lengths of their own, or each call says which blocks are kept.
     """
-    if shape.cuts or kernel.spec.blocks is not None:
-        must = "a spec of dense sequences without given blocks: torch's functions know neither"
+    if shape.cuts or kernel.spec.blocks is not None or kernel.plan.descales:
+        must = (
+            "a spec of dense sequences of one format, without given blocks: torch's functions know no others"
+        )
         raise ArgumentError("--calls", kernel.spec.name, must)
     q, k, v = draw(kernel.plan, shape, device)
     dout = None

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from attngen.check.accuracy import Accuracy
+from attngen.check.caches import drawn_descales
 from attngen.check.declared_inputs import NOTHING_GIVEN, Given, declared_inputs
 from attngen.check.inputs import Kind, Shape
 from attngen.check.judging import Inputs, draw, judge
@@ -67,7 +68,7 @@ def draw_declared(
     shape = shape or shape_of(kernel, inputs)
     device = inputs[0].device
     drawn = declared_inputs(kernel.spec.arguments, shape, device, seed, given)
-    return {**drawn, **shape.arguments(device)}
+    return {**drawn, **shape.arguments(device), **drawn_descales(kernel.spec, shape, device, seed)}
 
 
 def execute(
@@ -96,7 +97,7 @@ def execute(
     shape, passed = shape or shape_of(kernel, inputs), dict(declared or {})
     board = ""
     started = time.perf_counter()
-    if with_trace and kernel.takes_operands:
+    if with_trace and (kernel.takes_operands or kernel.plan.descales):
         must = "16-bit or f32 inputs: the board has no place for scales"
         raise ArgumentError("--trace", f"a kernel of {kernel.plan.inputs.name} inputs", must)
     if with_trace and shape.cuts:

@@ -8,6 +8,7 @@ from attngen.cli.occupancy import occupancy
 from attngen.cli.output import seconds_text, size_text
 from attngen.cli.shapes import shape_text
 from attngen.cli.tiles import TileMap, over_approximated, sizes_of_call
+from attngen.dtypes import BF16
 from attngen.errors import SpecError
 from attngen.expr import SINK
 from attngen.kernel import Kernel
@@ -74,6 +75,7 @@ def facts(
         "blocks of keys": _key_blocks(plan),
         "inputs -> output": f"{plan.inputs.name} -> {plan.output.name}",
         **_of_8bit(kernel),
+        **_of_cache(plan),
         "head_dim": f"{plan.head_dim_qk} (q, k), {plan.head_dim_v} (v)",
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
         **_parts(plan),
@@ -205,6 +207,14 @@ def _of_8bit(kernel: Kernel) -> dict[str, str]:
         "promotion": f"every block of keys{slices}" if parts else "never",
         "quantises": f"bf16 or f16 q, k and v: {', then '.join(names)} (CPU tensors: torch)",
     }
+
+
+def _of_cache(plan: KernelPlan) -> dict[str, str]:
+    """What a cache of e4m3 has beside the format of queries; nothing of others."""
+    if not plan.descales:
+        return {}
+    made = "exactly f16 in registers" + (", and Q, by rows, in shared memory" if plan.inputs is BF16 else "")
+    return {"cache": f"e4m3, {plan.descales[0].scales}; {made}"}
 
 
 def _scale_text(of: Descales) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attngen.bind import check_declared
+from attngen.check.caches import drawn_descales
 from attngen.check.inputs import Shape
 from attngen.cli.picture import figure_panels
 from attngen.cli.shapes import GivenSizes, cut_shape, shape_text
@@ -124,7 +125,8 @@ def check_passed(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> d
     of_q, of_k = shape.tokens
     of_call = (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.heads, shape.heads_kv)
     sizes = Sizes(*of_call, tokens_q=of_q, tokens_k=of_k).values | shape.page_sizes
-    tensors, scalars, _ = check_declared(manifest, manifest.intakes[0], declared, sizes, torch.device("cpu"))
+    passed = {**declared, **drawn_descales(kernel.spec, shape)}
+    tensors, scalars, _ = check_declared(manifest, manifest.intakes[0], passed, sizes, torch.device("cpu"))
     return {**scalars, **{name.removeprefix("tensor."): x for name, x in tensors.items()}}
 
 

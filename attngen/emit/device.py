@@ -36,6 +36,7 @@ FUNCTIONS = (
     "fragment.cuh",
     "shares.cuh",
     "gemm.cuh",
+    "cache.cuh",
     "warpgroup_gemm.cuh",
     "scales.cuh",
     "softmax.cuh",

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from jinja2.runtime import Context
 
+from attngen.dtypes import E4M3
 from attngen.emit import tile_text
 from attngen.emit.terms import score_terms
 from attngen.errors import InternalError
@@ -113,6 +114,7 @@ def finalize(value: Any) -> Any:
 
 STEP_FILES = (
     *("control", "sync", "copies", "gemm", "softmax", "shares", "gradients", "declared", "sums", "scales"),
+    "cache",
     "warpgroups",
 )
 
@@ -297,7 +299,8 @@ def _smem(context: Context, view: View) -> str:
         which = "warp"
         if view.cursor is not None and view.cursor.stages > 1:
             which = f"({view.cursor.name} * kWarps + warp)"
-        return f"{base} + {which} * {_tile_type(view)}::kBytes"
+        own_bytes = view.buffer.stage_bytes // context["plan"].warps
+        return f"{base} + {which} * {f'{_tile_type(view)}::kBytes' if _is_tile(view.buffer) else own_bytes}"
     if view.cursor is None or view.cursor.stages == 1:
         return base
     stage = f"{view.cursor.name}.stage" if view.cursor.ring else view.cursor.name
@@ -339,10 +342,10 @@ def _head(context: Context, place: Tensor | Rows) -> str:
         return f"dense_head(params.{place.name}, params, tile, {_HEAD_DIMS[place.axes[1]]})"
     base = f"params.{place.name}"
     head = "tile.kv_head" if place.heads == "kv" else "tile.head"
-    start, row = _start(context, place), f"{base}_stride_seqlen"
+    start, row, step = _start(context, place), _row_stride(place), _stride(place, "head")
     if _is_by_token(context, place):
-        return f"head_of({base}, {start}, {row}, {head}, {base}_stride_head)"
-    batched = f"head_of({base}, tile.batch, {base}_stride_batch, {head}, {base}_stride_head)"
+        return f"head_of({base}, {start}, {row}, {head}, {step})"
+    batched = f"head_of({base}, tile.batch, {_stride(place, 'batch')}, {head}, {step})"
     return f"{batched} + stay_in_loop({start}) * {row}" if start else batched
 
 
@@ -355,7 +358,7 @@ def _is_paged(context: Context, place: Tensor) -> bool:
 def _paged_rows(place: Tensor) -> str:
     """Where the rows of this tile's sequence and head lie in a cache of pages."""
     cache = f"params.{place.name}"
-    strides = ", ".join(f"{cache}_stride_{axis}" for axis in ("page", "seqlen", "head"))
+    strides = ", ".join(_stride(place, axis) for axis in ("page", "seqlen", "head"))
     return f"paged_rows(params, tile, {cache}, {strides})"
 
 
@@ -380,7 +383,13 @@ def _is_by_token(context: Context, place: Tensor | Rows) -> bool:
 
 def _row_stride(tensor: Tensor) -> str:
     """Elements from a row of a head to the next."""
-    return _HEAD_DIMS[tensor.axes[1]] if tensor.workspace else f"params.{tensor.name}_stride_seqlen"
+    return _HEAD_DIMS[tensor.axes[1]] if tensor.workspace else _stride(tensor, "seqlen")
+
+
+def _stride(tensor: Tensor, axis: str) -> str:
+    """From one to the next along an axis, in elements; of e4m3 in pairs, which addresses of tensors count by."""
+    stride = f"params.{tensor.name}_stride_{axis}"
+    return f"{stride} / 2" if tensor.dtype is E4M3 else stride
 
 
 @jinja2.pass_context

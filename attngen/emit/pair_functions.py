@@ -70,6 +70,8 @@ def _mask_macros() -> Any:
 def _descales(plan: KernelPlan) -> Iterator[str]:
     of_scales = macros("scales.cuh.j2")
     yield from map(of_scales.descale, plan.scales)
+    for each in plan.descales:
+        yield of_scales.key_descale(each) if each.is_by_key else of_scales.cache_descale(each)
     tops = dict.fromkeys(step.v for step in walk(plan.worker.program) if isinstance(step, ReadTopScale))
     yield from (of_scales.largest(v) for v in tops if v.granule)
 

@@ -8,7 +8,7 @@ import torch
 from attngen.api import attention, kernel_of_call
 from attngen.bind import BLOCKS, bound_of_lengths, check_arguments
 from attngen.errors import ArgumentError, shown
-from attngen.fit_heads import check_strided, fit_heads
+from attngen.fit_heads import CACHE_TYPE, check_strided, fit_heads
 from attngen.flash_attn.wish import Texts
 from attngen.kernel import Kernel
 from attngen.plan import DENSE, LengthKind, Lengths
@@ -111,8 +111,8 @@ def attend(
     try:
         if not isinstance(wants_lse, bool):
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
-        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
-        if lengths.are_dense and blocks is None and may_split:
+        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale, "k_descale" in cut)
+        if lengths.are_dense and blocks is None and may_split and keys.dtype is not CACHE_TYPE:
             about: dict[str, Any] = {"softmax_scale": scale, "return_lse": wants_lse}
             made = attention(rows, keys, values, texts.mask, texts.score, **options, **about, **passed)
         else:
@@ -147,7 +147,7 @@ def check_attention(
     try:
         if not isinstance(wants_lse, bool):
             raise ArgumentError("return_lse", shown(wants_lse), "True or False")
-        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale)
+        (rows, keys, values), scale = fit_heads(q, k, v, texts.softmax_scale, "k_descale" in cut)
         options: dict[str, Any] = {"tensors": texts.tensors, "passed": passed, "lengths": lengths}
         options["may_split"] = may_split  # so that the kernel is the one that runs
         kernel = kernel_of_call(rows, keys, values, texts.mask, texts.score, **options)

@@ -8,7 +8,7 @@ import torch
 from attngen.autograd import is_differentiated
 from attngen.errors import ArgumentError, shown
 from attngen.expr import LARGEST_LENGTH
-from attngen.fit_heads import check_strided
+from attngen.fit_heads import CACHE_TYPE, check_strided
 from attngen.flash_attn.attend import attend, check_attention, lengths_of, longest
 from attngen.flash_attn.wish import Texts
 from attngen.serving import append
@@ -28,7 +28,13 @@ _NAMES_OF_APPEND = {
     "cu_seqlens_q": "cu_seqlens_k_new",
     "rotary[0]": "rotary_cos",
     "rotary[1]": "rotary_sin",
+    "k_scale": "k_descale",
+    "v_scale": "v_descale",
 }
+
+
+_BESIDE_E4M3 = (torch.float16, torch.bfloat16)
+"""What q may be of beside caches of e4m3."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Cache:
 
     Attributes:
         k, v: (batch_cache, seqlen_cache, num_heads_kv, head_dim), or beside a table (pages, page, num_heads_kv,
-            head_dim), any number of rows a page.
+            head_dim), any number of rows a page; of q's type, or e4m3.
         seqlens: (batch,), i32, or a number for all: how many keys each sequence has before anything is appended; None
             for as many as there is room for.
         batch_index: (batch,), integers: which sequence of the caches, or row of the table, each sequence of q reads;
@@ -45,6 +51,8 @@ class Cache:
         leftpad: (batch,), i32: how many keys at the beginning of each do not count.
         table: (rows, max_pages), i32: the pages of each sequence; None where the caches are contiguous.
         table_name: what the face calls it.
+        k_descale, v_descale: f32, a number, one of each head, or (batch, num_heads_kv): what e4m3 numbers are
+            multiplied by, and new ones divided by; 1 where None.
     """
 
     k: torch.Tensor
@@ -54,6 +62,25 @@ class Cache:
     leftpad: torch.Tensor | None
     table: torch.Tensor | None
     table_name: str = "block_table"
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
+
+    @property
+    def is_e4m3(self) -> bool:
+        """Whether its numbers are e4m3."""
+        return self.k.dtype is CACHE_TYPE
+
+    @property
+    def descales(self) -> dict[str, torch.Tensor]:
+        """What a kernel is passed for them; nothing of 16 bits."""
+        if not self.is_e4m3:
+            return {}
+        said = {"k_descale": self.k_descale, "v_descale": self.v_descale}
+        device = self.k.device
+        return {
+            name: torch.ones((), dtype=torch.float32, device=device) if x is None else x
+            for name, x in said.items()
+        }
 
     @property
     def room(self) -> int:
@@ -147,6 +174,7 @@ def attend_cache(
         "cache_batch_idx": rows,
     }
     cut = {name: x for name, x in said.items() if x is not None} | longest("max_seqlen_q", max_seqlen_q)
+    cut |= cache.descales
     lengths = lengths_of(cu_seqlens_q, None, None, used, table)
     names = _NAMES | {"block_table": cache.table_name}
     if new.k is not None and used is not None:
@@ -184,8 +212,14 @@ def _check_tensors(q: torch.Tensor, cache: Cache, new: NewKeys, cu_seqlens_q: to
             first = "pages, page" if name in caches and cache.table is not None else "batch, seqlen"
             must = "3: (tokens, heads, head_dim)" if dims_of[name] == 3 else f"4: ({first}, heads, head_dim)"
             raise ArgumentError(name, f"{x.dim()} dimensions", must)
-        if (x.dtype, x.device) != (q.dtype, q.device):
+        dtypes = (q.dtype, CACHE_TYPE) if name in caches and q.dtype in _BESIDE_E4M3 else (q.dtype,)
+        if x.dtype not in dtypes or x.device != q.device:
             raise ArgumentError(name, f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device}, as q has")
+    if cache.k.dtype != cache.v.dtype:
+        raise ArgumentError("v_cache", f"dtype {cache.v.dtype}", f"{cache.k.dtype}, as k_cache has")
+    for name, descale in (("k_descale", cache.k_descale), ("v_descale", cache.v_descale)):
+        if descale is not None and not cache.is_e4m3:
+            raise ArgumentError(name, type(descale).__name__, f"None beside caches of {cache.k.dtype}")
     for (name, x), of in zip(added.items(), caches.values(), strict=False):
         if x.shape[-2:] != of.shape[-2:]:
             got, must = (
@@ -255,6 +289,8 @@ def _append(
     Positions count from the beginning of a sequence, whatever of it does not count; `append` counts them from behind
     so many keys as `leftpad_k` says, which here is how far places are ahead of positions.
     """
+    scales = {"k_scale": cache.k_descale, "v_scale": cache.v_descale}
+    said: dict[str, Any] = {name: x for name, x in scales.items() if x is not None}
     try:
         return append(
             new.k,  # type: ignore[arg-type]
@@ -267,6 +303,7 @@ def _append(
             cache_batch_idx=rows,
             leftpad_k=None if new.positions is None else used - new.positions,
             rotary=new.rotary,  # type: ignore[arg-type]
+            **said,
             rotary_interleaved=new.is_interleaved,
             q=None if new.rotary is None else q,
             q_advances=advances,

@@ -258,8 +258,9 @@ def flash_attn_with_kvcache(
         max_seqlen_q: as of `flash_attn_varlen_func`.
         rotary_seqlens: (batch,), i32: what rotations count from in the place of cache_seqlens.
         q_descale: see qv.
-        k_descale: see qv.
-        v_descale: see qv.
+        k_descale: beside caches of e4m3, which f16 or bf16 queries may have: f32, (batch, num_heads_kv), (num_heads_kv)
+            or one number, any strides: what they are multiplied by, and k is divided by; 1 where None.
+        v_descale: likewise.
         softmax_scale: as of `flash_attn_func`, like causal, window_size, attention_chunk and softcap.
         causal: see softmax_scale.
         window_size: see softmax_scale.
@@ -279,15 +280,14 @@ def flash_attn_with_kvcache(
         qv=qv,
         rotary_interleaved=rotary_interleaved,
         q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
         scheduler_metadata=scheduler_metadata,
         num_splits=num_splits,
         pack_gqa=pack_gqa,
         sm_margin=sm_margin,
     )
     wish = Wish(window_of(window_size, causal, -1), softmax_scale, attention_chunk, softcap)
-    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, "page_table")
+    lengths = (cache_seqlens, cache_batch_idx, cache_leftpad)
+    cache = Cache(k_cache, v_cache, *lengths, page_table, "page_table", k_descale, v_descale)
     new = NewKeys(k, v, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens)
     of_queries = (cu_seqlens_q, max_seqlen_q if cu_seqlens_q is not None else None)  # read beside these alone
     return attend_cache(q, cache, new, wish.texts, return_softmax_lse, *of_queries, may_split=num_splits != 1)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from attngen.bind.numbers import LARGEST_SCALE
+from attngen.check.caches import CACHE_TYPE, drawn_descales, has_cache
 from attngen.check.cuts import Cut
 from attngen.check.declared_inputs import declared_inputs
 from attngen.check.inputs import (
@@ -110,6 +111,8 @@ class Case:
         ):
             if value not in known:
                 return f"{value} is none of {', '.join(known)}"
+        if self.memory == "far" and has_cache(self.spec):
+            return "q, k and v are of two formats, and lie in no one memory"
         if not isinstance(self.rule, str):
             return "rule is no name"
         if type(self.has_dlse) is not bool:
@@ -146,8 +149,10 @@ class Case:
         """q, k and v of a width; nothing far apart."""
         number = call_dtype(dtype(self.spec.precision.inputs))
         memory: MemoryLayout = "contiguous" if self.memory == "far" else self.memory
-        head_dim_v = self.spec.problem.head_dim.v
-        return random_inputs(self.shape, head_dim_qk, head_dim_v, number, device, seed, memory, self.kind)
+        head_dim_v, cache = self.spec.problem.head_dim.v, CACHE_TYPE if has_cache(self.spec) else None
+        return random_inputs(
+            self.shape, head_dim_qk, head_dim_v, number, device, seed, memory, self.kind, cache
+        )
 
     @torch_defaults()
     def declared(self, device: str) -> dict[str, Any]:
@@ -160,7 +165,9 @@ class Case:
             sink = 6.0 * found[SINK]
             sink[: self.seed % 3 // 2] = -math.inf
             found[SINK] = sink.to(call_dtype(dtype(self.spec.precision.inputs))) if self.seed % 2 else sink
-        return with_drawn_map(found, self.seed) | self.shape.arguments(device)
+        found = with_drawn_map(found, self.seed) | self.shape.arguments(device)
+        are_one = self.kind == "integers"  # whose sums are exact
+        return found | drawn_descales(self.spec, self.shape, device, self.seed, are_one)
 
 
 def _read_shape(data: dict[str, Any]) -> Shape:

@@ -67,6 +67,8 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
         yield ("scales", plan.quantizer.scales)
         yield ("incoherent", "none" if plan.quantizer.hadamard_seed is None else "hadamard")
         yield ("promote", "never" if case.spec.precision.promote == 0 else "every block")
+    if plan.descales:
+        yield ("cache", plan.descales[0].scales)
     scale = case.softmax_scale
     yield (
         "scale",

@@ -48,6 +48,7 @@ class Rule:
         is_rare: few masks allow it; where one does, it is drawn four times as often.
         of_gradients: it holds for specs that ask for gradients.
         lengths: whether it holds for specs of dense sequences, of others, or of both.
+        of_caches: it holds for caches of e4m3 too, whose descales no property cuts or repeats.
     """
 
     check: Callable[[Trial], Complaint]
@@ -55,10 +56,13 @@ class Rule:
     is_rare: bool = False
     of_gradients: bool = False
     lengths: Literal["dense", "own", "any"] = "dense"
+    of_caches: bool = False
 
     def may_hold(self, spec: Spec, plan: KernelPlan) -> bool:
         """Whether it holds for a spec and its plan."""
         kind = "dense" if plan.lengths.are_dense else "own"
+        if plan.descales and not self.of_caches:
+            return False
         if self.lengths not in (kind, "any") or (self.of_gradients and not spec.gradients):
             return False
         return self.applies(plan, names_of(plan))
@@ -89,9 +93,9 @@ def _is_plain(plan: KernelPlan, names: Set[str]) -> bool:
 # batch is that of a slice, where a group of heads of Q shares one, where keys change their block of V, or where parts
 # of the keys or a large column have scales that the whole has not.
 RULES: dict[str, Rule] = {
-    "error": Rule(of_outputs.error, lengths="any"),
-    "repeat": Rule(of_outputs.repeat, lengths="any"),
-    "surroundings": Rule(of_outputs.surroundings, lengths="any"),
+    "error": Rule(of_outputs.error, lengths="any", of_caches=True),
+    "repeat": Rule(of_outputs.repeat, lengths="any", of_caches=True),
+    "surroundings": Rule(of_outputs.surroundings, lengths="any", of_caches=True),
     "hidden-keys": Rule(
         of_outputs.hidden_keys,
         lambda plan, names: shown_keys(plan.mask) is not None and not plan.scales,

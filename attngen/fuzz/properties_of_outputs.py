@@ -26,7 +26,7 @@ def error(trial: Trial) -> Complaint:
         return complaint
     if trial.case.kind != "integers" or trial.q.dtype == torch.float32:
         return None  # f32: a product by a reciprocal, and serial's normalising at each block, cost more than a unit
-    if trial.subject.plan.scales:
+    if trial.subject.plan.every_descale:
         return None  # an amax of 3 is 448 / 3 units, and no other integer is a number of e4m3 then
     if trial.subject.plan.has_score or trial.case.shape.cuts:
         return None  # the weights of plain scores alone are powers of two; sequences are dense calls (`sequences`)

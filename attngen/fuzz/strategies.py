@@ -22,7 +22,7 @@ from attngen.fuzz.draw_pairs import pair_texts
 from attngen.fuzz.properties import RULES
 from attngen.fuzz.states import STATES
 from attngen.lower import lower
-from attngen.plan import LETTERS, KernelPlan
+from attngen.plan import CACHE_SCALES, LETTERS, KernelPlan
 from attngen.plan.hardware_rules import MOST_WARPGROUPS
 from attngen.quantize import HADAMARD_DIMS, SCALE_KINDS
 from attngen.schedules import SCHEDULES, WARPGROUP_SCHEDULES
@@ -116,6 +116,13 @@ def _splits(block_n: int) -> SearchStrategy[object]:
     return st.sampled_from(("none", "none", "auto", {"keys": math.lcm(PART_STEP, block_n)}))
 
 
+def _caches(keys: str) -> SearchStrategy[dict[str, str]]:
+    """What `precision` says of a cache, for one spec in three."""
+    scales = [each for each in CACHE_SCALES if each != "per_page" or keys == "paged"]
+    in_e4m3 = st.sampled_from(("auto", *scales)).map(lambda kind: {"cache": "e4m3", "scales": kind})
+    return st.one_of(st.just({}), st.just({}), in_e4m3)
+
+
 @st.composite
 def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     """A spec for a target, one in four or all with a backward pass; its tiles may be too large for it.
@@ -155,11 +162,19 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     is_fa2 = kind == "fa2" and not gradients  # which alone knows pages, and parts
     cut = draw(draw_cuts.kinds(has_pages=is_fa2)) if is_cut else {}
     split = draw(_splits(block_n)) if is_fa2 and inputs != "e4m3" and is_cut else "none"
+    cache = {}
+    if (
+        is_cut
+        and is_fa2
+        and inputs in ("f16", "bf16")
+        and not (arch.has_mma_granularity and (qk % 16 or v % 16))
+    ):
+        cache = draw(_caches(cut.get("keys", "dense"))) if arch.converts_e4m3 else {}
     by_token = [LETTERS[axis] for axis in LETTERS if cut.get(axis) == "ragged"]
     data = {
         "target": target,
         "problem": {"head_dim": {"qk": qk, "v": v}, **cut},
-        "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else {})},
+        "precision": {"inputs": inputs, **(draw(_scales(qk)) if inputs == "e4m3" else cache)},
         **draw(pair_texts(may_be_huge=not gradients, by_token=by_token)),
         **draw(given_blocks(block_m, block_n)),
         **numbers,
@@ -218,7 +233,8 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     memories: tuple[Memory, ...] = tuple(
         memory
         for memory in MEMORIES
-        if memory != "far" or (shape.batch > 1 and plan.inputs.bits <= 16 and not shape.cuts)
+        if memory != "far"
+        or (shape.batch > 1 and plan.inputs.bits <= 16 and not (shape.cuts or plan.descales))
     )
     applicable = [name for name in rules if RULES[name].may_hold(spec, plan)]
     applicable += 3 * [name for name in applicable if RULES[name].is_rare]

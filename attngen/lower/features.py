@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from attngen.arch import Arch
-from attngen.dtypes import BF16, E4M3, F32, DType, dtype
+from attngen.dtypes import BF16, E4M3, F16, F32, DType, dtype
 from attngen.expr import (
     INDEX_NAMES,
     Declarations,
@@ -24,7 +24,7 @@ from attngen.expr import (
     tile_classes,
     without_blocks,
 )
-from attngen.plan import Axis, Lengths
+from attngen.plan import Axis, CacheScales, Lengths
 from attngen.quantize import ScaleKind
 from attngen.scaling import needs_no_maximum
 from attngen.schedules import WARPGROUP_SCHEDULES, Pairs
@@ -48,6 +48,7 @@ class Features:
         kind: the schedule that the spec names, or "auto".
         mask, score, declarations: the expressions, and all that they might read.
         scales: what shares a scale of e4m3 inputs; None for others.
+        cache: what shares a scale of K and V in a cache of e4m3, beside inputs of 16 bits; None for others.
         promotes: O of e4m3 inputs is added up in true f32 after each block of keys.
         hadamard_seed: of the matrix that Q and K are multiplied by; None where they are not.
         has_sink: a logit for each query head joins the sum of a row.
@@ -68,6 +69,7 @@ class Features:
     score: Expr
     declarations: Declarations
     scales: ScaleKind | None
+    cache: CacheScales | None
     promotes: bool
     hadamard_seed: int | None
     gradients: tuple[str, ...]
@@ -84,7 +86,9 @@ class Features:
         precision, dims = spec.precision, spec.problem.head_dim
         inputs = dtype(precision.inputs)
         natural = BF16 if inputs is E4M3 else inputs
-        scales: ScaleKind = "per_block" if precision.scales == "auto" else precision.scales
+        said: Any = precision.scales
+        scales: ScaleKind = "per_block" if said == "auto" else said
+        of_cache: CacheScales = "per_head" if said == "auto" else said
         promotes = (
             max(dims.qk, dims.v) <= COLUMNS_PROMOTED if precision.promote == "auto" else precision.promote
         )
@@ -103,6 +107,7 @@ class Features:
             score=spec.score_expr,
             declarations=spec.declarations,
             scales=scales if inputs is E4M3 else None,
+            cache=of_cache if precision.cache == "e4m3" else None,
             promotes=inputs is E4M3 and bool(promotes),
             hadamard_seed=precision.seed if precision.incoherent == "hadamard" else None,
             gradients=spec.gradients,
@@ -124,6 +129,16 @@ class Features:
     def blocks(self) -> tuple[int, int] | None:
         """Rows and keys of the blocks of which calls say which are kept; None where they do not."""
         return self.declarations.blocks
+
+    @property
+    def has_e4m3_cache(self) -> bool:
+        """K and V lie in a cache of e4m3, beside queries of 16 bits."""
+        return self.cache is not None
+
+    @property
+    def multiplied(self) -> DType:
+        """The format of what is multiplied: of e4m3 beside 16 bits f16, which has all of its numbers."""
+        return F16 if self.cache else self.inputs
 
     @property
     def is_paged(self) -> bool:
@@ -235,7 +250,9 @@ class Features:
     @cached_property
     def needs_maximum(self) -> bool:
         """Exponentials are taken relative to a maximum; bounded scores of 16 bits are exponents as they are."""
-        return self.scales is not None or not needs_no_maximum(self.pairs.magnitude, self.inputs.max_finite)
+        return self.scales is not None or not needs_no_maximum(
+            self.pairs.magnitude, self.multiplied.max_finite
+        )
 
     @property
     def loads(self) -> bool:

@@ -9,6 +9,7 @@ from attngen.arch import RESERVED_SMEM_BYTES, Arch
 from attngen.errors import PlanError
 from attngen.expr import definitions, to_text
 from attngen.lower import warpgroups
+from attngen.lower.cache_places import cache_params
 from attngen.lower.choice import AnyChoice, Choice, WarpgroupChoice
 from attngen.lower.decision import Decision
 from attngen.lower.declared_kernels import declared_gradient_plans, wrong_tables
@@ -114,7 +115,7 @@ def _schedule(features: Features) -> str:
     """The schedule the spec names, or the fastest that the target runs."""
     if features.kind != "auto":
         return features.kind
-    if features.is_paged:
+    if features.is_paged or features.cache:
         return SCHEDULE_OF_PAGES
     if features.splits or not features.arch.wgmma or not (features.arch.emits or features.scales):
         return "fa2"
@@ -124,7 +125,7 @@ def _schedule(features: Features) -> str:
 def _from_table(features: Features) -> tuple[KernelPlan, ...]:
     """The kernels that measurement says are best, the one for any length last, where the spec leaves all to `auto`."""
     arch = features.arch
-    is_measured = not (features.splits or features.is_paged)
+    is_measured = not (features.splits or features.is_paged or features.cache)
     if not is_measured or not arch.wgmma or not arch.emits or features.kind != "auto" or features.given:
         return ()
     *shorter, plan = (build(features, row.schedule, row.choice, row.up_to) for row in rows(features))
@@ -139,7 +140,8 @@ def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | Non
     masks = [name for name, definition in definitions().items() if definition is mask]
     mask_name = masks[0] if masks else "masked"
     sizes = f"d{head_dims[0]}" if head_dims[0] == head_dims[1] else f"d{head_dims[0]}x{head_dims[1]}"
-    name = f"attn_fwd_{arch.token}_{inputs.name}_{sizes}_{mask_name}_{schedule}_{features.digest[:8]}"
+    formats = f"{inputs.name}_e4m3" if features.cache else inputs.name
+    name = f"attn_fwd_{arch.token}_{formats}_{sizes}_{mask_name}_{schedule}_{features.digest[:8]}"
     name += f"_k{up_to}" if up_to else ""
     common: dict[str, Any] = dict(
         name=name,
@@ -176,7 +178,13 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     at, of_sink = places(choice, features, decided), sink_params() if decided.has_sink else ()
     scratch = (at.o_acc, at.saved_max, at.saved_sum) if schedule == "serial" else ()
     parts = at.parts.places if at.parts else ()
-    buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *((at.parts.shares,) if at.parts else ()))
+    of_cache = cache_params(at.cache) if at.cache else ()
+    buffers = (
+        *(at.q, at.k, at.v),
+        *((at.out,) if at.out else ()),
+        *(at.cache.buffers if at.cache else ()),
+        *((at.parts.shares,) if at.parts else ()),
+    )
     reg_tiles = (*at.reg_tiles, *((at.parts.joined,) if at.parts else ()))
     over_rows, over_keys = (1, choice.warps) if at.parts else (choice.warps, 1)
     smem_bytes = max(each.offset + each.size_bytes for each in buffers)
@@ -201,14 +209,20 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
                 choice.warps,
                 SCHEDULES[schedule](at),
                 reg_tiles,
-                at.softmax.vectors,
+                (*at.softmax.vectors, *(at.cache.vectors if at.cache else ())),
                 (at.read_at,) if at.parts else (at.load_at, at.read_at),
                 warpgroups=over_keys,
             ),
         ),
         buffers=buffers,
-        params=(*params(scratch, pair_params(decided.pairs, common, _SIZES)), *of_sink, *part_params(parts)),
+        params=(
+            *params(scratch, pair_params(decided.pairs, common, _SIZES)),
+            *of_sink,
+            *part_params(parts),
+            *of_cache,
+        ),
         smem_bytes=smem_bytes,
+        descales=(at.cache.k, at.cache.v) if at.cache else (),
     )
 
 

@@ -93,6 +93,7 @@ def wrong(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ..
     """What is refused of a spec before there is a plan; `spec` tells where it is written."""
     return (
         *_wrong_dtype(spec, features),
+        *_wrong_cache(spec, features),
         *_wrong_target(spec, features.arch, schedule),
         *_wrong_pages(spec, features, schedule),
         *_wrong_inputs(spec, features, schedule),
@@ -196,6 +197,25 @@ def _wrong_weight(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
             value=weights[path],
             note=f"at most {LARGEST_KERNEL:,} are compiled; a tensor can hold what differs by constants",
             nearest=(f"{LARGEST_KERNEL - total + weights[path]:,} instructions",),
+        ),
+    )
+
+
+def _wrong_cache(spec: Spec, features: Features) -> tuple[Diagnostic, ...]:
+    """A cache in e4m3 on a target that has no instruction to make f16 of it."""
+    arch = features.arch
+    if features.cache is None or arch.converts_e4m3:
+        return ()
+    able = ", ".join(known.name for known in ARCHS.values() if known.converts_e4m3)
+    return (
+        Diagnostic(
+            message=f"precision.cache = e4m3 is not to be had on {arch.name}",
+            rule="cache-target",
+            location=spec.locate("precision.cache"),
+            path="precision.cache",
+            value="e4m3",
+            note=f"it has no instruction that makes f16 of e4m3; {able} do",
+            nearest=("auto",),
         ),
     )
 

@@ -1,9 +1,11 @@
 """Tiles, storage and the parameters of a kernel: from a choice of numbers to places."""
 
+from dataclasses import replace
 from typing import Any
 
-from attngen.dtypes import F32, DType
+from attngen.dtypes import E4M3, F32, DType
 from attngen.expr import Expr
+from attngen.lower.cache_places import cache_scales
 from attngen.lower.choice import Choice
 from attngen.lower.decision import Decision
 from attngen.lower.features import Features
@@ -97,18 +99,25 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     qk_cols, v_cols = (round_up(dim, arch.mma.k) for dim in (qk, v))
     m, n, stages = choice.block_m, choice.block_n, choice.stages
     over_keys = choice.warps if features.splits else 1
-    q_buffer = Buffer("q", inputs, ROWS_OF_Q, m, qk_cols, qk)
-    k_buffer = Buffer("k", inputs, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
-    v_buffer = Buffer("v", inputs, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
+    q_buffer = Buffer("q", features.multiplied, ROWS_OF_Q, m, qk_cols, qk)
+    stored = E4M3 if features.cache else inputs
+    k_buffer = Buffer("k", stored, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
+    v_buffer = Buffer("v", stored, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     acc_o = RegTile("acc_o", F32, ROWS_OF_O, m * over_keys, v_cols, v, "accumulator")
     parts = _key_parts(acc_o, over_keys, decided, features) if features.splits else None
     stages_out = is_staged(inputs, output) and not parts
     out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if stages_out else None
     packs = features.packs_group
+    of_tile = tile_places(
+        q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs, over_keys=over_keys
+    )
+    if cache := cache_scales(features, decided, choice, v_buffer.offset + v_buffer.size_bytes):
+        scores = replace(of_tile["scores"], cache=cache)
+        of_tile |= {"scores": scores, "softmax": replace(of_tile["softmax"], scores=scores)}
+        of_tile |= {"q_in": replace(of_tile["q_in"], dtype=inputs)}
+        of_tile |= {name: replace(of_tile[name], dtype=stored) for name in ("k_in", "v_in")}
     return Places(
-        **tile_places(
-            q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs, over_keys=over_keys
-        ),
+        **of_tile,
         stages=stages,
         score_unroll=choice.score_unroll,
         load_at=Cursor("load_at", stages),

@@ -16,6 +16,7 @@ from attngen.plan.block_map import (
     MORE_BLOCK_LISTS,
     MapBlocks,
 )
+from attngen.plan.cache_descales import CACHE_SCALES, CacheDescales, CacheScales
 from attngen.plan.call import (
     COUNTER,
     GRADIENTS_INTAKE,
@@ -182,6 +183,9 @@ __all__ = [
     "OPERANDS",
     "GRADIENTS_INTAKE",
     "OPERANDS_INTAKE",
+    "CACHE_SCALES",
+    "CacheDescales",
+    "CacheScales",
     "Call",
     "Cursor",
     "Descales",

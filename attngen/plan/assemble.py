@@ -181,7 +181,7 @@ def _intakes(plan: KernelPlan) -> Iterator[Intake]:
         for source in SOURCES:
             yield Intake(source, tuple(source_of(name, source) for name in TENSORS))
         yield Intake("e4m3", ("q", "k", VALUE_ROWS, *DESCALES))
-    descales = tuple(descale.name for descale in plan.scales)
+    descales = tuple(descale.name for descale in plan.every_descale)
     yield Intake(OPERANDS_INTAKE if plan.scales else plan.inputs.name, (*TENSORS, *descales))
 
 
@@ -207,7 +207,7 @@ def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
     reads = (
         *(tensor.name for tensor in kernel.reads),
         *(rows.name for rows in kernel.read_rows),
-        *(descale.name for descale in kernel.scales),
+        *(descale.name for descale in kernel.every_descale),
         *(f"tensor.{name}" for name in kernel.declarations.tensors),
         *kernel.table_values.values(),
         *((kernel.tile_list,) if kernel.scheduler.is_listed else ()),
@@ -299,6 +299,9 @@ def _values(programs: list[KernelPlan]) -> Iterator[Value]:
     for descale in plan.scales:
         shape, shared = _descale_shape(descale), quantizer is not None and quantizer.scales == "per_tensor"
         yield Value(descale.name, F32.name, shape, made, descale.name, shared=shared)
+    for of_cache in plan.descales:
+        is_one = not of_cache.is_by_key
+        yield Value(of_cache.name, F32.name, of_cache.shape, "given", of_cache.name, shared=is_one)
     for length in plan.lengths.arguments:  # before what is declared: a list of tiles is made of these alone
         shape = (total("batch", 1) if length.is_cumulative else "batch",)
         yield Value(length.name, "i32", shape, "given", length.name, optional=length.is_optional)

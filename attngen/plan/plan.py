@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attngen.arch import Arch
-from attngen.dtypes import BF16, E4M3, DType
+from attngen.dtypes import BF16, E4M3, F16, DType
 from attngen.errors import InternalError
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, name
+from attngen.plan.cache_descales import CacheDescales
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
 from attngen.plan.lengths import DENSE, LETTERS, Lengths
@@ -127,6 +128,7 @@ class KernelPlan:
         up_to: most keys of the calls that it takes; None for any.
         scales: of e4m3 Q, K and V; empty for others.
         quantizer: how their operands are made of 16-bit tensors; None for others.
+        descales: of K and V in a cache of e4m3 beside Q of 16 bits; empty for others.
         params: fields of the struct that the kernel takes by value.
         lengths: of the sequences of its calls.
         split: how the keys of a tile are cut into parts; None where they are not.
@@ -176,6 +178,17 @@ class KernelPlan:
     lengths: Lengths = DENSE
     split: Split | None = None
     parts: tuple[PartRows, ...] = ()
+    descales: tuple[CacheDescales, ...] = ()
+
+    @property
+    def every_descale(self) -> tuple[Descales | CacheDescales, ...]:
+        """Of 8-bit inputs, or of a cache."""
+        return (*self.scales, *self.descales)
+
+    @property
+    def multiplied(self) -> DType:
+        """The format of what matrix instructions take."""
+        return F16 if self.descales else self.inputs
 
     @property
     def shares_keys(self) -> bool:

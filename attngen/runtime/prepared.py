@@ -272,7 +272,7 @@ def explain_launch(manifest: Manifest, given: Given, num_sms: int | None = None)
     Raises:
         ArgumentError: the grid would be larger than CUDA allows, or the tiles more than a kernel can count.
     """
-    known = [*(value.name for value in manifest.declared), BLOCK_MAP]
+    known = [*(value.name for value in manifest.declared), *given.intake.beside, BLOCK_MAP]
     bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms, known=known)
     workspace_bytes = {name: made.size_bytes for name, made in bound.made.items() if name != "out"}
     return tuple(

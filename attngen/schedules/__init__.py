@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from attngen.plan import Program
+from attngen.schedules.cache_scales import CacheScales, StagedDescales
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.key_parts import KeyParts
@@ -27,6 +28,7 @@ WARPGROUP_SCHEDULES: dict[str, Callable[[WarpgroupPlaces], dict[str, Program]]] 
 __all__ = [
     "SCHEDULES",
     "WARPGROUP_SCHEDULES",
+    "CacheScales",
     "KeyLoop",
     "KeyParts",
     "OnlineSoftmax",
@@ -36,6 +38,7 @@ __all__ = [
     "RingCursors",
     "Scales",
     "Scores",
+    "StagedDescales",
     "TilePlaces",
     "WarpgroupPlaces",
 ]

@@ -39,13 +39,16 @@ def fa2(at: Places) -> Program:
                 Clear(at.acc_o),
                 *at.softmax.start_maximum,
                 Clear(at.softmax.row_sum),
+                *(at.cache.start if at.cache else ()),
                 *at.keys.start(LOAD, VISIT),
                 at.keys.when_first(
                     (
                         LoadTile(at.q.at(), at.q_in, M_BLOCK, pads=True),
                         *prologue,
+                        *(at.cache.fit(at.q.at()) if at.cache else ()),
                         *at.scores.orient(at.q.at(), before=(WaitCopies(0), SyncThreads())),
                         *at.keys.for_all_blocks(block),
+                        *(at.cache.settle(at.acc_o) if at.cache else ()),
                     ),
                     LOAD,
                 ),
@@ -74,14 +77,14 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
     """One stage, as FlashAttention-2: V[n] arrives under S = Q K, K[n - 1] under the softmax and P V."""
 
     def load_k(block: BlockIndex) -> Program:
-        return (LoadTile(at.k.at(), at.k_in, block, pads=False),)
+        return at.load_k(at.load_at, block, pads=False)
 
     def block(at_block: KeyBlock) -> Program:
         n = at_block.n
         return (
             WaitCopies(0),
             SyncThreads(),
-            LoadTile(at.v.at(), at.v_in, n, at_block.may_be_last),
+            *at.load_v(at.load_at, n, at_block.may_be_last),
             CommitCopies(),
             *(_zero_hidden(at, at_block, at.k.at()) if at.votes_on_products else ()),
             Note("S = Q Kᵀ"),
@@ -97,7 +100,7 @@ def _single_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]
             Gemm(at.acc_o, at.softmax.p, at.v.at(), starts_at_zero=False),
         )
 
-    return (LoadTile(at.k.at(), at.k_in, at.keys.first_to_load, pads=True), CommitCopies()), block
+    return (*at.load_k(at.load_at, at.keys.first_to_load, pads=True), CommitCopies()), block
 
 
 def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]:
@@ -106,10 +109,7 @@ def _multi_buffered(at: Places) -> tuple[Program, Callable[[KeyBlock], Program]]
     k, v = at.k.at(at.read_at), at.v.at(at.read_at)
 
     def load(block: BlockIndex, pads: bool = False) -> Program:
-        return (
-            LoadTile(at.k.at(at.load_at), at.k_in, block, pads),
-            LoadTile(at.v.at(at.load_at), at.v_in, block, pads),
-        )
+        return (*at.load_k(at.load_at, block, pads), *at.load_v(at.load_at, block, pads))
 
     prologue: Program = (*load(at.keys.first_to_load, pads=True), CommitCopies(), Advance(at.load_at))
     for i in range(1, ahead):

@@ -117,6 +117,7 @@ class OnlineSoftmax:
             Note("online softmax"),
             *self.update_maximum,
             *self.exponentiate,
+            *(self.scores.cache.weigh(self.scores.acc_s, o) if self.scores.cache else ()),
             *self.rescale(o, votes),
             self.convert,
         )

@@ -16,6 +16,7 @@ from attngen.plan.steps import (
     When,
     WhenBlock,
 )
+from attngen.schedules.cache_scales import CacheScales
 from attngen.schedules.key_loop import N_MIN, KeyBlock
 from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
@@ -31,6 +32,7 @@ class Scores:
         ahead: lookups of the score that are loaded before the product, and the registers for them.
         by_tanh: that of the pairs, where scores are computed so.
         scales: of 8-bit operands; None for others.
+        cache: of K and V in a cache of e4m3 that are multiplied as f16; None for others.
     """
 
     acc_s: RegTile
@@ -38,6 +40,7 @@ class Scores:
     ahead: tuple[tuple[Expr, RegTile], ...] = ()
     by_tanh: ByTanh | None = None
     scales: Scales | None = None
+    cache: CacheScales | None = None
 
     @property
     def starts_at_zero(self) -> bool:
@@ -82,7 +85,8 @@ class Scores:
 
     def finish(self, block: KeyBlock) -> Program:
         """Scores as the spec wants them, those of invisible keys at -inf."""
-        return (*self._modify(block), *self._mask(block))
+        scaled = self.cache.scale(self.acc_s) if self.cache else ()
+        return (*scaled, *self._modify(block), *self._mask(block))
 
     @property
     def _walks(self) -> bool:

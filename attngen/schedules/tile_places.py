@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Tensor, View
-from attngen.plan.steps import StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
+from attngen.plan.steps import LoadTile, StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
+from attngen.schedules.cache_scales import CacheScales
 from attngen.schedules.key_loop import KeyLoop
 from attngen.schedules.key_parts import KeyParts
 from attngen.schedules.online_softmax import OnlineSoftmax
@@ -36,6 +37,11 @@ class TilePlaces:
     v_in: Tensor
     result: Tensor
     lse: Rows
+
+    @property
+    def cache(self) -> CacheScales | None:
+        """What is done for a cache of e4m3; None where there is none."""
+        return self.scores.cache
 
     @property
     def votes_on_products(self) -> bool:
@@ -74,6 +80,24 @@ class Places(TilePlaces):
     saved_max: Rows
     saved_sum: Rows
     parts: KeyParts | None = None
+
+    def load_k(self, stage: Cursor, block: BlockIndex, pads: bool) -> Program:
+        """Start copying a block of K to a stage, with what belongs to it; `pads` as of `LoadTile`."""
+        return (
+            LoadTile(self._own(self.k, stage), self.k_in, block, pads),
+            *(self.cache.load_k(stage, block) if self.cache else ()),
+        )
+
+    def load_v(self, stage: Cursor, block: BlockIndex, pads: bool) -> Program:
+        """Start copying a block of V, likewise."""
+        return (
+            LoadTile(self._own(self.v, stage), self.v_in, block, pads),
+            *(self.cache.load_v(stage, block) if self.cache else ()),
+        )
+
+    def _own(self, buffer: Buffer, stage: Cursor) -> View:
+        """The keys of a stage that a program copies: where warps share them out, those of the warp."""
+        return buffer.at(stage).own if self.parts else buffer.at(stage)
 
     def store_result(self, block: BlockIndex) -> Program:
         """Bring O of a block to device memory."""

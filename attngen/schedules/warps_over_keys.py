@@ -38,6 +38,7 @@ def warps_over_keys(at: Places, parts: KeyParts) -> Program:
                 Clear(at.acc_o),
                 *at.softmax.start_maximum,
                 Clear(at.softmax.row_sum),
+                *(at.cache.start if at.cache else ()),
                 *at.keys.start(LOAD, VISIT),
                 at.keys.when_first(_visit_all(at), LOAD),
                 Note("what the keys of all warps have come to"),
@@ -68,7 +69,7 @@ def _visit_all(at: Places) -> Program:
     k, v = at.k.at(at.read_at).own, at.v.at(at.read_at).own
 
     def load(block: BlockIndex) -> Program:
-        return (LoadTile(k, at.k_in, block, pads=True), LoadTile(v, at.v_in, block, pads=True))
+        return (*at.load_k(at.read_at, block, pads=True), *at.load_v(at.read_at, block, pads=True))
 
     def block(at_block: KeyBlock) -> Program:
         zeros = at.zero_hidden(at_block.n, *((k, v) if at.votes_on_products else (v,)))
@@ -93,11 +94,14 @@ def _visit_all(at: Places) -> Program:
     prologue += (*load(at.keys.first_to_load), CommitCopies(), Advance(at.read_at))
     for i in range(1, at.stages):
         prologue += (at.keys.when_ahead(N_MAX - 1 - i, load), CommitCopies(), Advance(at.read_at))
+    fitted = (SyncThreads(), at.cache.fitted(at.q.at())) if at.cache and at.cache.fits_q else ()
     oriented = at.scores.orient(at.q.at(), before=(SyncWarp(),))
     return (
         *prologue,
         WaitCopies(at.stages),
+        *fitted,
         *((When("first warp", oriented),) if oriented else ()),
         SyncThreads(),
         *at.keys.for_all_blocks(block),
+        *(at.cache.settle(at.acc_o) if at.cache else ()),
     )

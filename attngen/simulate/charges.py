@@ -18,11 +18,13 @@ from attngen.plan.steps import (
     DrawTile,
     Exponentiate,
     FinishRows,
+    FitRows,
     Gemm,
     HidePairs,
     IssueGemm,
     JoinShares,
     LeaveShare,
+    LoadDescales,
     LoadRegisters,
     LoadTile,
     LookUp,
@@ -30,10 +32,12 @@ from attngen.plan.steps import (
     MaskScoresEach,
     ModifyScores,
     NegateTile,
+    OrderColumns,
     Promote,
     RecoverP,
     ReduceRows,
     RowMax,
+    ScaleColumns,
     ScaleGradient,
     ScaleKeys,
     ScaleRows,
@@ -107,7 +111,9 @@ _OPERAND: dict[type[Step], str] = {
     Exponentiate: "s",
     ConvertP: "s",
     ScaleRows: "o",
+    OrderColumns: "o",
     ScaleKeys: "s",
+    ScaleColumns: "s",
     Promote: "o",
     ReduceRows: "part",
     FinishRows: "row_sum",
@@ -172,7 +178,7 @@ def _score_gradient(units: Units, step: ScoreGradient, role: RoleRun) -> Paid:
 # ---- GEMMs ----------------------------------------------------------------------------------------------------------
 def _gemm_cycles(units: Units, step: Any, role: RoleRun) -> float:
     flops: int = 2 * _elements(step.acc, role) * depth_of(step, role)
-    bits: int = step.b.buffer.dtype.bits
+    bits: int = max(step.b.buffer.dtype.bits, 16 if isinstance(step, Gemm) else 0)  # e4m3 becomes f16
     return flops * bits / (16 * units.costs.flops_of_16_bit)
 
 
@@ -210,9 +216,10 @@ def _tma_load_rows(units: Units, step: TmaLoadRows, role: RoleRun) -> Paid:
     return now(role) + units.costs.copy_issue
 
 
-def _load_tile(units: Units, step: LoadTile, role: RoleRun) -> Paid:
+def _load_tile(units: Units, step: LoadTile | LoadDescales, role: RoleRun) -> Paid:
     size_bytes = step.dst.buffer.stage_bytes // (role.warpgroups if step.dst.own_rows else 1)
-    slots = size_bytes / 16 * units.costs.chunk_slots
+    chunks = size_bytes / (16 if isinstance(step, LoadTile) else 4)
+    slots = chunks * units.costs.chunk_slots
     cycles = slots / (units.costs.lanes * _scheduler_share(role))
     yield from units.queue_in_slices({"arithmetic": cycles}, step, role)
     yield when_due(role)
@@ -253,11 +260,11 @@ def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
 # ---- loads and stores of the threads --------------------------------------------------------------------------------
 def _write_shared(
     units: Units,
-    step: StageTile | NegateTile | StageTransposed | StageSums | ClearTile | LeaveShare,
+    step: StageTile | NegateTile | StageTransposed | StageSums | ClearTile | LeaveShare | FitRows,
     role: RoleRun,
 ) -> int:
     """Shared memory has no lane of its own."""
-    view = step.tile if isinstance(step, NegateTile) else step.dst
+    view = step.tile if isinstance(step, NegateTile | FitRows) else step.dst
     share = role.warpgroups if view.own_rows else 1
     cycles = math.ceil(view.buffer.stage_bytes / share / units.costs.shared_bytes)
     return now(role) + cycles + units.costs.step_latency
@@ -324,7 +331,7 @@ CHARGES: dict[type[Step], Charge] = {
     Gemm: _synchronous_gemm,
     **dict.fromkeys(MEETINGS, _meet),
     **dict.fromkeys(
-        (StageTile, NegateTile, StageTransposed, StageSums, ClearTile, LeaveShare), _write_shared
+        (StageTile, NegateTile, StageTransposed, StageSums, ClearTile, LeaveShare, FitRows), _write_shared
     ),
     JoinShares: _join_shares,
     **dict.fromkeys((LoadRegisters, StoreRegisters, StoreColumns), _registers),
@@ -334,7 +341,7 @@ CHARGES: dict[type[Step], Charge] = {
     WaitGemm: _wait_gemm,
     TmaLoad: _tma_load,
     TmaLoadRows: _tma_load_rows,
-    LoadTile: _load_tile,
+    **dict.fromkeys((LoadTile, LoadDescales), _load_tile),
     CommitCopies: _commit_copies,
     WaitCopies: _wait_copies,
     **dict.fromkeys((TmaStore, TmaStoreOwn), _tma_store),

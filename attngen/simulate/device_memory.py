@@ -12,6 +12,7 @@ from attngen.plan import (
     SINK_VALUES,
     Axis,
     BlockTables,
+    CacheDescales,
     KernelPlan,
     Lengths,
     PairMatrix,
@@ -137,6 +138,23 @@ class DeviceMemory:
         else:
             rows = self.tensors[place.name][:, :, start : start + (shape[0] if past_end else valid)]
         return _filled(rows[batch, heads].float(), shape)  # of these rows alone: to pick heads is to copy
+
+    def read_descales(self, of: CacheDescales, tile: Tile, first: int, keys: int) -> torch.Tensor:
+        """The descales of keys first, first + 1, ... of a tile's heads, (members, keys), f32; 0 past the end."""
+        start, length = tile.sequence("keys")
+        valid = max(0, min(keys, length - first))
+        if self.traffic:
+            self.traffic.count_read(of.name, 4 * len(tile.members) * valid)
+        if not self.holds_values:
+            return NOTHING
+        batch, _, head = (column.unsqueeze(1) for column in tile.columns)
+        stored: tuple[torch.Tensor, ...] = (batch, torch.arange(start + first, start + first + valid))
+        if self._pages is not None:
+            stored = self._pages.places(tile, first, valid)
+        if of.scales == "per_page" or self._lengths.is_by_token("keys"):
+            stored = stored[:1] if of.scales == "per_page" else stored[1:]
+        found = self.tensors[of.name][(*stored, head)]
+        return _filled(found.expand(len(tile.members), valid), (keys,))
 
     def write(
         self,
@@ -310,7 +328,7 @@ def by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor])
     def batched(x: torch.Tensor, axis: Axis) -> torch.Tensor:
         return x.unsqueeze(0) if plan.lengths.is_by_token(axis) else x
 
-    found = {scale.name: values[scale.name] for scale in plan.scales}
+    found = {scale.name: values[scale.name] for scale in plan.every_descale}
     if plan.has_sink:
         (found[SINK],) = (values[name] for name in SINK_VALUES if name in values)
     rows = (*plan.read_rows, *plan.scratch, *plan.parts, *plan.writes)

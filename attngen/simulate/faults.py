@@ -14,6 +14,7 @@ Rule = Literal[
     "never written",
     "never reset",
     "partial sum",
+    "another format",
     "not once",
     "undefined index",
     "wrong grid",

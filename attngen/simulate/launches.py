@@ -23,6 +23,7 @@ from attngen.plan import (
     evaluate_formula,
 )
 from attngen.simulate import (
+    simulated_cache,
     simulated_control,
     simulated_copies,
     simulated_declared,
@@ -59,6 +60,7 @@ _STEP_MODULES = (
     simulated_softmax,
     simulated_shares,
     simulated_scales,
+    simulated_cache,
 )
 
 

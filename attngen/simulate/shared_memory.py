@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from attngen.dtypes import DType
 from attngen.plan import PANEL_BYTES, Buffer, Program, Ring, walk
 from attngen.plan.places import View
 from attngen.simulate.barriers import stage_name
@@ -36,6 +37,7 @@ class Cell:
         source: what the last copy took; None of what threads stored.
         queries: of a tile of pairs that threads stored, or of products of such tiles, those that they are for.
         made_of: what a product is made of that threads stored, with how often it counts.
+        copied_as: the format of what the last copy took, where that is another than the buffer's.
         in_flight: whether a copy into it has been started and has not landed.
         is_stored: whether ordinary stores wrote the values.
         fence: when the stores were fenced, if they were.
@@ -51,6 +53,7 @@ class Cell:
         self.source: Source | None = None
         self.queries: set[Source | None] = set()
         self.made_of: Counter[Source | None] = Counter()
+        self.copied_as: DType | None = None
         self.in_flight = False
         self.is_stored = False
         self.fence: Stamp | None = None
@@ -159,7 +162,7 @@ class Cell:
     def take(self) -> None:
         """Make the bytes this cell's own: from now on nobody may count on what they held."""
         for cell in (self, *self.rivals):
-            cell.values = cell.source = None
+            cell.values = cell.source = cell.copied_as = None
             cell._lost_to = "" if cell is self else self.name
 
     def fill(self, values: torch.Tensor | int, stamp: Stamp, is_stored: bool = False) -> None:

@@ -59,6 +59,9 @@ def load_tile(step: LoadTile, role: RoleRun) -> None:
     values = role.device.read(step.src, role.tile, first + own.start, (len(own), buffer.cols))
     source = Source.of(step.src, role.tile, role.index(step.block))
     role.started += role.start_copy(step.dst, values, valid, source)
+    if step.src.dtype is not buffer.dtype:
+        for cell in role.cells(step.dst):
+            cell.copied_as = step.src.dtype
 
 
 def tma_load(step: TmaLoad, role: RoleRun) -> None:

@@ -11,10 +11,18 @@ from attngen.plan import LENGTHS, Axis, RegTile, View
 from attngen.plan.steps import Gemm, IssueGemm, KeepColumns, Product, WaitGemm
 from attngen.simulate.contributions import add_contribution
 from attngen.simulate.roles import RoleRun
+from attngen.simulate.simulated_cache import even_columns_first
 
 
 def gemm(step: Gemm, role: RoleRun) -> None:
     """Compute acc = A B or acc += A B, accumulated in f32 from operands of the input type."""
+    for view in (place for place in (step.a, step.b) if isinstance(place, View)):
+        for cell in role.cells(view):
+            if cell.copied_as is not None:
+                message = (
+                    f"{cell.name} is multiplied as {view.buffer.dtype.name}, and holds {cell.copied_as.name}"
+                )
+                raise role.fault("another format", message, cell.name)
     a = role.read(step.a) if isinstance(step.a, RegTile) else role.read_shared(step.a)
     _multiply(step, a, role.read_shared(step.b), role)
 
@@ -47,7 +55,10 @@ def _multiply(step: Product, a: torch.Tensor, b: torch.Tensor, role: RoleRun) ->
         rows = a.transpose(1, 2) if step.a_is_transposed else a
         if rows.shape[1] > len(own_rows):  # A of all warpgroups
             rows = rows[:, own_rows.start : own_rows.stop]
-        return torch.bmm(rows, (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns])
+        values = (b.transpose(1, 2) if step.b_is_transposed else b)[..., columns]
+        if isinstance(step, Gemm) and step.leaves_even_columns_first:
+            values = values[..., even_columns_first(values.shape[-1])]
+        return torch.bmm(rows, values)
 
     if step.starts_at_zero:
         role.write(step.acc, product)

@@ -135,8 +135,9 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
         rows_loaded += rows if blocks or loads_q_anyway else 0
         rows_visits += rows * blocks
         keys_visits += keys
-    dims, element, f32 = plan.head_dim_qk + plan.head_dim_v, plan.inputs.bytes, 4
-    qk_row, v_row, o_row = plan.head_dim_qk * element, plan.head_dim_v * element, plan.head_dim_v * f32
+    dims, f32 = plan.head_dim_qk + plan.head_dim_v, 4
+    q_row, k_row, v_row = (tensor.cols * tensor.dtype.bytes for tensor in plan.reads)
+    o_row = plan.head_dim_v * f32
     traffic.flops = 2 * pairs * plan.block_m * plan.block_n * (plan.qk_cols + plan.v_cols)
     traffic.useful_flops = 2 * rows_times_keys * dims
     if member.parts > 1:
@@ -147,7 +148,7 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
             traffic.written["lse"] = rows_of_head * f32
     if plan.schedule == "serial":
         # K and V once; Q, O and the row statistics at every visit, the sum twice (it rescales O too).
-        traffic.read = {"k": seqlen_k * qk_row, "v": seqlen_k * v_row, "q": rows_visits * qk_row}
+        traffic.read = {"k": seqlen_k * k_row, "v": seqlen_k * v_row, "q": rows_visits * q_row}
         traffic.read |= {
             "o_acc": (rows_visits + rows_of_head) * o_row,
             "saved_max": (rows_visits + rows_of_head) * f32,
@@ -157,7 +158,8 @@ def _of_head(plan: KernelPlan, sizes: Sizes, member: Member, return_lse: bool) -
         traffic.written |= {name: (rows_visits + rows_of_head) * f32 for name in ("saved_max", "saved_sum")}
     else:
         # Q once; K and V once for every block of rows that sees them.
-        traffic.read = {"q": rows_loaded * qk_row, "k": keys_visits * qk_row, "v": keys_visits * v_row}
+        traffic.read = {"q": rows_loaded * q_row, "k": keys_visits * k_row, "v": keys_visits * v_row}
+        traffic.read |= {each.name: keys_visits * f32 for each in plan.descales if each.is_by_key}
     return traffic
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from attngen.expr import SINK, Scalar, TensorType, free_names, gradient_sites, nodes, tensor_names
+from attngen.spec.broken import Broken
 from attngen.spec.models import INPUTS
-from attngen.spec.rules import Broken
 from attngen.spec.spec import Spec
 
 

@@ -249,16 +249,19 @@ class Precision(_Model):
         Literal["f16", "bf16", "e4m3", "f32"], _one_of("known-formats", "f16", "bf16", "e4m3", "f32")
     ] = "bf16"
     """Of Q, K and V, and of P; f32 on the simulator only."""
+    cache: Annotated[Literal["auto", "e4m3"], _one_of("known-formats", "auto", "e4m3")] = "auto"
+    """Of K and V, where it is not that of the inputs: e4m3 beside bf16 or f16 queries, multiplied as f16."""
     output: Annotated[
         Literal["auto", "f16", "bf16", "f32"], _one_of("known-formats", "auto", "f16", "bf16", "f32")
     ] = "auto"
     """Of the output; auto is that of the inputs, bf16 for e4m3."""
     scales: Annotated[
-        Literal["auto", "per_tensor", "per_head", "per_block", "per_token"],
-        _one_of("known-scales", "auto", "per_tensor", "per_head", "per_block", "per_token"),
+        Literal["auto", "per_tensor", "per_head", "per_block", "per_token", "per_page"],
+        _one_of("known-scales", "auto", "per_tensor", "per_head", "per_block", "per_token", "per_page"),
     ] = "auto"
     """What shares a scale of e4m3 inputs: all of a tensor, a head of K and V, 64 rows of Q and 128 of K and V, or each
-    row of Q and K; auto is per_block."""
+    row of Q and K; auto is per_block. Of an e4m3 cache: all of a tensor, a head, each key of a head, or a page of it;
+    auto is per_head."""
     incoherent: Annotated[Literal["none", "hadamard"], _one_of("known-transforms", "none", "hadamard")] = (
         "none"
     )

@@ -7,13 +7,14 @@ stand in one report; a value of the wrong type is the schema's fault to tell.
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 from attngen.arch import ARCHS
 from attngen.expr import SINK
 from attngen.quantize import HADAMARD_DIMS
+from attngen.spec.broken import Broken
+from attngen.spec.cache_rules import check_cache
 from attngen.spec.models import INPUTS, Precision
 
 _GPU_HEAD_DIMS = range(32, 257, 8)
@@ -25,29 +26,6 @@ _OF_E4M3 = ("scales", "incoherent", "seed", "promote")
 """The fields of `precision` that mean something to e4m3 inputs alone."""
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A rule that a value breaks.
-
-    Attributes:
-        path: dotted path of the value.
-        value: the value.
-        must: what it must be.
-        rule: name of the rule.
-        note: the reason.
-        nearest: the valid values closest to it.
-        is_missing: there is no value at the path, and there must be one.
-    """
-
-    path: str
-    value: object
-    must: str
-    rule: str
-    note: str
-    nearest: tuple[str, ...]
-    is_missing: bool = False
-
-
 def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     """Every rule that the data of a spec breaks."""
     problem, precision = data.get("problem"), data.get("precision")
@@ -55,6 +33,7 @@ def check_rules(data: dict[str, Any]) -> Iterator[Broken]:
     said = _said(precision)
     yield from _head_dims(head_dim, _legal_of(data))
     yield from _fields_of_e4m3(said, head_dim)
+    yield from check_cache(data, said)
     yield from _gradients(data, said["inputs"], said["output"])
     yield from _lengths(data, problem if isinstance(problem, dict) else {})
     yield from _split(data, said["inputs"])
@@ -67,7 +46,9 @@ def nearest_head_dims(data: dict[str, Any], dim: int) -> tuple[str, ...]:
 
 
 def _legal_of(data: dict[str, Any]) -> range:
-    return legal_head_dims(data.get("target", "auto"), _said(data.get("precision"))["inputs"])
+    said = _said(data.get("precision"))
+    formats = (said["inputs"], said["cache"])
+    return legal_head_dims(data.get("target", "auto"), "e4m3" if "e4m3" in formats else said["inputs"])
 
 
 def _said(precision: object) -> dict[str, Any]:
@@ -106,14 +87,15 @@ def _head_dims(head_dim: object, legal: range) -> Iterator[Broken]:
 
 def _fields_of_e4m3(said: dict[str, Any], head_dim: object) -> Iterator[Broken]:
     inputs, incoherent, promote = said["inputs"], said["incoherent"], said["promote"]
+    of_cache = ("scales",) if said["cache"] == "e4m3" else ()
     for field in _OF_E4M3 if inputs != "e4m3" else ():
-        if said[field] != _PRECISION[field]:
+        if said[field] != _PRECISION[field] and field not in of_cache:
             yield Broken(
                 path=f"precision.{field}",
                 value=said[field],
                 must=f"means nothing to {inputs}",
                 rule="precision-field",
-                note="it is for inputs: e4m3",
+                note="it is for inputs: e4m3" + (", and for cache: e4m3" if field == "scales" else ""),
                 nearest=(str(_PRECISION[field]),),
             )
     if inputs != "e4m3":

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from attngen.expr import LARGEST_LENGTH
-from attngen.spec.rules import Broken, is_positive
+from attngen.spec.broken import Broken
+from attngen.spec.rules import is_positive
 
 _LETTERS = {"queries": "q", "keys": "k"}
 _EXAMPLE = "[5, 0, 130]"

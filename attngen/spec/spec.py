@@ -164,7 +164,10 @@ class Spec:
                 del data["problem"][axis]
         data["problem"]["direction"] = "forward"  # so that digests stay what they were when this was a key
         if self.precision.inputs != "e4m3":  # whose fields these are
-            data["precision"] = {name: data["precision"][name] for name in ("inputs", "output")}
+            of_cache = ("cache", "scales") if self.precision.cache == "e4m3" else ()
+            data["precision"] = {name: data["precision"][name] for name in ("inputs", "output", *of_cache)}
+        else:
+            del data["precision"]["cache"]
         if self.scalars:
             data["scalars"] = [astuple(scalar) for scalar in self.declarations.scalars.values()]
         if self.tensors:

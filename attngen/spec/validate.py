@@ -12,10 +12,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from attngen.errors import MAX_TOLD, Diagnostic, ExpressionError, Location, SpecError, SpecWarning
+from attngen.spec.broken import Broken
 from attngen.spec.document import Document
 from attngen.spec.gradient_rules import check_declared_gradients
 from attngen.spec.models import Expects, SpecModel
-from attngen.spec.rules import Broken, check_rules, nearest_head_dims
+from attngen.spec.rules import check_rules, nearest_head_dims
 from attngen.spec.shape_rules import check_shapes
 from attngen.spec.spec import Spec
 from attngen.spec.texts import Expressions

@@ -69,6 +69,13 @@ def test_every_case_counts_for_some_spec() -> None:
     others = (
         *(("simulator", 64, "full", "score", {}, split) for split in ("none", "auto")),
         *(("sm_90a", dim, "full", "score", {}, "auto") for dim in (64, 128, 256)),
+        *(
+            ("sm_90a", dim, mask, "score", {"cache": "e4m3", "scales": scales}, split)
+            for dim in (64, 128)
+            for mask in ("full", "window(9, 0)")
+            for scales in ("per_head", "per_token")
+            for split in ("none", "auto")
+        ),
     )
     for target, dim, mask, score, precision, split in (*others, *cases):
         text = mask + score

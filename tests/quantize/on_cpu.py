@@ -7,7 +7,9 @@ import ctypes
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from attngen.arch import ARCHS
@@ -17,7 +19,7 @@ _SHIM = Path(__file__).with_name("threads_on_cpu.hpp")
 _KERNEL = re.compile(r'extern "C" __global__ void [^\n]*\n(\w+)\(')
 _NAMESPACE = re.compile(r"^namespace (\w+) \{", re.MULTILINE)
 _ASM = re.compile(r"asm( volatile)?\((?:[^()]|\([^()]*\))*\);")
-_DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) unsigned char (\w+)\[\];")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) unsigned char (\w+)\[\];")
 _IN_CPP = {
     "f16_to_float": "float f16_to_float(u16 x) { return half_to_float(x); }",
     "smem_address": "u32 smem_address(const void* p) { return shared_address(p); }",
@@ -47,9 +49,10 @@ _PACKED_IN_CPP = {
 class CpuKernels:
     """A file's kernels in the place of a module and of the driver; tensors are on the CPU."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, more: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Compile a file; `more` are functions in C++ in the place of what it has in PTX, beside those above."""
         text = source
-        for name, body in _IN_CPP.items():
+        for name, body in {**_IN_CPP, **more}.items():
             head = rf"^[^\n]*\bDEV [\w ]+\b{name}\("
             of_one_line, of_more = rf"{head}[^\n]*\}}\n", rf"{head}.*?\n *\}}\n"
             pattern = of_one_line if re.search(of_one_line, text, re.MULTILINE) else of_more
@@ -58,7 +61,7 @@ class CpuKernels:
             pattern = rf"(struct {name} \{{.*?)\bDEV u32 pack\(.*?\n  \}}\n"
             text = re.sub(pattern, rf"\1DEV {body}\n", text, count=1, flags=re.DOTALL)
         text = _ASM.sub("", text)
-        text = _DYNAMIC.sub(rf"alignas(16) static unsigned char \1[{LARGEST_SMEM}];", text)
+        text = _DYNAMIC.sub(rf"alignas(1024) static unsigned char \1[{LARGEST_SMEM}];", text)
         (space,) = _NAMESPACE.findall(text)
         runs = "\n".join(
             f'extern "C" void run_{name}({space}::Params* p, int blocks, int threads)'

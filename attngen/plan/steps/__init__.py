@@ -4,6 +4,16 @@ Each Step has one name in three places: the class here, the Jinja macro in `temp
 `attngen.simulate`. `str(step)` is its line in a listing. A program is a tuple of Steps; the order is the schedule.
 """
 
+from attngen.plan.steps.cache_steps import (
+    LARGEST_REFERENCE,
+    SMALLEST_REFERENCE,
+    FitRows,
+    LoadDescales,
+    OrderColumns,
+    RaiseReference,
+    ReadDescale,
+    ScaleColumns,
+)
 from attngen.plan.steps.control import (
     Condition,
     DrawTile,
@@ -114,6 +124,8 @@ STEPS: tuple[type[Step], ...] = tuple(Step.__subclasses__())
 
 __all__ = [
     "STEPS",
+    "LARGEST_REFERENCE",
+    "SMALLEST_REFERENCE",
     "TANH",
     "AddPairs",
     "AddSums",
@@ -133,6 +145,7 @@ __all__ = [
     "Exponentiate",
     "FenceAsync",
     "FinishRows",
+    "FitRows",
     "ForBlocks",
     "ForHeads",
     "ForSummed",
@@ -147,6 +160,7 @@ __all__ = [
     "Keep",
     "KeepColumns",
     "LeaveShare",
+    "LoadDescales",
     "LoadRegisters",
     "LoadTile",
     "LookUp",
@@ -156,11 +170,14 @@ __all__ = [
     "ModifyScores",
     "NegateTile",
     "Note",
+    "OrderColumns",
     "PassTurn",
     "Product",
     "Program",
     "Promote",
     "Publish",
+    "RaiseReference",
+    "ReadDescale",
     "ReadRowScales",
     "ReadScoreScale",
     "ReadSink",
@@ -172,6 +189,8 @@ __all__ = [
     "Release",
     "RowMax",
     "RowNumbers",
+    "STEPS",
+    "ScaleColumns",
     "ScaleGradient",
     "ScaleKeys",
     "ScaleRows",

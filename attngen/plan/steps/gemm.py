@@ -6,6 +6,7 @@ contracts columns of both, O = P V keys, which are rows of V unless V is transpo
 
 from dataclasses import dataclass
 
+from attngen.dtypes import E4M3
 from attngen.errors import InternalError
 from attngen.plan.places import Axis, RegTile, View
 from attngen.plan.steps.step import Step
@@ -72,6 +73,15 @@ class Gemm(Product, Step):
     """
 
     unroll: int | None = None
+
+    @property
+    def leaves_even_columns_first(self) -> bool:
+        """Whether of every 16 columns of acc the even ones come first, then the odd ones.
+
+        So rows of e4m3 are contracted that become f16 in registers: ldmatrix moves pairs of bytes, two neighbouring
+        columns of a key, which fall to two instructions.
+        """
+        return self.b.buffer.dtype is E4M3 and not self.b_is_transposed
 
     def __str__(self) -> str:
         return super().__str__()

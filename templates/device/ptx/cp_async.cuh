@@ -24,3 +24,8 @@ template <int kPending>
 DEV void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Start copying 4 bytes, likewise: `bytes` is 0 or 4. PTX ISA: cp.async.
+DEV void cp_async_4(u32 dst, const void* src, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
