@@ -2,7 +2,8 @@
 
 bf16, inputs N(0, 1), pages of a shuffled table, CUDA graphs of 20 calls over caches that together are larger than the
 L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query),
-`pages`, `speculation` (4 and 8 queries), `head_dims`, `masks`; `--points` measures the points with this in their name.
+`pages`, `speculation` (4 and 8 queries), `head_dims`, `masks`, `e4m3` (caches of it, and FlashAttention-3's queries
+too); `--points` measures the points with this in their name.
 FlashAttention-3 takes part where the environment's FA3 names its library, the better of its own splits and none, its
 metadata made before as our list of parts is.
 """
@@ -34,7 +35,7 @@ GOALS |= {"1 of 131072": 138 / 129, "64 of 4096": 251 / 250, "256 of 1024": 1.03
 
 @dataclass(frozen=True)
 class Shape:
-    """A call: the keys of each request, heads, the queries of each, and the rows of a page."""
+    """A call: the keys of each request, heads, the queries of each, the rows of a page, and the format of caches."""
 
     lengths: tuple[int, ...]
     heads: int = 32
@@ -42,11 +43,17 @@ class Shape:
     head_dim: int = 128
     queries: int = 1
     page: int = 64
+    cache: torch.dtype = torch.bfloat16
 
     @property
     def bytes(self) -> int:
         """Of all keys and values."""
-        return 4 * sum(self.lengths) * self.heads_kv * self.head_dim
+        return 2 * self.cache.itemsize * sum(self.lengths) * self.heads_kv * self.head_dim
+
+    @property
+    def is_e4m3(self) -> bool:
+        """Whether caches are."""
+        return self.cache is torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Caches:
         batch, most = len(of.lengths), -(-max(of.lengths) // of.page)
         used = [-(-length // of.page) for length in of.lengths]
         pool, more = sum(used), {"device": "cuda", "dtype": torch.bfloat16}
-        k, v = torch.randn(2, pool, of.page, of.heads_kv, of.head_dim, **more)
+        k, v = torch.randn(2, pool, of.page, of.heads_kv, of.head_dim, **more).to(of.cache)
         numbers = torch.randperm(pool, device="cuda", dtype=torch.int32).split(used)
         table = torch.full((batch, most), 2**31 - 1, device="cuda", dtype=torch.int32)
         for row, own in zip(table, numbers, strict=True):
@@ -89,10 +96,13 @@ class Caches:
 
 
 @cache
-def kernel_of(head_dim: int, mask: str, score: str) -> Kernel:
-    """The kernel of a mask and a score."""
+def kernel_of(head_dim: int, mask: str, score: str, block_m: int | str, is_e4m3: bool) -> Kernel:
+    """The kernel of a mask and a score, as `attngen.attention` asks for it."""
     problem = {"head_dim": head_dim, "keys": "paged"}
-    return attngen.compile({"problem": problem, "mask": mask, "score": score, "split": "auto"})
+    precision = {"inputs": "bf16", "cache": "e4m3" if is_e4m3 else "auto"}
+    tile = {"block_m": block_m}
+    spec = {"problem": problem, "precision": precision, "mask": mask, "score": score}
+    return attngen.compile({**spec, "split": "auto", "tile": tile})
 
 
 Calls = Sequence[Callable[[], torch.Tensor]]
@@ -103,12 +113,18 @@ def ours(
     of: Shape, sets: Sequence[Caches], is_prepared: bool, mask: str = "causal", score: str = "score"
 ) -> Calls:
     """Ours, the list of parts made before, or by each call."""
-    kernel = kernel_of(of.head_dim, mask, score)
+    rows = of.queries * of.heads // of.heads_kv
+    kernel = kernel_of(
+        of.head_dim, mask, score, 32 if rows > 16 and of.head_dim <= 128 else "auto", of.is_e4m3
+    )
+    descale = torch.ones(len(of.lengths), of.heads_kv, device="cuda")
     lengths = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
     out = torch.empty_like(sets[0].q)
 
     def call(one: Caches) -> Callable[[], torch.Tensor]:
         named: dict[str, Any] = {"block_table": one.table, "seqused_k": lengths}
+        if of.is_e4m3:
+            named |= {"k_descale": descale, "v_descale": descale}
         work = kernel.work(one.q, one.k, one.v, **named) if is_prepared else None
         return lambda: kernel(one.q, one.k, one.v, work=work, out=out, **named)
 
@@ -128,13 +144,14 @@ def fa3s(of: Shape, sets: Sequence[Caches], splits: int) -> Calls:
         of.heads_kv,
         of.head_dim,
         of.head_dim,
-        torch.bfloat16,
+        of.cache,
     )
     about = (lengths, starts, *[None] * 4, of.page, 0, True, -1, -1, False, splits, None, 0)
     metadata = fa3.get_scheduler_metadata(*sizes, *about)
+    descale = torch.ones(batch, of.heads_kv, device="cuda") if of.is_e4m3 else None
 
     def call(one: Caches) -> Callable[[], torch.Tensor]:
-        q = one.q.flatten(0, 1)
+        q = one.q.flatten(0, 1).to(of.cache)
         table = one.table.clamp(max=one.k.shape[0] - 1)
 
         def run() -> torch.Tensor:
@@ -151,7 +168,8 @@ def fa3s(of: Shape, sets: Sequence[Caches], splits: int) -> Calls:
                     max(of.lengths),
                     table,
                 ),
-                *([None] * 8),
+                *([None] * 5),
+                *([descale] * 3),
                 *(of.head_dim**-0.5, True, -1, -1, 0.0, True, metadata, splits, None, 0, None, 1, 0, None),
             )
             return made[0].view_as(one.q)
@@ -232,7 +250,8 @@ def beside_fa3(of: Shape, goal: float = -math.inf) -> Graphs:
         yield Figure("speed of a whole call to fa3's", best / ms["attngen's whole call"])
         yield Figure("of K and V", of.bytes / ms["attngen"] / 1e9, unit=" TB/s")
 
-    return Graphs(of, calls, dict.fromkeys(calls, wanted), figures)
+    judged = {name: None if of.is_e4m3 and name.startswith("fa3") else wanted for name in calls}
+    return Graphs(of, calls, judged, figures)
 
 
 MASKS = {
@@ -291,12 +310,26 @@ def main() -> int:
         for name in MASKS:
             yield Point(f"{name}, 8 of 32768", lambda n=name: masked(Shape((32768,) * 8), n))
 
+    def of_e4m3() -> Iterator[Point]:
+        for count, length in (
+            (1, 1024),
+            (1, 4096),
+            (1, 32768),
+            (8, 1024),
+            (8, 8192),
+            (64, 4096),
+            (256, 1024),
+        ):
+            shape = Shape((length,) * count, cache=torch.float8_e4m3fn)
+            yield Point(f"e4m3, {count} of {length}", lambda s=shape: beside_fa3(s, 1.25))
+
     parts = {
         "plain": of_plain,
         "pages": of_pages,
         "speculation": of_speculation,
         "head_dims": of_head_dims,
         "masks": of_masks,
+        "e4m3": of_e4m3,
     }
     return measure_parts(command_line(__doc__, parts).parse_args(), "decode.json", parts, {})
 

@@ -43,7 +43,7 @@ DEV u64 read_once() {
 }
 
 // cp_async_16 by a policy of L2. PTX ISA: cp.async, .L2::cache_hint.
-DEV void cp_async_16(u32 dst, const void* src, int bytes, u64 policy) {
+DEV void cp_async_16_by(u32 dst, const void* src, int bytes, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(bytes), "l"(policy) : "memory");
 }
 

@@ -36,7 +36,7 @@ DEV void load_tile(u32 dst, const u16* head, Stride stride, int first_row, int e
     if (!Pass::kEven && row >= Tile::kRows) break;
     const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
     const u16* src = valid ? head + row_offset(stride, first_row + (i64)row) + chunk * 8 : head;
-    if (kOnce) cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0, read_once());
+    if (kOnce) cp_async_16_by(dst + Tile::address(row, chunk), src, valid ? 16 : 0, read_once());
     else cp_async_16(dst + Tile::address(row, chunk), src, valid ? 16 : 0);
   }
 }
@@ -79,7 +79,7 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
       const bool valid = first_row + (int)row < end_row && (Tile::kValidChunks == Tile::kChunks || chunk < Tile::kValidChunks);
       if (kEven || (of_group < kGroup && row < Tile::kRows)) {
         const u16* from = valid ? src + chunk * 8 : rows.cache;
-        if (kOnce) cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
+        if (kOnce) cp_async_16_by(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
         else cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0);
       }
     }

@@ -71,7 +71,7 @@ def test_every_case_counts_for_some_spec() -> None:
         *(("sm_90a", dim, "full", "score", {}, "auto") for dim in (64, 128, 256)),
         *(
             ("sm_90a", dim, mask, "score", {"cache": "e4m3", "scales": scales}, split)
-            for dim in (64, 128)
+            for dim in (64, 128, 256)
             for mask in ("full", "window(9, 0)")
             for scales in ("per_head", "per_token")
             for split in ("none", "auto")

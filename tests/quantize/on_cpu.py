@@ -30,6 +30,7 @@ _IN_CPP = {
     "max_or_nan": "float max_or_nan(float x, float y) { return x != x || y != y ? NAN : fmaxf(x, y); }",
     "cp_async_16": "void cp_async_16(u32 dst, const void* src, int bytes) "
     "{ at_shared<uint4>(dst) = bytes ? *(const uint4*)src : uint4{0, 0, 0, 0}; }",
+    "cp_async_16_by": "void cp_async_16_by(u32 dst, const void* src, int bytes, u64) { cp_async_16(dst, src, bytes); }",
     "load_global_16": "uint4 load_global_16(const void* p, bool exists) "
     "{ return exists ? *(const uint4*)p : uint4{0, 0, 0, 0}; }",
     "load_u16": "u32 load_u16(const u16* p) { return *p; }",

@@ -103,6 +103,11 @@ static int __ffs(uint32_t x) { return __builtin_ffs(x); }
 static int __popc(uint32_t x) { return __builtin_popcount(x); }
 static uint32_t min(uint32_t a, int b) { return std::min(a, (uint32_t)b); }
 static void atomicAdd(uint32_t* p, uint32_t x) { *p += x; }
+static uint32_t atomicInc(uint32_t* p, uint32_t last) {
+  const uint32_t before = *p;
+  *p = before >= last ? 0 : before + 1;
+  return before;
+}
 static void atomicMax(uint32_t* p, uint32_t x) { *p = std::max(*p, x); }
 static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = (uint64_t)b << 32 | a;
@@ -118,6 +123,18 @@ static float __frcp_rn(float x) { return 1.f / x; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 template <class T>
 static T __ldg(const T* p) { return *p; }
+template <class T>
+static T __ldcg(const T* p) { return *p; }
+static void __threadfence() {}
+static int __syncthreads_or(int x) {
+  static int any;
+  __syncthreads();
+  any = 0;
+  __syncthreads();
+  any |= x;
+  __syncthreads();
+  return any;
+}
 
 static float half_to_float(unsigned short x) {
   _Float16 y;
