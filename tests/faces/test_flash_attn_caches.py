@@ -212,7 +212,7 @@ def test_few_queries_split_keys_in_pages(monkeypatch: pytest.MonkeyPatch) -> Non
             q[:, 0], *caches, starts(1, 1), None, 1, 600, num_splits=num_splits, **options
         )
         assert_near(tokens[:, None], out.double())
-    assert splits == ["auto", "auto", "none", "auto", "none"]
+    assert splits == [16, 16, 0, 16, 0]
     paged = {"cu_seqlens_q": starts(1, 1), "max_seqlen_q": 1, "seqused_k": used, "page_table": table}
     for said in ({"num_splits": 0}, {}):
         tokens, _ = version4.flash_attn_varlen_func(q[:, 0], *caches, **paged, **said)
