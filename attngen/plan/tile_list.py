@@ -19,9 +19,9 @@ def bucket(length: int) -> int:
 
 
 MOST_BLOCKS = 2**30
+"""What a tile visits at most; a whole sequence that visits more counts as one that visits so many."""
 WIDTHS_OF_ONE_WAVE = 24
 """Widths of parts that are tried for one wave of blocks of threads; the lanes of a warp try more waves by the rest."""
-"""What a tile visits at most; a whole sequence that visits more counts as one that visits so many."""
 BUCKETS = bucket(MOST_BLOCKS) + 1
 
 
