@@ -3,7 +3,7 @@
 bf16, inputs N(0, 1), pages of a shuffled table, CUDA graphs of 20 calls over caches that together are larger than the
 L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query),
 `pages`, `speculation` (4 and 8 queries), `head_dims`, `masks`, `e4m3` (caches of it, and FlashAttention-3's queries
-too); `--points` measures the points with this in their name.
+too), `host` (what a call takes of it); `--points` measures the points with this in their name.
 FlashAttention-3 takes part where the environment's FA3 names its library, the better of its own splits and none, its
 metadata made before as our list of parts is.
 """
@@ -12,17 +12,17 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from figures import MOST_DIFFERENCE, Figure, Point, Present, Row, command_line, difference, measure_parts
+from ragged_launches import OnHost
 from varlen_peers import load_fa3
 
 import attngen
-from attngen.kernel import Kernel
 
 IN_GRAPH = 20
 """Calls of one captured graph."""
@@ -95,34 +95,35 @@ class Caches:
         return torch.stack(made)
 
 
-@cache
-def kernel_of(head_dim: int, mask: str, score: str, block_m: int | str, is_e4m3: bool) -> Kernel:
-    """The kernel of a mask and a score, as `attngen.attention` asks for it."""
-    problem = {"head_dim": head_dim, "keys": "paged"}
-    precision = {"inputs": "bf16", "cache": "e4m3" if is_e4m3 else "auto"}
-    tile = {"block_m": block_m}
-    spec = {"problem": problem, "precision": precision, "mask": mask, "score": score}
-    return attngen.compile({**spec, "split": "auto", "tile": tile})
-
-
 Calls = Sequence[Callable[[], torch.Tensor]]
 """A call for each set of tensors."""
 
 
 def ours(
-    of: Shape, sets: Sequence[Caches], is_prepared: bool, mask: str = "causal", score: str = "score"
+    of: Shape,
+    sets: Sequence[Caches],
+    is_prepared: bool,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    declared: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Calls:
-    """Ours, the list of parts made before, or by each call."""
+    """Ours, the list of parts made before, or by each call; of a causal spec and `more`, as `attention` asks for it."""
     rows = of.queries * of.heads // of.heads_kv
-    kernel = kernel_of(
-        of.head_dim, mask, score, 32 if rows > 16 and of.head_dim <= 128 else "auto", of.is_e4m3
+    kernel = attngen.compile(
+        {
+            "problem": {"head_dim": of.head_dim, "keys": "paged"},
+            "precision": {"inputs": "bf16", "cache": "e4m3" if of.is_e4m3 else "auto"},
+            "tile": {"block_m": 32} if rows > 16 and of.head_dim <= 128 else {},
+            "mask": "causal",
+            "split": "auto",
+            **more,
+        }
     )
     descale = torch.ones(len(of.lengths), of.heads_kv, device="cuda")
     lengths = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
     out = torch.empty_like(sets[0].q)
 
     def call(one: Caches) -> Callable[[], torch.Tensor]:
-        named: dict[str, Any] = {"block_table": one.table, "seqused_k": lengths}
+        named: dict[str, Any] = {"block_table": one.table, "seqused_k": lengths, **declared}
         if of.is_e4m3:
             named |= {"k_descale": descale, "v_descale": descale}
         work = kernel.work(one.q, one.k, one.v, **named) if is_prepared else None
@@ -254,23 +255,48 @@ def beside_fa3(of: Shape, goal: float = -math.inf) -> Graphs:
     return Graphs(of, calls, judged, figures)
 
 
+@dataclass(frozen=True)
+class Masked:
+    """A mask or a score, on eight caches of 32,768 keys, and what a plain call reads as many bytes of."""
+
+    spec: Mapping[str, Any]
+    queries: int = 1
+    plain_keys: int = 32768
+
+
+CONTEXT = "(seqlen_k - seqlen_q)"
+TREE = f"kv_idx < {CONTEXT} or tree[b, q_idx, kv_idx - {CONTEXT}]"
 MASKS = {
-    "softcap": ("causal", "softcap(score, 30.0)"),
-    "window of 4096": ("window(4096, 0)", "score"),
-    "window and sinks": ("causal and (kv_idx > q_pos - 4096 or kv_idx < 4)", "score"),
+    "softcap": Masked({"score": "softcap(score, 30.0)"}),
+    "window of 4096": Masked({"mask": "window(4096, 0)"}, plain_keys=4096),
+    "window and sinks": Masked({"mask": "causal and (kv_idx > q_pos - 4096 or kv_idx < 4)"}, plain_keys=4096),
+    "tree of 4": Masked({"mask": TREE, "tensors": {"tree": "bool[batch, drafts, drafts]"}}, queries=4),
 }
 
 
-def masked(of: Shape, name: str) -> Graphs:
-    """Another mask or score beside the plain kernel, by what a key costs that is visited."""
-    sets, (mask, score) = _sets(of), MASKS[name]
-    calls = {"plain": ours(of, sets, True), name: ours(of, sets, True, mask, score)}
-    visited = 4096 / max(of.lengths) if "window" in name else 1.0
+def masked(name: str) -> Graphs:
+    """Another mask or score beside the plain kernel, on as many bytes."""
+    mask = MASKS[name]
+    of = Shape((32768,) * 8, queries=mask.queries)
+    plain = replace(of, lengths=(mask.plain_keys,) * 8)
+    sets = _sets(of)
+    plain_sets = sets if plain == of else _sets(plain)
+    drafts = torch.ones(mask.queries, mask.queries, dtype=torch.bool, device="cuda").tril()
+    passed = {"tree": drafts.expand(8, -1, -1)} if "tensors" in mask.spec else {}
+    calls = {"plain": ours(plain, plain_sets, True), name: ours(of, sets, True, mask.spec, passed)}
+    causal = plain_sets[0].wanted(plain)
 
     def figures(ms: Mapping[str, float]) -> Iterator[Figure]:
-        yield Figure("time of a visited byte to plain's", ms[name] / ms["plain"] / visited, at_most=1.1)
+        yield Figure("time of a visited byte to plain's", ms[name] / ms["plain"], at_most=1.1)
 
-    return Graphs(of, calls, {"plain": sets[0].wanted(of), name: None}, figures)
+    return Graphs(of, calls, {"plain": causal, name: causal if passed else None}, figures)
+
+
+def on_host() -> OnHost:
+    """A call of one query whose list of parts was made before, on a cache that costs the GPU next to nothing."""
+    of = Shape((64,) * 2)
+    (call,) = ours(of, _sets(of)[:1], True)
+    return OnHost({"prepared": call}, lambda us: [Figure("a call", us["prepared"], at_most=8.0, unit=" us")])
 
 
 def main() -> int:
@@ -308,7 +334,10 @@ def main() -> int:
 
     def of_masks() -> Iterator[Point]:
         for name in MASKS:
-            yield Point(f"{name}, 8 of 32768", lambda n=name: masked(Shape((32768,) * 8), n))
+            yield Point(f"{name}, 8 of 32768", lambda n=name: masked(n))
+
+    def of_host() -> Iterator[Point]:
+        yield Point("a call on the host", on_host)
 
     def of_e4m3() -> Iterator[Point]:
         for count, length in (
@@ -330,6 +359,7 @@ def main() -> int:
         "head_dims": of_head_dims,
         "masks": of_masks,
         "e4m3": of_e4m3,
+        "host": of_host,
     }
     return measure_parts(command_line(__doc__, parts).parse_args(), "decode.json", parts, {})
 

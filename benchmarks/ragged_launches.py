@@ -65,10 +65,12 @@ class OnHost:
     """What calls take of the host, on tensors that cost the GPU next to nothing.
 
     Attributes:
-        calls: by name, one of them `dense`.
+        calls: by name.
+        figures: of the microseconds of each.
     """
 
     calls: dict[str, Callable[[], Any]]
+    figures: Callable[[dict[str, float]], list[Figure]]
 
     def measure(self, rounds: int) -> Row:
         """Microseconds of the host for a call; none is waited for, and the queue of launches never gets full."""
@@ -82,13 +84,8 @@ class OnHost:
                     call()
                 samples[name].append((time.perf_counter() - began) / CALLS * 1e3)
                 torch.cuda.synchronize()
-        us = {name: median(times) * 1e3 for name, times in samples.items()}
-        more = [
-            Figure(f"{name} beyond dense", us[name] - us["dense"], at_most=2.0, unit=" us")
-            for name in us
-            if name != "dense"
-        ]
-        return {"ms": samples, "figures": more}
+        figures = self.figures({name: median(times) * 1e3 for name, times in samples.items()})
+        return {"ms": samples, "figures": figures}
 
 
 def listing(device: str = "cuda") -> Listing:
@@ -108,13 +105,19 @@ def on_host(device: str = "cuda") -> OnHost:
     cut = starts(2, 64, device)
     said = {"cu_seqlens_q": cut, "cu_seqlens_k": cut, "max_seqlen_q": 64, "max_seqlen_k": 64}
     work = ragged.work(*rows, **said)
-    return OnHost(
-        {
-            "dense": lambda: dense(q, k, v),
-            "prepared ragged": lambda: ragged(*rows, work=work, **said),
-            "ragged": lambda: ragged(*rows, **said),
-        }
-    )
+    calls = {
+        "dense": lambda: dense(q, k, v),
+        "prepared ragged": lambda: ragged(*rows, work=work, **said),
+        "ragged": lambda: ragged(*rows, **said),
+    }
+
+    def figures(us: dict[str, float]) -> list[Figure]:
+        return [
+            Figure(f"{name} beyond dense", us[name] - us["dense"], at_most=2.0, unit=" us")
+            for name in ("prepared ragged", "ragged")
+        ]
+
+    return OnHost(calls, figures)
 
 
 def of_launches() -> list[Point]:

@@ -13,6 +13,7 @@ from attngen.check.judging import judge
 from attngen.check.paging import as_padded
 from attngen.errors import ArgumentError
 from attngen.kernel import Kernel
+from tests.faces.attention64 import attention64
 from tests.gpu.gpu_kernels import captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
@@ -122,6 +123,21 @@ def test_keys_in_pages_may_be_cut_into_parts(page: int, split: object) -> None:
     check((both[0], both[1]), shape_of(page, "ragged"))
 
 
+def test_drafts_that_are_a_tree() -> None:
+    """What each draft sees of the others is declared, beside the bits of a mask that is asked alike of padded keys."""
+    context = "(seqlen_k - seqlen_q)"
+    tensors = {"tree": "bool[batch, drafts, drafts]"}
+    mask = f"kv_idx < {context} or tree[b, q_idx, kv_idx - {context}]"
+    both = [
+        attngen.compile({"problem": {"head_dim": 128, "keys": keys}, "tensors": tensors, "mask": mask, "split": "auto"})
+        for keys in ("paged", "padded")
+    ]  # fmt: skip
+    shape = shape_of(16)
+    make = torch.Generator("cuda").manual_seed(5)
+    tree = torch.rand(8, shape.seqlen_q, shape.seqlen_q, device="cuda", generator=make) < 0.4
+    check((both[0], both[1]), shape, tree=tree | torch.eye(shape.seqlen_q, dtype=torch.bool, device="cuda"))
+
+
 def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
     """A page begins more than 2^31 elements behind another; rows of the table are each request's by another tensor."""
     paged, _ = kernels(mask="full")
@@ -154,6 +170,38 @@ def test_a_graph_replays_while_requests_grow_and_pages_move() -> None:
         graph.replay()
         assert torch.equal(out, paged(q, k, v, **passed))
         assert bool(out.any()) == (step % 5 > 0)
+
+
+def test_a_thousand_steps_of_one_graph() -> None:
+    """A graph of one step, replayed while caches grow by a key at a time: every step is causal attention's row."""
+    steps, batch, page, first = 1000, 3, 16, (1, 250, 777)
+    kernel = attngen.compile(
+        {"problem": {"head_dim": 64, "keys": "paged"}, "mask": "causal", "split": "auto"}
+    )
+    make = torch.Generator("cuda").manual_seed(6)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=make).bfloat16()
+
+    pages = -(-(max(first) + steps) // page)
+    table = torch.randperm(batch * pages, device="cuda", generator=make).int().view(batch, pages)
+    k, v = (draw(batch * pages, page, HEADS_KV, 64) for _ in range(2))
+    queries, used = draw(steps, batch, 1, HEADS, 64), torch.tensor(first, dtype=torch.int32, device="cuda")
+    q, said = queries[0].clone(), {"block_table": table, "seqused_k": used}
+    kernel(q, k, v, **said)
+    graph, out = captured(lambda: kernel(q, k, v, **said))
+    outs = torch.empty_like(queries)
+    for step in range(steps):
+        q.copy_(queries[step])
+        graph.replay()
+        outs[step] = out
+        used += 1
+    for b in range(batch):
+        own_k, own_v = (x[table[b].long()].flatten(0, 1)[: first[b] + steps - 1] for x in (k, v))
+        seen = torch.ones(steps, len(own_k), dtype=torch.bool, device="cuda").tril(first[b] - 1)
+        expected, _ = attention64(queries[:, b, 0], own_k, own_v, seen)
+        assert (outs[:, b, 0].double() - expected).abs().max() < 0.01
+    assert torch.equal(kernel(q, k, v, **said | {"seqused_k": used - 1}), out)
 
 
 def test_numbers_that_lie_reach_no_memory_of_others() -> None:
