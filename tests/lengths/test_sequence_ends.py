@@ -189,10 +189,10 @@ class TestZeros:
         assert cell.objection_to_read(ours, "us") is not None  # threads have not met
         ours.see("us", 1)
         assert cell.objection_to_read(ours, "us") is None
-        assert cell.objection_to_asynchronous_read(ours) is not None  # nor fenced
+        assert cell.objection_to_asynchronous_read(ours, Clock()) is not None  # nor fenced
         cell.fence_zeros(Stamp("us", 1))
         ours.see("us", 2)
-        assert cell.objection_to_asynchronous_read(ours) is None
+        assert cell.objection_to_asynchronous_read(ours, Clock()) is None
         cell.note_read(Stamp("a GEMM of us", 0))
         assert cell.objection_to_zeros(from_row(2), theirs, "them") is None
         assert cell.objection_to_read(theirs, "them") is not None  # zeros of which they do not know
@@ -223,11 +223,11 @@ class TestZeros:
             cell.fence_zeros(Stamp(line, 1))
             clock.see(line, 2)
             assert cell.objection_to_read(clock, line) is not None
-            assert cell.objection_to_asynchronous_read(clock) is not None
+            assert cell.objection_to_asynchronous_read(clock, Clock()) is not None
         cell.zero(hidden, Stamp("us", 2))
         cell.fence_zeros(Stamp("us", 3))
         ours.see("us", 4)
-        assert cell.objection_to_read(ours, "us") is cell.objection_to_asynchronous_read(ours) is None
+        assert cell.objection_to_read(ours, "us") is cell.objection_to_asynchronous_read(ours, Clock()) is None
 
     def test_who_fills_the_stage_anew_waits_for_all_zeros(self) -> None:
         """Zeros are stores like others to whoever writes next; a copy in flight, or none, takes none."""
