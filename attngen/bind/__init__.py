@@ -15,7 +15,7 @@ from attngen.bind.gradient_memory import check_differentiable, gradient_memory
 from attngen.bind.kept import TableSignature, TileTables, made_of, passed_as
 from attngen.bind.numbers import python_number, scalar_of, softmax_scale_of
 from attngen.bind.operands import operands_of, spread_operands
-from attngen.bind.overlap import check_overlap
+from attngen.bind.overlap import check_overlap, extent
 from attngen.bind.page_arguments import check_pages
 from attngen.bind.sequences import bound_of_lengths, check_lengths, sequence_sizes
 from attngen.bind.sorted_values import check_sorted
@@ -58,6 +58,7 @@ __all__ = [
     "check_rows_of_heads",
     "check_sorted",
     "check_writable",
+    "extent",
     "made_of",
     "passed_as",
     "declared_by",

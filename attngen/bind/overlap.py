@@ -21,10 +21,10 @@ def check_overlap(name: str, written: torch.Tensor, others: Mapping[str, torch.T
         return
     if not written.is_contiguous():
         _check_nesting(name, written)
-    first, last = _extent(written)
+    first, last = _span(written)
     for other, x in others.items():
-        begin, end = _extent(x)
-        if x.numel() and begin < last and first < end and not _interleaved(written, x):
+        begin, end = _span(x)
+        if begin < last and first < end and not _interleaved(written, x):
             raise ArgumentError(name, f"memory shared with {other}", "memory of its own")
 
 
@@ -39,11 +39,17 @@ def _check_nesting(name: str, written: torch.Tensor) -> None:
         reach += step * (size - 1)
 
 
-def _extent(x: torch.Tensor) -> tuple[int, int]:
+def extent(x: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last; 0 where there is none."""
     if x.is_contiguous():  # as most are, in calls that look at each tensor several times
-        return x.data_ptr(), x.data_ptr() + x.nbytes
+        return x.nbytes
     reach = sum(step * (size - 1) for step, size in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+    return (reach + 1) * x.element_size() if x.numel() else 0
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    begin = x.data_ptr()
+    return begin, begin + extent(x)
 
 
 def _interleaved(a: torch.Tensor, b: torch.Tensor) -> bool:

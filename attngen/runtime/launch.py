@@ -16,6 +16,7 @@ from attngen.bind import (
     bind,
     check_alignment,
     check_arguments,
+    check_no_tangent,
     check_overlap,
     check_plain,
     check_rows_of_heads,
@@ -126,14 +127,13 @@ class Launcher:
                 softmax_scale = softmax_scale_of(softmax_scale)
             device = q.get_device()  # -1 off the GPU; costs half of what q.device does in a key
             is_recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            if into or is_recorded:
-                memory = dict(zip(wanted, into, strict=False))
-                check_rows_of_heads(self.manifest, q, k, v, softmax_scale, memory, layout, intake)
+            if is_recorded:
+                self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             key: tuple[Any, ...] = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
                 device, k.get_device(), v.get_device(), layout, softmax_scale,
                 q.__class__ is k.__class__ is v.__class__ is torch.Tensor or (q.__class__, k.__class__, v.__class__),
-                wanted, tables is None, intake, accumulates, tuple([x.stride() for x in into]) if into else None,
+                wanted, tables is None, intake, accumulates, tuple(map(_signature, into)) if into else None,
             )  # fmt: skip
             tensors: list[torch.Tensor] = []
             if declared:
@@ -141,14 +141,9 @@ class Launcher:
                 tensors = [declared[name] for name in names]
                 key += (
                     *declared,
-                    *[(x.shape, x.stride(), x.dtype, x.get_device(), x.__class__, x.is_neg(),
-                       x.requires_grad and torch.is_grad_enabled()) for x in tensors],
+                    *map(_signature, tensors),
                     *[(x or repr(x), x.__class__) for x in map(declared.get, self._scalars)],  # 0.0, -0.0 and False
                 )  # fmt: skip
-                if into:
-                    others = dict(zip(names, tensors, strict=True))
-                    for name, x in zip(wanted, into, strict=False):
-                        check_overlap(self.manifest.value_of[name].passed_as, x, others)
             prepared = self._prepared.get(key)
             q_pointer, k_pointer, v_pointer = q.data_ptr(), k.data_ptr(), v.data_ptr()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
@@ -201,6 +196,10 @@ class Launcher:
             0 if kept is None else kept.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
             0 if zeroed is None else zeroed.data_ptr(),
         )  # fmt: skip
+        if into:
+            names = ("q", "k", "v", *(self._names(declared) if declared else ()))
+            passed = dict(zip(names, (q, k, v, *tensors), strict=True))
+            self._check_memory(wanted, into, passed, prepared, addresses)
         if prepared.counters:
             addresses = (*addresses, COUNTERS.address(device, stream, prepared.counters))
         self._kernels.launch(prepared.structs, addresses, device, stream)
@@ -263,6 +262,28 @@ class Launcher:
             if type(value) not in (bool, int, float, type(None))
         }
 
+    def _check_memory(
+        self,
+        wanted: tuple[str, ...],
+        into: tuple[torch.Tensor, ...],
+        passed: Mapping[str, torch.Tensor],
+        prepared: Prepared,
+        addresses: tuple[int, ...],
+    ) -> None:
+        """What a signature does not tell of memory for results: where it starts, and whether it is anybody else's."""
+        spans = [(begin, begin + size) for begin, size in zip(addresses, prepared.extents, strict=False)]
+        others = dict(passed)
+        for number, (result, x) in enumerate(zip(wanted, into, strict=False), len(passed)):
+            name, (begin, end) = self.manifest.value_of[result].passed_as, spans[number]
+            check_no_tangent(name, x)
+            if begin % ROW_ALIGNMENT:
+                check_alignment(name, x)
+            if any(
+                first < end and begin < last for first, last in spans[:number]
+            ):  # or only between their rows
+                check_overlap(name, x, others)
+            others[name] = x
+
     def _check(
         self,
         wanted: tuple[str, ...],
@@ -301,3 +322,11 @@ class Launcher:
             if prepared.counters:
                 COUNTERS.prepare(q.get_device(), prepared.counters)
         return prepared
+
+
+def _signature(x: torch.Tensor) -> tuple[Any, ...]:
+    """What of a tensor decides how a call is launched, but for its address."""
+    return (
+        x.shape, x.stride(), x.dtype, x.get_device(), x.__class__, x.is_neg(),
+        x.requires_grad and torch.is_grad_enabled(),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from attngen.arch import ARCHS
-from attngen.bind import Bound, Given, Region, TableSignature, bind
+from attngen.bind import Bound, Given, Region, TableSignature, bind, extent
 from attngen.plan import BLOCK_MAP, COUNTER, TICKETS, KernelEntry, Manifest
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
@@ -101,6 +101,7 @@ class Prepared:
         zeroed: which of these are 0 before the first launch.
         sizes: what kept, scratch and zeroed values take, in bytes.
         counters: how many of them the kernels need.
+        extents: bytes from where each tensor that is passed begins to where it ends, those for results last.
         rows: which of the tensors behind q, k and v have rows that start on 16 bytes, at any address of theirs.
         tables: what tables of this signature are known by.
     """
@@ -111,6 +112,7 @@ class Prepared:
     sizes: tuple[int, int, int]
     structs: tuple[PreparedStruct, ...]
     counters: int
+    extents: tuple[int, ...]
     rows: tuple[int, ...]
     tables: TableSignature
 
@@ -156,6 +158,7 @@ def prepare_signature(
         (bound.kept.size_bytes, bound.scratch.size_bytes, bound.zeroed.size_bytes),
         tuple(structs),
         max((_counters(kernel, grid) for kernel, grid in launched), default=0),
+        tuple(map(extent, (*bound.given.tensors.values(), *into.values()))),
         tuple(
             i for i, name in enumerate(tuple(bound.given.tensors)[3:]) if bound.manifest.value_of[name].axes
         ),

@@ -227,7 +227,9 @@ class TestZeros:
         cell.zero(hidden, Stamp("us", 2))
         cell.fence_zeros(Stamp("us", 3))
         ours.see("us", 4)
-        assert cell.objection_to_read(ours, "us") is cell.objection_to_asynchronous_read(ours, Clock()) is None
+        assert (
+            cell.objection_to_read(ours, "us") is cell.objection_to_asynchronous_read(ours, Clock()) is None
+        )
 
     def test_who_fills_the_stage_anew_waits_for_all_zeros(self) -> None:
         """Zeros are stores like others to whoever writes next; a copy in flight, or none, takes none."""
