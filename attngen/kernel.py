@@ -31,6 +31,7 @@ from attngen.bind import (
     spread_blocks,
     spread_operands,
 )
+from attngen.bound_call import BoundCall
 from attngen.built_call import BuiltCall
 from attngen.capture import (
     capture,
@@ -211,6 +212,37 @@ class Kernel(BuiltCall):
         run = self._machine(q).run
         result, lse = run(q, k, v, softmax_scale, return_lse, out, layout, named, kept, intake)  # type: ignore[arg-type]
         return result if lse is None else (result, lse)
+
+    @not_captured
+    def bind(
+        self,
+        q: torch.Tensor | Operands,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        out: torch.Tensor | None = None,
+        layout: str = "bshd",
+        tables: TileTables | None = None,
+        work: TileTables | None = None,
+        **declared: Any,
+    ) -> BoundCall:
+        """A call on tensors that stay where they are: to start it anew looks at nothing and takes a few microseconds.
+
+        What the tensors hold may change, and counts as it is then. So may what a list passed as `work` is made of:
+        make it anew with `kernel.work(..., out=work)`. Arguments are those of a call.
+
+        Raises:
+            ArgumentError: an argument the kernel cannot take, or one of which gradients are wanted.
+            ToolchainError: this machine cannot run the kernel.
+        """
+        if isinstance(out, torch.Tensor):
+            check_writable("out", out)
+        q, k, v, named, intake = self._begin(q, k, v, layout, self._with_blocks(declared))
+        kept = None if tables is None and work is None else self._kept(tables, work)
+        into, wanted = (() if out is None else (out,)), ("out", "lse") if return_lse else ("out",)
+        made, start = self._machine(q).bind(wanted, q, k, v, softmax_scale, into, layout, named, kept, intake)
+        return BoundCall(start, *made)
 
     def _captured(
         self,
@@ -460,13 +492,23 @@ class Kernel(BuiltCall):
         k: torch.Tensor,
         v: torch.Tensor,
         layout: str = "bshd",
+        out: TileTables | None = None,
         **declared: Any,
     ) -> TileTables:
         """The list of tiles of a call whose sequences have lengths of their own, for many calls: one small launch.
 
         Calls may pass it as long as their sizes are these, and the tensors that say lengths and their values too, as
-        the layers of a model do. It can be captured, and is then made anew by every replay. Arguments are those of a
-        call.
+        the layers of a model do. It can be captured, and is then made anew by every replay. Other arguments are those
+        of a call.
+
+        Args:
+            q: see a call.
+            k: likewise.
+            v: likewise.
+            layout: likewise.
+            out: an earlier list of calls of these sizes, which is made anew where it lies: what holds it, as bound
+                calls do, follows.
+            **declared: see a call.
 
         Raises:
             ArgumentError: an argument the kernel cannot take, or sequences are all of one length.
@@ -476,9 +518,11 @@ class Kernel(BuiltCall):
                 "one of problem: {queries: ragged, keys: ragged}, whose sequences have lengths of their own"
             )
             raise ArgumentError("self", "a kernel of sequences of one length", must)
+        if out is not None and not isinstance(out, TileTables):
+            raise ArgumentError("out", type(out).__name__, "what kernel.work(...) made")
         named = {**self.bound, **self._with_blocks(declared)}
         with torch.no_grad():
-            return self._machine(q).tables(q, k, v, layout, named)
+            return self._machine(q).tables(q, k, v, layout, named, out=out)
 
     @not_captured
     def verify(

@@ -293,10 +293,17 @@ def masked(name: str) -> Graphs:
 
 
 def on_host() -> OnHost:
-    """A call of one query whose list of parts was made before, on a cache that costs the GPU next to nothing."""
+    """A call of one query, its list of parts made before, and that call bound; the GPU has next to nothing to do."""
     of = Shape((64,) * 2)
-    (call,) = ours(of, _sets(of)[:1], True)
-    return OnHost({"prepared": call}, lambda us: [Figure("a call", us["prepared"], at_most=8.0, unit=" us")])
+    one, lengths = Caches.drawn(of), torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
+    named = {"block_table": one.table, "seqused_k": lengths}
+    kernel = attngen.compile(
+        {"problem": {"head_dim": 128, "keys": "paged"}, "mask": "causal", "split": "auto"}
+    )
+    passed = (one.q, one.k, one.v)
+    named |= {"work": kernel.work(*passed, **named), "out": torch.empty_like(one.q)}
+    calls = {"prepared": lambda: kernel(*passed, **named), "bound": kernel.bind(*passed, **named)}
+    return OnHost(calls, lambda us: [Figure("a bound call", us["bound"], at_most=8.0, unit=" us")])
 
 
 def main() -> int:

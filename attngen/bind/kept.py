@@ -56,7 +56,7 @@ def made_of(given: Given, lengths: Lengths) -> Mapping[str, torch.Tensor]:
     return {each.name: given.tensors[each.name] for each in lengths.arguments if each.name in given.tensors}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TileTables:
     """Extremes of declared tensors by tile, or boundaries, made by `attngen.Kernel.tables` and passed to calls as
     `tables`, or a list of tiles, made by `attngen.Kernel.work` and passed as `work`.
@@ -94,6 +94,16 @@ class TileTables:
         contents = _contents(tensors, self.passed_as)
         if self.signature != signature or self.contents != contents:
             self._refuse(signature, contents)
+
+    def renew(self, signature: TableSignature, tensors: Iterable[torch.Tensor]) -> None:
+        """Be what these tensors come to now, which the memory is about to be filled with.
+
+        Raises:
+            ArgumentError: they are not of calls of this signature.
+        """
+        if self.signature != signature:
+            self._refuse(signature, self.contents)
+        self.contents = _contents(tensors, self.passed_as)
 
     def _refuse(self, now: TableSignature, contents: tuple[tuple[int, int], ...]) -> None:
         made, argument = self.signature, self.passed_as

@@ -5,6 +5,7 @@ call patches the pointers, which are checked every time. Nothing is copied, padd
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from attngen.bind import (
 )
 from attngen.errors import ArgumentError
 from attngen.plan import Manifest
+from attngen.runtime.bound_launches import BoundLaunches
 from attngen.runtime.counters import COUNTERS
 from attngen.runtime.driver import Module, launch
 from attngen.runtime.kept_memory import KeptMemory
@@ -35,6 +37,8 @@ from attngen.torch_state import is_altered, torch_defaults
 
 _NOTHING: Mapping[str, Any] = {}
 OUT, OUT_AND_LSE = ("out",), ("out", "lse")
+_Ready = tuple[Prepared, tuple[int, ...], list[torch.Tensor], tuple[torch.Tensor | None, ...], int]
+"""A signature, addresses, the wanted values, memory of kept, scratch and zeroed ones, and the device."""
 
 
 class Launcher:
@@ -83,7 +87,25 @@ class Launcher:
         made = self.make(wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake)
         return made[0], (made[1] if return_lse else None)
 
-    def make(
+    def make(self, *call: Any, **more: Any) -> list[torch.Tensor]:
+        """Launch on torch's current stream of q's device what the wanted values need; arguments as of `ready`."""
+        prepared, addresses, made, _, device = self.ready(*call, **more)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if prepared.counters:
+            addresses = (*addresses, COUNTERS.address(device, stream, prepared.counters))
+        self._kernels.launch(prepared.structs, addresses, device, stream)
+        return made
+
+    def bind(self, *call: Any) -> tuple[list[torch.Tensor], BoundLaunches]:
+        """Memory of the wanted values, and what launches a call that writes there; arguments as of `ready`."""
+        prepared, addresses, made, memory, device = partial(self.ready, keeps=False)(*call)
+        cleared = [made[number] for number in prepared.zeroed]
+        cleared += [x for x in memory[-1:] if x is not None]
+        structs = tuple(each.with_addresses(addresses) for each in prepared.structs)
+        held = (call, made, memory)
+        return made, BoundLaunches(self._kernels, structs, prepared.counters, cleared, device, held)
+
+    def ready(
         self,
         wanted: tuple[str, ...],
         q: torch.Tensor,
@@ -97,8 +119,8 @@ class Launcher:
         intake: str | None = None,
         accumulates: bool = False,
         keeps: bool = True,
-    ) -> list[torch.Tensor]:
-        """Launch on torch's current stream of q's device what the wanted values need, and return these.
+    ) -> _Ready:
+        """What a call launches, and the addresses of all its memory, but for counters.
 
         Args:
             wanted: names of values of the manifest. Where they are not what the call ends with, nothing is looked at
@@ -119,7 +141,7 @@ class Launcher:
         if is_altered():
             self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
             with torch_defaults():
-                return self.make(
+                return self.ready(
                     wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates, keeps
                 )
         try:
@@ -153,7 +175,7 @@ class Launcher:
         if prepared is None:
             if numbers := self._numbers(declared):
                 declared = {**declared, **numbers}
-                return self.make(
+                return self.ready(
                     wanted, q, k, v, softmax_scale, into, layout, declared, tables, intake, accumulates, keeps
                 )
             given = self._check(wanted, q, k, v, softmax_scale, into, layout, declared, intake)
@@ -200,10 +222,7 @@ class Launcher:
             names = ("q", "k", "v", *(self._names(declared) if declared else ()))
             passed = dict(zip(names, (q, k, v, *tensors), strict=True))
             self._check_memory(wanted, into, passed, prepared, addresses)
-        if prepared.counters:
-            addresses = (*addresses, COUNTERS.address(device, stream, prepared.counters))
-        self._kernels.launch(prepared.structs, addresses, device, stream)
-        return made
+        return prepared, addresses, made, (kept, scratch, zeroed), device
 
     def tables(
         self,
@@ -213,29 +232,37 @@ class Launcher:
         layout: str,
         declared: Mapping[str, Any],
         intake: str | None = None,
+        out: TileTables | None = None,
     ) -> TileTables:
-        """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
+        """Fill the tables of a call, and nothing else, those of `out` where it is given; see `attngen.Kernel.work`."""
         declared = self._without_nothing(declared)
         given = self._check(OUT, q, k, v, None, (), layout, declared, intake)
         whole = self._prepare(OUT, given, q, None, (), layout, is_given_tables=False)
         prefix = self._prepare(tuple(whole.kept.offsets), given, q, None, (), layout, False)
-        with torch_defaults():
-            memory = q.new_empty(whole.kept.size_bytes, dtype=torch.uint8)
-        made = [memory.data_ptr() + beyond for beyond in whole.kept.offsets.values()]
         tensors = [declared[name] for name in self._names(declared)]
+        own = tensors[: len(whole.tables.tensors)]
+        if out is None:
+            with torch_defaults():
+                memory = q.new_empty(whole.kept.size_bytes, dtype=torch.uint8)
+            out = TileTables.of(whole.tables, own, memory, passed_as(self.manifest))
+        else:
+            memory = self._memory_of(out)
+            out.renew(whole.tables, own)
+        made = [memory.data_ptr() + beyond for beyond in whole.kept.offsets.values()]
         no_memory, no_counter = (0, 0, 0), 0
         addresses = (*[x.data_ptr() for x in (q, k, v, *tensors)], *made, *no_memory, no_counter)
         device = q.get_device()
         self._kernels.launch(prefix.structs, addresses, device, torch._C._cuda_getCurrentRawStream(device))
-        return TileTables.of(
-            whole.tables, tensors[: len(whole.tables.tensors)], memory, passed_as(self.manifest)
-        )
+        return out
 
     def _kept(self, tables: TileTables, prepared: Prepared, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The memory of tables that an earlier call has filled."""
         if not self.manifest.kept:
             raise ArgumentError("tables", "tables", "None: this kernel reads none")
         TileTables.check(tables, prepared.tables, tensors[: len(prepared.tables.tensors)])
+        return self._memory_of(tables)
+
+    def _memory_of(self, tables: TileTables) -> torch.Tensor:
         if not isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CPU tensors", "those of a call on this device")
         return tables.memory

@@ -1,6 +1,5 @@
 """The kernels of a call on the GPUs of this process: loaded when first needed, launched with a call's addresses."""
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import torch
 
 from attngen.plan import KernelEntry
-from attngen.runtime.driver import TENSOR_MAP_BYTES, Function, Module, check_device, launch, preparing
-from attngen.runtime.prepared import WORD, PreparedStruct
-from attngen.runtime.tensor_maps import encode
+from attngen.runtime.driver import Function, Module, check_device, launch, preparing
+from attngen.runtime.prepared import PreparedStruct
 
 
 class LoadedKernels:
@@ -81,12 +79,7 @@ class LoadedKernels:
             with torch.cuda.device(device):
                 return self.launch(structs, addresses, device, stream)
         for each in structs:
-            words, address = each.arguments.words_and_address
-            for word, number, beyond in each.patches:
-                words[word] = addresses[number] + beyond
-            for word, number, beyond, map_ in each.encodings:
-                start = ctypes.addressof(words) + word * WORD
-                ctypes.memmove(start, encode(map_, addresses[number] + beyond), TENSOR_MAP_BYTES)
+            address = each.patch(addresses)
             for ready in each.launches:
                 self._start(
                     ready.function, ready.grid, ready.threads, ready.smem_bytes, device, stream, address

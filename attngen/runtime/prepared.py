@@ -86,6 +86,26 @@ class PreparedStruct:
     encodings: tuple[tuple[int, int, int, MapGeometry], ...]
     launches: tuple[PreparedLaunch, ...]
 
+    def patch(self, addresses: tuple[int, ...]) -> int:
+        """Put a call's addresses into this thread's struct; returns where the driver finds what points at it."""
+        words, address = self.arguments.words_and_address
+        for word, number, beyond in self.patches:
+            words[word] = addresses[number] + beyond
+        for word, number, beyond, map_ in self.encodings:
+            start = ctypes.addressof(words) + word * WORD
+            ctypes.memmove(start, encode(map_, addresses[number] + beyond), TENSOR_MAP_BYTES)
+        return address
+
+    def with_addresses(self, addresses: tuple[int, ...]) -> "PreparedStruct":
+        """A struct of its own that holds these addresses; those that follow them count from 0 there."""
+        self.patch((*addresses, 0))
+        words, _ = self.arguments.words_and_address
+        known = len(addresses)
+        rest = tuple(
+            (word, number - known, beyond) for word, number, beyond in self.patches if number >= known
+        )
+        return PreparedStruct(Arguments(bytes(words)), rest, (), self.launches)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -1,6 +1,6 @@
 """Running a call on CPU tensors: what `attngen.runtime.Launcher` does on CUDA ones, by the same methods."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,16 @@ class Simulator:
                 found[name] = x.copy_(found[name])
         return [found[name] for name in wanted]
 
+    def bind(self, *call: Any) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Memory of the wanted values, and what runs the call and leaves them there; arguments as of `make`."""
+        made = self.make(*call)
+
+        def start() -> None:
+            for own, x in zip(made, self.make(*call), strict=True):
+                own.copy_(x)
+
+        return made, start
+
     def tables(
         self,
         q: torch.Tensor,
@@ -100,15 +110,19 @@ class Simulator:
         layout: str,
         declared: Mapping[str, Any],
         intake: str | None = None,
+        out: TileTables | None = None,
     ) -> TileTables:
-        """Fill the tables of a call, and nothing else; see `attngen.Kernel.tables`."""
+        """Fill the tables of a call, and nothing else, those of `out` where it is given; see `attngen.Kernel.work`."""
         given = self._check(("out",), q, k, v, None, {}, layout, declared, intake)
         whole = bind(self.manifest, given, ("out",), SIMULATED_SMS)
         prefix = bind(self.manifest, given, tuple(whole.kept.offsets), SIMULATED_SMS)
-        made = run_call(self.call, prefix)
-        return TileTables.of(
-            self._table_signature(given), self._made_of(given), made, passed_as(self.manifest)
-        )
+        made, signature = run_call(self.call, prefix), self._table_signature(given)
+        if out is None:
+            return TileTables.of(signature, self._made_of(given), made, passed_as(self.manifest))
+        out.renew(signature, self._made_of(given))
+        for name, x in self._memory_of(out).items():
+            x.copy_(made[name])
+        return out
 
     def _check(
         self,
@@ -132,6 +146,9 @@ class Simulator:
     def _kept(self, tables: TileTables, given: Given) -> Mapping[str, torch.Tensor]:
         """The values of tables that an earlier call has filled."""
         TileTables.check(tables, self._table_signature(given), self._made_of(given))
+        return self._memory_of(tables)
+
+    def _memory_of(self, tables: TileTables) -> Mapping[str, torch.Tensor]:
         if isinstance(tables.memory, torch.Tensor):
             raise ArgumentError("tables", "tables of CUDA tensors", "those of a call on the CPU")
         return tables.memory

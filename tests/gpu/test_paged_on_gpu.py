@@ -204,6 +204,37 @@ def test_a_thousand_steps_of_one_graph() -> None:
     assert torch.equal(kernel(q, k, v, **said | {"seqused_k": used - 1}), out)
 
 
+def test_a_bound_call_follows_what_its_tensors_hold() -> None:
+    """Eager and in a graph, its list made by itself, or anew where it lies; on two streams one after the other."""
+    kernel = attngen.compile(
+        {"problem": {"head_dim": 64, "keys": "paged"}, "mask": "causal", "split": "auto"}
+    )
+    (q, k, v), passed = drawn(kernel, shape_of(16))
+    k, v = (x.nan_to_num(0.5, 1.0, -1.0) for x in (k, v))
+    used, most = passed["seqused_k"], passed["block_table"].shape[1] * 16
+    passed["block_table"].clamp_(max=len(k) - 1)
+    work = kernel.work(q, k, v, **passed)
+    out = torch.empty_like(q)
+    calls = [
+        kernel.bind(q, k, v, return_lse=True, **passed),
+        kernel.bind(q, k, v, out=out, work=work, **passed),
+    ]
+    graph, _ = captured(calls[0])
+    other, make = torch.cuda.Stream(), torch.Generator("cuda").manual_seed(7)
+    for step in range(20):
+        used.copy_(torch.randint(0, most + 1, used.shape, generator=make, device="cuda"))
+        q.copy_(torch.randn(q.shape, generator=make, device="cuda"))
+        expected, lse = kernel(q, k, v, return_lse=True, **passed)
+        kernel.work(q, k, v, out=work, **passed)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other if step % 3 == 0 else torch.cuda.current_stream()):
+            _ = graph.replay() if step % 2 else calls[0]()
+            assert calls[1]() is out
+        torch.cuda.synchronize()
+        assert torch.equal(calls[0].out, expected) and torch.equal(calls[0].lse, lse)
+        assert torch.equal(out, expected)
+
+
 def test_numbers_that_lie_reach_no_memory_of_others() -> None:
     """Lengths beyond the table, pages and rows that are not there: kept within; `verify` says which is wrong."""
     paged, _ = kernels(mask="full")
