@@ -14,15 +14,15 @@
 // ---- this kernel -----------------------------------------------------------------------------------------------------
 
 constexpr int kBlockM = 16;  // tile.block_m: query rows of a block
-constexpr int kBlockN = 256;  // tile.block_n: keys of a block
+constexpr int kBlockN = 128;  // tile.block_n: keys of a block
 constexpr int kHeadDimQk = 128;  // problem.head_dim.qk
 constexpr int kHeadDimV = 128;  // problem.head_dim.v
 constexpr int kQkCols = 128;  // padded to 16, the k of mma.sync
 constexpr int kVCols = 128;  // padded likewise
 constexpr int kStages = 3;  // schedule.stages: K and V blocks in shared memory
-constexpr int kThreads = 256;  // schedule.warps = 8
+constexpr int kThreads = 128;  // schedule.warps = 4
 constexpr int kRowTiles = 1;  // 16-row tiles, which every warp has
-constexpr int kWarps = 8;  // schedule.warps, which share out the keys of a block
+constexpr int kWarps = 4;  // schedule.warps, which share out the keys of a block
 constexpr int kWarpKeys = 32;  // keys of a block that a warp has
 constexpr int kShareBytes = 8448;  // what a warp's keys come to: O, and three numbers a row, in f32
 using Input = F16;
@@ -212,12 +212,12 @@ DEV int end_key(const Params& params, const Tile& tile, int q_idx) {
   return end;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
 attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) unsigned char smem[];
   const u32 q_smem = smem_address(smem) + 0;
   const u32 k_smem = smem_address(smem) + 4096;
-  const u32 v_smem = smem_address(smem) + 102400;
+  const u32 v_smem = smem_address(smem) + 53248;
   const u32 shares_smem = smem_address(smem) + 0;  // over q, once that is no longer needed
   const int warp = same_in_warp(threadIdx.x / 32);
   wait_for_earlier_kernels();
@@ -226,7 +226,7 @@ attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22(const __grid_constant__ Params
   float acc_s[kRowTiles][4][4];
   u32 p[kRowTiles][2][4];
   float acc_o[kRowTiles][16][4];
-  float joined[kRowTiles][2][4];
+  float joined[kRowTiles][4][4];
   float row_max[2 * kRowTiles];
   float alpha[2 * kRowTiles];
   float reference[2 * kRowTiles];
@@ -442,7 +442,7 @@ attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22_tiles(const __grid_constant__ 
   const int warp = same_in_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int sequences = params.batch;
   const int share = (sequences + 31) / 32, end = min((warp + 1) * share, sequences);
-  const u32 most_entries = ((params.batch * ((((params.seqlen_q * params.group) + 16 - 1) / 16) + 0)) + (((params.num_sms * 4) + max(1, params.num_heads_kv) - 1) / max(1, params.num_heads_kv)));
+  const u32 most_entries = ((params.batch * ((((params.seqlen_q * params.group) + 16 - 1) / 16) + 0)) + (((params.num_sms * 8) + max(1, params.num_heads_kv) - 1) / max(1, params.num_heads_kv)));
   for (int i = threadIdx.x; i < kBuckets * 32; i += 1024) places[i] = 0;
   __syncthreads();
   // Blocks of keys of a part. Each lane tries a width, and guesses in keys how long a call would then take; the first of the least counts.
@@ -465,7 +465,7 @@ attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22_tiles(const __grid_constant__ 
   work = sum_of_lanes(work);
   if (lane == 0) work_of_warps[warp] = work;
   __syncthreads();
-  const u64 all_work = sum_of_lanes(work_of_warps[lane]) * (params.num_heads_q / params.group), resident = params.num_sms * 1;
+  const u64 all_work = sum_of_lanes(work_of_warps[lane]) * (params.num_heads_q / params.group), resident = params.num_sms * 2;
   auto for_each = [&](u64 parts) { return (int)min((all_work + parts - 1) / parts, (u64)1073741824); };
   const int narrowest = for_each(resident), waves = min(max(lane - 22, 2), 4);
   const int tried = max(1, lane < 24 ? narrowest + lane * max(1, narrowest / 32) : for_each(resident * waves));
@@ -483,7 +483,7 @@ attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22_tiles(const __grid_constant__ 
   __syncthreads();
   const u64 all_parts = (u64)parts_by[lane] * (params.num_heads_q / params.group), in_keys = (u64)tried * kBlockN;
   const u64 shared_out = (all_work * kBlockN + all_parts * 192 + resident - 1) / resident;
-  const u64 guess = all_parts <= resident ? 2 * (in_keys + 192) : 2 * shared_out + in_keys;
+  const u64 guess = all_parts <= resident ? 4 * (in_keys + 192) : 4 * shared_out + in_keys;
   u64 least = guess;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) least = min(least, __shfl_xor_sync(~0u, least, distance));

@@ -201,7 +201,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         writes=(at.result, at.lse),
         scratch=scratch,
         scheduler=_scheduler(choice, features, bool(scratch)),
-        split=Split(features.part_keys, LEAST_PART, START_OF_PART, WAVES) if features.splits else None,
+        split=Split(features.part_keys, LEAST_PART, START_OF_PART, WAVES, ALONE) if features.splits else None,
         parts=parts,
         roles=(
             Role(
@@ -226,8 +226,9 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
     )
 
 
-LEAST_PART, START_OF_PART, WAVES = 64, 192, 4
-"""Of `Split`: an H200's multiprocessor reads some 200 keys of head_dim 128 while a part begins and ends."""
+LEAST_PART, START_OF_PART, WAVES, ALONE = 64, 192, 4, 4
+"""Of `Split`: an H200's multiprocessor reads some 200 keys of head_dim 128 while a part begins and ends. It reads more
+when others are done, since memory is what bounds them all."""
 
 
 def _scheduler(choice: Choice, features: Features, does_whole_heads: bool) -> Scheduler:

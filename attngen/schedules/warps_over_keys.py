@@ -67,6 +67,7 @@ def _normalise(at: Places, parts: KeyParts) -> Program:
 def _visit_all(at: Places) -> Program:
     """Q, which the first warp brings, and the ring: a stage is filled anew when its block has been worked on."""
     k, v = at.k.at(at.read_at).own, at.v.at(at.read_at).own
+    go_on: Program = (Advance(at.read_at),) if at.stages > 1 else ()
 
     def load(block: BlockIndex) -> Program:
         return (*at.load_k(at.read_at, block, pads=True), *at.load_v(at.read_at, block, pads=True))
@@ -86,14 +87,14 @@ def _visit_all(at: Places) -> Program:
             SyncWarp(),
             at.keys.when_ahead(at_block.n - at.stages, load),
             CommitCopies(),
-            Advance(at.read_at),
+            *go_on,
         )
 
     load_q = LoadTile(at.q.at(), at.q_in, M_BLOCK, pads=True)
     prologue: Program = (When("first warp", (load_q,)), CommitCopies())
-    prologue += (*load(at.keys.first_to_load), CommitCopies(), Advance(at.read_at))
+    prologue += (*load(at.keys.first_to_load), CommitCopies(), *go_on)
     for i in range(1, at.stages):
-        prologue += (at.keys.when_ahead(N_MAX - 1 - i, load), CommitCopies(), Advance(at.read_at))
+        prologue += (at.keys.when_ahead(N_MAX - 1 - i, load), CommitCopies(), *go_on)
     fitted = (SyncThreads(), at.cache.fitted(at.q.at())) if at.cache and at.cache.fits_q else ()
     oriented = at.scores.orient(at.q.at(), before=(SyncWarp(),))
     return (
