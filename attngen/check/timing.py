@@ -7,6 +7,7 @@ causal. Which specs are measured, and against what, is said elsewhere: in `cli/b
 
 import json
 import math
+import os
 import platform
 import random
 import subprocess
@@ -17,6 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -316,7 +318,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """GPU, clocks, power, versions and commit: what a figure depends on."""
+    """GPU, clocks, power, versions, commit and tree: what a figure depends on."""
     facts: dict[str, Any] = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -324,6 +326,7 @@ def machine() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "cuda_bindings": version("cuda-bindings"),
         "commit": _output("git", "rev-parse", "HEAD"),
+        "tree": _tree(),
     }
     if torch.cuda.is_available():
         fields = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
@@ -340,8 +343,22 @@ def write_json(path: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     )
 
 
-def _output(*command: str) -> str:
+def _tree() -> str:
+    """What git calls the files that stand here, committed or not: `git rev-parse COMMIT^{tree}` says it of a commit."""
+    with TemporaryDirectory() as folder:
+        objects = _output("git", "rev-parse", "--path-format=absolute", "--git-path", "objects")
+        apart = {  # so that the repository stays as it is
+            "GIT_INDEX_FILE": f"{folder}/index",
+            "GIT_OBJECT_DIRECTORY": folder,
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
+        }
+        _output("git", "add", "--all", ":/", **apart)
+        return _output("git", "write-tree", **apart)
+
+
+def _output(*command: str, **environment: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        env = {**os.environ, **environment}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
