@@ -276,6 +276,8 @@ ONE_TILE, TWO_TILES, MANY_KEYS = 16, 32, 512
 """Rows of a tile whose keys are cut into parts, of a matrix instruction or of two; from how many keys on they are."""
 WIDEST_OF_TWO = 128
 """Columns of a head up to which a warp has the registers for two."""
+IN_L2 = 48 * 2**20
+"""Bytes of keys and values that two tiles read from an L2 of Hopper as fast as one does, and merge in half the time."""
 
 
 def _few_rows(
@@ -288,15 +290,20 @@ def _few_rows(
     layout, swapped, plain = passed.get("layout"), (2, 1), (1, 2)
     rows, heads = swapped if layout in ("bhsd", "hnd") else plain
     q_rows, q_heads = swapped if layout == "bhsd" else plain
-    if not k.shape[heads] or _most_keys(k.shape[rows], lengths, passed) < MANY_KEYS:
+    most_keys = _most_keys(k.shape[rows], lengths, passed)
+    if not k.shape[heads] or most_keys < MANY_KEYS:
         return 0
     is_ragged = lengths.queries == "ragged"
     queries = passed.get("max_seqlen_q") if is_ragged else q.shape[q_rows]
     group = q.shape[1 if is_ragged else q_heads] // k.shape[heads]
     if not isinstance(queries, int) or queries * group > TWO_TILES:
         return 0
-    is_wide = max(q.shape[-1], v.shape[-1]) > WIDEST_OF_TWO
-    return ONE_TILE if queries * group <= ONE_TILE or is_wide else TWO_TILES
+    if queries * group <= ONE_TILE or max(q.shape[-1], v.shape[-1]) > WIDEST_OF_TWO:
+        return ONE_TILE
+    cut = passed.get("cu_seqlens_q") if is_ragged else None
+    requests = cut.numel() - 1 if isinstance(cut, torch.Tensor) else q.shape[0]
+    columns = k.shape[heads] * (q.shape[-1] + v.shape[-1])
+    return ONE_TILE if requests * most_keys * columns * k.element_size() <= IN_L2 else TWO_TILES
 
 
 def _most_keys(rows: int, lengths: Lengths, passed: Mapping[str, Any]) -> int:

@@ -23,6 +23,7 @@ from ragged_launches import OnHost
 from varlen_peers import load_fa3
 
 import attngen
+from attngen.api import IN_L2
 
 IN_GRAPH = 20
 """Calls of one captured graph."""
@@ -108,11 +109,12 @@ def ours(
 ) -> Calls:
     """Ours, the list of parts made before, or by each call; of a causal spec and `more`, as `attention` asks for it."""
     rows = of.queries * of.heads // of.heads_kv
+    is_large = rows > 16 and of.head_dim <= 128 and of.bytes > IN_L2
     kernel = attngen.compile(
         {
             "problem": {"head_dim": of.head_dim, "keys": "paged"},
             "precision": {"inputs": "bf16", "cache": "e4m3" if of.is_e4m3 else "auto"},
-            "tile": {"block_m": 32} if rows > 16 and of.head_dim <= 128 else {},
+            "tile": {"block_m": 32} if is_large else {},
             "mask": "causal",
             "split": "auto",
             **more,

@@ -220,6 +220,35 @@ def test_few_queries_split_keys_in_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert splits[5:] == [16, 0]
 
 
+@pytest.mark.parametrize(
+    ("queries", "pages", "head_dim", "rows"),
+    [
+        (4, 100, 32, 16),
+        (5, 100, 32, 16),
+        (8, 4000, 32, 16),
+        (8, 60000, 32, 32),
+        (5, 60000, 160, 16),
+        (9, 60000, 32, 0),
+    ],
+)
+def test_rows_of_tiles_follow_queries_and_room_for_keys(
+    queries: int, pages: int, head_dim: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than 16 rows are one tile where keys would come from memory twice; what a table has room for decides."""
+    asked = []
+
+    def seen(*wanted: Any) -> attngen.Kernel:
+        asked.append(wanted[-1])
+        raise StopIteration
+
+    monkeypatch.setattr("attngen.api._kernel_for", seen)
+    q, cache = torch.zeros(2, queries, 8, head_dim).bfloat16(), torch.zeros(3, 16, 2, head_dim).bfloat16()
+    table = torch.zeros(2, pages, dtype=torch.int32)
+    with pytest.raises(StopIteration):
+        version2.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=integers(5, 7), block_table=table)
+    assert asked == [rows]
+
+
 def test_lengths_may_be_one_number_or_all_that_there_is_room_for() -> None:
     """In pages and contiguous; an index may be of 64 bits."""
     q, k, v = draw((2, 3, 4, 32), (3, 12, 2, 32), (3, 12, 2, 32))
