@@ -125,8 +125,8 @@ class Kernel(BuiltCall):
         if self.manifest.lengths.is_paged("keys"):
             return self.plan
         if self.manifest.lengths.is_by_token("keys"):
-            return self.call.serving(k.shape[0])
-        return self.call.serving(check_length(k, layout))
+            return self.call.serving({"seqlen_k": k.shape[0]})
+        return self.call.serving({"seqlen_k": check_length(k, layout)})
 
     @cached_property
     def _differentiated(self) -> torch.dtype:

@@ -2,8 +2,9 @@
 
 bf16, inputs N(0, 1), pages of a shuffled table, CUDA graphs of 20 calls over caches that together are larger than the
 L2, replayed in turns in one process. `--only` names parts: `plain` (32 query heads of 8, head_dim 128, one query),
-`pages`, `speculation` (4 and 8 queries), `head_dims`, `masks`, `e4m3` (caches of it, and FlashAttention-3's queries
-too), `host` (what a call takes of it); `--points` measures the points with this in their name.
+`pages`, `prefill` (chunks of 2,048 queries), `speculation` (4 and 8), `head_dims`, `masks`, `e4m3` (caches of it, and
+FlashAttention-3's queries too), `host` (what a call takes of it); `--points` measures the points with this in their
+name.
 FlashAttention-3 takes part where the environment's FA3 names its library, the better of its own splits and none, its
 metadata made before as our list of parts is.
 """
@@ -257,6 +258,25 @@ def beside_fa3(of: Shape, goal: float = -math.inf) -> Graphs:
     return Graphs(of, calls, judged, figures)
 
 
+def prefill(of: Shape) -> Graphs:
+    """Chunks of new queries on caches that hold more: pages by pieces, row by row, and FlashAttention-3's."""
+    sets, whole = _sets(of), {"split": "none", "tile": {}}
+    calls = {"attngen": ours(of, sets, True, whole)}
+    calls["attngen, row by row"] = ours(of, sets, True, whole | {"schedule": {"kind": "fa2"}})
+    try:
+        calls["fa3"] = fa3s(of, sets, 1)
+    except (ImportError, RuntimeError) as error:
+        print(f"fa3 does not take part: {str(error).partition(chr(10))[0]}", flush=True)
+    pairs = sum(of.queries * length - of.queries * (of.queries - 1) // 2 for length in of.lengths)
+
+    def figures(ms: Mapping[str, float]) -> Iterator[Figure]:
+        yield Figure("speed to fa3's", ms["fa3"] / ms["attngen"])
+        yield Figure("speed to row by row", ms["attngen, row by row"] / ms["attngen"])
+        yield Figure("of products", 4 * pairs * of.heads * of.head_dim / ms["attngen"] / 1e9, unit=" TFLOP/s")
+
+    return Graphs(of, calls, dict.fromkeys(calls, sets[0].wanted(of)), figures)
+
+
 @dataclass(frozen=True)
 class Masked:
     """A mask or a score, on eight caches of 32,768 keys, and what a plain call reads as many bytes of."""
@@ -326,6 +346,11 @@ def main() -> int:
         for page in (1, 16, 528):
             yield Point(f"8 of 8192, page {page}", lambda p=page: beside_fa3(Shape((8192,) * 8, page=p)))
 
+    def of_prefill() -> Iterator[Point]:
+        for page in (16, 64):
+            shape = Shape((8192,) * 2, queries=2048, page=page)
+            yield Point(f"2 of 8192, page {page}", lambda s=shape: prefill(s))
+
     def of_speculation() -> Iterator[Point]:
         for queries in (4, 8):
             for count, length in ((1, 4096), (8, 8192), (64, 4096)):
@@ -364,6 +389,7 @@ def main() -> int:
     parts = {
         "plain": of_plain,
         "pages": of_pages,
+        "prefill": of_prefill,
         "speculation": of_speculation,
         "head_dims": of_head_dims,
         "masks": of_masks,

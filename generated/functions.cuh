@@ -216,12 +216,22 @@ struct PagedRows {
   u32 magic, shift;  // i / page_size = (i * magic) >> (30 + shift), for i < 2^30
 };
 
-// Elements from `cache` to a row of the sequence: row i is stored in row i % page_size of page table[i / page_size]. Rows past the
-// sequence's end must not be asked for: what the table says there means nothing. A number that no page has is kept within the cache.
-DEV i64 offset_in_pages(const PagedRows& of, int row) {
+// A page, and a row of it.
+struct PageRow {
+  int page, row;
+};
+
+// Where a row of the sequence is: row i is stored in row i % page_size of page table[i / page_size]. Rows past the sequence's end must
+// not be asked for: what the table says there means nothing. A number that no page has is kept within the cache.
+DEV PageRow row_in_pages(const PagedRows& of, int row) {
   const u32 stored = of.start + row, place = __umulhi(4 * stored, of.magic) >> of.shift;
-  const int page = max(0, min(__ldg(of.table + place), of.pages - 1));
-  return page * of.stride_page + (int)(stored - place * of.page_size) * of.stride_row;
+  return {max(0, min(__ldg(of.table + place), of.pages - 1)), (int)(stored - place * of.page_size)};
+}
+
+// Elements from `cache` to a row of the sequence.
+DEV i64 offset_in_pages(const PagedRows& of, int row) {
+  const PageRow at = row_in_pages(of, row);
+  return at.page * of.stride_page + at.row * of.stride_row;
 }
 
 // How a block's threads share the chunks of a tile: thread t copies chunks t, t + kThreads, ... Where a pass is a
@@ -308,6 +318,23 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
         if (kOnce) cp_async_16_by(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
         else cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0);
       }
+    }
+  }
+}
+
+// load_panels of rows that lie in pages, by a warp: a piece are the rows that follow one another in a page, each lane looks up where some
+// pieces are and starts their copies. Pieces behind the end come from a page that no cache has, as zeros.
+template <class Tile>
+DEV void load_pieces(u32 dst, const TensorMap& map, u32 full, const PagedRows& rows, int first_row, int end_row, int head, u64 keep) {
+  static_assert(Tile::kRows <= 32 * 8, "each lane brings one piece, of at least 8 rows");
+  const int both = rows.page_size | Tile::kRows, row = stay_in_loop(threadIdx.x) % 32 * (both & -both);
+  if (row == 0) mbarrier_arrive_expect(full, Tile::kBytes);
+  __syncwarp();
+  if (row < Tile::kRows) {
+    const PageRow from = first_row + row < end_row ? row_in_pages(rows, first_row + row) : PageRow{rows.pages, 0};
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) {
+      tma_load(dst + i * Tile::kPanelBytes + row * 128, map, full, i * Tile::kPanelCols, from.row, head, from.page, keep);
     }
   }
 }

@@ -15,7 +15,16 @@ import torch
 from attngen.bind.arguments import Given, strides
 from attngen.dtypes import element_dtype
 from attngen.errors import ArgumentError
-from attngen.plan import KernelEntry, Launch, Manifest, Value, division_by, evaluate_formula
+from attngen.plan import (
+    PAGES_BY_ROW,
+    SMALLEST_PIECE,
+    KernelEntry,
+    Launch,
+    Manifest,
+    Value,
+    division_by,
+    evaluate_formula,
+)
 from attngen.scaling import scale_values
 
 LARGEST_GRID = 2**31 - 1
@@ -200,6 +209,7 @@ def bind(
     """
     declared_sizes = {f"size.{name}": size for name, size in given.declared_sizes.items()}
     sizes = {**given.sizes, **declared_sizes, "num_sms": num_sms}
+    _check_pieces(manifest, sizes)
     launches = manifest.launches_for({*given.tensors, *known}, wanted, sizes)
     read = [name for launch in launches for name in launch.reads]
     written = [name for launch in launches for name in launch.writes]
@@ -222,6 +232,20 @@ def bind(
         **(division_by(sizes["page_size"]) if manifest.lengths.is_paged("keys") else {}),
     }
     return Bound(manifest, given, sizes, wanted, launches, made, scale, scalars, accumulates)
+
+
+def _check_pieces(manifest: Manifest, sizes: Mapping[str, int]) -> None:
+    """Refuse pages whose rows are to be looked up one by one, where no kernel of the call does."""
+    guards = [launch.when for launch in manifest.launches if "out" in launch.writes]
+    if not sizes.get(PAGES_BY_ROW) or any(guard is None or guard.holds(sizes) for guard in guards):
+        return
+    cure = "schedule.kind auto and fa2 take pages of any size, and padding"
+    if rows := sizes["page_size"] % SMALLEST_PIECE and sizes["page_size"]:
+        must = f"a multiple of {SMALLEST_PIECE}, which the copy engine brings at a time"
+        raise ArgumentError("k", f"pages of {rows} rows", must, cure)
+    raise ArgumentError(
+        "leftpad_k", "padding", "None: the copy engine brings keys from a page's first on", cure
+    )
 
 
 def _check_covered(gradient: Allocation, declared: torch.Tensor | None) -> None:

@@ -11,15 +11,15 @@ import torch
 from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
-from attngen.plan import BLOCK_TABLE, CACHE_ROWS
+from attngen.plan import BLOCK_TABLE, CACHE_ROWS, PAGES_BY_ROW, SMALLEST_PIECE
 
-_TABLE, _ROWS = BLOCK_TABLE.name, CACHE_ROWS.name
+_TABLE, _ROWS, _SKIPPED = BLOCK_TABLE.name, CACHE_ROWS.name, "leftpad_k"
 
 
 def page_sizes(
     sizes: Mapping[str, int], batch: int, said_by: str, passed: Mapping[str, Any]
 ) -> dict[str, int]:
-    """The sizes of a call that follow from its table: table_rows, max_pages, and seqlen_k, which bounds lengths.
+    """What follows from a call's table: table_rows, max_pages, pages_by_row, and seqlen_k, which bounds lengths.
 
     Args:
         sizes: that follow from k and v: pages, page_size.
@@ -57,7 +57,13 @@ def page_sizes(
             raise ArgumentError(_ROWS, f"stride {own.stride(0)}", "contiguous elements", cure)
         if batch and not rows:
             raise ArgumentError(_TABLE, "0 rows", f"at least one, for {batch} sequences")
-    return {"table_rows": rows, "max_pages": most, "seqlen_k": most * sizes["page_size"]}
+    is_by_row = sizes["page_size"] % SMALLEST_PIECE or passed.get(_SKIPPED) is not None
+    return {
+        "table_rows": rows,
+        "max_pages": most,
+        "seqlen_k": most * sizes["page_size"],
+        PAGES_BY_ROW: int(bool(is_by_row)),
+    }
 
 
 def _integers(name: str, x: Any, dims: int, form: str, what: str) -> torch.Tensor:

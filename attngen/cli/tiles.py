@@ -147,7 +147,7 @@ def tile_map(kernel: Kernel, shape: Shape, declared: Mapping[str, Any]) -> TileM
     Raises:
         ArgumentError: a declared value that the kernel does not take.
     """
-    plan = kernel.call.serving(shape.seqlen_k)
+    plan = kernel.call.serving({"seqlen_k": shape.seqlen_k})
     passed = check_passed(kernel, shape, declared)
     kept = _kept_blocks(kernel.spec.declarations, passed)
     sequences = _sequences(shape)

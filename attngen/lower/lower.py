@@ -65,7 +65,7 @@ def lower(spec: Spec, arch: Arch) -> Call:
     if not plan and _first_legal(features, schedule, cheapest(features, schedule), refused):
         plan = _first_legal(features, schedule, nearest_first(features, schedule), [])
     if plan:
-        return _assemble(features, (plan,))
+        return _assemble(features, (*_by_pieces(features), plan))
 
     @cache
     def passes(knob: str, value: int) -> bool:
@@ -130,6 +130,23 @@ def _from_table(features: Features) -> tuple[KernelPlan, ...]:
         return ()
     *shorter, plan = (build(features, row.schedule, row.choice, row.up_to) for row in rows(features))
     return () if verify(plan) else (*(each for each in shorter if not verify(each)), plan)
+
+
+def _by_pieces(features: Features) -> tuple[KernelPlan, ...]:
+    """The kernel that measurement says is best of those for warpgroups, for pages that the copy engine takes.
+
+    There is none where a producer that looks up pages has no registers for what it looks up besides: NVRTC 13.0.88
+    spills 4 to 60 bytes of kernels that read declared tensors, and of modified scores in heads of 256 columns.
+    """
+    arch, is_wide = features.arch, features.head_dim > warpgroups.WIDEST_WITH_TILE
+    is_open = features.kind == "auto" and not (features.given or features.splits or features.cache)
+    if not features.is_paged or not is_open or not arch.wgmma or not arch.emits:
+        return ()
+    if features.declarations.tensors or features.blocks or (is_wide and features.pairs.modifies_scores):
+        return ()
+    best = rows(features)[-1]
+    plan = build(features, best.schedule, best.choice)
+    return () if verify(plan) else (plan,)
 
 
 def build(features: Features, schedule: str, choice: AnyChoice, up_to: int | None = None) -> KernelPlan:

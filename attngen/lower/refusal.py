@@ -122,7 +122,7 @@ def _wrong_target(spec: Spec, arch: Arch, schedule: str) -> tuple[Diagnostic, ..
 
 def _wrong_pages(spec: Spec, features: Features, schedule: str) -> tuple[Diagnostic, ...]:
     """Keys in pages, and a schedule whose copies know rows that follow one another."""
-    if not features.is_paged or schedule == SCHEDULE_OF_PAGES:
+    if not features.is_paged or schedule in (SCHEDULE_OF_PAGES, *WARPGROUP_SCHEDULES):
         return ()
     return (
         Diagnostic(
@@ -131,8 +131,8 @@ def _wrong_pages(spec: Spec, features: Features, schedule: str) -> tuple[Diagnos
             location=spec.locate("schedule.kind"),
             path="schedule.kind",
             value=schedule,
-            note=f"the copies of {SCHEDULE_OF_PAGES} alone look up in which page each row of K and V lies",
-            nearest=(SCHEDULE_OF_PAGES,),
+            note="it works on whole heads, whose keys follow one another",
+            nearest=(SCHEDULE_OF_PAGES, *(WARPGROUP_SCHEDULES if features.arch.wgmma else ())),
         ),
     )
 

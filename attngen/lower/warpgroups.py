@@ -162,8 +162,8 @@ def _fit(arch: Arch, warpgroups: int, tiles: Iterable[RegTile]) -> bool:
 def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[Role, Role]:
     """Who runs what: consumers first, so that a warp's number tells its rows; the producer's warps last.
 
-    A whole warp of the producer loads where its lanes class blocks of keys together, or scales of keys are spread over
-    them; else one thread does.
+    A whole warp of the producer loads where its lanes class blocks of keys together, look up pages, or spread scales of
+    keys; else one thread does.
     """
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = WARPGROUP_REGISTERS.get(choice.warpgroups)
@@ -188,7 +188,11 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
             programs["producer"],
             cursors=cursors(at.producer),
             registers=share.producer if share else None,
-            single_thread=not (at.keys.walks or (at.scores.scales and at.scores.scales.has_key_scales)),
+            single_thread=not (
+                at.keys.walks
+                or (at.scores.scales and at.scores.scales.has_key_scales)
+                or at.lengths.is_paged("keys")
+            ),
         ),
     )
 

@@ -12,7 +12,6 @@ from attngen.plan.call import (
     GRADIENTS_INTAKE,
     OPERANDS_INTAKE,
     Call,
-    Guard,
     Intake,
     KernelEntry,
     Launch,
@@ -25,7 +24,7 @@ from attngen.plan.call import (
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix, gradient_value
 from attngen.plan.formulas import Formula, ceil_div, product, total
 from attngen.plan.lengths import ANY_LENGTH, LETTERS, Lengths, padded_blocks
-from attngen.plan.pages import PAGES_OF_HEADS, page_values
+from attngen.plan.pages import PAGES_OF_HEADS, page_values, piece_of
 from attngen.plan.places import (
     LENGTHS,
     PADDED_ROWS,
@@ -150,8 +149,10 @@ def _finders(plans: Iterable[KernelPlan]) -> Iterator[FindBoundaries]:
 
 
 def by_length(plans: Iterable[KernelPlan]) -> list[KernelPlan]:
-    """Attention kernels, those for the fewest keys first."""
-    return sorted(plans, key=lambda plan: math.inf if plan.up_to is None else plan.up_to)
+    """Attention kernels, those for the fewest keys first, that for all calls last."""
+    return sorted(
+        plans, key=lambda plan: (plan.guard is None, math.inf if plan.up_to is None else plan.up_to)
+    )
 
 
 def quantizing_sheets(quantizer: Quantizer) -> tuple[Sheet, ...]:
@@ -200,8 +201,8 @@ def _of_inputs(gradients: Iterable[OfGradients]) -> list[KernelPlan]:
 def _launch(kernel: KernelPlan | Sheet, longest: KernelPlan) -> Launch:
     served = kernel.plan if isinstance(kernel, SheetInText) else kernel
     when = None
-    if isinstance(served, KernelPlan) and served is not longest and served.up_to is not None:
-        when = Guard("seqlen_k", served.up_to)
+    if isinstance(served, KernelPlan) and (served is not longest or served.takes_pieces):
+        when = served.guard
     if isinstance(kernel, Sheet):
         return Launch(kernel.name, kernel.grid, kernel.tiles, kernel.reads, kernel.writes, when)
     reads = (
@@ -236,7 +237,10 @@ def _tensor_map(entry: TensorMap, lengths: Lengths) -> TensorMapEntry:
     batch, *rest = (1, *shape) if lengths.is_by_token(entry.tensor.axis) else shape
     # Of a tensor whose rows are columns the copy engine sees keys first, then columns.
     heads, rows, cols = rest if entry.tensor.is_transposed else (rest[1], rest[0], rest[2])
-    box = (entry.box_cols, entry.box_rows, 1, 1)
+    box_rows: Formula = entry.box_rows
+    if lengths.is_paged(entry.tensor.axis):
+        box_rows = piece_of(entry.box_rows)
+    box = (entry.box_cols, box_rows, 1, 1)
     return TensorMapEntry(
         entry.tensor.name, entry.tensor.dtype.name, (cols, rows, heads, batch), box, PANEL_BYTES
     )

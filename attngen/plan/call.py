@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from attngen.arch import Arch
-from attngen.plan.formulas import Formula
+from attngen.plan.formulas import Formula, Guard
 from attngen.plan.lengths import DENSE, Lengths
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import Sheet
@@ -120,18 +120,6 @@ class Intake:
 
 
 @dataclass(frozen=True)
-class Guard:
-    """A condition on the sizes of a call: one of them is at most a number."""
-
-    size: str
-    at_most: int
-
-    def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a call of these sizes meets it."""
-        return sizes[self.size] <= self.at_most
-
-
-@dataclass(frozen=True)
 class Launch:
     """One launch of a kernel on a one-dimensional grid.
 
@@ -169,7 +157,7 @@ class TensorMapEntry:
     value: str
     dtype: str
     dims: tuple[Formula, ...]
-    box: tuple[int, ...]
+    box: tuple[Formula, ...]
     swizzle_bytes: int
 
 
@@ -357,7 +345,7 @@ class Call:
         """The attention kernel that takes calls of any size."""
         return self.programs[-1]
 
-    def serving(self, seqlen_k: int) -> KernelPlan:
-        """The attention kernel that takes a call of that many keys."""
-        shorter = (plan for plan in self.programs[:-1] if plan.up_to is not None and seqlen_k <= plan.up_to)
-        return next(shorter, self.attention)
+    def serving(self, sizes: Mapping[str, int]) -> KernelPlan:
+        """The attention kernel that takes a call of these sizes, as far as they are known."""
+        others = (plan for plan in self.programs[:-1] if plan.guard is not None and plan.guard.holds(sizes))
+        return next(others, self.attention)

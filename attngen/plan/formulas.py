@@ -1,6 +1,7 @@
 """Formulas: numbers of a call, as trees over its run-time sizes. They are plain data, so a manifest can hold them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from attngen.expr import PAGE_SIZES
@@ -14,6 +15,7 @@ FORMULA_OPS: dict[str, Callable[[int, int], int]] = {
     "ceil_div": lambda a, b: -(-a // b),
     "max": max,
     "min": min,
+    "common_power": lambda a, b: (a | b) & -(a | b),
 }
 
 RUNTIME_SIZES = (
@@ -24,6 +26,18 @@ RUNTIME_SIZES = (
 the rows of all sequences, and of ragged ones seqlen is a bound that the caller gives, or the tokens. Where keys are
 paged, a cache has so many pages of page_size rows, a table so many rows of max_pages entries, and seqlen_k is what so
 many pages hold."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on the sizes of a call: one of them is at most a number."""
+
+    size: str
+    at_most: int
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a call of these sizes meets it."""
+        return self.size in sizes and sizes[self.size] <= self.at_most
 
 
 def evaluate_formula(formula: Formula, values: Mapping[str, int]) -> int:
@@ -70,6 +84,11 @@ def minimum(*values: Formula) -> Formula:
 def maximum(*values: Formula) -> Formula:
     """The formula of the largest of its arguments."""
     return {"op": "max", "args": list(values)}
+
+
+def common_power(a: Formula, b: Formula) -> Formula:
+    """The formula of the largest power of two that divides both."""
+    return {"op": "common_power", "args": [a, b]}
 
 
 def ceil_div(a: Formula, b: Formula) -> Formula:

@@ -9,6 +9,8 @@ from attngen.plan.places import PADDED_ROWS, Axis
 
 LengthKind = Literal["dense", "ragged", "padded", "paged"]
 LENGTH_KINDS: tuple[str, ...] = get_args(LengthKind)
+PAGES_BY_ROW = "pages_by_row"
+"""The size that is 1 where each row of a call must be looked up, and 0 where pages are whole pieces, and blocks are."""
 LETTERS: dict[Axis, Literal["q", "k"]] = {"queries": "q", "keys": "k"}
 """What arguments and sizes of an axis end in."""
 

@@ -7,6 +7,7 @@ the simulator.
 """
 
 from attngen.plan.call import Value
+from attngen.plan.formulas import Formula, common_power
 from attngen.plan.lengths import Lengths
 
 PAGES_OF_HEADS = ("page", "seqlen", "head", "column")
@@ -15,6 +16,8 @@ BLOCK_TABLE = Value("block_table", "i32", ("table_rows", "max_pages"), "given", 
 """Which pages hold the keys of each request; entries behind the last page that it needs mean nothing."""
 CACHE_ROWS = Value("cache_batch_idx", "i32", ("batch",), "given", "cache_batch_idx", optional=True)
 """Which row of the table is each request's; without it the row of its number."""
+SMALLEST_PIECE = 8
+"""Rows of a page that the copy engine brings at least at a time: the 128-byte swizzle repeats every eight."""
 PAGE_DIVISION = ("page_size.magic", "page_size.shift")
 """Values of the parameters by which kernels divide by a page's size, see `division_by`."""
 LARGEST_DIVIDEND = 2**30
@@ -24,6 +27,11 @@ LARGEST_DIVIDEND = 2**30
 def page_values(lengths: Lengths) -> tuple[Value, ...]:
     """What a call passes by name to say where its keys lie, beside what says how many they are."""
     return (BLOCK_TABLE, CACHE_ROWS) if lengths.is_paged("keys") else ()
+
+
+def piece_of(block: int) -> Formula:
+    """Rows of a page that follow one another in every block of so many keys, and so come by one copy."""
+    return common_power("page_size", block)
 
 
 def division_by(size: int) -> dict[str, int]:

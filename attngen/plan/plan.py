@@ -9,8 +9,8 @@ from attngen.errors import InternalError
 from attngen.expr import Boundary, Declarations, Expr, Table, TileClasses, name
 from attngen.plan.cache_descales import CacheDescales
 from attngen.plan.declared_places import BlockTables, Elements, PairMatrix
-from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product, total
-from attngen.plan.lengths import DENSE, LETTERS, Lengths
+from attngen.plan.formulas import Formula, Guard, ceil_div, maximum, minimum, product, total
+from attngen.plan.lengths import DENSE, LETTERS, PAGES_BY_ROW, Lengths
 from attngen.plan.places import (
     Buffer,
     Cursor,
@@ -236,8 +236,21 @@ class KernelPlan:
         """The value that is the list of its tiles, where it has one."""
         return self._own_value("tiles")
 
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether the copy engine brings pieces of pages, which not all pages are made of."""
+        return bool(self.tensor_maps) and self.lengths.is_paged("keys")
+
+    @property
+    def guard(self) -> Guard | None:
+        """Which calls it takes; None for all."""
+        if self.takes_pieces:
+            return Guard(PAGES_BY_ROW, 0)
+        return None if self.up_to is None else Guard("seqlen_k", self.up_to)
+
     def _own_value(self, of: str) -> str:
         suffix = "" if self.direction == "forward" else f".{self.schedule}"
+        suffix += ".pieces" if self.takes_pieces else ""
         return table_value(of, self.up_to) + suffix
 
     @property

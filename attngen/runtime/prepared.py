@@ -234,9 +234,7 @@ def _struct(
     """
     words = {name: offset // WORD for name, offset in offsets(kernel).items()}
     maps = {  # of what the call has
-        entry.value: geometry(
-            entry, bound.sizes, [numbers.get(f"{entry.value}.stride_{axis}", 0) for axis in _ROWS]
-        )
+        entry.value: geometry(entry, bound.sizes, [_stride(numbers, entry.value, axis) for axis in _ROWS])
         for entry in kernel.tensor_maps
         if f"{entry.value}.ptr" in places
     }
@@ -254,7 +252,12 @@ def _struct(
 
 
 _ROWS = ("batch", "seqlen", "head")
-"""Axes whose strides a tensor map holds; of ragged sequences there is one batch."""
+"""Axes whose strides a tensor map holds; ragged sequences are one batch, and each page of a cache is one."""
+
+
+def _stride(numbers: Mapping[str, Any], value: str, axis: str) -> int:
+    pages = numbers.get(f"{value}.stride_page", 0) if axis == "batch" else 0
+    return int(numbers.get(f"{value}.stride_{axis}", pages))
 
 
 def offsets(kernel: KernelEntry) -> dict[str, int]:

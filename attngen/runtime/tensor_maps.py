@@ -29,7 +29,7 @@ def geometry(entry: TensorMapEntry, sizes: Mapping[str, int], strides: Sequence[
     Args:
         entry: of the manifest.
         sizes: run-time sizes of the call.
-        strides: of the tensor in elements between batches, rows and heads; 0 where there is one only.
+        strides: of the tensor in elements between batches or pages, rows and heads; 0 where there is one only.
     """
     element_bytes = dtype(entry.dtype).bytes
     dims = tuple(max(1, evaluate_formula(dim, sizes)) for dim in entry.dims)
@@ -38,7 +38,8 @@ def geometry(entry: TensorMapEntry, sizes: Mapping[str, int], strides: Sequence[
         step if extent > 1 else LEAST_STRIDE
         for extent, step in zip(dims[1:], (seqlen, head, batch), strict=True)
     )
-    return MapGeometry(dims, steps, entry.box, element_bytes)
+    box = tuple(evaluate_formula(extent, sizes) for extent in entry.box)
+    return MapGeometry(dims, steps, box, element_bytes)
 
 
 def encode(map_: MapGeometry, address: int) -> bytes:

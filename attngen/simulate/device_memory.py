@@ -114,7 +114,7 @@ class DeviceMemory:
             tile: whose heads.
             first: first row.
             shape: (rows, cols) of a tensor, (rows,) of rows.
-            past_end: what stands behind the sequence exists too, up to the end of the tensor.
+            past_end: what stands behind the sequence exists too, up to the end of the tensor, or of a piece of a page.
 
         Returns:
             (members, *shape), f32.
@@ -131,7 +131,8 @@ class DeviceMemory:
             found = self.tensors[place.name][self._packed(place, tile, range(first, first + valid))].float()
             return _filled(found, shape)
         if self._pages is not None and self._lengths.is_paged(place.axis):
-            page, row = self._pages.places(tile, first, valid)
+            piece = self._pages.piece_of(shape[0]) if past_end else 1
+            page, row = self._pages.places(tile, first, ceil_div(valid, piece) * piece, piece)
             return _filled(self.tensors[place.name][page, heads.unsqueeze(1), row].float(), shape)
         if is_transposed:  # zeros follow the last key
             rows = self.tensors[place.name][..., start : start + shape[-1]]

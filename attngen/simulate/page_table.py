@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attngen.plan import BLOCK_TABLE, CACHE_ROWS
+from attngen.plan import BLOCK_TABLE, CACHE_ROWS, evaluate_formula, piece_of
 from attngen.simulate.faults import SimulationFault
 from attngen.simulate.tile_source import Tile
 
@@ -32,18 +32,31 @@ class PageTable:
         table, rows = values[BLOCK_TABLE.name], values.get(CACHE_ROWS.name)
         return cls(table, rows, sizes["pages"], sizes["page_size"])
 
-    def places(self, tile: Tile, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def piece_of(self, block: int) -> int:
+        """Rows of a page that come by one copy, of a block of so many keys."""
+        return evaluate_formula(piece_of(block), {"page_size": self.page_size})
+
+    def places(self, tile: Tile, first: int, count: int, piece: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Page, and row of it, of rows first, first + 1, ... of the sequence of each of a tile's heads.
+
+        Args:
+            tile: whose heads.
+            first: first row.
+            count: of rows.
+            piece: rows of a page that come together, those past the sequence's end with the last before it.
 
         Returns:
             (members, count) each, i64.
 
         Raises:
-            SimulationFault: a row past the sequence's end, for which the table says nothing.
+            SimulationFault: a row past the sequence's end, of which the table says nothing, or rows that are no pieces.
         """
         start, length = tile.sequence("keys")
-        if first < 0 or (count and first + count > length):
+        if first < 0 or (count and first + count > -(-length // piece) * piece):
             message = f"pages of rows {first} .. {first + count - 1} are looked up, of a sequence of {length}"
+            raise SimulationFault("out of bounds", message, place=BLOCK_TABLE.name, where=str(tile))
+        if (start + first) % piece or self.page_size % piece:
+            message = f"rows of pages of {self.page_size} come by {piece}, from row {start + first} on"
             raise SimulationFault("out of bounds", message, place=BLOCK_TABLE.name, where=str(tile))
         batch, *_ = tile.columns
         row = batch if self.rows is None else self.rows.long()[batch].clamp(0, self.table.shape[0] - 1)

@@ -154,7 +154,7 @@ class Simulator:
         return tables.memory
 
     def _table_signature(self, given: Given) -> TableSignature:
-        kernel = self.call.serving(given.sizes["seqlen_k"]).name
+        kernel = self.call.serving(given.sizes).name
         return TableSignature.of(kernel, given, self.manifest)
 
     def _made_of(self, given: Given) -> Iterable[torch.Tensor]:

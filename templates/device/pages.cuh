@@ -8,10 +8,20 @@ struct PagedRows {
   u32 magic, shift;  // i / page_size = (i * magic) >> (30 + shift), for i < 2^30
 };
 
-// Elements from `cache` to a row of the sequence: row i is stored in row i % page_size of page table[i / page_size]. Rows past the
-// sequence's end must not be asked for: what the table says there means nothing. A number that no page has is kept within the cache.
-DEV i64 offset_in_pages(const PagedRows& of, int row) {
+// A page, and a row of it.
+struct PageRow {
+  int page, row;
+};
+
+// Where a row of the sequence is: row i is stored in row i % page_size of page table[i / page_size]. Rows past the sequence's end must
+// not be asked for: what the table says there means nothing. A number that no page has is kept within the cache.
+DEV PageRow row_in_pages(const PagedRows& of, int row) {
   const u32 stored = of.start + row, place = __umulhi(4 * stored, of.magic) >> of.shift;
-  const int page = max(0, min(__ldg(of.table + place), of.pages - 1));
-  return page * of.stride_page + (int)(stored - place * of.page_size) * of.stride_row;
+  return {max(0, min(__ldg(of.table + place), of.pages - 1)), (int)(stored - place * of.page_size)};
+}
+
+// Elements from `cache` to a row of the sequence.
+DEV i64 offset_in_pages(const PagedRows& of, int row) {
+  const PageRow at = row_in_pages(of, row);
+  return at.page * of.stride_page + at.row * of.stride_row;
 }

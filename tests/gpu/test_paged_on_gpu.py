@@ -14,7 +14,7 @@ from attngen.check.paging import as_padded
 from attngen.errors import ArgumentError
 from attngen.kernel import Kernel
 from tests.faces.attention64 import attention64
-from tests.gpu.gpu_kernels import captured
+from tests.gpu.gpu_kernels import WARPGROUP_KINDS, captured, skip_unless_runs_here
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 HEADS, HEADS_KV = 4, 2
@@ -23,18 +23,20 @@ SEQLENS_Q = (5, 1, 0, 130, 1, 64, 17, 128)
 
 
 def kernels(
-    head_dim: int = 64, mask: str = "causal", queries: str = "dense", **more: Any
+    head_dim: int = 64, mask: str = "causal", queries: str = "dense", kind: str = "fa2", **more: Any
 ) -> tuple[Kernel, Kernel]:
-    """A kernel of keys in pages, and one of padded keys of the same tiles."""
+    """A kernel of keys in pages, and one of padded keys of the same schedule and tiles."""
+    skip_unless_runs_here(kind)
     problem = {"head_dim": head_dim, "queries": queries, "keys": "paged"}
-    paged = attngen.compile({"problem": problem, "mask": mask, **more})
+    paged = attngen.compile({"problem": problem, "mask": mask, "schedule": {"kind": kind}, **more})
     plan = paged.plan
+    depth = {"stages": plan.stages, "warps": plan.warps} if kind == "fa2" else {}
     padded = attngen.compile(
         {
             "problem": problem | {"keys": "padded"},
             "mask": mask,
             "tile": {"block_m": plan.block_m, "block_n": plan.block_n},
-            "schedule": {"kind": "fa2", "stages": plan.stages, "warps": plan.warps},
+            "schedule": {"kind": kind, **depth},
             **more,
         }
     )
@@ -69,6 +71,31 @@ def check(
     assert judge(paged.spec, paged.plan, out, lse, q, k, v, declared=passed | more).ok
     turned = [x.transpose(1, 2) for x in (k, v)]
     assert torch.equal(paged(q, *turned, layout="hnd", **passed, **more), out)
+
+
+@pytest.mark.parametrize("kind", WARPGROUP_KINDS)
+@pytest.mark.parametrize("queries", ["dense", "ragged"])
+@pytest.mark.parametrize("page", [8, 16, 24, 64, 128, 528])
+def test_the_copy_engine_brings_pieces_of_pages(page: int, queries: str, kind: str) -> None:
+    """As padded keys bit for bit; pages of 16 and 64 rows therefore give the same bits."""
+    check(kernels(queries=queries, kind=kind), shape_of(page, queries))
+
+
+@pytest.mark.parametrize("mask", ["full", "window(100, 3)", "causal and (kv_idx > q_pos - 60 or kv_idx < 9)"])
+@pytest.mark.parametrize("head_dim", [96, 128, 192, 256])
+def test_pieces_in_other_head_dims_and_masks(head_dim: int, mask: str) -> None:
+    """Closed forms and a walk."""
+    check(kernels(head_dim, mask, kind="warp_specialized"), shape_of(16))
+
+
+def test_auto_takes_pieces_where_pages_have_them() -> None:
+    """Both kernels of one call, beside the reference; what a call says chooses."""
+    kernel = attngen.compile({"problem": {"head_dim": 128, "keys": "paged"}, "mask": "causal"})
+    for page in (3, 16, 64):
+        shape = shape_of(page)
+        (q, k, v), passed = drawn(kernel, shape)
+        out, lse = kernel(q, k, v, return_lse=True, **passed)
+        assert judge(kernel.spec, kernel.plan, out, lse, q, k, v, declared=passed).ok and out.any()
 
 
 @pytest.mark.parametrize("queries", ["dense", "ragged"])
@@ -138,9 +165,10 @@ def test_drafts_that_are_a_tree() -> None:
     check((both[0], both[1]), shape, tree=tree | torch.eye(shape.seqlen_q, dtype=torch.bool, device="cuda"))
 
 
-def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
+@pytest.mark.parametrize("kind", ["fa2", "warp_specialized"])
+def test_pages_may_lie_further_apart_than_32_bits_count(kind: str) -> None:
     """A page begins more than 2^31 elements behind another; rows of the table are each request's by another tensor."""
-    paged, _ = kernels(mask="full")
+    paged, _ = kernels(mask="full", kind=kind)
     step, make = 2**31 + 64, torch.Generator("cuda").manual_seed(0)
     storage = torch.empty(step + 16 * 2 * 64, dtype=torch.bfloat16, device="cuda")
     far = storage.as_strided((2, 16, 2, 64), (step, 128, 64, 1))
@@ -154,9 +182,10 @@ def test_pages_may_lie_further_apart_than_32_bits_count() -> None:
     assert torch.equal(out, paged(q, near, near, block_table=table[[1, 0]], **said)) and out.any()
 
 
-def test_a_graph_replays_while_requests_grow_and_pages_move() -> None:
+@pytest.mark.parametrize("kind", ["fa2", "pingpong"])
+def test_a_graph_replays_while_requests_grow_and_pages_move(kind: str) -> None:
     """Lengths, tables and pages are read by the device: replays take those that stand there then."""
-    paged, _ = kernels()
+    paged, _ = kernels(kind=kind)
     (q, k, v), passed = drawn(paged, shape_of(16))
     k, v = (x.nan_to_num(0.5, 1.0, -1.0) for x in (k, v))
     table, used = passed["block_table"], passed["seqused_k"]
@@ -235,9 +264,10 @@ def test_a_bound_call_follows_what_its_tensors_hold() -> None:
         assert torch.equal(out, expected)
 
 
-def test_numbers_that_lie_reach_no_memory_of_others() -> None:
+@pytest.mark.parametrize("kind", ["fa2", "warp_specialized"])
+def test_numbers_that_lie_reach_no_memory_of_others(kind: str) -> None:
     """Lengths beyond the table, pages and rows that are not there: kept within; `verify` says which is wrong."""
-    paged, _ = kernels(mask="full")
+    paged, _ = kernels(mask="full", kind=kind)
     (q, k, v), passed = drawn(paged, shape_of(16))
     k, v = (x.nan_to_num(0.5, 1.0, -1.0) for x in (k, v))
     make, last = torch.Generator().manual_seed(0), len(k) - 1
@@ -249,6 +279,8 @@ def test_numbers_that_lie_reach_no_memory_of_others() -> None:
             "leftpad_k": torch.randint(-9, 40, (8,), generator=make),
             "cache_batch_idx": torch.randint(-3, 12, (8,), generator=make),
         }
+        if kind != "fa2":  # copies of pieces begin where pages do
+            del lies["leftpad_k"]
         limits = {"block_table": last, "seqused_k": 16 * most, "leftpad_k": 16 * most, "cache_batch_idx": 7}
         truth = {name: x.clamp(0, limits[name]) for name, x in lies.items()}
         found, expected = (

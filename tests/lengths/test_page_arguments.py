@@ -102,8 +102,7 @@ def test_only_pages_take_a_table() -> None:
     [
         ("gradients: [q, k, v]", "gradients must be [] where keys are paged", "[]"),
         ("schedule: {kind: serial}", "schedule.kind = serial does not take keys in pages", "fa2"),
-        ("schedule: {kind: pingpong}", "schedule.kind = pingpong does not take keys in pages", "fa2"),
-        ("schedule: {kind: warp_specialized}", "does not take keys in pages", "fa2"),
+        ("schedule: {kind: serial}", "does not take keys in pages", "pingpong"),
         (
             "precision: {inputs: e4m3}",
             "precision.inputs = e4m3 must have 16 bits where keys are paged",
@@ -123,10 +122,11 @@ def test_what_pages_rule_out_is_refused(more: str, message: str, nearest: str) -
 
 
 @pytest.mark.parametrize("arch", ["simulator", "sm_80", "sm_90a"])
-def test_auto_takes_fa2(arch: str) -> None:
-    """On every target."""
+def test_auto_has_fa2_for_pages_of_any_size(arch: str) -> None:
+    """On every target; on Hopper another takes those that are pieces."""
     kernel = attngen.compile({"problem": {"head_dim": 64, "keys": "paged"}}, arch=arch)
     assert kernel.plan.schedule == "fa2" and kernel.serving(torch.empty(0)) is kernel.plan
+    assert len(kernel.call.programs) == 1 + (arch == "sm_90a")
 
 
 def test_a_launch_is_handed_tables_strides_and_sizes_and_is_remembered(
