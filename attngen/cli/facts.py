@@ -80,7 +80,7 @@ def facts(
         "tile": f"{plan.block_m} queries x {plan.block_n} keys, {plan.stages} stage{'s' * (plan.stages != 1)}",
         **_parts(plan),
         "block": _block(plan),
-        "of fewer keys": _shorter(kernel),
+        "for some calls": _others(kernel),
         "shared memory": size_text(plan.smem_bytes),
         "memory map": memory_map(plan),
     }
@@ -250,10 +250,11 @@ def _block(plan: KernelPlan) -> str:
     return "\n".join([*map(role_text, plan.roles), f"{plan.threads} threads in all"])
 
 
-def _shorter(kernel: Kernel) -> str:
-    """The kernels that take calls of fewer keys."""
+def _others(kernel: Kernel) -> str:
+    """The kernels that take calls of fewer keys, or of pages that are pieces for the copy engine."""
     lines = (
-        f"up to {each.up_to}: {each.schedule}, {each.block_m} queries x {each.block_n} keys, stages {each.stages}"
+        f"{'pages of 8 rows or a multiple' if each.takes_pieces else f'up to {each.up_to}'}: {each.schedule}, "
+        f"{each.block_m} queries x {each.block_n} keys, stages {each.stages}"
         for each in kernel.call.programs[:-1]
     )
     return "\n".join(lines) or "-"
