@@ -482,8 +482,8 @@ attn_fwd_sm90a_bf16_e4m3_d128_causal_fa2_9728ef22_tiles(const __grid_constant__ 
   atomicAdd(&parts_by[lane], parts_tried);
   __syncthreads();
   const u64 all_parts = (u64)parts_by[lane] * (params.num_heads_q / params.group), in_keys = (u64)tried * kBlockN;
-  const u64 shared_out = (all_work * kBlockN + all_parts * 192 + resident - 1) / resident;
-  const u64 guess = all_parts <= resident ? 4 * (in_keys + 192) : 4 * shared_out + in_keys;
+  const u64 shared_out = (all_work * kBlockN + all_parts * 768 + resident - 1) / resident;
+  const u64 guess = all_parts <= resident ? 2 * (in_keys + 768) : 2 * shared_out + in_keys;
   u64 least = guess;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) least = min(least, __shfl_xor_sync(~0u, least, distance));

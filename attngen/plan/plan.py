@@ -95,17 +95,15 @@ class Split:
             visit; parts of a tile are then as long as each other. Widths are tried by which there is about one part
             for each block of threads that the GPU holds at a time, and by which there are up to `waves`, for those that
             are done early. A call is guessed to take as long as its longest part where one wave has them all, and
-            else as its keys dealt out evenly and what is left of a part when the others are done, which is then read
-            `alone` times as fast; each part takes `start` keys more than it has.
+            else as its keys dealt out evenly and half a part; each part takes `start` keys more than it has.
         least: keys that a part has at least where that is worked out.
-        start, waves, alone: see keys.
+        start, waves: see keys.
     """
 
     keys: int | None
     least: int
     start: int
     waves: int
-    alone: int
 
 
 @dataclass(frozen=True)

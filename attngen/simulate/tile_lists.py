@@ -179,9 +179,8 @@ def _width(plan: KernelPlan, split: Split, sizes: Sizes, of_sequences: list[tupl
     def guess(width: int) -> int:
         parts = heads * sum(tiles * max(1, ceil_div(blocks, width)) for tiles, blocks in of_sequences)
         if parts <= resident:
-            return split.alone * (width * plan.block_n + split.start)
-        shared_out = ceil_div(work * plan.block_n + parts * split.start, resident)
-        return split.alone * shared_out + width * plan.block_n
+            return 2 * (width * plan.block_n + split.start)
+        return 2 * ceil_div(work * plan.block_n + parts * split.start, resident) + width * plan.block_n
 
     return min((max(least, min(width, MOST_BLOCKS)) for width in (*one_wave, *more)), key=guess)
 
