@@ -243,7 +243,9 @@ def _tensor_map(entry: TensorMap, lengths: Lengths) -> TensorMapEntry:
     )
 
 
-def value_shape(place: Tensor | Rows | QuerySums | QueryRanks | BlockTables, lengths: Lengths) -> tuple[Formula, ...]:
+def value_shape(
+    place: Tensor | Rows | QuerySums | QueryRanks | BlockTables, lengths: Lengths
+) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, QuerySums):
         padded = product(PADDED_ROWS, ceil_div("seqlen_q", PADDED_ROWS))

@@ -406,7 +406,9 @@ class RoleRun:
             SimulationFault: it is not at its rank there.
         """
         if self.rank != (ranks.name, m):
-            raise self.fault("race", f"block {m} is added to out of turn: {ranks} may say anything", ranks.name)
+            raise self.fault(
+                "race", f"block {m} is added to out of turn: {ranks} may say anything", ranks.name
+            )
         self.sums_in_flight = True
 
     def pass_rank(self, ranks: QueryRanks, m: int) -> None:
@@ -418,7 +420,9 @@ class RoleRun:
         if self.rank != (ranks.name, m):
             raise self.fault("race", f"{ranks}[{m}] is counted up, whose rank nobody waited for", ranks.name)
         if self.sums_in_flight:
-            raise self.fault("race", f"{ranks}[{m}] is counted up, and what is added may be in flight", ranks.name)
+            raise self.fault(
+                "race", f"{ranks}[{m}] is counted up, and what is added may be in flight", ranks.name
+            )
         self.rank = None
 
     # ---- shared memory ----------------------------------------------------------------------------------------------
