@@ -8,10 +8,10 @@ Nothing but that exchange holds the warpgroups together, so that one multiplies 
 ends with the product for the visit before it, whose dS the other warpgroup has stored by then. The first visit has none
 before it: it multiplies zeros, and nobody adds what comes of them.
 
-Sums of f32 hang on the order in which blocks of keys add to them. Where that is to be one order, it is the order in which
-blocks of threads start: a head's last keys first, each going over queries from the first to the last. So under a causal
-mask or a window each comes to a block of queries later than the one before it, by itself; and since nobody waits but for
-who started earlier, all come to their end however few run at a time.
+Sums of f32 hang on the order in which blocks of keys add to them. Where that is to be one order, it is the order in
+which blocks of threads start: a head's last keys first, each going over queries from the first to the last. So under a
+causal mask or a window each comes to a block of queries later than the one before it, by itself; and since nobody waits
+but for who started earlier, all come to their end however few run at a time.
 Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Shah et al., "FlashAttention-3", arXiv 2407.08608,
 appendix B.1.
 """

@@ -68,7 +68,7 @@ def add_sums(step: AddSums, role: RoleRun) -> None:
 
 
 def take_rank(step: TakeRank, role: RoleRun) -> Run:
-    """Wait until as many blocks have added as come before this one; a program without values waits for no other block."""
+    """Wait until as many blocks have added as come before this one; without values no other block is waited for."""
     ranks, m = step.ranks, role.index(step.block)
     expected = [
         rank_of(step.rank, role.call.plan, role.call.sizes, m, role.tile.n_block or 0, member)
