@@ -1,5 +1,6 @@
 """Sums of dQ that blocks of keys add to in one order: the same bits however blocks run, and no Step of it is spare."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,9 +11,13 @@ import attngen
 from attngen.bind import bind
 from attngen.kernel import GRADIENTS
 from attngen.lower import fused_gradients
+from attngen.plan import in_f32
 from attngen.plan.steps import PassRank, TakeRank, WaitAdded
-from attngen.simulate import SimulationFault, launches
+from attngen.runtime import disassemble
+from attngen.simulate import RoleRun, SimulationFault, launches
+from attngen.simulate.blocks import Block
 from attngen.simulate.launches import run_call
+from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one
 
@@ -66,6 +71,26 @@ def test_another_order_of_tiles_never_ends(num_sms: int, monkeypatch: pytest.Mon
         run_call(kernel.call, bind(kernel.call.manifest, given, GRADIENTS, num_sms))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_bits_in_any_interleaving(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that stand still for any time, at any place, change nothing; without ranks they would."""
+    case = replace(CASE, mask="full", lengths=(300, 700), heads=(2, 1))
+    kernel = ordered(case)
+    given = given_backward(case, kernel)
+    bound = bind(kernel.call.manifest, given, tuple(map(in_f32, GRADIENTS)), 4)
+    first = run_call(kernel.call, bound)
+    draw, goes_on = random.Random(seed), Block.go_on
+    monkeypatch.setattr(Block, "go_on", lambda block: draw.random() < 0.7 or goes_on(block))
+    made = run_call(kernel.call, bound)
+    assert all(torch.equal(made[name], x) for name, x in first.items())
+
+    def pass_over(step: TakeRank, role: RoleRun) -> None:
+        role.rank = (step.ranks.name, role.index(step.block))
+
+    made = run_call(kernel.call, bound, steps={TakeRank: pass_over})
+    assert not torch.equal(made["dq_f32"], first["dq_f32"])
+
+
 def test_every_step_of_the_order_is_needed() -> None:
     """Without any one of them the simulator faults."""
     kernel = ordered(CASE)
@@ -90,3 +115,36 @@ def _steps_of_order(plan: attngen.plan.KernelPlan) -> list[attngen.plan.Step]:
         for step in attngen.plan.steps.walk(role.program)
         if isinstance(step, ADDS)
     ]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("inputs", ["bf16", "f16"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_compile_without_spills(head_dim: int, mask: str, inputs: str, nvdisasm: None) -> None:
+    """Products stay in flight; a block waits for nothing but a count before it adds, and releases the next."""
+    kernel = ordered(BackwardCase(mask, head_dim=(head_dim, head_dim), inputs=inputs))
+    (plan,) = kernel.call.gradients
+    compiled = kernel.modules[plan.module].compiled
+    assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources)
+    assert "C75" not in str(compiled.warnings)
+    sass = disassemble(compiled.cubin)
+    assert done_before_waiting(sass) == []
+    counts = [sass.count(each) for each in ("ATOMG.E.INC", "UBLKRED", "REDG.E.ADD.STRONG.GPU")]
+    assert counts == [1, 1, 1]
+    assert sass.index("LDG.E.STRONG.GPU") < sass.index("UBLKRED") < sass.index("REDG.E.ADD.STRONG.GPU")
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_known"),
+    [
+        ("full", True),
+        ("q_idx >= 2 * kv_idx", True),
+        ("q_idx + kv_idx >= 90", False),
+        ("q_idx >= kv_idx // 3", False),
+    ],
+)
+def test_masks_whose_ranks_have_a_closed_form(mask: str, is_known: bool) -> None:
+    """Where rows of later keys begin earlier nothing says who comes before; the split kernels are taken."""
+    kernel = BackwardCase(mask, head_dim=(64, 64)).kernel("sm_90a")
+    assert any(plan.query_ranks for plan in kernel.call.gradients) == is_known
