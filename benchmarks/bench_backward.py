@@ -60,6 +60,17 @@ def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
         fused_gradients.TILES[head_dim, "plain"] = own
 
 
+@contextmanager
+def ordered_taken() -> Iterator[None]:
+    """Let `deterministic: true` take the fused kernel, whose blocks then add to dQ in one order."""
+    own = fused_gradients.ORDERED_IS_FASTER
+    fused_gradients.ORDERED_IS_FASTER = True
+    try:
+        yield
+    finally:
+        fused_gradients.ORDERED_IS_FASTER = own
+
+
 def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:
     """A kernel with a backward pass."""
     spec = {
@@ -197,7 +208,11 @@ def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timi
         with changed_tile(head_dim, **changes):
             kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False, name=name)
         found[name] = partial(kernel.backward, dout, q, k, v, out, lse)
-    for name in FUSED:
+    with ordered_taken():
+        kernel = kernel_of(head_dim, "causal" if causal else "full", name="fused_ordered")
+    assert any(plan.query_ranks for plan in kernel.call.gradients)
+    found["fused_ordered"] = partial(kernel.backward, dout, q, k, v, out, lse)
+    for name in (*FUSED, "fused_ordered"):
         apart = max(distance(x, y) for x, y in zip(found[name](), split(), strict=True))
         if not apart < 0.02:
             raise SystemExit(f"{name} differs from the split kernels by {apart:.1e} of their norm")

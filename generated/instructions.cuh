@@ -161,6 +161,16 @@ DEV uint4 load_global_16(const void* p, bool exists) {
   return x;
 }
 
+// A number in device memory, with all that was known to who wrote it. PTX ISA: ld.acquire.
+DEV u32 load_acquire(const u32* address) {
+  u32 x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+
+// Add to a number in device memory; who then reads it as above knows all that this thread knows. PTX ISA: red.release.
+DEV void add_release(u32* address, u32 x) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory"); }
+
 // 2^x, at most 2 ulp off; -inf gives 0. PTX ISA: ex2.approx.ftz.
 DEV float exp2_approx(float x) {
   float y;
@@ -258,6 +268,9 @@ DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1
 // Count at a named barrier without waiting. PTX ISA: bar.arrive.
 DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Order this thread's ordinary accesses to device memory and asynchronous ones. PTX ISA: fence.proxy.async.
+DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Order this thread's ordinary accesses to shared memory before asynchronous ones. PTX ISA: fence.proxy.async.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -335,6 +348,9 @@ DEV void bulk_add(float* dst, u32 src, u32 bytes) {
 
 // Close the group of this thread's stores. PTX ISA: cp.async.bulk.commit_group.
 DEV void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Wait until what this thread's stores write can be seen. PTX ISA: cp.async.bulk.wait_group.
+DEV void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Wait until this thread's stores have read shared memory. PTX ISA: cp.async.bulk.wait_group.read.
 DEV void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

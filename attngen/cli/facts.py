@@ -317,9 +317,9 @@ def memory_map(plan: KernelPlan) -> str:
         places.append(
             (kernel.ring_offset(ring), ring.size_bytes, f"{ring.name} ring: mbarriers full, empty{stages}")
         )
-    if kernel.scheduler.persistent:
-        slot = kernel.tile_slot_offset
-        places.append((slot, kernel.smem_bytes - slot, "number of the next tile"))
+    if kernel.scheduler.persistent or kernel.scheduler.in_turn:
+        slot, which = kernel.tile_slot_offset, "next " * kernel.scheduler.persistent
+        places.append((slot, kernel.smem_bytes - slot, f"number of the {which}tile"))
     return "\n".join(f"{start:>6} .. {start + size - 1:<6} {text}" for start, size, text in places)
 
 

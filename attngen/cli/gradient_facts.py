@@ -88,6 +88,9 @@ def gradient_facts(
 
 def _order_of_sums(kernel: Kernel) -> str:
     """Whether dQ has an owner, or is added up in device memory, and why."""
+    if any(plan.query_ranks for plan in kernel.call.gradients):
+        order = "blocks of keys add to dQ in one order, each head's last keys first, and wait for their rank"
+        return f"{order}\none kernel of five products a pair of blocks, whose blocks draw their numbers"
     if any(plan.query_sums for plan in kernel.call.gradients):
         free = "blocks of keys add to dQ in any order: its last bits vary from run to run"
         return f"{free}\none kernel of five products a pair of blocks, as deterministic: false allows"

@@ -140,6 +140,7 @@ class Templates:
             "pointees": _pointees(plan),
             "padded_rows": PADDED_ROWS,
             "packs": plan.scheduler.packs_group,
+            "tile_number": "tile_number" if plan.scheduler.in_turn else "blockIdx.x",
             "shares_keys": plan.shares_keys,
             "score_columns": "kWarpKeys" if plan.shares_keys else "kBlockN",
             "heads_of_tiles": "(params.num_heads_q / params.group)"
@@ -171,6 +172,7 @@ def _pointees(plan: KernelPlan) -> dict[str, str]:
     found |= {f"{each.name}.ptr": "const int" for each in plan.lengths.arguments}
     found |= {f"{each.name}.ptr": "const int" for each in page_values(plan.lengths)}
     found |= {f"{each.name}.ptr": "u16" for each in tensors if each.dtype.bits <= 16}
+    found |= {f"{each.name}.ptr": "u32" for each in plan.query_ranks}
     matrices = (place for place in plan.writes if isinstance(place, PairMatrix))
     found |= {f"{place.name}.ptr": POINTEES[place.dtype.name] for place in matrices}
     for tensor in plan.declarations.tensors.values():

@@ -13,7 +13,7 @@ from attngen.emit.environment import macros
 from attngen.emit.lookups import leaves, lookup_functions
 from attngen.emit.sheet_text import sink_reader
 from attngen.emit.terms import score_terms
-from attngen.emit.tile_text import blocks, seen, span, whole_span
+from attngen.emit.tile_text import blocks, rank_of_keys, seen, span, whole_span
 from attngen.expr import (
     ALL_KEPT,
     SOME_KEPT,
@@ -45,6 +45,7 @@ from attngen.plan.steps import (
     ReadTopScale,
     RecoverP,
     SeedScores,
+    TakeRank,
     ZeroHidden,
 )
 
@@ -57,6 +58,7 @@ def pair_functions(plan: KernelPlan) -> list[str]:
         *lookup_functions(plan),
         *_block_ranges(plan),
         *_blocks(plan),
+        *_ranks(plan),
         *_ahead(plan),
         *_pairs(plan),
     )
@@ -118,6 +120,13 @@ def _blocks(plan: KernelPlan) -> Iterator[str]:
             body = (span(plan.queries, "q_tile", of_spans), cuda_body([of_spans], leaves(plan)))
             yield _mask_macros().class_of_spans(sees_span, body)
         yield _mask_macros().walk(sees_span, blocks(KEYS), plan.scheduler.is_split)
+
+
+def _ranks(plan: KernelPlan) -> Iterator[str]:
+    """How many blocks of keys come before a tile's, where they add in one order."""
+    steps = (step for role in plan.roles for step in walk(role.program))
+    for rank in dict.fromkeys(step.rank for step in steps if isinstance(step, TakeRank)):
+        yield _mask_macros().earlier_keys(rank_of_keys(rank, leaves(plan)))
 
 
 def _ahead(plan: KernelPlan) -> Iterator[str]:

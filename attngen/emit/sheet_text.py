@@ -28,6 +28,7 @@ from attngen.plan import (
     Param,
     PrepareRows,
     Quantize,
+    QueryRanks,
     Rows,
     Sheet,
     SumRows,
@@ -73,7 +74,7 @@ def emit_rows(sheet: PrepareRows) -> str:
     """A file of nothing but the kernel that prepares rows, in a namespace of its own."""
     pointees = {each.name: "const int" for each in sheet.plan.lengths.arguments}
     pointees |= {"out": "const float"} if sheet.plan.output is F32 else {}
-    pointees |= {sheet.clears.name: "float"} if sheet.clears else {}
+    pointees |= {each.name: "u32" if isinstance(each, QueryRanks) else "float" for each in sheet.cleared}
     declarations = list(_declarations(sheet.params, pointees))
     text = sheet_text(sheet, declarations=declarations, padded_rows=PADDED_ROWS)
     return "\n\n".join([*used_by(text), text]) + "\n"

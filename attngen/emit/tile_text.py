@@ -119,6 +119,16 @@ def seen(blocks: SeenBlocks, leaves: Leaves, queries: SequenceAxis = QUERIES) ->
     return [*filter(None, [of_block]), *_statements(found, replace(leaves, names=names))]
 
 
+def rank_of_keys(rank: Expr, leaves: Leaves) -> str:
+    """How many blocks of keys come before a tile's, of those that see block `m` of queries.
+
+    It is worked out where it is asked for: who asks has few registers.
+    """
+    lengths = {axis.seqlen: f"stay_in_loop({FIELDS[axis.seqlen]})" for axis in (QUERIES, KEYS)}
+    names = {**leaves.names, **_CALL, **lengths, QUERIES.tile.name: "m", KEYS.tile.name: "tile.n_block"}
+    return to_cuda(rank, replace(leaves, names=names))
+
+
 def _entry(scheduler: Scheduler) -> str:
     """The entry of a tile; blocks that draw tiles also come to numbers that no tile has."""
     read = "read_entry(params, row)"

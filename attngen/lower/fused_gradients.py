@@ -16,7 +16,9 @@ from attngen.lower.gradient_warpgroups import (
     is_heavy,
     key_places,
 )
+from attngen.lower.warpgroups import TILE_SLOT_BYTES
 from attngen.plan import (
+    COUNTER,
     ROWS_OF_Q,
     SCORES,
     WARPGROUP_WARPS,
@@ -25,7 +27,9 @@ from attngen.plan import (
     FinishSums,
     KernelPlan,
     NamedBarriers,
+    Param,
     Program,
+    QueryRanks,
     QuerySums,
     RegTile,
     Ring,
@@ -33,7 +37,7 @@ from attngen.plan import (
     Scheduler,
     Share,
 )
-from attngen.schedules.fused_backward import FusedPlaces, fused_gradients
+from attngen.schedules.fused_backward import FusedPlaces, earlier_keys, fused_gradients
 from attngen.schedules.pairs import SCORE
 from attngen.schedules.warpgroup_backward import Stream
 from attngen.spec import INPUTS
@@ -60,6 +64,8 @@ class FusedTile(Tile):
     is_tight: bool = False
 
 
+ORDERED_IS_FASTER = False
+"""Whether `deterministic: true` takes this kernel, with additions in one order, or the split ones: not measured yet."""
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
 Score = Literal["plain", "light", "capped"]
@@ -101,8 +107,8 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         features: of the spec.
         is_for_warpgroups: the attention kernel is.
     """
-    if features.deterministic:
-        return "deterministic: true, and sums of dQ in device memory are added in any order"
+    if features.deterministic and not ORDERED_IS_FASTER:
+        return "deterministic: true, and to wait for one's rank at sums of dQ is not known to be faster"
     if not (is_for_warpgroups and features.arch.emits):
         return "the attention kernel is not for warpgroups"
     columns = sorted({columns for columns, _ in TILES})
@@ -110,6 +116,8 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         return f"one kernel for all is there for head_dim {' and '.join(map(str, columns))}, q, k and v alike"
     if features.visible_rows is None or features.blocks is not None:
         return "the queries that see a key are no range in closed form"
+    if features.deterministic and earlier_keys(features.visible_rows) is None:
+        return "deterministic: true, and no closed form says which keys add to dQ of a query earlier"
     if not features.lengths.are_dense:
         return "sequences have lengths of their own"
     if len(features.gradients) > len(INPUTS):
@@ -135,7 +143,8 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
         Buffer("dq", *of_dq, STAGES, shared_by=share),
         *_cursors(Ring("dq", STAGES, filled_by_threads=True, copies=WARPGROUPS)),
     )
-    sums = QuerySums("dq_sums", tile.block_m, keys.q.tile.valid_cols, share)
+    ranks = QueryRanks("dq_ranks", tile.block_m, WARPGROUPS) if features.deterministic else None
+    sums = QuerySums("dq_sums", tile.block_m, keys.q.tile.valid_cols, share, ranks)
     at = FusedPlaces(
         **vars(keys),
         pairs=pairs,
@@ -149,11 +158,16 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
-    plan = replace(
-        plan,
-        scheduler=Scheduler("key_blocks", rows_at_hand=_rows_at_hand(features)),
-        roles=_with_adder(plan.roles, at, programs["adder"]),
-    )
+    plan = replace(plan, roles=_with_adder(plan.roles, at, programs["adder"]))
+    if ranks:
+        plan = replace(
+            plan,
+            scheduler=Scheduler("key_blocks", in_turn=True),
+            params=(*plan.params, Param("tile_counter", "pointer", COUNTER)),
+            smem_bytes=plan.smem_bytes + TILE_SLOT_BYTES,
+        )
+    else:
+        plan = replace(plan, scheduler=Scheduler("key_blocks", rows_at_hand=_rows_at_hand(features)))
     return plan, FinishSums(plan, sums, results_of("dq", keys.q.tile, "q"))
 
 

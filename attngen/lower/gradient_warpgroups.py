@@ -349,6 +349,7 @@ def common_plan(
 ) -> KernelPlan:
     """What all these kernels have in common."""
     streams = [each for each in (at.q, at.k, at.v, at.do) if each]
+    ranks = (each.ranks for each in sums if each.ranks)
     plan = replace(
         backward_plan(features, forward, schedule, at.pair.s.axes[0], tile.block_m, tile.block_n),
         block_m=tile.block_m,
@@ -358,7 +359,7 @@ def common_plan(
         v_cols=at.do.tile.cols,
         row_tiles=1,
         reads=tuple(each.tensor for each in streams),
-        writes=(*(result for each in at.gradients for result in each.results), *sums),
+        writes=(*(result for each in at.gradients for result in each.results), *sums, *ranks),
         warps=WARPGROUPS * WARPGROUP_WARPS,
         roles=common_roles(features, at, programs, streams),
         tensor_maps=tuple(
@@ -367,7 +368,7 @@ def common_plan(
         **storage.fields(at.gradients, streams),
     )
     maps = (Param(f"{each.tensor}_map", "tensor_map", f"{each.tensor}.map") for each in plan.tensor_maps)
-    values = map(str, (*plan.read_rows, *plan.outputs, *plan.query_sums))
+    values = map(str, (*plan.read_rows, *plan.outputs, *plan.query_sums, *plan.query_ranks))
     pointers = (Param(value, "pointer", f"{value}.ptr") for value in values)
     strides = row_strides(map(str, plan.outputs))
     return replace(plan, params=(*maps, *pointers, *strides, *numbers_of_pairs(plan, at.pair)))

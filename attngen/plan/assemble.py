@@ -32,6 +32,7 @@ from attngen.plan.places import (
     Axis,
     Descales,
     PartRows,
+    QueryRanks,
     QuerySums,
     Rows,
     Tensor,
@@ -246,11 +247,16 @@ def _tensor_map(entry: TensorMap, lengths: Lengths) -> TensorMapEntry:
     )
 
 
-def value_shape(place: Tensor | Rows | QuerySums | BlockTables, lengths: Lengths) -> tuple[Formula, ...]:
+def value_shape(
+    place: Tensor | Rows | QuerySums | QueryRanks | BlockTables, lengths: Lengths
+) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, QuerySums):
         padded = product(PADDED_ROWS, ceil_div("seqlen_q", PADDED_ROWS))
         return ("batch", "num_heads_q", padded, place.cols)
+    if isinstance(place, QueryRanks):
+        blocks = product(PADDED_ROWS // place.block_m, ceil_div("seqlen_q", PADDED_ROWS))
+        return ("batch", "num_heads_q", blocks, place.owners)
     if isinstance(place, BlockTables):
         return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
     batch, length = _extents(place.axis, lengths)
@@ -374,6 +380,8 @@ def _values_of_gradients(plan: KernelPlan, gradients: tuple[OfGradients, ...]) -
         yield from _tables_and_scratch(each)
         for rows in (*each.read_rows, *each.sums, *each.query_sums):
             yield Value(rows.name, F32.name, value_shape(rows, lengths), "scratch")
+        for ranks in each.query_ranks:
+            yield Value(ranks.name, "i32", value_shape(ranks, lengths), "scratch")
         yield from _gradients_of_inputs(each.outputs, lengths)
         for place in each.writes:
             if isinstance(place, PairMatrix):

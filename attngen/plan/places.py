@@ -337,20 +337,41 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class QueryRanks:
+    """How many blocks of keys have added to the sums of a block of queries: a u32 for each part of it.
+
+    Dense (batch, num_heads_q, rows / block_m, owners) in device memory, rows in whole blocks of `PADDED_ROWS`.
+
+    Attributes:
+        block_m: queries of a block.
+        owners: warpgroups, of which each adds its part.
+    """
+
+    name: str
+    block_m: int
+    owners: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class QuerySums:
-    """Sums of f32 for each row of queries in device memory, to which many blocks of threads add, in any order.
+    """Sums of f32 for each row of queries in device memory, to which many blocks of threads add.
 
     Dense (batch, num_heads_q, rows, cols), each head in whole blocks of `PADDED_ROWS`. The elements of a tile of
     `block_m` rows stand as the registers of accumulators do that are added: by warpgroup, warp, four registers, lane.
 
     Attributes:
         shared_by: what of a tile a warpgroup adds.
+        ranks: by which they add in one order; None where any will do.
     """
 
     name: str
     block_m: int
     cols: int
     shared_by: Share
+    ranks: QueryRanks | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -17,6 +17,7 @@ from attngen.plan.places import (
     Descales,
     NamedBarriers,
     PartRows,
+    QueryRanks,
     QuerySums,
     RegTile,
     RegVec,
@@ -159,7 +160,7 @@ class KernelPlan:
     overlap: bool
     key_blocks: SeenBlocks | None
     reads: tuple[Tensor, ...]
-    writes: tuple[Tensor | Rows | QuerySums | PairMatrix | BlockTables | Elements, ...]
+    writes: tuple[Tensor | Rows | QuerySums | QueryRanks | PairMatrix | BlockTables | Elements, ...]
     scheduler: Scheduler
     roles: tuple[Role, ...]
     buffers: tuple[Buffer, ...]
@@ -270,6 +271,11 @@ class KernelPlan:
     def query_sums(self) -> tuple[QuerySums, ...]:
         """The sums to which it adds."""
         return tuple(place for place in self.writes if isinstance(place, QuerySums))
+
+    @property
+    def query_ranks(self) -> tuple[QueryRanks, ...]:
+        """The ranks by which it adds in one order."""
+        return tuple(place for place in self.writes if isinstance(place, QueryRanks))
 
     @property
     def written_rows(self) -> tuple[Rows, ...]:

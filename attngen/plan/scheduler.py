@@ -141,6 +141,9 @@ class Scheduler:
             for each of the heads.
         is_split: an entry of the list is one of several parts of the keys of its rows.
         packs_group: a tile's rows are those of all query heads that share its keys.
+        in_turn: of key blocks; the number of a tile is drawn when its block starts, so that all blocks of smaller
+            numbers have started, and who waits for none but these is never waited for in turn. Those of a head start
+            with its last keys.
     """
 
     kind: Literal["query_blocks", "key_blocks", "pair_blocks", "heads"]
@@ -152,6 +155,7 @@ class Scheduler:
     is_split: bool = False
     packs_group: bool = False
     rows_at_hand: int = 0
+    in_turn: bool = False
 
     @property
     def axis(self) -> SequenceAxis | None:
@@ -205,7 +209,9 @@ class Scheduler:
             if self.rows_at_hand:
                 block |= self._side_by_side
             else:
-                block |= {"tile.row": floor_divide(index, n_max), KEYS.tile.name: modulo(index, n_max)}
+                n = modulo(index, n_max)
+                n = sub(sub(n_max, const(1)), n) if self.in_turn else n
+                block |= {"tile.row": floor_divide(index, n_max), KEYS.tile.name: n}
             head = times(modulo(row, _HEADS_KV), name("call.group"))
             batch = floor_divide(row, _HEADS_KV)
         elif self.kind == "pair_blocks":

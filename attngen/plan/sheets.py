@@ -12,7 +12,7 @@ from attngen.arch import Arch
 from attngen.expr import Boundary, Table, tensor_names
 from attngen.plan.formulas import Formula, ceil_div, maximum, minimum, product
 from attngen.plan.lengths import LengthArgument, padded_blocks
-from attngen.plan.places import PADDED_ROWS, QuerySums, Rows
+from attngen.plan.places import PADDED_ROWS, QueryRanks, QuerySums, Rows
 from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.quantizer import CHUNK
 
@@ -239,8 +239,8 @@ class PrepareRows(SheetOfPlan):
 
     Attributes:
         plan: the attention kernel whose output it is.
-        clears: sums that it writes zeros to where a call has them; they are not among what it writes, which
-            would leave out who adds to them.
+        clears: sums that it writes zeros to where a call has them, and to their ranks; they are not among what it
+            writes, which would leave out who adds to them.
     """
 
     clears: QuerySums | None = None
@@ -251,6 +251,12 @@ class PrepareRows(SheetOfPlan):
     """Either of the numbers, as a place."""
     lane_rows = 4
     """Rows of which a lane takes its part."""
+
+    @property
+    def cleared(self) -> tuple[QuerySums | QueryRanks, ...]:
+        """All that it writes zeros to."""
+        found = (self.clears, self.clears.ranks) if self.clears else ()
+        return tuple(each for each in found if each)
 
     @property
     def row_lanes(self) -> int:
@@ -267,7 +273,7 @@ class PrepareRows(SheetOfPlan):
         """Fields of the struct: pointers first. `dlse` is 0 where nobody asks for gradients of lse."""
         return (
             *(Param(name, "pointer", f"{name}.ptr") for name in (*ROW_SOURCES, "dlse", *ROW_NUMBERS)),
-            *((Param(self.clears.name, "pointer", f"{self.clears.name}.ptr"),) if self.clears else ()),
+            *(Param(each.name, "pointer", f"{each.name}.ptr") for each in self.cleared),
             *(
                 Param(f"{name}_stride_{axis}", "i64", f"{name}.stride_{axis}")
                 for name in ("out", "dout")

@@ -7,6 +7,11 @@ through shared memory, and the product from there to device memory, where the co
 Nothing but that exchange holds the warpgroups together, so that one multiplies while the other is at P and dS. A visit
 ends with the product for the visit before it, whose dS the other warpgroup has stored by then. The first visit has none
 before it: it multiplies zeros, and nobody adds what comes of them.
+
+Sums of f32 hang on the order in which blocks of keys add to them. Where that is to be one order, it is the order in
+which blocks of threads start: a head's last keys first, each going over queries from the first to the last. So under a
+causal mask or a window each comes to a block of queries later than the one before it, by itself; and since nobody waits
+but for who started earlier, all come to their end however few run at a time.
 Source: Dao et al., "FlashAttention", arXiv 2205.14135, Algorithm 4; Shah et al., "FlashAttention-3", arXiv 2407.08608,
 appendix B.1.
 """
@@ -14,7 +19,22 @@ appendix B.1.
 from dataclasses import dataclass
 from functools import partial
 
-from attngen.plan import BlockIndex, Buffer, Cursor, NamedBarriers, Program, QuerySums, RegTile, View
+from attngen.expr import Expr, IndexRange, affine_parts, const, free_names, name, scale
+from attngen.expr.arithmetic import floor_divide, times
+from attngen.expr.intervals import lesser
+from attngen.expr.tree import add, sub
+from attngen.plan import (
+    KEYS,
+    QUERIES,
+    BlockIndex,
+    Buffer,
+    Cursor,
+    NamedBarriers,
+    Program,
+    QuerySums,
+    RegTile,
+    View,
+)
 from attngen.plan.steps import (
     AddSums,
     Advance,
@@ -27,13 +47,16 @@ from attngen.plan.steps import (
     IssueGemm,
     KeepColumns,
     Note,
+    PassRank,
     PassTurn,
     Publish,
     Release,
     StageSums,
     StageTransposed,
     Step,
+    TakeRank,
     TakeTurn,
+    WaitAdded,
     WaitEmpty,
     WaitFull,
     WaitGemm,
@@ -109,6 +132,32 @@ class FusedPlaces(WarpgroupKeyPlaces):
         """Read what stays in registers."""
         kept = ((self.kept_k, self.k), (self.kept_v, self.v))
         return tuple(KeepColumns(tile, of.here.own) for tile, of in kept if tile and of)
+
+
+def earlier_keys(visible: IndexRange) -> Expr | None:
+    """How many blocks of keys that see a block of queries come before one that does, by the numbers of both.
+
+    All behind it, up to the last one whose rows begin in the block of queries or before it: rows of later keys must
+    neither begin nor end earlier, so that who sees a block of queries are neighbours.
+
+    Args:
+        visible: the rows that see a key.
+
+    Returns:
+        that number, or None where rows of later keys may begin or end earlier.
+    """
+    key = name(KEYS.index)
+    last_row = add(times(QUERIES.tile, name(QUERIES.block)), add(name(QUERIES.block), const(-1)))
+    last = add(KEYS.blocks(name(KEYS.seqlen)), const(-1))
+    for bound in (*visible.lower, *visible.upper):
+        factors, _ = affine_parts(bound)
+        factor = factors.get(key, 0)
+        if factor < 0 or any(atom is not key and key.name in free_names(atom) for atom in factors):
+            return None
+        if factor and bound in visible.lower:
+            past = sub(last_row, sub(bound, scale(factor, key)))
+            last = lesser(floor_divide(past, scale(factor, name(KEYS.block))), last)
+    return sub(last, KEYS.tile)
 
 
 def fused_gradients(at: FusedPlaces) -> dict[str, Program]:
@@ -211,15 +260,23 @@ def _hand_over(at: FusedPlaces) -> Program:
 
 
 def _add(at: FusedPlaces, m: BlockIndex) -> Program:
-    """Add what the warpgroup has made for a block of queries."""
-    products = at.products
-    return _leave_products(
+    """Add what the warpgroup has made for a block of queries, at its rank where there are ranks.
+
+    The stage is free before the sum stands in device memory, for which who comes next waits.
+    """
+    products, ranks = at.products, at.sums.ranks
+    add_up = _leave_products(
         at,
         WaitFull(products.reads),
         FenceAsync(),
         AddSums(products.here.own, at.dq, at.sums, m),
         WaitStores(),
     )
+    if ranks is None:
+        return add_up
+    rank = earlier_keys(at.visible) if at.visible else None
+    assert rank is not None
+    return (TakeRank(ranks, m, rank), *add_up, WaitAdded(), PassRank(ranks, m))
 
 
 def _leave_products(at: FusedPlaces, *after: Step) -> Program:

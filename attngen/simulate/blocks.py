@@ -1,7 +1,8 @@
 """A block of threads: what its roles share, and the small scheduler that drives them.
 
-A role is resumed when what it waits for has come. When every role that is left waits, the block is deadlocked, and the
-fault says who waits for what. Which blocks of a launch run, and in what order, is the caller's.
+A role is resumed when what it waits for has come. When every role that is left waits, and no other block can help, the
+block is deadlocked, and the fault says who waits for what. Which blocks of a launch run, and in what order, is the
+caller's.
 """
 
 from collections.abc import Callable, Mapping
@@ -108,16 +109,21 @@ class Block:
     def _due(self, role: RoleRun) -> int:
         return self._waits[role].due if role in self._waits else 0
 
-    def go_on(self) -> None:
-        """Run every role that is due to where it waits.
+    @property
+    def deadlock(self) -> SimulationFault:
+        """The fault that no role can ever go on."""
+        who = "; ".join(f"{role.name} waits for {wait.what()}" for role, wait in self._waits.items())
+        return SimulationFault("deadlock", who, where=str(self.roles[0].tile))
+
+    def go_on(self) -> bool:
+        """Run every role that is due to where it waits, and say whether there was one.
 
         Raises:
-            SimulationFault: a program broke a rule, or no role can go on.
+            SimulationFault: a program broke a rule.
         """
         ready = self._ready()
         if not ready:
-            who = "; ".join(f"{role.name} waits for {wait.what()}" for role, wait in self._waits.items())
-            raise SimulationFault("deadlock", who, where=str(self.roles[0].tile))
+            return False
         first = min(map(self._due, ready))
         for role in [role for role in ready if self._due(role) == first]:
             self._waits.pop(role, None)
@@ -128,6 +134,7 @@ class Block:
                 role.finish()
         if self.is_done:
             self._look_for_copies()
+        return True
 
     def _look_for_copies(self) -> None:
         cells = (cell for parts in self.cells.values() for cell in parts)

@@ -54,11 +54,13 @@ from attngen.plan.steps import (
     SyncWarp,
     SyncWarpgroup,
     SyncWarpgroups,
+    TakeRank,
     TakeTurn,
     TmaLoad,
     TmaLoadRows,
     TmaStore,
     TmaStoreOwn,
+    WaitAdded,
     WaitCopies,
     WaitEmpty,
     WaitFull,
@@ -253,6 +255,11 @@ def _add_sums(units: Units, step: AddSums, role: RoleRun) -> Paid:
     return now(role) + units.costs.copy_issue
 
 
+def _reach_memory(units: Units, step: TakeRank | WaitAdded, role: RoleRun) -> int:
+    """There and back; what other blocks do is not known here."""
+    return now(role) + units.costs.memory_latency
+
+
 def _wait_stores(units: Units, step: WaitStores, role: RoleRun) -> int:
     return max([now(role), *_take_done(units.in_flight[role].stores, 0)])
 
@@ -347,6 +354,7 @@ CHARGES: dict[type[Step], Charge] = {
     **dict.fromkeys((TmaStore, TmaStoreOwn), _tma_store),
     AddSums: _add_sums,
     WaitStores: _wait_stores,
+    **dict.fromkeys((TakeRank, WaitAdded), _reach_memory),
     StoreTile: _store_tile,
     StoreGradient: _store_gradient,
     DrawTile: _draw_tile,

@@ -1,6 +1,7 @@
 """Running a call on the CPU: launch after launch, programs block after block; for values, or only to count."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -300,13 +301,23 @@ def _additions(run: KernelRun) -> Iterator[Addition]:
 
 
 def _run_blocks(run: KernelRun, source: TileSource) -> None:
-    """Run the blocks of a launch: those of a persistent kernel in turns, the others one after another."""
-    at_a_time = source.blocks if source.is_drawn_from else 1
-    for first in range(0, source.blocks, at_a_time):
-        blocks = [Block(run, source, i) for i in range(first, first + at_a_time)]
-        while running := [block for block in blocks if not block.is_done]:
-            for block in running:
-                block.go_on()
+    """Run the blocks of a launch: those that may wait for each other in turns, as many as fit, else one after another.
+
+    Raises:
+        SimulationFault: a program broke a rule, or no block can go on.
+    """
+    at_a_time, waiting = 1, deque(range(source.blocks))
+    if source.is_drawn_from:
+        at_a_time = source.blocks
+    elif run.plan.scheduler.in_turn:
+        at_a_time = run.sizes.num_sms * run.plan.blocks_per_sm
+    running: list[Block] = []
+    while running or waiting:
+        while waiting and len(running) < at_a_time:
+            running.append(Block(run, source, waiting.popleft()))
+        if not any([block.go_on() for block in running]):
+            raise running[0].deadlock
+        running = [block for block in running if not block.is_done]
     if source.counter:
         raise SimulationFault(
             "never reset", f"the tile counter of {run.plan.name} stands at {source.counter} at the end"

@@ -59,7 +59,8 @@ class Multiprocessor:
         ]
         while running:
             slot, block = min(running, key=lambda pair: pair[1].due)
-            block.go_on()
+            if not block.go_on():
+                raise block.deadlock
             if block.is_done:
                 running.remove((slot, block))
                 if waiting:

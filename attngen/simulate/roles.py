@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attngen.plan import Axis, BlockIndex, Cursor, Program, RegTile, RegVec, Role, Step, View
+from attngen.plan import Axis, BlockIndex, Cursor, Program, QueryRanks, RegTile, RegVec, Role, Step, View
 from attngen.simulate.barriers import StageBarriers
 from attngen.simulate.clocks import Clock, Stamp
 from attngen.simulate.contributions import Source
@@ -90,6 +90,8 @@ class RoleRun:
         leader: what its first thread knows beside, who issues stores and releases the stages that GEMMs alone read.
         contributions: of each accumulator of a gradient, how often it has which block in it.
         made_for: of each accumulator that is a product of a stored tile of pairs, the queries of those pairs.
+        rank: the ranks and the block of queries at which it may add; None where it waits for its rank.
+        sums_in_flight: something that it adds there may not stand in device memory.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
     """
@@ -113,6 +115,8 @@ class RoleRun:
         self.leader = Clock()
         self.contributions: defaultdict[str, Counter[Source | None]] = defaultdict(Counter)
         self.made_for: dict[str, set[Source | None]] = {}
+        self.rank: tuple[str, int] | None = None
+        self.sums_in_flight = False
         self.started: list[tuple[Cell, torch.Tensor]] = []
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
         self._is_one_thread = role.single_thread
@@ -393,6 +397,33 @@ class RoleRun:
         """The first thread waits until its stores have read shared memory."""
         self._stores_in_flight.clear()
         self.leader.see(self._store_line, self._stores_issued)
+
+    # ---- sums in one order ------------------------------------------------------------------------------------------
+    def start_adding(self, ranks: QueryRanks, m: int) -> None:
+        """Have something added to the sums of a block of queries from now on.
+
+        Raises:
+            SimulationFault: it is not at its rank there.
+        """
+        if self.rank != (ranks.name, m):
+            raise self.fault(
+                "race", f"block {m} is added to out of turn: {ranks} may say anything", ranks.name
+            )
+        self.sums_in_flight = True
+
+    def pass_rank(self, ranks: QueryRanks, m: int) -> None:
+        """Let the next one add to the sums of a block of queries.
+
+        Raises:
+            SimulationFault: it is not at its rank there, or its own sums may not stand there yet.
+        """
+        if self.rank != (ranks.name, m):
+            raise self.fault("race", f"{ranks}[{m}] is counted up, whose rank nobody waited for", ranks.name)
+        if self.sums_in_flight:
+            raise self.fault(
+                "race", f"{ranks}[{m}] is counted up, and what is added may be in flight", ranks.name
+            )
+        self.rank = None
 
     # ---- shared memory ----------------------------------------------------------------------------------------------
     def cells(self, view: View) -> tuple[Cell, ...]:

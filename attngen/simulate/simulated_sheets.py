@@ -92,9 +92,7 @@ def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, 
     nothing = {"delta": 0.0, "lse_log2": math.inf}
     if sheet.plan.lengths.queries == "dense":
         cleared = {
-            each.name: torch.zeros_like(values[each.name])
-            for each in (sheet.clears,)
-            if each and each.name in values
+            each.name: torch.zeros_like(values[each.name]) for each in sheet.cleared if each.name in values
         }
         return {name: pad(x, past, value=nothing[name]) for name, x in found.items()} | cleared
     return {name: _by_sequence(sheet, x, values, sizes, nothing[name]) for name, x in found.items()}

@@ -1,16 +1,27 @@
 """What the Steps do by which a block of keys adds to sums of queries.
 
 In which order the elements of a tile stand is for the registers of a lane, which are not simulated. Who adds first
-matters to nothing but rounding, so that the simulator's own order, a block of threads after another, stands for any.
+matters to nothing but rounding: where sums have no ranks the simulator's own order, a block of threads after another,
+stands for any. Where they have, who adds must be at its rank.
 """
 
 import torch
 
-from attngen.plan.steps import AddSums, ClearTile, StageSums, StageTransposed
+from attngen.plan import QueryRanks
+from attngen.plan.steps import (
+    AddSums,
+    ClearTile,
+    PassRank,
+    StageSums,
+    StageTransposed,
+    TakeRank,
+    WaitAdded,
+)
 from attngen.simulate.contributions import Source, check_product
 from attngen.simulate.device_memory import Addition
-from attngen.simulate.roles import RoleRun
+from attngen.simulate.roles import RoleRun, Run, Wait
 from attngen.simulate.simulated_gemms import own_part
+from attngen.simulate.visits import rank_of
 
 
 def clear_tile(step: ClearTile, role: RoleRun) -> None:
@@ -47,8 +58,47 @@ def add_sums(step: AddSums, role: RoleRun) -> None:
     (cell,), tile, m = role.cells(step.src), role.tile, role.index(step.block)
     first = tile.members[0]
     check_product(cell, Source(first.head, m), Source(first.head_kv, tile.n_block or 0), role)
+    if step.dst.ranks:
+        role.start_adding(step.dst.ranks, m)
     values = role.read_by_store(step.src)
     rows, cols = own_part(step.of, role)
     role.device.add(step.dst, tile, (m * step.dst.block_m + rows.start, cols.start), values)
     for member in tile.members:
         role.device.added[Addition(member.batch, member.head, m, tile.n_block or 0, role.warpgroup)] += 1
+
+
+def take_rank(step: TakeRank, role: RoleRun) -> Run:
+    """Wait until as many blocks have added as come before this one; without values no other block is waited for."""
+    ranks, m = step.ranks, role.index(step.block)
+    expected = [
+        rank_of(step.rank, role.call.plan, role.call.sizes, m, role.tile.n_block or 0, member)
+        for member in role.tile.members
+    ]
+
+    def has_come() -> bool:
+        return not role.device.holds_values or _added(ranks, m, role).tolist() == expected
+
+    if not has_come():
+        what = f"{ranks}[{m}] of warpgroup {role.warpgroup} to be {expected[0]}"
+        yield Wait(lambda: f"{what}, it is {_added(ranks, m, role)[0]}", has_come)
+    role.rank = (ranks.name, m)
+
+
+def wait_added(step: WaitAdded, role: RoleRun) -> None:
+    """What has been added stands there."""
+    role.sums_in_flight = False
+
+
+def pass_rank(step: PassRank, role: RoleRun) -> None:
+    """Count this block among those that have added."""
+    m = role.index(step.block)
+    role.pass_rank(step.ranks, m)
+    if role.device.holds_values:
+        batch, head, _ = role.tile.columns
+        role.device.tensors[step.ranks.name][batch, head, m, role.warpgroup] += 1
+
+
+def _added(ranks: QueryRanks, m: int, role: RoleRun) -> torch.Tensor:
+    """How many blocks have added to the warpgroup's part of a block of queries, of each head: (members,)."""
+    batch, head, _ = role.tile.columns
+    return role.device.tensors[ranks.name][batch, head, m, role.warpgroup]

@@ -297,6 +297,12 @@ def visited_blocks(
     return [tuple(range(each.n_min, each.n_max)) for each in block_bounds(plan, sizes, m_blocks, member)]
 
 
+def rank_of(rank: Expr, plan: KernelPlan, sizes: Sizes, m_block: int, n_block: int, member: Member) -> int:
+    """The rank of a block of keys of a head among those that see a block of rows."""
+    names = _names(plan, sizes, member, QUERIES, m_block) | {KEYS.tile.name: n_block}
+    return int(evaluate(rank, names, sizes.declared.tensors))
+
+
 def rows_of(plan: KernelPlan, sizes: Sizes, member: Member) -> int:
     """How many rows the tiles of a head's sequence have, those of its group where they are packed."""
     return member.seqlen_q * heads_in_rows(plan, sizes)

@@ -31,3 +31,23 @@ DEV u32 draw(u32* counter, u32 last) {
   const u32 drawn = threadIdx.x % 32 == 0 ? atomicInc(counter, last) : 0;
   return __shfl_sync(~0u, drawn, 0);
 }
+
+// Draw from a counter for the whole block of threads, the number that leaves it at 0 the last. All threads meet.
+DEV u32 draw_for_block(u32* counter, u32 last, u32 slot) {
+  if (threadIdx.x == 0) store_shared(slot, atomicInc(counter, last));
+  __syncthreads();
+  return same_in_warp(load_shared(slot));
+}
+
+// Wait until a count in device memory has come to one's rank; what was added before it can be added to, by the copy engine too.
+DEV void take_rank(const u32* count, u32 rank) {
+  while (load_acquire(count) != rank) {
+  }
+  fence_async_global();
+}
+
+// Count what the copy engine has written for this thread, which has waited for it.
+DEV void pass_rank(u32* count) {
+  fence_async_global();
+  add_release(count, 1);
+}

@@ -103,7 +103,15 @@ from attngen.plan.steps.softmax import (
     SeedScores,
 )
 from attngen.plan.steps.step import Program, Step
-from attngen.plan.steps.sum_steps import AddSums, ClearTile, StageSums, StageTransposed
+from attngen.plan.steps.sum_steps import (
+    AddSums,
+    ClearTile,
+    PassRank,
+    StageSums,
+    StageTransposed,
+    TakeRank,
+    WaitAdded,
+)
 from attngen.plan.steps.sync import (
     Advance,
     FenceAsync,
@@ -171,6 +179,7 @@ __all__ = [
     "NegateTile",
     "Note",
     "OrderColumns",
+    "PassRank",
     "PassTurn",
     "Product",
     "Program",
@@ -213,12 +222,14 @@ __all__ = [
     "SyncWarp",
     "SyncWarpgroup",
     "SyncWarpgroups",
+    "TakeRank",
     "TakeTile",
     "TakeTurn",
     "TmaLoad",
     "TmaLoadRows",
     "TmaStore",
     "TmaStoreOwn",
+    "WaitAdded",
     "WaitCopies",
     "WaitEmpty",
     "WaitFull",

@@ -6,7 +6,8 @@ the copy engine adds it to sums in device memory.
 
 from dataclasses import dataclass
 
-from attngen.plan.places import BlockIndex, QuerySums, RegTile, View
+from attngen.expr import Expr
+from attngen.plan.places import BlockIndex, QueryRanks, QuerySums, RegTile, View
 from attngen.plan.steps.step import Step
 
 
@@ -51,7 +52,7 @@ class StageSums(Step):
 class AddSums(Step):
     """Have the copy engine add the warpgroup's part of a buffer to sums of a block of queries in device memory.
 
-    Additions of other blocks of threads come before and after, in no order.
+    Additions of other blocks of threads come before and after, in no order but that of ranks where the sums have these.
     Source: PTX ISA, cp.reduce.async.bulk.
 
     Attributes:
@@ -65,3 +66,52 @@ class AddSums(Step):
 
     def __str__(self) -> str:
         return f"{self.dst}[{self.block}] += {self.src}, whenever its turn comes"
+
+
+@dataclass(frozen=True)
+class TakeRank(Step):
+    """Wait until all blocks of keys that come earlier have added to the warpgroup's part of a block of queries.
+
+    Source: PTX ISA, ld.acquire; fence.proxy.async.
+
+    Attributes:
+        ranks: how many have.
+        block: of queries.
+        rank: how many come earlier, by the numbers of the blocks of queries and of keys.
+    """
+
+    ranks: QueryRanks
+    block: BlockIndex
+    rank: Expr
+
+    def __str__(self) -> str:
+        return f"wait until {self.ranks}[{self.block}] == {self.rank}"
+
+
+@dataclass(frozen=True)
+class WaitAdded(Step):
+    """Wait until what the copy engine was to add stands in device memory.
+
+    Source: PTX ISA, cp.async.bulk.wait_group.
+    """
+
+    def __str__(self) -> str:
+        return "wait until the sums have been written"
+
+
+@dataclass(frozen=True)
+class PassRank(Step):
+    """Let the next block of keys add to the warpgroup's part of a block of queries.
+
+    Source: PTX ISA, red.release.
+
+    Attributes:
+        ranks: how many have added.
+        block: of queries.
+    """
+
+    ranks: QueryRanks
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"{self.ranks}[{self.block}] += 1"

@@ -4,6 +4,9 @@ DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1
 // Count at a named barrier without waiting. PTX ISA: bar.arrive.
 DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Order this thread's ordinary accesses to device memory and asynchronous ones. PTX ISA: fence.proxy.async.
+DEV void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Order this thread's ordinary accesses to shared memory before asynchronous ones. PTX ISA: fence.proxy.async.
 DEV void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

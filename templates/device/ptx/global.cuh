@@ -28,3 +28,13 @@ DEV uint4 load_global_16(const void* p, bool exists) {
                "}" : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w) : "l"(p), "r"((int)exists));
   return x;
 }
+
+// A number in device memory, with all that was known to who wrote it. PTX ISA: ld.acquire.
+DEV u32 load_acquire(const u32* address) {
+  u32 x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(address) : "memory");
+  return x;
+}
+
+// Add to a number in device memory; who then reads it as above knows all that this thread knows. PTX ISA: red.release.
+DEV void add_release(u32* address, u32 x) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory"); }

@@ -41,5 +41,8 @@ DEV void bulk_add(float* dst, u32 src, u32 bytes) {
 // Close the group of this thread's stores. PTX ISA: cp.async.bulk.commit_group.
 DEV void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
+// Wait until what this thread's stores write can be seen. PTX ISA: cp.async.bulk.wait_group.
+DEV void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Wait until this thread's stores have read shared memory. PTX ISA: cp.async.bulk.wait_group.read.
 DEV void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
