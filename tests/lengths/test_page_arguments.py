@@ -132,7 +132,7 @@ def test_auto_has_fa2_for_pages_of_any_size(arch: str) -> None:
 def test_a_launch_is_handed_tables_strides_and_sizes_and_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Numbers of the call's caches, by which rows are divided; another table of the same shape binds nothing anew."""
+    """Numbers of the call's caches, of pages that are no pieces, by which rows are divided; another table of the same shape binds nothing anew."""
     kernel = attngen.compile({"problem": {"head_dim": 64, "keys": "paged"}}, arch="sm_90a")
     plan, starts = kernel.plan, offsets(kernel.manifest.kernels[-1])
     recorder = Recorder(monkeypatch, kernel, max(starts.values()) + 4)
@@ -143,7 +143,7 @@ def test_a_launch_is_handed_tables_strides_and_sizes_and_is_remembered(
         lambda *launch: Recorder.start(recorder, launch[0], launch[1], plan.threads, *launch[3:]),
     )
     launcher = Launcher(kernel.manifest, no_code, load=recorder.load, start=recorder.start)
-    q, cache = torch.zeros(2, 3, 4, 64).bfloat16(), torch.zeros(9, 2, 24, 64).bfloat16()
+    q, cache = torch.zeros(2, 3, 4, 64).bfloat16(), torch.zeros(9, 2, 20, 64).bfloat16()
     table, used = torch.zeros(2, 10, dtype=torch.int32)[:, :7], torch.zeros(2, dtype=torch.int32)
     passed = {"block_table": table, "seqused_k": used, "cache_batch_idx": None}
     launcher.run(q, cache, cache, layout="hnd", declared=passed)
@@ -154,8 +154,8 @@ def test_a_launch_is_handed_tables_strides_and_sizes_and_is_remembered(
 
     assert said("block_table.ptr", 8) == table.data_ptr() and said("cache_batch_idx.ptr", 8) == 0
     assert said("block_table.stride_0", 8) == 10
-    assert [said(f"k.stride_{of}", 8) for of in ("page", "seqlen", "head")] == [2 * 24 * 64, 64, 24 * 64]
-    sizes = {"pages": 9, "page_size": 24, "table_rows": 2, "seqlen_k": 7 * 24, **division_by(24)}
+    assert [said(f"k.stride_{of}", 8) for of in ("page", "seqlen", "head")] == [2 * 20 * 64, 64, 20 * 64]
+    sizes = {"pages": 9, "page_size": 20, "table_rows": 2, "seqlen_k": 7 * 20, **division_by(20)}
     assert {name: said(name) for name in sizes} == sizes
     monkeypatch.setattr("attngen.runtime.launch.bind", None)
     other = torch.ones(2, 10, dtype=torch.int32)[:, :7]
