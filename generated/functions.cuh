@@ -254,6 +254,33 @@ DEV i64 offset_in_pages(const PagedRows& of, int row) {
   return at.page * of.stride_page + at.row * of.stride_row;
 }
 
+// Rows that follow one another in a page wherever a block of kRows begins, and so come by one copy: a piece.
+template <int kRows>
+DEV int rows_of_piece(int page_size) {
+  return (page_size | kRows) & -(page_size | kRows);
+}
+
+// Where the piece of a block that is this lane's lies, the first the first lane's. Those behind the sequence's end are of a page that no
+// cache has: they come as zeros.
+template <int kRows>
+DEV PageRow own_piece(const PagedRows& of, int first_row, int end_row) {
+  const int row = first_row + (int)(stay_in_loop(threadIdx.x) % 32) * rows_of_piece<kRows>(of.page_size);
+  return row < end_row ? row_in_pages(of, row) : PageRow{of.pages, 0};
+}
+
+// load_panels of rows that lie in pages, by a warp, each lane its own piece, of at least eight rows.
+template <class Tile>
+DEV void load_pieces(u32 dst, const TensorMap& map, u32 full, int page_size, PageRow piece, int head, u64 keep) {
+  static_assert(Tile::kRows <= 256, "a piece for each lane");
+  const int row = (int)(stay_in_loop(threadIdx.x) % 32) * rows_of_piece<Tile::kRows>(page_size);
+  if (row == 0) mbarrier_arrive_expect(full, Tile::kBytes);
+  __syncwarp();
+  if (row < Tile::kRows) {
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) tma_load(dst + i * Tile::kPanelBytes + row * 128, map, full, i * Tile::kPanelCols, piece.row, head, piece.page, keep);
+  }
+}
+
 // How a block's threads share the chunks of a tile: thread t copies chunks t, t + kThreads, ... Where a pass is a
 // multiple of eight rows, a thread keeps its column and its exchange from pass to pass.
 template <class Tile, int kThreads>
@@ -338,23 +365,6 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
         if (kOnce) cp_async_16_by(dst + Tile::address(row, chunk), from, valid ? 16 : 0, read_once());
         else cp_async_16(dst + Tile::address(row, chunk), from, valid ? 16 : 0);
       }
-    }
-  }
-}
-
-// load_panels of rows that lie in pages, by a warp: a piece are the rows that follow one another in a page, each lane looks up where some
-// pieces are and starts their copies. Pieces behind the end come from a page that no cache has, as zeros.
-template <class Tile>
-DEV void load_pieces(u32 dst, const TensorMap& map, u32 full, const PagedRows& rows, int first_row, int end_row, int head, u64 keep) {
-  static_assert(Tile::kRows <= 32 * 8, "each lane brings one piece, of at least 8 rows");
-  const int both = rows.page_size | Tile::kRows, row = stay_in_loop(threadIdx.x) % 32 * (both & -both);
-  if (row == 0) mbarrier_arrive_expect(full, Tile::kBytes);
-  __syncwarp();
-  if (row < Tile::kRows) {
-    const PageRow from = first_row + row < end_row ? row_in_pages(rows, first_row + row) : PageRow{rows.pages, 0};
-#pragma unroll
-    for (int i = 0; i < Tile::kPanels; ++i) {
-      tma_load(dst + i * Tile::kPanelBytes + row * 128, map, full, i * Tile::kPanelCols, from.row, head, from.page, keep);
     }
   }
 }

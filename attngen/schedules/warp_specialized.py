@@ -26,6 +26,7 @@ from attngen.plan.steps import (
     Clear,
     DrawTile,
     FenceAsync,
+    FindPages,
     ForTiles,
     IssueGemm,
     Note,
@@ -122,6 +123,7 @@ def _producer(at: WarpgroupPlaces) -> Program:
     def load(buffer: Buffer, cursor: Cursor, src: Tensor, block: BlockIndex, beside: Program = ()) -> Program:
         once = src is at.q_in
         return (
+            *((FindPages(block),) if at.lengths.is_paged(src.axis) else ()),
             WaitEmpty(cursor),
             *beside,
             TmaLoad(buffer.at(cursor), src, block, "evict_first" if once else "evict_last"),

@@ -94,6 +94,7 @@ class RoleRun:
         sums_in_flight: something that it adds there may not stand in device memory.
         started: copies since the last commit, with the values that will land.
         groups: committed groups of copies in flight, oldest first.
+        pages_found: the tile, and the first row of its block of keys, whose pages its lanes have looked up.
     """
 
     def __init__(self, block: "Block", role: Role, warpgroup: int) -> None:
@@ -119,6 +120,7 @@ class RoleRun:
         self.sums_in_flight = False
         self.started: list[tuple[Cell, torch.Tensor]] = []
         self.groups: deque[list[tuple[Cell, torch.Tensor]]] = deque()
+        self.pages_found: tuple[Tile, int] | None = None
         self._is_one_thread = role.single_thread
         overlaid = [tile.overlays for tile in role.reg_tiles if tile.overlays]
         self._sharing = [tile for tile in role.reg_tiles if tile.overlays or tile in overlaid]

@@ -9,6 +9,7 @@ from attngen.expr import evaluate
 from attngen.plan import BlockIndex, PartRows, RegTile, RegVec, Rows, Tensor
 from attngen.plan.steps import (
     CommitCopies,
+    FindPages,
     LoadRegisters,
     LoadTile,
     StageTile,
@@ -72,11 +73,20 @@ def tma_load(step: TmaLoad, role: RoleRun) -> None:
     buffer = step.dst.buffer
     extent = buffer.sequence_extent
     first = _first_row(role, step.src, step.block, extent)
+    if role.call.plan.lengths.is_paged(step.src.axis) and role.pages_found != (role.tile, first):
+        raise role.fault(
+            "uninitialised read", f"nobody has found the pages of rows {first} ..", step.src.name
+        )
     values = role.device.read(step.src, role.tile, first, (buffer.rows, buffer.cols), past_end=True)
     valid = role.device.valid_rows(step.src, role.tile, first, extent)
     source = Source.of(step.src, role.tile, role.index(step.block))
     full = _full(step, role)
     full.expect(_landing(role.start_copy(step.dst, values, valid, source), full), role.leaders_clock)
+
+
+def find_pages(step: FindPages, role: RoleRun) -> None:
+    """Each lane looks a piece up."""
+    role.pages_found = role.tile, role.index(step.block) * role.call.plan.block_n
 
 
 def tma_load_rows(step: TmaLoadRows, role: RoleRun) -> None:

@@ -86,23 +86,6 @@ DEV void load_paged_tile(u32 dst, const PagedRows& rows, int first_row, int end_
   }
 }
 
-// load_panels of rows that lie in pages, by a warp: a piece are the rows that follow one another in a page, each lane looks up where some
-// pieces are and starts their copies. Pieces behind the end come from a page that no cache has, as zeros.
-template <class Tile>
-DEV void load_pieces(u32 dst, const TensorMap& map, u32 full, const PagedRows& rows, int first_row, int end_row, int head, u64 keep) {
-  static_assert(Tile::kRows <= 32 * 8, "each lane brings one piece, of at least 8 rows");
-  const int both = rows.page_size | Tile::kRows, row = stay_in_loop(threadIdx.x) % 32 * (both & -both);
-  if (row == 0) mbarrier_arrive_expect(full, Tile::kBytes);
-  __syncwarp();
-  if (row < Tile::kRows) {
-    const PageRow from = first_row + row < end_row ? row_in_pages(rows, first_row + row) : PageRow{rows.pages, 0};
-#pragma unroll
-    for (int i = 0; i < Tile::kPanels; ++i) {
-      tma_load(dst + i * Tile::kPanelBytes + row * 128, map, full, i * Tile::kPanelCols, from.row, head, from.page, keep);
-    }
-  }
-}
-
 // Flip the sign of every element of a tile.
 template <class Tile, int kThreads>
 DEV void negate_tile(u32 tile) {

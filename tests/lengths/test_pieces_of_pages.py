@@ -7,15 +7,19 @@ import pytest
 import torch
 
 import attngen
+from attngen.bind import bind, check_arguments
 from attngen.errors import ArgumentError
-from attngen.plan import PAGES_BY_ROW, evaluate_formula, piece_of
-from attngen.simulate import SimulationFault
+from attngen.plan import PAGES_BY_ROW, Program, assemble, evaluate_formula, piece_of
+from attngen.plan.steps import FindPages, TmaLoad, ZeroTail, walk
+from attngen.simulate import SimulationFault, Simulator
+from attngen.simulate.launches import run_call
 from attngen.simulate.page_table import PageTable
 from attngen.simulate.tile_source import Tile
-from attngen.simulate.visits import Member
+from attngen.simulate.visits import SIMULATED_SMS, Member
 from tests.lengths.batches import DIM, batch, compiled
 from tests.lengths.paged_batches import paged
 from tests.lengths.test_paged import lengths_around
+from tests.lengths.test_sequence_ends import variants
 
 KINDS = ("warp_specialized", "pingpong")
 PAGED = {"problem": {"head_dim": 64, "keys": "paged"}}
@@ -128,3 +132,48 @@ def test_a_piece_beside_the_end_alone_is_looked_up() -> None:
         table.places(tile, 16, 16, piece=8)
     with pytest.raises(SimulationFault, match="come by 8"):
         table.places(tile, 4, 8, piece=8)
+
+
+@pytest.mark.parametrize("mask", ["full", "kv_idx % 3 != q_idx % 2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_are_found_ahead_of_every_wait_for_a_stage(kind: str, mask: str) -> None:
+    """Memory answers under the wait; without one of these Steps a copy has the pages of another block, a fault."""
+    kernel = compiled(kind, "dense", "paged", mask)
+    plan, *_ = kernel.call.programs
+    consumer, producer = plan.roles
+    steps = list(walk(producer.program))
+    loads = [i for i, step in enumerate(steps) if isinstance(step, TmaLoad)]
+    assert all(isinstance(steps[i - 2], FindPages) == (steps[i].src.name != "q") for i in loads)  # type: ignore[attr-defined]
+    cached = paged(batch("dense", "padded", (9, 9), (41, 20)), 8)
+
+    def run(program: Program) -> torch.Tensor:
+        broken = replace(plan, roles=(consumer, replace(producer, program=program)))
+        (out,) = Simulator(assemble((broken,))).make(
+            ("out",), cached.q, cached.k, cached.v, declared=cached.passed
+        )
+        return out
+
+    assert run(producer.program).any()
+    found = list(variants(producer.program, lambda program, i: isinstance(program[i], FindPages)))
+    assert len(found) == len(loads) - 1
+    for _, program in found:
+        with pytest.raises(SimulationFault, match="nobody has found the pages of rows"):
+            run(program)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_behind_the_last_key_of_a_piece_is_cleared(kind: str) -> None:
+    """The copy engine brings whole pieces: without zeros over V's tail its NaN is in the result."""
+    of, kernel = (
+        batch("dense", "padded", (3, 3), (41, 5), poison=math.nan),
+        compiled(kind, "dense", "paged", "full"),
+    )
+    cached, q = paged(of, 16), of.q.nan_to_num(0.5)
+    given = check_arguments(kernel.manifest, q, cached.k, cached.v, declared=cached.passed)
+    bound = bind(kernel.manifest, given, ("out",), SIMULATED_SMS)
+    assert run_call(kernel.call, bound)["out"].isfinite().all()
+
+    def nothing(step: ZeroTail, role: object) -> None:
+        """Leave what is there."""
+
+    assert run_call(kernel.call, bound, steps={ZeroTail: nothing})["out"].isnan().any()

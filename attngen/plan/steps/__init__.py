@@ -38,6 +38,7 @@ from attngen.plan.steps.control import (
 )
 from attngen.plan.steps.copies import (
     CommitCopies,
+    FindPages,
     Keep,
     LoadRegisters,
     LoadTile,
@@ -152,6 +153,7 @@ __all__ = [
     "DrawTile",
     "Exponentiate",
     "FenceAsync",
+    "FindPages",
     "FinishRows",
     "FitRows",
     "ForBlocks",

@@ -116,6 +116,19 @@ class TmaLoad(Step):
 
 
 @dataclass(frozen=True)
+class FindPages(Step):
+    """Look up in which pages the keys of a block lie, each lane of the warp a piece, for the TmaLoads of that block.
+
+    It stands ahead of the wait for the stage, under which memory answers.
+    """
+
+    block: BlockIndex
+
+    def __str__(self) -> str:
+        return f"find the pages of block {self.block}"
+
+
+@dataclass(frozen=True)
 class TmaLoadRows(Step):
     """Have the copy engine fill a stage with one number of each row of a block, beside the TmaLoad that follows.
 
