@@ -66,7 +66,7 @@ def measured(rows: list[dict[str, Any]]) -> Iterator[Measured]:
                 }
             )
             kernel = attngen.Kernel(spec, lower(spec, ARCH))
-            served = kernel.call.serving(row["seqlen"])
+            served = kernel.call.serving({"seqlen_k": row["seqlen"]})
             yield Measured(found["kind"], kernel, (served,), row["seqlen"], median(row["ms"]["attngen"]))
 
 
