@@ -20,7 +20,7 @@ from attngen.plan.plan import KernelPlan, Param
 from attngen.plan.sheets import Sheet
 from attngen.quantize import ScaleKind
 
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 COUNTER = "counter.ptr"
 """Value of the parameter that points at a tile counter, see `KernelEntry`."""
 TICKETS = "tickets.ptr"

@@ -132,7 +132,10 @@ def test_auto_has_fa2_for_pages_of_any_size(arch: str) -> None:
 def test_a_launch_is_handed_tables_strides_and_sizes_and_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Numbers of the call's caches, of pages that are no pieces, by which rows are divided; another table of the same shape binds nothing anew."""
+    """Numbers of the call's caches, by which rows are divided; another table of the same shape binds nothing anew.
+
+    Pages of 20 rows are no pieces, so that no map is made of them, which wants a driver.
+    """
     kernel = attngen.compile({"problem": {"head_dim": 64, "keys": "paged"}}, arch="sm_90a")
     plan, starts = kernel.plan, offsets(kernel.manifest.kernels[-1])
     recorder = Recorder(monkeypatch, kernel, max(starts.values()) + 4)
