@@ -9,9 +9,11 @@ import torch
 
 import attngen
 from attngen.bind import bind
+from attngen.check.inputs import Shape
+from attngen.cli.gradient_facts import gradient_facts
 from attngen.kernel import GRADIENTS
 from attngen.lower import fused_gradients
-from attngen.plan import in_f32
+from attngen.plan import PrepareRows, QueryRanks, in_f32
 from attngen.plan.steps import PassRank, TakeRank, WaitAdded
 from attngen.runtime import disassemble
 from attngen.simulate import RoleRun, SimulationFault, launches
@@ -20,6 +22,7 @@ from attngen.simulate.launches import run_call
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one
+from tests.gradients.test_fused_backward import run_on_cpu
 
 CASE = BackwardCase("window(150, 70)", lengths=(300, 330), heads=(4, 2), head_dim=(64, 64), batch=1)
 """Blocks of keys share blocks of queries with neighbours on either side."""
@@ -148,3 +151,45 @@ def test_masks_whose_ranks_have_a_closed_form(mask: str, is_known: bool) -> None
     """Where rows of later keys begin earlier nothing says who comes before; the split kernels are taken."""
     kernel = BackwardCase(mask, head_dim=(64, 64)).kernel("sm_90a")
     assert any(plan.query_ranks for plan in kernel.call.gradients) == is_known
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_text_that_prepares_rows_clears_all_ranks(head_dim: int) -> None:
+    """By g++: every count of every head is 0, and nothing beside them is written."""
+    (sheet,) = (
+        each
+        for each in ordered(BackwardCase(head_dim=(head_dim, head_dim))).call.kernels
+        if isinstance(each, PrepareRows)
+    )
+    batch, heads, seqlen, padded = 2, 3, 150, 256
+    x = torch.ones(batch, seqlen, heads, head_dim, dtype=torch.bfloat16)
+    values = {"out": x, "dout": x, "lse": torch.zeros(batch, heads, seqlen)}
+    values |= {each: torch.empty(batch, heads, padded) for each in sheet.writes}
+    sums, ranks = sheet.cleared
+    assert isinstance(ranks, QueryRanks)
+    counts = batch * heads * padded // ranks.block_m * ranks.owners
+    memory = torch.full((counts + 64,), 7, dtype=torch.int32)
+    values |= {sums.name: torch.empty(batch, heads, padded, head_dim), ranks.name: memory}
+    run_on_cpu(sheet, values, {"batch": batch, "seqlen_q": seqlen, "num_heads_q": heads})
+    assert not memory[:counts].any() and (memory[counts:] == 7).all()
+
+
+@pytest.mark.parametrize("wanted", GRADIENTS)
+def test_one_gradient_alone(wanted: str) -> None:
+    """Where dQ is not wanted blocks add to it in turn all the same."""
+    kernel = ordered(CASE)
+    given = given_backward(CASE, kernel)
+    whole = dict(zip(GRADIENTS, run_given(kernel.call, given, GRADIENTS), strict=True))
+    (alone,) = run_given(kernel.call, given, (wanted,))
+    assert torch.equal(alone, whole[wanted])
+
+
+def test_explain_says_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which order additions have, and, while it is not known to be faster, why another kernel has dQ."""
+    shape = Shape(batch=1, heads=2, heads_kv=1, seqlen_q=300, seqlen_k=300)
+    lines = gradient_facts(ordered(CASE), False, shape, {})
+    assert "add to dQ in one order" in lines["order of sums"]
+    monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", False)
+    kernel = replace(CASE, spec={"name": "split"}).kernel("sm_90a")
+    lines = gradient_facts(kernel, False, shape, {})
+    assert "one owner" in lines["order of sums"] and "wait for one's rank" in lines["order of sums"]
