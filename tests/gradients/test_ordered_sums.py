@@ -185,11 +185,11 @@ def test_one_gradient_alone(wanted: str) -> None:
 
 
 def test_explain_says_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which order additions have, and, while it is not known to be faster, why another kernel has dQ."""
+    """Which order additions have, and, while that is not taken, why another kernel has dQ."""
     shape = Shape(batch=1, heads=2, heads_kv=1, seqlen_q=300, seqlen_k=300)
     lines = gradient_facts(ordered(CASE), False, shape, {})
     assert "add to dQ in one order" in lines["order of sums"]
     monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", False)
     kernel = replace(CASE, spec={"name": "split"}).kernel("sm_90a")
     lines = gradient_facts(kernel, False, shape, {})
-    assert "one owner" in lines["order of sums"] and "wait for one's rank" in lines["order of sums"]
+    assert "one owner" in lines["order of sums"] and "ranks at sums of dQ" in lines["order of sums"]
