@@ -50,10 +50,13 @@ from attngen.plan import (
     BLOCK_MAP,
     GRADIENTS_INTAKE,
     OPERANDS,
+    PAGES_BY_ROW,
+    PAGES_OF_HEADS,
     Call,
     KernelPlan,
     gradient_value,
     sink_gradient,
+    why_by_row,
 )
 from attngen.quantize import Operands
 from attngen.runtime import LaunchReport, explain_launch
@@ -117,13 +120,14 @@ class Kernel(BuiltCall):
         return self.manifest.scales is not None
 
     def serving(self, k: torch.Tensor, layout: str = "bshd") -> KernelPlan:
-        """Which attention kernel takes a call with this K.
+        """Which attention kernel takes a call with this K; of keys in pages, one without `leftpad_k`.
 
         Raises:
             ArgumentError: k or layout is not what a call may pass.
         """
         if self.manifest.lengths.is_paged("keys"):
-            return self.plan
+            rows = k.shape[-2 if layout == "hnd" else -3] if k.dim() == len(PAGES_OF_HEADS) else 1
+            return self.call.serving({PAGES_BY_ROW: int(bool(why_by_row(rows, skips_keys=False)))})
         if self.manifest.lengths.is_by_token("keys"):
             return self.call.serving({"seqlen_k": k.shape[0]})
         return self.call.serving({"seqlen_k": check_length(k, layout)})

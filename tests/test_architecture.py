@@ -23,9 +23,9 @@ ORDER = {
     "megatron": 16, "__init__": 17, "__main__": 17,
 }  # fmt: skip
 BUDGET = {
-    "attngen": 4110, "bind": 1880, "check": 3585, "cli": 4090, "emit": 1555, "expr": 6295, "flash_attn": 1490,
+    "attngen": 4115, "bind": 1880, "check": 3585, "cli": 4090, "emit": 1555, "expr": 6295, "flash_attn": 1490,
     "fuzz": 2415, "hf": 735, "lower": 3235,
-    "plan": 6165, "runtime": 1785, "schedules": 3005, "sdpa": 1110, "simulate": 6730, "spec": 2415, "templates": 5355,
+    "plan": 6180, "runtime": 1795, "schedules": 3005, "sdpa": 1110, "simulate": 6730, "spec": 2415, "templates": 5355,
     "serving": 1355,
 }  # fmt: skip
 """Lines of Python in each folder of the package, of the modules beside these, and of all templates.

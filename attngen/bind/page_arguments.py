@@ -11,7 +11,7 @@ import torch
 from attngen.bind.tensors import check_plain
 from attngen.errors import ArgumentError
 from attngen.expr import LARGEST_LENGTH, LARGEST_TILE
-from attngen.plan import BLOCK_TABLE, CACHE_ROWS, PAGES_BY_ROW, SMALLEST_PIECE
+from attngen.plan import BLOCK_TABLE, CACHE_ROWS, PAGES_BY_ROW, why_by_row
 
 _TABLE, _ROWS, _SKIPPED = BLOCK_TABLE.name, CACHE_ROWS.name, "leftpad_k"
 
@@ -57,12 +57,12 @@ def page_sizes(
             raise ArgumentError(_ROWS, f"stride {own.stride(0)}", "contiguous elements", cure)
         if batch and not rows:
             raise ArgumentError(_TABLE, "0 rows", f"at least one, for {batch} sequences")
-    is_by_row = sizes["page_size"] % SMALLEST_PIECE or passed.get(_SKIPPED) is not None
+    why = why_by_row(sizes["page_size"], skips_keys=passed.get(_SKIPPED) is not None)
     return {
         "table_rows": rows,
         "max_pages": most,
         "seqlen_k": most * sizes["page_size"],
-        PAGES_BY_ROW: int(bool(is_by_row)),
+        PAGES_BY_ROW: int(bool(why)),
     }
 
 

@@ -68,6 +68,7 @@ from attngen.plan.pages import (
     division_by,
     page_values,
     piece_of,
+    why_by_row,
 )
 from attngen.plan.places import (
     BANK_BYTES,
@@ -149,6 +150,7 @@ __all__ = [
     "PAGES_BY_ROW",
     "SMALLEST_PIECE",
     "piece_of",
+    "why_by_row",
     "MOST_BLOCKS",
     "WIDTHS_OF_ONE_WAVE",
     "PAGES_OF_HEADS",

@@ -34,6 +34,18 @@ def piece_of(block: int) -> Formula:
     return common_power("page_size", block)
 
 
+def why_by_row(page_size: int, skips_keys: bool) -> str:
+    """Why the copy engine cannot bring the keys of a call by pieces of pages; nothing where it can.
+
+    Args:
+        page_size: rows of a page.
+        skips_keys: what counts of a request may begin anywhere in a page.
+    """
+    if page_size % SMALLEST_PIECE:
+        return f"pages of {page_size} rows are no multiple of {SMALLEST_PIECE}"
+    return "with leftpad_k keys begin anywhere in a page" if skips_keys else ""
+
+
 def division_by(size: int) -> dict[str, int]:
     """The numbers by which a row, below 2^30, is divided by the size of a page, from 1 to 2^30: by the name of each.
 

@@ -15,7 +15,7 @@ import torch
 
 from attngen.arch import ARCHS
 from attngen.bind import Bound, Given, Region, TableSignature, bind, extent
-from attngen.plan import BLOCK_MAP, COUNTER, TICKETS, KernelEntry, Manifest
+from attngen.plan import BLOCK_MAP, COUNTER, PAGES_BY_ROW, TICKETS, KernelEntry, Manifest, why_by_row
 from attngen.runtime.driver import TENSOR_MAP_BYTES, Function
 from attngen.runtime.tensor_maps import MapGeometry, address_comes_first, encode, geometry
 
@@ -34,13 +34,18 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class LaunchReport:
-    """What a call would launch: for people, and for tests that count."""
+    """What a call would launch: for people, and for tests that count.
+
+    Attributes:
+        why: it is this kernel's and not another's of the call, where pages decide.
+    """
 
     kernel: str
     grid: int
     threads: int
     smem_bytes: int
     workspace_bytes: dict[str, int]
+    why: str = ""
 
 
 class Arguments(threading.local):
@@ -300,8 +305,12 @@ def explain_launch(manifest: Manifest, given: Given, num_sms: int | None = None)
     """
     known = [*(value.name for value in manifest.declared), *given.intake.beside, BLOCK_MAP]
     bound = bind(manifest, given, ("out",), num_sms or ARCHS[manifest.arch].num_sms, known=known)
+    why = ""
+    if any(launch.when and launch.when.size == PAGES_BY_ROW for launch in manifest.launches):
+        by_row = why_by_row(bound.sizes["page_size"], skips_keys=bool(bound.sizes[PAGES_BY_ROW]))
+        why = f"rows are looked up: {by_row}" if by_row else "the copy engine brings pieces of pages"
     workspace_bytes = {name: made.size_bytes for name, made in bound.made.items() if name != "out"}
     return tuple(
-        LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes)
+        LaunchReport(kernel.name, grid, kernel.threads, kernel.smem_bytes, workspace_bytes, why)
         for kernel, grid in bound.kernels()
     )

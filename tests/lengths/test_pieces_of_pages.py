@@ -61,16 +61,16 @@ def test_masks_mean_what_they_mean_of_padded_keys(mask: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "more", "schedule"),
+    ("page", "more", "schedule", "why"),
     [
-        (64, {}, "pingpong"),
-        (24, {}, "pingpong"),
-        (12, {}, "fa2"),
-        (1, {}, "fa2"),
-        (64, {"leftpad_k": 0}, "fa2"),
+        (64, (), "pingpong", "brings pieces"),
+        (24, (), "pingpong", "brings pieces"),
+        (12, (), "fa2", "pages of 12 rows are no multiple of 8"),
+        (1, (), "fa2", "pages of 1 rows"),
+        (64, ("leftpad_k",), "fa2", "with leftpad_k"),
     ],
 )
-def test_auto_chooses_by_the_page(page: int, more: dict[str, int], schedule: str) -> None:
+def test_auto_chooses_by_the_page(page: int, more: tuple[str, ...], schedule: str, why: str) -> None:
     """By its size, and by whether keys may begin anywhere in it, which a call says: never by what a tensor holds."""
     kernel = attngen.compile(PAGED, arch="sm_90a")
     with torch.device("meta"):
@@ -78,9 +78,12 @@ def test_auto_chooses_by_the_page(page: int, more: dict[str, int], schedule: str
         said = {name: torch.empty(2, dtype=torch.int32) for name in ("seqused_k", *more)}
         said["block_table"] = torch.empty(2, 4, dtype=torch.int32)
     *_, attention = kernel.explain_launch(q, cache, cache, **said)
+    assert why in attention.why
     chosen = kernel.call.kernel_of[attention.kernel]
     assert chosen.schedule == schedule  # type: ignore[union-attr]
     assert kernel.call.serving({PAGES_BY_ROW: int(schedule == "fa2")}) is chosen
+    if not more:
+        assert kernel.serving(cache) is kernel.serving(cache.transpose(1, 2), "hnd") is chosen
 
 
 def test_auto_gives_either_kernel_the_same_call() -> None:
