@@ -59,6 +59,7 @@ def assert_right(case: BackwardCase) -> None:
     assert verdict.ok, verdict.failures
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -42,6 +42,7 @@ def ordered(case: BackwardCase) -> attngen.Kernel:
     return kernel
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)", "causal and q_idx > 40"])
 @pytest.mark.parametrize("lengths", [(1, 64), (64, 1), (128, 128), (70, 330), (330, 70), (300, 330)], ids=str)
