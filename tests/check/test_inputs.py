@@ -32,6 +32,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("layout", MEMORY_LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -77,6 +77,7 @@ def repeated_heads(x: Tensor, heads: int) -> Tensor:
     return torch.stack([x[:, :, h * x.shape[2] // heads] for h in range(heads)], dim=2)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("oracle", ORACLES.values(), ids=ORACLES)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -272,6 +272,7 @@ def test_a_score_that_is_the_product_adds_nothing() -> None:
     assert plain == named == same and "modify_score" not in plain
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["serial", "fa2", "warp_specialized", "pingpong"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_manifest_of_the_language_survives_its_json(kind: str, case: LanguageCase) -> None:

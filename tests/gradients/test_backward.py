@@ -15,6 +15,7 @@ SMALL = BackwardCase("causal", lengths=(70, 70), heads=(4, 2))
 NAMES = ("dq", "dk", "dv")
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", ["simulator", "sm_90a"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_within_the_rule(case: BackwardCase, target: str) -> None:

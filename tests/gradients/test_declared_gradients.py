@@ -24,6 +24,7 @@ from tests.gradients.declared_cases import (
 )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", ["simulator", "sm_90a"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_within_the_rule(case: DeclaredCase, target: str) -> None:

@@ -155,6 +155,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("spec", [PLAIN, HARD], ids=["plain", "capped under documents"])
 @pytest.mark.parametrize(

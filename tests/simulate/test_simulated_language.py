@@ -21,6 +21,7 @@ WALKED = tuple(
 )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_language_is_right_in_every_schedule(kind: str, case: LanguageCase) -> None:

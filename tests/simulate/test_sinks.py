@@ -88,6 +88,7 @@ def call(
     return out, lse
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SINKS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_sink_joins_the_sum(case: SinkCase, name: str) -> None:

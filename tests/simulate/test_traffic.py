@@ -12,6 +12,7 @@ from attngen.simulate import Traffic, closed_form, count, simulate, standard_alg
 SHAPES = [(1, 1), (9, 17), (17, 9), (16, 32), (40, 40), (23, 5), (5, 0), (0, 5)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "mask", ["full", "causal", "kv_idx > q_pos - 6 and kv_idx <= q_pos + 1", "kv_idx != q_idx"]
 )
