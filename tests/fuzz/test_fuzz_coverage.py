@@ -17,7 +17,7 @@ from attngen.fuzz.trial import Make
 from attngen.spec import load
 from tests.effort import examples, profile
 
-TARGETS = ("simulator", "sm_80", "sm_90a")
+TARGETS = ("simulator", pytest.param("sm_80", marks=pytest.mark.exhaustive), "sm_90a")
 SEED = 2
 EXAMPLES = examples(5)
 """Cases of a run."""
