@@ -187,6 +187,20 @@ class Launcher:
         if (q_pointer | k_pointer | v_pointer) % ROW_ALIGNMENT or not (q_pointer and k_pointer and v_pointer):
             # of the empty some lie at 0
             check_rows_of_heads(self.manifest, q, k, v, softmax_scale, {}, layout, intake)
+        pointers = [x.data_ptr() for x in tensors]
+        if 0 in pointers:
+            for name, x in zip(self._names(declared), tensors, strict=True):
+                check_plain(name, x)
+            # Where there are tokens and no sequence, a lookup by sequence reads something of which nothing comes.
+            pointers = [pointer or q_pointer for pointer in pointers]
+        for i in prepared.rows:
+            if pointers[i] % ROW_ALIGNMENT:
+                check_alignment(self._names(declared)[i], tensors[i])
+        if into:
+            names = ("q", "k", "v", *(self._names(declared) if declared else ()))
+            passed = dict(zip(names, (q, k, v, *tensors), strict=True))
+            begins = (q_pointer, k_pointer, v_pointer, *pointers, *[x.data_ptr() for x in into])
+            self._check_memory(wanted, into, passed, prepared, begins)
         made = [*into]
         for shape, dtype in prepared.outputs[len(into) :] if into else prepared.outputs:
             # Not to spell the shape takes a third less.
@@ -204,24 +218,11 @@ class Launcher:
             scratch = q.new_empty(scratch_size, dtype=torch.uint8)
         if zeroed_size:
             zeroed = q.new_zeros(zeroed_size, dtype=torch.uint8)
-        pointers = [x.data_ptr() for x in tensors]
-        if 0 in pointers:
-            for name, x in zip(self._names(declared), tensors, strict=True):
-                check_plain(name, x)
-            # Where there are tokens and no sequence, a lookup by sequence reads something of which nothing comes.
-            pointers = [pointer or q_pointer for pointer in pointers]
-        for i in prepared.rows:
-            if pointers[i] % ROW_ALIGNMENT:
-                check_alignment(self._names(declared)[i], tensors[i])
         addresses = (
             q_pointer, k_pointer, v_pointer, *pointers, *[x.data_ptr() for x in made],
             0 if kept is None else kept.data_ptr(), 0 if scratch is None else scratch.data_ptr(),
             0 if zeroed is None else zeroed.data_ptr(),
         )  # fmt: skip
-        if into:
-            names = ("q", "k", "v", *(self._names(declared) if declared else ()))
-            passed = dict(zip(names, (q, k, v, *tensors), strict=True))
-            self._check_memory(wanted, into, passed, prepared, addresses)
         return prepared, addresses, made, (kept, scratch, zeroed), device
 
     def tables(
@@ -295,10 +296,10 @@ class Launcher:
         into: tuple[torch.Tensor, ...],
         passed: Mapping[str, torch.Tensor],
         prepared: Prepared,
-        addresses: tuple[int, ...],
+        begins: tuple[int, ...],
     ) -> None:
         """What a signature does not tell of memory for results: where it starts, and whether it is anybody else's."""
-        spans = [(begin, begin + size) for begin, size in zip(addresses, prepared.extents, strict=False)]
+        spans = [(begin, begin + size) for begin, size in zip(begins, prepared.extents, strict=True)]
         others = dict(passed)
         for number, (result, x) in enumerate(zip(wanted, into, strict=False), len(passed)):
             name, (begin, end) = self.manifest.value_of[result].passed_as, spans[number]
