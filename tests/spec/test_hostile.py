@@ -13,7 +13,9 @@ import attngen
 from attngen.errors import MAX_TOLD, SpecError
 
 HEAD_DIM = "problem: {head_dim: 64}\n"
-SECONDS, MEGABYTES = 2.0, 200  # what any text of up to 1 MiB may take; most take a tenth
+SECONDS, MEGABYTES = 6.0, 200
+"""What any text of up to 1 MiB may take. The slowest takes 1.6 s of a quiet machine, and thrice as much beside others;
+what grows faster than the text takes minutes."""
 MIB = 1 << 20
 
 
@@ -79,7 +81,7 @@ TEXTS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("case", TEXTS)
 def test_a_hostile_text_is_refused_in_time(case: str, peak: Callable[[], float]) -> None:
-    """At most 20 faults are told, and the number of the others, within 2 s and 200 MB."""
+    """At most 20 faults are told, and the number of the others, in SECONDS and MEGABYTES."""
     text, expected = TEXTS[case]
     start = time.process_time()
     with pytest.raises(SpecError) as caught:
