@@ -10,13 +10,13 @@ from planted_faults import Edit, rewritten, with_programs
 from attngen.api import compile
 from attngen.bind import bind, check_arguments
 from attngen.fuzz.trial import Make
-from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, KernelPlan, Step
 from attngen.plan.steps import ForHeads, HidePairs, LoadTile, RecoverP, ScaleGradient, ScoreGradient
 from attngen.simulate import SIMULATED_SMS, STEPS_SIMULATED, RoleRun, StepFunction, run_call
 from attngen.simulate.roles import Run
 from attngen.simulate.simulated_copies import rounded
 from attngen.spec import Spec
+from attngen.spec_call import GRADIENTS
 
 
 @dataclass(frozen=True)

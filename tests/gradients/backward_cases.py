@@ -9,9 +9,9 @@ import torch
 import attngen
 from attngen.bind import Given, bind, check_arguments
 from attngen.check.gradients import GradientAccuracy, compare_gradients
-from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, Call
 from attngen.simulate.launches import run_call
+from attngen.spec_call import GRADIENTS
 
 TENSORS = {
     "doc": "i32[batch, seqlen_k]",

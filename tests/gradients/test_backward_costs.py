@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from attngen.bind import bind, check_arguments
-from attngen.kernel import GRADIENTS
 from attngen.plan import GRADIENTS_INTAKE, in_f32
 from attngen.simulate import launches
 from attngen.simulate.traffic import Traffic, executed_flops
+from attngen.spec_call import GRADIENTS
 from tests.gradients.backward_cases import BackwardCase, run_backward
 
 COUNTED = (

@@ -14,7 +14,6 @@ import torch
 import attngen
 from attngen.bind import bind
 from attngen.emit import emit_module
-from attngen.kernel import GRADIENTS
 from attngen.lower.features import Features
 from attngen.lower.fused_gradients import why_split
 from attngen.plan import PADDED_ROWS, BlockIndex, FinishSums, PrepareRows, Step, evaluate_formula
@@ -24,6 +23,7 @@ from attngen.simulate import STEPS_SIMULATED, RoleRun, SimulationFault, launches
 from attngen.simulate.launches import run_call
 from attngen.simulate.simulated_sheets import finish_sums
 from attngen.simulate.visits import Sizes, decoded
+from attngen.spec_call import GRADIENTS
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one

@@ -11,7 +11,6 @@ import attngen
 from attngen.bind import bind
 from attngen.check.inputs import Shape
 from attngen.cli.gradient_facts import gradient_facts
-from attngen.kernel import GRADIENTS
 from attngen.lower import fused_gradients
 from attngen.plan import PrepareRows, QueryRanks, in_f32
 from attngen.plan.steps import PassRank, TakeRank, WaitAdded
@@ -19,6 +18,7 @@ from attngen.runtime import disassemble
 from attngen.simulate import RoleRun, SimulationFault, launches
 from attngen.simulate.blocks import Block
 from attngen.simulate.launches import run_call
+from attngen.spec_call import GRADIENTS
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one
