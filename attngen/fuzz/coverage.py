@@ -83,6 +83,8 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
 def _sequences_met(shape: Shape, plan: KernelPlan) -> Iterator[Met]:
     """What is met of sequences with lengths of their own."""
     yield ("queries x keys", f"{plan.lengths.queries} x {plan.lengths.keys}")
+    if plan.lengths.is_paged("keys"):
+        yield ("pages", "in pieces" if plan.takes_pieces else "by row")
     for letter, cut in shape.cuts.items():
         if cut.skipped:
             yield ("rows that do not count", "before keys")

@@ -11,8 +11,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from attngen.check.cuts import Cut
 from attngen.check.inputs import Shape
-from attngen.plan import LETTERS
-from attngen.spec import Spec
+from attngen.plan import LETTERS, KernelPlan
 
 KINDS = (("ragged", "ragged"), ("padded", "padded"), ("dense", "padded"), ("dense", "ragged"), ("ragged", "padded"),
          ("padded", "ragged"), ("ragged", "dense"))  # fmt: skip
@@ -20,6 +19,8 @@ KINDS = (("ragged", "ragged"), ("padded", "padded"), ("dense", "padded"), ("dens
 PAGED_KINDS = (("dense", "paged"), ("ragged", "paged"), ("padded", "paged"))
 """Those of kernels that know pages."""
 PAGES = (16, 1, 2, 3, 7, 64)
+PAGES_IN_PIECES = (16, 8, 24, 40, 64, 256)
+"""Of kernels that bring pieces of a page by the copy engine, which pages of other sizes have none of."""
 MOST_SEQUENCES = 6
 _SHORT = st.integers(0, 3)
 _UNUSED = st.sampled_from((0, 1, 2, 5, 17))
@@ -32,30 +33,30 @@ def kinds(has_pages: bool) -> SearchStrategy[dict[str, str]]:
 
 
 @st.composite
-def cut_shapes(draw: DrawFn, spec: Spec, whole: Shape, one: dict[str, SearchStrategy[int]]) -> Shape:
-    """A shape with sequences where the spec has them.
+def cut_shapes(draw: DrawFn, plan: KernelPlan, whole: Shape, one: dict[str, SearchStrategy[int]]) -> Shape:
+    """A shape with sequences where the kernel has them; keys in pieces of pages begin with the first that counts.
 
     Args:
         draw: of Hypothesis.
-        spec: of the call.
+        plan: of the kernel.
         whole: the rest of the shape.
         one: a length, by axis.
     """
-    kinds = {axis: getattr(spec.problem, axis) for axis in LETTERS}
+    pages = PAGES_IN_PIECES if plan.takes_pieces else PAGES
     count = draw(st.sampled_from((1, 2, 3, 4, MOST_SEQUENCES, 3, 2, 5, 0)))
     changes: dict[str, Any] = {"batch": count}
     for axis, letter in LETTERS.items():
-        if kinds[axis] == "dense":
+        if (kind := plan.lengths.of(axis)) == "dense":
             continue
         alike = changes.get("queries") if axis == "keys" and draw(st.integers(0, 2)) == 0 else None
         lengths = alike.lengths if alike else draw(_lengths(count, one[axis]))
         cut = Cut(
-            kind=kinds[axis],
+            kind=kind,
             lengths=lengths,
-            skipped=draw(_rows(count, 3)) if axis == "keys" else (),
-            unused=draw(_rows(count, 2)) if kinds[axis] == "ragged" else (),
+            skipped=draw(_rows(count, 3)) if axis == "keys" and not plan.takes_pieces else (),
+            unused=draw(_rows(count, 2)) if kind == "ragged" else (),
             tail=draw(_UNUSED),
-            page=draw(st.sampled_from(PAGES)) if kinds[axis] == "paged" else 0,
+            page=draw(st.sampled_from(pages)) if kind == "paged" else 0,
         )
         changes |= {axis: cut, f"seqlen_{letter}": cut.size}
     return replace(whole, **changes)

@@ -14,7 +14,9 @@ from attngen.check.paging import as_padded
 from attngen.expr import GIVEN_BLOCKS, SINK
 from attngen.fuzz.properties_of_gradients import first_difference
 from attngen.fuzz.trial import SIMULATOR_ULPS, Complaint, Subject, Trial
-from attngen.plan import LETTERS
+from attngen.lower.choice import WARPGROUP_FIELDS
+from attngen.plan import LETTERS, KernelPlan
+from attngen.schedules import WARPGROUP_SCHEDULES
 from attngen.spec import Spec, load
 
 
@@ -113,18 +115,24 @@ def _dense_calls(trial: Trial) -> Iterator[tuple[CutCall, Sequence, _DenseCall]]
     plan, spec = trial.subject.plan, dense_spec(trial.case.spec)
     lengths, k, v, passed = as_padded(plan.lengths, trial.k, trial.v, trial.declared)
     if plan.lengths.is_paged("keys"):  # what `auto` stands for may be another kernel for dense sequences
-        spec = spec.replace(
-            {
-                "schedule.kind": plan.schedule,
-                "schedule.stages": plan.stages,
-                "schedule.warps": plan.warps,
-                "tile.block_m": plan.block_m,
-                "tile.block_n": plan.block_n,
-            }
-        )
+        spec = spec.replace(_said_of(plan))
     call, subject = CutCall.read(lengths, trial.q, k, passed), trial.make(spec)
     for each in call.sequences:
         yield call, each, _DenseCall(trial, subject, call, (trial.q, k, v), each)
+
+
+def _said_of(plan: KernelPlan) -> dict[str, Any]:
+    """All that a spec may say of the kernel, by path, so that nothing is left to `auto`."""
+    workers: dict[str, Any] = {"warps": plan.warps}
+    if plan.schedule in WARPGROUP_SCHEDULES:
+        values = (plan.worker.warpgroups, plan.overlap, plan.scheduler.persistent)
+        workers = dict(zip(WARPGROUP_FIELDS, values, strict=True))
+    schedule = {"kind": plan.schedule, "stages": plan.stages, **workers}
+    return {
+        **{f"schedule.{name}": value for name, value in schedule.items()},
+        "tile.block_m": plan.block_m,
+        "tile.block_n": plan.block_n,
+    }
 
 
 def dense_spec(spec: Spec) -> Spec:

@@ -159,8 +159,9 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
     sink = draw(st.sampled_from(("none", "none", "per_head")))
     of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
     gradients = [*INPUTS, *of_sink] if has_gradients else []
-    is_fa2 = kind == "fa2" and not gradients  # which alone knows pages, and parts
-    cut = draw(draw_cuts.kinds(has_pages=is_fa2)) if is_cut else {}
+    is_fa2 = kind == "fa2" and not gradients  # which alone knows parts
+    has_pages = kind != "serial" and not gradients and inputs != "e4m3"
+    cut = draw(draw_cuts.kinds(has_pages)) if is_cut else {}
     split = draw(_splits(block_n)) if is_fa2 and inputs != "e4m3" and is_cut else "none"
     cache = {}
     if (
@@ -223,7 +224,7 @@ def cases(draw: DrawFn, drawn_specs: SearchStrategy[Spec], rules: Sequence[str] 
     )
     if not plan.lengths.are_dense:
         one = {"queries": lengths(plan.block_m), "keys": lengths(plan.block_n, may_be_empty=True)}
-        shape = draw(draw_cuts.cut_shapes(spec, shape, one))
+        shape = draw(draw_cuts.cut_shapes(plan, shape, one))
     kind = draw(st.sampled_from((*KINDS_WITH_SCALES, "spans") if plan.scales else KINDS))
     scale: float | None
     if kind == "integers":

@@ -18,6 +18,7 @@ from attngen.fuzz.properties_of_sequences import dense_spec
 from attngen.fuzz.search_faults import CPU_TARGETS, fuzz, reproduce
 from attngen.fuzz.strategies import cases, plan_of, specs
 from attngen.spec import Spec, load
+from tests.effort import examples
 
 QUERIES = Cut("ragged", (5, 0, 3), unused=(2, 0, 1), tail=3)
 KEYS = Cut("ragged", (7, 2, 0), skipped=(1, 0, 2), unused=(0, 1, 0), tail=2)
@@ -155,6 +156,16 @@ def _next(passed: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**passed, "cu_seqlens_k": late}
 
 
+def _first_page(passed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All keys of a request lie in its first page."""
+    table = passed.get("block_table")
+    return (
+        passed
+        if table is None or not table.numel()
+        else {**passed, "block_table": table[:, :1].expand_as(table)}
+    )
+
+
 def _last_row_left(x: torch.Tensor) -> torch.Tensor:
     """The last token is not written."""
     x = x.clone()
@@ -166,6 +177,7 @@ SLIPS = {
     "leftpad is forgotten": Slip(_without("leftpad_k")),
     "used keys are forgotten": Slip(_without("seqused_k")),
     "sequences begin a row late": Slip(_next),
+    "one page is read again and again": Slip(_first_page),
     "a tail is not written": Slip(made=_last_row_left),
     "a tail's gradients are not written": Slip(of_gradients=_last_row_left),
 }
@@ -204,6 +216,19 @@ def test_a_slip_is_found(name: str) -> None:
     )
     assert report.failure is not None, "not found"
     assert reproduce(report.failure.case) is None, report
+
+
+def in_pieces(case: Case) -> bool:
+    """Whether keys come by pieces of pages."""
+    plan = plan_of(case.spec)
+    return plan is not None and plan.takes_pieces
+
+
+@settings(max_examples=examples(0.25), suppress_health_check=list(HealthCheck))
+@given(cases(specs(("simulator",), is_cut=True)).filter(in_pieces))
+def test_pages_in_pieces_hold_every_property(case: Case) -> None:
+    """Of sizes that the copy engine cuts, and whatever the lengths."""
+    assert (failure := reproduce(case)) is None, str(failure)
 
 
 @pytest.mark.parametrize("rule", ["error", "sequences", "sequence-gradients"])
