@@ -82,7 +82,7 @@ def emit_rows(sheet: PrepareRows) -> str:
 
 def emit_finish(sheet: FinishSums) -> str:
     """A file of nothing but the kernel that makes a gradient of sums, in a namespace of its own."""
-    pointees = {sheet.sums.name: "const float"}
+    pointees = {sheet.sums.name: "const float", **{each.name: "const int" for each in sheet.starts}}
     pointees |= {each.name: "float" if each.dtype is F32 else "u16" for each in sheet.results}
     text = sheet_text(
         sheet,

@@ -70,6 +70,11 @@ ORDERED_IS_FASTER = False
 At head_dim 128 it is 5 to 27 % faster (docs/performance.md); other head dims are not timed, and of the GPU tests of
 gradients only those of one order have run with it.
 """
+TAKES_OWN_LENGTHS = False
+"""Whether sequences with lengths of their own take this kernel, or the split ones.
+
+The simulator runs it and NVRTC compiles it without spills; no GPU has run it.
+"""
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
 Score = Literal["plain", "light", "capped"]
@@ -122,7 +127,7 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         return "the queries that see a key are no range in closed form"
     if features.deterministic and earlier_keys(features.visible_rows) is None:
         return "deterministic: true, and no closed form says which keys add to dQ of a query earlier"
-    if not features.lengths.are_dense:
+    if not (features.lengths.are_dense or TAKES_OWN_LENGTHS):
         return "sequences have lengths of their own"
     if len(features.gradients) > len(INPUTS):
         return "what is declared has gradients too"

@@ -252,19 +252,16 @@ def value_shape(
 ) -> tuple[Formula, ...]:
     """The shape of what stands in device memory, in the order of its axes."""
     if isinstance(place, QuerySums):
-        padded = product(PADDED_ROWS, ceil_div("seqlen_q", PADDED_ROWS))
-        return ("batch", "num_heads_q", padded, place.cols)
+        return (*_of_padded(place.axis, PADDED_ROWS, lengths), place.cols)
     if isinstance(place, QueryRanks):
-        blocks = product(PADDED_ROWS // place.block_m, ceil_div("seqlen_q", PADDED_ROWS))
-        return ("batch", "num_heads_q", blocks, place.owners)
+        return (*_of_padded(place.axis, PADDED_ROWS // place.block_m, lengths), place.owners)
     if isinstance(place, BlockTables):
         return ("batch", "num_heads_q", ceil_div("seqlen_q", place.block_m), place.entries)
     batch, length = _extents(place.axis, lengths)
     if isinstance(place, Rows):
-        rows: Formula = length
         if place.is_padded:
-            rows = product(PADDED_ROWS, ceil_div(length, PADDED_ROWS) if batch else padded_blocks(length))
-        return (*batch, "num_heads_q", rows)
+            return _of_padded(place.axis, PADDED_ROWS, lengths)
+        return (*batch, "num_heads_q", length)
     if place.is_transposed:
         return (*batch, f"num_heads_{place.heads}", place.cols, _padded(length, KEY_BLOCK))
     if lengths.is_paged(place.axis):
@@ -287,6 +284,13 @@ def axes_of(tensor: Tensor, lengths: Lengths) -> tuple[str, ...]:
 def _extents(axis: Axis, lengths: Lengths) -> tuple[tuple[Formula, ...], str]:
     """How many sequences a tensor has a dimension for, which it has not where they follow one another; and the rows."""
     return ((), f"tokens_{LETTERS[axis]}") if lengths.is_by_token(axis) else (("batch",), LENGTHS[axis])
+
+
+def _of_padded(axis: Axis, of_block: int, lengths: Lengths) -> tuple[Formula, ...]:
+    """The shape of what heads have so much of for each block of `PADDED_ROWS` rows."""
+    batch, length = _extents(axis, lengths)
+    blocks = ceil_div(length, PADDED_ROWS) if batch else padded_blocks(length)
+    return (*batch, "num_heads_q", product(of_block, blocks))
 
 
 def _padded(seqlen: str, block: int) -> Formula:

@@ -8,7 +8,7 @@ Block indices are a variable or a bound of the tile plus a constant (`BlockIndex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
+from typing import ClassVar, Literal
 
 from attngen.dtypes import DType
 
@@ -340,12 +340,15 @@ class Rows:
 class QueryRanks:
     """How many blocks of keys have added to the sums of a block of queries: a u32 for each part of it.
 
-    Dense (batch, num_heads_q, rows / block_m, owners) in device memory, rows in whole blocks of `PADDED_ROWS`.
+    Dense (batch, num_heads_q, rows / block_m, owners) in device memory, of ragged queries without batches; rows as of
+    `Rows` that are padded.
 
     Attributes:
         block_m: queries of a block.
         owners: warpgroups, of which each adds its part.
     """
+
+    axis: ClassVar[Axis] = "queries"
 
     name: str
     block_m: int
@@ -359,13 +362,16 @@ class QueryRanks:
 class QuerySums:
     """Sums of f32 for each row of queries in device memory, to which many blocks of threads add.
 
-    Dense (batch, num_heads_q, rows, cols), each head in whole blocks of `PADDED_ROWS`. The elements of a tile of
-    `block_m` rows stand as the registers of accumulators do that are added: by warpgroup, warp, four registers, lane.
+    Dense (batch, num_heads_q, rows, cols), of ragged queries without batches; rows as of `Rows` that are padded. The
+    elements of a tile of `block_m` rows stand as the registers of accumulators do that are added: by warpgroup, warp,
+    four registers, lane.
 
     Attributes:
         shared_by: what of a tile a warpgroup adds.
         ranks: by which they add in one order; None where any will do.
     """
+
+    axis: ClassVar[Axis] = "queries"
 
     name: str
     block_m: int

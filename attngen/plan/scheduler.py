@@ -164,6 +164,11 @@ class Scheduler:
         return {"query_blocks": queries, "key_blocks": KEYS}.get(self.kind)
 
     @property
+    def starts_last(self) -> bool:
+        """Whether the last block of a sequence starts before all others."""
+        return self.longest_first or self.in_turn
+
+    @property
     def is_for_groups(self) -> bool:
         """Whether a tile is for all query heads that share a head of K and V."""
         return self.kind == "key_blocks" or self.packs_group

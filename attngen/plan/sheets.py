@@ -108,6 +108,11 @@ class SheetOfPlan(Sheet):
         """Where the program runs."""
         return self.plan.arch
 
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the queries of all sequences follow one another; there is no stride from batch to batch then."""
+        return self.plan.lengths.is_by_token("queries")
+
 
 class SheetInText(SheetOfPlan):
     """A sheet that stands in the text of a program and takes the struct that the program takes."""
@@ -291,11 +296,6 @@ class PrepareRows(SheetOfPlan):
             ),
             Param("num_heads_q", "i32", "num_heads_q"),
         )
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the rows of all sequences follow one another; there is no stride from batch to batch then."""
-        return self.plan.lengths.is_by_token("queries")
 
     @property
     def _lengths(self) -> tuple[LengthArgument, ...]:

@@ -65,11 +65,6 @@ class SumSink(SheetOfPlan):
         )
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether the rows of all sequences follow one another."""
-        return self.plan.lengths.is_by_token("queries")
-
-    @property
     def length(self) -> str:
         """The size that the rows of a head have, before they are padded."""
         return "tokens_q" if self.is_ragged else "seqlen_q"

@@ -33,7 +33,7 @@ class ListTiles(SheetInText):
     that are no sequence's (behind the last, behind what is used of one) are listed as well, as those of a sequence
     that sees nothing, so that results there are 0. Entries are sorted by the blocks that tiles of their sequence visit
     at most (`bucket`), else in the order of sequences; those of a sequence stay together, since they read its keys, and
-    begin with the block that sees the most. The same lengths give the same list.
+    begin with the block that sees the most, or that is to start first. The same lengths give the same list.
 
     It stands in the kernel's text and takes the same struct. Numbers that lie are kept within the tensors: a sequence
     begins and ends among the tokens, and lengths end where it does. What such numbers list beyond the room that true

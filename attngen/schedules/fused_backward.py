@@ -167,6 +167,7 @@ def fused_gradients(at: FusedPlaces) -> dict[str, Program]:
     consumer = (
         *(Clear(each.acc) for each in at.gradients),
         *wait_once(k, v),
+        *at.zero_tails(N_BLOCK, k, v, owned=True),
         *at.zero_hidden(N_BLOCK, k.here.own, v.here.own),
         *at.keep,
         Note("no visit is before the first: zeros in its place"),
@@ -204,6 +205,7 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
     )
     early, late = ((), dp) if at.is_tight else (dp, ())
     return (
+        *at.zero_tails(m, q, do),
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
         WaitFull(q.reads),
         *((TakeTurn(at.turn),) if at.turn else ()),

@@ -129,16 +129,18 @@ class WarpgroupGradientPlaces(ABC):
     common: NamedBarriers
     lengths: Lengths
 
-    def zero_tails(self, block: BlockIndex, first: Stream, second: Stream) -> Program:
+    def zero_tails(self, block: BlockIndex, first: Stream, second: Stream, owned: bool = False) -> Program:
         """Zeros where the copy engine left a neighbour's rows in a block of two tensors of one side.
 
         What is 0 of these rows, P or dS, times what is no number is no number. Both are waited for ahead of the
-        products, since nothing may branch between those that are issued and their landing.
+        products, since nothing may branch between those that are issued and their landing. Of a block whose rows the
+        warpgroups own (`owned`) each zeroes its own.
         """
         (axis,) = {each.tensor.axis for each in (first, second)}
         if not self.lengths.has_neighbours(axis):
             return ()
-        tails = (*wait_once(first, second), ZeroTail(first.here, block), ZeroTail(second.here, block))
+        tiles = (each.here.own if owned else each.here for each in (first, second))
+        tails = (*wait_once(first, second), *(ZeroTail(tile, block) for tile in tiles))
         return (WhenAtEnd(axis, block, (*tails, FenceAsync(), SyncWarpgroup(self.own))),)
 
     def zero_hidden(self, block: BlockIndex, k: View, v: View, wait: Program = ()) -> Program:

@@ -17,6 +17,7 @@ from attngen.plan import (
     Lengths,
     PairMatrix,
     PartRows,
+    QueryRanks,
     QuerySums,
     Rows,
     Tensor,
@@ -30,6 +31,8 @@ from attngen.simulate.visits import Blocks, Member, Sizes, ceil_div
 
 NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 """Stands for every value when a program is only counted."""
+OfRows = Tensor | Rows | QuerySums | QueryRanks
+"""What stands in device memory by the rows of a sequence."""
 
 
 class Addition(NamedTuple):
@@ -227,13 +230,15 @@ class DeviceMemory:
         start, _ = tile.sequence(place.axis)
         return batch.view(-1, 1), head.view(-1, 1) + numbers % self._group, start + numbers // self._group
 
-    def _start(self, place: Tensor | Rows, tile: Tile) -> int:
+    def _start(self, place: OfRows, tile: Tile) -> int:
         """Where the rows of the tile's sequence begin in a place."""
         start, _ = tile.sequence(place.axis)
-        is_padded = isinstance(place, Rows) and place.is_padded and self._lengths.is_by_token(place.axis)
-        return padded_start(start, tile.members[0].batch) if is_padded else start
+        is_padded = isinstance(place, QuerySums | QueryRanks) or (isinstance(place, Rows) and place.is_padded)
+        if is_padded and self._lengths.is_by_token(place.axis):
+            return padded_start(start, tile.members[0].batch)
+        return start
 
-    def _heads(self, place: Tensor | Rows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    def _heads(self, place: OfRows, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """Batch and head of each of the tile's members, as the place has them: (members,) each."""
         batch, head, head_kv = tile.columns
         is_shared = isinstance(place, Tensor) and place.heads == "kv"
@@ -269,9 +274,21 @@ class DeviceMemory:
             self.traffic.count_written(place.name, 4 * len(tile.members) * place.block_m * place.cols // 2)
         if not self.holds_values:
             return
-        batch, head, _ = tile.columns
+        batch, head = self._heads(place, tile)
         (row, column), (_, rows, cols) = first, values.shape
+        row += self._start(place, tile)
         self.tensors[place.name][batch, head, row : row + rows, column : column + cols] += values
+
+    def ranks(self, place: QueryRanks, tile: Tile, block: int, owner: int) -> torch.Tensor:
+        """How many blocks of keys have added an owner's part of a block of queries, of each head: (members,)."""
+        return self.tensors[place.name][self._rank(place, tile, block, owner)]
+
+    def count_up(self, place: QueryRanks, tile: Tile, block: int, owner: int) -> None:
+        """Count one more block of keys for each head."""
+        self.tensors[place.name][self._rank(place, tile, block, owner)] += 1
+
+    def _rank(self, place: QueryRanks, tile: Tile, block: int, owner: int) -> tuple[torch.Tensor | int, ...]:
+        return (*self._heads(place, tile), self._start(place, tile) // place.block_m + block, owner)
 
     def not_added_once(self, plan: KernelPlan, visits: Iterable[Addition]) -> str:
         """What has not been added to the sums of a kernel once; empty where there is nothing of the kind.
@@ -336,7 +353,7 @@ def by_heads(plan: KernelPlan, sizes: Sizes, values: Mapping[str, torch.Tensor])
     for place in rows:
         if place.name in values:
             x = values[place.name]
-            found[place.name] = batched(x, place.axis) if isinstance(place, Tensor | Rows) else x
+            found[place.name] = batched(x, place.axis) if isinstance(place, OfRows) else x
     for tensor in (*plan.reads, *plan.outputs):
         if tensor.optional and tensor.name not in values:
             continue

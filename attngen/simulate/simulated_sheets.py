@@ -90,23 +90,38 @@ def prepare_rows(sheet: PrepareRows, values: Values, sizes: Sizes) -> dict[str, 
         "lse_log2": lse_log2.masked_fill(has_no_keys, math.inf),
     }
     nothing = {"delta": 0.0, "lse_log2": math.inf}
+    cleared = {
+        each.name: torch.zeros_like(values[each.name]) for each in sheet.cleared if each.name in values
+    }
     if sheet.plan.lengths.queries == "dense":
-        cleared = {
-            each.name: torch.zeros_like(values[each.name]) for each in sheet.cleared if each.name in values
-        }
         return {name: pad(x, past, value=nothing[name]) for name, x in found.items()} | cleared
-    return {name: _by_sequence(sheet, x, values, sizes, nothing[name]) for name, x in found.items()}
+    return {name: _by_sequence(sheet, x, values, sizes, nothing[name]) for name, x in found.items()} | cleared
 
 
 def finish_sums(sheet: FinishSums, values: Values, sizes: Sizes) -> dict[str, torch.Tensor]:
     """dQ, of the sums of rows that exist, in the formats that are wanted; the order of registers is not simulated."""
-    rows = values[sheet.sums.name][:, :, : sizes.values["seqlen_q"]].transpose(1, 2)
+    rows = (
+        _by_token(sheet, values, sizes)
+        if sheet.is_ragged
+        else values[sheet.sums.name][:, :, : sizes.seqlen_q]
+    )
+    rows = rows.transpose(-3, -2)
     scale = scale_values(sizes.softmax_scale, sheet.plan.score_factor)["gradient_scale"]
     found = rows * torch.tensor(scale, dtype=torch.float32, device="cpu")
     wanted = [name for name in sheet.writes if name in values]
     if sizes.accumulates:
         return {name: (values[name].float() + found).to(values[name].dtype) for name in wanted}
     return {name: found.to(values[name].dtype) for name in wanted}
+
+
+def _by_token(sheet: FinishSums, values: Values, sizes: Sizes) -> torch.Tensor:
+    """The sums of every token's rows, (heads, tokens, cols); zeros of tokens that no sequence has."""
+    padded = values[sheet.sums.name]
+    found = torch.zeros(len(padded), sizes.values["tokens_q"], padded.shape[-1], dtype=torch.float32)
+    for sequence, (start, length) in enumerate(spans(sheet.plan, values, sizes, "queries")):
+        at = padded_start(start, sequence)
+        found[:, start : start + length] = padded[:, at : at + length]
+    return found
 
 
 def _by_sequence(

@@ -7,7 +7,6 @@ stands for any. Where they have, who adds must be at its rank.
 
 import torch
 
-from attngen.plan import QueryRanks
 from attngen.plan.steps import (
     AddSums,
     ClearTile,
@@ -75,12 +74,15 @@ def take_rank(step: TakeRank, role: RoleRun) -> Run:
         for member in role.tile.members
     ]
 
+    def added() -> torch.Tensor:
+        return role.device.ranks(ranks, role.tile, m, role.warpgroup)
+
     def has_come() -> bool:
-        return not role.device.holds_values or _added(ranks, m, role).tolist() == expected
+        return not role.device.holds_values or added().tolist() == expected
 
     if not has_come():
         what = f"{ranks}[{m}] of warpgroup {role.warpgroup} to be {expected[0]}"
-        yield Wait(lambda: f"{what}, it is {_added(ranks, m, role)[0]}", has_come)
+        yield Wait(lambda: f"{what}, it is {added()[0]}", has_come)
     role.rank = (ranks.name, m)
 
 
@@ -94,11 +96,4 @@ def pass_rank(step: PassRank, role: RoleRun) -> None:
     m = role.index(step.block)
     role.pass_rank(step.ranks, m)
     if role.device.holds_values:
-        batch, head, _ = role.tile.columns
-        role.device.tensors[step.ranks.name][batch, head, m, role.warpgroup] += 1
-
-
-def _added(ranks: QueryRanks, m: int, role: RoleRun) -> torch.Tensor:
-    """How many blocks have added to the warpgroup's part of a block of queries, of each head: (members,)."""
-    batch, head, _ = role.tile.columns
-    return role.device.tensors[ranks.name][batch, head, m, role.warpgroup]
+        role.device.count_up(step.ranks, role.tile, m, role.warpgroup)

@@ -113,7 +113,7 @@ def _entries(plan: KernelPlan, values: Values, sizes: Sizes) -> Iterator[tuple[i
             yield (min(of_queries * of_keys, MOST_BLOCKS), piece.sequence, 0, *places)
             continue
         count, visited = (of_keys, of_queries) if own is KEYS else (of_queries, of_keys)
-        is_reversed = piece.is_used and plan.scheduler.longest_first
+        is_reversed = piece.is_used and plan.scheduler.starts_last
         for block in reversed(range(count)) if is_reversed else range(count):
             if parts is None:
                 yield (visited, piece.sequence, block, *places)

@@ -111,7 +111,8 @@ def tiles(plan: KernelPlan, sizes: Sizes, lockstep: int = LOCKSTEP) -> Iterator[
         alike.setdefault(m_block, {}).setdefault(telling(member), []).append(member)
     if plan.scheduler.kind in ("key_blocks", "pair_blocks"):
         together = 1 if any(asks_for(plan)) else lockstep
-        for block, heads in alike.items():
+        in_order = sorted(alike.items(), reverse=True) if plan.scheduler.in_turn else alike.items()
+        for block, heads in in_order:  # in turn, of every head its later keys before the earlier ones
             m, n = block if isinstance(block, tuple) else (None, block)
             for members in heads.values():
                 for i in range(0, len(members), together):

@@ -36,9 +36,10 @@ class Zeros:
         self._written[stamp.line] = (stamp, rows if before is None else before[1] | rows)
 
     def fence(self, stamp: Stamp) -> None:
-        """Let asynchronous reads see the zeros that a line has written."""
-        if stamp.line in self._written:
-            self._fenced[stamp.line] = (stamp, self._written[stamp.line][1])
+        """Let asynchronous reads see the zeros that a line has written; what it has fenced before stays known by that."""
+        written, fenced = self._written.get(stamp.line), self._fenced.get(stamp.line)
+        if written and not (fenced and _cover(fenced[1], written[1])):
+            self._fenced[stamp.line] = (stamp, written[1])
 
     def unknown_to(self, clock: Clock, line: str) -> str | None:
         """Who wrote zeros of which one who knows this much does not know, the reader's own `line` first; None if all
