@@ -23,6 +23,12 @@ def assert_a_race_if(is_race: bool, failure: PropertyFailure) -> None:
     assert "TypeError" not in failure.complaint, failure
 
 
+def shown_by(name: str) -> set[str]:
+    """A race or not, in Steps or in the plan; what warpgroups' schedules cannot find stands for itself."""
+    return {f"race: {name in RACES}, in Steps: {bool(FAULTS[name].steps)}", *({name} & set(ELSEWHERE))}
+
+
+@pytest.mark.matrix(classes=shown_by)
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_found_and_shrunk(name: str) -> None:
     """Within 500 cases of drawn specs the fault shows; its shrunk case shows it again, and is the fault's alone."""

@@ -138,6 +138,7 @@ def test_the_text_lists_what_the_simulator_lists(
     assert longest >= 10
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("lies", [False, True])
 @pytest.mark.parametrize("split", ["auto", {"keys": 128}], ids=str)
 @pytest.mark.parametrize(
