@@ -36,7 +36,7 @@ class Zeros:
         self._written[stamp.line] = (stamp, rows if before is None else before[1] | rows)
 
     def fence(self, stamp: Stamp) -> None:
-        """Let asynchronous reads see zeros that a line has written; for those fenced before the earlier fence counts."""
+        """Let asynchronous reads see zeros that a line has written; of those fenced before the first fence counts."""
         written, fenced = self._written.get(stamp.line), self._fenced.get(stamp.line)
         if written and not (fenced and _cover(fenced[1], written[1])):
             self._fenced[stamp.line] = (stamp, written[1])
