@@ -205,7 +205,7 @@ def _block_of_queries(at: FusedPlaces, m: BlockIndex, masked: Masked) -> Program
     )
     early, late = ((), dp) if at.is_tight else (dp, ())
     return (
-        *at.zero_tails(m, q, do),
+        *(() if masked == "no" else at.zero_tails(m, q, do)),
         Note("Sᵀ = K Qᵀ, dPᵀ = V dOᵀ"),
         WaitFull(q.reads),
         *((TakeTurn(at.turn),) if at.turn else ()),

@@ -67,18 +67,21 @@ def add_sums(step: AddSums, role: RoleRun) -> None:
 
 
 def take_rank(step: TakeRank, role: RoleRun) -> Run:
-    """Wait until as many blocks have added as come before this one; without values no other block is waited for."""
+    """Wait until as many blocks have added as come before this one; without values no other block is waited for.
+
+    Sequences whose lengths lie may share counts, and then there are more.
+    """
     ranks, m = step.ranks, role.index(step.block)
-    expected = [
-        rank_of(step.rank, role.call.plan, role.call.sizes, m, role.tile.n_block or 0, member)
-        for member in role.tile.members
-    ]
+    sizes, n = role.call.sizes, role.tile.n_block or 0
+    expected = torch.tensor(
+        [rank_of(step.rank, role.call.plan, sizes, m, n, member) for member in role.tile.members]
+    )
 
     def added() -> torch.Tensor:
         return role.device.ranks(ranks, role.tile, m, role.warpgroup)
 
     def has_come() -> bool:
-        return not role.device.holds_values or added().tolist() == expected
+        return not role.device.holds_values or bool((added() >= expected).all())
 
     if not has_come():
         what = f"{ranks}[{m}] of warpgroup {role.warpgroup} to be {expected[0]}"

@@ -356,8 +356,9 @@ def run_on_cpu(
     """Run the text of a sheet by g++ on tensors that it reads and writes."""
     carried = dict(numbers)
     for name, x in values.items():
-        axes = ("batch", "seqlen", "head", "column") if x.dim() == 4 else range(x.dim())
-        carried |= {f"{name}.stride_{axis}": step for axis, step in zip(axes, x.stride(), strict=True)}
+        of_heads = ("batch", "seqlen", "head", "column")[-x.dim() :]
+        for axes in (range(x.dim()), of_heads):
+            carried |= {f"{name}.stride_{axis}": step for axis, step in zip(axes, x.stride(), strict=False)}
         carried[f"{name}.ptr"] = x.data_ptr()
 
     class Params(ctypes.Structure):

@@ -135,6 +135,15 @@ static int __syncthreads_or(int x) {
   __syncthreads();
   return any;
 }
+static int __syncthreads_count(int x) {
+  static int count;
+  __syncthreads();
+  count = 0;
+  __syncthreads();
+  count += x != 0;
+  __syncthreads();
+  return count;
+}
 
 static float half_to_float(unsigned short x) {
   _Float16 y;
