@@ -45,7 +45,8 @@ fp8() {
   on_gpu fp8_on_gpu.py quantize_on_gpu.py cache_on_gpu.py
 }
 backward() {
-  on_gpu backward_calls_on_gpu.py gradients_on_gpu.py gradient_properties_on_gpu.py gradient_traps_on_gpu.py training_on_gpu.py
+  on_gpu backward_calls_on_gpu.py fused_lengths_on_gpu.py gradients_on_gpu.py gradient_properties_on_gpu.py
+  on_gpu gradient_traps_on_gpu.py training_on_gpu.py
   python3 examples/train_tiny.py --out "$results"
 }
 ragged() {

@@ -76,6 +76,8 @@ def met_by(case: Case, plan: KernelPlan) -> Iterator[Met]:
     )
     has_gradients = bool(case.spec.gradients)
     yield ("gradients", ("of out and lse" if case.has_dlse else "of out") if has_gradients else "none")
+    if has_gradients:
+        yield ("sums of gradients", "in one order" if case.spec.deterministic else "in any order")
     yield ("property", case.rule)
     yield ("torch", case.state)
 

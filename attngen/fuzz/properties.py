@@ -49,6 +49,7 @@ class Rule:
         of_gradients: it holds for specs that ask for gradients.
         lengths: whether it holds for specs of dense sequences, of others, or of both.
         of_caches: it holds for caches of e4m3 too, whose descales no property cuts or repeats.
+        in_one_order: of gradients only where their sums have one order, since it compares bits of two runs.
     """
 
     check: Callable[[Trial], Complaint]
@@ -57,6 +58,7 @@ class Rule:
     of_gradients: bool = False
     lengths: Literal["dense", "own", "any"] = "dense"
     of_caches: bool = False
+    in_one_order: bool = False
 
     def may_hold(self, spec: Spec, plan: KernelPlan) -> bool:
         """Whether it holds for a spec and its plan."""
@@ -64,6 +66,8 @@ class Rule:
         if plan.descales and not self.of_caches:
             return False
         if self.lengths not in (kind, "any") or (self.of_gradients and not spec.gradients):
+            return False
+        if self.in_one_order and spec.gradients and not spec.deterministic:
             return False
         return self.applies(plan, names_of(plan))
 
@@ -100,6 +104,7 @@ RULES: dict[str, Rule] = {
         of_outputs.hidden_keys,
         lambda plan, names: shown_keys(plan.mask) is not None and not plan.scales,
         is_rare=True,
+        in_one_order=True,
     ),
     "batch-slice": Rule(
         of_outputs.batch_slice,
@@ -130,9 +135,11 @@ RULES: dict[str, Rule] = {
     "wide-window": Rule(of_outputs.wide_window, _is_plain, is_rare=True),
     "sequences": Rule(of_sequences.sequences, _cuts_by_sequence, is_rare=True, lengths="own"),
     "gradients": Rule(of_gradients.gradients, of_gradients=True, lengths="any"),
-    "repeated-gradients": Rule(of_gradients.repeated_gradients, of_gradients=True, lengths="any"),
+    "repeated-gradients": Rule(
+        of_gradients.repeated_gradients, of_gradients=True, lengths="any", in_one_order=True
+    ),
     "sequence-gradients": Rule(
-        of_sequences.sequence_gradients, is_rare=True, of_gradients=True, lengths="own"
+        of_sequences.sequence_gradients, is_rare=True, of_gradients=True, lengths="own", in_one_order=True
     ),
     # What is smaller than f16's normal numbers has fewer bits, and what is larger than all of them none.
     "scaled-gradients": Rule(
@@ -140,9 +147,13 @@ RULES: dict[str, Rule] = {
         lambda plan, names: plan.inputs.name != "f16",
         of_gradients=True,
         lengths="any",
+        in_one_order=True,
     ),
     "sliced-gradients": Rule(
-        of_gradients.sliced_gradients, lambda plan, names: names.isdisjoint(("b", "batch")), of_gradients=True
+        of_gradients.sliced_gradients,
+        lambda plan, names: names.isdisjoint(("b", "batch")),
+        of_gradients=True,
+        in_one_order=True,
     ),
 }
 

@@ -181,6 +181,7 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
         **numbers,
         "sink": sink,
         "gradients": gradients,
+        "deterministic": not gradients or draw(st.sampled_from((True, True, False))),
         "split": split,
     }
     with warnings.catch_warnings():

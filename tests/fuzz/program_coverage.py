@@ -87,6 +87,7 @@ def expected(targets: Sequence[str]) -> Iterator[Met]:
         yield from (("inputs", kind) for kind in KINDS)
     yield from (("scale", sign) for sign in ("default", "positive", "zero", "negative"))
     yield from (("gradients", kind) for kind in ("none", "of out", "of out and lse"))
+    yield from (("sums of gradients", order) for order in ("in one order", "in any order"))
     yield from (("property", name) for name, rule in RULES.items() if rule.lengths != "own")
     yield ("queries x keys", "dense x dense")
     yield from (("torch", state) for state in STATES)

@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 
 import attngen
-from attngen.bind import bind, check_arguments
+from attngen.bind import Given, bind, check_arguments
 from attngen.lower import fused_gradients
 from attngen.plan import GRADIENTS_INTAKE, PADDED_ROWS, FinishSums, PrepareRows, in_f32, padded_start
 from attngen.runtime import disassemble
@@ -20,15 +19,17 @@ from attngen.simulate.simulated_sheets import finish_sums
 from attngen.simulate.visits import Sizes
 from attngen.spec_call import GRADIENTS
 from tests.emit.sass import done_before_waiting
+from tests.gradients.cut_backward import (
+    HEADS,
+    HEADS_KV,
+    KINDS,
+    CutBatch,
+    assert_each_is_a_dense_call,
+    fused,
+    gradients_in_f32,
+)
 from tests.gradients.test_backward_programs import plans_without_one
 from tests.gradients.test_fused_backward import as_registers, run_on_cpu
-
-KINDS = ("ragged ragged", "padded padded", "ragged padded", "dense ragged")
-SEQLENS = ((70, 130), (0, 5), (200, 70), (1, 300))
-"""Queries and keys: of several blocks, of less than one, and of none."""
-HEADS, HEADS_KV = 4, 2
-AHEAD, BEHIND = 5, 9
-"""Tokens that no sequence has."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,73 +39,11 @@ def _taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def fused(kinds: str, mask: str = "causal", head_dim: int = 64, **more: Any) -> attngen.Kernel:
-    """A kernel of one program for all gradients."""
-    queries, keys = kinds.split()
-    spec = {
-        "target": "sm_90a",
-        "problem": {"head_dim": head_dim, "queries": queries, "keys": keys},
-        "mask": mask,
-        "gradients": list("qkv"),
-        **more,
-    }
-    kernel = attngen.compile(spec)
-    assert [plan.schedule for plan in kernel.call.gradients] == ["fused_gradients"]
-    return kernel
-
-
-class Batch:
-    """Inputs of a call, with NaN wherever no sequence has anything, and where each sequence stands in them."""
-
-    def __init__(
-        self, kinds: str, head_dim: int = 64, seqlens: tuple[tuple[int, int], ...] = SEQLENS
-    ) -> None:
-        self.generator = torch.Generator().manual_seed(len(seqlens))
-        self.named: dict[str, torch.Tensor] = {}
-        self.places: list[list[Any]] = []
-        shapes = []
-        for letter, kind, lengths in zip("qk", kinds.split(), zip(*seqlens, strict=True), strict=True):
-            if kind == "dense":
-                lengths = (max(lengths),) * len(lengths)
-            starts = torch.tensor([AHEAD, *lengths]).cumsum(0).int()
-            if kind == "ragged":
-                self.named[f"cu_seqlens_{letter}"] = starts
-                places = [slice(int(first), int(end)) for first, end in zip(starts, starts[1:], strict=False)]
-                shapes.append((int(starts[-1]) + BEHIND,))
-            else:
-                places = [(b, slice(0, length)) for b, length in enumerate(lengths)]
-                shapes.append((len(lengths), max(lengths) + (3 if kind == "padded" else 0)))
-                if kind == "padded":
-                    self.named[f"seqused_{letter}"] = torch.tensor(lengths, dtype=torch.int32)
-            self.places.append(places)
-        sides = (0, 1, 1, 0)
-        self.q, self.k, self.v, self.dout = (
-            self._drawn((*shapes[side], HEADS_KV if side else HEADS, head_dim), self.places[side])
-            for side in sides
-        )
-
-    def _drawn(self, shape: tuple[int, ...], places: list[Any]) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=self.generator).bfloat16()
-        poisoned = torch.full_like(drawn, math.nan)
-        for at in places:
-            poisoned[at] = drawn[at]
-        return poisoned
-
-    def given(self, kernel: attngen.Kernel) -> Any:
-        """What a backward pass is given, the forward's results included."""
-        out, lse = kernel(self.q, self.k, self.v, return_lse=True, **self.named)
-        named = {**self.named, "dout": self.dout, "out": out, "lse": lse}
-        return check_arguments(
-            kernel.manifest, self.q, self.k, self.v, None, {}, "bshd", named, GRADIENTS_INTAKE
-        )
-
-
-def gradients(kernel: attngen.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
-              **named: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk and dv of a call, f32."""
-    out, lse = kernel(q, k, v, return_lse=True, **named)
-    held = [torch.full_like(x, math.nan, dtype=torch.float32) for x in (q, k, v)]
-    return kernel.backward(dout, q, k, v, out, lse, grads=held, **named)
+def given_to(kernel: attngen.Kernel, of: CutBatch) -> Given:
+    """What a backward pass is given, the forward's results included."""
+    out, lse = kernel(of.q, of.k, of.v, return_lse=True, **of.named)
+    named = {**of.named, "dout": of.dout, "out": out, "lse": lse}
+    return check_arguments(kernel.manifest, of.q, of.k, of.v, None, {}, "bshd", named, GRADIENTS_INTAKE)
 
 
 @pytest.mark.matrix
@@ -113,27 +52,15 @@ def gradients(kernel: attngen.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_each_sequence_is_a_dense_call(kinds: str, mask: str, head_dim: int, deterministic: bool) -> None:
-    """dk and dv to the bit, dq too where additions have one order; 0 in rows that no sequence has."""
-    of, order = Batch(kinds, head_dim), {"deterministic": deterministic}
-    found = gradients(fused(kinds, mask, head_dim, **order), of.q, of.k, of.v, of.dout, **of.named)
-    dense = fused("dense dense", mask, head_dim, **order)
-    for rows, keys in zip(*of.places, strict=True):
-        q, k, v, dout = (x[at][None] for x, at in ((of.q, rows), (of.k, keys), (of.v, keys), (of.dout, rows)))
-        dq, dk, dv = gradients(dense, q, k, v, dout)
-        for name, gradient, own, at in zip(GRADIENTS, found, (dq, dk, dv), (rows, keys, keys), strict=True):
-            if name == "dq" and not deterministic:
-                torch.testing.assert_close(gradient[at], own[0], rtol=2.0**-18, atol=1e-5)
-            else:
-                assert torch.equal(gradient[at], own[0]), name
-            gradient[at] = 0.0
-    assert not any(gradient.any() for gradient in found)
+    """Whatever lies beside it."""
+    assert_each_is_a_dense_call(CutBatch(kinds, head_dim), kinds, mask, head_dim, deterministic)
 
 
 def test_there_may_be_no_sequence() -> None:
     """All tokens are nobody's, and their gradients 0."""
     kernel, none = fused("ragged ragged"), torch.zeros(1, dtype=torch.int32)
     x, y = (torch.full((150, heads, 64), math.nan, dtype=torch.bfloat16) for heads in (HEADS, HEADS_KV))
-    found = gradients(kernel, x, y, y, x, cu_seqlens_q=none, cu_seqlens_k=none)
+    found = gradients_in_f32(kernel, x, y, y, x, cu_seqlens_q=none, cu_seqlens_k=none)
     assert not any(gradient.any() for gradient in found)
 
 
@@ -141,7 +68,7 @@ def test_there_may_be_no_sequence() -> None:
 def test_the_same_bits_on_any_number_of_multiprocessors(kinds: str) -> None:
     """With one block at a time, two or three every block comes to its rank."""
     kernel = fused(kinds)
-    given, wanted = Batch(kinds).given(kernel), tuple(map(in_f32, GRADIENTS))
+    given, wanted = given_to(kernel, CutBatch(kinds)), tuple(map(in_f32, GRADIENTS))
     made = [run_call(kernel.call, bind(kernel.call.manifest, given, wanted, count)) for count in (1, 2, 3)]
     assert all(torch.equal(each[name], made[0][name]) for each in made for name in wanted)
 
@@ -151,15 +78,15 @@ def test_lengths_that_lie_hold_nobody_up(starts: tuple[int, ...]) -> None:
     """Sequences that overlap share sums and counts: what comes of them is anything, and it comes."""
     kernel, cut = fused("ragged ragged"), torch.tensor(starts, dtype=torch.int32)
     q, k = (torch.randn(310, heads, 64).bfloat16() for heads in (HEADS, HEADS_KV))
-    gradients(kernel, q, k, k, q, cu_seqlens_q=cut, cu_seqlens_k=cut)
+    gradients_in_f32(kernel, q, k, k, q, cu_seqlens_q=cut, cu_seqlens_k=cut)
 
 
 def test_every_zero_over_neighbours_is_needed() -> None:
     """Without those over any of the four tensors, or their fence, a gradient is NaN, or the simulator faults."""
-    of, left_out = Batch("ragged ragged"), []
+    of, left_out = CutBatch("ragged ragged"), []
     for mask in ("full", "causal"):
         kernel = fused("ragged ragged", mask)
-        given, (plan,) = of.given(kernel), kernel.call.gradients
+        given, (plan,) = given_to(kernel, of), kernel.call.gradients
         spare = set()
         for missing, shorter in plans_without_one(plan):
             _, _, step = missing.partition("past the end of ")
