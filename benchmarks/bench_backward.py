@@ -63,12 +63,12 @@ def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
 @contextmanager
 def ordered_taken() -> Iterator[None]:
     """Let `deterministic: true` take the fused kernel, whose blocks then add to dQ in one order."""
-    own = fused_gradients.ORDERED_IS_FASTER
-    fused_gradients.ORDERED_IS_FASTER = True
+    own = fused_gradients.TAKEN
+    fused_gradients.TAKEN = own | {"one order"}
     try:
         yield
     finally:
-        fused_gradients.ORDERED_IS_FASTER = own
+        fused_gradients.TAKEN = own
 
 
 def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:

@@ -64,16 +64,13 @@ class FusedTile(Tile):
     is_tight: bool = False
 
 
-ORDERED_IS_FASTER = False
-"""Whether `deterministic: true` takes this kernel, with additions in one order, or the split ones.
+Form = Literal["one order", "own lengths", "declared gradients"]
+TAKEN: frozenset[Form] = frozenset()
+"""Forms of this kernel that are taken, beside the first: dense sequences, gradients of inputs, sums in any order.
 
-At head_dim 128 it is 5 to 27 % faster (docs/performance.md); other head dims are not timed, and of the GPU tests of
-gradients only those of one order have run with it.
-"""
-TAKES_OWN_LENGTHS = False
-"""Whether sequences with lengths of their own take this kernel, or the split ones.
-
-The simulator runs it and NVRTC compiles it without spills; no GPU has run it.
+The others wait for a GPU. One order is 5 to 27 % faster than split kernels at head_dim 128 (docs/performance.md); other
+head dims are not timed, and of the GPU tests of gradients only those of one order have run with it. Sequences with
+lengths of their own, and gradients of what is declared, have run on the simulator alone.
 """
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
@@ -116,7 +113,7 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         features: of the spec.
         is_for_warpgroups: the attention kernel is.
     """
-    if features.deterministic and not ORDERED_IS_FASTER:
+    if features.deterministic and "one order" not in TAKEN:
         return "deterministic: true, and ranks at sums of dQ are not taken yet"
     if not (is_for_warpgroups and features.arch.emits):
         return "the attention kernel is not for warpgroups"
@@ -127,9 +124,9 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         return "the queries that see a key are no range in closed form"
     if features.deterministic and earlier_keys(features.visible_rows) is None:
         return "deterministic: true, and no closed form says which keys add to dQ of a query earlier"
-    if not (features.lengths.are_dense or TAKES_OWN_LENGTHS):
+    if not features.lengths.are_dense and "own lengths" not in TAKEN:
         return "sequences have lengths of their own"
-    if len(features.gradients) > len(INPUTS):
+    if len(features.gradients) > len(INPUTS) and "declared gradients" not in TAKEN:
         return "what is declared has gradients too"
     return "" if _tile(features) else "the score is worked out in registers that sums of dQ would take"
 

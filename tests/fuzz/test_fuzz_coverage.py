@@ -19,8 +19,8 @@ from tests.effort import examples, profile
 
 TARGETS = ("simulator", pytest.param("sm_80", marks=pytest.mark.exhaustive), "sm_90a")
 SEED = 2
-SEEDS = {"simulator": 24, "sm_90a": 39}
-"""From which three runs meet everything, of Hypothesis 6's draws when this was written; elsewhere it may take more."""
+SEEDS = {"simulator": 35, "sm_90a": 26}
+"""From which four runs meet everything, of Hypothesis 6's draws when this was written; elsewhere it may take more."""
 EXAMPLES = examples(5)
 """Cases of a run."""
 RUNS = 15

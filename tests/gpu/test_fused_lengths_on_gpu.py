@@ -1,6 +1,7 @@
 """The fused backward of sequences with lengths of their own, on a GPU: each a dense call, in one order and in any."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ MANY: Seqlens = (*((10, 10),) * 30, (2000, 2500), *((300, 40),) * 9, (0, 0))
 
 @pytest.fixture(autouse=True)
 def _taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_gradients, "TAKES_OWN_LENGTHS", True)
-    monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", True)
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
     yield
 
 

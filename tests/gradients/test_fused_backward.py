@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch
 import attngen
 from attngen.bind import bind
 from attngen.emit import emit_module
+from attngen.lower import fused_gradients
 from attngen.lower.features import Features
 from attngen.lower.fused_gradients import why_split
 from attngen.plan import PADDED_ROWS, BlockIndex, FinishSums, PrepareRows, Step, evaluate_formula
@@ -167,6 +168,37 @@ def test_heads_are_side_by_side_where_their_rows_fit_the_cache(
         for head in range(first, min(first + side, batch * heads_kv))
     ]
     assert found == expected
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("more", "score"),
+    [
+        ({"sink": "per_head", "gradients": ["q", "k", "v", "sink"]}, "score"),
+        (
+            {"tensors": {"slopes": "f32[num_heads_q]"}, "gradients": ["q", "k", "v", "slopes"]},
+            "score + alibi(slopes)",
+        ),
+    ],
+)
+def test_what_is_declared_has_its_gradient_besides(
+    more: dict[str, Any], score: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By kernels of its own, which know nothing of those of inputs: the bits that they make beside split kernels."""
+    case = BackwardCase("causal", score, (150, 150), (4, 2), (128, 128))
+    (q, k, v, dout), declared = case.inputs_on("cpu")
+    declared |= {"sink": torch.randn(4)} if "sink" in more else {}
+    made = []
+    for taken in (frozenset(), frozenset(get_args(fused_gradients.Form))):
+        monkeypatch.setattr(fused_gradients, "TAKEN", taken)
+        spec = {**more, "deterministic": deterministic, "name": f"taken{len(taken)}"}
+        kernel = replace(case, spec=spec).kernel("sm_90a")
+        assert any(each.name.endswith("fused_gradients") for each in kernel.call.kernels) == bool(taken)
+        out, lse = kernel(q, k, v, return_lse=True, **declared)
+        made.append(kernel.backward(dout, q, k, v, out, lse, **declared))
+    (dq, *split), (fused_dq, *found) = made
+    assert all(torch.equal(x, y) for x, y in zip(split, found, strict=True)) and len(found) == 3
+    torch.testing.assert_close(fused_dq, dq, rtol=2.0**-7, atol=1e-4)
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------

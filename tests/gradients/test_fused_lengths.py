@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -34,8 +35,7 @@ from tests.gradients.test_fused_backward import as_registers, run_on_cpu
 
 @pytest.fixture(autouse=True)
 def _taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_gradients, "TAKES_OWN_LENGTHS", True)
-    monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", True)
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
     yield
 
 

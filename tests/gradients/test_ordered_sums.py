@@ -31,7 +31,7 @@ ADDS = (TakeRank, WaitAdded, PassRank)
 
 @pytest.fixture(autouse=True)
 def _taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", True)
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset({"one order"}))
     yield
 
 
@@ -190,7 +190,7 @@ def test_explain_says_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(batch=1, heads=2, heads_kv=1, seqlen_q=300, seqlen_k=300)
     lines = gradient_facts(ordered(CASE), False, shape, {})
     assert "add to dQ in one order" in lines["order of sums"]
-    monkeypatch.setattr(fused_gradients, "ORDERED_IS_FASTER", False)
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset())
     kernel = replace(CASE, spec={"name": "split"}).kernel("sm_90a")
     lines = gradient_facts(kernel, False, shape, {})
     assert "one owner" in lines["order of sums"] and "ranks at sums of dQ" in lines["order of sums"]
