@@ -89,6 +89,7 @@ def emit_finish(sheet: FinishSums) -> str:
         declarations=list(_declarations(sheet.params, pointees)),
         padded_rows=PADDED_ROWS,
         cols=sheet.sums.cols,
+        valid_cols=sheet.results[0].cols,
         owners=sheet.plan.worker.warpgroups,
     )
     return "\n\n".join([*used_by(text), text]) + "\n"

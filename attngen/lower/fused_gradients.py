@@ -16,9 +16,11 @@ from attngen.lower.gradient_warpgroups import (
     is_heavy,
     key_places,
 )
+from attngen.lower.rounding import round_up
 from attngen.lower.warpgroups import TILE_SLOT_BYTES
 from attngen.plan import (
     COUNTER,
+    PANEL_BYTES,
     ROWS_OF_Q,
     SCORES,
     WARPGROUP_WARPS,
@@ -64,13 +66,13 @@ class FusedTile(Tile):
     is_tight: bool = False
 
 
-Form = Literal["one order", "own lengths", "declared gradients"]
+Form = Literal["one order", "own lengths", "declared gradients", "head_dim 96"]
 TAKEN: frozenset[Form] = frozenset()
 """Forms of this kernel that are taken, beside the first: dense sequences, gradients of inputs, sums in any order.
 
 The others wait for a GPU. One order is 5 to 27 % faster than split kernels at head_dim 128 (docs/performance.md); other
 head dims are not timed, and of the GPU tests of gradients only those of one order have run with it. Sequences with
-lengths of their own, and gradients of what is declared, have run on the simulator alone.
+lengths of their own, gradients of what is declared, and head_dim 96 have run on the simulator alone.
 """
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
@@ -81,6 +83,9 @@ LIGHTEST = 12
 """Most that a light score and its slope weigh together: what ALiBi's do."""
 TILES: dict[tuple[int, Score], FusedTile] = {
     (64, "plain"): FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
+    (96, "plain"): FusedTile(64, 128, STAGES, STAGES, kept_k=96, kept_v=96, dq_over_s=True, takes_turns=True),
+    (96, "light"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True),
+    (96, "capped"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_tight=True),
     (128, "plain"): FusedTile(
         64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
     ),
@@ -117,7 +122,7 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         return "deterministic: true, and ranks at sums of dQ are not taken yet"
     if not (is_for_warpgroups and features.arch.emits):
         return "the attention kernel is not for warpgroups"
-    columns = sorted({columns for columns, _ in TILES})
+    columns = sorted({columns for columns, _ in TILES if columns != 96 or "head_dim 96" in TAKEN})
     if (features.head_dim_qk, features.head_dim_v) not in zip(columns, columns, strict=True):
         return f"one kernel for all is there for head_dim {' and '.join(map(str, columns))}, q, k and v alike"
     if features.visible_rows is None or features.blocks is not None:
@@ -144,13 +149,16 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
         *_cursors(pairs_ring),
     )  # fmt: skip
     share: Share = "rows" if tile.block_m > forward.arch.wgmma.m else "columns"  # type: ignore[union-attr]
-    of_dq = (F32, ROWS_OF_Q, tile.block_m, keys.q.tile.cols, keys.q.tile.valid_cols)
+    cols = keys.q.tile.cols
+    if share == "columns":  # each warpgroup's begin a panel of K, whose columns past the last hold zeros
+        cols = round_up(cols, WARPGROUPS * PANEL_BYTES // features.inputs.bytes)
+    of_dq = (F32, ROWS_OF_Q, tile.block_m, cols, keys.q.tile.valid_cols)
     products = storage.exchange(
         Buffer("dq", *of_dq, STAGES, shared_by=share),
         *_cursors(Ring("dq", STAGES, filled_by_threads=True, copies=WARPGROUPS)),
     )
     ranks = QueryRanks("dq_ranks", tile.block_m, WARPGROUPS) if features.deterministic else None
-    sums = QuerySums("dq_sums", tile.block_m, keys.q.tile.valid_cols, share, ranks)
+    sums = QuerySums("dq_sums", tile.block_m, cols, share, ranks)
     at = FusedPlaces(
         **vars(keys),
         pairs=pairs,

@@ -367,6 +367,7 @@ class QuerySums:
     four registers, lane.
 
     Attributes:
+        cols: of a row; those past the last of the tensor are zeros.
         shared_by: what of a tile a warpgroup adds.
         ranks: by which they add in one order; None where any will do.
     """

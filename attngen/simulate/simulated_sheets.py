@@ -103,9 +103,9 @@ def finish_sums(sheet: FinishSums, values: Values, sizes: Sizes) -> dict[str, to
     rows = (
         _by_token(sheet, values, sizes)
         if sheet.is_ragged
-        else values[sheet.sums.name][:, :, : sizes.seqlen_q]
+        else values[sheet.sums.name][:, :, : sizes.values["seqlen_q"]]
     )
-    rows = rows.transpose(-3, -2)
+    rows = rows.transpose(-3, -2)[..., : sheet.results[0].cols]
     scale = scale_values(sizes.softmax_scale, sheet.plan.score_factor)["gradient_scale"]
     found = rows * torch.tensor(scale, dtype=torch.float32, device="cpu")
     wanted = [name for name in sheet.writes if name in values]

@@ -74,7 +74,8 @@ def take_rank(step: TakeRank, role: RoleRun) -> Run:
     ranks, m = step.ranks, role.index(step.block)
     sizes, n = role.call.sizes, role.tile.n_block or 0
     expected = torch.tensor(
-        [rank_of(step.rank, role.call.plan, sizes, m, n, member) for member in role.tile.members]
+        [rank_of(step.rank, role.call.plan, sizes, m, n, member) for member in role.tile.members],
+        dtype=torch.int64,
     )
 
     def added() -> torch.Tensor:

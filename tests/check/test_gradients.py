@@ -335,6 +335,7 @@ def mutants(inputs: Inputs, mask: str) -> dict[str, Gradients]:
     return {name: Gradients(*(x.to(q.dtype) for x in each)) for name, each in found.items()}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 3), (9, 40), (239, 1), (113, 203), (64, 128)], ids=str)

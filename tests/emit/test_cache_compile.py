@@ -37,6 +37,7 @@ def test_kernels_of_a_cache_compile_without_spills(
     assert_compiles_as_planned(cached(arch, head_dim, scales, mask, inputs, split=split))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("head_dim", [80, 240])
 @pytest.mark.parametrize("keys", ["padded", "ragged", "dense"])
 def test_other_widths_and_keys_compile_without_spills(keys: str, head_dim: int) -> None:

@@ -202,6 +202,12 @@ class Slipping:
         return tuple(map(self.slip.of_gradients, self.kernel.backward(*arguments, **options)))
 
 
+def slipped(name: str) -> set[str]:
+    """Where a slip is made."""
+    return {place for place, right in vars(Slip()).items() if getattr(SLIPS[name], place) is not right}
+
+
+@pytest.mark.matrix(classes=slipped)
 @pytest.mark.parametrize("name", SLIPS)
 def test_a_slip_is_found(name: str) -> None:
     """Within 300 cases, and the case fails for the slip alone."""

@@ -1,5 +1,7 @@
 """Gradients on a GPU: within the rule, the same bits in every run, captured, and of no more memory than they say."""
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -205,12 +207,12 @@ def test_sums_of_dq_are_within_the_rule_in_any_order(case: BackwardCase) -> None
 @pytest.mark.parametrize(
     ("mask", "heads"), [("full", (2, 2)), ("causal", (6, 2)), ("window(200, 60)", (4, 1))]
 )
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_sums_of_dq_in_one_order_are_the_same_bits(
     head_dim: int, mask: str, heads: tuple[int, int], length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty runs of the fused kernel on memory that others have used, against the reference and the first."""
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset({"one order"}))
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
     case = BackwardCase(mask, lengths=(length, length), heads=heads, head_dim=(head_dim, head_dim))
     kernel = case.kernel(target())
     assert [bool(plan.query_ranks) for plan in kernel.call.gradients] == [True]
@@ -222,6 +224,42 @@ def test_sums_of_dq_in_one_order_are_the_same_bits(
         torch.full((first[0].numel() * 4,), float("nan"), device="cuda")  # freed at once, to be found again
         again = kernel.backward(dout, q, k, v, out, lse, **declared)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            BackwardCase(mask, score, lengths, (6, 2), (96, 96), spec={"deterministic": False})
+            for mask in ("full", "causal", "window(200, 60)")
+            for lengths in ((1, 1), (203, 203), (512, 256), (2048, 2048))
+            for score in ("score", "score + alibi(slopes)", "softcap(score, 3.0)")
+        ),
+        *(
+            BackwardCase(
+                "causal",
+                "score + alibi(slopes)",
+                (300, 300),
+                (4, 2),
+                (128, 128),
+                spec={"deterministic": deterministic, "gradients": ["q", "k", "v", "slopes"]},
+            )
+            for deterministic in (False, True)
+        ),
+    ],
+    ids=str,
+)
+def test_forms_that_are_not_taken_yet_are_within_the_rule(
+    case: BackwardCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 96 columns, and gradients of what is declared beside the fused kernel's."""
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
+    kernel = case.kernel(target())
+    assert kernel.call.gradients[0].schedule == "fused_gradients"
+    drawn, declared, out, lse, got = gradients(case, kernel)
+    verdict = case.verdict(got[:3], drawn, declared, out=out, lse=lse)
+    assert verdict.ok, verdict.failures
+    assert all(x.isfinite().all() for x in got)
 
 
 def test_sums_of_dq_are_allocated_beside_the_gradients() -> None:

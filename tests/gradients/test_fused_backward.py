@@ -49,6 +49,16 @@ def fused(case: BackwardCase) -> attngen.Kernel:
     return kernel
 
 
+def assert_compiles(kernel: attngen.Kernel) -> None:
+    """Nothing spills, products stay in flight, and nothing is touched before a kernel has waited."""
+    beside = [each for each in kernel.call.kernels if isinstance(each, FinishSums | PrepareRows)]
+    for each in (*kernel.call.gradients, *beside):
+        compiled = kernel.modules[each.module].compiled
+        assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), each.name
+        assert "C75" not in str(compiled.warnings), each.name
+        assert done_before_waiting(disassemble(compiled.cubin)) == []
+
+
 def assert_right(case: BackwardCase) -> None:
     """Gradients are within the rule."""
     kernel = fused(case)
@@ -199,6 +209,33 @@ def test_what_is_declared_has_its_gradient_besides(
     (dq, *split), (fused_dq, *found) = made
     assert all(torch.equal(x, y) for x, y in zip(split, found, strict=True)) and len(found) == 3
     torch.testing.assert_close(fused_dq, dq, rtol=2.0**-7, atol=1e-4)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
+@pytest.mark.parametrize("score", ["score", "score + alibi(slopes)", "softcap(score, 3.0)"])
+@pytest.mark.parametrize("lengths", [(300, 330), (64, 1)])
+def test_heads_of_96_columns(
+    lengths: tuple[int, int],
+    score: str,
+    mask: str,
+    deterministic: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    nvdisasm: None,
+) -> None:
+    """Their dQ is made in halves of 64, the second half of it zeros, of which nothing is written; nothing spills."""
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
+    case = replace(
+        CASE,
+        mask=mask,
+        score=score,
+        lengths=lengths,
+        head_dim=(96, 96),
+        spec={"deterministic": deterministic},
+    )
+    assert_right(case)
+    assert_compiles(fused(case))
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -364,12 +401,7 @@ def test_kernels_compile_without_spills(
     spec = FREE | ({"scalars": {"cap": "f32"}} if "cap)" in score else {})
     case = BackwardCase(mask, score, head_dim=(head_dim, head_dim), inputs=inputs, spec=spec)
     kernel = fused(case)
-    beside = [each for each in kernel.call.kernels if isinstance(each, FinishSums | PrepareRows)]
-    for each in (*kernel.call.gradients, *beside):
-        compiled = kernel.modules[each.module].compiled
-        assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), each.name
-        assert "C75" not in str(compiled.warnings), each.name
-        assert done_before_waiting(disassemble(compiled.cubin)) == []
+    assert_compiles(kernel)
     (plan,) = kernel.call.gradients
     sass = disassemble(kernel.modules[plan.module].compiled.cubin)
     consumer = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
@@ -425,14 +457,17 @@ def as_registers(rows: torch.Tensor, sheet: FinishSums) -> torch.Tensor:
 
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_text_that_finishes_sums(head_dim: int, dtype: str, accumulates: bool) -> None:
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_text_that_finishes_sums(
+    head_dim: int, dtype: str, accumulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By g++: each element of a register arrives at its row and column, scaled; rows past the end are left alone."""
+    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset({"head_dim 96"}))
     kernel = fused(BackwardCase(head_dim=(head_dim, head_dim), spec=FREE))
     (sheet,) = (each for each in kernel.call.kernels if isinstance(each, FinishSums))
     batch, heads, seqlen = 2, 3, 150
     padded = -(-seqlen // PADDED_ROWS) * PADDED_ROWS
-    rows = torch.randn(batch, heads, padded, head_dim, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(batch, heads, padded, sheet.sums.cols, generator=torch.Generator().manual_seed(0))
     name = "dq" if dtype == "bf16" else "dq_f32"
     held = torch.ones(
         batch,

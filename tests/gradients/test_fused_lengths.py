@@ -13,13 +13,11 @@ import attngen
 from attngen.bind import Given, bind, check_arguments
 from attngen.lower import fused_gradients
 from attngen.plan import GRADIENTS_INTAKE, PADDED_ROWS, FinishSums, PrepareRows, in_f32, padded_start
-from attngen.runtime import disassemble
 from attngen.simulate import SimulationFault
 from attngen.simulate.launches import run_call
 from attngen.simulate.simulated_sheets import finish_sums
 from attngen.simulate.visits import Sizes
 from attngen.spec_call import GRADIENTS
-from tests.emit.sass import done_before_waiting
 from tests.gradients.cut_backward import (
     HEADS,
     HEADS_KV,
@@ -30,7 +28,7 @@ from tests.gradients.cut_backward import (
     gradients_in_f32,
 )
 from tests.gradients.test_backward_programs import plans_without_one
-from tests.gradients.test_fused_backward import as_registers, run_on_cpu
+from tests.gradients.test_fused_backward import as_registers, assert_compiles, run_on_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +112,7 @@ def test_kernels_compile_without_spills(
     head_dim: int, kinds: str, mask: str, deterministic: bool, nvdisasm: None
 ) -> None:
     """What is listed and waited for leaves products in flight; nothing is touched before a kernel has waited."""
-    kernel = fused(kinds, mask, head_dim, deterministic=deterministic)
-    beside = (each for each in kernel.call.kernels if isinstance(each, FinishSums | PrepareRows))
-    for each in (*kernel.call.gradients, *beside):
-        compiled = kernel.modules[each.module].compiled
-        assert all(used.spill_stores == used.spill_loads == 0 for used in compiled.resources), each.name
-        assert "C75" not in str(compiled.warnings), each.name
-        assert done_before_waiting(disassemble(compiled.cubin)) == []
+    assert_compiles(fused(kinds, mask, head_dim, deterministic=deterministic))
 
 
 CUTS = ((0, 70, 70, 300), (5, 75, 140), (130, 131, 300), (200,), (0,))

@@ -19,6 +19,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("target", "inputs", "kind"), PLANS)
 def test_padding_counts_for_nothing_or_alone(target: str, inputs: str, kind: str, padding: str) -> None:
