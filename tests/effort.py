@@ -2,12 +2,14 @@
 
 A property holds for as many random examples as its run's profile of Hypothesis says, or a multiple. A matrix, which is
 a test marked `matrix`, keeps in a small run as many of its cases as show every row of each of its `parametrize`, or all
-`classes` of its own; the others are marked `exhaustive`.
+`classes` of its own, or the `most` that show most of them, where a case takes seconds; the others are marked
+`exhaustive`.
 """
 
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from math import inf
 
 import pytest
 from hypothesis import settings
@@ -48,7 +50,8 @@ def mark_exhaustive(items: Sequence[pytest.Item]) -> None:
         if item.get_closest_marker("matrix") is not None:
             matrices[item.nodeid.partition("[")[0]].append(item)
     for cases in matrices.values():
-        kept = cover([_classes(case) for case in cases])
+        (marker,) = cases[0].iter_markers("matrix")
+        kept = cover([_classes(case) for case in cases], marker.kwargs.get("most", inf))
         for place, case in enumerate(cases):
             if place not in kept:
                 case.add_marker(pytest.mark.exhaustive)
@@ -65,11 +68,11 @@ def _classes(case: pytest.Item) -> set[Hashable]:
     return {tuple((name, id(values[name])) for name in row) for row in names}
 
 
-def cover(shown: Sequence[set[Hashable]]) -> set[int]:
-    """Places of a few sets whose union is that of all, the first of those that add most taken in turn."""
+def cover(shown: Sequence[set[Hashable]], most: float = inf) -> set[int]:
+    """Places of a few sets whose union is that of all, the first of those that add most taken in turn; or `most`."""
     missing = set[Hashable]().union(*shown)
-    kept = set()
-    while missing:
+    kept: set[int] = set()
+    while missing and len(kept) < most:
         place = max(range(len(shown)), key=lambda i: len(shown[i] & missing))
         kept.add(place)
         missing -= shown[place]

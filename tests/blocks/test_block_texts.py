@@ -63,7 +63,7 @@ def test_the_text_is_the_same_bytes() -> None:
     assert texts(kernel_of(64, (64, 96))) == texts(kernel_of(64, (64, 96)))
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, {"qk": 192, "v": 128}, 96], ids=str)
 @pytest.mark.parametrize("blocks", [(128, 128), (64, 64), (100, 72)])
 @pytest.mark.parametrize("mask", ["causal", "full"])
@@ -76,6 +76,7 @@ def test_kernels_compile_without_spills(mask: str, blocks: tuple[int, int], head
             assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0), used.name
 
 
+@pytest.mark.matrix(most=3)
 @pytest.mark.parametrize(
     ("arch", "spec"),
     [

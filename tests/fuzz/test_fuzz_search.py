@@ -151,6 +151,7 @@ def test_a_write_past_the_output_is_noticed() -> None:
     assert caught.value.rule == "surroundings"
 
 
+@pytest.mark.matrix(classes=lambda kind, inputs, scale, rule: {(kind, rule), (inputs, rule), scale})
 @pytest.mark.parametrize(
     "rule", [name for name, rule in RULES.items() if not rule.of_gradients and rule.lengths != "own"]
 )

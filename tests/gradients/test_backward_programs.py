@@ -98,7 +98,7 @@ def test_every_step_is_needed(what: str, case: BackwardCase, number: int, target
     assert spare == SPARE.get((target, what), [])
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("spec", [{"mask": "causal"}, HARD], ids=["causal", "documents, capped"])
 @pytest.mark.parametrize(
     ("target", "head_dim"),

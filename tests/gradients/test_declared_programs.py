@@ -155,7 +155,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix(most=2)
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("spec", [PLAIN, HARD], ids=["plain", "capped under documents"])
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_what_is_declared_has_its_gradient_besides(
     torch.testing.assert_close(fused_dq, dq, rtol=2.0**-7, atol=1e-4)
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize("score", ["score", "score + alibi(slopes)", "softcap(score, 3.0)"])
@@ -381,7 +381,7 @@ def test_elsewhere_each_gradient_has_an_owner(changed: dict[str, Any], why: str)
 
 
 # ---- what is emitted ------------------------------------------------------------------------------------------------
-@pytest.mark.matrix
+@pytest.mark.matrix(most=3)
 @pytest.mark.parametrize("inputs", ["bf16", "f16"])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_every_zero_over_neighbours_is_needed() -> None:
 
 
 # ---- what is emitted ------------------------------------------------------------------------------------------------
-@pytest.mark.matrix
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize("kinds", KINDS[:2])

@@ -104,6 +104,7 @@ def run_on_cpu(of: PrepareRows, values: dict[str, torch.Tensor]) -> dict[str, to
     return made
 
 
+@pytest.mark.matrix(most=5)
 @pytest.mark.parametrize("formats", ["bf16", "f16", "bf16, f32"])
 @pytest.mark.parametrize("head_dim_v", [32, 40, 128, 192, 256])
 def test_text_and_torch_function_say_what_fp64_says(head_dim_v: int, formats: str) -> None:
@@ -158,6 +159,7 @@ def test_a_call_without_rows_has_no_blocks() -> None:
         assert evaluate_formula(sheet(64).grid, sizes) == 0
 
 
+@pytest.mark.matrix(most=3)
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("formats", ["f16", "bf16, f32"])

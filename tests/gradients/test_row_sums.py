@@ -51,6 +51,7 @@ def by_torch(of: SumRows, sizes: dict[str, int], found: torch.Tensor, like: torc
     return sum_rows(of, {of.sums.name: found, gradient: like}, call)[gradient]
 
 
+@pytest.mark.matrix(most=5)
 @pytest.mark.parametrize("case", [*map(of_f32, CASES)], ids=str)
 def test_text_and_torch_function_agree_on_whole_numbers(case: DeclaredCase) -> None:
     """Each element, clamped and broadcast dimensions among them, is the sum of the rows that read it: written once."""

@@ -32,6 +32,7 @@ store(const __grid_constant__ Params params) {{
 """Each element of an accumulator is a thousand times its row, and its column."""
 
 
+@pytest.mark.matrix(most=5)
 @pytest.mark.parametrize(
     ("cols", "valid"), [(32, 32), (48, 40), (64, 64), (128, 128), (192, 192), (256, 256)]
 )

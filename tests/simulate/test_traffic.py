@@ -77,6 +77,7 @@ def test_standard_algorithm() -> None:
     assert traffic.flops == traffic.useful_flops == 2 * 3 * 2 * 128 * 256 * (64 + 32)
 
 
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("schedule", KINDS)
 def test_counting_is_fast(schedule: str) -> None:
     """16k queries and keys of many heads are counted in seconds, as `explain` needs."""
