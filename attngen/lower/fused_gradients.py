@@ -68,7 +68,7 @@ class FusedTile(Tile):
 
 Form = Literal["one order", "own lengths", "declared gradients", "head_dim 96"]
 TAKEN: frozenset[Form] = frozenset()
-"""Forms of this kernel that are taken, beside the first: dense sequences, gradients of inputs, sums in any order.
+"""Forms of this kernel that are taken, beside the first: dense sequences, head_dim 64 and 128, sums in any order.
 
 The others wait for a GPU. One order is 5 to 27 % faster than split kernels at head_dim 128 (docs/performance.md); other
 head dims are not timed, and of the GPU tests of gradients only those of one order have run with it. Sequences with

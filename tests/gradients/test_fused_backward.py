@@ -1,11 +1,8 @@
-"""The kernel that adds dQ up beside dK and dV: values, who waits for whom, what is taken when, and what is emitted."""
+"""The kernel that adds dQ up beside dK and dV: values, who waits for whom, and what is taken when."""
 
-import ctypes
-import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, get_args
 
 import pytest
@@ -13,22 +10,19 @@ import torch
 
 import attngen
 from attngen.bind import bind
-from attngen.emit import emit_module
 from attngen.lower import fused_gradients
 from attngen.lower.features import Features
 from attngen.lower.fused_gradients import why_split
-from attngen.plan import PADDED_ROWS, BlockIndex, FinishSums, PrepareRows, Step, evaluate_formula
+from attngen.plan import BlockIndex, FinishSums, PrepareRows, Step
 from attngen.plan.steps import AddSums, FenceAsync, StageSums, StageTransposed, WaitEmpty, WaitFull
 from attngen.runtime import disassemble
 from attngen.simulate import STEPS_SIMULATED, RoleRun, SimulationFault, launches
 from attngen.simulate.launches import run_call
-from attngen.simulate.simulated_sheets import finish_sums
 from attngen.simulate.visits import Sizes, decoded
 from attngen.spec_call import GRADIENTS
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_backward, run_given
 from tests.gradients.test_backward_programs import plans_without_one
-from tests.quantize.on_cpu import CpuKernels
 
 FREE: dict[str, Any] = {"deterministic": False}
 LENGTHS = (
@@ -39,7 +33,6 @@ CASE = BackwardCase(
     "window(150, 70)", lengths=(300, 330), heads=(4, 2), head_dim=(64, 64), batch=1, spec=FREE
 )
 """Blocks of keys are seen by more blocks of queries than there are stages; some pairs are masked and some are not."""
-C_TYPES = {"pointer": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "f32": ctypes.c_float}
 
 
 def fused(case: BackwardCase) -> attngen.Kernel:
@@ -378,130 +371,3 @@ def test_elsewhere_each_gradient_has_an_owner(changed: dict[str, Any], why: str)
     assert not any(plan.query_sums for plan in kernel.call.gradients)
     features = Features.of(kernel.spec, kernel.call.arch)
     assert why in why_split(features, len(kernel.plan.roles) > 1)
-
-
-# ---- what is emitted ------------------------------------------------------------------------------------------------
-@pytest.mark.matrix(most=3)
-@pytest.mark.parametrize("inputs", ["bf16", "f16"])
-@pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
-@pytest.mark.parametrize(
-    ("head_dim", "score"),
-    [
-        (64, "score"),
-        (128, "score"),
-        (128, "softcap(score, 30.0)"),
-        (128, "softcap(score, cap)"),
-        (128, "score + alibi(slopes)"),
-    ],
-)
-def test_kernels_compile_without_spills(
-    head_dim: int, score: str, mask: str, inputs: str, nvdisasm: None
-) -> None:
-    """Products stay in flight, descriptors in uniform registers, and nothing is touched before a kernel has waited."""
-    spec = FREE | ({"scalars": {"cap": "f32"}} if "cap)" in score else {})
-    case = BackwardCase(mask, score, head_dim=(head_dim, head_dim), inputs=inputs, spec=spec)
-    kernel = fused(case)
-    assert_compiles(kernel)
-    (plan,) = kernel.call.gradients
-    sass = disassemble(kernel.modules[plan.module].compiled.cubin)
-    consumer = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
-    assert consumer.count("R2UR") <= 4  # bounds of blocks, no descriptors
-    assert {"UBLKRED", "STSM", "UTMALDG"} <= set(re.findall(r"\b[A-Z]+\b", sass))
-
-
-@cache
-def on_cpu(text: str) -> CpuKernels:
-    return CpuKernels(text)
-
-
-def run_on_cpu(
-    sheet: FinishSums | PrepareRows, values: dict[str, torch.Tensor], numbers: dict[str, Any]
-) -> None:
-    """Run the text of a sheet by g++ on tensors that it reads and writes."""
-    carried = dict(numbers)
-    for name, x in values.items():
-        of_heads = ("batch", "seqlen", "head", "column")[-x.dim() :]
-        for axes in (range(x.dim()), of_heads):
-            carried |= {f"{name}.stride_{axis}": step for axis, step in zip(axes, x.stride(), strict=False)}
-        carried[f"{name}.ptr"] = x.data_ptr()
-
-    class Params(ctypes.Structure):
-        _fields_ = [(param.name, C_TYPES[param.ctype]) for param in sheet.params]
-
-    params = Params(*(carried.get(param.value, 0) for param in sheet.params))
-    grid = evaluate_formula(sheet.grid, numbers)
-    on_cpu(emit_module((sheet,))).function(sheet.name, 0, False).run(
-        ctypes.byref(params), grid, sheet.threads
-    )
-
-
-def as_registers(rows: torch.Tensor, sheet: FinishSums) -> torch.Tensor:
-    """Rows of sums, each block in the order in which accumulators of m64nNk16 lie in registers.
-
-    Source: PTX ISA, register fragments of wgmma.m64n8k16: accumulator D.
-    """
-    block, cols, by_rows = sheet.sums.block_m, sheet.sums.cols, sheet.sums.shared_by == "rows"
-    own_cols = cols if by_rows else cols // 2
-    order = []
-    for warpgroup in range(2):
-        for warp in range(4):
-            for j in range(own_cols // 8):
-                for lane in range(32):
-                    for e in range(4):
-                        row = warp * 16 + lane // 4 + e // 2 * 8 + (64 * warpgroup if by_rows else 0)
-                        column = 8 * j + lane % 4 * 2 + e % 2 + (0 if by_rows else own_cols * warpgroup)
-                        order.append(row * cols + column)
-    blocks = rows.reshape(*rows.shape[:2], -1, block * cols)
-    return blocks[..., torch.tensor(order)].reshape(rows.shape).contiguous()
-
-
-@pytest.mark.parametrize("accumulates", [False, True])
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-def test_the_text_that_finishes_sums(
-    head_dim: int, dtype: str, accumulates: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By g++: each element of a register arrives at its row and column, scaled; rows past the end are left alone."""
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset({"head_dim 96"}))
-    kernel = fused(BackwardCase(head_dim=(head_dim, head_dim), spec=FREE))
-    (sheet,) = (each for each in kernel.call.kernels if isinstance(each, FinishSums))
-    batch, heads, seqlen = 2, 3, 150
-    padded = -(-seqlen // PADDED_ROWS) * PADDED_ROWS
-    rows = torch.randn(batch, heads, padded, sheet.sums.cols, generator=torch.Generator().manual_seed(0))
-    name = "dq" if dtype == "bf16" else "dq_f32"
-    held = torch.ones(
-        batch,
-        seqlen + 9,
-        heads,
-        head_dim,
-        dtype=getattr(torch, {"bf16": "bfloat16", "f32": "float32"}[dtype]),
-    )
-    sizes = Sizes(batch, seqlen, 1, heads, heads, softmax_scale=0.25, accumulates=accumulates)
-    expected = finish_sums(sheet, {"dq_sums": rows, name: held[:, :seqlen]}, sizes)[name]
-    numbers = {
-        "batch": batch,
-        "seqlen_q": seqlen,
-        "num_heads_q": heads,
-        "gradient_scale": 0.25,
-        "accumulates": accumulates,
-    }
-    made = held.clone()
-    run_on_cpu(sheet, {"dq_sums": as_registers(rows, sheet), name: made}, numbers)
-    assert torch.equal(made[:, :seqlen], expected) and expected.std() > 0.1
-    assert torch.equal(made[:, seqlen:], held[:, seqlen:])
-
-
-def test_the_text_that_prepares_rows_clears_all_sums() -> None:
-    """By g++: every element of every head is 0, those of padding too; without sums nothing is written."""
-    kernel = fused(BackwardCase(head_dim=(64, 64), spec=FREE))
-    (sheet,) = (each for each in kernel.call.kernels if isinstance(each, PrepareRows))
-    batch, heads, seqlen, padded = 2, 3, 150, 256
-    x = torch.ones(batch, seqlen, heads, 64, dtype=torch.bfloat16)
-    values = {"out": x, "dout": x, "lse": torch.zeros(batch, heads, seqlen)}
-    values |= {each: torch.full((batch, heads, padded), math.nan) for each in sheet.writes}
-    sums = torch.full((batch, heads, padded, 64), math.nan)
-    numbers = {"batch": batch, "seqlen_q": seqlen, "num_heads_q": heads}
-    run_on_cpu(sheet, values | {"dq_sums": sums}, numbers)
-    assert not sums.any() and not sums.isnan().any()
-    assert (values["delta"][..., :seqlen] == 64).all()
-    run_on_cpu(sheet, values, numbers)

@@ -16,7 +16,8 @@ from attngen.plan import GRADIENTS_INTAKE, PADDED_ROWS, FinishSums, PrepareRows,
 from attngen.simulate import SimulationFault
 from attngen.simulate.launches import run_call
 from attngen.simulate.simulated_sheets import finish_sums
-from attngen.simulate.visits import Sizes
+from attngen.simulate.tile_lists import call_sizes
+from attngen.simulate.visits import Sizes, decoded
 from attngen.spec_call import GRADIENTS
 from tests.gradients.cut_backward import (
     HEADS,
@@ -27,8 +28,9 @@ from tests.gradients.cut_backward import (
     fused,
     gradients_in_f32,
 )
+from tests.gradients.sheets_on_cpu import as_registers, run_on_cpu
 from tests.gradients.test_backward_programs import plans_without_one
-from tests.gradients.test_fused_backward import as_registers, assert_compiles, run_on_cpu
+from tests.gradients.test_fused_backward import assert_compiles
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +79,18 @@ def test_lengths_that_lie_hold_nobody_up(starts: tuple[int, ...]) -> None:
     kernel, cut = fused("ragged ragged"), torch.tensor(starts, dtype=torch.int32)
     q, k = (torch.randn(310, heads, 64).bfloat16() for heads in (HEADS, HEADS_KV))
     gradients_in_f32(kernel, q, k, k, q, cu_seqlens_q=cut, cu_seqlens_k=cut)
+
+
+def test_tiles_of_a_head_are_listed_with_its_last_keys_first() -> None:
+    """As who waits for its rank counts on; the simulator runs tiles in turn in that order whatever the list says."""
+    (plan,), of = fused("ragged ragged").call.gradients, CutBatch("ragged ragged")
+    tokens = (len(of.q), len(of.k))
+    listed: dict[tuple[int, int], list[int]] = {}
+    for block, member in decoded(plan, call_sizes(plan, 300, 300, 4, HEADS, HEADS_KV, of.named, tokens)):
+        if member.seqlen_q:
+            listed.setdefault((member.batch, member.head), []).append(block)
+    assert any(len(blocks) > 1 for blocks in listed.values())
+    assert all(blocks == list(range(len(blocks)))[::-1] for blocks in listed.values())
 
 
 def test_every_zero_over_neighbours_is_needed() -> None:

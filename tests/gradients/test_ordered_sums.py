@@ -21,8 +21,8 @@ from attngen.simulate.launches import run_call
 from attngen.spec_call import GRADIENTS
 from tests.emit.sass import done_before_waiting
 from tests.gradients.backward_cases import BackwardCase, given_backward, run_given
+from tests.gradients.sheets_on_cpu import run_on_cpu
 from tests.gradients.test_backward_programs import plans_without_one
-from tests.gradients.test_fused_backward import run_on_cpu
 
 CASE = BackwardCase("window(150, 70)", lengths=(300, 330), heads=(4, 2), head_dim=(64, 64), batch=1)
 """Blocks of keys share blocks of queries with neighbours on either side."""
