@@ -6,7 +6,7 @@
 | `language` | walks, modified scores, declared tensors and tables of extremes |
 | `fp8` | e4m3, quantised by the call, every kind of scales, promoted and not |
 | `backward` | dQ, dK and dV of head_dim 64, 128 and 192, into their own memory and added to f32 |
-| `fused` | the same of 64 and 128 by one kernel that adds dQ up in device memory |
+| `fused` | the same of 64, 96 and 128 by one kernel that adds dQ up in device memory |
 | `declared` | gradients of what a score reads: a bias, slopes, a scalar, a key's, a query's, and tables |
 | `ragged` | ragged and padded sequences, poison behind every end, with gradients; the list made before too |
 | `sink` | learned sinks with their gradient, and beside e4m3 |
@@ -147,12 +147,14 @@ def backward() -> Iterator[Set]:
 
 
 def fused() -> Iterator[Set]:
-    """Specs whose dQ is added up in any order."""
+    """Specs whose dQ is added up in any order, and of 96 columns in one order."""
     masks = ({"mask": "full"}, {"mask": "causal"}, {"mask": "window(100, 30)"})
     free: Fields = GRADIENTS | {"deterministic": False}
-    specs = [spec_of(dim, fields, free) for dim in (64, 128) for fields in masks]
+    specs = [spec_of(dim, fields, free) for dim in (64, 96, 128) for fields in masks]
     capped = spec_of(128, masks[1], {"score": "softcap(score, 3.0)"}, free)
     yield Set((*specs, capped), ("auto",), SHAPES[1:2], is_added=True)
+    ordered = tuple(spec_of(96, fields, {"score": "softcap(score, 3.0)"}, GRADIENTS) for fields in masks)
+    yield Set(ordered, ("auto",), SHAPES[1:2])
 
 
 def declared() -> Iterator[Set]:

@@ -213,18 +213,16 @@ DEV u32 draw_for_block(u32* counter, u32 last, u32 slot) {
   return same_in_warp(load_shared(slot));
 }
 
-// Wait until a count in device memory has come to one's rank, or past it where lengths lie and sequences share counts; what was added before it can be added to, by the copy engine too.
+// Wait until a count in device memory has come to one's rank, or past it where lengths lie and sequences share counts;
+// what was added before can then be added to, by the copy engine too.
 DEV void take_rank(const u32* count, u32 rank) {
   while ((int)(load_acquire(count) - rank) < 0) {
   }
   fence_async_global();
 }
 
-// Count what the copy engine has written for this thread, which has waited for it.
-DEV void pass_rank(u32* count) {
-  fence_async_global();
-  add_release(count, 1);
-}
+// Count what the copy engine has written for this thread, which has waited for it: an end that is seen is a proxy fence.
+DEV void pass_rank(u32* count) { add_release(count, 1); }
 
 // The rows of one head of a sequence in K or V, where these are caches of pages: a row of a table lists the pages of the
 // sequence's stored rows, of which its own begin at `start`.

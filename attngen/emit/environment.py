@@ -35,6 +35,7 @@ from attngen.plan import (
     Param,
     PartRows,
     Program,
+    QuerySums,
     RegTile,
     RegVec,
     Rows,
@@ -243,11 +244,20 @@ def environment() -> jinja2.Environment:
         "is_tile": _is_tile,
         "seqlen": LENGTHS.__getitem__,
         "head_dim": _HEAD_DIMS.__getitem__,
+        "columns": _columns,
         "extent": _EXTENTS.__getitem__,
         "first_barrier": first_barrier,
         "declaration": _declaration,
     }
     return env
+
+
+@jinja2.pass_context
+def _columns(context: Context, place: Buffer | QuerySums) -> str:
+    """How many columns a place has: by the constant's name, unless it leaves room past those of a head."""
+    extent = _EXTENTS["qk_columns" if isinstance(place, QuerySums) else place.axes[1]]
+    of_head = {"kQkCols": context["plan"].qk_cols, "kVCols": context["plan"].v_cols}
+    return extent if of_head.get(extent, place.cols) == place.cols else str(place.cols)
 
 
 def _reads_scores(step: Step) -> bool:

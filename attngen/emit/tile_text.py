@@ -82,8 +82,8 @@ def decoding(scheduler: Scheduler) -> list[str]:
     """A statement for each part of a tile, of its number `index`."""
     kept = {each: with_nodes(value, _READ) for each, value in _kept(scheduler).items()}
     statements = list(_statements(kept, Leaves(_DECODED, narrow=True)))
-    if scheduler.is_listed:  # the number of its entry comes first
-        statements.insert(1, f"const Entry entry = {_entry(scheduler)};")
+    if scheduler.is_listed:
+        statements.insert(list(kept).index("tile.row") + 1, f"const Entry entry = {_entry(scheduler)};")
     return statements
 
 

@@ -21,6 +21,7 @@ from attngen.lower.warpgroups import TILE_SLOT_BYTES
 from attngen.plan import (
     COUNTER,
     PANEL_BYTES,
+    QUERIES,
     ROWS_OF_Q,
     SCORES,
     WARPGROUP_WARPS,
@@ -38,11 +39,11 @@ from attngen.plan import (
     Role,
     Scheduler,
     Share,
+    seen_blocks,
 )
 from attngen.schedules.fused_backward import FusedPlaces, earlier_keys, fused_gradients
 from attngen.schedules.pairs import SCORE
 from attngen.schedules.warpgroup_backward import Stream
-from attngen.spec import INPUTS
 
 TURN = NamedBarriers("turn", OWN.first + WARPGROUPS, WARPGROUPS)
 STAGES = 2
@@ -57,6 +58,7 @@ class FusedTile(Tile):
         kept_k, kept_v: columns of K and of V that stay in registers.
         dq_over_s: dQ takes the registers of S.
         takes_turns, is_tight: as of `FusedPlaces`.
+        is_slow_in_order: sums in one order take longer than split kernels do.
     """
 
     kept_k: int = 0
@@ -64,16 +66,9 @@ class FusedTile(Tile):
     dq_over_s: bool = False
     takes_turns: bool = False
     is_tight: bool = False
+    is_slow_in_order: bool = False
 
 
-Form = Literal["one order", "own lengths", "declared gradients", "head_dim 96"]
-TAKEN: frozenset[Form] = frozenset()
-"""Forms of this kernel that are taken, beside the first: dense sequences, head_dim 64 and 128, sums in any order.
-
-The others wait for a GPU. One order is 5 to 27 % faster than split kernels at head_dim 128 (docs/performance.md); other
-head dims are not timed, and of the GPU tests of gradients only those of one order have run with it. Sequences with
-lengths of their own, gradients of what is declared, and head_dim 96 have run on the simulator alone.
-"""
 L2_BYTES = 50_000_000
 """Of an H100 and an H200. Source: NVIDIA H100 Tensor Core GPU Architecture, table 3."""
 Score = Literal["plain", "light", "capped"]
@@ -83,8 +78,10 @@ LIGHTEST = 12
 """Most that a light score and its slope weigh together: what ALiBi's do."""
 TILES: dict[tuple[int, Score], FusedTile] = {
     (64, "plain"): FusedTile(128, 128, STAGES, STAGES, kept_k=64, takes_turns=True),
-    (96, "plain"): FusedTile(64, 128, STAGES, STAGES, kept_k=96, kept_v=96, dq_over_s=True, takes_turns=True),
-    (96, "light"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True),
+    (96, "plain"): FusedTile(
+        64, 128, STAGES, STAGES, kept_k=96, kept_v=96, dq_over_s=True, takes_turns=True, is_slow_in_order=True
+    ),
+    (96, "light"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_slow_in_order=True),
     (96, "capped"): FusedTile(64, 128, STAGES, STAGES, takes_turns=True, is_tight=True),
     (128, "plain"): FusedTile(
         64, 128, STAGES, STAGES, kept_k=64, kept_v=16, dq_over_s=True, takes_turns=True
@@ -118,22 +115,21 @@ def why_split(features: Features, is_for_warpgroups: bool = True) -> str:
         features: of the spec.
         is_for_warpgroups: the attention kernel is.
     """
-    if features.deterministic and "one order" not in TAKEN:
-        return "deterministic: true, and ranks at sums of dQ are not taken yet"
     if not (is_for_warpgroups and features.arch.emits):
         return "the attention kernel is not for warpgroups"
-    columns = sorted({columns for columns, _ in TILES if columns != 96 or "head_dim 96" in TAKEN})
+    columns = sorted({columns for columns, _ in TILES})
     if (features.head_dim_qk, features.head_dim_v) not in zip(columns, columns, strict=True):
-        return f"one kernel for all is there for head_dim {' and '.join(map(str, columns))}, q, k and v alike"
+        return f"one kernel for all is there for head_dim {', '.join(map(str, columns))}, of q, k and v alike"
     if features.visible_rows is None or features.blocks is not None:
         return "the queries that see a key are no range in closed form"
     if features.deterministic and earlier_keys(features.visible_rows) is None:
         return "deterministic: true, and no closed form says which keys add to dQ of a query earlier"
-    if not features.lengths.are_dense and "own lengths" not in TAKEN:
-        return "sequences have lengths of their own"
-    if len(features.gradients) > len(INPUTS) and "declared gradients" not in TAKEN:
-        return "what is declared has gradients too"
-    return "" if _tile(features) else "the score is worked out in registers that sums of dQ would take"
+    tile = _tile(features)
+    if tile is None:
+        return "the score is worked out in registers that sums of dQ would take"
+    if features.deterministic and tile.is_slow_in_order:
+        return f"deterministic: true, and at head_dim {features.head_dim} sums of dQ in one order take longer"
+    return ""
 
 
 def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[KernelPlan | FinishSums, ...]:
@@ -172,11 +168,13 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
-    plan = replace(plan, roles=_with_adder(plan.roles, at, programs["adder"]))
+    # dQ sums over the keys of a block: P of a key that does not exist is exp2(-lse), which may be infinite.
+    seen = seen_blocks(features.visible_rows, QUERIES, partial_is_masked=True)
+    plan = replace(plan, roles=_with_adder(plan.roles, at, programs["adder"]), key_blocks=seen)
     if ranks:
         plan = replace(
             plan,
-            scheduler=Scheduler("key_blocks", in_turn=True),
+            scheduler=Scheduler("key_blocks", in_turn=True, rows_at_hand=_rows_at_hand(features)),
             params=(*plan.params, Param("tile_counter", "pointer", COUNTER)),
             smem_bytes=plan.smem_bytes + TILE_SLOT_BYTES,
         )
@@ -194,10 +192,19 @@ def _cursors(ring: Ring) -> tuple[Cursor, Cursor]:
 
 
 def _rows_at_hand(features: Features) -> int:
-    """Rows of Q, dO and sums of dQ that the L2 cache holds; where all blocks see as many, one head follows another."""
-    ends = features.visible_rows is not None and (features.visible_rows.lower or features.visible_rows.upper)
-    row_bytes = features.head_dim * (2 * features.inputs.bytes + F32.bytes)
-    return L2_BYTES // row_bytes if ends else 0
+    """Rows of Q, dO and sums of dQ that the L2 cache holds; 0 where one head is to follow another.
+
+    In any order heads are side by side where masks end, so that the longest tiles of several start first. In one order
+    they are where rows do not begin later for later keys: blocks of a head then start as far from each other as they
+    have to wait.
+    """
+    visible = features.visible_rows
+    assert visible is not None
+    if features.deterministic:
+        is_apart = not visible.lower or not features.lengths.are_dense
+    else:
+        is_apart = bool(visible.lower or visible.upper)
+    return L2_BYTES // (features.head_dim * (2 * features.inputs.bytes + F32.bytes)) if is_apart else 0
 
 
 def _kept(of: Stream, columns: int) -> RegTile | None:

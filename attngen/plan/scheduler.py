@@ -134,8 +134,9 @@ class Scheduler:
         sums_batch, sums_heads: over which batches and heads a tile of pairs is for: its own or all, and its own, those
             that share its head of K and V, or all.
         longest_first: blocks of rows that see the most keys (the last ones) start first.
-        rows_at_hand: blocks of keys that the most queries see (the first ones) start first, of as many heads side by
-            side as have so many rows of queries together, of `MOST_HEADS` at most; 0: one head follows another.
+        rows_at_hand: of blocks of keys: as many heads as have so many rows of queries together, `MOST_HEADS` at most,
+            are side by side, so that their first blocks start before their second ones; 0: one head follows another,
+            or in a list all are side by side.
         persistent: a block works on many tiles, each drawn from a counter in device memory when it is due.
         is_listed: sequences have lengths of their own, and tiles are those of a list in device memory (`ListTiles`),
             for each of the heads.
@@ -211,12 +212,12 @@ class Scheduler:
         if self.kind == "key_blocks":
             n_max, row = name("tile.n_max"), name("tile.row")
             block = {"tile.n_max": KEYS.blocks(name("call.seqlen_k"))}
+            of_row, n = floor_divide(index, n_max), modulo(index, n_max)
             if self.rows_at_hand:
-                block |= self._side_by_side
-            else:
-                n = modulo(index, n_max)
-                n = sub(sub(n_max, const(1)), n) if self.in_turn else n
-                block |= {"tile.row": floor_divide(index, n_max), KEYS.tile.name: n}
+                more, of_row, n = self._side_by_side(times(name("call.batch"), _HEADS_KV), n_max)
+                block |= more
+            block["tile.row"] = of_row
+            block[KEYS.tile.name] = sub(sub(n_max, const(1)), n) if self.in_turn else n
             head = times(modulo(row, _HEADS_KV), name("call.group"))
             batch = floor_divide(row, _HEADS_KV)
         elif self.kind == "pair_blocks":
@@ -256,31 +257,35 @@ class Scheduler:
             "kv_idx.start": const(0),
         }
 
-    @property
-    def _side_by_side(self) -> Definitions:
-        """Which head, among those of all batches, and block of keys: sections of heads, their first blocks first."""
-        index, n_max, side, section = map(name, ("tile.index", "tile.n_max", "tile.side", "tile.section"))
+    def _side_by_side(self, heads: Expr, blocks: Expr) -> tuple[Definitions, Expr, Expr]:
+        """Which of so many heads, and of as many blocks of each, behind what defines them.
+
+        Sections of heads follow each other, and in a section the first blocks of all, the second ones, and so on.
+        """
+        index, side, section = map(name, ("tile.index", "tile.side", "tile.section"))
         rows = add(name("call.seqlen_q"), const(1))  # keys that no query sees have tiles too
         of_group = floor_divide(floor_divide(const(self.rows_at_hand), rows), name("call.group"))
-        side_by_side = lesser(greater(of_group, const(1)), const(MOST_HEADS))
-        heads = times(name("call.batch"), _HEADS_KV)
-        return {
-            "tile.side": side_by_side,
-            "tile.section": floor_divide(index, times(side, n_max)),
-            "tile.rest": sub(index, times(section, times(side, n_max))),
+        found = {
+            "tile.side": lesser(greater(of_group, const(1)), const(MOST_HEADS)),
+            "tile.section": floor_divide(index, times(side, blocks)),
+            "tile.rest": sub(index, times(section, times(side, blocks))),
             "tile.width": lesser(side, sub(heads, times(section, side))),
-            "tile.row": add(times(section, side), modulo(name("tile.rest"), name("tile.width"))),
-            KEYS.tile.name: floor_divide(name("tile.rest"), name("tile.width")),
         }
+        rest, width = name("tile.rest"), name("tile.width")
+        return found, add(times(section, side), modulo(rest, width)), floor_divide(rest, width)
 
     @property
     def _listed_decoding(self) -> Definitions:
-        """Heads are fastest; the list is in the order in which tiles start."""
+        """The list is in the order in which tiles start, of all heads side by side if not of some."""
         index, heads = name("tile.index"), self._listed_heads
         says = {field: entry_says(field) for field in self.entry_fields}
-        head = modulo(index, heads)
+        more: Definitions = {}
+        row, head = floor_divide(index, heads), modulo(index, heads)
+        if self.rows_at_hand:
+            more, head, row = self._side_by_side(heads, name("tiles.count"))
         return {
-            "tile.row": floor_divide(index, heads),
+            **more,
+            "tile.row": row,
             **({self.axis.tile.name: says["block"]} if self.axis else {}),
             "h": times(head, name("call.group")) if self.is_for_groups else head,
             "b": says["sequence"],

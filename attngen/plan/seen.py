@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from attngen.expr import Boundary, Expr, IndexRange, add, const, extremes, name
-from attngen.expr.arithmetic import call, floor_divide
+from attngen.expr.arithmetic import call, compare, floor_divide, where
 from attngen.expr.intervals import greater, lesser
 from attngen.plan.scheduler import KEYS, PART_BEGIN, PART_END, Definitions, SequenceAxis
 
@@ -104,19 +104,30 @@ def seen_blocks(
     axis: SequenceAxis,
     last_is_masked: bool = False,
     are_of_part: bool = False,
+    partial_is_masked: bool = False,
 ) -> SeenBlocks | None:
-    """The bounds over a block from those of one row or key: their extremes between its first and its last."""
+    """The bounds over a block from those of one row or key: their extremes between its first and its last.
+
+    Args:
+        visible: what one row or key sees; None where that is no range.
+        axis: of the blocks that are seen.
+        last_is_masked: as of `SeenBlocks`.
+        are_of_part: likewise.
+        partial_is_masked: a block that sees, but does not exist as a whole, has no block free of a mask.
+    """
     if visible is None:
         return None
     block = axis.other
     lower = [extremes(bound, block.index, block.first, block.last) for bound in visible.lower]
     upper = [extremes(bound, block.index, block.first, block.last) for bound in visible.upper]
+    is_whole = compare("<=", add(block.first, name(block.block)), name(block.seqlen))
+    of_whole = (where(is_whole, name(axis.seqlen), const(0)),) if partial_is_masked else ()
     return SeenBlocks(
         axis,
         first_any=tuple(lo for lo, _ in lower),
         first_all=tuple(hi for _, hi in lower),
         end_any=tuple(hi for _, hi in upper),
-        end_all=tuple(lo for lo, _ in upper),
+        end_all=(*(lo for lo, _ in upper), *of_whole),
         last_is_masked=last_is_masked,
         boundaries=visible.boundaries,
         are_of_part=are_of_part,

@@ -33,13 +33,17 @@ def assert_within_the_rule(case: BackwardCase, drawn: list[torch.Tensor], declar
     assert verdict.ok, verdict.failures
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("inputs", ["bf16", "f16"])
 @pytest.mark.parametrize("mask", ["full", "causal", "kv_idx < lens[b]", "kv_idx % 3 != q_idx % 2"])
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 192, 256])
-def test_1_to_3_low_lse_and_keys_that_do_not_exist(head_dim: int, mask: str, inputs: str) -> None:
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_1_to_3_low_lse_and_keys_that_do_not_exist(
+    head_dim: int, mask: str, inputs: str, deterministic: bool
+) -> None:
     """Products near -122 with a last tile half empty, one row, one key; and three times N(0, 1)."""
-    for lengths in ((70, 96), (1, 128), (1, 100), (130, 32), (1, 1), (1, 3), (65, 3)):
-        case = BackwardCase(mask, lengths=lengths, head_dim=(head_dim, head_dim), inputs=inputs)
+    for lengths in ((70, 96), (1, 128), (1, 100), (130, 32), (1, 1), (1, 3), (65, 3), (256, 1), (300, 200)):
+        case = BackwardCase(mask, lengths=lengths, head_dim=(head_dim, head_dim), inputs=inputs,
+                            spec={"deterministic": deterministic})  # fmt: skip
         drawn, declared = case.inputs_on("cuda")
         assert_within_the_rule(case, [3 * x for x in drawn], declared)
         q, k, v, dout = drawn

@@ -1,13 +1,12 @@
 """Gradients on a GPU: within the rule, the same bits in every run, captured, and of no more memory than they say."""
 
-from typing import get_args
+import gc
 
 import pytest
 import torch
 
 import attngen
 from attngen.arch import arch_for_capability
-from attngen.lower import fused_gradients
 from tests.gradients.backward_cases import CASES, MASKS, SCORES, BackwardCase
 from tests.gradients.declared_cases import CASES as DECLARED
 from tests.gradients.declared_cases import PAIRS, DeclaredCase, everything
@@ -96,6 +95,7 @@ def test_autograd_and_graphs_run_the_same_kernels() -> None:
 
 def requested(when: str) -> int:
     """Bytes asked of torch's allocator, which may give more; from then on the peak is that of what follows."""
+    gc.collect()  # what earlier tests left in cycles would be given back in between
     torch.cuda.synchronize()
     found = torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
     torch.cuda.reset_peak_memory_stats()
@@ -104,7 +104,7 @@ def requested(when: str) -> int:
 
 def test_a_pass_allocates_its_gradients_and_two_rows() -> None:
     """Beside dQ, dK and dV there are D and lse in log2 units, of f32 a row each."""
-    case = BackwardCase("causal", lengths=(512, 512), heads=(4, 4), head_dim=(64, 64))
+    case = BackwardCase("causal", lengths=(512, 512), heads=(4, 4), head_dim=(32, 32))
     kernel = case.kernel(target())
     drawn, _, out, lse, got = gradients(case, kernel)
     q, k, v, dout = drawn
@@ -116,7 +116,7 @@ def test_a_pass_allocates_its_gradients_and_two_rows() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
-@pytest.mark.parametrize("head_dim", [64, 192])
+@pytest.mark.parametrize("head_dim", [32, 192])
 @pytest.mark.parametrize("kind", ["auto", "fa2"])
 def test_what_requires_no_grad_takes_no_memory(kind: str, head_dim: int, wanted: str) -> None:
     """By autograd: gradients of what requires grad have the bits that they have beside the others."""
@@ -207,13 +207,12 @@ def test_sums_of_dq_are_within_the_rule_in_any_order(case: BackwardCase) -> None
 @pytest.mark.parametrize(
     ("mask", "heads"), [("full", (2, 2)), ("causal", (6, 2)), ("window(200, 60)", (4, 1))]
 )
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(("head_dim", "score"), [(64, "score"), (128, "score"), (96, "softcap(score, 3.0)")])
 def test_sums_of_dq_in_one_order_are_the_same_bits(
-    head_dim: int, mask: str, heads: tuple[int, int], length: int, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, score: str, mask: str, heads: tuple[int, int], length: int
 ) -> None:
     """Twenty runs of the fused kernel on memory that others have used, against the reference and the first."""
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
-    case = BackwardCase(mask, lengths=(length, length), heads=heads, head_dim=(head_dim, head_dim))
+    case = BackwardCase(mask, score, (length, length), heads, (head_dim, head_dim))
     kernel = case.kernel(target())
     assert [bool(plan.query_ranks) for plan in kernel.call.gradients] == [True]
     drawn, declared, out, lse, first = gradients(case, kernel)
@@ -249,11 +248,8 @@ def test_sums_of_dq_in_one_order_are_the_same_bits(
     ],
     ids=str,
 )
-def test_forms_that_are_not_taken_yet_are_within_the_rule(
-    case: BackwardCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wider_sums_and_what_is_declared_are_within_the_rule(case: BackwardCase) -> None:
     """Heads of 96 columns, and gradients of what is declared beside the fused kernel's."""
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
     kernel = case.kernel(target())
     assert kernel.call.gradients[0].schedule == "fused_gradients"
     drawn, declared, out, lse, got = gradients(case, kernel)
@@ -262,10 +258,11 @@ def test_forms_that_are_not_taken_yet_are_within_the_rule(
     assert all(x.isfinite().all() for x in got)
 
 
-def test_sums_of_dq_are_allocated_beside_the_gradients() -> None:
-    """A row of f32 for each row of queries, padded to whole blocks, and D and lse in log2 units."""
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sums_of_dq_are_allocated_beside_the_gradients(deterministic: bool) -> None:
+    """A row of f32 for each row of queries, in whole blocks, D and lse in log2 units, and counts for an order."""
     case = BackwardCase(
-        "causal", lengths=(512, 512), heads=(4, 4), head_dim=(64, 64), spec={"deterministic": False}
+        "causal", lengths=(512, 512), heads=(4, 4), head_dim=(64, 64), spec={"deterministic": deterministic}
     )
     kernel = case.kernel(target())
     drawn, _, out, lse, got = gradients(case, kernel)
@@ -274,7 +271,8 @@ def test_sums_of_dq_are_allocated_beside_the_gradients() -> None:
     before = requested("current")
     got = kernel.backward(dout, q, k, v, out, lse)
     peak = requested("peak") - before
-    assert peak == sum(x.numel() * 2 for x in got) + 4 * q.numel() + 2 * 4 * lse.numel()
+    counts = 4 * 2 * lse.numel() // 128 if deterministic else 0  # of blocks of 128 rows, for two warpgroups
+    assert peak == sum(x.numel() * 2 for x in got) + 4 * q.numel() + 2 * 4 * lse.numel() + counts
 
 
 EVERYTHING = (

@@ -41,8 +41,14 @@ class CutBatch:
     """
 
     def __init__(
-        self, kinds: str, head_dim: int = 64, seqlens: Seqlens = SEQLENS, device: str = "cpu"
+        self,
+        kinds: str,
+        head_dim: int = 64,
+        seqlens: Seqlens = SEQLENS,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self._dtype = dtype
         self._generator = torch.Generator().manual_seed(len(seqlens))
         self.named: dict[str, torch.Tensor] = {}
         self.places: list[list[Any]] = []
@@ -67,7 +73,7 @@ class CutBatch:
         )
 
     def _drawn(self, shape: tuple[int, ...], places: list[Any]) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=self._generator).bfloat16()
+        drawn = torch.randn(shape, generator=self._generator).to(self._dtype)
         poisoned = torch.full_like(drawn, math.nan)
         for at in places:
             poisoned[at] = drawn[at]
@@ -78,23 +84,39 @@ class CutBatch:
         return gradients_in_f32(kernel, self.q, self.k, self.v, self.dout, **self.named)
 
 
-def gradients_in_f32(kernel: attngen.Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
-                     **named: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dq, dk and dv of a call, in memory that held NaN."""
-    out, lse = kernel(q, k, v, return_lse=True, **named)
+def gradients_in_f32(
+    kernel: attngen.Kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    made: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **named: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv of a call, in memory that held NaN; `made` is out and lse, the kernel's own where None."""
+    out, lse = made or kernel(q, k, v, return_lse=True, **named)
     held = [torch.full_like(x, math.nan, dtype=torch.float32) for x in (q, k, v)]
     return kernel.backward(dout, q, k, v, out, lse, grads=held, **named)
 
 
 def assert_each_is_a_dense_call(
-    of: CutBatch, kinds: str, mask: str, head_dim: int, deterministic: bool
+    of: CutBatch, kinds: str, mask: str, head_dim: int, deterministic: bool, **more: Any
 ) -> None:
-    """dk and dv are a dense call's to the bit, dq too where sums have one order; 0 in rows that no sequence has."""
-    found = of.gradients(fused(kinds, mask, head_dim, deterministic=deterministic))
-    dense = fused("dense dense", mask, head_dim, deterministic=deterministic)
+    """dk and dv are a dense call's to the bit, dq too where sums have one order; 0 in rows that no sequence has.
+
+    Out and lse are those of all: a forward pass may take other tiles for a short sequence alone.
+    """
+    kernel = fused(kinds, mask, head_dim, deterministic=deterministic, **more)
+    out, lse = made = kernel(of.q, of.k, of.v, return_lse=True, **of.named)
+    found = gradients_in_f32(kernel, of.q, of.k, of.v, of.dout, made, **of.named)
+    dense = fused("dense dense", mask, head_dim, deterministic=deterministic, **more)
+    of_rows = lse.transpose(-1, -2)  # rows of sequences as in all else
     for rows, keys in zip(*of.places, strict=True):
-        inputs = ((of.q, rows), (of.k, keys), (of.v, keys), (of.dout, rows))
-        alone = gradients_in_f32(dense, *(x[at][None] for x, at in inputs))
+        q, k, v, dout, own_out = (
+            x[at][None] for x, at in ((of.q, rows), (of.k, keys), (of.v, keys), (of.dout, rows), (out, rows))
+        )
+        own_lse = of_rows[rows][None].transpose(-1, -2).contiguous()
+        alone = gradients_in_f32(dense, q, k, v, dout, (own_out, own_lse))
         for name, gradient, own, at in zip(GRADIENTS, found, alone, (rows, keys, keys), strict=True):
             if name == "dq" and not deterministic:
                 torch.testing.assert_close(gradient[at], own[0], rtol=2.0**-18, atol=1e-5)

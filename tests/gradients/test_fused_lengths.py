@@ -1,17 +1,14 @@
 """The fused backward of sequences with lengths of their own: each is a dense call, and nothing beside it counts."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args
 
 import pytest
 import torch
 
 import attngen
 from attngen.bind import Given, bind, check_arguments
-from attngen.lower import fused_gradients
 from attngen.plan import GRADIENTS_INTAKE, PADDED_ROWS, FinishSums, PrepareRows, in_f32, padded_start
 from attngen.simulate import SimulationFault
 from attngen.simulate.launches import run_call
@@ -31,12 +28,6 @@ from tests.gradients.cut_backward import (
 from tests.gradients.sheets_on_cpu import as_registers, run_on_cpu
 from tests.gradients.test_backward_programs import plans_without_one
 from tests.gradients.test_fused_backward import assert_compiles
-
-
-@pytest.fixture(autouse=True)
-def _taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset(get_args(fused_gradients.Form)))
-    yield
 
 
 def given_to(kernel: attngen.Kernel, of: CutBatch) -> Given:

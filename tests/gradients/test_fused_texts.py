@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from attngen.lower import fused_gradients
 from attngen.plan import PADDED_ROWS, FinishSums, PrepareRows
 from attngen.runtime import disassemble
 from attngen.simulate.simulated_sheets import finish_sums
@@ -51,7 +50,6 @@ def test_the_text_that_finishes_sums(
     head_dim: int, dtype: str, accumulates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By g++: each element of a register arrives at its row and column, scaled; rows past the end are left alone."""
-    monkeypatch.setattr(fused_gradients, "TAKEN", frozenset({"head_dim 96"}))
     kernel = fused(BackwardCase(head_dim=(head_dim, head_dim), spec=FREE))
     (sheet,) = (each for each in kernel.call.kernels if isinstance(each, FinishSums))
     batch, heads, seqlen = 2, 3, 150

@@ -61,6 +61,23 @@ def test_1_and_2_an_lse_far_below_zero(lengths: tuple[int, int], mask: str, inpu
     assert made.lse[made.lse.isfinite()].max() < -88.7
 
 
+@pytest.mark.parametrize("inputs", ["bf16", "f16"])
+@pytest.mark.parametrize("mask", ["full", "window(1000, 1000)"])
+@pytest.mark.parametrize(
+    ("head_dim", "score"), [(64, "score"), (128, "score"), (128, "score + alibi(slopes)")]
+)
+@pytest.mark.parametrize("lengths", [(256, 1), (300, 200)])
+def test_1_and_2_where_dq_is_added_up_beside_dk(
+    lengths: tuple[int, int], head_dim: int, score: str, mask: str, inputs: str
+) -> None:
+    """Whole blocks of queries beside a block of keys of which a part exists: there dQ sums over the keys of a block."""
+    case = BackwardCase(mask, score, lengths, head_dim=(head_dim, head_dim), inputs=inputs,
+                        scale=32**-0.5, spec={"deterministic": False})  # fmt: skip
+    assert [plan.schedule for plan in case.kernel("sm_90a").call.gradients] == ["fused_gradients"]
+    made = assert_within_the_rule(case, far_below_zero(case))
+    assert made.lse.min() < -88.7
+
+
 def test_1_a_key_that_does_not_exist_is_masked() -> None:
     """A kernel that trusts it to be 0 is found."""
 

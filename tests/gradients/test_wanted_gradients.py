@@ -28,7 +28,7 @@ PLANS: dict[str, tuple[str, int, Mapping[str, str]]] = {
     "simulator": ("simulator", 64, TOGETHER),
     "warps": ("sm_80", 64, TOGETHER),
     "warps, wide": ("sm_80", 192, APART),
-    "warpgroups": ("sm_90a", 64, TOGETHER),
+    "warpgroups": ("sm_90a", 32, TOGETHER),
     "warpgroups, wide": ("sm_90a", 192, APART),
 }
 
@@ -173,7 +173,7 @@ def test_a_sink_alone_is_summed_over_rows(watched: Watched) -> None:
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_a_gpu_is_told_by_an_address_of_0(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one gradient of two, by a recorder for the driver: the other has neither memory nor strides."""
-    case = BackwardCase("causal", lengths=(70, 90), heads=(4, 2), head_dim=(64, 64))
+    case = BackwardCase("causal", lengths=(70, 90), heads=(4, 2), head_dim=(32, 32))
     kernel = case.kernel("sm_90a")
     recorder = Recorder(monkeypatch, kernel)
     monkeypatch.setattr(attngen.Kernel, "_machine", lambda kernel, q: recorder.launcher)

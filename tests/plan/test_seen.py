@@ -59,15 +59,33 @@ def is_right(seen: SeenBlocks, mask: Expr, env: dict[str, int]) -> None:
 @settings(max_examples=examples(1))
 @given(st.data(), ENV)
 @pytest.mark.parametrize("axis", [KEYS, QUERIES], ids=lambda axis: axis.index)
+@pytest.mark.parametrize("partial_is_masked", [False, True])
 def test_blocks_of_drawn_masks_are_those_of_their_pairs(
-    axis: SequenceAxis, data: st.DataObject, env: dict[str, int]
+    partial_is_masked: bool, axis: SequenceAxis, data: st.DataObject, env: dict[str, int]
 ) -> None:
     """For every block of the other axis: blocks out of sight show no pair, full ones hide none and exist whole."""
     mask = parse_mask(" and ".join(data.draw(st.lists(bounds(axis.index), min_size=1, max_size=3))))
     env = env | {"seqlen_q": data.draw(st.integers(0, 14)), "seqlen_k": data.draw(st.integers(0, 14))}
-    seen = seen_blocks(RANGES[axis](mask), axis)
+    seen = seen_blocks(RANGES[axis](mask), axis, partial_is_masked=partial_is_masked)
     assert seen is not None
     is_right(seen, mask, env)
+
+
+@pytest.mark.parametrize("axis", [KEYS, QUERIES], ids=lambda axis: axis.index)
+@pytest.mark.parametrize("partial_is_masked", [False, True])
+def test_a_block_that_exists_in_part_has_no_full_ones_where_it_is_masked(
+    partial_is_masked: bool, axis: SequenceAxis
+) -> None:
+    """Of two blocks that see all, the second has but one row, or key."""
+    other = axis.other
+    seen = seen_blocks(IndexRange((), ()), axis, partial_is_masked=partial_is_masked)
+    assert seen is not None
+    sizes = {axis.seqlen: 12, other.seqlen: BLOCKS[other.block] + 1, **BLOCKS}
+    for block in range(2):
+        found = evaluated(seen.definitions, evaluated(other.span, {**sizes, other.tile.name: block}))
+        is_full = found["seen.full_begin"] < found["seen.full_end"]
+        assert is_full == (block == 0 or not partial_is_masked)
+        assert found["seen.max"] == 12 // BLOCKS[axis.block]
 
 
 @pytest.mark.parametrize("text", ["full", "causal", "window(3, 1)", "kv_idx == q_idx", "false"])
