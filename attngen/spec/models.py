@@ -394,8 +394,8 @@ class SpecModel(_Model):
     """What a call also has gradients of: nothing, or [q, k, v] and names of what is declared and the score reads, or
     sink."""
     deterministic: Flag = True
-    """Gradients are the same bits in every run; false allows sums that are added in any order: those of dQ, where one
-    kernel then makes all gradients, and of tables that a block of threads has no room for."""
+    """Gradients are the same bits in every run; false allows sums that are added in any order: those of dQ, and of
+    tables that a block of threads has no room for."""
     tile: Tile = Tile()
     """The part of S that one step computes."""
     blocks: Annotated[

@@ -7,12 +7,15 @@ FA: Dao-AILab/flash-attention. 4, 11, 12, 13 and 15 also stand in `tests/gpu/tes
 - 10, strides of dO (FA#355, FA#325, FA#818, xformers#282): `test_a_sum_has_gradients`.
 - 12, D of a half-written dO (FA#2481, FA#2498, FA#2756): `test_backward_kernels_compile_without_spills`.
 - 13, not deterministic (FA#746, FA#1596, FA#2244, FA#2510, FA#2549, triton#10415): `test_each_gradient_has_one_owner`.
+- 14, adds in turns that hang (FBGEMM#4982, FA#1870, FA#1893): `test_ordered_sums.py`, on 1, 2 and 3 multiprocessors.
+- 16 and 17 for sequences packed by offsets: `test_fused_lengths.py`, with NaN wherever nothing counts.
 - 17, tails that nobody writes (FA#2324, FA#1228, FA#41): the simulator faults, and `what_sees_nothing_touches_nothing`.
 - 20, second derivatives (pytorch#116350, FA#699): `test_second_derivatives_are_refused`.
 
-There is nothing yet that 14 (adds in turns that hang: FBGEMM#4982, FA#1870, FA#1893), 16 and 17 for sequences packed by
-offsets, 18 (a persistent pass that overwrites its staging: facebookexperimental/triton#1853, #3286) and 21 (a
-postprocess beside swapped products: FA#2887, FA#2888) could go wrong in.
+- 21, a postprocess beside swapped products (FA#2887, FA#2888): `test_the_text_that_finishes_sums`.
+
+There is nothing yet that 18 (a persistent pass that overwrites its staging: facebookexperimental/triton#1853, #3286)
+could go wrong in.
 """
 
 import math
