@@ -16,7 +16,7 @@ from attngen.simulate import UNITS, count
 Attngen = Callable[..., Result]
 
 TRAINED = (
-    "name: trained\ntarget: sm_90a\nproblem: {head_dim: 64}\nmask: causal\ngradients: [q, k, v]\n"
+    "name: trained\ntarget: sm_90a\nproblem: {head_dim: 32}\nmask: causal\ngradients: [q, k, v]\n"
     "check:\n  - {batch: 2, heads: 4, heads_kv: 2, seqlen_q: 130, seqlen_k: 200}\n"
 )
 
@@ -57,8 +57,22 @@ def test_each_kernel_of_a_pass_has_its_facts(attngen: Attngen, trained: str) -> 
         flops += counted.flops
     assert found["backward: FLOPs"] == f"{flops:.4g}"
     rows, padded = 2 * 4 * 130, 2 * 4 * 256
-    read, written = rows * (2 * 64 * 2 + 4), padded * 2 * 4
+    read, written = rows * (2 * 32 * 2 + 4), padded * 2 * 4
     assert found["prepare_rows: bytes"].startswith(f"{(read + written) / 1024:.3g} KiB (reads out ")
+
+
+@pytest.mark.usefixtures("wide_lines")
+def test_one_kernel_of_all_gradients_has_its_facts(attngen: Attngen) -> None:
+    """What it is, in which order it adds, and its line and panel in a timeline."""
+    Path("fused.yaml").write_text(TRAINED.replace("head_dim: 32", "head_dim: 64"))
+    found = facts_of(attngen("explain", "fused.yaml"))
+    assert found["gradients"] == "of q, k, v, by prepare_rows, fused_gradients, finish_sums"
+    assert "add to dQ in one order" in found["order of sums"]
+    result = attngen("explain", "fused.yaml", "--timeline", "fused.txt", "--seqlen", "512")
+    told = [line for line in result.output.splitlines() if "predicted" in line]
+    heads = ("trained: ", "trained, fused_gradients: ", "trained: backward, ")
+    assert [line.startswith(head) for line, head in zip(told, heads, strict=True)] == [True] * 3
+    assert "fused_gradients" in Path("fused.txt").read_text()
 
 
 def test_a_spec_without_gradients_says_how_to_have_them(attngen: Attngen, small: str) -> None:
