@@ -64,6 +64,7 @@ def test_1_and_2_an_lse_far_below_zero(lengths: tuple[int, int], mask: str, inpu
     assert made.lse[made.lse.isfinite()].max() < -88.7
 
 
+@pytest.mark.matrix(most=10)
 @pytest.mark.parametrize("inputs", ["bf16", "f16"])
 @pytest.mark.parametrize("mask", ["full", "window(1000, 1000)"])
 @pytest.mark.parametrize(
