@@ -25,7 +25,8 @@ from torch import Tensor
 
 from attngen.check.accuracy_terms import Oracle, sum_term
 from attngen.check.distances import distance, largest, root_mean_square, where_largest
-from attngen.check.reference import Layout, Roundings, standard_attention
+from attngen.check.problem import Layout
+from attngen.check.reference import Roundings, standard_attention
 from attngen.errors import ArgumentError
 from attngen.expr import Expr
 from attngen.torch_state import torch_defaults

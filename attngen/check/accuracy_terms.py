@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from attngen.check.distances import largest, root_mean_square
-from attngen.check.reference import Roundings, attention, attention_chunked, scale_of
+from attngen.check.problem import scale_of
+from attngen.check.reference import Roundings, attention, attention_chunked
 from attngen.expr import Expr
 from attngen.expr.arithmetic import times
 from attngen.expr.tree import real

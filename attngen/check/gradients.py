@@ -40,7 +40,8 @@ from torch.nn.functional import pad
 from attngen.check.accuracy import Accuracy, measure
 from attngen.check.accuracy_terms import different_rows, share_of_chance
 from attngen.check.distances import largest, root_mean_square
-from attngen.check.reference import Layout, Problem, standard_attention, weighted_sum
+from attngen.check.problem import Layout, Problem
+from attngen.check.reference import standard_attention, weighted_sum
 from attngen.check.score_gradients import SUM, ScoreGradients
 from attngen.errors import ArgumentError
 from attngen.expr import Expr

@@ -17,7 +17,8 @@ from attngen.check.caches import CACHE_TYPE, PROBABILITIES, real_cache
 from attngen.check.gradients import GradientAccuracy, compare_gradients
 from attngen.check.inputs import Kind, MemoryLayout, Shape, random_inputs
 from attngen.check.judging_sequences import compare_gradients_of_sequences, compare_sequences
-from attngen.check.reference import Layout, Roundings
+from attngen.check.problem import Layout
+from attngen.check.reference import Roundings
 from attngen.dtypes import BF16, E4M3, DType, torch_dtype
 from attngen.errors import ArgumentError
 from attngen.expr import Expr

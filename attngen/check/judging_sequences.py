@@ -22,7 +22,7 @@ from attngen.check.gradients import (
     declared_verdict,
 )
 from attngen.check.paging import as_padded
-from attngen.check.reference import LARGEST_SINK, Layout
+from attngen.check.problem import LARGEST_SINK, Layout
 from attngen.errors import ArgumentError
 from attngen.expr import SINK
 from attngen.plan import Axis, Lengths

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attngen.check.reference import Problem
+from attngen.check.problem import Problem
 from attngen.expr import SINK, Expr, derivative, name, nodes
 
 SUM = 2.0**-22

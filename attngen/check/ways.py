@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from attngen.check.reference import Problem
+from attngen.check.problem import Problem
 from attngen.check.timing import CAUSAL, SCORE
 from attngen.errors import ToolchainError
 from attngen.expr import TRUE, derivative, free_names, parse_mask

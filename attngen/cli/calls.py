@@ -12,7 +12,7 @@ from attngen.check.cost_of_run import median_seconds, peak_bytes, warm_up
 from attngen.check.declared_inputs import Given, declared_inputs
 from attngen.check.inputs import Shape, random_like
 from attngen.check.judging import draw
-from attngen.check.reference import Problem, scale_of
+from attngen.check.problem import Problem, scale_of
 from attngen.check.ways import CHUNK, eager, query_chunked, sdpa, sdpa_arguments
 from attngen.cli.launched_memory import launched_bytes
 from attngen.cli.output import seconds_text, size_text, table

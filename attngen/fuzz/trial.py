@@ -13,7 +13,7 @@ import torch
 
 from attngen.check.accuracy import Accuracy
 from attngen.check.judging import judge as judged
-from attngen.check.reference import Problem
+from attngen.check.problem import Problem
 from attngen.expr import shown_keys
 from attngen.fuzz.case import Case
 from attngen.fuzz.states import STATES

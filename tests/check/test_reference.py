@@ -11,13 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attngen.check.inputs import EXACT_SCALE, Shape, random_inputs
-from attngen.check.reference import (
-    Layout,
-    attention,
-    attention_as_fractions,
-    attention_chunked,
-    standard_attention,
-)
+from attngen.check.problem import Layout
+from attngen.check.reference import attention, attention_as_fractions, attention_chunked, standard_attention
 from attngen.expr import Expr, parse_mask
 
 Visible = Callable[[dict[str, int]], bool]

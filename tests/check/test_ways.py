@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from attngen.check import cost_of_run, ways
-from attngen.check.reference import Problem, attention
+from attngen.check.problem import Problem
+from attngen.check.reference import attention
 from attngen.errors import ToolchainError
 from attngen.expr import parse_mask, parse_score
 from attngen.expr.declare import read_declarations
