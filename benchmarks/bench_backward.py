@@ -4,8 +4,9 @@ All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqle
 times the forward's FLOPs. With `--flex window document alibi softcap bias` instead masks and scores at 16k, head_dim
 128, beside the backward pass of compiled FlexAttention, whose block mask is built before; of the bias there is a
 gradient too. With `--gqa`, 32 heads of queries on 8 of keys beside 32 on 32. With `--host`, what calls take of the host
-alone, on tensors that cost the GPU nothing. With `--fused` the kernel of five products, with sums in any order
-and in one, first held against fp64 and then beside the kernels of seven, cuDNN, and FlashAttention-4 if there is one.
+alone, on tensors that cost the GPU nothing. With `--fused` the kernel of five products, first held against fp64
+with sums in any order, then with these and in one order beside the kernels of seven, cuDNN, and FlashAttention-4 if
+there is one.
 """
 
 import argparse
@@ -206,14 +207,14 @@ def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timi
     with split():
         kernel = kernel_of(head_dim, "causal" if causal else "full", name="split")
     assert len(kernel.call.gradients) > 1
-    by_parts = partial(kernel.backward, dout, q, k, v, out, lse)
-    found: dict[str, timing.Run] = {"split": by_parts, **runs, "fused_ordered": ordered}
+    unfused = partial(kernel.backward, dout, q, k, v, out, lse)
+    found: dict[str, timing.Run] = {"split": unfused, **runs, "fused_ordered": ordered}
     for name, changes in FUSED.items():
         with changed_tile(head_dim, **changes):
             kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False, name=name)
         found[name] = partial(kernel.backward, dout, q, k, v, out, lse)
     for name in (*FUSED, "fused_ordered"):
-        apart = max(distance(x, y) for x, y in zip(found[name](), by_parts(), strict=True))
+        apart = max(distance(x, y) for x, y in zip(found[name](), unfused(), strict=True))
         if not apart < 0.02:
             raise SystemExit(f"{name} differs from the split kernels by {apart:.1e} of their norm")
     with suppress(ImportError, RuntimeError):

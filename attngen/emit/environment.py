@@ -255,9 +255,9 @@ def environment() -> jinja2.Environment:
 @jinja2.pass_context
 def _columns(context: Context, place: Buffer | QuerySums) -> str:
     """How many columns a place has: by the constant's name, unless it leaves room past those of a head."""
-    extent = _EXTENTS["qk_columns" if isinstance(place, QuerySums) else place.axes[1]]
-    of_head = {"kQkCols": context["plan"].qk_cols, "kVCols": context["plan"].v_cols}
-    return extent if of_head.get(extent, place.cols) == place.cols else str(place.cols)
+    axis, plan = place.axes[1], context["plan"]
+    of_head = {"qk_columns": plan.qk_cols, "v_columns": plan.v_cols}.get(axis, place.cols)
+    return _EXTENTS[axis] if place.cols == of_head else str(place.cols)
 
 
 def _reads_scores(step: Step) -> bool:

@@ -21,7 +21,6 @@ from attngen.lower.warpgroups import TILE_SLOT_BYTES
 from attngen.plan import (
     COUNTER,
     PANEL_BYTES,
-    QUERIES,
     ROWS_OF_Q,
     SCORES,
     WARPGROUP_WARPS,
@@ -39,7 +38,6 @@ from attngen.plan import (
     Role,
     Scheduler,
     Share,
-    seen_blocks,
 )
 from attngen.schedules.fused_backward import FusedPlaces, earlier_keys, fused_gradients
 from attngen.schedules.pairs import SCORE
@@ -168,18 +166,20 @@ def fused_gradient_plans(features: Features, forward: KernelPlan) -> tuple[Kerne
     )
     programs = fused_gradients(at)
     plan = common_plan(features, forward, "fused_gradients", tile, at, programs, storage, (sums,))
-    # dQ sums over the keys of a block: P of a key that does not exist is exp2(-lse), which may be infinite.
-    seen = seen_blocks(features.visible_rows, QUERIES, partial_is_masked=True)
-    plan = replace(plan, roles=_with_adder(plan.roles, at, programs["adder"]), key_blocks=seen)
+    assert plan.key_blocks is not None
+    plan = replace(
+        plan,
+        roles=_with_adder(plan.roles, at, programs["adder"]),
+        scheduler=Scheduler("key_blocks", in_turn=bool(ranks), rows_at_hand=_rows_at_hand(features)),
+        # dQ sums over the keys of a block: P of a key that does not exist is exp2(-lse), which may be infinite.
+        key_blocks=plan.key_blocks.of_whole_blocks(),
+    )
     if ranks:
         plan = replace(
             plan,
-            scheduler=Scheduler("key_blocks", in_turn=True, rows_at_hand=_rows_at_hand(features)),
             params=(*plan.params, Param("tile_counter", "pointer", COUNTER)),
             smem_bytes=plan.smem_bytes + TILE_SLOT_BYTES,
         )
-    else:
-        plan = replace(plan, scheduler=Scheduler("key_blocks", rows_at_hand=_rows_at_hand(features)))
     return plan, FinishSums(plan, sums, results_of("dq", keys.q.tile, "q"))
 
 
@@ -195,16 +195,17 @@ def _rows_at_hand(features: Features) -> int:
     """Rows of Q, dO and sums of dQ that the L2 cache holds; 0 where one head is to follow another.
 
     In any order heads are side by side where masks end, so that the longest tiles of several start first. In one order
-    they are where rows do not begin later for later keys: blocks of a head then start as far from each other as they
-    have to wait.
+    they are where rows do not begin later for later keys, so that blocks of a head start as far from each other as they
+    have to wait, and in lists, where all heads would be otherwise.
     """
     visible = features.visible_rows
     assert visible is not None
     if features.deterministic:
-        is_apart = not visible.lower or not features.lengths.are_dense
+        are_side_by_side = not visible.lower or not features.lengths.are_dense
     else:
-        is_apart = bool(visible.lower or visible.upper)
-    return L2_BYTES // (features.head_dim * (2 * features.inputs.bytes + F32.bytes)) if is_apart else 0
+        are_side_by_side = bool(visible.lower or visible.upper)
+    row_bytes = features.head_dim * (2 * features.inputs.bytes + F32.bytes)
+    return L2_BYTES // row_bytes if are_side_by_side else 0
 
 
 def _kept(of: Stream, columns: int) -> RegTile | None:

@@ -373,6 +373,7 @@ class QuerySums:
     """
 
     axis: ClassVar[Axis] = "queries"
+    axes: ClassVar[tuple[Axis, ...]] = ROWS_OF_Q
 
     name: str
     block_m: int

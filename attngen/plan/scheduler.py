@@ -276,7 +276,7 @@ class Scheduler:
 
     @property
     def _listed_decoding(self) -> Definitions:
-        """The list is in the order in which tiles start, of all heads side by side if not of some."""
+        """The list is in the order in which tiles start, of all heads side by side, or of `rows_at_hand`."""
         index, heads = name("tile.index"), self._listed_heads
         says = {field: entry_says(field) for field in self.entry_fields}
         more: Definitions = {}

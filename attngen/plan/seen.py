@@ -55,6 +55,12 @@ class SeenBlocks:
             end_all=tuple(bound if is_known(bound) else const(0) for bound in self.end_all),
         )
 
+    def of_whole_blocks(self) -> "SeenBlocks":
+        """Bounds that also leave no block free of a mask where the block that sees does not exist as a whole."""
+        other = self.axis.other
+        is_whole = compare("<=", add(other.first, name(other.block)), name(other.seqlen))
+        return replace(self, end_all=(*self.end_all, where(is_whole, name(self.axis.seqlen), const(0))))
+
     @cached_property
     def definitions(self) -> Definitions:
         """The blocks that are visited, `seen.min` .. `seen.max` - 1, and those that need no mask, `seen.full_begin` ..
@@ -104,30 +110,19 @@ def seen_blocks(
     axis: SequenceAxis,
     last_is_masked: bool = False,
     are_of_part: bool = False,
-    partial_is_masked: bool = False,
 ) -> SeenBlocks | None:
-    """The bounds over a block from those of one row or key: their extremes between its first and its last.
-
-    Args:
-        visible: what one row or key sees; None where that is no range.
-        axis: of the blocks that are seen.
-        last_is_masked: as of `SeenBlocks`.
-        are_of_part: likewise.
-        partial_is_masked: a block that sees, but does not exist as a whole, has no block free of a mask.
-    """
+    """The bounds over a block from those of one row or key: their extremes between its first and its last."""
     if visible is None:
         return None
     block = axis.other
     lower = [extremes(bound, block.index, block.first, block.last) for bound in visible.lower]
     upper = [extremes(bound, block.index, block.first, block.last) for bound in visible.upper]
-    is_whole = compare("<=", add(block.first, name(block.block)), name(block.seqlen))
-    of_whole = (where(is_whole, name(axis.seqlen), const(0)),) if partial_is_masked else ()
     return SeenBlocks(
         axis,
         first_any=tuple(lo for lo, _ in lower),
         first_all=tuple(hi for _, hi in lower),
         end_any=tuple(hi for _, hi in upper),
-        end_all=(*(lo for lo, _ in upper), *of_whole),
+        end_all=tuple(lo for lo, _ in upper),
         last_is_masked=last_is_masked,
         boundaries=visible.boundaries,
         are_of_part=are_of_part,

@@ -66,8 +66,9 @@ def test_blocks_of_drawn_masks_are_those_of_their_pairs(
     """For every block of the other axis: blocks out of sight show no pair, full ones hide none and exist whole."""
     mask = parse_mask(" and ".join(data.draw(st.lists(bounds(axis.index), min_size=1, max_size=3))))
     env = env | {"seqlen_q": data.draw(st.integers(0, 14)), "seqlen_k": data.draw(st.integers(0, 14))}
-    seen = seen_blocks(RANGES[axis](mask), axis, partial_is_masked=partial_is_masked)
+    seen = seen_blocks(RANGES[axis](mask), axis)
     assert seen is not None
+    seen = seen.of_whole_blocks() if partial_is_masked else seen
     is_right(seen, mask, env)
 
 
@@ -78,8 +79,7 @@ def test_a_block_that_exists_in_part_has_no_full_ones_where_it_is_masked(
 ) -> None:
     """Of two blocks that see all, the second has but one row, or key."""
     other = axis.other
-    seen = seen_blocks(IndexRange((), ()), axis, partial_is_masked=partial_is_masked)
-    assert seen is not None
+    seen = SeenBlocks(axis).of_whole_blocks() if partial_is_masked else SeenBlocks(axis)
     sizes = {axis.seqlen: 12, other.seqlen: BLOCKS[other.block] + 1, **BLOCKS}
     for block in range(2):
         found = evaluated(seen.definitions, evaluated(other.span, {**sizes, other.tile.name: block}))
