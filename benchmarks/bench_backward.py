@@ -4,16 +4,16 @@ All kernels of a pass, in one process, interleaved; inputs N(0, 1), batch·seqle
 times the forward's FLOPs. With `--flex window document alibi softcap bias` instead masks and scores at 16k, head_dim
 128, beside the backward pass of compiled FlexAttention, whose block mask is built before; of the bias there is a
 gradient too. With `--gqa`, 32 heads of queries on 8 of keys beside 32 on 32. With `--host`, what calls take of the host
-alone, on tensors that cost the GPU nothing. With `--fused` the kernel of five products, first held against fp64
-with sums in any order, then with these and in one order beside the kernels of seven, cuDNN, and FlashAttention-4 if
-there is one.
+alone, on tensors that cost the GPU nothing. With `--check` the kernel of five products is held against fp64, sums in
+any order. With `--beside`, sums in any order and in one beside the kernels of seven products, cuDNN, and
+FlashAttention-4 if there is one, in any order and in one; calls of up to 1,024 tokens from CUDA graphs. With `--steps`
+a forward and a backward pass through autograd, causal, beside the same peers.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,32 +33,15 @@ from attngen.lower import fused_gradients
 
 LENGTHS = (1024, 4096, 16384)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-FACTOR = 2.5
-"""FLOPs of a backward pass to those of the forward, by convention: five products for two."""
 CHECKED = (
     *((length, length) for length in (1, 64, 113, 128, 203, 256, 1000, 1024, 2048)),
     *((113, 203), (256, 512), (512, 256)),
 )
 """Lengths of queries and of keys."""
-FUSED: dict[str, dict[str, Any]] = {
-    "fused": {},
-    "fused_no_turns": {"takes_turns": False},
-    "fused_nothing_kept": {"kept_k": 0, "kept_v": 0},
-}
-"""The fused kernel as its table has it, and how much each choice is worth."""
+LONGEST_IN_GRAPH = 1024
+"""Tokens up to which the host is as slow as the GPU, so that calls are timed from graphs."""
 MODIFIED = ("window", "document", "alibi", "softcap", "window and softcap", "bias")
 """Cases of `bench_language.py`."""
-
-
-@contextmanager
-def changed_tile(head_dim: int, **changes: Any) -> Iterator[None]:
-    """Let the fused kernel be lowered otherwise than its table says."""
-    own = fused_gradients.TILES[head_dim, "plain"]
-    fused_gradients.TILES[head_dim, "plain"] = replace(own, **changes)
-    try:
-        yield
-    finally:
-        fused_gradients.TILES[head_dim, "plain"] = own
 
 
 @contextmanager
@@ -72,11 +55,26 @@ def split() -> Iterator[None]:
         fused_gradients.TILES.update(own)
 
 
-def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = "bench") -> attngen.Kernel:
+def both_dims(text: str) -> tuple[int, int]:
+    """The head dims of Q and K, and of V: `128`, or `192x128`."""
+    qk, _, v = text.partition("x")
+    return int(qk), int(v or qk)
+
+
+def in_words(dims: tuple[int, int], causal: bool, length: int) -> str:
+    """What a line of figures is of."""
+    sizes = f"d{dims[0]}" if dims[0] == dims[1] else f"d{dims[0]}x{dims[1]}"
+    return f"{sizes} {'causal' if causal else 'full'} {length}"
+
+
+def kernel_of(
+    dims: tuple[int, int], mask: str, deterministic: bool = True, name: str = "bench"
+) -> attngen.Kernel:
     """A kernel with a backward pass."""
+    qk, v = dims
     spec = {
         "name": name,
-        "problem": {"head_dim": head_dim},
+        "problem": {"head_dim": {"qk": qk, "v": v}},
         "mask": mask,
         "gradients": ["q", "k", "v"],
         "deterministic": deterministic,
@@ -84,17 +82,17 @@ def kernel_of(head_dim: int, mask: str, deterministic: bool = True, name: str = 
     return attngen.compile(spec, arch="sm_90a")
 
 
-def backward_of(shape: Shape, head_dim: int, causal: bool) -> partial[Any]:
+def backward_of(shape: Shape, dims: tuple[int, int], causal: bool) -> partial[Any]:
     """A backward pass by attngen, whose arguments are its inputs."""
-    q, k, v = random_inputs(shape, head_dim, head_dim, torch.bfloat16, "cuda", 0)
-    kernel = kernel_of(head_dim, "causal" if causal else "full")
+    q, k, v = random_inputs(shape, *dims, torch.bfloat16, "cuda", 0)
+    kernel = kernel_of(dims, "causal" if causal else "full")
     out, lse = kernel(q, k, v, return_lse=True)
-    return partial(kernel.backward, torch.randn_like(q), q, k, v, out, lse)
+    return partial(kernel.backward, torch.randn_like(out), q, k, v, out, lse)
 
 
-def passes(head_dim: int, causal: bool, length: int) -> Iterator[tuple[str, timing.Run]]:
+def passes(dims: tuple[int, int], causal: bool, length: int) -> Iterator[tuple[str, timing.Run]]:
     """A backward pass of each contender on the same inputs."""
-    run = backward_of(timing.grid_shape(length, head_dim), head_dim, causal)
+    run = backward_of(timing.grid_shape(length, dims[0]), dims, causal)
     yield "attngen", run
     dout, q, k, v, *_ = run.args
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
@@ -155,7 +153,7 @@ def of_groups(rounds: int, target_ms: float) -> list[dict[str, Any]]:
         runs = {}
         for heads_kv in (8, 32):
             shape = Shape(batch=2, heads=32, heads_kv=heads_kv, seqlen_q=8192, seqlen_k=8192)
-            runs[f"32:{heads_kv}"] = backward_of(shape, 128, causal)
+            runs[f"32:{heads_kv}"] = backward_of(shape, (128, 128), causal)
         samples = timing.measure(runs, rounds, target_ms)
         rows.append({"head_dim": 128, "causal": causal, "seqlen": 8192, "ms": samples})
         text = ", ".join(f"{name} {median(times):.3f} ms" for name, times in samples.items())
@@ -168,7 +166,7 @@ def check_fused() -> list[dict[str, Any]]:
     rows = []
     for head_dim in (128, 64):
         for mask in ("full", "causal", "window(200, 60)"):
-            kernel = kernel_of(head_dim, mask, deterministic=False)
+            kernel = kernel_of((head_dim, head_dim), mask, deterministic=False)
             assert [plan.schedule for plan in kernel.call.gradients] == ["fused_gradients"]
             print(f"checking d{head_dim} {mask}", flush=True)
             for seqlen_q, seqlen_k in CHECKED:
@@ -197,52 +195,141 @@ def check_fused() -> list[dict[str, Any]]:
     return rows
 
 
-def fused_contenders(head_dim: int, causal: bool, length: int) -> dict[str, timing.Run]:
-    """The fused kernel and its variants, those of seven products, which agree with them, and peers on equal inputs."""
-    runs = dict(passes(head_dim, causal, length))
+def contenders(dims: tuple[int, int], causal: bool, length: int) -> dict[str, timing.Run]:
+    """Backward passes on equal inputs: in one order, in any, of seven products, and of peers; all agree."""
+    runs = dict(passes(dims, causal, length))
     ordered = runs.pop("attngen")
     runs.pop("flash", None)
     assert isinstance(ordered, partial)
     dout, q, k, v, out, lse = ordered.args
-    with split():
-        kernel = kernel_of(head_dim, "causal" if causal else "full", name="split")
-    assert len(kernel.call.gradients) > 1
-    unfused = partial(kernel.backward, dout, q, k, v, out, lse)
-    found: dict[str, timing.Run] = {"split": unfused, **runs, "fused_ordered": ordered}
-    for name, changes in FUSED.items():
-        with changed_tile(head_dim, **changes):
-            kernel = kernel_of(head_dim, "causal" if causal else "full", deterministic=False, name=name)
-        found[name] = partial(kernel.backward, dout, q, k, v, out, lse)
-    for name in (*FUSED, "fused_ordered"):
-        apart = max(distance(x, y) for x, y in zip(found[name](), unfused(), strict=True))
-        if not apart < 0.02:
-            raise SystemExit(f"{name} differs from the split kernels by {apart:.1e} of their norm")
-    with suppress(ImportError, RuntimeError):
-        from flash_attn.cute.interface import flash_attn_func
-
+    mask = "causal" if causal else "full"
+    runs["one order"] = ordered
+    free = kernel_of(dims, mask, deterministic=False, name="free")
+    if len(free.call.gradients) == 1:
+        with split():
+            apart = kernel_of(dims, mask, name="split")
+        assert len(apart.call.gradients) > 1
+        runs["any order"] = partial(free.backward, dout, q, k, v, out, lse)
+        runs["split"] = partial(apart.backward, dout, q, k, v, out, lse)
+    for name, in_one_order in (("fa4", False), ("fa4, one order", True)):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        made = flash_attn_func(*leaves, causal=causal)
-        made = made[0] if isinstance(made, tuple) else made
-        run = partial(torch.autograd.grad, made, leaves, dout, retain_graph=True)
-        run()
-        found["fa4"] = run
-    return found
+        with taking_part(name):
+            made = fa4(*leaves, causal, in_one_order)
+            run = partial(torch.autograd.grad, made, leaves, dout, retain_graph=True)
+            run()
+            runs[name] = run
+    agree(runs)
+    if length > LONGEST_IN_GRAPH:
+        return runs
+    graphs: dict[str, timing.Run] = {}
+    for name, run in runs.items():
+        with taking_part(name):
+            graphs[name] = in_graph(run)
+    return graphs
 
 
-def beside_fused(lengths: list[int], rounds: int, target_ms: float) -> list[dict[str, Any]]:
-    """TFLOPS of the fused kernel and of its contenders at head_dim 128."""
-    rows = []
-    for causal in (False, True):
-        for length in lengths:
-            runs = fused_contenders(128, causal, length)
-            samples = timing.measure(runs, rounds, target_ms)
-            point = timing.Point(timing.grid_shape(length, 128), 128, 128, causal)
-            tflops = {name: FACTOR * point.flops / median(times) / 1e9 for name, times in samples.items()}
-            rows.append(
-                {"head_dim": 128, "causal": causal, "seqlen": length, "tflops": tflops, "ms": samples}
+@contextmanager
+def taking_part(name: str) -> Iterator[None]:
+    """Say so where a peer does not."""
+    try:
+        yield
+    except (ImportError, RuntimeError, AssertionError, NotImplementedError) as error:
+        print(f"{name} does not take part: {str(error).partition(chr(10))[0]}", flush=True)
+
+
+def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, in_one_order: bool) -> torch.Tensor:
+    """FlashAttention-4's result."""
+    from flash_attn.cute.interface import flash_attn_func
+
+    made = flash_attn_func(q, k, v, causal=causal, deterministic=in_one_order)
+    return made[0] if isinstance(made, tuple) else made
+
+
+def agree(runs: dict[str, timing.Run]) -> None:
+    """End where gradients differ from cuDNN's, or without it from the first contender's, by more than rounding."""
+    names = list(runs)
+    reference = "cudnn" if "cudnn" in runs else names[0]
+    wanted = [in_rows(x, reference) for x in runs[reference]()]
+    for name in names:
+        apart = max(distance(in_rows(x, name), y) for x, y in zip(runs[name](), wanted, strict=True))
+        if not apart < 0.02:
+            raise SystemExit(
+                f"gradients of {name} differ from those of {reference} by {apart:.1e} of their norm"
             )
-            text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
-            print(f"d128 {'causal' if causal else 'full'} {length}: {text}", flush=True)
+
+
+def in_rows(x: torch.Tensor, name: str) -> torch.Tensor:
+    """A gradient as (batch, seqlen, heads, head_dim)."""
+    return x.transpose(1, 2) if name == "cudnn" else x
+
+
+def in_graph(run: timing.Run) -> timing.Run:
+    """The replay of a call, captured on the stream on which its tensors were made, where autograd goes back to them."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        run()
+    return graph.replay
+
+
+def beside(
+    all_dims: list[tuple[int, int]], lengths: list[int], rounds: int, target_ms: float
+) -> list[dict[str, Any]]:
+    """TFLOPS of `contenders`."""
+    rows = []
+    for dims in all_dims:
+        for causal in (False, True):
+            for length in lengths:
+                with torch.cuda.stream(torch.cuda.Stream()):  # the default one cannot be captured
+                    runs = contenders(dims, causal, length)
+                    samples = timing.measure(runs, rounds, target_ms)
+                flops = timing.Point(timing.grid_shape(length, dims[0]), *dims, causal).backward_flops
+                rows.append(figures_of(dims, causal, length, samples, flops))
+                del runs
+    return rows
+
+
+def figures_of(
+    dims: tuple[int, int], causal: bool, length: int, samples: dict[str, list[float]], flops: float
+) -> dict[str, Any]:
+    """A row of figures, which is printed."""
+    tflops = timing.summary(samples, flops)
+    text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
+    print(f"{in_words(dims, causal, length)}: {text}", flush=True)
+    return {"head_dims": dims, "causal": causal, "seqlen": length, "tflops": tflops, "ms": samples}
+
+
+def training_steps(lengths: list[int], rounds: int, target_ms: float) -> list[dict[str, Any]]:
+    """TFLOPS of a forward and a backward pass through autograd, head_dim 128, causal."""
+    rows, dims = [], (128, 128)
+    for length in lengths:
+        shape = timing.grid_shape(length, dims[0])
+        q, k, v = leaves = [
+            x.requires_grad_() for x in random_inputs(shape, *dims, torch.bfloat16, "cuda", 0)
+        ]
+        dout = torch.randn_like(q)
+        ordered, free = kernel_of(dims, "causal"), kernel_of(dims, "causal", deterministic=False)
+
+        def by_cudnn() -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                heads_first = (x.transpose(1, 2) for x in leaves)  # noqa: B023
+                return scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+        forwards: dict[str, timing.Run] = {
+            "one order": partial(ordered, q, k, v),
+            "any order": partial(free, q, k, v),
+            "cudnn": by_cudnn,
+            "fa4": partial(fa4, q, k, v, True, False),
+        }
+        runs: dict[str, timing.Run] = {}
+        for name, forward in forwards.items():
+            with taking_part(name):
+                forward()
+                runs[name] = lambda of=forward: torch.autograd.grad(of(), leaves, dout)  # noqa: B023
+        samples = timing.measure(runs, rounds, target_ms)
+        flops = timing.Point(shape, *dims, True).flops * (1 + timing.BACKWARD_FLOPS)
+        rows.append(figures_of(dims, True, length, samples, flops))
     return rows
 
 
@@ -297,15 +384,19 @@ def main() -> None:
     """Print and write TFLOPS, and each contender's geometric mean against cuDNN."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 192, 256])
+    parser.add_argument(
+        "--head-dims", type=both_dims, nargs="+", default=[(d, d) for d in (64, 128, 192, 256)]
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--target-ms", type=float, default=15.0)
     parser.add_argument("--flex", nargs="+", choices=MODIFIED, help="these cases, and nothing else")
     parser.add_argument("--gqa", action="store_true", help="time shared heads of keys, and nothing else")
+    parser.add_argument("--check", action="store_true", help="check the fused kernel, and nothing else")
     parser.add_argument(
-        "--fused", action="store_true", help="check and time the fused kernel, and nothing else"
+        "--beside", action="store_true", help="time orders of sums and FlashAttention-4 beside"
     )
+    parser.add_argument("--steps", action="store_true", help="time training steps, and nothing else")
     parser.add_argument("--host", action="store_true", help="time calls on the host, and nothing else")
     given = parser.parse_args()
     if given.flex:
@@ -315,12 +406,19 @@ def main() -> None:
     if given.gqa:
         timing.write_json(given.out / "backward_gqa.json", of_groups(given.rounds, given.target_ms))
         return
-    if given.fused:
+    if given.check:
         checked = check_fused()
-        rows = beside_fused(given.lengths, given.rounds, given.target_ms)
-        timing.write_json(given.out / "backward_fused.json", rows, checked=checked)
+        timing.write_json(given.out / "backward_checked.json", checked)
         if any(row["failures"] for row in checked):
             raise SystemExit("some gradients are wrong")
+        return
+    if given.beside:
+        rows = beside(given.head_dims, given.lengths, given.rounds, given.target_ms)
+        timing.write_json(given.out / "backward_beside.json", rows)
+        return
+    if given.steps:
+        rows = training_steps(given.lengths, given.rounds, given.target_ms)
+        timing.write_json(given.out / "backward_steps.json", rows)
         return
     if given.host:
         found = host_microseconds()
@@ -329,24 +427,13 @@ def main() -> None:
         timing.write_json(given.out / "backward_host.json", [], microseconds=found)
         return
     rows = []
-    for head_dim in given.head_dims:
+    for dims in given.head_dims:
         for causal in (True, False):
             for length in given.lengths:
-                runs = dict(passes(head_dim, causal, length))
+                runs = dict(passes(dims, causal, length))
                 samples = timing.measure(runs, given.rounds, given.target_ms)
-                point = timing.Point(timing.grid_shape(length, head_dim), head_dim, head_dim, causal)
-                tflops = {name: FACTOR * point.flops / median(times) / 1e9 for name, times in samples.items()}
-                rows.append(
-                    {
-                        "head_dim": head_dim,
-                        "causal": causal,
-                        "seqlen": length,
-                        "tflops": tflops,
-                        "ms": samples,
-                    }
-                )
-                text = ", ".join(f"{name} {value:.0f}" for name, value in tflops.items())
-                print(f"d{head_dim} {'causal' if causal else 'full'} {length}: {text}", flush=True)
+                flops = timing.Point(timing.grid_shape(length, dims[0]), *dims, causal).backward_flops
+                rows.append(figures_of(dims, causal, length, samples, flops))
                 del runs
     summary = {
         f"over {peer}": timing.geometric_mean(
