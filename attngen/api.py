@@ -16,9 +16,10 @@ from attngen.capture import CapturedKernel, fixed_size
 from attngen.errors import ArgumentError, Diagnostic, SpecError, ToolchainError, shown
 from attngen.expr import SINK
 from attngen.expr.python import Expression, bound_by, check_text, joined
+from attngen.few_queries import cut_into, tile_of_few
 from attngen.kernel import Kernel
 from attngen.lower import lower
-from attngen.plan import BLOCK_TABLE, DENSE, Axis, Lengths
+from attngen.plan import DENSE, Axis, Lengths
 from attngen.spec import INPUTS, Spec, load
 from attngen.torch_state import autocast_dtype, constant, is_traced, is_transformed, may_be_watched
 
@@ -128,8 +129,7 @@ def _kernel_for(
             "sink": sink,
             "gradients": list(gradients),
             "deterministic": deterministic,
-            "split": "auto" if few_rows else "none",
-            "tile": {"block_m": TWO_TILES} if few_rows == TWO_TILES else {},
+            **cut_into(few_rows),
             "blocks": block_sizes and dict(zip(("block_m", "block_n"), block_sizes, strict=True)),
         }
     )
@@ -249,6 +249,11 @@ def kernel_of_call(
         what = "keys in pages" if lengths.is_paged("keys") else "keys of e4m3"
         _check_no_gradients(what, {"q": q, "k": k, "v": v, **passed})
     gradients = _differentiated(q, k, v, score, passed)
+    arch, few_rows = _arch_of(q.device) if q.is_cuda else "simulator", 0
+    if not is_seen and not gradients and may_split:
+        few_rows = tile_of_few(
+            q, k, v, (mask, score), lengths, passed, ARCHS[arch].emits and bool(ARCHS[arch].wgmma)
+        )
     wanted = (
         _INPUTS[dtype],
         fixed_size(q.shape[-1]) if is_seen else q.shape[-1],
@@ -257,7 +262,7 @@ def kernel_of_call(
         score,
         tuple(scalars.items()),
         tuple(tensors.items()),
-        _arch_of(q.device) if q.is_cuda else "simulator",
+        arch,
         "per_head" if passed.get(SINK) is not None else "none",
         gradients,
         deterministic,
@@ -265,53 +270,11 @@ def kernel_of_call(
         lengths.keys,
         block_sizes,
         cache,
-        0 if is_seen or gradients or not may_split else _few_rows(q, k, v, lengths, passed),
+        few_rows,
     )
     if is_seen and torch.compiler.is_dynamo_compiling():
         return CapturedKernel(_text_for(*wanted), gradients, dtype)
     return _kernel_for(*wanted)
-
-
-ONE_TILE, TWO_TILES, MANY_KEYS = 16, 32, 512
-"""Rows of a tile whose keys are cut into parts, of a matrix instruction or of two; from how many keys on they are."""
-WIDEST_OF_TWO = 128
-"""Columns of a head up to which a warp has the registers for two."""
-IN_L2 = 48 * 2**20
-"""Bytes of keys and values that two tiles read from an L2 of Hopper as fast as one does, and merge in half the time."""
-
-
-def _few_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, passed: Mapping[str, Any]
-) -> int:
-    """Rows of a tile where a few queries read many keys, which are then cut; 0 where calls have tiles to fill a GPU."""
-    is_plain = isinstance(k, torch.Tensor) and k.layout is torch.strided and not k.is_nested
-    if not is_plain or k.dim() != 4 or lengths.keys == "ragged":  # what is wrong with it, the call will say
-        return 0
-    layout, swapped, plain = passed.get("layout"), (2, 1), (1, 2)
-    rows, heads = swapped if layout in ("bhsd", "hnd") else plain
-    q_rows, q_heads = swapped if layout == "bhsd" else plain
-    most_keys = _most_keys(k.shape[rows], lengths, passed)
-    if not k.shape[heads] or most_keys < MANY_KEYS:
-        return 0
-    is_ragged = lengths.queries == "ragged"
-    queries = passed.get("max_seqlen_q") if is_ragged else q.shape[q_rows]
-    group = q.shape[1 if is_ragged else q_heads] // k.shape[heads]
-    if not isinstance(queries, int) or queries * group > TWO_TILES:
-        return 0
-    if queries * group <= ONE_TILE or max(q.shape[-1], v.shape[-1]) > WIDEST_OF_TWO:
-        return ONE_TILE
-    cut = passed.get("cu_seqlens_q") if is_ragged else None
-    requests = cut.numel() - 1 if isinstance(cut, torch.Tensor) else q.shape[0]
-    columns = k.shape[heads] * (q.shape[-1] + v.shape[-1])
-    return ONE_TILE if requests * most_keys * columns * k.element_size() <= IN_L2 else TWO_TILES
-
-
-def _most_keys(rows: int, lengths: Lengths, passed: Mapping[str, Any]) -> int:
-    """How many keys a sequence may have, of so many rows of K: of pages what a row of the table has room for."""
-    if not lengths.is_paged("keys"):
-        return rows
-    table = passed.get(BLOCK_TABLE.name)
-    return rows * table.shape[-1] if isinstance(table, torch.Tensor) and table.dim() else 0
 
 
 def _check_no_gradients(what: str, passed: Mapping[str, Any]) -> None:

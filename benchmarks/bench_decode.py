@@ -24,7 +24,8 @@ from ragged_launches import OnHost
 from varlen_peers import load_fa3
 
 import attngen
-from attngen.api import IN_L2
+from attngen.few_queries import cut_into, tile_of_few
+from attngen.plan import Lengths
 
 IN_GRAPH = 20
 """Calls of one captured graph."""
@@ -109,24 +110,24 @@ def ours(
     declared: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Calls:
     """Ours, the list of parts made before, or by each call; of a causal spec and `more`, as `attention` asks for it."""
-    rows = of.queries * of.heads // of.heads_kv
-    is_large = rows > 16 and of.head_dim <= 128 and of.bytes > IN_L2
+    texts, lengths = (more.get("mask", "causal"), more.get("score", "score")), Lengths("dense", "paged")
+    q, k, v, table = vars(sets[0]).values()
+    rows = tile_of_few(q, k, v, texts, lengths, {"block_table": table}, has_warpgroups=True)
     kernel = attngen.compile(
         {
             "problem": {"head_dim": of.head_dim, "keys": "paged"},
             "precision": {"inputs": "bf16", "cache": "e4m3" if of.is_e4m3 else "auto"},
-            "tile": {"block_m": 32} if is_large else {},
             "mask": "causal",
-            "split": "auto",
+            **cut_into(rows),
             **more,
         }
     )
     descale = torch.ones(len(of.lengths), of.heads_kv, device="cuda")
-    lengths = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
-    out = torch.empty_like(sets[0].q)
+    used = torch.tensor(of.lengths, dtype=torch.int32, device="cuda")
+    out = torch.empty_like(q)
 
     def call(one: Caches) -> Callable[[], torch.Tensor]:
-        named: dict[str, Any] = {"block_table": one.table, "seqused_k": lengths, **declared}
+        named: dict[str, Any] = {"block_table": one.table, "seqused_k": used, **declared}
         if of.is_e4m3:
             named |= {"k_descale": descale, "v_descale": descale}
         work = kernel.work(one.q, one.k, one.v, **named) if is_prepared else None
@@ -260,7 +261,7 @@ def beside_fa3(of: Shape, goal: float = -math.inf) -> Graphs:
 
 def prefill(of: Shape) -> Graphs:
     """Chunks of new queries on caches that hold more: pages by pieces, row by row, and FlashAttention-3's."""
-    sets, whole = _sets(of), {"split": "none", "tile": {}}
+    sets, whole = _sets(of), {"split": "none", "tile": {}, "schedule": {}}
     calls = {"attngen": ours(of, sets, True, whole)}
     calls["attngen, row by row"] = ours(of, sets, True, whole | {"schedule": {"kind": "fa2"}})
     try:

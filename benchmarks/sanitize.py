@@ -12,6 +12,7 @@
 | `sink` | learned sinks with their gradient, and beside e4m3 |
 | `blocks` | given blocks as a map and as lists, tiles in and across them, with gradients |
 | `sorted` | sorted documents with gradients, the table of boundaries made before too |
+| `parts` | keys in parts, in pages and padded, by warps, a warpgroup and two |
 
 Each result is held against the reference on the CPU. `--device cpu` runs the plans of sm_90a on the simulator.
 """
@@ -200,6 +201,23 @@ def in_order() -> Iterator[Set]:
     yield Set(tuple(specs), shapes=FEWER)
 
 
+def parts() -> Iterator[Set]:
+    """Keys in parts of two lengths: in pages, and with a walk and bounded scores."""
+    kinds = ("fa2", "warp_specialized", "pingpong")
+    fields: dict[str, Fields] = {
+        "paged": {"mask": "causal", "sink": "per_head"},
+        "padded": {"mask": LANGUAGE[0]["mask"], "score": LANGUAGE[0]["score"]},
+    }
+    for of_k, more in fields.items():
+        keys = Cut(of_k, SEQUENCES, page=16) if of_k == "paged" else Cut(of_k, SEQUENCES, tail=33)
+        shape = Shape(len(SEQUENCES), 6, 2, 9, keys.size, None, keys)
+        for split, head_dim in product(("auto", {"keys": 128}), (64, 128)):
+            problem = {"head_dim": head_dim, "keys": of_k}
+            spec: Fields = {"problem": problem, "split": split, **more}
+            yield Set((spec,), kinds, (shape,))
+            yield Set((spec | {"tile": {"block_m": 128}},), kinds[1:], (shape,))
+
+
 SETS = {
     "plain": plain,
     "language": language,
@@ -211,6 +229,7 @@ SETS = {
     "sink": sink,
     "blocks": blocks,
     "sorted": in_order,
+    "parts": parts,
 }
 
 

@@ -71,6 +71,19 @@ DEV int lane_column() { return threadIdx.x % 4 * 2; }
 DEV int clamp_key(int key, int end) { return max(0, min(key, end)); }
 DEV int clamp_key(i64 key, int end) { return (int)max((i64)0, min(key, (i64)end)); }
 
+// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
+struct PackedRows {
+  i64 stride, stride_head;
+  int group;
+};
+
+// Where a row of a head stands whose rows are so many elements apart, or are packed.
+DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
+DEV i64 row_offset(const PackedRows& rows, i64 row) {
+  const int index = (int)row / rows.group;
+  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
+}
+
 // A tile in panels of 128 bytes, as the copy engine writes and wgmma reads them: the 16-byte chunks of a row are exchanged
 // with the row's number, and the pattern repeats every eight rows (1024 bytes).
 template <int kRows_, int kCols, int kElementBytes = 2>
@@ -145,14 +158,27 @@ DEV void zero_rows(u32 tile, int first, int end) {
   }
 }
 
+// Start copying this warpgroup's 64 rows of a tile: rows first_row .. of a head. Rows at or past `end_row` and columns past the head dim
+// arrive as zeros.
+template <class Tile, int kValid, class Stride>
+DEV void load_own_rows(u32 dst, const u16* head, Stride stride, int first_row, int end_row, int warpgroup) {
+  constexpr int kChunks = Tile::kPanels * 8;
+#pragma unroll
+  for (int i = 0; i < kChunks / 2; ++i) {
+    const int index = i * 128 + threadIdx.x % 128, row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
+    const bool valid = first_row + row < end_row && chunk < kValid / 8;
+    cp_async_16(dst + Tile::address(row, chunk), valid ? head + row_offset(stride, first_row + row) + chunk * 8 : head, valid ? 16 : 0);
+  }
+}
+
 // Write those of this warpgroup's 64 rows of a tile that lie before `end_row` to rows first_row .. of a head.
-template <class Tile, int kValid>
-DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 src, int warpgroup) {
+template <class Tile, int kValid, class Stride>
+DEV void store_own_rows(u16* head, Stride stride, int first_row, int end_row, u32 src, int warpgroup) {
   constexpr int kChunks = kValid / 8;
 #pragma unroll 1
   for (int index = threadIdx.x % 128; index < 64 * kChunks; index += 128) {
     const int row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
-    if (first_row + row < end_row) *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+    if (first_row + row < end_row) *(uint4*)(head + row_offset(stride, first_row + row) + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
   }
 }
 
@@ -287,19 +313,6 @@ struct Passes {
   static constexpr bool kKeepsColumn = kThreads % (8 * Tile::kChunks) == 0;
   static constexpr bool kEven = Tile::kRows * Tile::kChunks % kThreads == 0;
 };
-
-// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
-struct PackedRows {
-  i64 stride, stride_head;
-  int group;
-};
-
-// Where a row of a head stands whose rows are so many elements apart, or are packed.
-DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
-DEV i64 row_offset(const PackedRows& rows, i64 row) {
-  const int index = (int)row / rows.group;
-  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
-}
 
 // Which of so many threads this is; a warp may copy by itself.
 template <int kThreads>
@@ -626,62 +639,77 @@ DEV bool count_part(u32* ticket, int parts) {
   return __syncthreads_or(is_last);
 }
 
-// What parts have left of a row: that of the first, f32 from one to the next, and how many there are. Without maxima all count alike.
-struct PartsOfRow {
+// count_part by the kThreads threads that have rows of a tile, who meet at a named barrier.
+template <int kBarrier, int kThreads>
+DEV bool count_part_at(u32* ticket, int parts) {
+  named_barrier_sync(kBarrier, kThreads);
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicInc(ticket, parts - 1) == parts - 1;
+    __threadfence();
+  }
+  return named_barrier_or(kBarrier, kThreads, is_last);
+}
+
+// What the parts of a tile have left: where that of the first begins, f32 from one to the next for a number a row, and how many there are.
+// Without maxima all count alike.
+struct PartsOfTile {
   const float *out, *sums, *maxima, *references;
   i64 step;
   int parts;
 };
 
-// Add up what all parts have left of a row, in their order, under the largest maximum; a warp has four columns a lane. It comes from L2:
-// others have written it while this kernel ran. Of the first parts all is asked for before anything is needed.
-template <int kCols, int kVectors>
-DEV void merge_row(float4 (&o)[kVectors], float& total, float& row_max, const PartsOfRow& of) {
-  constexpr int kBatch = 16 / kVectors;
-  const int lane = threadIdx.x % 32;
-  float4 x[kBatch][kVectors];
-  auto load = [&](int first) {
+// Which of kLanes lanes that have a row has the largest number, of equal ones the first. None is NaN.
+template <int kLanes>
+DEV int lane_of_largest(float x) {
+  const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+  int largest = ordered;
+  if (kLanes == 32) largest = __reduce_max_sync(~0u, ordered);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float4* from = (const float4*)(of.out + min(first + i, of.parts - 1) * of.step * kCols) + v * 32 + lane;
-        x[i][v] = (v * 32 + lane) * 4 < kCols ? __ldcg(from) : float4{0.f, 0.f, 0.f, 0.f};
-      }
-    }
-  };
-  load(0);
-  const bool has_own = lane < of.parts;  // each lane keeps the numbers of a part
-  const float own_sum = has_own ? __ldcg(of.sums + lane * of.step) : 0.f;
-  const float own_reference = has_own && of.maxima ? __ldcg(of.references + lane * of.step) : 0.f;
-  float reference = own_reference;
-  row_max = !of.maxima ? 0.f : has_own ? __ldcg(of.maxima + lane * of.step) : lowest();
-  for (int part = lane + 32; of.maxima && part < of.parts; part += 32) {
-    keep_larger(row_max, reference, __ldcg(of.maxima + part * of.step), __ldcg(of.references + part * of.step));
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const float other_max = __shfl_xor_sync(~0u, row_max, distance), other_reference = __shfl_xor_sync(~0u, reference, distance);
-    keep_larger(row_max, reference, other_max, other_reference);
-  }
-  reference = __shfl_sync(~0u, reference, 0);
-  total = own_sum * worth(own_reference, reference);
-  for (int part = lane + 32; part < of.parts; part += 32) {
-    total = __fmaf_rn(__ldcg(of.sums + part * of.step), of.maxima ? worth(__ldcg(of.references + part * of.step), reference) : 1.f, total);
-  }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
+  for (int distance = kLanes == 32 ? 0 : kLanes / 2; distance > 0; distance /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
+  return __ffs(__ballot_sync(~0u, ordered == largest) >> (threadIdx.x % 32 / kLanes * kLanes)) - 1;
+}
+
+// Add up what all parts have left of a row, in their order, under the largest maximum. kLanes lanes have a row, four columns of every
+// 4 * kLanes each. It comes from L2: others have written it while this kernel ran. Of the first parts all is asked for before anything
+// is needed.
+template <int kCols, int kLanes, int kVectors>
+DEV void merge_row(float4 (&o)[kVectors], float& total, float& row_max, const PartsOfTile& of, int row) {
+  constexpr int kBatch = kVectors <= 2 ? 8 : kVectors <= 4 ? 4 : 2;  // of which kLanes are a multiple
+  const int lane = threadIdx.x % kLanes;
+  row_max = lowest(), total = 0.f;
+  float reference = 0.f, own_sum, own_reference;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) o[v] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
   for (int first = 0; first < of.parts; first += kBatch) {
-    if (first > 0) load(first);
+    float4 x[kBatch][kVectors];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int part = first + i;
-      float its_reference = __shfl_sync(~0u, own_reference, part % 32);
-      if (of.maxima && part >= 32 && part < of.parts) its_reference = __ldcg(of.references + part * of.step);
-      const float weight = part < of.parts ? worth(its_reference, reference) : 0.f;
+      const float4* from = (const float4*)(of.out + (min(first + i, of.parts - 1) * of.step + row) * kCols) + lane;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) x[i][v] = (v * kLanes + lane) * 4 < kCols ? __ldcg(from + v * kLanes) : float4{0.f, 0.f, 0.f, 0.f};
+    }
+    if (first % kLanes == 0) {  // each lane keeps the numbers of one of the next parts
+      const bool has_own = first + lane < of.parts;
+      const i64 own = (first + lane) * of.step + row;
+      own_sum = has_own ? __ldcg(of.sums + own) : 0.f;
+      own_reference = has_own && of.maxima ? __ldcg(of.references + own) : 0.f;
+    }
+    if (first == 0 && of.maxima) {
+#pragma unroll 1
+      for (int part = lane; part < of.parts; part += kLanes) {
+        keep_larger(row_max, reference, __ldcg(of.maxima + part * of.step + row), __ldcg(of.references + part * of.step + row));
+      }
+      const int largest = lane_of_largest<kLanes>(row_max);
+      row_max = __shfl_sync(~0u, row_max, largest, kLanes), reference = __shfl_sync(~0u, reference, largest, kLanes);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float its_sum = __shfl_sync(~0u, own_sum, first + i, kLanes), its_reference = __shfl_sync(~0u, own_reference, first + i, kLanes);
+      const float weight = first + i < of.parts ? worth(its_reference, reference) : 0.f;
+      total = __fmaf_rn(weight, its_sum, total);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         o[v].x = __fmaf_rn(weight, x[i][v].x, o[v].x), o[v].y = __fmaf_rn(weight, x[i][v].y, o[v].y);
@@ -697,12 +725,12 @@ DEV void store_pair(u16* at, float x, float y) { *(u32*)at = Element::pack(x, y)
 template <class Element>
 DEV void store_pair(float* at, float x, float y) { *(float2*)at = {x, y}; }
 
-// Write a row that a warp has merged, times a factor.
-template <class Element, int kCols, class Number, int kVectors>
+// Write a row that kLanes lanes have merged, times a factor.
+template <class Element, int kCols, int kLanes, class Number, int kVectors>
 DEV void store_merged(Number* row, const float4 (&o)[kVectors], float by) {
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * 32 + threadIdx.x % 32) * 4;
+    const int column = (v * kLanes + threadIdx.x % kLanes) * 4;
     if (column >= kCols) continue;
     store_pair<Element>(row + column, by * o[v].x, by * o[v].y);
     store_pair<Element>(row + column + 2, by * o[v].z, by * o[v].w);

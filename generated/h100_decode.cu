@@ -22,7 +22,8 @@ constexpr int kVCols = 128;  // padded likewise
 constexpr int kStages = 3;  // schedule.stages: K and V blocks in shared memory
 constexpr int kThreads = 256;  // schedule.warps = 8
 constexpr int kRowTiles = 1;  // 16-row tiles, which every warp has
-constexpr int kWarps = 8;  // schedule.warps, which share out the keys of a block
+constexpr int kWarps = 8;  // of those that have rows or keys of a tile
+constexpr int kMergingLanes = 32;  // of a warp that merge a row
 constexpr int kWarpKeys = 16;  // keys of a block that a warp has
 constexpr int kShareBytes = 8448;  // what a warp's keys come to: O, and three numbers a row, in f32
 using Input = Bf16;
@@ -315,6 +316,14 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0(const __grid_constant__ Params para
   leave_share<kShareBytes>(shares_smem + warp * kShareBytes, acc_o, total, row_max, reference);
   __syncthreads();
   join_shares<kWarps, kVCols / 8, kShareBytes>(joined, total, row_max, reference, shares_smem, warp);
+  if (tile.parts == 1) {
+    finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 1073741824.0f);
+    scale_rows(joined, inv_sum);
+    if (warp == 0) {
+      if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{1, params.seqlen_q, params.group}, 0);
+    }
+    store_columns<Output, kHeadDimV>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head), joined, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{params.out_stride_seqlen, params.out_stride_head, params.group}, warp);
+  }
   if (tile.parts > 1) {
     store_columns<float, kHeadDimV>(part_of(params.part_out, params, blockIdx.x, kHeadDimV), joined, 0, tile.seqlen_q * params.group - tile.m_block * kBlockM, kHeadDimV, warp);
     if (warp == 0) {
@@ -327,26 +336,24 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0(const __grid_constant__ Params para
       {
         const int first = first_part(params, tile), parts = parts_listed(params, tile);
         const int rows = min(kBlockM, tile.seqlen_q * params.group - tile.m_block * kBlockM);
+        auto* const of_head = head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head);
+        float* const lse_of_head = params.lse == 0 ? 0 : dense_head(params.lse, params, tile);
+        const PartsOfTile left = {part_of(params.part_out, params, first, kHeadDimV), part_of(params.part_sum, params, first), part_of(params.part_max, params, first), part_of(params.part_reference, params, first), (i64)(params.num_heads_q / params.group) * part_rows(params), parts};
       #pragma unroll 1
-        for (int row = warp; row < rows; row += kWarps) {
-          float4 o[(kHeadDimV + 127) / 128];
+        for (int row = warp * (32 / kMergingLanes); row < rows; row += kWarps * (32 / kMergingLanes)) {
+          const int own = row + threadIdx.x % 32 / kMergingLanes, number = tile.m_block * kBlockM + min(own, rows - 1);
+          const int query = number / params.group, head = number % params.group;  // which of the group
+          float4 o[(kHeadDimV + 4 * kMergingLanes - 1) / (4 * kMergingLanes)];
           float total[1], row_max[1], by[1], lse[1];
-          merge_row<kHeadDimV>(o, total[0], row_max[0], PartsOfRow{part_of(params.part_out, params, first, kHeadDimV) + row * kHeadDimV, part_of(params.part_sum, params, first) + row, part_of(params.part_max, params, first) + row, part_of(params.part_reference, params, first) + row, (i64)(params.num_heads_q / params.group) * part_rows(params), parts});
+          merge_row<kHeadDimV, kMergingLanes>(o, total[0], row_max[0], left, min(own, rows - 1));
           finish_rows_of_scores(by, lse, row_max, total, params.softmax_scale_log2, 1073741824.0f);
-          const int number = tile.m_block * kBlockM + row, query = number / params.group, head = number % params.group;  // which of the group
-          store_merged<Output, kHeadDimV>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head) + query * params.out_stride_seqlen + head * params.out_stride_head, o, by[0]);
-          if (threadIdx.x % 32 == 0 && params.lse != 0) dense_head(params.lse, params, tile)[(i64)head * params.seqlen_q + query] = lse[0];
+          if (own < rows) {
+            store_merged<Output, kHeadDimV, kMergingLanes>(of_head + query * params.out_stride_seqlen + head * params.out_stride_head, o, by[0]);
+            if (threadIdx.x % kMergingLanes == 0 && lse_of_head) lse_of_head[(i64)head * params.seqlen_q + query] = lse[0];
+          }
         }
       }
     }
-  }
-  if (tile.parts == 1) {
-    finish_rows_of_scores(inv_sum, row_lse, row_max, total, params.softmax_scale_log2, 1073741824.0f);
-    scale_rows(joined, inv_sum);
-    if (warp == 0) {
-      if (params.lse != 0) store_rows<kRowTiles>(dense_head(params.lse, params, tile), row_lse, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{1, params.seqlen_q, params.group}, 0);
-    }
-    store_columns<Output, kHeadDimV>(head_of(params.out, tile.batch, params.out_stride_batch, tile.head, params.out_stride_head), joined, tile.m_block * kBlockM, tile.seqlen_q * params.group, PackedRows{params.out_stride_seqlen, params.out_stride_head, params.group}, warp);
   }
 }
 
@@ -451,7 +458,7 @@ attn_fwd_sm90a_bf16_d128_causal_fa2_5bd50fd0_tiles(const __grid_constant__ Param
   __syncthreads();
   const u64 all_parts = (u64)parts_by[lane] * (params.num_heads_q / params.group), in_keys = (u64)tried * kBlockN;
   const u64 shared_out = (all_work * kBlockN + all_parts * 192 + resident - 1) / resident;
-  const u64 guess = all_parts <= resident ? 2 * (in_keys + 192) : 2 * shared_out + in_keys;
+  const u64 guess = (all_parts <= resident ? 2 * (in_keys + 192) : 2 * shared_out + in_keys);
   u64 least = guess;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) least = min(least, __shfl_xor_sync(~0u, least, distance));

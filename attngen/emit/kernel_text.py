@@ -135,6 +135,7 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
         Constant("kStages", plan.stages, "schedule.stages: K and V blocks in shared memory"),
         Constant("kThreads", plan.threads, threads),
         Constant("kRowTiles", plan.row_tiles, rows),
+        *(_of_parts(plan) if plan.parts else ()),
         *(_of_shares(plan) if plan.shares_keys else ()),
         *(
             Constant(
@@ -149,10 +150,21 @@ def _constants(plan: KernelPlan) -> tuple[Constant, ...]:
     )
 
 
+FEW_ROWS, FEW_COLUMNS = 16, 128
+"""Of a tile whose rows are merged by a warp each; and of heads whose rows eight lanes merge, else sixteen."""
+
+
+def _of_parts(plan: KernelPlan) -> Iterator[Constant]:
+    """Constants of kernels of parts of keys."""
+    yield Constant("kWarps", plan.warps, "of those that have rows or keys of a tile")
+    of_many = 8 if plan.v_cols <= FEW_COLUMNS else 16
+    lanes = 32 if plan.block_m <= FEW_ROWS else of_many
+    yield Constant("kMergingLanes", lanes, "of a warp that merge a row")
+
+
 def _of_shares(plan: KernelPlan) -> Iterator[Constant]:
     """Constants of kernels whose warps share out keys."""
     (shares,) = (step.dst.buffer for step in walk(plan.worker.program) if isinstance(step, LeaveShare))
-    yield Constant("kWarps", plan.warps, "schedule.warps, which share out the keys of a block")
     yield Constant("kWarpKeys", plan.block_n // plan.warps, "keys of a block that a warp has")
     size = shares.stage_bytes // plan.warps
     yield Constant("kShareBytes", size, "what a warp's keys come to: O, and three numbers a row, in f32")

@@ -149,20 +149,25 @@ def _specs_of(draw: DrawFn, target: str, backward: bool, is_cut: bool) -> Spec:
         block_n = draw(st.sampled_from(SMALL_BLOCKS))
     block_m = draw(_rows(kind, arch)) * next(iter(workers.values()))
     stages = 1 if kind == "serial" else draw(st.integers(1, 4))
-    numbers: dict[str, object] = {
-        "tile": {"block_m": block_m, "block_n": block_n},
-        "schedule": {"kind": kind, "stages": stages, "order": draw(st.sampled_from(ORDERS)), **workers},
+    schedule: dict[str, object] = {
+        "kind": kind,
+        "stages": stages,
+        "order": draw(st.sampled_from(ORDERS)),
+        **workers,
     }
+    numbers: dict[str, object] = {"tile": {"block_m": block_m, "block_n": block_n}, "schedule": schedule}
     if arch.has_mma_granularity and not is_cut and draw(st.integers(0, 7)) == 7:
         numbers = {"schedule": {"kind": kind}}  # what `auto` stands for
     has_gradients = backward or (inputs != "e4m3" and draw(st.integers(0, 3)) == 3)
     sink = draw(st.sampled_from(("none", "none", "per_head")))
     of_sink = [SINK] if sink != "none" and draw(st.booleans()) else []
     gradients = [*INPUTS, *of_sink] if has_gradients else []
-    is_fa2 = kind == "fa2" and not gradients  # which alone knows parts
+    is_fa2 = kind == "fa2" and not gradients  # which alone knows caches of e4m3
     has_pages = kind != "serial" and not gradients and inputs != "e4m3"
     cut = draw(draw_cuts.kinds(has_pages)) if is_cut else {}
-    split = draw(_splits(block_n)) if is_fa2 and inputs != "e4m3" and is_cut else "none"
+    split = draw(_splits(block_n)) if has_pages and is_cut else "none"
+    if split != "none" and "persistent" in workers:
+        schedule["persistent"] = False
     cache = {}
     if (
         is_cut

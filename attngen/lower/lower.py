@@ -200,11 +200,10 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         *(at.q, at.k, at.v),
         *((at.out,) if at.out else ()),
         *(at.cache.buffers if at.cache else ()),
-        *((at.parts.shares,) if at.parts else ()),
+        *((at.shares.left,) if at.shares else ()),
     )
-    reg_tiles = (*at.reg_tiles, *((at.parts.joined,) if at.parts else ()))
-    start = START_OF_E4M3_PART if features.cache else START_OF_PART
-    over_rows, over_keys = (1, choice.warps) if at.parts else (choice.warps, 1)
+    reg_tiles = (*at.reg_tiles, *((at.shares.joined,) if at.shares else ()))
+    over_rows, over_keys = (1, choice.warps) if at.shares else (choice.warps, 1)
     smem_bytes = max(each.offset + each.size_bytes for each in buffers)
     fitting = max(1, arch.smem_bytes_per_sm // (smem_bytes + RESERVED_SMEM_BYTES))
     return KernelPlan(
@@ -219,7 +218,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
         writes=(at.result, at.lse),
         scratch=scratch,
         scheduler=_scheduler(choice, features, bool(scratch)),
-        split=Split(features.part_keys, LEAST_PART, start, WAVES) if features.splits else None,
+        split=_split(features, choice),
         parts=parts,
         roles=(
             Role(
@@ -228,7 +227,7 @@ def _warp_plan(common: dict[str, Any], choice: Choice, features: Features, decid
                 SCHEDULES[schedule](at),
                 reg_tiles,
                 (*at.softmax.vectors, *(at.cache.vectors if at.cache else ())),
-                (at.read_at,) if at.parts else (at.load_at, at.read_at),
+                (at.read_at,) if at.shares else (at.load_at, at.read_at),
                 warpgroups=over_keys,
             ),
         ),
@@ -249,11 +248,21 @@ LEAST_PART, START_OF_PART, START_OF_E4M3_PART, WAVES = 64, 192, 768, 4
 reads more, and parts behind a first wave cost it more: 64 requests of 4k take 131 us whole, 152 in halves."""
 
 
-def _scheduler(choice: Choice, features: Features, does_whole_heads: bool) -> Scheduler:
+def _split(features: Features, choice: AnyChoice) -> Split | None:
+    """How the keys of a tile are cut, if they are."""
+    if not features.splits:
+        return None
+    start = START_OF_E4M3_PART if features.cache else START_OF_PART
+    merged = choice.warpgroups if isinstance(choice, WarpgroupChoice) else None
+    return Split(features.part_keys, LEAST_PART, start, merged, WAVES)
+
+
+def _scheduler(choice: AnyChoice, features: Features, does_whole_heads: bool = False) -> Scheduler:
     if does_whole_heads:
         return Scheduler("heads")
+    persistent = isinstance(choice, WarpgroupChoice) and choice.persistent
     splits, packs = features.splits, features.packs_group
-    return Scheduler("query_blocks", choice.longest_first, is_split=splits, packs_group=packs)
+    return Scheduler("query_blocks", choice.longest_first, persistent, is_split=splits, packs_group=packs)
 
 
 def _warpgroup_plan(
@@ -270,13 +279,19 @@ def _warpgroup_plan(
         v_cols=at.acc_o.cols,
         row_tiles=1,
         overlap=choice.overlap,
-        key_blocks=seen_blocks(decided.pairs.visible, KEYS, last_is_masked=True),
+        key_blocks=seen_blocks(decided.pairs.visible, KEYS, last_is_masked=True, are_of_part=features.splits),
         reads=(at.q_in, at.k_in, at.v_in),
         writes=(at.result, at.lse),
-        scheduler=Scheduler("query_blocks", choice.longest_first, choice.persistent),
+        scheduler=_scheduler(choice, features),
+        split=_split(features, choice),
+        parts=at.parts.places if at.parts else (),
         roles=roles,
         **warpgroups.storage(choice, at),
-        params=(*warpgroups.params(choice, at, of_pairs), *of_sink),
+        params=(
+            *warpgroups.params(choice, at, of_pairs),
+            *of_sink,
+            *part_params(at.parts.places if at.parts else ()),
+        ),
         tensor_maps=warpgroups.tensor_maps(choice, at),
         scales=(scaled.q, scaled.k, scaled.v) if scaled else (),
     )

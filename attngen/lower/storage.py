@@ -18,13 +18,14 @@ from attngen.plan import (
     SCORES,
     Buffer,
     Cursor,
+    NamedBarriers,
     PartRows,
     RegTile,
     RegVec,
     Rows,
     Tensor,
 )
-from attngen.schedules import KeyLoop, KeyParts, OnlineSoftmax, Places, Scores
+from attngen.schedules import KeyLoop, KeyParts, OnlineSoftmax, Places, Scores, WarpShares
 
 
 def tile_places(
@@ -38,6 +39,7 @@ def tile_places(
     ahead: tuple[tuple[Expr, RegTile], ...] = (),
     packs: bool = False,
     over_keys: int = 1,
+    parts: KeyParts | None = None,
 ) -> dict[str, Any]:
     """The fields of `TilePlaces`: registers and tensors have the sizes and formats of the buffers and of O.
 
@@ -81,6 +83,7 @@ def tile_places(
         v_in=Tensor("v", inputs, v.axes, head_dim_v, "kv"),
         result=Tensor("out", output, acc_o.axes, head_dim_v, "q", is_packed=packs),
         lse=Rows("lse", "queries", optional=True, is_packed=packs),
+        parts=parts,
     )
 
 
@@ -104,12 +107,20 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     k_buffer = Buffer("k", stored, ROWS_OF_K, n, qk_cols, qk, stages, q_buffer.size_bytes)
     v_buffer = Buffer("v", stored, ROWS_OF_V, n, v_cols, v, stages, k_buffer.offset + k_buffer.size_bytes)
     acc_o = RegTile("acc_o", F32, ROWS_OF_O, m * over_keys, v_cols, v, "accumulator")
-    parts = _key_parts(acc_o, over_keys, decided, features) if features.splits else None
-    stages_out = is_staged(inputs, output) and not parts
+    stages_out = is_staged(inputs, output) and not features.splits
     out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if stages_out else None
     packs = features.packs_group
     of_tile = tile_places(
-        q_buffer, k_buffer, v_buffer, acc_o, output, out, decided, packs=packs, over_keys=over_keys
+        q_buffer,
+        k_buffer,
+        v_buffer,
+        acc_o,
+        output,
+        out,
+        decided,
+        packs=packs,
+        over_keys=over_keys,
+        parts=key_parts(acc_o, decided) if features.splits else None,
     )
     if cache := cache_scales(features, decided, choice, v_buffer.offset + v_buffer.size_bytes):
         scores = replace(of_tile["scores"], cache=cache)
@@ -125,7 +136,7 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, v, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),
-        parts=parts,
+        shares=_warp_shares(acc_o, over_keys, features) if features.splits else None,
     )
 
 
@@ -133,16 +144,23 @@ NUMBERS_OF_SHARE = 4
 """Columns of f32 beside O in a warp's share: a row's maximum, what exponents refer to, and its sum; 16 bytes."""
 
 
-def _key_parts(acc_o: RegTile, warps: int, decided: Decision, features: Features) -> KeyParts:
-    """Where warps leave what their keys have come to, over all else that shared memory held, and where tiles do."""
-    step = 8 if features.fits_instructions else 1  # columns of a matrix instruction
-    own_cols = round_up(-(-acc_o.cols // warps), step)
-    share_cols = acc_o.cols + NUMBERS_OF_SHARE
+def key_parts(acc_o: RegTile, decided: Decision, meet: NamedBarriers | None = None) -> KeyParts:
+    """Where tiles leave what their part of the keys has come to, and where those meet that count it."""
     return KeyParts(
-        shares=Buffer("shares", F32, ROWS_OF_O, acc_o.rows, share_cols, acc_o.valid_cols, overlays="q"),
-        joined=RegTile("joined", F32, ROWS_OF_O, acc_o.rows, own_cols, own_cols, "accumulator"),
         out=PartRows("part_out", acc_o.valid_cols),
         row_sum=PartRows("part_sum"),
         row_max=None if decided.bounded_scores else PartRows("part_max"),
         reference=None if decided.bounded_scores else PartRows("part_reference"),
+        meet=meet,
+    )
+
+
+def _warp_shares(acc_o: RegTile, warps: int, features: Features) -> WarpShares:
+    """Where warps leave what their keys have come to, over all else that shared memory held."""
+    step = 8 if features.fits_instructions else 1  # columns of a matrix instruction
+    own_cols = round_up(-(-acc_o.cols // warps), step)
+    share_cols = acc_o.cols + NUMBERS_OF_SHARE
+    return WarpShares(
+        left=Buffer("shares", F32, ROWS_OF_O, acc_o.rows, share_cols, acc_o.valid_cols, overlays="q"),
+        joined=RegTile("joined", F32, ROWS_OF_O, acc_o.rows, own_cols, own_cols, "accumulator"),
     )

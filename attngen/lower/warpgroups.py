@@ -13,7 +13,7 @@ from attngen.lower.features import Features
 from attngen.lower.params import row_strides
 from attngen.lower.rounding import round_up
 from attngen.lower.scale_places import scale_params
-from attngen.lower.storage import is_staged, tile_places
+from attngen.lower.storage import is_staged, key_parts, tile_places
 from attngen.plan import (
     PANEL_BYTES,
     ROWS_OF_K,
@@ -34,7 +34,7 @@ from attngen.plan import (
     Tensor,
     TensorMap,
 )
-from attngen.plan.hardware_rules import WARPGROUP_REGISTERS
+from attngen.plan.hardware_rules import WARPGROUP_REGISTERS, RegisterShare
 from attngen.schedules import WARPGROUP_SCHEDULES, Output, RingCursors, WarpgroupPlaces
 
 TILE_SLOT_BYTES = 16
@@ -46,6 +46,9 @@ LISTED_TILE_BYTES = 48
 """Where it leaves all of a tile that is listed: consumers would wait for the list to be read."""
 LOADING_REGISTERS = 48
 """What a thread needs beside its tiles when it loads ahead; with fewer NVRTC 13.0.88 spills."""
+REGISTERS_OF_PARTS = {**WARPGROUP_REGISTERS, 2: RegisterShare(232, 40, spare=24)}
+"""How registers are shared out where a tile is a part of its keys: a producer that walks over blocks or looks up pages
+spills with 24 (NVRTC 13.0.88)."""
 BUFFER_ALIGNMENT = 1024
 """The 128-byte swizzle repeats every eight rows. Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory
 Layout"."""
@@ -115,10 +118,21 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
         else None
     )
     consumer = cursors(fills=False)
+    own = NamedBarriers("own", 1 + choice.warpgroups, 1)
+    common = NamedBarriers("common", own.first + choice.warpgroups, choice.warpgroups, is_common=True)
 
     def with_loads(ahead: tuple[tuple[Expr, RegTile], ...]) -> WarpgroupPlaces:
         of_tile = tile_places(
-            q_buffer, k_buffer, v_buffer, acc_o, output, out, replace(decided, scales=scales), ahead
+            q_buffer,
+            k_buffer,
+            v_buffer,
+            acc_o,
+            output,
+            out,
+            replace(decided, scales=scales),
+            ahead,
+            packs=features.packs_group,
+            parts=key_parts(acc_o, decided, common) if features.splits else None,
         )
         of_warpgroup = Output(
             of_tile["acc_o"],
@@ -140,7 +154,7 @@ def places(choice: WarpgroupChoice, features: Features, decided: Decision) -> Wa
             producer=cursors(fills=True),
             consumer=consumer,
             turn=NamedBarriers("turn", 1, 2),
-            own=NamedBarriers("own", 1 + choice.warpgroups, 1),
+            own=own,
             lengths=features.lengths,
             reads_tile_again=features.walks and not features.lengths.are_dense and v > WIDEST_WITH_TILE,
         )
@@ -166,10 +180,10 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
     keys; else one thread does.
     """
     programs = WARPGROUP_SCHEDULES[schedule](at)
-    share = WARPGROUP_REGISTERS.get(choice.warpgroups)
+    share = (REGISTERS_OF_PARTS if at.parts else WARPGROUP_REGISTERS).get(choice.warpgroups)
 
     def cursors(of: RingCursors) -> tuple[Cursor, ...]:
-        return (of.q, of.k, of.v, *((of.tile,) if at.persistent else ()))
+        return _used(of, at)
 
     return (
         Role(
@@ -197,13 +211,15 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
     )
 
 
+def _used(cursors: RingCursors, at: WarpgroupPlaces) -> tuple[Cursor, ...]:
+    """Those of the rings that there are: tiles that are drawn, and Q that the copy engine brings, pass through some."""
+    of_q, of_tiles = () if at.parts else (cursors.q,), (cursors.tile,) if at.persistent else ()
+    return (*of_q, cursors.k, cursors.v, *of_tiles)
+
+
 def storage(choice: WarpgroupChoice, at: WarpgroupPlaces) -> dict[str, Any]:
     """The fields of `KernelPlan` that are shared memory: buffers, then mbarriers and the number of the next tile."""
-    rings = tuple(
-        cursor.ring
-        for cursor in (at.consumer.q, at.consumer.k, at.consumer.v, at.consumer.tile)
-        if cursor.ring and (cursor is not at.consumer.tile or at.persistent)
-    )
+    rings = tuple(cursor.ring for cursor in _used(at.consumer, at) if cursor.ring)
     scales = at.scores.scales
     staged = (scales.staged,) if scales and scales.staged else ()
     buffers = (at.q, at.k, at.v, *((at.out,) if at.out else ()), *staged)
@@ -220,24 +236,28 @@ def tensor_maps(choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[TensorMap
     def box(tensor: Tensor, rows: int) -> TensorMap:
         return TensorMap(tensor, rows, PANEL_BYTES // tensor.dtype.bytes)
 
+    of_keys = (box(at.k_in, choice.block_n), box(at.v_in, at.v.rows))
+    if at.parts:
+        return of_keys
     return (
         box(at.q_in, choice.block_m),
-        box(at.k_in, choice.block_n),
-        box(at.v_in, at.v.rows),
+        *of_keys,
         *((box(at.result, choice.block_m // choice.warpgroups),) if at.out else ()),
     )
 
 
 def params(choice: WarpgroupChoice, at: WarpgroupPlaces, of_pairs: tuple[Param, ...]) -> tuple[Param, ...]:
     """The fields of the parameter struct: tensor maps, pointers, sizes, what expressions read, and scales."""
-    by_threads = at.out is None or at.lengths.has_neighbours(at.result.axis)
+    by_threads: tuple[str, ...] = ("q", "out") if at.parts else ()
+    if not at.parts and (at.out is None or at.lengths.has_neighbours(at.result.axis)):
+        by_threads = ("out",)
+    maps = tensor_maps(choice, at)
     return (
-        *(Param(f"{tensor}_map", "tensor_map", f"{tensor}.map") for tensor in ("q", "k", "v")),
-        *((Param("out_map", "tensor_map", "out.map"),) if at.out else ()),
-        *((Param("out", "pointer", "out.ptr"),) if by_threads else ()),
+        *(Param(f"{each.tensor.name}_map", "tensor_map", f"{each.tensor.name}.map") for each in maps),
+        *(Param(tensor, "pointer", f"{tensor}.ptr") for tensor in by_threads),
         Param("lse", "pointer", "lse.ptr"),
         *((Param("tile_counter", "pointer", "counter.ptr"),) if choice.persistent else ()),
-        *(row_strides(("out",)) if by_threads else ()),
+        *row_strides(by_threads),
         *(Param(size, "i32", size) for size in ("batch", "seqlen_q", "seqlen_k", "num_heads_q", "group")),
         *of_pairs,
         *(scale_params(at.scores.scales) if at.scores.scales else ()),

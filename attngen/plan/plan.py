@@ -96,14 +96,17 @@ class Split:
             visit; parts of a tile are then as long as each other. Widths are tried by which there is about one part
             for each block of threads that the GPU holds at a time, and by which there are up to `waves`, for those that
             are done early. A call is guessed to take as long as its longest part where one wave has them all, and
-            else as its keys dealt out evenly and half a part; each part takes `start` keys more than it has.
+            else as its keys dealt out evenly and half a part; each part takes `start` keys more than it has, and the
+            parts of a tile are merged one after the other, `merged` rows in the time of a key.
         least: keys that a part has at least where that is worked out.
         start, waves: see keys.
+        merged: see keys; None where rows are so few that merges do not count.
     """
 
     keys: int | None
     least: int
     start: int
+    merged: int | None
     waves: int
 
 
@@ -194,7 +197,7 @@ class KernelPlan:
     @property
     def shares_keys(self) -> bool:
         """Whether the warps of a block share out the keys of a tile; each then has all of its rows."""
-        return self.split is not None
+        return self.split is not None and len(self.roles) == 1
 
     @property
     def module(self) -> str:

@@ -6,7 +6,7 @@ from attngen.plan import Program
 from attngen.schedules.cache_scales import CacheScales, StagedDescales
 from attngen.schedules.fa2 import fa2
 from attngen.schedules.key_loop import KeyLoop
-from attngen.schedules.key_parts import KeyParts
+from attngen.schedules.key_parts import KeyParts, WarpShares
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.operand_scales import Scales
 from attngen.schedules.pairs import Pairs
@@ -40,5 +40,6 @@ __all__ = [
     "Scores",
     "StagedDescales",
     "TilePlaces",
+    "WarpShares",
     "WarpgroupPlaces",
 ]

@@ -30,8 +30,8 @@ from attngen.schedules.warps_over_keys import warps_over_keys
 
 def fa2(at: Places) -> Program:
     """The program of every warp."""
-    if at.parts:
-        return warps_over_keys(at, at.parts)
+    if at.shares and at.parts:
+        return warps_over_keys(at, at.shares, at.parts)
     prologue, block = _single_buffered(at) if at.stages == 1 else _multi_buffered(at)
     return (
         ForTiles(

@@ -1,62 +1,74 @@
-"""What tiles leave whose keys are cut into parts, and how the last of them makes a result of it."""
+"""What warps and tiles leave that have each some keys, and how that becomes a result."""
 
 from dataclasses import dataclass
 
-from attngen.plan import BlockIndex, Buffer, PartRows, Program, RegTile, RegVec, Rows, Tensor
-from attngen.plan.steps import (
-    CountPart,
-    JoinShares,
-    LeaveShare,
-    MergeParts,
-    StoreColumns,
-    StoreRegisters,
-    When,
-)
+from attngen.plan import BlockIndex, Buffer, NamedBarriers, PartRows, Program, RegTile, RegVec, Rows, Tensor
+from attngen.plan.steps import CountPart, JoinShares, LeaveShare, MergeParts, StoreRegisters, When
 from attngen.schedules.online_softmax import OnlineSoftmax
 
 
 @dataclass(frozen=True)
-class KeyParts:
-    """Places for what keys have come to: those of a warp, in shared memory, and those of a tile, in device memory.
+class WarpShares:
+    """Places for what the keys of each warp have come to, where warps share out the keys of a tile.
 
     Attributes:
-        shares: what warps leave, each in rows of its own.
+        left: what they leave in shared memory, each in rows of its own.
         joined: the columns of O that a warp adds up.
+    """
+
+    left: Buffer
+    joined: RegTile
+
+    def leave(self, acc_o: RegTile, softmax: OnlineSoftmax) -> LeaveShare:
+        """What a warp's own keys have come to, for all warps to see."""
+        return LeaveShare(acc_o, softmax.total, *_maxima(softmax), self.left.at().own)
+
+    def join(self, softmax: OnlineSoftmax) -> JoinShares:
+        """What the tile's keys have come to."""
+        return JoinShares(self.left.at(), self.joined, softmax.total, *_maxima(softmax))
+
+
+@dataclass(frozen=True)
+class KeyParts:
+    """Places in device memory for what a tile's part of the keys has come to, and how parts are counted.
+
+    Attributes:
         out: O, unnormalised.
         row_sum: the sum that would normalise it.
         row_max, reference: what both are relative to; None where scores are exponents as they are.
+        meet: where all that have rows of the tile meet, before one counts; None where all threads of the block do.
     """
 
-    shares: Buffer
-    joined: RegTile
     out: PartRows
     row_sum: PartRows
     row_max: PartRows | None
     reference: PartRows | None
+    meet: NamedBarriers | None = None
 
     @property
     def places(self) -> tuple[PartRows, ...]:
-        """All that is in device memory."""
+        """All of them."""
         return tuple(place for place in (self.out, self.row_sum, self.row_max, self.reference) if place)
 
-    def leave_share(self, acc_o: RegTile, softmax: OnlineSoftmax) -> LeaveShare:
-        """What a warp's own keys have come to, for all warps to see."""
+    def leave_numbers(self, softmax: OnlineSoftmax, block: BlockIndex) -> Program:
+        """Leave what O of each row is relative to."""
         row_max, reference = _maxima(softmax)
-        return LeaveShare(acc_o, softmax.total, row_max, reference, self.shares.at().own)
-
-    def join_shares(self, softmax: OnlineSoftmax) -> JoinShares:
-        """What the tile's keys have come to."""
-        return JoinShares(self.shares.at(), self.joined, softmax.total, *_maxima(softmax))
+        numbers = ((softmax.total, self.row_sum), (row_max, self.row_max), (reference, self.reference))
+        return tuple(StoreRegisters(vector, place, block) for vector, place in numbers if vector and place)
 
     def finish(
-        self, softmax: OnlineSoftmax, block: BlockIndex, result: Tensor, lse: Rows, finish: Program
+        self,
+        softmax: OnlineSoftmax,
+        block: BlockIndex,
+        result: Tensor,
+        lse: Rows,
+        leave: Program,
+        finish: Program,
     ) -> Program:
-        """Finish rows of which the tile has all keys; of others leave the part, and merge all if it is the last."""
-        row_max, reference = _maxima(softmax)
-        numbers: Program = (StoreRegisters(softmax.total, self.row_sum, block),)
-        for vector, place in ((row_max, self.row_max), (reference, self.reference)):
-            if vector and place:
-                numbers += (StoreRegisters(vector, place, block),)
+        """Finish rows of which the tile has all keys; of others leave the part, and merge all if it is the last.
+
+        A merge comes last, so that O of the tile, which it does not need, has left its registers.
+        """
         merge = MergeParts(
             self.out,
             self.row_sum,
@@ -68,13 +80,8 @@ class KeyParts:
             lse,
             block,
         )
-        part = (
-            StoreColumns(self.joined, self.out, block),
-            When("first warp", numbers),
-            CountPart(),
-            When("all parts are there", (merge,)),
-        )
-        return (When("tile is a part", part), When("tile is whole", finish))
+        part = (*leave, CountPart(self.meet), When("all parts are there", (merge,)))
+        return (When("tile is whole", finish), When("tile is a part", part))
 
 
 def _maxima(softmax: OnlineSoftmax) -> tuple[RegVec | None, RegVec | None]:

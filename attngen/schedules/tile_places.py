@@ -6,7 +6,7 @@ from attngen.plan import BlockIndex, Buffer, Cursor, Program, RegTile, Rows, Ten
 from attngen.plan.steps import LoadTile, StageTile, StoreRegisters, StoreTile, SyncThreads, ZeroHidden
 from attngen.schedules.cache_scales import CacheScales
 from attngen.schedules.key_loop import KeyLoop
-from attngen.schedules.key_parts import KeyParts
+from attngen.schedules.key_parts import KeyParts, WarpShares
 from attngen.schedules.online_softmax import OnlineSoftmax
 from attngen.schedules.scores import Scores
 
@@ -22,6 +22,7 @@ class TilePlaces:
         q, k, v, out: tiles in shared memory: (block_m or block_n, padded head dim); `out` stages the result. An f32
             result of shorter inputs has none: it goes from registers to device memory.
         q_in, k_in, v_in, result, lse: tensors in device memory.
+        parts: where a tile leaves its part of the keys; None where keys are not cut.
     """
 
     keys: KeyLoop
@@ -37,6 +38,7 @@ class TilePlaces:
     v_in: Tensor
     result: Tensor
     lse: Rows
+    parts: KeyParts | None
 
     @property
     def cache(self) -> CacheScales | None:
@@ -69,7 +71,7 @@ class Places(TilePlaces):
         score_unroll: k-steps of the score GEMM that are written out.
         load_at, read_at: where the next copy into the ring goes, and which stage is worked on.
         o_acc, saved_max, saved_sum: what a schedule keeps in device memory between blocks of keys.
-        parts: where a tile leaves its part of the keys; None where keys are not cut.
+        shares: where warps leave what their keys have come to; None where they share out rows.
     """
 
     stages: int
@@ -79,7 +81,7 @@ class Places(TilePlaces):
     o_acc: Tensor
     saved_max: Rows
     saved_sum: Rows
-    parts: KeyParts | None = None
+    shares: WarpShares | None = None
 
     def load_k(self, stage: Cursor, block: BlockIndex, pads: bool) -> Program:
         """Start copying a block of K to a stage, with what belongs to it; `pads` as of `LoadTile`."""
@@ -97,7 +99,7 @@ class Places(TilePlaces):
 
     def _own(self, buffer: Buffer, stage: Cursor) -> View:
         """The keys of a stage that a program copies: where warps share them out, those of the warp."""
-        return buffer.at(stage).own if self.parts else buffer.at(stage)
+        return buffer.at(stage).own if self.shares else buffer.at(stage)
 
     def store_result(self, block: BlockIndex) -> Program:
         """Bring O of a block to device memory."""

@@ -3,6 +3,9 @@
 K and V pass through rings guarded by mbarriers, so that nobody waits for a whole block of threads. A consumer issues
 S of block n and O of block n + 1 together; with `overlap` the softmax of block n runs while the tensor core is still
 at O. `pingpong` adds turns: one warpgroup's GEMMs run under the other's softmax.
+
+Where keys are cut into parts, a tile's rows may be those of several heads, which the copy engine knows nothing of: each
+warpgroup brings its own rows of Q, and stores its own rows of the result or of the part.
 Source: Shah et al., "FlashAttention-3", arXiv 2407.08608, Algorithms 1 and 2.
 """
 
@@ -24,11 +27,13 @@ from attngen.plan import (
 from attngen.plan.steps import (
     Advance,
     Clear,
+    CommitCopies,
     DrawTile,
     FenceAsync,
     FindPages,
     ForTiles,
     IssueGemm,
+    LoadTile,
     Note,
     PassTurn,
     ReadTile,
@@ -37,12 +42,14 @@ from attngen.plan.steps import (
     ScaleRows,
     StageTile,
     StoreRegisters,
+    StoreTile,
     SyncWarpgroup,
     TakeTile,
     TakeTurn,
     TmaLoad,
     TmaStore,
     TmaStoreOwn,
+    WaitCopies,
     WaitEmpty,
     WaitFull,
     WaitGemm,
@@ -93,6 +100,11 @@ class WarpgroupPlaces(TilePlaces):
     reads_tile_again: bool = False
 
     @property
+    def own_q(self) -> View:
+        """The rows of Q that a warpgroup multiplies."""
+        return (self.q.at() if self.parts else self.q.at(self.consumer.q)).own
+
+    @property
     def reg_tiles(self) -> tuple[RegTile, ...]:
         """What of tiles is kept in registers."""
         return (*super().reg_tiles, *((self.output.part,) if self.output.part else ()))
@@ -121,7 +133,7 @@ def _producer(at: WarpgroupPlaces) -> Program:
     rings, keys = at.producer, at.keys
 
     def load(buffer: Buffer, cursor: Cursor, src: Tensor, block: BlockIndex, beside: Program = ()) -> Program:
-        once = src is at.q_in
+        once = src is at.q_in or at.parts
         return (
             *((FindPages(block),) if at.lengths.is_paged(src.axis) else ()),
             WaitEmpty(cursor),
@@ -145,7 +157,7 @@ def _producer(at: WarpgroupPlaces) -> Program:
             (
                 *keys.start(VISIT),
                 keys.when_first(load_k(keys.first_block.n)),
-                *load(at.q, rings.q, at.q_in, M_BLOCK),
+                *(() if at.parts else load(at.q, rings.q, at.q_in, M_BLOCK)),
                 keys.when_any((*keys.for_further_blocks(load_pair, split=False), *load_v(keys.last_block))),
                 *(draw if at.persistent else ()),
             )
@@ -156,7 +168,7 @@ def _producer(at: WarpgroupPlaces) -> Program:
 # ---- consumer -------------------------------------------------------------------------------------------------------
 def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
     rings, keys = at.consumer, at.keys
-    release_q = (Release(rings.q), Advance(rings.q))
+    release_q = () if at.parts else (Release(rings.q), Advance(rings.q))
     first_turn = When("last warpgroup", (Note("the first warpgroup goes first"), PassTurn(at.turn)))
     next_tile = (
         WaitFull(rings.tile, together=True),
@@ -174,13 +186,12 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 Clear(at.softmax.row_sum),
                 *keys.start(VISIT),
                 *at.scores.start(M_BLOCK),
-                WaitFull(rings.q, together=True),
-                *(zero_tail(at, at.q.at(rings.q).own, M_BLOCK) if at.votes_on_products else ()),
-                *at.scores.orient(at.q.at(rings.q).own, after=(FenceAsync(), SyncWarpgroup(at.own))),
+                *_come_to_q(at),
+                *at.scores.orient(at.own_q, after=(FenceAsync(), SyncWarpgroup(at.own))),
                 keys.when_first(
                     (*_first_block(at), *keys.for_further_blocks(lambda block: _block(at, block, turns)))
                 ),
-                *(() if at.out_over_q else (SyncWarpgroup(at.own), *release_q)),
+                *(() if at.out_over_q or at.parts else (SyncWarpgroup(at.own), *release_q)),
                 *at.softmax.read_sink,
                 keys.when_any(
                     (
@@ -194,8 +205,17 @@ def _consumer(at: WarpgroupPlaces, turns: bool) -> Program:
                 *(next_tile if at.persistent else ()),
             )
         ),
-        *(() if at.out_over_q or at.out is None else (WaitStores(),)),
+        *(() if at.out_over_q or at.out is None or at.parts else (WaitStores(),)),
     )
+
+
+def _come_to_q(at: WarpgroupPlaces) -> Program:
+    """Wait for Q, of which a warpgroup brings its own rows where keys are cut."""
+    if at.parts:
+        load = LoadTile(at.own_q, at.q_in, M_BLOCK, pads=True)
+        return (load, CommitCopies(), WaitCopies(0), FenceAsync(), SyncWarpgroup(at.own))
+    tail = zero_tail(at, at.own_q, M_BLOCK) if at.votes_on_products else ()
+    return (WaitFull(at.consumer.q, together=True), *tail)
 
 
 def zero_tail(at: WarpgroupPlaces, tile: View, block: BlockIndex, wait: Program = ()) -> Program:
@@ -275,8 +295,7 @@ def _block(at: WarpgroupPlaces, block: KeyBlock, turns: bool) -> Program:
 
 
 def _issue_scores(at: WarpgroupPlaces) -> IssueGemm:
-    q, k = at.q.at(at.consumer.q).own, at.k.at(at.consumer.k)
-    return IssueGemm(at.scores.acc_s, q, k, at.scores.starts_at_zero)
+    return IssueGemm(at.scores.acc_s, at.own_q, at.k.at(at.consumer.k), at.scores.starts_at_zero)
 
 
 def _leave_k(at: WarpgroupPlaces) -> Program:
@@ -286,27 +305,43 @@ def _leave_k(at: WarpgroupPlaces) -> Program:
 
 
 def _epilogue(at: WarpgroupPlaces) -> Program:
-    """Each warpgroup normalises and stores its own rows; the copy engine writes them while the next tile begins."""
-    finish = (
+    """Each warpgroup normalises and stores its own rows, or leaves them as a part."""
+    reduce = (
         Note("normalise once, at the end"),
         *((ReadTile(),) if at.reads_tile_again else ()),
         ReduceRows(at.softmax.total, at.softmax.row_sum),
+    )
+    finish = (
         at.softmax.finish,
         *at.softmax.join_sink,
         ScaleRows(at.acc_o, at.softmax.inv_sum),
         StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),
+        *_store_result(at),
     )
+    if at.parts is None:
+        return (*reduce, *finish)
+    leave = (
+        StoreRegisters(at.acc_o, at.parts.out, M_BLOCK),
+        *at.parts.leave_numbers(at.softmax, M_BLOCK),
+    )
+    return (*reduce, *at.parts.finish(at.softmax, M_BLOCK, at.result, at.lse, leave, finish))
+
+
+def _store_result(at: WarpgroupPlaces) -> Program:
+    """Bring the warpgroup's rows of O to device memory; the copy engine writes them while the next tile begins."""
     if at.out is None:
-        return (*finish, StoreRegisters(at.acc_o, at.result, M_BLOCK))
+        return (StoreRegisters(at.acc_o, at.result, M_BLOCK),)
+    own = at.out.at().own
+    if at.parts:
+        return (StageTile(at.acc_o, own), SyncWarpgroup(at.own), StoreTile(own, at.result, M_BLOCK))
     has_neighbours = at.lengths.has_neighbours(at.result.axis)
     store = TmaStoreOwn if has_neighbours else TmaStore
     return (
-        *finish,
         *(() if at.out_over_q else (WaitStores(), SyncWarpgroup(at.own))),
-        StageTile(at.acc_o, at.out.at().own),
+        StageTile(at.acc_o, own),
         FenceAsync(),
         SyncWarpgroup(at.own),
-        store(at.out.at().own, at.result, M_BLOCK),
+        store(own, at.result, M_BLOCK),
         *((WaitStores(),) if at.out_over_q else ()),
         *((SyncWarpgroup(at.own),) if at.out_over_q and has_neighbours else ()),
     )

@@ -26,12 +26,16 @@ from attngen.plan.steps import (
     When,
 )
 from attngen.schedules.key_loop import LOAD, M_BLOCK, N_MAX, VISIT, KeyBlock
-from attngen.schedules.key_parts import KeyParts
+from attngen.schedules.key_parts import KeyParts, WarpShares
 from attngen.schedules.tile_places import Places
 
 
-def warps_over_keys(at: Places, parts: KeyParts) -> Program:
+def warps_over_keys(at: Places, shares: WarpShares, parts: KeyParts) -> Program:
     """The program of each warp."""
+    leave = (
+        StoreColumns(shares.joined, parts.out, M_BLOCK),
+        When("first warp", parts.leave_numbers(at.softmax, M_BLOCK)),
+    )
     return (
         ForTiles(
             (
@@ -45,22 +49,22 @@ def warps_over_keys(at: Places, parts: KeyParts) -> Program:
                 *at.softmax.read_sink,
                 ReduceRows(at.softmax.total, at.softmax.row_sum),
                 SyncThreads(),
-                parts.leave_share(at.acc_o, at.softmax),
+                shares.leave(at.acc_o, at.softmax),
                 SyncThreads(),
-                parts.join_shares(at.softmax),
-                *parts.finish(at.softmax, M_BLOCK, at.result, at.lse, _normalise(at, parts)),
+                shares.join(at.softmax),
+                *parts.finish(at.softmax, M_BLOCK, at.result, at.lse, leave, _normalise(at, shares)),
             )
         ),
     )
 
 
-def _normalise(at: Places, parts: KeyParts) -> Program:
+def _normalise(at: Places, shares: WarpShares) -> Program:
     return (
         at.softmax.finish,
         *at.softmax.join_sink,
-        ScaleRows(parts.joined, at.softmax.inv_sum),
+        ScaleRows(shares.joined, at.softmax.inv_sum),
         When("first warp", (StoreRegisters(at.softmax.row_lse, at.lse, M_BLOCK),)),
-        StoreColumns(parts.joined, at.result, M_BLOCK),
+        StoreColumns(shares.joined, at.result, M_BLOCK),
     )
 
 

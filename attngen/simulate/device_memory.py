@@ -203,24 +203,25 @@ class DeviceMemory:
         place: PartRows,
         tile: Tile,
         numbers: list[int],
-        valid: int,
+        rows: range,
         values: torch.Tensor,
         columns: range,
     ) -> None:
-        """Write (members, rows, columns) of the first `valid` rows to the tiles of these numbers.
+        """Write the first of (members, rows, columns) to these rows of the tiles of these numbers.
 
         Columns that do not exist are dropped; a place of one number a row has one.
         """
         columns = columns[: max(0, (place.cols or 1) - columns.start)]
         if self.traffic:
-            self.traffic.count_written(place.name, 4 * len(tile.members) * valid * len(columns))
-        self.parts_written.setdefault(place.name, Counter()).update(dict.fromkeys(numbers, len(columns)))
+            self.traffic.count_written(place.name, 4 * len(tile.members) * len(rows) * len(columns))
+        elements = len(rows) * len(columns)
+        self.parts_written.setdefault(place.name, Counter()).update(dict.fromkeys(numbers, elements))
         if self.holds_values:
-            target, found = self.tensors[place.name], values[:, :valid, : len(columns)]
+            target, found = self.tensors[place.name], values[:, : len(rows), : len(columns)]
             if place.cols:
-                target[numbers, :valid, columns.start : columns.stop] = found
+                target[numbers, rows.start : rows.stop, columns.start : columns.stop] = found
             else:
-                target[numbers, :valid] = found.squeeze(-1)
+                target[numbers, rows.start : rows.stop] = found.squeeze(-1)
 
     def _packed(self, place: Tensor | Rows, tile: Tile, rows: range) -> tuple[torch.Tensor, ...]:
         """Where packed rows of the tile's heads stand, for indexing: batch, head and row, (members, rows) each."""
@@ -312,10 +313,10 @@ class DeviceMemory:
             batch, head, _ = tile.columns
             self.tensors[place.name][batch, head, block] = values
 
-    def part_not_left(self, place: PartRows, tiles: Iterable[int]) -> int | None:
-        """Of some tiles the number of one that has not left its part in a place."""
-        written = self.parts_written.get(place.name, Counter())
-        return next((number for number in tiles if written[number] != (place.cols or 1)), None)
+    def part_not_left(self, place: PartRows, rows: int, tiles: Iterable[int]) -> int | None:
+        """Of some tiles of so many rows the number of one that has not left its part in a place."""
+        written, elements = self.parts_written.get(place.name, Counter()), rows * (place.cols or 1)
+        return next((number for number in tiles if written[number] != elements), None)
 
     def unwritten(self, plan: KernelPlan, tiles: Iterable[tuple[Blocks, Member]]) -> tuple[str, int] | None:
         """A block of rows of an output, by name and number, that not every head has written exactly once."""

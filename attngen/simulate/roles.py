@@ -287,7 +287,7 @@ class RoleRun(Standing):
         """Wait for all groups of this thread's copies but the `pending` newest."""
         while len(self.groups) > pending:
             for cell, values in self.groups.popleft():
-                cell.fill(values, self.now)
+                cell.fill(values, self.now, is_stored=True)
 
     def _divide(self, view: View, values: torch.Tensor) -> Iterator[tuple[Cell, torch.Tensor]]:
         """The view's cells, each with its rows of the values."""

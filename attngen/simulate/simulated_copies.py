@@ -133,8 +133,9 @@ def stage_tile(step: StageTile, role: RoleRun) -> None:
 def store_tile(step: StoreTile, role: RoleRun) -> None:
     """Write a buffer to rows of the tile's head; rows past the sequence are dropped."""
     buffer = step.src.buffer
-    first = _first_row(role, step.dst, step.block, buffer.rows)
-    role.device.write(step.dst, role.tile, first, role.read_shared(step.src), (buffer.rows, buffer.cols))
+    own = role.own_rows(buffer.rows) if step.src.own_rows else range(buffer.rows)
+    first = _first_row(role, step.dst, step.block, buffer.rows) + own.start
+    role.device.write(step.dst, role.tile, first, role.read_shared(step.src), (len(own), buffer.cols))
 
 
 def tma_store(step: TmaStore, role: RoleRun) -> None:
@@ -218,9 +219,11 @@ def store_registers(step: StoreRegisters, role: RoleRun) -> None:
     registers, place = step.src, step.dst
     values = role.read(registers)
     if isinstance(place, PartRows):
-        role.device.write_part(
-            place, role.tile, role.tile_numbers, role.valid_extent("queries"), values.unsqueeze(-1), range(1)
-        )
+        first = role.rows_in_block(registers.rows).start
+        rows = range(first, first + role.valid_extent("queries"))
+        of_columns = values if isinstance(registers, RegTile) else values.unsqueeze(-1)
+        columns = range(registers.cols if isinstance(registers, RegTile) else 1)
+        role.device.write_part(place, role.tile, role.tile_numbers, rows, of_columns, columns)
         return
     if isinstance(place, Rows) and not role.device.wants(place):
         return

@@ -14,6 +14,7 @@ from attngen.plan.steps import (
     StoreColumns,
     SyncThreads,
     SyncWarp,
+    SyncWarpgroups,
 )
 from attngen.simulate.device_memory import NOTHING
 from attngen.simulate.roles import RoleRun, Run
@@ -25,7 +26,7 @@ from attngen.simulate.simulated_softmax import (
     scale_rows_of,
     sinks_of,
 )
-from attngen.simulate.simulated_sync import sync_threads
+from attngen.simulate.simulated_sync import sync_threads, sync_warpgroups
 
 NUMBERS = 3
 """Columns of what a warp leaves behind O: the maximum of a row, what exponents refer to, and its sum."""
@@ -99,8 +100,8 @@ def store_columns(step: StoreColumns, role: RoleRun) -> None:
     """Write the warp's columns of all rows."""
     values, own = role.read(step.src), role.own_columns(step.src)
     if isinstance(step.dst, PartRows):
-        numbers = role.tile_numbers
-        role.device.write_part(step.dst, role.tile, numbers, role.valid_extent("queries"), values, own)
+        valid = range(role.valid_extent("queries"))
+        role.device.write_part(step.dst, role.tile, role.tile_numbers, valid, values, own)
         return
     rows = role.block_rows(step.src.rows)
     role.device.write(step.dst, role.tile, role.index(step.block) * rows, values, (rows, len(own)), own.start)
@@ -108,10 +109,17 @@ def store_columns(step: StoreColumns, role: RoleRun) -> None:
 
 def count_part(step: CountPart, role: RoleRun) -> Run:
     """Meet, let one count the tile of each head among the parts of its rows, and meet again to hear."""
-    yield from sync_threads(SyncThreads(), role)
+    yield from _meet(step, role)
     if role.warpgroup == 0:
         role.block.is_last_part = role.count_part()
-    yield from sync_threads(SyncThreads(), role)
+    yield from _meet(step, role)
+
+
+def _meet(step: CountPart, role: RoleRun) -> Run:
+    if step.meet:
+        yield from sync_warpgroups(SyncWarpgroups(step.meet), role)
+    else:
+        yield from sync_threads(SyncThreads(), role)
 
 
 def merge_parts(step: MergeParts, role: RoleRun) -> None:
@@ -119,13 +127,15 @@ def merge_parts(step: MergeParts, role: RoleRun) -> None:
     if role.warpgroup != 0:
         return
     device, parts = role.device, role.parts_of_tile
-    places = (step.out, step.row_sum, step.row_max, step.reference)
+    places, rows = (step.out, step.row_sum, step.row_max, step.reference), role.valid_rows_of_tile
     for place in filter(None, places):
-        if (missing := device.part_not_left(place, (number for of in parts for number in of))) is not None:
+        if (
+            missing := device.part_not_left(place, rows, (number for of in parts for number in of))
+        ) is not None:
             raise role.fault("uninitialised read", f"tile {missing} has left no part in {place}", place.name)
     out = lse = NOTHING
     if device.holds_values:
-        numbers, rows = torch.tensor(parts, dtype=torch.int64), role.valid_extent("queries")
+        numbers = torch.tensor(parts, dtype=torch.int64)
         left = [device.tensors[place.name][numbers, :rows] for place in filter(None, places)]
         none = torch.zeros_like(left[1])
         merged = _joined(left[0], left[1], *(left[2:] or (none, none)))

@@ -147,13 +147,24 @@ class Standing:
 
     def valid_extent(self, axis: Axis) -> int:
         """How much of the present block of queries, or of keys, is its own and exists."""
-        letter, size = ("m", self.call.plan.block_m) if axis == "queries" else ("n", self.call.plan.block_n)
-        block = self.variables.get(letter, self.variables.get(f"{letter}_block", 0))
+        size = self.call.plan.block_m if axis == "queries" else self.call.plan.block_n
         own = range(size) if self.has_all_rows else self.own_rows(size)
+        return max(0, min(len(own), self._left_of(axis, size) - own.start))
+
+    @property
+    def valid_rows_of_tile(self) -> int:
+        """How many rows of the present block of queries exist, whoever has them."""
+        size = self.call.plan.block_m
+        return max(0, min(size, self._left_of("queries", size)))
+
+    def _left_of(self, axis: Axis, size: int) -> int:
+        """How much of the sequence the present block and all behind it have."""
+        letter = "m" if axis == "queries" else "n"
+        block = self.variables.get(letter, self.variables.get(f"{letter}_block", 0))
         length = self.tile.sequence(axis)[1]
         if axis == "queries":
             length = rows_of(self.call.plan, self.call.sizes, self.tile.members[0])
-        return max(0, min(len(own), length - block * size - own.start))
+        return length - block * size
 
     def names(self, dimensions: int) -> dict[str, Any]:
         """What an expression names of the tile and the call, broadcast to (members, ...) of so many dimensions."""

@@ -176,11 +176,16 @@ def _width(plan: KernelPlan, split: Split, sizes: Sizes, of_sequences: list[tupl
     one_wave = [narrowest + i * max(1, narrowest // 32) for i in range(WIDTHS_OF_ONE_WAVE)]
     more = [ceil_div(work, resident * waves) for waves in range(2, split.waves + 1)]
 
+    rows = evaluate_formula(plan.part_rows, sizes.values)
+    most = max((blocks for tiles, blocks in of_sequences if tiles), default=0)
+
     def guess(width: int) -> int:
         parts = heads * sum(tiles * max(1, ceil_div(blocks, width)) for tiles, blocks in of_sequences)
+        merges = ceil_div(most, width) * (rows // split.merged) if split.merged else 0
         if parts <= resident:
-            return 2 * (width * plan.block_n + split.start)
-        return 2 * ceil_div(work * plan.block_n + parts * split.start, resident) + width * plan.block_n
+            return 2 * (width * plan.block_n + split.start + merges)
+        shared_out = work * plan.block_n + parts * split.start
+        return 2 * (ceil_div(shared_out, resident) + merges) + width * plan.block_n
 
     return min((max(least, min(width, MOST_BLOCKS)) for width in (*one_wave, *more)), key=guess)
 

@@ -247,9 +247,12 @@ def _split(data: dict[str, Any], inputs: object) -> Iterator[Broken]:
 
     schedule, tile = data.get("schedule"), data.get("tile")
     kind = schedule.get("kind", "auto") if isinstance(schedule, dict) else "auto"
-    if kind not in ("auto", "fa2"):
-        note = "the others keep O of a tile where one block of threads alone comes to all of its keys"
-        yield broken("schedule.kind", kind, "must be fa2", note, "fa2", "split: none")
+    if kind == "serial":
+        note = "it keeps O of a tile where one block of threads alone comes to all of its keys"
+        yield broken("schedule.kind", kind, "must be fa2 or one for warpgroups", note, "fa2", "split: none")
+    if isinstance(schedule, dict) and schedule.get("persistent") is True:
+        note = "parts are listed, and each has a block of threads"
+        yield broken("schedule.persistent", True, "must be false", note, "false", "split: none")
     if inputs == "e4m3":
         yield broken(
             "precision.inputs", inputs, "must be bf16 or f16", "parts are for 16-bit tiles", "bf16", "f16"

@@ -7,19 +7,6 @@ struct Passes {
   static constexpr bool kEven = Tile::kRows * Tile::kChunks % kThreads == 0;
 };
 
-// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
-struct PackedRows {
-  i64 stride, stride_head;
-  int group;
-};
-
-// Where a row of a head stands whose rows are so many elements apart, or are packed.
-DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
-DEV i64 row_offset(const PackedRows& rows, i64 row) {
-  const int index = (int)row / rows.group;
-  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
-}
-
 // Which of so many threads this is; a warp may copy by itself.
 template <int kThreads>
 DEV u32 thread_of() { return kThreads == 32 ? threadIdx.x % 32 : threadIdx.x; }

@@ -72,14 +72,27 @@ DEV void zero_rows(u32 tile, int first, int end) {
   }
 }
 
+// Start copying this warpgroup's 64 rows of a tile: rows first_row .. of a head. Rows at or past `end_row` and columns past the head dim
+// arrive as zeros.
+template <class Tile, int kValid, class Stride>
+DEV void load_own_rows(u32 dst, const u16* head, Stride stride, int first_row, int end_row, int warpgroup) {
+  constexpr int kChunks = Tile::kPanels * 8;
+#pragma unroll
+  for (int i = 0; i < kChunks / 2; ++i) {
+    const int index = i * 128 + threadIdx.x % 128, row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
+    const bool valid = first_row + row < end_row && chunk < kValid / 8;
+    cp_async_16(dst + Tile::address(row, chunk), valid ? head + row_offset(stride, first_row + row) + chunk * 8 : head, valid ? 16 : 0);
+  }
+}
+
 // Write those of this warpgroup's 64 rows of a tile that lie before `end_row` to rows first_row .. of a head.
-template <class Tile, int kValid>
-DEV void store_own_rows(u16* head, i64 stride, int first_row, int end_row, u32 src, int warpgroup) {
+template <class Tile, int kValid, class Stride>
+DEV void store_own_rows(u16* head, Stride stride, int first_row, int end_row, u32 src, int warpgroup) {
   constexpr int kChunks = kValid / 8;
 #pragma unroll 1
   for (int index = threadIdx.x % 128; index < 64 * kChunks; index += 128) {
     const int row = warpgroup * 64 + index / kChunks, chunk = index % kChunks;
-    if (first_row + row < end_row) *(uint4*)(head + (first_row + row) * stride + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
+    if (first_row + row < end_row) *(uint4*)(head + row_offset(stride, first_row + row) + chunk * 8) = load_shared_16(src + Tile::address(row, chunk));
   }
 }
 

@@ -25,3 +25,16 @@ DEV int lane_column() { return threadIdx.x % 4 * 2; }
 // A key bound, kept within 0 .. end; some bounds need 64 bits.
 DEV int clamp_key(int key, int end) { return max(0, min(key, end)); }
 DEV int clamp_key(i64 key, int end) { return (int)max((i64)0, min(key, (i64)end)); }
+
+// Rows of all heads of a group in turn: row i * group + j is row i of its head j.
+struct PackedRows {
+  i64 stride, stride_head;
+  int group;
+};
+
+// Where a row of a head stands whose rows are so many elements apart, or are packed.
+DEV i64 row_offset(i64 stride, i64 row) { return row * stride; }
+DEV i64 row_offset(const PackedRows& rows, i64 row) {
+  const int index = (int)row / rows.group;
+  return index * rows.stride + ((int)row - index * rows.group) * rows.stride_head;
+}

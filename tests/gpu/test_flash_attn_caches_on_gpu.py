@@ -133,7 +133,7 @@ def test_ragged_queries_read_pages(page: int) -> None:
         check("causal", q[None, at], caches, table[b : b + 1], used[b : b + 1], one)
     of_queries: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": max(rows), "causal": True}
     same, _ = version4.flash_attn_varlen_func(q, *caches, page_table=table, seqused_k=used, **of_queries)
-    assert torch.equal(same, out)
+    assert (same.float() - out.float()).abs().max() <= 2.0**-7 * out.abs().max()  # whose keys are not cut
     options: dict[str, Any] = {"block_table": table, "seqused_k": used, "enable_gqa": True}
     torchs = attngen.varlen_attn(
         q, *caches, starts_q, None, max(rows), max(BEFORE), window_size=(-1, 0), **options

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import attngen
+from attngen.api import kernel_of_call
+from attngen.few_queries import tile_of_few
 from attngen.kernel import Kernel
+from attngen.plan import Lengths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 SEQLENS_K = (777, 0, 64, 5000, 1, 63, 65, 4097)
@@ -20,6 +23,13 @@ SPECS: dict[str, dict[str, Any]] = {
     "softcap": {"mask": "causal", "score": "softcap(score, 30.0)"},
     "alibi": {"mask": "causal", "score": "score + alibi(slopes)", "tensors": {"slopes": "f32[num_heads_q]"}},
     "sink": {"mask": "causal", "sink": "per_head"},
+}
+
+
+WARPGROUPS: dict[str, dict[str, Any]] = {
+    "a warpgroup": {"schedule": {"kind": "warp_specialized"}},
+    "two warpgroups": {"schedule": {"kind": "warp_specialized"}, "tile": {"block_m": 128}},
+    "turns": {"schedule": {"kind": "pingpong", "warpgroups": 2}},
 }
 
 
@@ -68,6 +78,60 @@ def test_parts_come_to_what_the_whole_comes_to(
     assert (lse - whole_lse).nan_to_num(0, 0, 0).abs().max() <= 2e-5
     again = split_kernel(**call, **more, return_lse=True, work=split_kernel.work(**call, **more))
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 5, 40])
+@pytest.mark.parametrize(("heads", "heads_kv"), [(8, 2), (3, 3), (14, 2)])
+@pytest.mark.parametrize("split", ["auto", {"keys": 256}], ids=str)
+@pytest.mark.parametrize("kind", WARPGROUPS)
+@pytest.mark.parametrize("name", SPECS)
+def test_parts_of_tiles_of_warpgroups_come_to_what_the_whole_comes_to(
+    name: str, kind: str, split: Any, heads: int, heads_kv: int, seqlen_q: int
+) -> None:
+    """Within the rounding of O, and the same bits again."""
+    call, more = drawn(seqlen_q, heads, heads_kv), passed(name, heads)
+    split_kernel = kernel(name, split, **WARPGROUPS[kind])
+    out, lse = split_kernel(**call, **more, return_lse=True)
+    whole, whole_lse = kernel(name, "none", **WARPGROUPS[kind])(**call, **more, return_lse=True)
+    assert torch.equal(lse.isfinite(), whole_lse.isfinite())
+    assert (out.float() - whole.float()).abs().max() <= 0.02 and whole.abs().max() > 0.5
+    assert (lse - whole_lse).nan_to_num(0, 0, 0).abs().max() <= 5e-5
+    again = split_kernel(**call, **more, return_lse=True, work=split_kernel.work(**call, **more))
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("kind", WARPGROUPS)
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("output", ["f16", "f32"])
+def test_tiles_of_warpgroups_of_other_head_dims(kind: str, head_dim: int, output: str) -> None:
+    if kind != "a warpgroup" and head_dim > 128:
+        pytest.skip("two warpgroups have no room for two stages of such heads")
+    call, more = drawn(9, 8, 2, head_dim, torch.float16), {"precision": {"inputs": "f16", "output": output}}
+    whole = kernel("causal", "none", head_dim, **more)(**call)
+    of_kind = WARPGROUPS[kind]
+    in_blocks_of_64 = of_kind | {"tile": of_kind.get("tile", {}) | {"block_n": 64}}
+    for split, fields in (("auto", of_kind), ({"keys": 320}, in_blocks_of_64)):  # 5,000 keys are 16 parts
+        out = kernel("causal", split, head_dim, **more, **fields)(**call)
+        assert (out.float() - whole.float()).abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("queries", [8, 16, 40, 70])
+def test_attention_of_few_queries_takes_tiles_of_warpgroups(queries: int) -> None:
+    """And gives what the kernel in one piece does, pages that the copy engine does not take included."""
+    for page_size in (64, 12):
+        pages = -(-4096 // page_size)
+        q = torch.randn(2, queries, 32, 128, device="cuda", dtype=torch.bfloat16)
+        k, v = torch.randn(2, 2 * pages, page_size, 8, 128, device="cuda", dtype=torch.bfloat16)
+        table = torch.randperm(2 * pages, device="cuda", dtype=torch.int32).view(2, -1)
+        lengths = torch.tensor([4000, 1777], device="cuda", dtype=torch.int32)
+        named = {"block_table": table, "seqused_k": lengths}
+        made_of = {"mask": "causal", "lengths": Lengths("dense", "paged"), "passed": named}
+        chosen, whole = (kernel_of_call(q, k, v, **made_of, may_split=split) for split in (True, False))
+        rows = tile_of_few(q, k, v, ("causal", "score"), made_of["lengths"], named, has_warpgroups=True)
+        assert chosen.plan.block_m == rows if rows else chosen is whole
+        assert bool(rows) == (page_size == 64 or queries <= 8)
+        made = (each(q, k, v, **named).float() for each in (chosen, whole))
+        assert torch.sub(*made).abs().max() <= 0.02
 
 
 @pytest.mark.parametrize(

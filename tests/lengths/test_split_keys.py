@@ -11,21 +11,25 @@ import torch
 
 import attngen
 from attngen.api import kernel_of_call
-from attngen.bind import bind, check_arguments
+from attngen.bind import Bound, bind, check_arguments
 from attngen.errors import PlanError, SpecError
 from attngen.kernel import Kernel
-from attngen.plan import TICKETS, KernelPlan, Program, Step, body_of, part_shape, walk
+from attngen.plan import TICKETS, Call, KernelPlan, Program, Step, body_of, part_shape, walk
 from attngen.plan.steps import (
     Advance,
     CountPart,
+    FenceAsync,
     JoinShares,
     LeaveShare,
     LoadTile,
     MergeParts,
+    StageTile,
     StoreColumns,
     StoreRegisters,
+    StoreTile,
     SyncThreads,
     SyncWarp,
+    SyncWarpgroup,
     WaitCopies,
     When,
 )
@@ -49,6 +53,14 @@ SPECS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
     ),
 }
 SPLITS: tuple[Any, ...] = ("auto", {"keys": 64}, {"keys": 192})
+WARPGROUPS: dict[str, Any] = {"schedule": {"kind": "warp_specialized"}, "tile": {"block_n": 64}}
+KINDS: dict[str, dict[str, Any]] = {
+    "warps": {},
+    "a warpgroup": WARPGROUPS,
+    "two warpgroups": {**WARPGROUPS, "tile": {"block_m": 128, "block_n": 64}},
+    "turns": {**WARPGROUPS, "schedule": {"kind": "pingpong", "warpgroups": 2}},
+}
+"""Whose rows a tile has."""
 
 
 @cache
@@ -84,13 +96,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).nan_to_num(0, 0, 0).abs().max().item()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_parts_come_to_what_the_whole_comes_to(name: str, split: Any) -> None:
+def test_parts_come_to_what_the_whole_comes_to(name: str, split: Any, kind: str) -> None:
     """Within the rounding of O; no NaN behind a sequence reaches it, and rows that see nothing are 0."""
     of, passed = widened(drawn()), SPECS[name][1]
     call = (of.q, of.k, of.v)
-    out, lse = kernel(name, split)(*call, return_lse=True, **of.lengths, **passed)
+    out, lse = kernel(name, split, **KINDS[kind])(*call, return_lse=True, **of.lengths, **passed)
     whole, whole_lse = kernel(name, "none", schedule={"kind": "fa2"})(
         *call, return_lse=True, **of.lengths, **passed
     )
@@ -98,10 +111,11 @@ def test_parts_come_to_what_the_whole_comes_to(name: str, split: Any) -> None:
     assert whole.abs().max() > 0.5
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["causal", "window"])
-def test_parts_of_so_many_keys_give_the_same_bits_whatever_else_a_call_has(name: str) -> None:
+def test_parts_of_so_many_keys_give_the_same_bits_whatever_else_a_call_has(name: str, kind: str) -> None:
     """Alone or beside others, and on however many multiprocessors."""
-    of, fixed = widened(drawn("dense", (3,) * 5)), kernel(name, {"keys": 64}, "dense")
+    of, fixed = widened(drawn("dense", (3,) * 5)), kernel(name, {"keys": 64}, "dense", **KINDS[kind])
     whole = fixed(of.q, of.k, of.v, **of.lengths)
     for b in range(len(SEQLENS_K)):
         one = slice(b, b + 1)
@@ -168,11 +182,9 @@ def _without(program: Program, gone: Step) -> Program:
     )  # type: ignore[call-arg]
 
 
-NEEDED = (WaitCopies, SyncWarp, SyncThreads, Advance, LoadTile, LeaveShare, JoinShares) + (
-    StoreColumns,
-    CountPart,
-    MergeParts,
-    When,
+NEEDED = (
+    *(WaitCopies, SyncWarp, SyncThreads, Advance, LoadTile, LeaveShare, JoinShares, StoreColumns),
+    *(CountPart, MergeParts, When, FenceAsync, SyncWarpgroup, StageTile, StoreTile),
 )
 """Steps of which none may be left out, whatever they are of."""
 
@@ -187,24 +199,33 @@ def _lost(plan: KernelPlan) -> Iterator[Step]:
     yield from (step for step in walk(program) if isinstance(step, NEEDED))
 
 
-def test_every_step_of_parts_and_warps_is_needed() -> None:
-    """Without it the simulator faults or something else comes out."""
-    of, split = widened(drawn()), kernel("causal", {"keys": 192})
+def _comes_to(call: Call, bound: Bound, wanted: dict[str, torch.Tensor]) -> bool:
+    try:
+        made = run_call(call, bound)
+    except SimulationFault:
+        return False
+    return all(torch.equal(made[name].nan_to_num(7.0), wanted[name].nan_to_num(7.0)) for name in wanted)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("warps", 20), ("two warpgroups", 15)])
+def test_every_step_of_parts_is_needed(kind: str, most: int) -> None:
+    """Without it the simulator faults or something else comes out, where a scale turns Q or where none does."""
+    of, split = widened(drawn()), kernel("causal", {"keys": 192}, **KINDS[kind])
     given = check_arguments(split.manifest, of.q, of.k, of.v, declared=of.lengths)
-    bound = bind(split.manifest, given, ("out", "lse"), 2, -0.2)  # a scale that turns Q
-    expected = run_call(split.call, bound)
-    lost = list(_lost(split.plan))
-    assert len(lost) > 20
+    calls = [bind(split.manifest, given, ("out", "lse"), 2, scale) for scale in (-0.2, 0.2)]
+    expected = [run_call(split.call, bound) for bound in calls]
+    has_rings = (
+        len(split.plan.roles) > 1
+    )  # whose last advance is for a tile that another block of threads has
+    lost = [step for step in _lost(split.plan) if not (has_rings and isinstance(step, Advance))]
+    assert len(lost) > most
     idle = []
     for step in lost:
         role = replace(split.plan.worker, program=_without(split.plan.worker.program, step))
-        plan = replace(split.plan, roles=(role,))
+        plan = replace(split.plan, roles=(role, *split.plan.roles[1:]))
         kernels = tuple(plan if each is split.plan else each for each in split.call.kernels)
-        try:
-            made = run_call(replace(split.call, kernels=kernels), bound)
-        except SimulationFault:
-            continue
-        if all(torch.equal(made[name].nan_to_num(7.0), expected[name].nan_to_num(7.0)) for name in expected):
+        cut = replace(split.call, kernels=kernels)
+        if all(_comes_to(cut, bound, wanted) for bound, wanted in zip(calls, expected, strict=True)):
             idle.append(str(step))
     assert not idle, idle
 
@@ -226,8 +247,12 @@ def test_parts_have_a_place_and_a_ticket_for_each_tile_that_shapes_allow() -> No
         ({"split": {"keys": 100}}, r"split.keys.*a multiple of 64.*128"),
         ({"split": "some"}, r"none, auto or \{keys: 1024\}"),
         (
-            {"split": "auto", "schedule": {"kind": "pingpong"}},
-            r"schedule.kind.*must be fa2 where keys are split",
+            {"split": "auto", "schedule": {"kind": "serial"}},
+            r"schedule.kind.*must be fa2 or one for warpgroups where keys are split",
+        ),
+        (
+            {"split": "auto", "schedule": {"kind": "pingpong", "persistent": True}},
+            r"schedule.persistent.*must be false where keys are split",
         ),
         ({"split": "auto", "gradients": ["q", "k", "v"]}, r"gradients.*must be \[\] where keys are split"),
         ({"split": "auto", "precision": {"inputs": "e4m3"}}, r"must be bf16 or f16 where keys are split"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attngen.plan.places import BlockIndex, PartRows, RegTile, RegVec, Rows, Tensor, View
+from attngen.plan.places import BlockIndex, NamedBarriers, PartRows, RegTile, RegVec, Rows, Tensor, View
 from attngen.plan.steps.softmax import FinishRows
 from attngen.plan.steps.step import Step
 
@@ -66,10 +66,15 @@ class StoreColumns(Step):
 
 @dataclass(frozen=True)
 class CountPart(Step):
-    """Meet all threads, and count the tile among the parts of its rows, now that all may see what it has come to.
+    """Meet all that have rows of the tile, and count it among the parts of these, now that all may see what came of it.
 
     The count goes back to 0 with the last of them.
+
+    Attributes:
+        meet: where consumer warpgroups meet; None where all threads of the block do.
     """
+
+    meet: NamedBarriers | None
 
     def __str__(self) -> str:
         return "count the part"

@@ -1,6 +1,19 @@
 // Meet at a named barrier. PTX ISA: bar.sync.
 DEV void named_barrier_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// Meet at a named barrier; whether anybody has brought true. PTX ISA: bar.red.
+DEV bool named_barrier_or(u32 id, u32 threads, bool brings) {
+  u32 any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %3, 0;\n"
+      "bar.red.or.pred q, %1, %2, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}" : "=r"(any) : "r"(id), "r"(threads), "r"((u32)brings) : "memory");
+  return any != 0;
+}
+
 // Count at a named barrier without waiting. PTX ISA: bar.arrive.
 DEV void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
