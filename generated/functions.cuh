@@ -663,8 +663,8 @@ struct PartsOfTile {
 // Which of kLanes lanes that have a row has the largest number, of equal ones the first. None is NaN.
 template <int kLanes>
 DEV int lane_of_largest(float x) {
-  const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
-  int largest = ordered;
+  const u32 bits = __float_as_uint(x), ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+  u32 largest = ordered;
   if (kLanes == 32) largest = __reduce_max_sync(~0u, ordered);
 #pragma unroll
   for (int distance = kLanes == 32 ? 0 : kLanes / 2; distance > 0; distance /= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, distance));

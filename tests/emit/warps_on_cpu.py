@@ -68,7 +68,9 @@ static float __fmul_ru(float a, float b) {
 }
 static float __fmaf_rz(float a, float b, float c) { return fmaf(a, b, c); }
 static unsigned __shfl_xor_sync(unsigned, unsigned x, int mask) { return post(x)[threadIdx.x % 32 ^ mask]; }
-static float __shfl_sync(unsigned, float x, int lane) { return __uint_as_float(post(bits(x))[lane % 32]); }
+static float __shfl_sync(unsigned, float x, int lane, int width = 32) {
+  return __uint_as_float(post(bits(x))[threadIdx.x % 32 / width * width + lane % width]);
+}
 static bool __all_sync(unsigned, bool x) { return __ballot_sync(~0u, x) == ~0u; }
 static bool __any_sync(unsigned, bool x) { return __ballot_sync(~0u, x) != 0; }
 static float __fdividef(float a, float b) { return a / b; }

@@ -68,7 +68,11 @@ def test_every_case_counts_for_some_spec() -> None:
     cases = product(("sm_90a",), dims, MASKS, SCORES, ({}, *eight_bits), ("none",))
     others = (
         *(("simulator", 64, "full", "score", {}, split) for split in ("none", "auto")),
-        *(("sm_90a", dim, "full", "score", {}, "auto") for dim in (64, 128, 256)),
+        *(
+            ("sm_90a", dim, mask, "score", {}, "auto")
+            for dim in (64, 128, 256)
+            for mask in ("full", "document(ids)")
+        ),
         *(
             ("sm_90a", dim, mask, "score", {"cache": "e4m3", "scales": scales}, split)
             for dim in (64, 128, 256)
