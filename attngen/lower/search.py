@@ -31,14 +31,20 @@ def cheapest(features: Features, schedule: str) -> tuple[AnyChoice, ...]:
     """Choices of the rest that cost the least: where none of them is legal, none is. Reported is the last of them."""
     best, said = candidates(features, schedule)[0], features.given
     thrifty = _by_thrift(best, features)[-1]
-    width, stages = said.get("block_n", features.arch.k_step(features.inputs)), said.get("stages", 1)
+    step, stages = features.arch.k_step(features.inputs), said.get("stages", 1)
     shares = _shares(best, features)
     if isinstance(best, WarpgroupChoice):
         shares = shares[::-1]
     else:  # fewer rows cost less; with more warps each has fewer of them, and may hold fewer registers
         least = min(rows for rows, _ in shares)
         shares = [share for share in shares if share[0] == least]
-    return tuple(_with_numbers(thrifty, share, width, stages) for share in shares)
+    shares_keys = features.splits and not isinstance(
+        best, WarpgroupChoice
+    )  # each warp then has a step of its own
+    widths = (said.get("block_n", step * count if shares_keys else step) for _, count in shares)
+    return tuple(
+        _with_numbers(thrifty, share, width, stages) for share, width in zip(shares, widths, strict=True)
+    )
 
 
 def nearest_first(features: Features, schedule: str) -> tuple[AnyChoice, ...]:

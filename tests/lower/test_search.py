@@ -160,3 +160,12 @@ def test_warps_share_the_registers_of_a_block() -> None:
     with pytest.raises(attngen.PlanError) as caught:
         lower(spec, ARCHS["sm_80"])
     assert {fault.rule for fault in caught.value.diagnostics} == {"registers"}
+
+
+@pytest.mark.parametrize(("rows", "nearest"), [(48, "32"), (64, "32"), (40, "32")])
+def test_the_nearest_rows_where_warps_share_out_keys_count_all_numbers_of_warps(
+    rows: int, nearest: str
+) -> None:
+    """Each warp has keys of its own: with one warp 32 rows have no registers, with eight they have."""
+    fault = only(split="auto", mask="causal", tile={"block_m": rows})
+    assert fault.path == "tile.block_m" and fault.nearest == (nearest,)
