@@ -70,7 +70,7 @@ def shown_by(name: str) -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.matrix(classes=shown_by)
+@pytest.mark.matrix(classes=shown_by, most=6)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_spec_compiles_to_what_its_plan_and_the_table_of_sass_say(name: str) -> None:
     """Whole in registers, and with the numbers that docs/sass.md shows, for longer and for fewer keys.

@@ -57,7 +57,8 @@ IN_TURN = list(zip({(case.mask, case.score): case for case in CASES}.values(), c
         ("mask", case.mask),
         ("score", case.score),
         ("score with", kind, case.score != "score"),
-    ]
+    ],
+    most=14,
 )
 @pytest.mark.parametrize(("case", "kind"), IN_TURN, ids=str)
 def test_every_case_compiles(case: LanguageCase, kind: str) -> None:

@@ -80,6 +80,7 @@ def run_on_cpu(
     return made
 
 
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_text_finds_what_torch_finds(mask: str) -> None:
     """To the element, of tensors with strides, more elements than a block has threads, and of values that fall too."""
@@ -116,7 +117,7 @@ def test_nothing_is_launched_without_heads() -> None:
     assert evaluate_formula(rows.grid, {**sizes, "seqlen_k": 0}) == 0
 
 
-@pytest.mark.matrix(classes=lambda arch, mask, score, head_dim: {arch, mask, score, head_dim})
+@pytest.mark.matrix(classes=lambda arch, mask, score, head_dim: {arch, mask, score, head_dim}, most=3)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     ("arch", "mask", "score"),

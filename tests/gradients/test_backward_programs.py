@@ -61,6 +61,7 @@ def plans_without_one(plan: KernelPlan) -> Iterator[tuple[str, KernelPlan]]:
             yield f"{role.name}: {missing}", replace(plan, roles=roles)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
     ("what", "case", "number"),

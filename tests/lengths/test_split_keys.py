@@ -96,6 +96,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).nan_to_num(0, 0, 0).abs().max().item()
 
 
+@pytest.mark.matrix(classes=lambda kind, split, name: [(kind, str(split)), (kind, name), (name, str(split))])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("name", SPECS)

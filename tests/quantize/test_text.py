@@ -25,7 +25,7 @@ def text_of(made: Quantizer) -> str:
 
 
 @pytest.mark.usefixtures("nvdisasm")
-@pytest.mark.matrix(classes=lambda dim, seed, scales: [("rows", dim, seed), ("scales", scales, seed)])
+@pytest.mark.matrix(classes=lambda dim, seed, scales: [("rows", dim, seed), ("scales", scales, seed)], most=5)
 @pytest.mark.parametrize("scales", SCALE_KINDS)
 @pytest.mark.parametrize(("dim", "seed"), DIMS_AND_SEEDS)
 def test_kernels_compile_without_spills(dim: int, seed: int | None, scales: ScaleKind) -> None:

@@ -77,6 +77,7 @@ def places(block_m: int = 4, block_n: int = 4, dim: int = 2, stages: int = 1, dt
         v_in=Tensor("v", dtype, ROWS_OF_V, dim, "kv"),
         result=Tensor("out", dtype, ROWS_OF_O, dim, "q"),
         lse=Rows("lse", "queries", optional=True),
+        parts=None,
         o_acc=Tensor("o_acc", F32, ROWS_OF_O, dim, "q", workspace=True),
         saved_max=Rows("saved_max", "queries", workspace=True),
         saved_sum=Rows("saved_sum", "queries", workspace=True),

@@ -330,7 +330,7 @@ def deletions(case: Case) -> Iterator[tuple[str, ...]]:
     yield from ((case.schedule, "sink"),) if case.has_sink else ()
 
 
-@pytest.mark.matrix(classes=deletions)
+@pytest.mark.matrix(classes=deletions, most=14)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_step_is_needed(case: Case) -> None:
     """Without one of its Steps, but for Notes, a program faults or differs, or the Step is listed, and none in vain."""
