@@ -76,7 +76,7 @@ def test_kernels_compile_without_spills(mask: str, blocks: tuple[int, int], head
             assert (used.spill_stores, used.spill_loads, used.stack_bytes) == (0, 0, 0), used.name
 
 
-@pytest.mark.matrix(most=3)
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize(
     ("arch", "spec"),
     [

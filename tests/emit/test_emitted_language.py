@@ -38,7 +38,7 @@ def kernel(case: LanguageCase, kind: str = "fa2", arch: str = "sm_90a", dim: int
     return attngen.compile(case.spec(problem={"head_dim": dim}, schedule={"kind": kind}), arch=arch)
 
 
-@pytest.mark.matrix(most=4)
+@pytest.mark.matrix(most=3)
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 @pytest.mark.parametrize(("arch", "kind", "dim"), ON)

@@ -57,7 +57,7 @@ def test_e4m3_has_nothing_for_it() -> None:
         assert "is_shown" not in emit(plan)
 
 
-@pytest.mark.matrix(most=3)
+@pytest.mark.matrix(most=2)
 @pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.gradients.sheets_on_cpu import as_registers, run_on_cpu
 from tests.gradients.test_fused_backward import FREE, assert_compiles, fused
 
 
-@pytest.mark.matrix(most=3)
+@pytest.mark.matrix(most=2)
 @pytest.mark.parametrize("inputs", ["bf16", "f16"])
 @pytest.mark.parametrize("mask", ["full", "causal", "window(100, 30)"])
 @pytest.mark.parametrize(
