@@ -109,7 +109,6 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
     acc_o = RegTile("acc_o", F32, ROWS_OF_O, m * over_keys, v_cols, v, "accumulator")
     stages_out = is_staged(inputs, output) and not features.splits
     out = Buffer("out", output, ROWS_OF_O, m, v_cols, v, overlays="q") if stages_out else None
-    packs = features.packs_group
     of_tile = tile_places(
         q_buffer,
         k_buffer,
@@ -118,7 +117,7 @@ def places(choice: Choice, features: Features, decided: Decision) -> Places:
         output,
         out,
         decided,
-        packs=packs,
+        packs=features.packs_group,
         over_keys=over_keys,
         parts=key_parts(acc_o, decided) if features.splits else None,
     )

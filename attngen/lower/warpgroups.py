@@ -182,9 +182,6 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
     programs = WARPGROUP_SCHEDULES[schedule](at)
     share = (REGISTERS_OF_PARTS if at.parts else WARPGROUP_REGISTERS).get(choice.warpgroups)
 
-    def cursors(of: RingCursors) -> tuple[Cursor, ...]:
-        return _used(of, at)
-
     return (
         Role(
             "consumer",
@@ -192,7 +189,7 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
             programs["consumer"],
             at.reg_tiles,
             at.reg_vecs,
-            cursors(at.consumer),
+            _used(at.consumer, at),
             choice.warpgroups,
             share.consumer if share else None,
         ),
@@ -200,7 +197,7 @@ def roles(schedule: str, choice: WarpgroupChoice, at: WarpgroupPlaces) -> tuple[
             "producer",
             4 if share else 1,
             programs["producer"],
-            cursors=cursors(at.producer),
+            cursors=_used(at.producer, at),
             registers=share.producer if share else None,
             single_thread=not (
                 at.keys.walks
