@@ -142,7 +142,7 @@ def merge_parts(step: MergeParts, role: RoleRun) -> None:
         by = inverse_sum(merged.total)
         lse = log_sum_exp_of(step.finish, role, merged.row_max if step.row_max else None, merged.total)
         if step.has_sink:
-            by, lse = joined(by, lse, sinks_of(role, rows))
+            by, lse = joined(by, lse, sinks_of(role, range(rows)))
         out = scale_rows_of(merged.o, by)
     size = role.call.plan.block_m
     first = role.index(step.block) * size

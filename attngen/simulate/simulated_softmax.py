@@ -341,16 +341,16 @@ def log_sum_exp_of(
 
 def read_sink(step: ReadSink, role: RoleRun) -> None:
     """The sinks of the tile's heads, one for all rows of each."""
-    role.write(step.dst, lambda: sinks_of(role, len(role.own_rows(step.dst.rows))))
+    role.write(step.dst, lambda: sinks_of(role, role.rows_in_block(step.dst.rows)))
 
 
-def sinks_of(role: RoleRun, rows: int) -> torch.Tensor:
-    """The sinks of the first rows of the tile: of its head, or of the heads of a group in turn."""
+def sinks_of(role: RoleRun, rows: range) -> torch.Tensor:
+    """The sinks of some rows of the tile: of its head, or of the heads of a group in turn."""
     _, head, _ = role.tile.columns
-    heads = head.view(-1, 1).expand(-1, rows)
+    heads = head.view(-1, 1).expand(-1, len(rows))
     if role.call.plan.scheduler.packs_group:
         first = (role.tile.m_block or 0) * role.call.plan.block_m
-        heads = heads + torch.arange(first, first + rows) % role.call.sizes.group
+        heads = heads + torch.arange(first + rows.start, first + rows.stop) % role.call.sizes.group
     return role.device.tensors[SINK][heads].float()
 
 
